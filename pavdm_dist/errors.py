@@ -1,0 +1,25 @@
+"""Exceptions whose message is meant for the person who typed the command.
+
+Everything derived from :class:`PAVDMError` is shown as one sentence and ends the command with a
+non-zero exit status. Any other exception is a fault of this package and keeps its traceback.
+"""
+
+
+class PAVDMError(Exception):
+    """Base of the errors this package raises on purpose."""
+
+
+class ConfigError(PAVDMError, ValueError):
+    """A setting is impossible; the message names the field, its value and the nearest legal values."""
+
+
+class MediaError(ConfigError):
+    """A video or latents file is missing, unreadable or unfit for its use."""
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint folder lacks a tensor, or holds one of the wrong size; the message names it."""
+
+
+class EngineError(PAVDMError, RuntimeError):
+    """The distributed run ended: an actor died, a link timed out, or resources are missing."""
