@@ -1,0 +1,164 @@
+"""The seam between the sampler, the engine and any backbone.
+
+A backbone is ``embed`` -> ``block(0) .. block(n - 1)`` -> ``head`` -> ``to_velocity``. A pipeline stage runs a
+contiguous range of blocks; the model does not know that. What travels between stages is the hidden state and
+the per-frame modulation (:class:`Activation`); text is projected once per video on every stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+LevelSupport = Literal["staircase-trained", "mixed-trained", "accepts"]
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Shape facts that the engine and the planner need.
+
+    Attributes:
+        num_blocks: indivisible units a pipeline can be cut between (STDiT3: half-blocks).
+        hidden_size: width of a token.
+        num_heads: attention heads.
+        latent_channels: C of the latents.
+        patch: ``(t, h, w)`` latent patch that becomes one token.
+        text_dim: width of the text encoder's output.
+        text_len: longest text the backbone was built for, tokens.
+        prediction: what ``to_velocity`` converts from.
+        level_support: how the weights met per-frame levels in training; "accepts" means they did not.
+    """
+
+    num_blocks: int
+    hidden_size: int
+    num_heads: int
+    latent_channels: int
+    patch: tuple[int, int, int]
+    text_dim: int
+    text_len: int
+    prediction: Literal["flow", "eps", "v"] = "flow"
+    level_support: LevelSupport = "mixed-trained"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Token grid of a window: ``frames`` latent frames of ``height x width`` patches (padding included).
+
+    ``latent_height`` and ``latent_width`` are the unpadded latent size that ``head`` crops back to.
+    """
+
+    frames: int
+    height: int
+    width: int
+    latent_height: int
+    latent_width: int
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.height * self.width
+
+
+@dataclass(frozen=True)
+class FrameInfo:
+    """What a model is told about the picture besides the latents: pixel ``height`` and ``width``, frames per second."""
+
+    height: int
+    width: int
+    fps: float
+
+
+@dataclass(frozen=True)
+class TextRun:
+    """Consecutive latent frames ``start .. stop - 1`` that share one text.
+
+    Attributes:
+        tokens: the text projected to the model's width, ``[b, L, D]``.
+        mask: ``[b, L]`` bool, True = a real token; None when all are.
+        key: identity of the text for the key/value cache; None in training, where nothing is cached.
+    """
+
+    start: int
+    stop: int
+    tokens: Tensor
+    mask: Tensor | None = None
+    key: str | None = None
+
+
+class TextCache:
+    """Cross-attention keys and values by text key and block; dropped with the text's last chunk."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+
+    def pair(self, key: str, block: int, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The (key, value) pair of one text in one block, computed on first use."""
+        pairs = self._pairs.setdefault(key, {})
+        if block not in pairs:
+            pairs[block] = make()
+        return pairs[block]
+
+    def drop(self, key: str) -> None:
+        """Forgets everything computed for one text; unknown keys are ignored."""
+        self._pairs.pop(key, None)
+
+
+@dataclass
+class Activation:
+    """What one stage hands to the next for one micro-batch.
+
+    Attributes:
+        hidden: ``[b, F, S, D]`` tokens, S = patches per latent frame; contiguous.
+        modulation: ``[b, F, 6 D]`` per-frame shift, scale and gate of all blocks.
+        time: ``[b, F, D]`` time embedding, read by the head only.
+    """
+
+    hidden: Tensor
+    modulation: Tensor
+    time: Tensor
+
+
+@dataclass
+class BlockContext:
+    """Everything a block reads besides the activation; identical on every stage.
+
+    Attributes:
+        grid: token grid of this micro-batch.
+        text: runs of equal text that cover all frames in order.
+        chunk_causal: chunk size in latent frames for the chunk-causal mask, None for full attention.
+        text_cache: where cross-attention keys/values are kept between calls, or None.
+    """
+
+    grid: Grid
+    text: list[TextRun]
+    chunk_causal: int | None = None
+    text_cache: TextCache | None = field(default=None, repr=False)
+
+
+class Backbone(Protocol):
+    """What a model must offer to be sampled, staged and planned."""
+
+    spec: BackboneSpec
+
+    def grid(self, frames: int, latent_height: int, latent_width: int) -> Grid:
+        """Token grid of a window of ``frames`` latent frames."""
+
+    def project_text(self, text: Tensor) -> Tensor:
+        """Encoder output ``[b, L, text_dim]`` -> ``[b, L, D]``."""
+
+    def embed(self, x: Tensor, levels: Tensor, info: FrameInfo) -> Activation:
+        """Latents ``[b, C, F, h, w]`` and levels ``[b, F]`` in [0, 1] -> tokens and modulation."""
+
+    def block(self, index: int, activation: Activation, context: BlockContext) -> Activation:
+        """Runs exactly one indivisible block."""
+
+    def head(self, activation: Activation, grid: Grid) -> Tensor:
+        """Tokens -> raw prediction ``[b, C_out, F, h, w]``."""
+
+    def to_velocity(self, out: Tensor, x: Tensor, levels: Tensor) -> Tensor:
+        """Raw prediction -> velocity x_0 - eps, ``[b, C, F, h, w]``."""
+
+    def keys(self, first_block: int, last_block: int, first: bool, last: bool) -> Callable[[str], bool]:
+        """Which checkpoint tensors a stage of blocks ``first_block .. last_block - 1`` needs."""

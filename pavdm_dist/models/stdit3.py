@@ -1,0 +1,276 @@
+"""STDiT3, the paper's backbone (Open-Sora v1.2), with one noise level per latent frame (paper App. E.1).
+
+Written for one device. ``depth`` spatial-temporal pairs make ``2 * depth`` half-blocks: half-block ``2 i`` is
+spatial block i, ``2 i + 1`` is temporal block i. Only temporal attention mixes latent frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pavdm_dist.errors import CheckpointError
+from pavdm_dist.models.base import (
+    Activation,
+    BackboneSpec,
+    BlockContext,
+    FrameInfo,
+    Grid,
+    LevelSupport,
+    TextRun,
+)
+from pavdm_dist.models.layers import (
+    MLP,
+    FinalLayer,
+    RotaryTable,
+    ScalarEmbedder,
+    STDiT3Block,
+    position_embedding_2d,
+)
+from pavdm_dist.models.loading import load_config, load_module, save_module
+
+# Positions are measured in units of a 512-pixel picture.
+INPUT_SIZE = 512
+
+
+@dataclass(frozen=True)
+class STDiT3Config:
+    """Shape of the model; names and defaults are those of the public checkpoint's ``config.json`` (STDiT3-XL/2)."""
+
+    depth: int = 28
+    hidden_size: int = 1152
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    in_channels: int = 4
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    caption_channels: int = 4096
+    model_max_length: int = 300
+    qk_norm: bool = True
+    pred_sigma: bool = True
+    level_support: LevelSupport = "mixed-trained"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
+            raise CheckpointError(
+                f"hidden_size={self.hidden_size} must be an even multiple of num_heads={self.num_heads}"
+            )
+        if self.hidden_size % 4:
+            raise CheckpointError(f"hidden_size={self.hidden_size} must be a multiple of 4 (two axes of sine and cosine)")
+        if len(self.patch_size) != 3 or self.patch_size[0] != 1:
+            raise CheckpointError(f"patch_size={list(self.patch_size)}: the time patch must be 1")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> STDiT3Config:
+        """Keeps the keys this model knows; the public file also has training-time switches that do not matter here."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+
+class Caption(nn.Module):
+    """Projects text to the model's width and holds the learned null text (``y_embedding``)."""
+
+    def __init__(self, in_dim: int, dim: int, max_length: int) -> None:
+        super().__init__()
+        self.y_proj = MLP(in_dim, dim, dim)
+        self.register_buffer("y_embedding", torch.randn(max_length, in_dim) / in_dim**0.5)
+
+
+class STDiT3(nn.Module):
+    """Spatial-temporal diffusion transformer.
+
+    Args:
+        config: shape of the model.
+    """
+
+    def __init__(self, config: STDiT3Config) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.hidden_size
+        out_channels = config.in_channels * (2 if config.pred_sigma else 1)
+        patch = config.patch_size
+        self.x_embedder = nn.Module()
+        self.x_embedder.proj = nn.Conv3d(config.in_channels, dim, kernel_size=patch, stride=patch)
+        self.t_embedder = ScalarEmbedder(dim)
+        self.fps_embedder = ScalarEmbedder(dim)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.y_embedder = Caption(config.caption_channels, dim, config.model_max_length)
+        self.rope = RotaryTable(dim // config.num_heads)
+
+        def blocks(temporal: bool) -> nn.ModuleList:
+            make = (config.hidden_size, config.num_heads, config.mlp_ratio, config.qk_norm, temporal)
+            return nn.ModuleList(STDiT3Block(*make) for _ in range(config.depth))
+
+        self.spatial_blocks = blocks(temporal=False)
+        self.temporal_blocks = blocks(temporal=True)
+        self.final_layer = FinalLayer(dim, patch[0] * patch[1] * patch[2], out_channels)
+        self.spec = BackboneSpec(
+            num_blocks=2 * config.depth,
+            hidden_size=dim,
+            num_heads=config.num_heads,
+            latent_channels=config.in_channels,
+            patch=config.patch_size,
+            text_dim=config.caption_channels,
+            text_len=config.model_max_length,
+            level_support=config.level_support,
+        )
+
+    # --- the backbone contract -------------------------------------------------------------------------
+
+    def grid(self, frames: int, latent_height: int, latent_width: int) -> Grid:
+        """Token grid; a latent size the patch does not divide is padded at the right and bottom."""
+        _, ph, pw = self.config.patch_size
+        return Grid(frames, -(-latent_height // ph), -(-latent_width // pw), latent_height, latent_width)
+
+    def project_text(self, text: Tensor) -> Tensor:
+        """``[b, L, caption_channels]`` -> ``[b, L, D]``."""
+        return self.y_embedder.y_proj(text)
+
+    def null_text(self) -> Tensor:
+        """The learned null text of classifier-free guidance, ``[model_max_length, caption_channels]``."""
+        return self.y_embedder.y_embedding
+
+    def embed(self, x: Tensor, levels: Tensor, info: FrameInfo) -> Activation:
+        """Latents ``[b, C, F, h, w]`` and levels ``[b, F]`` (float32, 1 = noise) -> tokens and modulation."""
+        b, _, frames, h, w = x.shape
+        grid = self.grid(frames, h, w)
+        _, ph, pw = self.config.patch_size
+        x = F.pad(x, (0, grid.width * pw - w, 0, grid.height * ph - h))
+        tokens = rearrange(self.x_embedder.proj(x.to(self.x_embedder.proj.weight.dtype)), "b d f h w -> b f (h w) d")
+        scale = (info.height * info.width) ** 0.5 / INPUT_SIZE
+        position = position_embedding_2d(grid.height, grid.width, self.config.hidden_size, scale, x.device)
+        # The backbone's own unit of time is thousandths; levels stay float32 up to here (METHOD: bf16 merges levels).
+        time = self.t_embedder(levels.reshape(-1) * 1000).unflatten(0, (b, frames))
+        fps = self.fps_embedder(torch.tensor([info.fps], dtype=torch.float32, device=x.device))
+        time = time + fps
+        return Activation((tokens + position.to(tokens.dtype)).contiguous(), self.t_block(time), time)
+
+    def block(self, index: int, activation: Activation, context: BlockContext) -> Activation:
+        """Half-block ``index`` in 0 .. 2 * depth - 1: even spatial, odd temporal."""
+        modulation = activation.modulation.unflatten(-1, (6, -1))
+        rotary, mask = None, None
+        if index % 2:
+            block = self.temporal_blocks[index // 2]
+            rotary = self.rope(context.grid.frames)
+            mask = _chunk_causal_mask(context, activation.hidden.device)
+        else:
+            block = self.spatial_blocks[index // 2]
+        hidden = block(activation.hidden, modulation, index, context, rotary, mask)
+        return Activation(hidden, activation.modulation, activation.time)
+
+    def head(self, activation: Activation, grid: Grid) -> Tensor:
+        """Raw prediction ``[b, C_out, F, h, w]`` with the padding cropped."""
+        _, ph, pw = self.config.patch_size
+        out = self.final_layer(activation.hidden, activation.time)
+        out = rearrange(out, "b f (h w) (p q c) -> b c f (h p) (w q)", h=grid.height, p=ph, q=pw)
+        return out[..., : grid.latent_height, : grid.latent_width]
+
+    def to_velocity(self, out: Tensor, x: Tensor, levels: Tensor) -> Tensor:
+        """First half of the channels, float32; the second ("sigma") half is unused by flow matching."""
+        return out[:, : self.config.in_channels].float()
+
+    def keys(self, first_block: int, last_block: int, first: bool, last: bool) -> Callable[[str], bool]:
+        """Checkpoint tensors of a stage that runs half-blocks ``first_block .. last_block - 1``."""
+        prefixes = ["y_embedder.y_proj.", "rope."]
+        prefixes += [f"{'temporal' if i % 2 else 'spatial'}_blocks.{i // 2}." for i in range(first_block, last_block)]
+        if first:
+            prefixes += ["x_embedder.", "t_embedder.", "fps_embedder.", "t_block."]
+        if last:
+            prefixes += ["final_layer."]
+        return lambda key: key.startswith(tuple(prefixes))
+
+    # --- one whole forward -----------------------------------------------------------------------------
+
+    def forward(
+        self,
+        x: Tensor,
+        levels: Tensor,
+        text: Tensor,
+        info: FrameInfo,
+        text_mask: Tensor | None = None,
+        chunk_causal: int | None = None,
+    ) -> Tensor:
+        """Raw prediction ``[b, C_out, F, h, w]`` for latents, per-frame levels and one text per batch row.
+
+        Args:
+            x: ``[b, C, F, h, w]``.
+            levels: ``[b, F]`` in [0, 1], float32.
+            text: ``[b, L, caption_channels]``.
+            info: picture size and rate.
+            text_mask: ``[b, L]`` bool, True = real token; None when all are.
+            chunk_causal: chunk size for the chunk-causal mask; None attends over the whole window.
+        """
+        grid = self.grid(*x.shape[2:])
+        run = TextRun(0, grid.frames, self.project_text(text), text_mask)
+        context = BlockContext(grid, [run], chunk_causal)
+        activation = self.embed(x, levels, info)
+        for index in range(self.spec.num_blocks):
+            activation = self.block(index, activation, context)
+        return self.head(activation, grid)
+
+    # --- weights ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, blocks: tuple[int, int] | None = None, **hub: Any) -> STDiT3:
+        """Loads a folder or hub id in the Hugging Face layout (one file or sharded safetensors).
+
+        Args:
+            folder: folder with ``config.json``, or hub id.
+            blocks: half-block range ``(first, last)`` of a pipeline stage; only its tensors are read and the
+                others stay on the meta device. None loads everything.
+            hub: ``revision``, ``subfolder`` and the like for hub ids.
+
+        Raises:
+            CheckpointError: a file or tensor is missing, or a tensor has the wrong size (it is named).
+        """
+        config = STDiT3Config.from_dict(load_config(folder, **hub))
+        with torch.device("meta"):
+            model = cls(config)
+        want: Callable[[str], bool] | None = None
+        if blocks is not None:
+            want = model.keys(*blocks, first=blocks[0] == 0, last=blocks[1] == model.spec.num_blocks)
+        rope = RotaryTable(config.hidden_size // config.num_heads)
+        load_module(model, folder, want, optional={"rope.freqs": rope.freqs}, **hub)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes ``config.json`` and ``diffusion_pytorch_model.safetensors``; ``dtype`` converts on the way."""
+        config = {"_class_name": "STDiT3", **asdict(self.config)}
+        save_module(self, folder, config, dtype)
+
+    def init_weights(self) -> None:
+        """Initial weights for training from scratch: quiet residual branches, zero output."""
+
+        def linear(module: nn.Module) -> None:
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+        self.apply(linear)
+        for embedder in (self.t_embedder, self.fps_embedder):
+            nn.init.normal_(embedder.mlp[0].weight, std=0.02)
+            nn.init.normal_(embedder.mlp[2].weight, std=0.02)
+        nn.init.normal_(self.t_block[1].weight, std=0.02)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for block in self.temporal_blocks:
+            nn.init.zeros_(block.attn.proj.weight)
+            nn.init.zeros_(block.mlp.fc2.weight)
+        for block in (*self.spatial_blocks, *self.temporal_blocks):
+            nn.init.zeros_(block.cross_attn.proj.weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+
+def _chunk_causal_mask(context: BlockContext, device: torch.device) -> Tensor | None:
+    """``[F, F]``, True where a frame (row) may read a frame (column): its own chunk and cleaner ones."""
+    if context.chunk_causal is None:
+        return None
+    chunk = torch.arange(context.grid.frames, device=device) // context.chunk_causal
+    return chunk[:, None] >= chunk[None, :]

@@ -1,0 +1,60 @@
+"""The reference loop, in one process: plan x denoiser -> clean chunks. Every engine must equal it bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from torch import Tensor
+
+from pavdm_dist.schedule import PlanRow
+from pavdm_dist.window import CleanChunk, Window
+
+# Guidance branches, in the order in which they are evaluated. They are separate calls everywhere: a batch of
+# two is not bit-equal to two calls, and as separate micro-batches they fill a pipeline.
+CONDITIONAL, UNCONDITIONAL = 0, 1
+
+
+class Denoiser(Protocol):
+    """Velocity of the whole window for one guidance branch."""
+
+    def __call__(self, x: Tensor, levels: Tensor, row: PlanRow, branch: int) -> Tensor:
+        """``x [1, C, F, h, w]``, ``levels [1, F]`` -> velocity ``[1, C, F, h, w]``, float32."""
+
+
+StepCallback = Callable[[PlanRow, Window], None]
+
+
+def num_branches(guidance_scale: float) -> int:
+    """1 without guidance (scale 1), else 2."""
+    return 1 if guidance_scale == 1 else 2
+
+
+def guide(velocities: list[Tensor], guidance_scale: float) -> Tensor:
+    """Classifier-free guidance, v_null + g (v_text - v_null), of velocities ordered by branch."""
+    if len(velocities) == 1:
+        return velocities[0]
+    conditional, unconditional = velocities[CONDITIONAL], velocities[UNCONDITIONAL]
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def sample(
+    window: Window, denoise: Denoiser, guidance_scale: float = 1.0, callback: StepCallback | None = None
+) -> Iterator[CleanChunk]:
+    """Runs a window to the end of its plan and yields its chunks as they become clean.
+
+    Args:
+        window: fresh, or restored from a snapshot.
+        denoise: the model, called once per branch and row.
+        guidance_scale: g; 1 evaluates the conditional branch only.
+        callback: called after every row with the row and the window.
+    """
+    branches = range(num_branches(guidance_scale))
+    for row in window.plan.rows(window.row):
+        x, levels = window.inputs(row)
+        velocity = guide([denoise(x, levels, row, branch) for branch in branches], guidance_scale)
+        clean = window.update(row, velocity)
+        if callback is not None:
+            callback(row, window)
+        if clean is not None:
+            yield clean

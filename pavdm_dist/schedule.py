@@ -1,0 +1,272 @@
+"""Noise levels and the window plan: pure arithmetic, no tensors (paper section 3.1-3.3).
+
+A level is a float in [0, 1]: 1 is pure noise, 0 is clean. A chunk walks the same ``T`` levels as in
+ordinary diffusion; only the moments differ between chunks. :class:`WindowPlan` says which chunks are in
+flight at every model call ("row"); growing at the start and draining at the end are the ends of that list.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from pavdm_dist.errors import ConfigError
+
+Start = Literal["noise", "chunk", "clip"]
+End = Literal["drain", "cut"]
+
+# The resolution at which the time shift is 1 for a single image (SD3-style shift as Open-Sora v1.2 uses it).
+BASE_RESOLUTION = 512
+
+
+def _float32(value: float) -> float:
+    """The nearest float32, as a Python float: levels must be the same number on every device."""
+    return struct.unpack("<f", struct.pack("<f", value))[0]
+
+
+def time_shift_ratio(height: int, width: int, num_latents: int, scale: float = 1.0) -> float:
+    """Ratio r of the resolution-dependent time shift.
+
+    Args:
+        height, width: frame size in pixels.
+        num_latents: latent frames of the *nominal* window (context included): 35 for 119 frames of the
+            Open-Sora codec. It stays the same while the window grows and drains.
+        scale: extra factor, 1 as published.
+    """
+    return math.sqrt(height * width) / BASE_RESOLUTION * math.sqrt(num_latents) * scale
+
+
+def shift_time(t: float, ratio: float) -> float:
+    """t' = r t / (1 + (r - 1) t); keeps 0 and 1, monotone for r > 0, so it commutes with moving the window."""
+    return ratio * t / (1 + (ratio - 1) * t)
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The T + 1 levels a chunk walks through, from pure noise to clean.
+
+    Attributes:
+        num_inference_steps: T, model calls that take a chunk from level 1 to level 0.
+        time_shift: r of :func:`shift_time`; 1 leaves the grid linear.
+    """
+
+    num_inference_steps: int
+    time_shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.num_inference_steps < 1:
+            raise ConfigError(f"num_inference_steps={self.num_inference_steps}: at least 1 is needed")
+        if not self.time_shift > 0:
+            raise ConfigError(f"time_shift={self.time_shift}: must be above 0 (1 = no shift)")
+
+    def level(self, steps_left: float) -> float:
+        """Level of a chunk that still has ``steps_left`` (0..T, fractions allowed in training) updates to go."""
+        return _float32(shift_time(steps_left / self.num_inference_steps, self.time_shift))
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """``levels[j]`` for j = 0..T steps left; every value is exactly a float32."""
+        return tuple(self.level(j) for j in range(self.num_inference_steps + 1))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One chunk's life.
+
+    Attributes:
+        index: 0, 1, 2, ... in time order; negative for given (already clean) input chunks, -1 the latest.
+        birth: row of its first update; negative when it enters from a clip at a lower level.
+        entry_steps: updates it gets in the run (T when born in the run).
+        init: ``noise`` or ``clip`` (a noised real latent).
+        role: ``emit`` or ``discard`` (only with ``end="cut"``).
+    """
+
+    index: int
+    birth: int
+    entry_steps: int
+    init: Literal["noise", "clip"]
+    role: Literal["emit", "discard"]
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One model call: its input is ``context`` (clean, t = 0) followed by ``chunks`` (noisy, cleanest first).
+
+    ``steps_left[i]`` is the number of updates chunk ``chunks[i]`` still needs *before* this call, this one
+    included. ``emit`` is the chunk that is clean and leaves after the call, if it is to be kept.
+    """
+
+    index: int
+    context: tuple[int, ...]
+    chunks: tuple[int, ...]
+    steps_left: tuple[int, ...]
+    born: tuple[int, ...]
+    emit: int | None
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """All chunks the model sees, in time order."""
+        return self.context + self.chunks
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """Which chunks are in flight at which model call (paper Alg. 1, sections 3.2-3.4).
+
+    Attributes:
+        num_inference_steps: T, updates from pure noise to clean.
+        window_chunks: W, noisy chunks of a full window; divides T.
+        latent_chunk_size: c, latent frames per chunk.
+        context_chunks: clean chunks kept in front of the window at t = 0 (the paper uses 1).
+        start: ``noise`` = from text alone; ``chunk`` = one clean chunk is given; ``clip`` = a real clip fills the
+            context and slots 0..W-2, noised to the staircase.
+        end: ``drain`` stops births and empties the window; ``cut`` goes on with births to the end and discards
+            the chunks that are still noisy.
+        num_chunks: K, new chunks to emit; None = endless.
+    """
+
+    num_inference_steps: int
+    window_chunks: int
+    latent_chunk_size: int
+    context_chunks: int = 1
+    start: Start = "noise"
+    end: End = "drain"
+    num_chunks: int | None = None
+
+    def __post_init__(self) -> None:
+        steps, width = self.num_inference_steps, self.window_chunks
+        for name in ("num_inference_steps", "window_chunks", "latent_chunk_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: at least 1 is needed")
+        if steps % width:
+            legal = _nearest_divisors(steps, width)
+            multiples = sorted({max(steps // width, 1) * width, (steps // width + 1) * width})
+            raise ConfigError(
+                f"window_chunks={width} does not divide num_inference_steps={steps}: use window_chunks "
+                f"{_join(legal)}, or num_inference_steps {_join(multiples)}"
+            )
+        if self.context_chunks < 0:
+            raise ConfigError(f"context_chunks={self.context_chunks}: 0 or more")
+        if self.start not in ("noise", "chunk", "clip"):
+            raise ConfigError(f"start={self.start!r}: must be noise, chunk or clip")
+        if self.end not in ("drain", "cut"):
+            raise ConfigError(f"end={self.end!r}: must be drain or cut")
+        if self.start == "chunk" and self.context_chunks == 0:
+            raise ConfigError("start=chunk needs context_chunks of at least 1: the given chunk is the context")
+        if self.num_chunks is not None and self.num_chunks < 1:
+            raise ConfigError(f"num_chunks={self.num_chunks}: at least 1 is needed")
+
+    @property
+    def steps_per_shift(self) -> int:
+        """S = T / W, model calls between two moves of the window."""
+        return self.num_inference_steps // self.window_chunks
+
+    @property
+    def given_context(self) -> int:
+        """Clean chunks the caller must give (their indices are -1, -2, ...)."""
+        return {"noise": 0, "chunk": 1, "clip": self.context_chunks}[self.start]
+
+    @property
+    def given_clip(self) -> int:
+        """Chunks of the caller's clip that enter noised, as chunks 0 .. W-2."""
+        return self.window_chunks - 1 if self.start == "clip" else 0
+
+    @property
+    def num_rows(self) -> int:
+        """Model calls of one guidance branch: S(W-1+K) from text or one chunk, SK from a clip.
+
+        Raises:
+            ConfigError: the plan is endless.
+        """
+        return self._birth(self._chunks_or_fail() - 1) + self.num_inference_steps
+
+    @property
+    def first_chunk_after_calls(self) -> int:
+        """Calls until the first chunk is clean: T from text or one chunk, S from a clip."""
+        return self._birth(0) + self.num_inference_steps
+
+    @property
+    def num_born(self) -> int:
+        """Chunks that are ever in flight: K when draining, W-1 more when cut.
+
+        Raises:
+            ConfigError: the plan is endless.
+        """
+        return self._chunks_or_fail() + (self.window_chunks - 1 if self.end == "cut" else 0)
+
+    @property
+    def latent_evaluations(self) -> int:
+        """Latent frames over all calls of one branch, context included (METHOD of cost: paper App. B)."""
+        step = self.steps_per_shift
+        sizes = sum(len(self.row(n).window) for n in range(0, self.num_rows, step))
+        return sizes * step * self.latent_chunk_size
+
+    def chunk(self, index: int) -> Chunk:
+        """The life of chunk ``index``.
+
+        Raises:
+            IndexError: no such chunk is born in this plan.
+        """
+        if index < 0 or (self.num_chunks is not None and index >= self.num_born):
+            raise IndexError(f"chunk {index} is not born in this plan")
+        birth = self._birth(index)
+        emitted = self.num_chunks is None or index < self.num_chunks
+        return Chunk(
+            index=index,
+            birth=birth,
+            entry_steps=self.num_inference_steps + min(birth, 0),
+            init="clip" if birth < 0 else "noise",
+            role="emit" if emitted else "discard",
+        )
+
+    def row(self, n: int) -> PlanRow:
+        """Row ``n`` (0-based), computed from ``n`` alone.
+
+        Raises:
+            IndexError: ``n`` is outside the plan.
+        """
+        if n < 0 or (self.num_chunks is not None and n >= self.num_rows):
+            raise IndexError(f"row {n} is outside the plan")
+        step, newest = self.steps_per_shift, n // self.steps_per_shift + self.given_clip
+        first = max(0, newest - self.window_chunks + 1)
+        last = newest if self.num_chunks is None else min(newest, self.num_born - 1)
+        chunks = tuple(range(first, last + 1))
+        left = tuple(self._birth(k) + self.num_inference_steps - n for k in chunks)
+        born = (newest,) if n % step == 0 and newest <= last else ()
+        kept = self.num_chunks is None or first < self.num_chunks
+        return PlanRow(
+            index=n,
+            context=tuple(range(max(first - self.context_chunks, -self.given_context), first)),
+            chunks=chunks,
+            steps_left=left,
+            born=born,
+            emit=first if left[0] == 1 and kept else None,
+        )
+
+    def rows(self, start: int = 0) -> Iterator[PlanRow]:
+        """Rows from ``start`` to the end, lazily; never ends when ``num_chunks`` is None."""
+        n = start
+        while self.num_chunks is None or n < self.num_rows:
+            yield self.row(n)
+            n += 1
+
+    def _birth(self, index: int) -> int:
+        return (index - self.given_clip) * self.steps_per_shift
+
+    def _chunks_or_fail(self) -> int:
+        if self.num_chunks is None:
+            raise ConfigError("num_chunks is not set: an endless plan has no length")
+        return self.num_chunks
+
+
+def _nearest_divisors(number: int, near: int) -> list[int]:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below = [d for d in divisors if d < near][-1:]
+    return below + [d for d in divisors if d > near][:1]
+
+
+def _join(values: list[int]) -> str:
+    return " or ".join(str(v) for v in values)

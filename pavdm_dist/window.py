@@ -1,0 +1,151 @@
+"""The state of one stream: the latents in flight, moved by a :class:`~pavdm_dist.schedule.WindowPlan`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.schedule import NoiseSchedule, PlanRow, WindowPlan
+
+NoiseSource = Callable[[int], Tensor]
+
+
+def chunk_noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
+    """Unit-variance float32 noise of one chunk, a function of (seed, chunk index) alone.
+
+    Drawn by a CPU generator, so that it is the same on every device, engine and restart.
+
+    Args:
+        seed: any integer.
+        index: chunk index, 0 and up.
+        shape: ``[channels, latent frames, height, width]``.
+    """
+    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
+    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class CleanChunk:
+    """A finished chunk: ``latents`` is ``[channels, latent frames, height, width]``, float32, normalised."""
+
+    index: int
+    latents: Tensor
+
+
+@dataclass(frozen=True)
+class WindowSnapshot:
+    """All that is needed to go on: the next row and the latents (noisy and context) by chunk index."""
+
+    row: int
+    latents: dict[int, Tensor]
+
+
+class Window:
+    """Latents of the chunks in flight and of the clean context, float32.
+
+    Args:
+        plan: the rows to follow.
+        schedule: levels by steps left; its T must be the plan's.
+        noise: chunk index -> ``[C, c, h, w]`` unit noise (:func:`chunk_noise` with seed and shape bound).
+        given: latents of the input: context chunks under -1, -2, ..., and with ``start="clip"`` the clean
+            latents of chunks 0 .. W-2, which are noised to their slot's level here.
+
+    Raises:
+        ConfigError: ``given`` does not hold what the plan's start needs.
+    """
+
+    def __init__(
+        self, plan: WindowPlan, schedule: NoiseSchedule, noise: NoiseSource, given: Mapping[int, Tensor] | None = None
+    ) -> None:
+        if schedule.num_inference_steps != plan.num_inference_steps:
+            raise ConfigError(
+                f"num_inference_steps={schedule.num_inference_steps} of the levels differs from "
+                f"{plan.num_inference_steps} of the plan"
+            )
+        self.plan = plan
+        self.row = 0
+        self._levels = schedule.levels
+        self._noise = noise
+        self._latents: dict[int, Tensor] = {}
+        given = dict(given or {})
+        needed = set(range(-plan.given_context, plan.given_clip))
+        if set(given) != needed:
+            raise ConfigError(f"start={plan.start} needs latents of chunks {sorted(needed)}, got {sorted(given)}")
+        for index, latents in given.items():
+            if index < 0:
+                self._latents[index] = latents.float()
+            elif plan.num_chunks is None or index < plan.num_born:
+                # Flow matching's forward process, x_t = (1 - t) x_0 + t eps.
+                t = self._levels[plan.chunk(index).entry_steps]
+                self._latents[index] = (1 - t) * latents.float() + t * noise(index)
+
+    @classmethod
+    def restore(
+        cls, snapshot: WindowSnapshot, plan: WindowPlan, schedule: NoiseSchedule, noise: NoiseSource
+    ) -> Window:
+        """The window as it was when ``snapshot`` was taken; the same arguments must be given otherwise."""
+        window = cls.__new__(cls)
+        window.plan, window.row = plan, snapshot.row
+        window._levels, window._noise = schedule.levels, noise
+        window._latents = {index: latents.clone() for index, latents in snapshot.latents.items()}
+        return window
+
+    def snapshot(self) -> WindowSnapshot:
+        """A copy of the state between two rows (kilobytes to a few megabytes)."""
+        return WindowSnapshot(self.row, {index: latents.clone() for index, latents in self._latents.items()})
+
+    def inputs(self, row: PlanRow) -> tuple[Tensor, Tensor]:
+        """What the model sees at ``row``: latents ``[1, C, F, h, w]`` and levels ``[1, F]``, both float32.
+
+        Chunks born at this row get their noise here.
+        """
+        for index in row.born:
+            if index not in self._latents:
+                self._latents[index] = self._noise(index)
+        latents = torch.cat([self._latents[index] for index in row.window], dim=1)
+        return latents.unsqueeze(0), self.levels(row).unsqueeze(0)
+
+    def levels(self, row: PlanRow) -> Tensor:
+        """Noise level of every latent frame at ``row``: float32 ``[F]``, zeros for the context."""
+        return row_levels(row, self._levels, self.plan.latent_chunk_size)
+
+    def update(self, row: PlanRow, velocity: Tensor) -> CleanChunk | None:
+        """One Euler step of every noisy chunk, z <- z + v (t - t'); the context's velocity is never read.
+
+        Args:
+            row: the row whose :meth:`inputs` the velocity was computed from; must be the window's next row.
+            velocity: ``[1, C, F, h, w]`` for the whole window.
+
+        Returns:
+            The chunk that became clean, if the plan keeps it.
+        """
+        if row.index != self.row:
+            raise ValueError(f"row {row.index} applied to a window that is at row {self.row}")
+        size = self.plan.latent_chunk_size
+        velocity = velocity[0].float()
+        for slot, (index, left) in enumerate(zip(row.chunks, row.steps_left, strict=True), start=len(row.context)):
+            drop = self._levels[left] - self._levels[left - 1]
+            self._latents[index] = self._latents[index] + velocity[:, slot * size : (slot + 1) * size] * drop
+        self.row += 1
+        clean = None if row.emit is None else CleanChunk(row.emit, self._latents[row.emit])
+        self._forget(row)
+        return clean
+
+    def _forget(self, row: PlanRow) -> None:
+        """Drops what no later row reads, so that memory stays constant."""
+        finished = row.steps_left[0] == 1
+        first_noisy = row.chunks[0] + 1 if finished else row.chunks[0]
+        for index in [i for i in self._latents if i < first_noisy - self.plan.context_chunks]:
+            del self._latents[index]
+
+
+def row_levels(row: PlanRow, levels: tuple[float, ...], latent_chunk_size: int) -> Tensor:
+    """Noise level of every latent frame at ``row``: float32 ``[F]``; ``levels[j]`` is the level at j steps left."""
+    per_chunk = [0.0] * len(row.context) + [levels[left] for left in row.steps_left]
+    return torch.tensor(per_chunk, dtype=torch.float32).repeat_interleave(latent_chunk_size)
