@@ -1,0 +1,315 @@
+"""Settings: dataclass defaults <- YAML file <- ``key=value`` overrides.
+
+OmegaConf stays in this file; what comes out are plain dataclasses. Every mistake is a
+:class:`~pavdm_dist.errors.ConfigError` that names the field, its value and what is legal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError, safe_dump, safe_load
+
+from pavdm_dist.errors import ConfigError
+
+T = TypeVar("T")
+
+DEFAULT_SECONDS = 5.0
+
+
+@dataclass
+class PromptChange:
+    """From chunk ``from_chunk`` (0-based, new chunks) on, newborn chunks follow ``prompt``."""
+
+    from_chunk: int
+    prompt: str
+
+
+@dataclass
+class SampleConfig:
+    """Everything ``pavdm sample`` and ``pavdm plan`` know. ``None`` means the checkpoint's own default."""
+
+    # what to render
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    prompt_schedule: list[PromptChange] = field(default_factory=list)
+    prompts: str | None = None  # file, one prompt a line; line i gets seed + i
+    seed: int = 0
+    num_frames: int | None = None  # new frames; or
+    seconds: float | None = None  # the same in seconds; 5 when neither is given
+    height: int | None = None
+    width: int | None = None
+    fps: float | None = None
+    video: str | None = None  # conditioning clip of start=chunk and start=clip
+    include_input: bool = False  # the clip in front of the new frames in the output
+    # the method
+    model: str = "embedded"  # embedded, a checkpoint folder or a hub id
+    num_inference_steps: int | None = None  # T
+    window_chunks: int | None = None  # W
+    latent_chunk_size: int | None = None  # c
+    context_chunks: int | None = None
+    guidance_scale: float | None = None  # 1 = no guidance
+    time_shift: float | None = None
+    start: Literal["noise", "chunk", "clip"] = "noise"
+    end: Literal["drain", "cut"] = "drain"
+    # where it runs
+    mode: str = "window"
+    num_stages: int = 0  # 0 = in this process, without Ray
+    threads_per_stage: int = 1
+    streams: int = 1  # videos in flight
+    layers_per_stage: list[int] | None = None  # half-blocks of each stage; None = balanced by cost
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    cpus_per_stage: float = 1.0  # Ray's logical CPUs
+    cpus_per_decoder: float = 0.0
+    gpus_per_stage: float = 0.0
+    ray_address: str | None = None  # None = RAY_ADDRESS, or a Ray of this process' own
+    link_timeout_s: float = 300.0  # must exceed the slowest model call of a stage
+    # what is written
+    output: str = "outputs"  # a .mp4 file, or a folder that gets NNNN-words-sSEED.mp4
+    chunks_per_segment: int = 6
+    save_latents: bool = False
+
+
+@dataclass
+class CodecTraining:
+    """The small causal video VAE (AutoencoderKLWan layout)."""
+
+    folder: str | None = None  # a trained codec; what=model needs one
+    base_dim: int = 16
+    latent_channels: int = 8
+    dim_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])
+    num_res_blocks: int = 1
+    kl_weight: float = 1e-6
+
+
+@dataclass
+class DataConfig:
+    """Moving handwritten digits; ``split`` keeps the held-out ones out of training."""
+
+    split: Literal["train", "test"] = "train"
+    height: int = 64
+    width: int = 64
+    fps: float = 24.0
+    num_frames: int = 41
+    max_digits: int = 2
+    batch_size: int = 8
+
+
+@dataclass
+class ModelConfig:
+    """STDiT3's sizes; names as in its ``config.json``."""
+
+    depth: int = 6
+    hidden_size: int = 192
+    num_heads: int = 6
+    caption_channels: int = 128
+    model_max_length: int = 32
+    patch_size: list[int] = field(default_factory=lambda: [1, 1, 1])
+    qk_norm: bool = True
+
+
+@dataclass
+class ObjectiveConfig:
+    """PA-VDM's training windows (paper section 3.2)."""
+
+    num_inference_steps: int = 24
+    window_chunks: int = 6
+    latent_chunk_size: int = 5
+    context_chunks: int = 1
+    causal_fraction: float = 0.5  # batches with the chunk-causal mask
+    prompt_dropout: float = 0.1
+    time_shift: float = 1.0
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    ema_decay: float = 0.999
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate: linear warm-up, then cosine to ``final_ratio`` of the peak."""
+
+    max_steps: int = 20_000
+    warmup_steps: int = 200
+    final_ratio: float = 0.05
+
+
+@dataclass
+class TrainConfig:
+    """Everything ``pavdm train`` knows."""
+
+    what: Literal["codec", "model"] = "model"
+    run_dir: str = "runs/embedded"
+    seed: int = 0
+    max_seconds: float | None = None  # stop (resumably) after this long
+    checkpoint_every_seconds: float = 120.0
+    log_every_steps: int = 20
+    sample_every_steps: int = 1000
+    codec: CodecTraining = field(default_factory=CodecTraining)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # merged into DeepSpeed's own JSON settings
+
+
+def load_config(cls: type[T], yaml_path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """Merge ``cls``'s defaults, a YAML file and ``key=value`` overrides, later ones winning.
+
+    Text fields take an override literally (``prompt=a: b``); other values are read as YAML; ``null`` is None.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (the nearest one is named) or a value of the wrong type.
+    """
+    config = OmegaConf.structured(cls)
+    if yaml_path is not None:
+        for key, value in _read_yaml(Path(yaml_path)).items():
+            _set(config, cls, [str(key)], value, origin=f"{yaml_path}: ")
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{item!r} is not an override: write key=value")
+        _set(config, cls, key.split("."), text, parse=True)
+    try:
+        result = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
+    assert isinstance(result, cls)
+    return result
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The settings as plain lists, dicts and scalars, for the sidecar JSON."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Any) -> str:
+    """The settings as YAML that :func:`load_config` reads back to an equal object."""
+    return safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file (`pavdm configs ls` lists the shipped ones)")
+    try:
+        content = safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise ConfigError(f"{path}: not readable as YAML ({_first_line(error)})") from error
+    if not isinstance(content, dict | None):
+        raise ConfigError(f"{path}: must hold `key: value` lines, not {_show(content)}")
+    return content or {}
+
+
+def _set(config: DictConfig, cls: type, path: list[str], value: Any, *, parse: bool = False, origin: str = "") -> None:
+    """Set one field, or every field of one section, descending through ``cls``'s annotations."""
+    name, annotation = "", cls
+    for depth, key in enumerate(path):
+        known = typing.get_type_hints(annotation)
+        if key not in known:
+            raise ConfigError(f"{origin}{'.'.join(path)}: {_no_such_key(key, known)}")
+        annotation, name = known[key], ".".join(path[: depth + 1])
+        if not dataclasses.is_dataclass(annotation):
+            break
+    rest = path[len(name.split(".")) :]
+    if rest and typing.get_origin(annotation) is not dict:
+        raise ConfigError(f"{origin}{'.'.join(path)}: {name} has no keys of its own")
+    if parse:
+        value = _parse(annotation, name, value)
+    for key in reversed(rest):
+        value = {key: value}
+    if dataclasses.is_dataclass(annotation):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{origin}{name}={_show(value)}: is a section, set its keys ({name}.KEY=VALUE)")
+        for key, entry in value.items():
+            _set(config, cls, [*path, str(key)], entry, origin=origin)
+        return
+    try:
+        OmegaConf.update(config, name, _escape(value), merge=bool(rest))
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ConfigError(origin + _explain(error, name, annotation, value)) from error
+
+
+def _parse(annotation: Any, name: str, text: str) -> Any:
+    """The value an override's text stands for."""
+    optional = _members(annotation)
+    if text == "null" and type(None) in optional:
+        return None
+    if str in optional or typing.get_origin(annotation) is Literal:
+        return text
+    try:
+        return safe_load(text)
+    except YAMLError as error:
+        raise ConfigError(f"{name}={text}: must be {_expected(annotation)}") from error
+
+
+def _explain(error: Exception, name: str, annotation: Any, value: Any) -> str:
+    (inner, *_) = _members(annotation)
+    item = typing.get_args(inner)[0] if typing.get_origin(inner) is list else None
+    if isinstance(error, ConfigKeyError) and dataclasses.is_dataclass(item):
+        return f"{name}: {_no_such_key(str(error.key), typing.get_type_hints(item))}"
+    where = getattr(error, "full_key", None) or name
+    if item is not None and where.startswith(f"{name}["):
+        return f"{where}={_show(getattr(error, 'value', None))}: must be {_expected(item)}"
+    return f"{name}={_show(value)}: must be {_expected(annotation)}"
+
+
+def _no_such_key(key: str, known: Sequence[str] | dict[str, Any]) -> str:
+    near = difflib.get_close_matches(key.replace("-", "_"), list(known), n=1, cutoff=0.5)
+    hint = f"the keys are {', '.join(known)}" if len(known) <= 12 else "--print-config lists the keys"
+    return f"no such key {key!r}" + (f", did you mean {near[0]}?" if near else f"; {hint}")
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(annotation) in (Union, types.UnionType)
+    return typing.get_args(annotation) if union else (annotation,)
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+
+
+def _expected(annotation: Any) -> str:
+    def word(kind: Any) -> str:
+        if typing.get_origin(kind) is Literal:
+            return ", ".join(typing.get_args(kind)[:-1]) + " or " + typing.get_args(kind)[-1]
+        if typing.get_origin(kind) is list:
+            (item,) = typing.get_args(kind)
+            return f"a list, each entry {word(item)}"
+        if dataclasses.is_dataclass(kind):
+            return "{" + ", ".join(f.name for f in dataclasses.fields(kind)) + "}"
+        return _WORDS.get(kind, "a mapping")
+
+    return " or ".join(word(kind) for kind in _members(annotation))
+
+
+def _show(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _escape(value: Any) -> Any:
+    """Keep OmegaConf from taking ``${`` in a prompt as an interpolation."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, dict):
+        return {key: _escape(entry) for key, entry in value.items()}
+    return [_escape(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
