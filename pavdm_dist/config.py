@@ -222,7 +222,8 @@ def _set(config: DictConfig, cls: type, path: list[str], value: Any, *, parse: b
     for depth, key in enumerate(path):
         known = typing.get_type_hints(annotation)
         if key not in known:
-            raise ConfigError(f"{origin}{'.'.join(path)}: {_no_such_key(key, known)}")
+            section = f"{name}: " if name else ""
+            raise ConfigError(f"{origin}{section}{_no_such_key(key, known)}")
         annotation, name = known[key], ".".join(path[: depth + 1])
         if not dataclasses.is_dataclass(annotation):
             break

@@ -1,0 +1,36 @@
+# `make demo` renders a 60 s video, `make test` runs every check. Both create .venv first if need be.
+# Another interpreter: make demo PYTHON=python3.12. Another environment: make test VENV=/path/to/venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The thread count is part of what a video's bits depend on; more than one per process also fights over two cores.
+export OMP_NUM_THREADS ?= 1
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+PROMPT := a red three drifting up and to the left, a blue seven bouncing
+
+.PHONY: demo test
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.core
+	$(BIN)/pavdm sample "$(PROMPT)" seconds=60 num_stages=2 output=demo.mp4 --overwrite
+
+test: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/pytest
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch is named so that an installed one of another version is replaced by the tested one.
+$(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 -e .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 -e '.[dev]'
+	touch $@ $(VENV)/.core

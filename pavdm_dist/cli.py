@@ -1,0 +1,254 @@
+"""The ``pavdm`` command: one function per verb, each calling one library function.
+
+``pavdm VERB [PROMPT] [CONFIG.yaml] [key=value ...]``; flags change how the command behaves, keys change what is
+rendered or trained. Heavy packages are imported inside the verbs, so ``pavdm --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pavdm_dist import __version__
+from pavdm_dist.errors import ConfigError, PAVDMError
+
+if TYPE_CHECKING:
+    from pavdm_dist.config import SampleConfig
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
+_EPILOG = """\
+Settings are dataclass defaults <- CONFIG.yaml <- key=value. `pavdm sample --print-config` shows all of them,
+`pavdm configs ls` lists the shipped files. Examples:
+
+  pavdm sample "a red three drifting up and to the left" seconds=10 output=three.mp4
+  pavdm plan configs/sample/opensora-240p.yaml chunks=22 num_stages=4 --json
+  pavdm train configs/train/embedded.yaml max_seconds=600
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status (0 done, 2 bad input or a failed run, 130 interrupted)."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.verb is None:
+        parser.print_help()
+        return 0
+    if rest:
+        # argparse takes positionals only up to the first flag; words behind a flag end up here.
+        flags = [word for word in rest if word.startswith("-")]
+        if flags or not hasattr(arguments, "words"):
+            parser.error(f"unrecognized arguments: {' '.join(flags or rest)} (settings are written key=value)")
+        arguments.words += rest
+    try:
+        from pavdm_dist.observe import setup_logging
+
+        setup_logging(arguments.verbose)
+        arguments.run(arguments)
+    except PAVDMError as error:
+        return _complain(str(error), EXIT_BAD_INPUT)
+    except KeyboardInterrupt as interrupt:
+        # Whoever was interrupted says in the exception where finished work lies.
+        return _complain(f"interrupted{': ' if str(interrupt) else ''}{interrupt}", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) has seen enough; closing stderr too keeps Python from reporting it.
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+def sample(arguments: argparse.Namespace) -> None:
+    """Render one prompt, or a file of prompts, to mp4."""
+    config = _sample_config(arguments.words, needs_prompt=not arguments.print_config)
+    if arguments.print_config:
+        _print_config(config)
+    elif arguments.dry_run:
+        from pavdm_dist.pipeline import plan_report
+
+        _print_report(plan_report(config), arguments.json)
+    else:
+        from pavdm_dist.observe import ChunkProgress
+        from pavdm_dist.pipeline import render_command
+
+        result = render_command(config, overwrite=arguments.overwrite, progress=ChunkProgress)
+        if arguments.json and result is not None:
+            print(json.dumps(result))
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """Show the window plan, its cost and the layer split, without rendering."""
+    words = [word for word in arguments.words if not word.startswith("chunks=")]
+    config = _sample_config(words, needs_prompt=False)
+    if arguments.print_config:
+        return _print_config(config)
+    chunks = None
+    for text in (word.partition("=")[2] for word in arguments.words if word not in words):
+        if not text.isdecimal() or int(text) < 1:
+            raise ConfigError(f"chunks={text}: must be a whole number above 0")
+        chunks = int(text)
+    if chunks is not None and (config.num_frames is not None or config.seconds is not None):
+        raise ConfigError(f"chunks={chunks}: stands for num_frames or seconds, give one of the three")
+    from pavdm_dist.pipeline import plan_report
+
+    _print_report(plan_report(config, chunks=chunks), arguments.json)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Train the codec or the model of a config file; run again to go on where it stopped."""
+    from pavdm_dist.config import TrainConfig, load_config
+
+    prompt, config_file, overrides = _sort_words(arguments.words)
+    if prompt is not None:
+        raise ConfigError(f"{prompt!r} is neither a .yaml file nor key=value")
+    config = load_config(TrainConfig, config_file, overrides)
+    if arguments.print_config:
+        return _print_config(config)
+    from pavdm_dist.train.loop import train_command
+
+    train_command(config)
+
+
+def configs(arguments: argparse.Namespace) -> None:
+    """List the shipped config files, or copy one to edit."""
+    from pavdm_dist.shipped import copy_config, describe_configs
+
+    if arguments.action == "ls":
+        found = describe_configs()
+        width = max(len(name) for name, _ in found)
+        for name, about in found:
+            print(f"{name:{width}}  {about}".rstrip())
+    else:
+        print(copy_config(arguments.name, arguments.target, overwrite=arguments.overwrite))
+
+
+def env(arguments: argparse.Namespace) -> None:
+    """Versions, processors and Ray's state, for bug reports; starts nothing."""
+    from pavdm_dist.observe import environment
+
+    _print_report(environment(), arguments.json)
+
+
+def _sample_config(words: Sequence[str], needs_prompt: bool) -> SampleConfig:
+    from pavdm_dist.config import SampleConfig, load_config
+    from pavdm_dist.validate import validate_sample
+
+    prompt, config_file, overrides = _sort_words(words)
+    if prompt is not None:
+        overrides = [f"prompt={prompt}", *overrides]
+    config = load_config(SampleConfig, config_file, overrides)
+    validate_sample(config, needs_prompt=needs_prompt)
+    return config
+
+
+def _sort_words(words: Sequence[str]) -> tuple[str | None, str | None, list[str]]:
+    """Tell the prompt, the config file and the overrides apart by their form."""
+    prompt: str | None = None
+    config_file: str | None = None
+    overrides = []
+    for word in words:
+        if _OVERRIDE.match(word):
+            overrides.append(word)
+        elif word.endswith((".yaml", ".yml")):
+            if config_file is not None:
+                raise ConfigError(f"two config files, {config_file} and {word}: give one")
+            config_file = word
+        elif prompt is not None:
+            raise ConfigError(f"two prompts, {prompt!r} and {word!r}: quote the prompt as one word")
+        else:
+            prompt = word
+    return prompt, config_file, overrides
+
+
+def _print_config(config: Any) -> None:
+    from pavdm_dist.config import to_yaml
+
+    print(to_yaml(config), end="")
+
+
+def _print_report(report: dict[str, Any], as_json: bool) -> None:
+    """A report as one JSON object, or as aligned ``name  value`` lines, nested ones indented."""
+    if as_json:
+        print(json.dumps(report))
+        return
+    for line in _report_lines(report):
+        print(line)
+
+
+def _report_lines(report: dict[str, Any], indent: str = "") -> list[str]:
+    width = max((len(str(key)) for key in report), default=0)
+    lines = []
+    for key, value in report.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}", *_report_lines(value, indent + "  ")]
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            lines.append(f"{indent}{key}")
+            lines += [f"{indent}  " + "  ".join(f"{k}={_cell(v)}" for k, v in row.items()) for row in value]
+        else:
+            lines.append(f"{indent}{key!s:{width}}  {_cell(value)}".rstrip())
+    return lines
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(_cell(item) for item in value)
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"pavdm: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pavdm",
+        description="Progressive autoregressive video diffusion: videos of any length at constant memory.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"pavdm {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
+
+    def add(function: Any, usage: str | None = None) -> argparse.ArgumentParser:
+        about = (function.__doc__ or "").strip()
+        verb = verbs.add_parser(function.__name__, help=about, description=about, usage=usage, allow_abbrev=False)
+        verb.set_defaults(run=function)
+        verb.add_argument("--verbose", action="store_true", help="log more")
+        return verb
+
+    verb = add(sample, "pavdm sample [PROMPT] [CONFIG.yaml] [key=value ...] [flags]")
+    verb.add_argument("words", nargs="*", metavar="PROMPT | CONFIG.yaml | key=value")
+    verb.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    verb.add_argument("--dry-run", action="store_true", help="check everything, print the plan, render nothing")
+    verb.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
+    verb.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+    verb = add(plan, "pavdm plan [CONFIG.yaml] [key=value ...] [chunks=K] [flags]")
+    verb.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value")
+    verb.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+
+    verb = add(train, "pavdm train CONFIG.yaml [key=value ...] [flags]")
+    verb.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value")
+    verb.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
+
+    verb = add(configs)
+    actions = verb.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("ls", help="list the shipped config files")
+    copy = actions.add_parser("cp", help="copy a shipped config file")
+    copy.add_argument("name", help="as listed by ls")
+    copy.add_argument("target", nargs="?", help="file or folder; default: the file's own name here")
+    copy.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
+    verb = add(env)
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser

@@ -1,0 +1,138 @@
+"""What a person sees while a command runs: log lines and progress.
+
+The library logs to ``pavdm_dist.*`` and leaves the root logger alone; only the command line calls
+:func:`setup_logging`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+PACKAGES = ("torch", "ray", "deepspeed", "diffusers", "av", "numpy", "safetensors", "omegaconf")
+
+logger = logging.getLogger(__name__)
+
+
+def setup_logging(verbose: bool = False, file: TextIO | None = None) -> None:
+    """Send this package's log records to ``file`` (default stderr), without the root logger.
+
+    Calling it again replaces the earlier set-up.
+    """
+    package = logging.getLogger("pavdm_dist")
+    handler = logging.StreamHandler(file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    package.handlers = [handler]
+    package.setLevel(logging.DEBUG if verbose else logging.INFO)
+    package.propagate = False
+
+
+class ChunkProgress:
+    """Progress of one or several videos, told chunk by chunk.
+
+    On a terminal one bar with frames, seconds of video per minute and time left; elsewhere one log line a chunk.
+
+    Args:
+        total_frames: new frames of *one* video.
+        fps: frames per second of the output, to count seconds of video.
+        num_videos: videos this bar covers.
+        file: where the bar goes; default stderr.
+        clock: seconds, monotonic (tests give their own).
+    """
+
+    def __init__(
+        self,
+        total_frames: int,
+        fps: float,
+        num_videos: int = 1,
+        file: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        stream = sys.stderr if file is None else file
+        self._total = total_frames * num_videos
+        self._fps = fps
+        self._several = num_videos > 1
+        self._clock = clock
+        self._start = clock()
+        self._done = 0
+        self._bar: tqdm | None = None
+        if stream.isatty():
+            layout = "{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} frames{postfix} [{elapsed}]"
+            self._bar = tqdm(total=self._total, file=stream, bar_format=layout, dynamic_ncols=True)
+            self._bar.set_postfix_str("first chunk on its way")
+
+    def chunk(self, stream: int, index: int, frames: int) -> None:
+        """Chunk ``index`` of video ``stream`` (both 0-based) has been decoded into ``frames`` frames."""
+        # The last chunk of a video may be trimmed by the caller or not; the bar never exceeds its total.
+        self._done = min(self._done + frames, self._total)
+        rate = self.seconds_per_minute
+        left = self._eta()
+        pace = f"{rate:.1f} s of video/min, {left} left"
+        if self._bar is not None:
+            self._bar.set_postfix_str(pace, refresh=False)
+            self._bar.n = self._done
+            self._bar.refresh()
+            return
+        video = f"video {stream} " if self._several else ""
+        logger.info("%schunk %d: %d/%d frames, %s", video, index, self._done, self._total, pace)
+
+    @property
+    def seconds_per_minute(self) -> float:
+        """Seconds of video rendered per minute so far, all videos together."""
+        elapsed = self._clock() - self._start
+        return self._done / self._fps * 60 / elapsed if elapsed > 0 else 0.0
+
+    def close(self) -> None:
+        """Leave the bar as it is and give the line back; harmless when called twice."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _eta(self) -> str:
+        if not self._done:
+            return "?"
+        left = (self._clock() - self._start) / self._done * (self._total - self._done)
+        hours, rest = divmod(round(left), 3600)
+        minutes, seconds = divmod(rest, 60)
+        return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, this package and what it stands on; None = not installed. Imports none of them."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("pavdm-dist", *PACKAGES):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processors, memory in GiB, GPUs and what Ray would connect to; starts and connects nothing."""
+    import torch
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    running = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory, 1),
+        "gpus": gpus,
+        "nccl": torch.distributed.is_available() and torch.distributed.is_nccl_available(),
+        "ray": {
+            "RAY_ADDRESS": os.environ.get("RAY_ADDRESS"),
+            "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE"),
+            "last_cluster_started_here": running.read_text().strip() if running.is_file() else None,
+        },
+    }

@@ -1,0 +1,51 @@
+"""The config files that come with the package: ``configs/`` of a checkout, or their copy in an installed wheel."""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+from pathlib import Path
+
+from pavdm_dist.errors import ConfigError
+
+
+def configs_root() -> Path:
+    """The folder of the shipped config files."""
+    package = Path(__file__).parent
+    installed = package / "_configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def describe_configs() -> list[tuple[str, str]]:
+    """(name, first comment line) of each shipped file, the name relative to the folder, e.g. ``sample/quick.yaml``."""
+    root = configs_root()
+    return [(path.relative_to(root).as_posix(), _first_comment(path)) for path in sorted(root.rglob("*.yaml"))]
+
+
+def copy_config(name: str, target: str | None = None, overwrite: bool = False) -> Path:
+    """Copy a shipped file to ``target`` (file or existing folder; default: here, under its own name).
+
+    Raises:
+        ConfigError: no such file, or the target exists and ``overwrite`` is False.
+    """
+    names = [known for known, _ in describe_configs()]
+    wanted = name.removeprefix("configs/")
+    wanted = wanted if wanted.endswith(".yaml") else f"{wanted}.yaml"
+    if wanted not in names:
+        near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.3)
+        raise ConfigError(f"{name}: no such config; {f'did you mean {near[0]}?' if near else 'see pavdm configs ls'}")
+    place = Path(target or ".")
+    place = place / Path(wanted).name if place.is_dir() else place
+    if place.exists() and not overwrite:
+        raise ConfigError(f"{place}: exists already; --overwrite replaces it")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(configs_root() / wanted, place)
+    except OSError as error:
+        raise ConfigError(f"{place}: cannot be written ({error.strerror})") from error
+    return place
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
