@@ -1,1 +1,1 @@
-"""Training: the embedded world, its codec, the PA-VDM objective and the loop. Imports no Ray."""
+"""Training of the embedded model: the synthetic world, the video codec and the diffusion transformer."""

@@ -1,38 +1,47 @@
-"""The embedded model's world: real handwritten digits that move in colour, described in full by their prompt.
+"""The embedded model's world: real handwritten digits moving in colour over a dim background.
 
-The digits are scikit-learn's bundled set (1,797 real 8x8 scans, BSD-3); their motion is synthetic. Identity,
-colour, direction, speed and count are all in the text, so what a generated video got wrong can be measured.
-Both kinds of motion go on for ever: drifting digits re-enter on the opposite side, bouncing ones turn at the
-walls.
+The glyphs are scikit-learn's bundled 8x8 digits (1,797 images by 43 writers, BSD-3), split once into
+training and held-out images. Every fact a prompt states (how many, which digit, colour, direction, speed)
+is a field of :class:`Digit`, so that what a model draws can be checked against what was asked.
+
+Lengths are pixels, times seconds, ``y`` grows downwards. Everything follows from the random generator given.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pavdm_dist.errors import ConfigError
 
-Split = Literal["train", "held-out"]
+Split = Literal["train", "heldout"]
+Floats = NDArray[np.float32]
 
-SIZE = 64  # pixels, height and width
+SIZE = 64
 FPS = 24
-GLYPH = 28  # pixels, height and width of a digit's box
+CELL = 3.5  # screen pixels per pixel of the 8x8 image: a glyph is 28 px high
+INK_EDGE = (0.32, 0.72)  # interpolated ink that is fully outside and fully inside a stroke
+HELDOUT_FRACTION = 0.2
+SPLIT_SEED = 20
+MASK_ALPHA = 0.05
+
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (235, 52, 52),
-    "green": (60, 200, 80),
-    "blue": (70, 110, 255),
-    "yellow": (245, 215, 60),
-    "cyan": (60, 220, 230),
-    "pink": (245, 110, 205),
+    "red": (235, 45, 40),
+    "green": (50, 205, 60),
+    "blue": (60, 90, 250),
+    "yellow": (245, 215, 40),
+    "cyan": (40, 215, 225),
+    "magenta": (230, 60, 220),
     "white": (240, 240, 240),
 }
-DIRECTIONS: dict[str, tuple[int, int]] = {  # (down, right)
+SPEEDS: dict[str, float] = {"slowly": 8.0, "": 18.0, "fast": 36.0}  # px/s; the middle one goes without saying
+DIRECTIONS: dict[str, tuple[int, int]] = {  # (y, x)
     "up": (-1, 0),
     "down": (1, 0),
     "to the left": (0, -1),
@@ -42,164 +51,245 @@ DIRECTIONS: dict[str, tuple[int, int]] = {  # (down, right)
     "down and to the left": (1, -1),
     "down and to the right": (1, 1),
 }
-SPEEDS: dict[str, float] = {"slowly": 8.0, "": 18.0, "fast": 36.0}  # pixels per second
-BACKGROUND_TOP, BACKGROUND_BOTTOM = (14, 16, 26), (34, 36, 52)
-HELD_OUT_EVERY = 5  # every fifth scan is never seen by the generator's training
+MOTIONS = ("drifting", "bouncing")
 
-VOCABULARY: tuple[str, ...] = (
-    ",", "a", "an", "and", "bouncing", "down", "drifting", "fast", "left", "right", "slowly", "the", "to", "up",
-    *COLOURS, *NUMBERS,
-)  # fmt: skip
+VOCABULARY: tuple[str, ...] = tuple(
+    dict.fromkeys(
+        ["a", ",", *COLOURS, *NUMBERS, *MOTIONS, *(word for word in SPEEDS if word)]
+        + [word for phrase in DIRECTIONS for word in phrase.split()]
+    )
+)
+"""Every word (and the comma) a prompt of this world can hold."""
 
-# Stored with checkpoints: weights trained in one world do not go on in another.
-WORLD_SETTINGS = {
+WORLD_SETTINGS: dict[str, Any] = {
+    "source": "sklearn.datasets.load_digits",
+    "heldout_fraction": HELDOUT_FRACTION,
+    "split_seed": SPLIT_SEED,
     "size": SIZE,
     "fps": FPS,
-    "glyph": GLYPH,
+    "cell": CELL,
+    "ink_edge": list(INK_EDGE),
     "colours": {name: list(rgb) for name, rgb in COLOURS.items()},
-    "speeds": {name or "normal": value for name, value in SPEEDS.items()},
-    "held_out_every": HELD_OUT_EVERY,
+    "speeds": dict(SPEEDS),
+    "directions": {name: list(step) for name, step in DIRECTIONS.items()},
+    "vocabulary": list(VOCABULARY),
 }
+"""What a checkpoint trained on this world stores beside its weights (JSON-ready)."""
 
 
 @dataclass(frozen=True)
 class Digit:
-    """One moving digit and the whole truth about it.
+    """One moving digit.
 
-    Attributes:
-        number: 0..9.
-        scan: index into the digit set.
-        colour: name in :data:`COLOURS`.
-        motion: ``drifting`` or ``bouncing``.
-        direction: name in :data:`DIRECTIONS` (of the start, for a bouncing digit).
-        speed: name in :data:`SPEEDS`.
-        position: top-left corner of its box at frame 0, ``(row, column)`` in pixels.
+    Args:
+        number: class, 0..9.
+        image: index into scikit-learn's digits.
+        colour: key of ``COLOURS``.
+        motion: "drifting" (constant velocity on a torus) or "bouncing" (the ink reflects at the borders).
+        direction: key of ``DIRECTIONS`` when drifting, "" when bouncing.
+        speed: key of ``SPEEDS``.
+        start: (y, x) of the glyph's top left corner at frame 0, px.
+        velocity: (y, x) at frame 0, px/s.
     """
 
     number: int
-    scan: int
+    image: int
     colour: str
-    motion: Literal["drifting", "bouncing"]
+    motion: str
     direction: str
     speed: str
-    position: tuple[float, float]
-
-    @property
-    def velocity(self) -> tuple[float, float]:
-        """Pixels per frame ``(down, right)`` at the start."""
-        down, right = DIRECTIONS[self.direction]
-        rate = SPEEDS[self.speed] / FPS / np.hypot(down, right)
-        return down * rate, right * rate
-
-    @property
-    def phrase(self) -> str:
-        """The digit's part of the prompt."""
-        words = ["a", self.colour, NUMBERS[self.number], self.motion, self.speed]
-        if self.motion == "drifting":
-            words.append(self.direction)
-        return " ".join(word for word in words if word)
-
-    def positions(self, start: int, count: int) -> NDArray[np.float64]:
-        """Top-left corners at frames ``start .. start + count - 1``: ``[count, 2]``, row and column."""
-        frames = np.arange(start, start + count)[:, None]
-        path = np.asarray(self.position) + frames * np.asarray(self.velocity)
-        if self.motion == "drifting":
-            return path % SIZE
-        span = SIZE - GLYPH
-        return span - np.abs(path % (2 * span) - span)
+    start: tuple[float, float]
+    velocity: tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Digits from back to front."""
+    """Digits in painting order (the last is on top) over a background.
+
+    Args:
+        digits: one or more digits.
+        background: colour at the middle of the frame, 0..255.
+        gradient: change of brightness along (y, x) over the whole frame, 0..255 levels.
+    """
 
     digits: tuple[Digit, ...]
-
-    @property
-    def prompt(self) -> str:
-        """The whole description, in a closed grammar (:data:`VOCABULARY`)."""
-        return ", ".join(digit.phrase for digit in self.digits)
+    background: tuple[float, float, float]
+    gradient: tuple[float, float]
 
 
-def sample_scene(rng: np.random.Generator, split: Split = "train", max_digits: int = 2) -> Scene:
-    """A random scene of 1 .. ``max_digits`` digits of different colours."""
-    count = int(rng.integers(1, max_digits + 1))
-    colours = rng.permutation(list(COLOURS))[:count]
-    _, numbers = _scans()
-    allowed = split_indices(split)
-    digits = []
-    for colour in colours:
-        scan = int(rng.choice(allowed))
-        motion: Literal["drifting", "bouncing"] = "drifting" if rng.random() < 0.6 else "bouncing"
-        diagonal = [name for name in DIRECTIONS if " and " in name]
-        direction = str(rng.choice(list(DIRECTIONS) if motion == "drifting" else diagonal))
-        span = SIZE if motion == "drifting" else SIZE - GLYPH
-        position = (float(rng.uniform(0, span)), float(rng.uniform(0, span)))
-        speed = str(rng.choice(list(SPEEDS)))
-        digits.append(Digit(int(numbers[scan]), scan, str(colour), motion, direction, speed, position))
-    return Scene(tuple(digits))
+@cache
+def load_glyphs() -> tuple[Floats, NDArray[np.int64]]:
+    """All handwritten digits: ink ``[1797, 8, 8]`` in 0..1 and classes ``[1797]``.
 
-
-def split_indices(split: Split) -> NDArray[np.int64]:
-    """Scans of a split; the two never overlap."""
-    held_out = np.arange(len(_scans()[1])) % HELD_OUT_EVERY == 0
-    return np.flatnonzero(held_out if split == "held-out" else ~held_out)
-
-
-def render(scene: Scene, start: int = 0, count: int = 1) -> NDArray[np.uint8]:
-    """Frames ``start .. start + count - 1`` at 24 fps: uint8 ``[count, 64, 64, 3]``."""
-    shade = np.linspace(0, 1, SIZE)[:, None, None]
-    background = (1 - shade) * np.array(BACKGROUND_TOP) + shade * np.array(BACKGROUND_BOTTOM)
-    frames = np.broadcast_to(background, (count, SIZE, SIZE, 3)).astype(np.float32)
-    for digit in scene.digits:
-        alpha = _alpha(digit, start, count)[..., None]
-        frames += alpha * (np.array(COLOURS[digit.colour], dtype=np.float32) - frames)
-    return np.round(frames).astype(np.uint8)
-
-
-def render_mask(scene: Scene, start: int = 0, count: int = 1) -> NDArray[np.bool_]:
-    """Where a digit is: bool ``[count, 64, 64]``."""
-    alphas = [_alpha(digit, start, count) for digit in scene.digits]
-    return np.max(alphas, axis=0) > 0.1
-
-
-def _alpha(digit: Digit, start: int, count: int) -> NDArray[np.float32]:
-    """Coverage of a digit, placed with sub-pixel precision: ``[count, 64, 64]`` in 0..1."""
-    glyph = np.pad(_glyph(digit.scan), ((1, 1), (1, 1)))
-    positions = digit.positions(start, count)
-    corner = np.floor(positions).astype(np.int64)
-    fraction = (positions - corner).astype(np.float32)
-    down, right = fraction[:, 0, None, None], fraction[:, 1, None, None]
-    rows = glyph[None, 1:] * (1 - down) + glyph[None, :-1] * down
-    patch = rows[:, :, 1:] * (1 - right) + rows[:, :, :-1] * right
-    reach = np.arange(patch.shape[1])
-    canvas = np.zeros((count, SIZE, SIZE), dtype=np.float32)
-    frame = np.arange(count)[:, None, None]
-    row = (corner[:, 0, None] + reach) % SIZE
-    column = (corner[:, 1, None] + reach) % SIZE
-    canvas[frame, row[:, :, None], column[:, None, :]] = patch
-    return canvas
-
-
-@lru_cache(maxsize=4096)
-def _glyph(scan: int) -> NDArray[np.float32]:
-    """A scan enlarged to the glyph box with crisp, smooth edges: ``[28, 28]`` in 0..1."""
-    from PIL import Image
-
-    small = Image.fromarray(_scans()[0][scan].astype(np.float32) / 16)
-    large = np.asarray(small.resize((GLYPH, GLYPH), Image.Resampling.BICUBIC))
-    edge = np.clip((large - 0.25) / 0.35, 0, 1)
-    return (edge * edge * (3 - 2 * edge)).astype(np.float32)
-
-
-@lru_cache(maxsize=1)
-def _scans() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """All scans ``[1797, 8, 8]`` (0..16) and their classes."""
+    Raises:
+        ConfigError: scikit-learn is not installed.
+    """
     try:
         from sklearn.datasets import load_digits
-    except ImportError as error:
+    except ImportError:
         raise ConfigError(
-            "the embedded world needs scikit-learn's digits: pip install 'pavdm-dist[train]'"
-        ) from error
+            "Training data needs scikit-learn's handwritten digits: run `pip install 'pavdm-dist[train]'`."
+        ) from None
     data = load_digits()
-    return data.images, data.target
+    return (data.images / 16.0).astype(np.float32), np.asarray(data.target, dtype=np.int64)
+
+
+@cache
+def split_indices(split: Split) -> NDArray[np.int64]:
+    """Indices of the images that belong to ``split``: the same share of every class, fixed for ever.
+
+    Raises:
+        ConfigError: ``split`` is neither "train" nor "heldout".
+    """
+    if split not in ("train", "heldout"):
+        raise ConfigError(f"split={split!r} does not exist: use 'train' or 'heldout'.")
+    _, classes = load_glyphs()
+    rng = np.random.default_rng(SPLIT_SEED)
+    chosen = []
+    for number in range(10):
+        members = rng.permutation(np.flatnonzero(classes == number))
+        cut = round(len(members) * HELDOUT_FRACTION)
+        chosen.append(members[:cut] if split == "heldout" else members[cut:])
+    return np.sort(np.concatenate(chosen))
+
+
+@cache
+def _ink_box(image: int) -> tuple[float, float, float, float]:
+    """Top, left, bottom, right of the visible ink, px from the glyph's top left corner."""
+    mask = _alpha(image, np.zeros((1, 2)) + SIZE / 4, wrap=False)[0] > 0.5
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    corner = SIZE / 4
+    return rows[0] - corner, columns[0] - corner, rows[-1] + 1 - corner, columns[-1] + 1 - corner
+
+
+def sample_scene(rng: np.random.Generator, split: Split = "train", num_digits: int | None = None) -> Scene:
+    """Draw a scene of one or two digits (``num_digits`` fixes the count) with different colours.
+
+    Raises:
+        ConfigError: ``num_digits`` below 1 or above the number of colours, or an unknown ``split``.
+    """
+    count = int(rng.integers(1, 3)) if num_digits is None else num_digits
+    if not 1 <= count <= len(COLOURS):
+        raise ConfigError(f"num_digits={count} is impossible: use 1 to {len(COLOURS)}, one colour each.")
+    colours = rng.permutation(list(COLOURS))[:count]
+    digits: list[Digit] = []
+    for colour in colours:
+        # Digits that start on top of each other could not be told apart in the first seconds: take the
+        # loneliest of a few places.
+        tries = [_sample_digit(rng, split, str(colour)) for _ in range(6 if digits else 1)]
+        digits.append(max(tries, key=lambda digit: min((_distance(digit, other) for other in digits), default=0.0)))
+    tint = rng.uniform(12, 30) + rng.uniform(-5, 5, size=3)
+    slope = rng.uniform(-12, 12, size=2)
+    return Scene(tuple(digits), (float(tint[0]), float(tint[1]), float(tint[2])), (float(slope[0]), float(slope[1])))
+
+
+def _sample_digit(rng: np.random.Generator, split: Split, colour: str) -> Digit:
+    number = int(rng.integers(10))
+    indices = split_indices(split)
+    image = int(rng.choice(indices[load_glyphs()[1][indices] == number]))
+    motion = MOTIONS[rng.integers(len(MOTIONS))]
+    speed = list(SPEEDS)[rng.integers(len(SPEEDS))]
+    if motion == "drifting":
+        direction = list(DIRECTIONS)[rng.integers(len(DIRECTIONS))]
+        angle = math.atan2(*DIRECTIONS[direction])
+        start = rng.uniform(0, SIZE, size=2)
+    else:
+        direction = ""
+        # Away from the axes, so that a bouncing digit visits more than one line of the frame.
+        angle = rng.integers(4) * math.pi / 2 + rng.uniform(math.pi / 9, math.pi / 2 - math.pi / 9)
+        low, high = _bounds(image)
+        start = rng.uniform(low, high)
+    velocity = (math.sin(angle) * SPEEDS[speed], math.cos(angle) * SPEEDS[speed])
+    return Digit(number, image, colour, motion, direction, speed, (float(start[0]), float(start[1])), velocity)
+
+
+def _distance(a: Digit, b: Digit) -> float:
+    gaps = [abs((p - q + SIZE / 2) % SIZE - SIZE / 2) for p, q in zip(a.start, b.start, strict=True)]
+    return math.hypot(*gaps)
+
+
+def _bounds(image: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Least and greatest (y, x) of the glyph's corner that keep its ink inside the frame."""
+    top, left, bottom, right = _ink_box(image)
+    return np.array([-top, -left]), np.array([SIZE - bottom, SIZE - right])
+
+
+def scene_prompt(scene: Scene) -> str:
+    """The sentence that describes a scene, e.g. "a red three drifting up and to the left, a blue seven bouncing fast"."""
+    phrases = []
+    for digit in scene.digits:
+        words = ["a", digit.colour, NUMBERS[digit.number], digit.motion, digit.speed, digit.direction]
+        phrases.append(" ".join(word for word in words if word))
+    return ", ".join(phrases)
+
+
+def positions(digit: Digit, start_frame: int, num_frames: int) -> NDArray[np.float64]:
+    """(y, x) ``[num_frames, 2]`` of the glyph's top left corner, px; on the torus [0, SIZE) when drifting."""
+    times = (start_frame + np.arange(num_frames))[:, None] / FPS
+    free = np.array(digit.start) + times * np.array(digit.velocity)
+    if digit.motion == "drifting":
+        return free % SIZE
+    low, high = _bounds(digit.image)
+    phase = (free - low) % (2 * (high - low))
+    return low + np.minimum(phase, 2 * (high - low) - phase)
+
+
+def _weights(offsets: NDArray[np.float64]) -> Floats:
+    """Catmull-Rom weights ``[..., 8]`` of the eight image rows at ``offsets`` px from the glyph's edge."""
+    x = np.abs((offsets[..., None] + 0.5) / CELL - 0.5 - np.arange(8)).astype(np.float32)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return np.where(x < 1, near, np.where(x < 2, far, np.float32(0)))
+
+
+def _alpha(image: int, corners: NDArray[np.float64], wrap: bool) -> Floats:
+    """Opacity ``[t, SIZE, SIZE]`` in 0..1 of one glyph at ``corners [t, 2]``."""
+    offsets = np.arange(SIZE)[None, :, None] - corners[:, None, :]
+    if wrap:
+        margin = (SIZE - 8 * CELL) / 2
+        offsets = (offsets + margin) % SIZE - margin
+    rows, columns = _weights(offsets[..., 0]), _weights(offsets[..., 1])
+    ink = (rows @ load_glyphs()[0][image]) @ columns.transpose(0, 2, 1)
+    low, high = INK_EDGE
+    edge = np.clip((ink - np.float32(low)) * np.float32(1 / (high - low)), 0, 1)
+    return edge * edge * (3 - 2 * edge)
+
+
+def _alphas(scene: Scene, start_frame: int, num_frames: int) -> list[Floats]:
+    return [
+        _alpha(digit.image, positions(digit, start_frame, num_frames), wrap=digit.motion == "drifting")
+        for digit in scene.digits
+    ]
+
+
+def _paint(scene: Scene, alphas: list[Floats]) -> NDArray[np.uint8]:
+    ramp = (np.arange(SIZE) + 0.5) / SIZE - 0.5
+    shade = scene.gradient[0] * ramp[:, None, None] + scene.gradient[1] * ramp[None, :, None]
+    background = np.clip(np.array(scene.background) + shade, 0, 255).astype(np.float32)
+    frames = np.broadcast_to(background, (*alphas[0].shape, 3))
+    for digit, alpha in zip(scene.digits, alphas, strict=True):
+        frames = frames + alpha[..., None] * (np.array(COLOURS[digit.colour], np.float32) - frames)
+    return (frames + np.float32(0.5)).astype(np.uint8)
+
+
+def _cover(alphas: list[Floats]) -> NDArray[np.bool_]:
+    mask = alphas[0] > MASK_ALPHA
+    for alpha in alphas[1:]:
+        mask |= alpha > MASK_ALPHA
+    return mask
+
+
+def render(scene: Scene, start_frame: int, num_frames: int) -> NDArray[np.uint8]:
+    """Frames ``[num_frames, SIZE, SIZE, 3]``, uint8 RGB, from ``start_frame`` on (any frame: motion has no end)."""
+    return _paint(scene, _alphas(scene, start_frame, num_frames))
+
+
+def render_mask(scene: Scene, start_frame: int, num_frames: int) -> NDArray[np.bool_]:
+    """Foreground ``[num_frames, SIZE, SIZE]``: where any digit covers more than ``MASK_ALPHA`` of a pixel."""
+    return _cover(_alphas(scene, start_frame, num_frames))
+
+
+def render_pair(scene: Scene, start_frame: int, num_frames: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """:func:`render` and :func:`render_mask` at the price of one."""
+    alphas = _alphas(scene, start_frame, num_frames)
+    return _paint(scene, alphas), _cover(alphas)
