@@ -241,7 +241,10 @@ def _set(config: DictConfig, cls: type, path: list[str], value: Any, *, parse: b
             _set(config, cls, [*path, str(key)], entry, origin=origin)
         return
     try:
-        OmegaConf.update(config, name, _escape(value), merge=bool(rest))
+        nested = _escape(value)
+        for key in reversed(name.split(".")):
+            nested = {key: nested}
+        config.merge_with(nested)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise ConfigError(origin + _explain(error, name, annotation, value)) from error
 
@@ -262,8 +265,13 @@ def _parse(annotation: Any, name: str, text: str) -> Any:
 def _explain(error: Exception, name: str, annotation: Any, value: Any) -> str:
     (inner, *_) = _members(annotation)
     item = typing.get_args(inner)[0] if typing.get_origin(inner) is list else None
-    if isinstance(error, ConfigKeyError) and dataclasses.is_dataclass(item):
-        return f"{name}: {_no_such_key(str(error.key), typing.get_type_hints(item))}"
+    key = getattr(error, "key", None)
+    if dataclasses.is_dataclass(item) and isinstance(key, str):
+        known = typing.get_type_hints(item)
+        if key in known:
+            return f"{name}: {key}={_show(getattr(error, 'value', None))}: must be {_expected(known[key])}"
+        if isinstance(error, ConfigKeyError):
+            return f"{name}: {_no_such_key(key, known)}"
     where = getattr(error, "full_key", None) or name
     if item is not None and where.startswith(f"{name}["):
         return f"{where}={_show(getattr(error, 'value', None))}: must be {_expected(item)}"

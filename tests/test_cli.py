@@ -1,0 +1,258 @@
+"""The command line: how words are told apart, exit codes, one-line errors, and what is printed."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pavdm_dist import cli
+from pavdm_dist.config import SampleConfig, TrainConfig, load_config
+from pavdm_dist.errors import EngineError
+from pavdm_dist.observe import ChunkProgress
+
+PLAN = {"model_calls": 135, "chunks": 22, "layer_split": [6, 6], "stages": [{"stage": 0, "ms": 1.5}], "cost": {"a": 2}}
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging() -> Iterator[None]:
+    package = logging.getLogger("pavdm_dist")
+    before = (package.handlers, package.level, package.propagate)
+    yield
+    package.handlers, package.level, package.propagate = before
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Stand-ins for the three library functions behind the verbs; records what they were given."""
+    seen: list[tuple[Any, ...]] = []
+
+    def render_command(config: SampleConfig, overwrite: bool, progress: Any) -> dict[str, str]:
+        seen.append(("render", config, overwrite, progress))
+        return {"output": config.output}
+
+    def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, Any]:
+        seen.append(("plan", config, chunks))
+        return PLAN
+
+    pipeline = types.ModuleType("pavdm_dist.pipeline")
+    pipeline.__dict__.update(render_command=render_command, plan_report=plan_report)
+    loop = types.ModuleType("pavdm_dist.train.loop")
+    loop.__dict__.update(train_command=lambda config: seen.append(("train", config)))
+    monkeypatch.setitem(sys.modules, "pavdm_dist.pipeline", pipeline)
+    monkeypatch.setitem(sys.modules, "pavdm_dist.train.loop", loop)
+    return seen
+
+
+def test_sample_sorts_its_words(calls: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("seed: 3\nfps: 12\n")
+    assert cli.main(["sample", "a red three, x=y", str(file), "fps=8", "--overwrite", "num_stages=2"]) == 0
+    ((verb, config, overwrite, progress),) = calls
+    assert (verb, overwrite, progress) == ("render", True, ChunkProgress)
+    assert (config.prompt, config.seed, config.fps, config.num_stages) == ("a red three, x=y", 3, 8.0, 2)
+
+
+def test_a_prompt_may_hold_an_equals_sign_after_a_space(calls: list[tuple[Any, ...]]) -> None:
+    assert cli.main(["sample", "two digits: 1+1 = 2"]) == 0
+    assert calls[0][1].prompt == "two digits: 1+1 = 2"
+
+
+def test_dry_run_plans_and_renders_nothing(calls: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sample", "x", "--dry-run"]) == 0
+    assert [call[0] for call in calls] == ["plan"]
+    assert "model_calls  135" in capsys.readouterr().out
+
+
+def test_plan_takes_bare_chunks_and_prints_one_json_object(
+    calls: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", "chunks=22", "num_inference_steps=30", "window_chunks=6", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == PLAN
+    assert calls[0][2] == 22
+    assert calls[0][1].num_inference_steps == 30
+
+
+def test_plan_prints_readable_lines(calls: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "layer_split  6 6" in lines
+    assert "  stage=0  ms=1.5" in lines
+    assert calls[0][2] is None
+
+
+def test_train_hands_the_merged_settings_over(calls: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    file = tmp_path / "t.yaml"
+    file.write_text("what: codec\n")
+    assert cli.main(["train", str(file), "max_seconds=600"]) == 0
+    assert calls == [("train", load_config(TrainConfig, file, ["max_seconds=600"]))]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["sample"], "nothing to render"),
+        (["sample", "x", "num_frame=3"], "did you mean num_frames?"),
+        (["sample", "red", "three"], "quote the prompt"),
+        (["sample", "x", "a.yaml", "b.yaml"], "two config files"),
+        (["sample", "x", "a.yaml"], "no such config file"),
+        (["plan", "chunks=0"], "chunks=0: must be a whole number above 0"),
+        (["plan", "chunks=x"], "chunks=x"),
+        (["plan", "chunks=3", "num_frames=7"], "give one of the three"),
+        (["train", "embedded"], "neither a .yaml file nor key=value"),
+        (["configs", "cp", "sample/quik"], "did you mean sample/quick.yaml?"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_status_2(
+    calls: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert not calls
+    assert out == ""
+    assert err.startswith("pavdm: ")
+    assert err.count("\n") == 1
+    assert sentence in err
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "line"),
+    [
+        (EngineError("stage 1 died:\nkilled"), 2, "pavdm: stage 1 died: killed\n"),
+        (KeyboardInterrupt(), 130, "pavdm: interrupted\n"),
+        (KeyboardInterrupt("12 s are in a.mp4.parts"), 130, "pavdm: interrupted: 12 s are in a.mp4.parts\n"),
+    ],
+)
+def test_failures_of_the_run(
+    calls: list[tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    raised: BaseException,
+    status: int,
+    line: str,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(sys.modules["pavdm_dist.pipeline"], "render_command", fail)
+    assert cli.main(["sample", "x"]) == status
+    assert capsys.readouterr().err == line
+
+
+def test_faults_of_the_package_keep_their_traceback(
+    calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["pavdm_dist.pipeline"], "plan_report", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["plan"])
+
+
+@pytest.mark.parametrize("words", [["sample", "x", "--seed", "3"], ["env", "stray"], ["configs"], ["render"]])
+def test_unknown_flags_and_verbs_exit_with_status_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    assert "usage: pavdm" in capsys.readouterr().err
+
+
+def test_printed_config_is_a_valid_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["sample", "--print-config", "seed=5", "layers_per_stage=[1, 2]", "num_stages=2"]) == 0
+    file = tmp_path / "printed.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert load_config(SampleConfig, file) == SampleConfig(seed=5, layers_per_stage=[1, 2], num_stages=2)
+
+
+def test_configs_ls_and_cp(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["configs", "ls"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert {"sample/demo.yaml", "train/embedded.yaml"} <= set(names)
+    assert cli.main(["configs", "cp", "sample/quick.yaml"]) == 0
+    copied = (tmp_path / "quick.yaml").read_text()
+    assert load_config(SampleConfig, tmp_path / "quick.yaml").num_stages == 0
+
+    (tmp_path / "quick.yaml").write_text("mine")
+    assert cli.main(["configs", "cp", "sample/quick"]) == 2
+    assert (tmp_path / "quick.yaml").read_text() == "mine"
+    assert cli.main(["configs", "cp", "sample/quick", "--overwrite"]) == 0
+    assert (tmp_path / "quick.yaml").read_text() == copied
+
+
+def test_env_reports_versions_and_starts_no_ray(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    assert cli.main(["env", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert report["cpus"] >= 1
+    ray = sys.modules.get("ray")
+    assert ray is None or not ray.is_initialized() or "RAY_ADDRESS" in report["ray"]
+
+
+def test_logging_leaves_the_root_logger_alone(calls: list[tuple[Any, ...]]) -> None:
+    before = list(logging.getLogger().handlers)
+    assert cli.main(["plan", "--verbose"]) == 0
+    assert logging.getLogger().handlers == before
+    assert logging.getLogger("pavdm_dist").level == logging.DEBUG
+    assert len(logging.getLogger("pavdm_dist").handlers) == 1
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    """Seconds that pass only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_progress_logs_a_line_per_chunk_when_not_on_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    clock, out = Clock(), io.StringIO()
+    progress = ChunkProgress(48, fps=24, num_videos=2, file=out, clock=clock)
+    with caplog.at_level(logging.INFO, logger="pavdm_dist"):
+        for index, stream in enumerate((0, 1)):
+            clock.now += 10
+            progress.chunk(stream, index, 24)
+    progress.close()
+    # 24 of 96 frames in 10 s: 1 s of video in 10 s is 6 a minute, 72 frames take 30 s more.
+    assert [record.getMessage() for record in caplog.records] == [
+        "video 0 chunk 0: 24/96 frames, 6.0 s of video/min, 0:30 left",
+        "video 1 chunk 1: 48/96 frames, 6.0 s of video/min, 0:20 left",
+    ]
+    assert out.getvalue() == ""
+
+
+def test_progress_draws_one_bar_on_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    clock, out = Clock(), Terminal()
+    progress = ChunkProgress(100, fps=10, file=out, clock=clock)
+    clock.now += 60
+    progress.chunk(0, 0, 40)
+    progress.chunk(0, 1, 80)  # a last chunk that is longer than what is kept
+    progress.close()
+    progress.close()
+    assert "40/100 frames, 4.0 s of video/min, 1:30 left" in out.getvalue()
+    assert "100/100 frames" in out.getvalue()
+    assert "120/100" not in out.getvalue()
+    assert not caplog.records
+
+
+def test_the_module_runs_as_a_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pavdm_dist", "sample"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("pavdm: nothing to render")

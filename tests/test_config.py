@@ -1,0 +1,170 @@
+"""Settings: merge order, refusals that name the field, and the checks that need no tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pavdm_dist.config import PromptChange, SampleConfig, TrainConfig, load_config, to_dict, to_yaml
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.shipped import configs_root
+from pavdm_dist.validate import frames_wanted, validate_sample
+
+
+def sample(*overrides: str) -> SampleConfig:
+    return load_config(SampleConfig, None, overrides)
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        validate_sample(sample(*overrides))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("seed: 3\nwindow_chunks: 4\n")
+    merged = load_config(SampleConfig, file, ["window_chunks=5"])
+    assert (merged.seed, merged.window_chunks, merged.num_stages) == (3, 5, 0)
+
+
+def test_sections_merge_key_by_key(tmp_path: Path) -> None:
+    file = tmp_path / "t.yaml"
+    file.write_text("optimizer: {lr: 0.5}\ndeepspeed: {bf16: {enabled: true}}\n")
+    merged = load_config(
+        TrainConfig, file, ["optimizer.betas=[0.8, 0.9]", "deepspeed.zero_optimization.stage=1", "data.batch_size=2"]
+    )
+    assert merged.optimizer.lr == 0.5
+    assert merged.optimizer.betas == [0.8, 0.9]
+    assert merged.optimizer.ema_decay == TrainConfig().optimizer.ema_decay
+    assert merged.deepspeed == {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+    assert merged.data.batch_size == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["num_frame=3"], ["num_frame", "did you mean num_frames?"]),
+        (["num-frames=3"], ["num-frames", "did you mean num_frames?"]),
+        (["num_frames=many"], ["num_frames=many", "a whole number or null"]),
+        (["num_frames=1.5"], ["num_frames=1.5", "a whole number"]),
+        (["fps=true"], ["fps=True", "a number"]),
+        (["seed=null"], ["seed=null", "a whole number"]),
+        (["seed=[1"], ["seed=[1", "a whole number"]),
+        (["start=frame"], ["start=frame", "noise, chunk or clip"]),
+        (["layers_per_stage=[2, x]"], ["layers_per_stage[1]=x", "a whole number"]),
+        (["layers_per_stage=4"], ["layers_per_stage=4", "a list"]),
+        (["prompt_schedule=[{from_chunk: 2, promt: x}]"], ["prompt_schedule", "'promt'", "did you mean prompt?"]),
+        (["prompt_schedule=[{from_chunk: 2}]"], ["prompt_schedule[0].prompt", "missing"]),
+        (["prompt_schedule=[{from_chunk: x, prompt: y}]"], ["prompt_schedule: from_chunk=x", "a whole number"]),
+        (["prompt_schedule=[3]"], ["prompt_schedule", "{from_chunk, prompt}"]),
+        (["seed.x=1"], ["seed has no keys"]),
+        (["seed"], ["'seed'", "key=value"]),
+    ],
+)
+def test_a_wrong_override_names_field_value_and_what_is_legal(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        sample(*overrides)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("optimizer: {lrr: 1}", ["optimizer: ", "did you mean lr?"]),
+        ("optimizer: 3", ["optimizer=3", "section"]),
+        ("- 1", ["key: value"]),
+        ("a: [", ["not readable as YAML"]),
+        ("data: {split: both}", ["data.split=both", "train or test"]),
+    ],
+)
+def test_a_wrong_file_names_itself_and_the_field(tmp_path: Path, content: str, words: list[str]) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError) as error:
+        load_config(TrainConfig, file)
+    assert all(word in str(error.value) for word in [str(file), *words]), str(error.value)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such config file"):
+        load_config(SampleConfig, tmp_path / "none.yaml")
+
+
+@given(st.text(st.characters(blacklist_categories=["Cs", "Cc"])), st.integers(0, 2**60))
+def test_prompts_are_taken_literally(text: str, seed: int) -> None:
+    config = sample(f"prompt={text}", f"seed={seed}")
+    assert config.prompt == (None if text == "null" else text)
+    assert config.seed == seed
+
+
+@pytest.mark.parametrize("text", ["a: b", "no", "3", "${seed}", r"\${seed}", "[1, 2]", "x=y", "two, words"])
+def test_dumped_yaml_reads_back_equal(tmp_path: Path, text: str) -> None:
+    config = sample(f"prompt={text}", "seconds=1e1", "layers_per_stage=[3, 4]")
+    config.prompt_schedule = [PromptChange(3, text)]
+    file = tmp_path / "dump.yaml"
+    file.write_text(to_yaml(config))
+    assert config.prompt == text
+    assert load_config(SampleConfig, file) == config
+    assert to_dict(config)["prompt_schedule"] == [{"from_chunk": 3, "prompt": text}]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["prompt=x", "num_frames=0"], "num_frames=0: must be above 0"),
+        (["prompt=x", "num_frames=-5"], "num_frames=-5"),
+        (["prompt=x", "fps=.nan"], "fps=nan: must be a finite number"),
+        (["prompt=x", "guidance_scale=-1"], "guidance_scale=-1.0: must be 0 or more"),
+        (["prompt=x", "num_frames=5", "seconds=2"], "give one of them"),
+        (["prompt=x", "mode=causal"], "mode=causal: this version has mode=window only"),
+        (["prompt=x", "num_inference_steps=30", "window_chunks=7"], "use window_chunks 6 or 10"),
+        (["prompt=x", "num_inference_steps=31", "window_chunks=6"], "num_inference_steps 30 or 36"),
+        ([], "nothing to render"),
+        (["prompt= "], "nothing to render"),
+        (["prompt=x", "prompts=y.txt"], "give one of them"),
+        (["prompts=no/such/file.txt"], "no such file"),
+        (["prompt=x", "start=clip"], "needs a conditioning clip"),
+        (["prompt=x", "video=clip.mp4"], "start=noise uses no clip"),
+        (["prompt=x", "start=clip", "video=no/such.mp4"], "no such file"),
+        (["prompt=x", "include_input=true"], "there is no input"),
+        (["prompt=x", "layers_per_stage=[2, 2]"], "set num_stages=2"),
+        (["prompt=x", "num_stages=3", "layers_per_stage=[2, 2]"], "2 entries for num_stages=3"),
+        (["prompt=x", "num_stages=2", "layers_per_stage=[0, 2]"], "at least 1 half-block"),
+        (["prompt=x", "prompt_schedule=[{from_chunk: 0, prompt: y}]"], "from_chunk=0 must be above 0"),
+        (
+            ["prompt=x", "prompt_schedule=[{from_chunk: 4, prompt: y}, {from_chunk: 4, prompt: z}]"],
+            "from_chunk=4 must be above 4",
+        ),
+    ],
+)
+def test_contradictions_are_refused_without_any_tensor(overrides: list[str], words: str) -> None:
+    assert words in refused(*overrides)
+
+
+def test_prompt_files_need_an_output_folder(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red three\n")
+    assert "must be a folder" in refused(f"prompts={file}", "output=a.mp4")
+    validate_sample(sample(f"prompts={file}", "output=shots"))
+
+
+def test_lengths() -> None:
+    assert frames_wanted(sample("num_frames=7"), 24) == 7
+    assert frames_wanted(sample("seconds=2.5"), 24) == 60
+    assert frames_wanted(sample(), 8) == 40
+    assert frames_wanted(sample("seconds=0.001"), 24) == 1
+
+
+def test_shipped_files_are_valid() -> None:
+    files = sorted(configs_root().rglob("*.yaml"))
+    assert {"sample", "train"} <= {file.parent.name for file in files}
+    for file in files:
+        if file.parent.name == "train":
+            load_config(TrainConfig, file)
+        else:
+            validate_sample(load_config(SampleConfig, file), needs_prompt=False)
