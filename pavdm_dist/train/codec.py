@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.train.world import WORLD_SETTINGS, Scene, Split, render, render_mask, sample_scene
+from pavdm_dist.train.world import WORLD_SETTINGS, Scene, Split, render_pair, sample_scene
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def averaged_codec(run_dir: str | Path, config: CodecTraining) -> Any:
 
 
 @torch.no_grad()
-def evaluate(run_dir: str | Path, config: CodecTraining, clips: int = 16, split: Split = "held-out") -> float:
+def evaluate(run_dir: str | Path, config: CodecTraining, clips: int = 16, split: Split = "heldout") -> float:
     """Foreground PSNR in dB on digits never trained on; writes ``reconstruction.png`` (input above output)."""
     from PIL import Image
 
@@ -217,8 +217,8 @@ def _batch(config: CodecTraining, step: int) -> tuple[Tensor, Tensor]:
 
 def _frames(scenes: list[Scene], starts: list[int], count: int) -> tuple[Tensor, Tensor]:
     """Frames ``[b, 3, t, H, W]`` in [-1, 1] and digit masks ``[b, t, H, W]``."""
-    frames = np.stack([render(scene, start, count) for scene, start in zip(scenes, starts, strict=True)])
-    masks = np.stack([render_mask(scene, start, count) for scene, start in zip(scenes, starts, strict=True)])
+    pairs = [render_pair(scene, start, count) for scene, start in zip(scenes, starts, strict=True)]
+    frames, masks = (np.stack(part) for part in zip(*pairs, strict=True))
     pixels = rearrange(torch.from_numpy(frames), "b t h w c -> b c t h w").float()
     return pixels / 127.5 - 1, torch.from_numpy(masks)
 
