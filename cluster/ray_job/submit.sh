@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Submit the 60 s demo to a running Ray cluster as a Ray job, follow its log, and end with its status.
+#
+#   cluster/ray_job/submit.sh [key=value ...]        further settings of `pavdm sample`
+#
+# Environment:
+#   RAY_API_SERVER_ADDRESS  dashboard of the cluster (default http://127.0.0.1:8265)
+#   PYTHON   interpreter on the cluster's machines that has this project's packages (default: this one's python3)
+#   OUTPUT   absolute path on the machine that runs the driver, the head by default (default: ./demo.mp4 from here)
+#   RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or ~/.ray/auth_token, when the cluster asks for a token
+set -euo pipefail
+
+repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+address="${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}"
+# `python` on a worker may be the system's, without ray: name the interpreter.
+python="${PYTHON:-$(command -v python3)}"
+output="${OUTPUT:-$PWD/demo.mp4}"
+
+if [[ "$output" != /* ]]; then
+  echo "submit.sh: OUTPUT=$output must be absolute: a job's own folder is deleted after it" >&2
+  exit 2
+fi
+
+exec "$python" -m ray.scripts.scripts job submit \
+  --address "$address" \
+  --working-dir "$repository" \
+  --runtime-env-json '{"excludes": [".git", ".venv", "docs", "tests"], "env_vars": {"OMP_NUM_THREADS": "1"}}' \
+  -- \
+  "$python" -m pavdm_dist sample "a red three drifting up and to the left, a blue seven bouncing" \
+  seconds=60 num_stages=2 "output=$output" --overwrite "$@"

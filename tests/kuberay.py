@@ -1,0 +1,103 @@
+"""Offline check of KubeRay RayJob manifests.
+
+KubeRay's own fields are checked against a schema written here from its API reference (``ray.io/v1``); every pod
+template is checked against Kubernetes' published schemas by ``kubernetes-validate``. Unknown fields are errors in
+both: an API server would drop them in silence. Not checked: what only a server can (CEL rules, admission, quotas).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+
+KUBERNETES_VERSION = "1.31"
+
+_STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
+_COUNT = {"type": "integer", "minimum": 0}
+_POD = {"type": "object", "required": ["spec"]}  # content: kubernetes-validate
+
+
+def _object(required: list[str], **fields: Any) -> dict[str, Any]:
+    return {"type": "object", "required": required, "properties": fields, "additionalProperties": False}
+
+
+_HEAD = _object(
+    ["template"],
+    rayStartParams=_STRINGS,
+    template=_POD,
+    serviceType={"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
+    enableIngress={"type": "boolean"},
+)
+_WORKERS = _object(
+    ["groupName", "template", "minReplicas", "maxReplicas"],
+    groupName={"type": "string"},
+    replicas=_COUNT,
+    minReplicas=_COUNT,
+    maxReplicas=_COUNT,
+    numOfHosts={"type": "integer", "minimum": 1},
+    idleTimeoutSeconds=_COUNT,
+    suspend={"type": "boolean"},
+    rayStartParams=_STRINGS,
+    template=_POD,
+)
+_CLUSTER = _object(
+    ["headGroupSpec", "rayVersion"],
+    rayVersion={"type": "string", "pattern": r"^\d+\.\d+\.\d+$"},
+    authOptions=_object(["mode"], mode={"enum": ["disabled", "token"]}),
+    enableInTreeAutoscaling={"type": "boolean"},
+    headGroupSpec=_HEAD,
+    workerGroupSpecs={"type": "array", "items": _WORKERS},
+    suspend={"type": "boolean"},
+)
+RAYJOB_SCHEMA = _object(
+    ["apiVersion", "kind", "metadata", "spec"],
+    apiVersion={"const": "ray.io/v1"},
+    kind={"const": "RayJob"},
+    metadata=_object([], name={"type": "string"}, namespace={"type": "string"}, labels=_STRINGS, annotations=_STRINGS),
+    spec=_object(
+        ["entrypoint", "rayClusterSpec"],
+        entrypoint={"type": "string", "minLength": 1},
+        runtimeEnvYAML={"type": "string"},
+        submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
+        shutdownAfterJobFinishes={"type": "boolean"},
+        ttlSecondsAfterFinished=_COUNT,
+        activeDeadlineSeconds={"type": "integer", "minimum": 1},
+        backoffLimit=_COUNT,
+        suspend={"type": "boolean"},
+        metadata=_STRINGS,
+        entrypointNumCpus={"type": "number", "minimum": 0},
+        entrypointNumGpus={"type": "number", "minimum": 0},
+        entrypointResources={"type": "string"},
+        rayClusterSpec=_CLUSTER,
+    ),
+)
+
+
+def problems(manifest: Any) -> list[str]:
+    """Everything wrong with a RayJob manifest, one line each, with the path of the field; [] = valid."""
+    validator = jsonschema.Draft202012Validator(RAYJOB_SCHEMA)
+    found = [f"{error.json_path}: {error.message}" for error in validator.iter_errors(manifest)]
+    for path, template in _templates(manifest):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "template"}, **template}
+        try:
+            kubernetes_validate.validate(pod, KUBERNETES_VERSION, strict=True)
+        except kubernetes_validate.ValidationError as error:
+            found.append(f"{path}: {error.message}")
+        found += [f"{path}: {problem}" for problem in _mount_problems(pod["spec"])]
+    return found
+
+
+def _templates(manifest: Any) -> list[tuple[str, dict[str, Any]]]:
+    cluster = manifest.get("spec", {}).get("rayClusterSpec", {}) if isinstance(manifest, dict) else {}
+    groups = [("head", cluster.get("headGroupSpec", {}))]
+    groups += [(str(group.get("groupName")), group) for group in cluster.get("workerGroupSpecs", [])]
+    return [(name, group["template"]) for name, group in groups if "spec" in group.get("template", {})]
+
+
+def _mount_problems(spec: dict[str, Any]) -> list[str]:
+    """Mounts of volumes that the pod doesn't have: legal to a schema, refused by a server."""
+    volumes = {volume.get("name") for volume in spec.get("volumes", [])}
+    mounts = [mount for container in spec.get("containers", []) for mount in container.get("volumeMounts", [])]
+    return [f"no volume {mount['name']!r} for its mount" for mount in mounts if mount["name"] not in volumes]

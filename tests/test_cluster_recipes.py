@@ -1,0 +1,155 @@
+"""The recipes under cluster/: checked as far as a machine without Kubernetes and containers can."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import kuberay
+import pytest
+import yaml
+
+from pavdm_dist import __version__
+from pavdm_dist.cli import _sample_config
+
+ROOT = Path(__file__).parent.parent
+MANIFEST = ROOT / "cluster" / "kuberay" / "rayjob.yaml"
+
+
+def manifest() -> dict[str, Any]:
+    return yaml.safe_load(MANIFEST.read_text())
+
+
+def pinned(package: str) -> str:
+    found = re.search(rf"^{package}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert found, package
+    return found[1]
+
+
+def groups() -> list[dict[str, Any]]:
+    cluster = manifest()["spec"]["rayClusterSpec"]
+    return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+
+
+def test_the_rayjob_is_valid() -> None:
+    assert kuberay.problems(manifest()) == []
+
+
+def _cluster(job: dict[str, Any]) -> dict[str, Any]:
+    return job["spec"]["rayClusterSpec"]
+
+
+def _rename(mapping: dict[str, Any], old: str, new: str) -> None:
+    mapping[new] = mapping.pop(old)
+
+
+def _container(job: dict[str, Any]) -> dict[str, Any]:
+    return _cluster(job)["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda job: _cluster(job)["workerGroupSpecs"][0].pop("template"), "'template' is a required property"),
+        (lambda job: _rename(_cluster(job)["workerGroupSpecs"][0], "replicas", "replica"), "'replica' was unexpected"),
+        (lambda job: _cluster(job).pop("headGroupSpec"), "'headGroupSpec' is a required property"),
+        (lambda job: job.update(apiVersion="ray.io/v1alpha1"), "ray.io/v1"),
+        (lambda job: job["spec"].update(backoffLimits=3), "'backoffLimits' was unexpected"),
+        (lambda job: job["spec"].update(ttlSecondsAfterFinished="600"), "ttlSecondsAfterFinished"),
+        (lambda job: _cluster(job)["headGroupSpec"]["rayStartParams"].update({"num-cpus": 0}), "num-cpus"),
+        (lambda job: _rename(_container(job), "image", "imagee"), "imagee"),
+        (lambda job: _container(job)["resources"].update(limit={}), "limit"),
+        (lambda job: _container(job).pop("name"), "name"),
+        (lambda job: _container(job)["volumeMounts"][0].update(name="outputs"), "no volume 'outputs'"),
+    ],
+)
+def test_a_spoilt_rayjob_is_refused(spoil: Callable[[dict[str, Any]], Any], named: str) -> None:
+    job = copy.deepcopy(manifest())
+    spoil(job)
+    found = kuberay.problems(job)
+    assert any(named in problem for problem in found), found
+
+
+def test_ray_is_one_version_everywhere() -> None:
+    """Head, workers, the submitter and the tested set: Ray refuses to mix versions."""
+    ray = pinned("ray")
+    assert _cluster(manifest())["rayVersion"] == ray
+    bases = re.findall(r"rayproject/ray:(\d+\.\d+\.\d+)", (ROOT / "cluster" / "Dockerfile").read_text())
+    assert set(bases) == {ray}
+
+
+def test_torch_is_the_tested_one_everywhere() -> None:
+    for path in ("Makefile", "cluster/Dockerfile"):
+        assert set(re.findall(r"torch==(\S+)", (ROOT / path).read_text())) == {pinned("torch")}, path
+
+
+def test_the_rayjob_runs_images_that_the_dockerfile_builds() -> None:
+    images = {group["template"]["spec"]["containers"][0]["image"] for group in groups()}
+    built = set(re.findall(r"-t (\S+)", (ROOT / "cluster" / "Dockerfile").read_text()))
+    assert images == built == {f"pavdm-dist:{__version__}", f"pavdm-dist:{__version__}-gpu"}
+
+
+def test_the_rayjob_entrypoint_is_a_command_that_fits_its_cluster() -> None:
+    program, verb, *words = shlex.split(manifest()["spec"]["entrypoint"])
+    assert (program, verb) == ("pavdm", "sample")
+    config = _sample_config([word for word in words if not word.startswith("--")], needs_prompt=True)
+    cpu = manifest()["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    per_pod = int(cpu["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"])
+    assert 0 < config.num_stages * config.cpus_per_stage <= per_pod * cpu["replicas"]
+
+
+def test_every_pod_has_shared_memory_and_the_output() -> None:
+    for group in groups():
+        spec = group["template"]["spec"]
+        volumes = {volume["name"]: volume for volume in spec["volumes"]}
+        mounts = {mount["mountPath"]: mount["name"] for mount in spec["containers"][0]["volumeMounts"]}
+        assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
+        assert "persistentVolumeClaim" in volumes[mounts["/output"]]
+
+
+@pytest.fixture
+def recorder(tmp_path: Path) -> Path:
+    """An interpreter stand-in that writes down its arguments."""
+    script = tmp_path / "python-stand-in"
+    script.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    script.chmod(0o755)
+    return script
+
+
+def submit(recorder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", ROOT / "cluster" / "ray_job" / "submit.sh", *words],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": str(recorder), **environment},
+    )
+
+
+def test_submit_sends_the_working_tree_and_names_the_interpreter(recorder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a b.mp4"
+    done = submit(recorder, "seed=7", OUTPUT=str(output), RAY_API_SERVER_ADDRESS="http://head:8265")
+    assert done.returncode == 0, done.stderr
+    words = json.loads(done.stdout)
+    split = words.index("--")
+    options, entrypoint = words[:split], words[split + 1 :]
+    assert options[options.index("--address") + 1] == "http://head:8265"
+    assert options[options.index("--working-dir") + 1] == str(ROOT)
+    assert ".venv" in json.loads(options[options.index("--runtime-env-json") + 1])["excludes"]
+    assert entrypoint[:4] == [str(recorder), "-m", "pavdm_dist", "sample"]
+    config = _sample_config([word for word in entrypoint[4:] if not word.startswith("--")], needs_prompt=True)
+    assert (config.output, config.seed, config.num_stages) == (str(output), 7, 2)
+
+
+def test_submit_refuses_an_output_that_would_vanish(recorder: Path) -> None:
+    done = submit(recorder, OUTPUT="demo.mp4")
+    assert done.returncode == 2
+    assert "must be absolute" in done.stderr
