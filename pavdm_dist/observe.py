@@ -67,7 +67,8 @@ class ChunkProgress:
         self._bar: tqdm | None = None
         if stream.isatty():
             layout = "{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} frames{postfix} [{elapsed}]"
-            self._bar = tqdm(total=self._total, file=stream, bar_format=layout, dynamic_ncols=True)
+            # A pseudo-terminal may have no rows; tqdm would then draw nothing.
+            self._bar = tqdm(total=self._total, file=stream, bar_format=layout, nrows=20)
             self._bar.set_postfix_str("first chunk on its way")
 
     def chunk(self, stream: int, index: int, frames: int) -> None:
