@@ -86,9 +86,7 @@ class Window:
                 self._latents[index] = (1 - t) * latents.float() + t * noise(index)
 
     @classmethod
-    def restore(
-        cls, snapshot: WindowSnapshot, plan: WindowPlan, schedule: NoiseSchedule, noise: NoiseSource
-    ) -> Window:
+    def restore(cls, snapshot: WindowSnapshot, plan: WindowPlan, schedule: NoiseSchedule, noise: NoiseSource) -> Window:
         """The window as it was when ``snapshot`` was taken; the same arguments must be given otherwise."""
         window = cls.__new__(cls)
         window.plan, window.row = plan, snapshot.row

@@ -49,6 +49,8 @@ def position_embedding_2d(height: int, width: int, dim: int, scale: float, devic
 class RotaryTable(nn.Module):
     """Rotary angles over the frame index, interleaved pairs; ``freqs`` is part of the checkpoint."""
 
+    freqs: Tensor
+
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
@@ -156,7 +158,7 @@ class ScalarEmbedder(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """``values [n]`` -> ``[n, D]``; the sinusoid is float32 whatever the weights are."""
-        return self.mlp(sinusoid(values, self.FREQUENCIES).to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoid(values, self.FREQUENCIES).to(next(self.mlp.parameters()).dtype))
 
 
 class STDiT3Block(nn.Module):

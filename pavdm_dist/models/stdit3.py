@@ -63,7 +63,9 @@ class STDiT3Config:
                 f"hidden_size={self.hidden_size} must be an even multiple of num_heads={self.num_heads}"
             )
         if self.hidden_size % 4:
-            raise CheckpointError(f"hidden_size={self.hidden_size} must be a multiple of 4 (two axes of sine and cosine)")
+            raise CheckpointError(
+                f"hidden_size={self.hidden_size} must be a multiple of 4 (two axes of sine and cosine)"
+            )
         if len(self.patch_size) != 3 or self.patch_size[0] != 1:
             raise CheckpointError(f"patch_size={list(self.patch_size)}: the time patch must be 1")
 
@@ -74,8 +76,18 @@ class STDiT3Config:
         return cls(**{key: value for key, value in values.items() if key in known})
 
 
+class PatchEmbedding(nn.Module):
+    """One token per latent patch."""
+
+    def __init__(self, channels: int, dim: int, patch: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(channels, dim, kernel_size=patch, stride=patch)
+
+
 class Caption(nn.Module):
     """Projects text to the model's width and holds the learned null text (``y_embedding``)."""
+
+    y_embedding: Tensor
 
     def __init__(self, in_dim: int, dim: int, max_length: int) -> None:
         super().__init__()
@@ -96,8 +108,7 @@ class STDiT3(nn.Module):
         dim = config.hidden_size
         out_channels = config.in_channels * (2 if config.pred_sigma else 1)
         patch = config.patch_size
-        self.x_embedder = nn.Module()
-        self.x_embedder.proj = nn.Conv3d(config.in_channels, dim, kernel_size=patch, stride=patch)
+        self.x_embedder = PatchEmbedding(config.in_channels, dim, patch)
         self.t_embedder = ScalarEmbedder(dim)
         self.fps_embedder = ScalarEmbedder(dim)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
@@ -254,17 +265,17 @@ class STDiT3(nn.Module):
                 nn.init.zeros_(module.bias)
 
         self.apply(linear)
-        for embedder in (self.t_embedder, self.fps_embedder):
-            nn.init.normal_(embedder.mlp[0].weight, std=0.02)
-            nn.init.normal_(embedder.mlp[2].weight, std=0.02)
-        nn.init.normal_(self.t_block[1].weight, std=0.02)
+        for sequential in (self.t_embedder.mlp, self.fps_embedder.mlp, self.t_block):
+            for layer in sequential:
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=0.02)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for block in self.temporal_blocks:
-            nn.init.zeros_(block.attn.proj.weight)
-            nn.init.zeros_(block.mlp.fc2.weight)
-        for block in (*self.spatial_blocks, *self.temporal_blocks):
-            nn.init.zeros_(block.cross_attn.proj.weight)
+        for block in self.modules():
+            if isinstance(block, STDiT3Block):
+                nn.init.zeros_(block.cross_attn.proj.weight)
+                if block.temporal:
+                    nn.init.zeros_(block.attn.proj.weight)
+                    nn.init.zeros_(block.mlp.fc2.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
 

@@ -1,0 +1,84 @@
+"""A backbone as a denoiser, and the text it conditions on: shared by the in-process sampler and the stages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pavdm_dist.models.base import Backbone, BlockContext, TextCache, TextRun
+from pavdm_dist.schedule import PlanRow
+from pavdm_dist.stream import Stream
+
+
+class TextBank:
+    """Projected texts and their cross-attention keys/values on one device, counted per stream.
+
+    Texts are projected at first use, by the thread that runs the blocks: the number of threads that a product
+    is computed with can change its last bits.
+    """
+
+    def __init__(self, backbone: Backbone, device: torch.device | str = "cpu") -> None:
+        self.cache = TextCache()
+        self._backbone = backbone
+        self._device = device
+        self._raw: dict[str, Tensor] = {}
+        self._tokens: dict[str, Tensor] = {}
+        self._users: dict[str, set[int]] = {}
+
+    def add(self, stream: Stream) -> None:
+        """Registers a stream's texts; nothing is computed yet."""
+        for key, text in stream.conditioning.texts.items():
+            self._raw.setdefault(key, text)
+            self._users.setdefault(key, set()).add(stream.id)
+
+    def runs(self, stream: Stream, row: PlanRow, branch: int) -> list[TextRun]:
+        """Runs of equal text over the latent frames of a row, and forgets what the stream no longer reads."""
+        size, runs = stream.plan.latent_chunk_size, list[TextRun]()
+        for position, chunk in enumerate(row.window):
+            key = stream.conditioning.key(chunk, branch)
+            start = position * size
+            if runs and runs[-1].key == key:
+                start = runs.pop().start
+            runs.append(TextRun(start, (position + 1) * size, self._project(key), key=key))
+        for key in stream.conditioning.expired(row):
+            self._release(key, stream.id)
+        return runs
+
+    def remove(self, stream: Stream) -> None:
+        """Forgets a finished stream's texts unless another stream uses them."""
+        for key in stream.conditioning.texts:
+            self._release(key, stream.id)
+
+    def _project(self, key: str) -> Tensor:
+        if key not in self._tokens:
+            text = self._raw[key].to(self._device).unsqueeze(0)
+            self._tokens[key] = self._backbone.project_text(text)
+        return self._tokens[key]
+
+    def _release(self, key: str, stream: int) -> None:
+        users = self._users.get(key, set())
+        users.discard(stream)
+        if not users:
+            for table in (self._raw, self._tokens, self._users):
+                table.pop(key, None)
+            self.cache.drop(key)
+
+
+class ModelDenoiser:
+    """Runs all blocks of a backbone for one stream (the sampler's :class:`~pavdm_dist.sampler.Denoiser`)."""
+
+    def __init__(self, backbone: Backbone, stream: Stream, texts: TextBank | None = None) -> None:
+        self._backbone, self._stream = backbone, stream
+        self._texts = texts or TextBank(backbone)
+        self._texts.add(stream)
+
+    @torch.inference_mode()
+    def __call__(self, x: Tensor, levels: Tensor, row: PlanRow, branch: int) -> Tensor:
+        """``x [1, C, F, h, w]``, ``levels [1, F]`` -> velocity ``[1, C, F, h, w]``, float32."""
+        model = self._backbone
+        grid = model.grid(x.shape[2], x.shape[3], x.shape[4])
+        context = BlockContext(grid, self._texts.runs(self._stream, row, branch), text_cache=self._texts.cache)
+        activation = model.embed(x, levels, self._stream.info)
+        for index in range(model.spec.num_blocks):
+            activation = model.block(index, activation, context)
+        return model.to_velocity(model.head(activation, grid), x, levels)

@@ -1,0 +1,51 @@
+"""The stages of a pipeline in one process, without Ray: the reference for the distributed engine's order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from pavdm_dist.engine.order import Join, Unit, epoch_units, is_active
+from pavdm_dist.engine.stage import RowDone, Stage
+from pavdm_dist.models.base import Activation
+from pavdm_dist.stream import Stream
+from pavdm_dist.window import CleanChunk
+
+
+class LocalEngine:
+    """Runs the same :class:`Stage` objects in the same order as the actors, one unit after another.
+
+    Args:
+        stages: in pipeline order; their ranges must cover the model.
+    """
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self._stages = list(stages)
+
+    def run(self, streams: Iterable[Stream], streams_in_flight: int = 1) -> Iterator[tuple[int, CleanChunk]]:
+        """Samples all streams, at most ``streams_in_flight`` at a time; yields ``(stream id, clean chunk)``."""
+        waiting, log, epoch, order = iter(streams), list[Join](), 0, 0
+        while True:
+            log = [join for join in log if is_active(join, epoch)]
+            while len(log) < streams_in_flight and (stream := next(waiting, None)) is not None:
+                for stage in self._stages:
+                    stage.prepare(stream)
+                log.append(Join(stream.id, epoch, stream.first_row, stream.plan.num_rows, stream.branches))
+            if not log:
+                return
+            units = epoch_units(log, epoch, order)
+            for unit in units:
+                clean = self._run_unit(unit)
+                if clean is not None:
+                    yield unit.stream, clean
+            epoch, order = epoch + 1, order + len(units)
+
+    def _run_unit(self, unit: Unit) -> CleanChunk | None:
+        activation: Activation | None = None
+        for stage in self._stages:
+            result = stage.run(unit, activation)
+            activation = result if isinstance(result, Activation) else None
+        if not isinstance(result, RowDone):
+            return None
+        if result.latents is not None:
+            self._stages[0].feed(unit.stream, result.latents)
+        return result.clean

@@ -1,0 +1,272 @@
+"""The driver of one renderer: brings a gang of actors up, admits streams, collects chunks, ends cleanly.
+
+The driver is not in the data path. It seals epochs of the order ahead of the stages and reads finished chunks
+from the last stage; between those two it only watches that every actor's loop is still running.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.engine.order import Join, is_active
+from pavdm_dist.engine.placement import connect, place
+from pavdm_dist.engine.runner import RunReport
+from pavdm_dist.errors import EngineError, PAVDMError
+from pavdm_dist.stream import Stream
+from pavdm_dist.window import CleanChunk, WindowSnapshot
+
+logger = logging.getLogger(__name__)
+
+# Epochs sealed beyond the last finished one. Two keep the stages from ever waiting for the driver.
+SEALED_AHEAD = 2
+# How long other stages' reports are awaited after the first failure, so that the cause is named, not its echo.
+BLAME_WAIT_S = 2.0
+
+# Chunks that may wait for the decoder before no more work is admitted: memory stays constant when decoding is
+# the slower part, and the stages themselves never wait.
+DECODE_BACKLOG = 8
+
+OnSnapshot = Callable[[int, WindowSnapshot], None]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A clean chunk of a stream; ``frames`` is uint8 ``[t, H, W, 3]``, None in an engine without a decoder."""
+
+    stream: int
+    clean: CleanChunk
+    frames: Tensor | None
+
+
+class RayEngine:
+    """P stage actors (and a decode actor) on a Ray cluster; use as a context manager.
+
+    Args:
+        folder: backbone folder, readable on every node.
+        blocks: half-block range of each stage (:func:`~pavdm_dist.engine.partition.partition`).
+        options: resources and limits.
+        codec_folder: codec for the decode actor; None makes none.
+
+    Raises:
+        EngineError: no cluster, not enough resources, or an actor did not come up.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        blocks: Sequence[tuple[int, int]],
+        options: EngineOptions,
+        codec_folder: str | None = None,
+    ) -> None:
+        self._options, self._blocks = options, list(blocks)
+        self._actors: list[Any] = []
+        self._loops: list[Any] = []
+        self._group: Any = None
+        self._taking: Any = None
+        self.decoder: Any = None
+        self._epoch = 0
+        self._exhausted = False
+        self._owns_ray = connect(options)
+        try:
+            self._group = place(options)
+            self._start(folder, codec_folder)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> RayEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(
+        self, streams: Iterable[Stream], streams_in_flight: int = 1, on_snapshot: OnSnapshot | None = None
+    ) -> Iterator[Finished]:
+        """Samples (and decodes) all streams; yields each stream's chunks in order.
+
+        Args:
+            streams: taken one by one as places become free.
+            streams_in_flight: videos in the pipeline at a time.
+            on_snapshot: called with (stream id, snapshot) at every shift.
+
+        Raises:
+            EngineError: an actor died or a link timed out; the gang is torn down.
+        """
+        import ray
+
+        waiting, active = iter(streams), list[Join]()
+        decoding: deque[tuple[int, CleanChunk, Any]] = deque()
+        self._exhausted, done = False, self._epoch - 1
+        # A waiting `take` outlives a run: its events belong to whoever reads next.
+        self._taking = self._taking or self._actors[-1].take.remote()
+        try:
+            while True:
+                while len(decoding) < DECODE_BACKLOG and self._epoch <= done + SEALED_AHEAD:
+                    active = [join for join in active if is_active(join, self._epoch)]
+                    active += self._admit(waiting, streams_in_flight - len(active))
+                    if not active:
+                        break
+                    self._seal([join for join in active if join.epoch == self._epoch])
+                if self._exhausted and done == self._epoch - 1 and not decoding:
+                    return
+                watched = [self._taking, *self._loops, *(ref for _, _, ref in list(decoding)[:1])]
+                ready, _ = ray.wait(watched, timeout=1.0)
+                if any(loop in ready for loop in self._loops):
+                    self._blame()
+                if self._taking in ready:
+                    events, self._taking = ray.get(self._taking), self._actors[-1].take.remote()
+                    for kind, *event in events:
+                        if kind == "epoch":
+                            done = event[0]
+                            continue
+                        stream_id, index, latents, snapshot = event
+                        if on_snapshot is not None:
+                            on_snapshot(stream_id, snapshot)
+                        clean = CleanChunk(index, latents)
+                        if self.decoder is None:
+                            yield Finished(stream_id, clean, None)
+                        else:
+                            decoding.append((stream_id, clean, self.decoder.decode.remote(stream_id, latents)))
+                elif decoding and decoding[0][2] in ready:
+                    stream_id, clean, ref = decoding.popleft()
+                    # The store's array is read-only; consumers may not expect that.
+                    yield Finished(stream_id, clean, torch.from_numpy(ray.get(ref).copy()))
+        except ray.exceptions.RayActorError:
+            self._blame()
+
+    def _admit(self, waiting: Iterator[Stream], places: int) -> list[Join]:
+        """Prepares up to ``places`` streams on every actor; they join at the epoch that is sealed next."""
+        joins: list[Join] = []
+        while not self._exhausted and len(joins) < places:
+            stream = next(waiting, None)
+            if stream is None:
+                self._exhausted = True
+                break
+            calls = [actor.prepare.remote(stream) for actor in self._actors]
+            if self.decoder is not None:
+                calls.append(self.decoder.open.remote(stream.id, stream.warm))
+            self._call(calls)
+            joins.append(Join(stream.id, self._epoch, stream.first_row, stream.plan.num_rows, stream.branches))
+        return joins
+
+    def _seal(self, joins: list[Join]) -> None:
+        for actor in self._actors:
+            actor.seal.remote(self._epoch, joins)
+        self._epoch += 1
+
+    def finish(self) -> list[RunReport]:
+        """Lets the loops end after the last sealed epoch and returns every stage's report, in stage order."""
+        for actor in self._actors:
+            actor.stop.remote(self._epoch)
+        return self._call(self._loops)
+
+    def close(self) -> None:
+        """Ends all actors and gives the resources back; safe to call twice."""
+        import ray
+
+        if not ray.is_initialized():
+            return
+        for actor in (*self._actors, self.decoder):
+            if actor is not None:
+                ray.kill(actor)
+        self._actors, self._loops, self.decoder = [], [], None
+        if self._group is not None:
+            from ray.util.placement_group import remove_placement_group
+
+            remove_placement_group(self._group)
+            self._group = None
+        if self._owns_ray:
+            ray.shutdown()
+            self._owns_ray = False
+
+    def _start(self, folder: str, codec_folder: str | None) -> None:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        from pavdm_dist.engine.actors import CONCURRENT_CALLS, DecodeActor, StageActor
+
+        options, world = self._options, len(self._blocks)
+
+        def actor(cls: type, bundle: int, cpus: float, gpus: float, calls: int) -> Any:
+            strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
+            return ray.remote(cls).options(
+                num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_concurrency=calls, scheduling_strategy=strategy
+            )
+
+        stage = [
+            actor(StageActor, i, options.cpus_per_stage, options.gpus_per_stage, CONCURRENT_CALLS) for i in range(world)
+        ]
+        for make, blocks in zip(stage, self._blocks, strict=True):
+            self._actors.append(make.remote(folder, blocks, options.device, options.threads_per_stage))
+        if codec_folder is not None:
+            own_bundle = world if options.cpus_per_decoder else world - 1
+            make = actor(DecodeActor, own_bundle, options.cpus_per_decoder, 0, 1)
+            self.decoder = make.remote(codec_folder, options.threads_per_stage, "cpu")
+        places = self._call([a.where.remote() for a in self._actors])
+        self._places = [f"node {place['node']}, pid {place['pid']}" for place in places]
+        host = places[0]["node"]
+        port = self._call([self._actors[0].open_store.remote(host)])[0] if world > 1 else 0
+        self._call(
+            [
+                a.connect.remote(rank, world, host, port, 1, options.transport, options.link_timeout_s)
+                for rank, a in enumerate(self._actors)
+            ]
+        )
+        self._loops = [a.run.remote(options.trace) for a in self._actors]
+        logger.info("renderer up: %d stage(s), half-blocks %s", world, self._blocks)
+
+    def _call(self, refs: list[Any]) -> list[Any]:
+        """Results of control calls; an actor's failure becomes an :class:`EngineError`."""
+        import ray
+
+        try:
+            return ray.get(refs)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, PAVDMError):
+                raise cause from error
+            raise EngineError(f"a stage failed: {_last_line(error)}") from error
+        except ray.exceptions.RayActorError as error:
+            if self._loops:
+                self._blame()
+            raise EngineError(f"an actor did not come up: {_last_line(error)}") from error
+
+    def _blame(self) -> None:
+        """Raises for the stage that failed first: a dead actor before a stage whose neighbour died."""
+        import ray
+
+        ended, _ = ray.wait(self._loops, num_returns=len(self._loops), timeout=BLAME_WAIT_S)
+        died: list[tuple[str, str, BaseException | None]] = []
+        failed: list[tuple[str, str, BaseException | None]] = []
+        for rank, loop in enumerate(self._loops):
+            if loop not in ended:
+                continue
+            name = f"stage {rank} of {len(self._loops)} ({self._places[rank]})"
+            try:
+                ray.get(loop)
+                failed.append((name, "its loop ended early", None))
+            except ray.exceptions.RayActorError as error:
+                died.append((name, _last_line(error), error))
+            except ray.exceptions.RayTaskError as error:
+                logger.error("%s failed:\n%s", name, error)
+                echo = isinstance(error.cause, EngineError)
+                failed.insert(len(failed) if echo else 0, (name, _last_line(error), error))
+        self.close()
+        what = "died" if died else "failed"
+        for name, reason, cause in (*died, *failed):
+            raise EngineError(f"{name} {what}: {reason}") from cause
+        raise EngineError("the decode actor died although all stages are running; its log has the reason")
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,118 @@
+"""One video to sample, as plain data: the same object drives the in-process sampler and every stage actor."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pavdm_dist.models.base import FrameInfo
+from pavdm_dist.sampler import UNCONDITIONAL, num_branches
+from pavdm_dist.schedule import NoiseSchedule, PlanRow, WindowPlan
+from pavdm_dist.window import Window, WindowSnapshot, chunk_noise
+
+
+def text_key(text: Tensor) -> str:
+    """Identity of an encoded text: equal embeddings share projections and keys/values on every stage."""
+    data = text.detach().cpu().contiguous()
+    return hashlib.sha256(f"{data.dtype}{tuple(data.shape)}".encode() + data.numpy().tobytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Which text every chunk is denoised under. A chunk keeps its prompt for life, also as context.
+
+    Attributes:
+        texts: text key -> encoder output ``[L, text_dim]``.
+        prompts: ``(first chunk, text key)`` in rising order; the first entry starts at chunk 0.
+        null: text key of the unconditional branch, the same for all chunks.
+    """
+
+    texts: Mapping[str, Tensor]
+    prompts: tuple[tuple[int, str], ...]
+    null: str | None = None
+
+    @classmethod
+    def build(cls, prompts: Sequence[tuple[int, Tensor]], null: Tensor | None) -> Conditioning:
+        """From ``(first chunk, encoded prompt)`` pairs and the encoded null or negative prompt."""
+        texts = {text_key(text): text for _, text in prompts}
+        if null is not None:
+            texts[text_key(null)] = null
+        keys = tuple((start, text_key(text)) for start, text in prompts)
+        return cls(texts, keys, None if null is None else text_key(null))
+
+    def key(self, chunk: int, branch: int) -> str:
+        """Text key of a chunk; given (negative) chunks carry the first prompt."""
+        if branch == UNCONDITIONAL:
+            if self.null is None:
+                raise ValueError("guidance needs a null text")
+            return self.null
+        current = self.prompts[0][1]
+        for start, key in self.prompts:
+            if start <= chunk:
+                current = key
+        return current
+
+    def expired(self, row: PlanRow) -> set[str]:
+        """Prompts whose last chunk has left the window before ``row``."""
+        if len(self.prompts) == 1:
+            return set()
+        alive = {self.key(chunk, branch=0) for chunk in row.window} | {self.null}
+        alive |= {key for start, key in self.prompts if start >= row.window[0]}
+        return {key for _, key in self.prompts} - alive
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Everything that determines one video's latents.
+
+    Attributes:
+        id: name of the stream within a run; no number depends on it.
+        plan, schedule: the rows and the levels.
+        seed: noise of chunk k is a function of (seed, k).
+        latent_shape: ``(C, h, w)``.
+        conditioning: texts per chunk.
+        info: picture size and rate the model is told.
+        guidance_scale: g; 1 = no unconditional branch.
+        given: input latents by chunk index (see :class:`~pavdm_dist.window.Window`).
+        warm: latents ``[C, n, h, w]`` that come before chunk 0, which the decoder is warmed on; never sampled.
+        snapshot: where to go on instead of at row 0.
+    """
+
+    id: int
+    plan: WindowPlan
+    schedule: NoiseSchedule
+    seed: int
+    latent_shape: tuple[int, int, int]
+    conditioning: Conditioning
+    info: FrameInfo
+    guidance_scale: float = 1.0
+    given: Mapping[int, Tensor] = field(default_factory=dict)
+    warm: Tensor | None = None
+    snapshot: WindowSnapshot | None = None
+
+    @property
+    def branches(self) -> int:
+        """Guidance branches, 1 or 2."""
+        return num_branches(self.guidance_scale)
+
+    @property
+    def first_row(self) -> int:
+        return 0 if self.snapshot is None else self.snapshot.row
+
+    def window(self, device: torch.device | str = "cpu") -> Window:
+        """The stream's window before its first row."""
+        channels, height, width = self.latent_shape
+        shape = (channels, self.plan.latent_chunk_size, height, width)
+
+        def noise(index: int) -> Tensor:
+            return chunk_noise(self.seed, index, shape).to(device)
+
+        if self.snapshot is not None:
+            latents = {index: value.to(device) for index, value in self.snapshot.latents.items()}
+            return Window.restore(WindowSnapshot(self.snapshot.row, latents), self.plan, self.schedule, noise)
+        given = {index: value.to(device) for index, value in self.given.items()}
+        return Window(self.plan, self.schedule, noise, given)

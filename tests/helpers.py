@@ -1,0 +1,58 @@
+"""Tiny real objects that several test files share."""
+
+from __future__ import annotations
+
+import torch
+
+from pavdm_dist.denoiser import ModelDenoiser
+from pavdm_dist.models.base import FrameInfo
+from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
+from pavdm_dist.sampler import sample
+from pavdm_dist.schedule import NoiseSchedule, WindowPlan
+from pavdm_dist.stream import Conditioning, Stream
+from pavdm_dist.window import CleanChunk
+
+TINY = STDiT3Config(
+    depth=2, hidden_size=32, num_heads=4, in_channels=4, caption_channels=12, model_max_length=5, patch_size=(1, 2, 2)
+)
+
+
+def tiny_model(seed: int = 0, config: STDiT3Config = TINY) -> STDiT3:
+    """An untrained STDiT3 whose every branch is active (all weights random)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = STDiT3(config).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.requires_grad_(False)
+
+
+def tiny_stream(stream_id: int = 0, seed: int = 0, guidance_scale: float = 3.0, **plan: object) -> Stream:
+    """A short stream with two prompts (the second from chunk 2 on); plan fields can be overridden."""
+    fields: dict = {
+        "num_inference_steps": 6, "window_chunks": 3, "latent_chunk_size": 2, "context_chunks": 1, "num_chunks": 4,
+    }  # fmt: skip
+    window_plan = WindowPlan(**{**fields, **plan})
+    generator = torch.Generator().manual_seed(100 + seed)
+    texts = [torch.randn(length, TINY.caption_channels, generator=generator) for length in (3, 5, 4)]
+    shape = (TINY.in_channels, 4, 6)
+    given = {
+        index: torch.randn(shape[0], window_plan.latent_chunk_size, *shape[1:], generator=generator)
+        for index in range(-window_plan.given_context, window_plan.given_clip)
+    }
+    return Stream(
+        id=stream_id,
+        plan=window_plan,
+        schedule=NoiseSchedule(window_plan.num_inference_steps, 1.7),
+        seed=seed,
+        latent_shape=shape,
+        conditioning=Conditioning.build([(0, texts[0]), (2, texts[1])], texts[2]),
+        info=FrameInfo(32, 48, 24),
+        guidance_scale=guidance_scale,
+        given=given,
+    )
+
+
+def reference_chunks(model: STDiT3, stream: Stream) -> list[CleanChunk]:
+    """The stream's chunks from the in-process sampler."""
+    return list(sample(stream.window(), ModelDenoiser(model, stream), stream.guidance_scale))

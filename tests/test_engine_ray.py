@@ -1,0 +1,162 @@
+"""Stage actors on Ray, connected by gloo: equal to the sampler bit for bit, and clear about failures."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import reference_chunks, tiny_model, tiny_stream
+
+from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.engine.partition import Costs, partition
+from pavdm_dist.engine.placement import fits
+from pavdm_dist.engine.renderer import RayEngine
+from pavdm_dist.errors import ConfigError, EngineError
+
+pytestmark = pytest.mark.timeout(120)
+BLOCKS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("stdit3")
+    tiny_model().save_pretrained(path)
+    return path
+
+
+def _cut(num_stages: int) -> list[tuple[int, int]]:
+    return partition(Costs((1.0,) * BLOCKS), num_stages)
+
+
+def _streams() -> list:
+    return [
+        tiny_stream(10, seed=1),
+        tiny_stream(11, seed=2, guidance_scale=1.0, num_chunks=2),
+        tiny_stream(12, seed=3, start="clip", end="cut", num_chunks=3),
+        tiny_stream(13, seed=4, start="chunk", num_chunks=1),
+    ]
+
+
+@pytest.mark.parametrize(("num_stages", "in_flight"), [(1, 2), (2, 1), (2, 3), (3, 2), (4, 4)])
+def test_actors_equal_the_sampler(ray_cluster: None, folder: Path, num_stages: int, in_flight: int) -> None:
+    streams = _streams() if num_stages != 3 else _streams()[::-1]  # another order of arrival
+    snapshots: dict[int, list] = {stream.id: [] for stream in streams}
+    chunks: dict[int, list] = {stream.id: [] for stream in streams}
+    with RayEngine(str(folder), _cut(num_stages), EngineOptions(num_stages, trace=True)) as engine:
+        run = engine.run(streams, in_flight, on_snapshot=lambda stream, snap: snapshots[stream].append(snap))
+        for finished in run:
+            chunks[finished.stream].append(finished.clean)
+        reports = engine.finish()
+    model = tiny_model()
+    for stream in streams:
+        expected = reference_chunks(model, stream)
+        assert [c.index for c in chunks[stream.id]] == [c.index for c in expected]
+        for clean, reference in zip(chunks[stream.id], expected, strict=True):
+            assert torch.equal(clean.latents, reference.latents)
+        assert len(snapshots[stream.id]) == stream.plan.num_chunks
+    units = sum(stream.plan.num_rows * stream.branches for stream in streams)
+    orders = [[span.unit for span in report.trace] for report in reports]
+    assert all(order == orders[0] for order in orders) and len(orders[0]) == units
+    assert [unit.order for unit in orders[0]] == list(range(units))
+    _check_bytes(streams, reports, num_stages)
+
+
+def _check_bytes(streams: list, reports: list, num_stages: int) -> None:
+    """Bytes per hop are what the shapes say: header, tokens, per-frame modulation and time; latents back."""
+    dim, tokens = 32, 2 * 3
+    forward = back = 0
+    for stream in streams:
+        for row in stream.plan.rows():
+            frames = len(row.window) * stream.plan.latent_chunk_size
+            forward += stream.branches * (64 + 4 * frames * dim * (tokens + 6 + 1))
+            if row.index:
+                back += 64 + 4 * 4 * frames * 4 * 6
+    assert [report.bytes_forward for report in reports] == [forward] * (num_stages - 1) + [0]
+    assert [report.bytes_feedback for report in reports] == [0] * (num_stages - 1) + [back]
+
+
+def test_snapshot_goes_on_bitwise(ray_cluster: None, folder: Path) -> None:
+    stream = tiny_stream(0, seed=5)
+    snapshots = []
+    with RayEngine(str(folder), _cut(2), EngineOptions(2)) as engine:
+        whole = [f.clean for f in engine.run([stream], on_snapshot=lambda _, snap: snapshots.append(snap))]
+        rest = [f.clean for f in engine.run([replace(stream, id=1, snapshot=snapshots[1])])]
+    assert [c.index for c in rest] == [2, 3]
+    for again, before in zip(rest, whole[2:], strict=True):
+        assert torch.equal(again.latents, before.latents)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_stage_ends_the_run_quickly(ray_cluster: None, folder: Path, victim: int) -> None:
+    stream = tiny_stream(0, num_chunks=4000)
+    with RayEngine(str(folder), _cut(2), EngineOptions(2)) as engine:
+        import ray
+
+        pid = ray.get(engine._actors[victim].where.remote())["pid"]
+        run = engine.run([stream])
+        next(run)
+        os.kill(pid, signal.SIGKILL)
+        killed = time.monotonic()
+        with pytest.raises(EngineError, match=rf"stage {victim} of 2 .*pid {pid}.* died"):
+            for _ in run:
+                pass
+        assert time.monotonic() - killed < 15
+
+
+def test_a_frozen_stage_is_noticed_by_its_peer(ray_cluster: None, folder: Path) -> None:
+    stream = tiny_stream(0, num_chunks=4000)
+    with RayEngine(str(folder), _cut(2), EngineOptions(2, link_timeout_s=3)) as engine:
+        import ray
+
+        pid = ray.get(engine._actors[1].where.remote())["pid"]
+        run = engine.run([stream])
+        next(run)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(EngineError, match=r"stage 0 of 2 .* failed"):
+                for _ in run:
+                    pass
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_a_fault_inside_a_stage_keeps_its_traceback(
+    ray_cluster: None, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = tiny_stream(0)
+    broken = replace(stream, latent_shape=(3, 4, 6))  # one latent channel too few for the model
+    engine = RayEngine(str(folder), _cut(2), EngineOptions(2))
+    with engine, pytest.raises(EngineError, match=r"stage 0 of 2 .* failed"):
+        list(engine.run([broken]))
+    assert 'stdit3.py", line' in caplog.text and "to have 4 channels, but got 3" in caplog.text
+
+
+def test_too_few_resources_are_refused_at_once(ray_cluster: None, folder: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=r"num_stages=2 needs 200 CPU.*cluster has 8 CPU"):
+        RayEngine(str(folder), _cut(2), EngineOptions(2, cpus_per_stage=100))
+    assert time.monotonic() - started < 5
+
+
+def test_busy_resources_are_waited_for_and_then_named(ray_cluster: None, folder: Path) -> None:
+    options = EngineOptions(1, cpus_per_stage=6)
+    with RayEngine(str(folder), _cut(1), options), pytest.raises(EngineError, match=r"other jobs hold the rest"):
+        RayEngine(str(folder), _cut(1), EngineOptions(1, cpus_per_stage=6, placement_timeout_s=2))
+
+
+def test_every_bundle_needs_one_node() -> None:
+    assert fits([{"CPU": 2.0}] * 2, [{"CPU": 3.0}, {"CPU": 2.0}])
+    assert not fits([{"CPU": 3.0}], [{"CPU": 2.0}, {"CPU": 2.0}])
+    assert not fits([{"CPU": 1.0, "GPU": 1.0}], [{"CPU": 8.0}])
+
+
+def test_options_refuse() -> None:
+    with pytest.raises(ConfigError, match=r"backend='mpi'"):
+        EngineOptions(2, backend="mpi")
+    with pytest.raises(ConfigError, match=r"nccl needs gpus_per_stage"):
+        EngineOptions(2, backend="nccl")
