@@ -116,9 +116,12 @@ def test_every_pod_has_shared_memory_and_the_output() -> None:
 
 @pytest.fixture
 def recorder(tmp_path: Path) -> Path:
-    """An interpreter stand-in that writes down its arguments."""
+    """An interpreter stand-in that writes down its arguments and whether a token is to be sent."""
     script = tmp_path / "python-stand-in"
-    script.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    script.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\n"
+        "print(json.dumps([os.environ.get('RAY_AUTH_MODE'), *sys.argv[1:]]))\n"
+    )
     script.chmod(0o755)
     return script
 
@@ -138,7 +141,8 @@ def test_submit_sends_the_working_tree_and_names_the_interpreter(recorder: Path,
     output = tmp_path / "a b.mp4"
     done = submit(recorder, "seed=7", OUTPUT=str(output), RAY_API_SERVER_ADDRESS="http://head:8265")
     assert done.returncode == 0, done.stderr
-    words = json.loads(done.stdout)
+    token, *words = json.loads(done.stdout)
+    assert token is None
     split = words.index("--")
     options, entrypoint = words[:split], words[split + 1 :]
     assert options[options.index("--address") + 1] == "http://head:8265"
@@ -147,6 +151,26 @@ def test_submit_sends_the_working_tree_and_names_the_interpreter(recorder: Path,
     assert entrypoint[:4] == [str(recorder), "-m", "pavdm_dist", "sample"]
     config = _sample_config([word for word in entrypoint[4:] if not word.startswith("--")], needs_prompt=True)
     assert (config.output, config.seed, config.num_stages) == (str(output), 7, 2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode"),
+    [
+        ({"RAY_AUTH_TOKEN": "x"}, "token"),
+        ({"RAY_AUTH_TOKEN": "x", "RAY_AUTH_MODE": "disabled"}, "disabled"),
+        ({"HOME": "home"}, "token"),
+    ],
+)
+def test_submit_sends_a_token_that_is_there(
+    recorder: Path, tmp_path: Path, environment: dict[str, str], mode: str
+) -> None:
+    token = tmp_path / "home" / ".ray" / "auth_token"
+    token.parent.mkdir(parents=True)
+    token.write_text("x")
+    if "HOME" in environment:
+        environment = {"HOME": str(tmp_path / "home")}
+    done = submit(recorder, OUTPUT="/tmp/a.mp4", **environment)
+    assert json.loads(done.stdout)[0] == mode
 
 
 def test_submit_refuses_an_output_that_would_vanish(recorder: Path) -> None:

@@ -7,7 +7,8 @@
 #   RAY_API_SERVER_ADDRESS  dashboard of the cluster (default http://127.0.0.1:8265)
 #   PYTHON   interpreter on the cluster's machines that has this project's packages (default: this one's python3)
 #   OUTPUT   absolute path on the machine that runs the driver, the head by default (default: ./demo.mp4 from here)
-#   RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or ~/.ray/auth_token, when the cluster asks for a token
+#   RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token: the cluster's token, which `ray start` has asked for
+#            since Ray 2.59; RAY_AUTH_MODE=disabled sends none
 set -euo pipefail
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
@@ -19,6 +20,11 @@ output="${OUTPUT:-$PWD/demo.mp4}"
 if [[ "$output" != /* ]]; then
   echo "submit.sh: OUTPUT=$output must be absolute: a job's own folder is deleted after it" >&2
   exit 2
+fi
+
+# Ray's client sends a token only when told to; one that the cluster doesn't ask for does no harm.
+if [[ -n "${RAY_AUTH_TOKEN:-}${RAY_AUTH_TOKEN_PATH:-}" || -f "${HOME:-/nonexistent}/.ray/auth_token" ]]; then
+  export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
 fi
 
 exec "$python" -m ray.scripts.scripts job submit \
