@@ -69,12 +69,12 @@ def sample(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         _print_config(config)
     elif arguments.dry_run:
-        from pavdm_dist.pipeline import plan_report
+        from pavdm_dist.render import plan_report
 
         _print_report(plan_report(config), arguments.json)
     else:
         from pavdm_dist.observe import ChunkProgress
-        from pavdm_dist.pipeline import render_command
+        from pavdm_dist.render import render_command
 
         result = render_command(config, overwrite=arguments.overwrite, progress=ChunkProgress)
         if arguments.json and result is not None:
@@ -94,7 +94,7 @@ def plan(arguments: argparse.Namespace) -> None:
         chunks = int(text)
     if chunks is not None and (config.num_frames is not None or config.seconds is not None):
         raise ConfigError(f"chunks={chunks}: stands for num_frames or seconds, give one of the three")
-    from pavdm_dist.pipeline import plan_report
+    from pavdm_dist.render import plan_report
 
     _print_report(plan_report(config, chunks=chunks), arguments.json)
 

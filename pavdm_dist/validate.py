@@ -62,7 +62,7 @@ def validate_sample(config: SampleConfig, *, needs_prompt: bool = True) -> None:
         raise ConfigError(f"mode={config.mode}: this version has mode=window only")
     _check_plan(config)
     _check_prompts(config, needs_prompt)
-    _check_start(config)
+    _check_start(config, needs_clip=needs_prompt)
     _check_stages(config)
 
 
@@ -101,10 +101,10 @@ def _check_prompts(config: SampleConfig, needs_prompt: bool) -> None:
         previous = change.from_chunk
 
 
-def _check_start(config: SampleConfig) -> None:
+def _check_start(config: SampleConfig, needs_clip: bool) -> None:
     if config.start == "noise" and config.video is not None:
         raise ConfigError(f"video={config.video}: start=noise uses no clip; set start=clip or start=chunk")
-    if config.start != "noise" and config.video is None:
+    if needs_clip and config.start != "noise" and config.video is None:
         raise ConfigError(f"start={config.start}: needs a conditioning clip, video=FILE")
     if config.video is not None and not Path(config.video).is_file():
         raise ConfigError(f"video={config.video}: no such file")

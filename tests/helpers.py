@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 
 from pavdm_dist.denoiser import ModelDenoiser
@@ -56,3 +59,36 @@ def tiny_stream(stream_id: int = 0, seed: int = 0, guidance_scale: float = 3.0, 
 def reference_chunks(model: STDiT3, stream: Stream) -> list[CleanChunk]:
     """The stream's chunks from the in-process sampler."""
     return list(sample(stream.window(), ModelDenoiser(model, stream), stream.guidance_scale))
+
+
+def tiny_checkpoint(folder: Path) -> Path:
+    """A whole untrained model folder (transformer, codec, text encoder) of the embedded model's layout."""
+    from diffusers import AutoencoderKLWan
+
+    from pavdm_dist.codecs.text import WordTextEncoder
+    from pavdm_dist.codecs.wan import WanCodec
+
+    tiny_model().save_pretrained(folder / "transformer")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        encoder = WordTextEncoder(["a", "red", "blue", "three", "seven", "drifting", "up"], TINY.caption_channels, 1, 2)
+        vae = AutoencoderKLWan(
+            base_dim=4, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True],
+            latents_mean=[0.1, -0.2, 0.0, 0.3], latents_std=[1.0, 2.0, 0.5, 1.5],
+            is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=8,
+        )  # fmt: skip
+    encoder.save_pretrained(folder / "text_encoder")
+    WanCodec(vae).save_pretrained(folder / "vae")
+    sampling = {
+        "num_inference_steps": 6, "window_chunks": 3, "latent_chunk_size": 2, "context_chunks": 1,
+        "guidance_scale": 3.0, "height": 32, "width": 48, "fps": 24, "time_shift": 1.0,
+    }  # fmt: skip
+    index = {
+        "_class_name": "PAVDMPipeline",
+        "transformer": ["pavdm_dist", "STDiT3"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+        "text_encoder": ["pavdm_dist", "WordTextEncoder"],
+        "sampling": sampling,
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder

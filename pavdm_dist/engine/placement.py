@@ -34,7 +34,9 @@ def connect(options: EngineOptions) -> bool:
         if address:
             ray.init(address=address, logging_level=logging.ERROR)
             return False
+        # Without "local", Ray would join a cluster that happens to run on this machine.
         ray.init(
+            address="local",
             include_dashboard=False,
             object_store_memory=LOCAL_OBJECT_STORE_BYTES,
             logging_level=logging.ERROR,

@@ -1,0 +1,297 @@
+"""What users hold: a model, and calls that turn prompts into frames, in this process or on a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.denoiser import ModelDenoiser, TextBank
+from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.engine.partition import estimate_costs, partition
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.requests import SamplingParams, VideoRequest, build_stream
+from pavdm_dist.sampler import sample
+from pavdm_dist.schedule import PlanRow
+from pavdm_dist.stream import Stream
+from pavdm_dist.window import CleanChunk, Window
+
+# A whole video in memory larger than this is refused: long videos are streamed.
+MAX_RESULT_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class VideoChunk:
+    """Finished frames of one video.
+
+    Attributes:
+        video: position of the request.
+        index: chunk of the video, from 0.
+        frames: uint8 ``[t, H, W, 3]``; the last chunk is trimmed to the frames asked for.
+        latents: clean, normalised, float32 ``[C, c, h, w]``, never trimmed.
+        last: whether the video is complete with it.
+    """
+
+    video: int
+    index: int
+    frames: Tensor
+    latents: Tensor
+    last: bool
+
+
+@dataclass(frozen=True)
+class PAVDMPipelineOutput:
+    """Result of a call: ``frames[i]`` is video i, as ``output_type`` says."""
+
+    frames: list[Any]
+
+
+class PAVDMPipeline:
+    """Text (and a clip) to videos of any length.
+
+    Args:
+        checkpoint: the model.
+        num_stages: 0 samples in this process; 1 or more stage actors on Ray.
+        threads_per_stage: intra-op threads, also of this process when ``num_stages`` is 0. Part of what makes
+            results reproducible to the bit on a CPU.
+        engine: further options of the engine; ``num_stages`` and ``threads_per_stage`` are taken from above.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        num_stages: int = 0,
+        threads_per_stage: int = 1,
+        engine: EngineOptions | None = None,
+    ) -> None:
+        self.checkpoint, self.num_stages, self.threads_per_stage = checkpoint, num_stages, threads_per_stage
+        self.engine: EngineOptions | None = None
+        if num_stages:
+            options = engine or EngineOptions(num_stages)
+            self.engine = replace(options, num_stages=num_stages, threads_per_stage=threads_per_stage)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = "embedded",
+        *,
+        num_stages: int = 0,
+        threads_per_stage: int = 1,
+        engine: EngineOptions | None = None,
+        **hub: Any,
+    ) -> PAVDMPipeline:
+        """Opens the model that ships with the package (``embedded``), a folder or a hub id.
+
+        Raises:
+            CheckpointError: not a model this package runs.
+        """
+        return cls(Checkpoint.open(model, **hub), num_stages, threads_per_stage, engine)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int = 97,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seed: int = 0,
+        video: Tensor | np.ndarray | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback_on_chunk: Callable[[VideoChunk], None] | None = None,
+        callback_on_step_end: Callable[[PAVDMPipeline, int, float, dict[str, Tensor]], Any] | None = None,
+        **sampling: Any,
+    ) -> PAVDMPipelineOutput | tuple[list[Any]]:
+        """Renders whole videos into memory; argument names are those of diffusers.
+
+        Args:
+            prompt: one text or several; each gives ``num_videos_per_prompt`` videos.
+            negative_prompt: text of the unconditional branch; None = the model's learned null text.
+            height, width, num_inference_steps, guidance_scale: None = the checkpoint's default.
+            num_frames: new frames per video.
+            generator: its ``initial_seed()`` is the seed; a list gives one per video.
+            seed: used without a generator; video i of the call gets ``seed + i``.
+            video: conditioning clip, uint8 ``[t, H, W, 3]``; needs ``start="chunk"`` or ``"clip"``.
+            output_type: ``np`` (float ``[t, H, W, 3]`` in 0..1), ``pt`` (float ``[t, 3, H, W]``), ``pil`` or
+                ``latent`` (``[C, N, h, w]``).
+            return_dict: False returns ``(frames,)``.
+            callback_on_chunk: called with every finished chunk.
+            callback_on_step_end: called with (pipeline, row, level of the noisiest chunk, {"latents": the window's
+                input of the next row}); only with ``num_stages=0``.
+            sampling: ``window_chunks``, ``latent_chunk_size``, ``context_chunks``, ``start``, ``end``, ``fps``,
+                ``time_shift``, ``streams`` (videos in flight).
+
+        Raises:
+            ConfigError: impossible arguments, or a result that would not fit in memory (use :meth:`iter_chunks`).
+        """
+        if output_type not in _OUTPUTS:
+            raise ConfigError(f"output_type={output_type!r}: must be one of {', '.join(_OUTPUTS)}")
+        streams = sampling.pop("streams", 1)
+        params = self.params(
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            **sampling,
+        )
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        total = len(prompts) * num_videos_per_prompt
+        size = total * num_frames * params.height * params.width * 3 * 4
+        if size > MAX_RESULT_BYTES and output_type != "latent":
+            raise ConfigError(
+                f"num_frames={num_frames}: the result would take {size / 2**30:.1f} GiB; use iter_chunks(), or "
+                "`pavdm sample`, which write as they go"
+            )
+        seeds = _seeds(generator, seed, total)
+        clip = None if video is None else torch.as_tensor(np.asarray(video))
+        requests = [
+            VideoRequest(prompts[i // num_videos_per_prompt], seeds[i], num_frames, negative_prompt, clip=clip)
+            for i in range(total)
+        ]
+        parts: list[list[Tensor]] = [[] for _ in requests]
+        for chunk in self.iter_chunks(requests, params, streams, callback_on_step_end):
+            parts[chunk.video].append(chunk.latents if output_type == "latent" else chunk.frames)
+            if callback_on_chunk is not None:
+                callback_on_chunk(chunk)
+        frames = [_OUTPUTS[output_type](torch.cat(video, dim=1 if output_type == "latent" else 0)) for video in parts]
+        return PAVDMPipelineOutput(frames) if return_dict else (frames,)
+
+    def params(self, **chosen: Any) -> SamplingParams:
+        """Settings of a run: chosen values over the checkpoint's defaults (see :class:`SamplingParams`)."""
+        unknown = set(chosen) - set(SamplingParams.__dataclass_fields__)
+        if unknown:
+            raise ConfigError(f"no such argument {sorted(unknown)[0]!r}; sampling takes {_names(SamplingParams)}")
+        return SamplingParams.resolve(self.checkpoint, **chosen)
+
+    def iter_chunks(
+        self,
+        requests: Iterable[VideoRequest],
+        params: SamplingParams,
+        streams: int = 1,
+        callback_on_step_end: Callable[[PAVDMPipeline, int, float, dict[str, Tensor]], Any] | None = None,
+    ) -> Iterator[VideoChunk]:
+        """Renders at constant memory: yields each video's chunks in order as they are decoded.
+
+        Args:
+            requests: taken as places become free, so a generator of thousands is fine.
+            params: settings of the run.
+            streams: videos in flight in the pipeline of stages; without stages one after another.
+            callback_on_step_end: see :meth:`__call__`.
+        """
+        wanted: dict[int, int] = {}
+
+        def build() -> Iterator[Stream]:
+            for number, request in enumerate(requests):
+                wanted[number] = request.num_frames
+                yield build_stream(request, number, params, self.checkpoint)
+
+        if self.engine is None:
+            finished = self._in_process(build(), callback_on_step_end)
+        elif callback_on_step_end is not None:
+            raise ConfigError("callback_on_step_end needs num_stages=0: steps end on the stages, not here")
+        else:
+            finished = self._on_stages(build(), params, streams)
+        for number, clean, frames in finished:
+            frames = frames[: wanted[number]]
+            wanted[number] -= frames.shape[0]
+            yield VideoChunk(number, clean.index, frames, clean.latents, last=wanted[number] == 0)
+
+    def split(self, params: SamplingParams) -> list[tuple[int, int]]:
+        """Half-block range of each stage, balanced by estimated cost for the run's full window."""
+        assert self.engine is not None
+        return layer_split(self.checkpoint, params, self.engine)
+
+    def _in_process(
+        self, streams: Iterator[Stream], on_step: Callable[..., Any] | None
+    ) -> Iterator[tuple[int, CleanChunk, Tensor]]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads_per_stage)
+        try:
+            model, codec = self.checkpoint.backbone, self.checkpoint.codec
+            for stream in streams:
+                decoder = codec.decoder()
+                if stream.warm is not None:
+                    decoder.warm(stream.warm)
+                callback = None if on_step is None else self._step_callback(stream, on_step)
+                denoise = ModelDenoiser(model, stream, TextBank(model))
+                for clean in sample(stream.window(), denoise, stream.guidance_scale, callback):
+                    yield stream.id, clean, decoder.decode(clean.latents)
+        finally:
+            torch.set_num_threads(before)
+
+    def _on_stages(
+        self, streams: Iterator[Stream], params: SamplingParams, in_flight: int
+    ) -> Iterator[tuple[int, CleanChunk, Tensor]]:
+        from pavdm_dist.engine.renderer import RayEngine
+
+        assert self.engine is not None
+        blocks = self.split(params)
+        folder, codec = str(self.checkpoint.transformer), str(self.checkpoint.vae)
+        with RayEngine(folder, blocks, self.engine, codec) as engine:
+            for finished in engine.run(streams, in_flight):
+                assert finished.frames is not None
+                yield finished.stream, finished.clean, finished.frames
+
+    def _step_callback(self, stream: Stream, on_step: Callable[..., Any]) -> Callable[[PlanRow, Window], None]:
+        levels = stream.schedule.levels
+
+        def callback(row: PlanRow, window: Window) -> None:
+            last = row.index + 1 == stream.plan.num_rows
+            latents = {} if last else {"latents": window.inputs(stream.plan.row(row.index + 1))[0]}
+            on_step(self, row.index, levels[row.steps_left[-1]], latents)
+
+        return callback
+
+
+def layer_split(checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions) -> list[tuple[int, int]]:
+    """Half-block range of each stage for a run's full window; reads shapes only, no weights.
+
+    Raises:
+        ConfigError: more stages than half-blocks, or ``layers_per_stage`` that does not add up.
+    """
+    from pavdm_dist.models.stdit3 import STDiT3
+
+    with torch.device("meta"):
+        model = STDiT3(checkpoint.transformer_config)
+    frames = (params.window_chunks + params.context_chunks) * params.latent_chunk_size
+    grid = model.grid(frames, *checkpoint.codec_spec.latent_size(params.height, params.width))
+    costs = estimate_costs(model.spec, grid, model.spec.text_len)
+    return partition(costs, options.num_stages, options.layers_per_stage)
+
+
+def _seeds(generator: torch.Generator | Sequence[torch.Generator] | None, seed: int, count: int) -> list[int]:
+    if generator is None:
+        return [seed + i for i in range(count)]
+    if isinstance(generator, torch.Generator):
+        return [generator.initial_seed() + i for i in range(count)]
+    if len(generator) != count:
+        raise ConfigError(f"generator: {len(generator)} generators for {count} videos")
+    return [one.initial_seed() for one in generator]
+
+
+def _to_pil(frames: Tensor) -> list[Any]:
+    from PIL import Image
+
+    return [Image.fromarray(frame) for frame in frames.numpy()]
+
+
+_OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
+    "np": lambda frames: frames.numpy().astype(np.float32) / 255,
+    "pt": lambda frames: frames.permute(0, 3, 1, 2).float() / 255,
+    "pil": _to_pil,
+    "latent": lambda latents: latents,
+}
+
+
+def _names(cls: type) -> str:
+    return ", ".join(cls.__dataclass_fields__)  # type: ignore[attr-defined]

@@ -1,0 +1,204 @@
+"""From what a user asks for (prompt, frames, clip) to what the samplers run (:class:`~pavdm_dist.stream.Stream`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.models.base import FrameInfo
+from pavdm_dist.schedule import End, NoiseSchedule, Start, WindowPlan, time_shift_ratio
+from pavdm_dist.stream import Conditioning, Stream
+
+# Latents in front of a clip's part that is used: they give its causal encoding a past.
+CLIP_RUN_IN = 8
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Resolved settings of a run: nothing is left to a default.
+
+    Attributes:
+        num_inference_steps, window_chunks, latent_chunk_size, context_chunks: T, W, c and the clean chunks.
+        start, end: see :class:`~pavdm_dist.schedule.WindowPlan`.
+        guidance_scale: g; 1 = none.
+        time_shift: r of :func:`~pavdm_dist.schedule.shift_time`.
+        height, width, fps: of the frames.
+    """
+
+    num_inference_steps: int
+    window_chunks: int
+    latent_chunk_size: int
+    context_chunks: int
+    start: Start
+    end: End
+    guidance_scale: float
+    time_shift: float
+    height: int
+    width: int
+    fps: float
+
+    @classmethod
+    def resolve(cls, checkpoint: Checkpoint, **chosen: Any) -> SamplingParams:
+        """Chosen values, the checkpoint's defaults for those that are None.
+
+        Raises:
+            ConfigError: an impossible combination, naming the nearest legal values.
+        """
+        defaults = checkpoint.defaults
+        names = set(cls.__dataclass_fields__) - {"start", "end", "time_shift"}
+        values = {name: chosen[name] if chosen.get(name) is not None else getattr(defaults, name) for name in names}
+        shift = chosen.get("time_shift") or defaults.time_shift
+        if shift is None:
+            latents = (values["window_chunks"] + values["context_chunks"]) * values["latent_chunk_size"]
+            shift = time_shift_ratio(values["height"], values["width"], latents)
+        params = cls(start=chosen.get("start") or "noise", end=chosen.get("end") or "drain", time_shift=shift, **values)
+        checkpoint.codec_spec.latent_size(params.height, params.width)
+        params.plan(None)
+        return params
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return NoiseSchedule(self.num_inference_steps, self.time_shift)
+
+    @property
+    def info(self) -> FrameInfo:
+        return FrameInfo(self.height, self.width, self.fps)
+
+    @property
+    def warm(self) -> bool:
+        """Whether a clip precedes the first chunk, so that it gives no fewer frames than the others."""
+        return self.start != "noise"
+
+    @property
+    def clip_latents(self) -> int:
+        """Latents of the conditioning clip that take part: context, and with ``start="clip"`` slots 0..W-2."""
+        plan = self.plan(None)
+        return (plan.given_context + plan.given_clip) * self.latent_chunk_size
+
+    def plan(self, num_chunks: int | None) -> WindowPlan:
+        """The plan for so many new chunks."""
+        return WindowPlan(
+            self.num_inference_steps,
+            self.window_chunks,
+            self.latent_chunk_size,
+            self.context_chunks,
+            self.start,
+            self.end,
+            num_chunks,
+        )
+
+
+@dataclass(frozen=True)
+class VideoRequest:
+    """One video a user asks for.
+
+    Attributes:
+        prompt: text of the first chunk.
+        seed: noise of chunk k is a function of (seed, k).
+        num_frames: new frames; the last chunk is trimmed.
+        negative_prompt: text of the unconditional branch; None = the model's learned null text.
+        prompt_schedule: ``(first chunk, prompt)`` of later prompts.
+        clip: conditioning frames, uint8 ``[t, H, W, 3]`` at the run's size and rate, t = 4 k + 1.
+    """
+
+    prompt: str
+    seed: int
+    num_frames: int
+    negative_prompt: str | None = None
+    prompt_schedule: tuple[tuple[int, str], ...] = ()
+    clip: Tensor | None = None
+
+
+def build_stream(request: VideoRequest, stream_id: int, params: SamplingParams, checkpoint: Checkpoint) -> Stream:
+    """Encodes texts and clip and lays out the plan.
+
+    Always on one thread, so that the same request gives the same bits wherever it is built.
+
+    Raises:
+        ConfigError: a prompt that is too long, or frames that cannot be made.
+        MediaError: the clip is too short.
+    """
+    size = params.latent_chunk_size
+    chunks = checkpoint.codec_spec.chunks_for_frames(request.num_frames, size, params.warm)
+    height, width = checkpoint.codec_spec.latent_size(params.height, params.width)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        given, warm = _clip_latents(request, params, checkpoint)
+        conditioning = _conditioning(request, params, checkpoint)
+    finally:
+        torch.set_num_threads(threads)
+    return Stream(
+        id=stream_id,
+        plan=params.plan(chunks),
+        schedule=params.schedule,
+        seed=request.seed,
+        latent_shape=(checkpoint.codec_spec.latent_channels, height, width),
+        conditioning=conditioning,
+        info=params.info,
+        guidance_scale=params.guidance_scale,
+        given=given,
+        warm=warm,
+    )
+
+
+def clip_frames_needed(params: SamplingParams, checkpoint: Checkpoint) -> int:
+    """Fewest frames of a conditioning clip: its latents are the start of a video (1, 4, 4, ... frames)."""
+    return checkpoint.codec_spec.frames_in_chunk(params.clip_latents, first=True)
+
+
+def input_frames(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> Tensor | None:
+    """Frames of the clip that come before the first new frame (what ``include_input`` shows)."""
+    if request.clip is None:
+        return None
+    rerendered = params.plan(None).given_clip * params.latent_chunk_size * checkpoint.codec_spec.temporal_stride
+    return request.clip[: request.clip.shape[0] - rerendered]
+
+
+def _conditioning(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> Conditioning:
+    encoder, limit = checkpoint.text_encoder, checkpoint.transformer_config.model_max_length
+
+    def encode(prompt: str) -> Tensor:
+        text = encoder.encode(prompt)
+        if text.shape[0] > limit:
+            raise ConfigError(f"prompt {prompt!r} has {text.shape[0]} tokens, the model takes at most {limit}")
+        return text
+
+    null: Tensor | None = None
+    if params.guidance_scale != 1:
+        null = checkpoint.null_text if request.negative_prompt is None else encode(request.negative_prompt)
+    prompts = ((0, request.prompt), *request.prompt_schedule)
+    return Conditioning.build([(start, encode(prompt)) for start, prompt in prompts], null)
+
+
+def _clip_latents(
+    request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint
+) -> tuple[dict[int, Tensor], Tensor | None]:
+    """Given chunks by index, and the latents the decoder is warmed on.
+
+    The clip is encoded in one causal pass and its end is kept; the decoder sees everything up to the context, so
+    that the first new chunk goes on where the clip's last frame was.
+    """
+    if params.start == "noise":
+        return {}, None
+    if request.clip is None:
+        raise ConfigError(f"start={params.start} needs a conditioning clip: video=FILE")
+    needed = clip_frames_needed(params, checkpoint)
+    if request.clip.shape[0] < needed:
+        raise MediaError(
+            f"start={params.start} needs a clip of at least {needed} frames at {params.fps:g} fps "
+            f"({params.clip_latents} latents), this one has {request.clip.shape[0]}"
+        )
+    latents = checkpoint.codec.encode(request.clip)
+    plan, size = params.plan(None), params.latent_chunk_size
+    used = latents[:, latents.shape[1] - params.clip_latents :]
+    given = {
+        index: used[:, (index + plan.given_context) * size :][:, :size].clone()
+        for index in range(-plan.given_context, plan.given_clip)
+    }
+    return given, latents[:, : latents.shape[1] - plan.given_clip * size].clone()

@@ -1,0 +1,254 @@
+"""Prompts in, videos out: in this process and on stage actors, from Python and from the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_checkpoint
+
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.config import SampleConfig
+from pavdm_dist.errors import CheckpointError, ConfigError, MediaError
+from pavdm_dist.io.latents import latents_sha256, read_latents
+from pavdm_dist.io.video import export_to_video, read_clip
+from pavdm_dist.observe import ChunkProgress
+from pavdm_dist.pipeline import PAVDMPipeline
+from pavdm_dist.render import plan_report, render_command
+from pavdm_dist.requests import VideoRequest
+
+PROMPT = "a red three drifting up"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    ramp = np.linspace(0, 200, 45)[:, None, None, None] + np.zeros((45, 32, 48, 3))
+    export_to_video(ramp.astype(np.uint8), str(path), 24)
+    return path
+
+
+def _render(model: Path, output: Path, overwrite: bool = False, **settings: object) -> list[dict]:
+    config = SampleConfig(prompt=PROMPT, model=str(model), output=str(output))
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return render_command(config, overwrite=overwrite, progress=ChunkProgress)["videos"]
+
+
+@pytest.mark.timeout(120)
+def test_any_number_of_stages_writes_the_same_video(ray_cluster: None, model: Path, tmp_path: Path) -> None:
+    results = {}
+    for stages, streams in ((0, 1), (1, 1), (2, 2), (4, 1)):
+        output = tmp_path / f"{stages}.mp4"
+        (results[stages],) = _render(
+            model, output, num_frames=23, num_stages=stages, streams=streams, save_latents=True, chunks_per_segment=2
+        )
+        assert read_clip(str(output)).shape == (23, 32, 48, 3)
+        latents = read_latents(output.with_suffix(".safetensors"))
+        assert latents.shape == (4, 8, 4, 6)  # 5, 8, 8, 8 frames -> four chunks of two latents
+        assert latents_sha256(latents) == results[stages]["latents_sha256"]
+    assert len({result["latents_sha256"] for result in results.values()}) == 1
+    assert len({(tmp_path / f"{stages}.mp4").read_bytes() for stages in results}) == 1
+
+
+@pytest.mark.timeout(120)
+def test_a_prompt_file_renders_each_line_as_alone(ray_cluster: None, model: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red three drifting up\n\na blue seven\na three\n")
+    together = _render(
+        model, tmp_path / "all", prompt=None, prompts=str(prompts), num_frames=13, num_stages=2, streams=3, seed=7
+    )
+    assert [Path(video["output"]).name for video in together] == [
+        "0000-a-red-three-drifting-up-s7.mp4",
+        "0001-a-blue-seven-s8.mp4",
+        "0002-a-three-s9.mp4",
+    ]
+    (alone,) = _render(model, tmp_path / "alone.mp4", prompt="a blue seven", seed=8, num_frames=13)
+    assert alone["latents_sha256"] == together[1]["latents_sha256"] != together[0]["latents_sha256"]
+
+
+def test_sidecar_says_how_to_make_it_again(model: Path, tmp_path: Path) -> None:
+    (video,) = _render(model, tmp_path / "v.mp4", num_frames=9, seed=3, negative_prompt="a blue seven")
+    sidecar = json.loads((tmp_path / "v.json").read_text())
+    assert sidecar["config"]["seed"] == sidecar["seed"] == 3
+    assert sidecar["prompt"] == PROMPT
+    assert sidecar["latents_sha256"] == video["latents_sha256"]
+    assert sidecar["num_frames"] == 9
+    assert len(sidecar["chunk_seconds"]) == 2
+    assert sidecar["versions"]["torch"] == torch.__version__.split("+")[0] or sidecar["versions"]["torch"]
+    assert not (tmp_path / "v.mp4.parts").exists()
+
+
+def test_length_is_trimmed_to_the_frame_and_prefixes_agree(model: Path) -> None:
+    pipeline = PAVDMPipeline.from_pretrained(model)
+    short = pipeline(PROMPT, num_frames=6, output_type="np").frames[0]
+    assert short.shape == (6, 32, 48, 3)
+    assert short.dtype == np.float32
+    # Chunk 0 is born and denoised in the same company whether three or four chunks follow (W = 3).
+    three = pipeline(PROMPT, num_frames=21, output_type="latent").frames[0]
+    four = pipeline(PROMPT, num_frames=29, output_type="latent").frames[0]
+    assert torch.equal(three[:, :2], four[:, :2])
+
+
+def test_call_takes_diffusers_arguments(model: Path) -> None:
+    pipeline = PAVDMPipeline.from_pretrained(model)
+    steps, chunks = [], []
+    (frames,) = pipeline(
+        [PROMPT, "a blue seven"],
+        num_frames=9,
+        num_videos_per_prompt=2,
+        generator=torch.Generator().manual_seed(5),
+        guidance_scale=1.0,
+        output_type="pt",
+        return_dict=False,
+        callback_on_step_end=lambda pipe, step, level, tensors: steps.append((step, level)),
+        callback_on_chunk=chunks.append,
+    )
+    assert len(frames) == 4
+    assert frames[0].shape == (9, 3, 32, 48)
+    again = pipeline("a blue seven", num_frames=9, seed=7, guidance_scale=1.0, output_type="pt").frames[0]
+    assert torch.equal(frames[2], again)
+    assert [step for step, _ in steps[:8]] == list(range(8))
+    assert steps[0][1] == 1.0
+    assert [(chunk.video, chunk.index) for chunk in chunks] == [(v, i) for v in range(4) for i in range(2)]
+    assert [chunk.last for chunk in chunks] == [False, True] * 4
+    with pytest.raises(ConfigError, match=r"output_type='gif'"):
+        pipeline(PROMPT, output_type="gif")
+    with pytest.raises(ConfigError, match=r"iter_chunks"):
+        pipeline(PROMPT, num_frames=10**7)
+    with pytest.raises(ConfigError, match=r"no such argument 'step_count'"):
+        pipeline(PROMPT, step_count=4)
+
+
+@pytest.mark.parametrize(("start", "context", "needed"), [("chunk", 1, 5), ("clip", 1, 21), ("clip", 0, 13)])
+def test_start_from_a_clip(model: Path, clip: Path, tmp_path: Path, start: str, context: int, needed: int) -> None:
+    settings = {"start": start, "context_chunks": context, "video": str(clip), "num_frames": 16}
+    (new,) = _render(model, tmp_path / "new.mp4", **settings)
+    (both,) = _render(model, tmp_path / "both.mp4", include_input=True, **settings)
+    assert new["latents_sha256"] == both["latents_sha256"]
+    rerendered = 0 if start == "chunk" else 2 * 2 * 4
+    assert new["num_frames"] == 16
+    assert both["num_frames"] == 45 - rerendered + 16
+    # After the clip every chunk gives 8 frames: 16 frames are two chunks, not 5 + 8 + 3.
+    assert plan_report(SampleConfig(model=str(model), **settings))["chunks"] == 2
+    with pytest.raises(ConfigError, match=rf"needs at least {needed}"):
+        short = tmp_path / "short.mp4"
+        export_to_video(np.zeros((needed - 1, 32, 48, 3), np.uint8), str(short), 24)
+        _render(model, tmp_path / "x.mp4", **{**settings, "video": str(short)})
+
+
+def test_the_clip_matters_and_guidance_sees_the_negative_prompt(model: Path, clip: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.mp4"
+    export_to_video(np.full((45, 32, 48, 3), 90, np.uint8), str(other), 24)
+    settings = {"start": "chunk", "num_frames": 8}
+    seen = {
+        _render(model, tmp_path / "a.mp4", video=str(clip), **settings)[0]["latents_sha256"],
+        _render(model, tmp_path / "b.mp4", video=str(other), **settings)[0]["latents_sha256"],
+        _render(model, tmp_path / "c.mp4", num_frames=8)[0]["latents_sha256"],
+        _render(model, tmp_path / "d.mp4", num_frames=8, negative_prompt="a blue seven")[0]["latents_sha256"],
+        _render(model, tmp_path / "e.mp4", num_frames=8, guidance_scale=1.0)[0]["latents_sha256"],
+    }
+    assert len(seen) == 5
+
+
+def test_plan_report_is_the_worked_example(model: Path) -> None:
+    config = SampleConfig(
+        model=str(model), num_inference_steps=30, window_chunks=6, latent_chunk_size=5, start="chunk", num_stages=2
+    )
+    report = plan_report(config, chunks=84)
+    assert report["model_calls"] == 445
+    assert report["latent_evaluations"] == 14825
+    assert report["first_chunk_after_calls"] == 30
+    assert report["layer_split"] == [[0, 2], [2, 4]]
+    assert report["pipeline_utilisation"] == pytest.approx(2 / 3, abs=1e-4)
+    config.num_stages = 5
+    with pytest.raises(ConfigError, match=r"num_stages=5: the model has 4 half-blocks"):
+        plan_report(config, chunks=84)
+
+
+def test_bad_input_ends_before_anything_is_written(model: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "taken.mp4"
+    taken.write_bytes(b"mine")
+    with pytest.raises(ConfigError, match=r"taken.mp4 exists.*--overwrite"):
+        _render(model, taken)
+    assert taken.read_bytes() == b"mine"
+    for settings, error, pattern in [
+        ({"height": 33}, ConfigError, r"height=33.*32 or 40"),
+        ({"window_chunks": 4}, ConfigError, r"window_chunks=4 does not divide num_inference_steps=6"),
+        ({"num_stages": 9}, ConfigError, r"4 half-blocks, use 1 to 4"),
+        ({"prompt": "a " * 40}, ConfigError, r"tokens|words"),
+        ({"video": str(tmp_path / "no.mp4"), "start": "chunk"}, MediaError, r"no.mp4"),
+    ]:
+        with pytest.raises(error, match=pattern):
+            _render(model, tmp_path / "none.mp4", **{"num_frames": 8, **settings})
+    assert {path.name for path in tmp_path.iterdir()} == {"taken.mp4"}
+
+
+def test_checkpoints_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no-such-folder"):
+        Checkpoint.open(tmp_path / "no-such-folder")
+    folder = tiny_checkpoint(tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "transformer": ["x", "FluxTransformer"]}))
+    with pytest.raises(CheckpointError, match=r"transformer is FluxTransformer, this version runs STDiT3"):
+        Checkpoint.open(folder)
+    (folder / "model_index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    (folder / "transformer" / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
+    with pytest.raises(CheckpointError, match=r"tensor .* is \[.*\], the model needs"):
+        _ = Checkpoint.open(folder).backbone
+    (folder / "transformer" / "config.json").write_text(json.dumps({**config, "in_channels": 8}))
+    with pytest.raises(CheckpointError, match=r"vae has 4 latent channels, transformer takes 8"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("stages", [0, 2])
+def test_ctrl_c_leaves_playable_segments_and_says_where(model: Path, tmp_path: Path, stages: int) -> None:
+    command = [
+        sys.executable, "-m", "pavdm_dist", "sample", PROMPT, f"model={model}", "num_frames=200000",
+        f"num_stages={stages}", "output=v.mp4", "chunks_per_segment=2",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment)
+    parts = tmp_path / "v.mp4.parts"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and len(list(parts.glob("*.mp4")) if parts.exists() else []) < 2:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=40)
+    assert process.returncode == 130
+    assert "frames of v.mp4 are playable in v.mp4.parts" in errors.splitlines()[-1]
+    assert not (tmp_path / "v.mp4").exists()
+    assert not (tmp_path / "v.json").exists()
+    segments = sorted(parts.glob("*.mp4"))
+    assert len(read_clip(str(segments[0]))) == 5 + 8
+    assert Fraction(len(read_clip(str(segments[1])))) == 8 + 8
+
+
+def test_iter_chunks_takes_requests_lazily(model: Path) -> None:
+    pipeline = PAVDMPipeline.from_pretrained(model)
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(len(taken))
+            yield VideoRequest(PROMPT, seed=len(taken), num_frames=5)
+
+    chunks = pipeline.iter_chunks(endless(), pipeline.params(guidance_scale=1.0))
+    assert [next(chunks).video for _ in range(3)] == [0, 1, 2]
+    assert len(taken) == 3
