@@ -1,0 +1,245 @@
+"""Video codec around diffusers' ``AutoencoderKLWan`` (Wan 2.1 layout and the patched, residual 2.2 layout).
+
+The autoencoder is causal and decodes latent by latent with a cache of past features. Its own ``decode`` keeps
+that cache inside the module and grows its output by concatenation; here each stream owns its cache instead, so
+streams may interleave on one module and memory does not grow with the length of the video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from pavdm_dist.codecs.base import CodecSpec
+from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.models.loading import load_config, load_module, local_folder, save_module
+
+# Frames per latent that AutoencoderKLWan's encoder is written for.
+_TEMPORAL_STRIDE = 4
+# A probe that runs longer than this has a decoder with unbounded memory, which a causal convolution cannot have.
+_PROBE_LIMIT = 1000
+
+
+def read_spec(folder: str | Path, **hub: Any) -> CodecSpec:
+    """Shape facts from ``config.json`` alone: what planning needs, without weights or diffusers.
+
+    Raises:
+        CheckpointError: missing, unreadable, or not a Wan autoencoder's configuration.
+    """
+    return _spec(load_config(folder, **hub), str(folder))
+
+
+class WanCodec:
+    """Frames <-> normalised latents.
+
+    Args:
+        vae: an ``AutoencoderKLWan``; it is switched to evaluation and its weights are used as they are.
+    """
+
+    def __init__(self, vae: nn.Module) -> None:
+        config: Any = vae.config
+        self.spec = _spec(config, "the video codec")
+        self.vae: Any = vae.eval()
+        self._patch: int | None = config.get("patch_size")
+        device = next(vae.parameters()).device
+        self._mean = torch.tensor(config["latents_mean"], dtype=torch.float32, device=device).view(1, -1, 1, 1, 1)
+        self._std = torch.tensor(config["latents_std"], dtype=torch.float32, device=device).view(1, -1, 1, 1, 1)
+        self._receptive: int | None = None
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu", **hub: Any) -> WanCodec:
+        """Loads ``config.json`` and safetensors weights of any precision as float32.
+
+        Args:
+            folder: component folder or hub id.
+            device: where the codec runs.
+            hub: passed on when ``folder`` is a hub id (``subfolder``, ``revision``, ...).
+
+        Raises:
+            CheckpointError: no such folder, not a Wan autoencoder, or a tensor missing or of the wrong size.
+        """
+        path = local_folder(folder, **hub)
+        config = load_config(path)
+        _spec(config, str(path))
+        from diffusers import AutoencoderKLWan
+
+        try:
+            with torch.device("meta"):
+                vae = AutoencoderKLWan.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{path / 'config.json'} describes no working AutoencoderKLWan: {reason}") from error
+        load_module(vae, path)
+        return cls(vae.to(device))
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes what :meth:`from_pretrained` and diffusers' own loader read; ``dtype``: precision on disk."""
+        config = {key: value for key, value in dict(self.vae.config).items() if not key.startswith("_")}
+        save_module(self.vae, folder, {"_class_name": "AutoencoderKLWan", **config}, dtype)
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """Pixels -> latent cells; ConfigError when a side cannot be divided."""
+        return self.spec.latent_size(height, width)
+
+    def frames_in_chunk(self, chunk_size: int, first: bool) -> int:
+        """``4c - 3`` frames for the first chunk of a video, ``4c`` for others."""
+        return self.spec.frames_in_chunk(chunk_size, first)
+
+    def chunks_for_frames(self, num_frames: int, chunk_size: int, warm: bool) -> int:
+        """The fewest chunks that give ``num_frames`` frames; see :meth:`CodecSpec.chunks_for_frames`."""
+        return self.spec.chunks_for_frames(num_frames, chunk_size, warm)
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Tensor:
+        """One causal pass over a clip, in memory for one latent's frames.
+
+        The posterior's mode is taken, not a sample, so that the same clip always gives the same latents; the
+        beginning of a clip gives bit for bit the beginning of its latents.
+
+        Args:
+            frames: uint8 ``[4n + 1, H, W, 3]``.
+
+        Returns:
+            Normalised float32 latents ``[C, n + 1, h, w]`` on the codec's device.
+
+        Raises:
+            ConfigError: another number of frames, or a size the codec cannot divide.
+        """
+        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
+            raise ConfigError(f"frames must be uint8 [t, H, W, 3], got {frames.dtype} {list(frames.shape)}")
+        self.spec.latents_in_clip(frames.shape[0])
+        self.spec.latent_size(frames.shape[1], frames.shape[2])
+        cache: list[Any] = [None] * self.vae._cached_conv_counts["encoder"]
+        stride = self.spec.temporal_stride
+        latents = []
+        for group in frames.split([1, *[stride] * (frames.shape[0] // stride)]):
+            pixels = rearrange(group.to(self._mean.device, torch.float32), "t h w rgb -> 1 rgb t h w")
+            features = self.vae.encoder(self._patchify(pixels / 127.5 - 1), feat_cache=cache, feat_idx=[0])
+            mean, _ = self.vae.quant_conv(features).chunk(2, dim=1)
+            latents.append((mean - self._mean) / self._std)
+        return torch.cat(latents, dim=2)[0].contiguous()
+
+    def decoder(self) -> WanChunkDecoder:
+        """A decoder at the start of a new stream; any number may interleave on this codec."""
+        return WanChunkDecoder(self)
+
+    def receptive_latents(self) -> int:
+        """Latents a fresh decoder must be warmed on before the next one decodes exactly as in an unbroken stream.
+
+        Measured once by sending a NaN through the decoder: unlike a perturbation, which trained weights may damp
+        below the last bit, NaN marks every output that depends on it, however weakly. Costs some dozens of 1x1
+        latents.
+        """
+        if self._receptive is None:
+            self._receptive = self._probe()
+        return self._receptive
+
+    @torch.no_grad()
+    def _probe(self) -> int:
+        stream = self.decoder()
+        clean = torch.zeros(1, self.spec.latent_channels, 1, 1, 1, device=self._mean.device)
+        # The first latent skips the temporal upsampling; the second is the first regular one.
+        stream.step(clean)
+        stream.step(clean)
+        stream.step(clean * torch.nan)
+        for reached in range(_PROBE_LIMIT):
+            marked = bool(stream.step(clean).isnan().any())
+            if not marked and not stream.holds_nan():
+                return reached + 1
+        raise RuntimeError(f"the decoder still remembers a latent after {_PROBE_LIMIT} others")
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Normalised ``[1, C, n, h, w]`` -> the autoencoder's own scale."""
+        return latents * self._std + self._mean
+
+    def unpatchify(self, pixels: Tensor) -> Tensor:
+        """Undoes the 2.2 layout's space-to-depth; the identity for the 2.1 layout."""
+        if self._patch is None:
+            return pixels
+        return rearrange(pixels, "b (c q r) t h w -> b c t (h r) (w q)", q=self._patch, r=self._patch)
+
+    def _patchify(self, pixels: Tensor) -> Tensor:
+        if self._patch is None:
+            return pixels
+        # The column offset is the slower of the two in that layout's channel order.
+        return rearrange(pixels, "b c t (h r) (w q) -> b (c q r) t h w", q=self._patch, r=self._patch)
+
+
+class WanChunkDecoder:
+    """One stream's feature cache.
+
+    Every latent goes through the network alone, so the partition into chunks cannot change a bit.
+    """
+
+    def __init__(self, codec: WanCodec) -> None:
+        self._codec = codec
+        self._cache: list[Any] = [None] * codec.vae._cached_conv_counts["decoder"]
+        self._started = False
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decodes the next latents of the stream.
+
+        Args:
+            latents: normalised ``[C, n, h, w]``, n >= 1.
+
+        Returns:
+            uint8 ``[t, H, W, 3]`` on the CPU; t = 4n, or 4n - 3 at the start of the stream.
+        """
+        return torch.cat([_to_uint8(self.step(latent)) for latent in self._split(latents)])
+
+    @torch.no_grad()
+    def warm(self, latents: Tensor) -> None:
+        """As :meth:`decode`, with the frames dropped."""
+        for latent in self._split(latents):
+            self.step(latent)
+
+    def step(self, latent: Tensor) -> Tensor:
+        """One normalised latent ``[1, C, 1, h, w]`` -> float pixels ``[1, 3, 1 or 4, H, W]`` in [-1, 1]."""
+        codec = self._codec
+        raw = codec.vae.post_quant_conv(codec.denormalise(latent))
+        pixels = codec.vae.decoder(raw, feat_cache=self._cache, feat_idx=[0], first_chunk=not self._started)
+        self._started = True
+        return codec.unpatchify(pixels).clamp(-1, 1)
+
+    def holds_nan(self) -> bool:
+        """Whether a feature that later latents will read is NaN."""
+        return any(isinstance(entry, Tensor) and bool(entry.isnan().any()) for entry in self._cache)
+
+    def _split(self, latents: Tensor) -> list[Tensor]:
+        channels = self._codec.spec.latent_channels
+        if latents.ndim != 4 or latents.shape[0] != channels or latents.shape[1] < 1:
+            raise ValueError(f"latents must be [{channels}, n >= 1, h, w], got {list(latents.shape)}")
+        moved = latents.to(self._codec._mean.device, torch.float32)
+        # Contiguous, so that a view into a longer tensor and a chunk of its own take the same kernels.
+        return [latent.contiguous() for latent in moved.unsqueeze(0).split(1, dim=2)]
+
+
+def _to_uint8(pixels: Tensor) -> Tensor:
+    frames = rearrange(pixels, "1 rgb t h w -> t h w rgb")
+    return ((frames + 1) * 127.5).round().to(torch.uint8).cpu().contiguous()
+
+
+def _spec(config: Mapping[str, Any], where: str) -> CodecSpec:
+    """Shape facts from a configuration; keys left out have AutoencoderKLWan's defaults."""
+    name = config.get("_class_name", "AutoencoderKLWan")
+    if name != "AutoencoderKLWan":
+        raise CheckpointError(f"{where} holds a {name}, an AutoencoderKLWan is needed")
+    channels = config.get("z_dim", 16)
+    for key in ("latents_mean", "latents_std"):
+        if key not in config or len(config[key]) != channels:
+            found = len(config[key]) if key in config else "no"
+            raise CheckpointError(f"{where}: {key} has {found} entries, z_dim={channels} needs {channels}")
+    downsample = config.get("temperal_downsample", [False, True, True])
+    if 2 ** sum(downsample) != _TEMPORAL_STRIDE:
+        raise CheckpointError(
+            f"{where}: temperal_downsample={list(downsample)} makes {2 ** sum(downsample)} frames a latent, "
+            f"only {_TEMPORAL_STRIDE} (two true entries) can be encoded"
+        )
+    levels = len(config.get("dim_mult", [1, 2, 4, 4])) - 1
+    return CodecSpec(channels, 2**levels * (config.get("patch_size") or 1), _TEMPORAL_STRIDE)

@@ -1,0 +1,1 @@
+"""Video, latents, storage and the sidecar; PyAV and fsspec are imported where they are used."""

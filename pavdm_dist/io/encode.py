@@ -1,0 +1,230 @@
+"""Whole H.264 mp4 files from a stream of frames, and their joining by packet copy (PyAV, libx264)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.io.storage import atomic_path, open_read
+
+# Without mbtree: its SIMD code reads beyond the last macroblock of a row when their number is no multiple of 4,
+# so that at such widths the same frames gave different packets, depending on what was in memory.
+_X264 = "open-gop=0:mbtree=0"
+# BT.709 in H.264's numbering: untagged files are shown with other colours by some players.
+_BT709 = 1
+_LIMITED_RANGE = 1
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """How frames are compressed.
+
+    Attributes:
+        crf: libx264's constant quality, 0 (lossless) to 51.
+        preset: libx264's speed preset.
+        threads: encoder threads; the bits of the file depend on it.
+        keyframe_seconds: longest distance between two key frames.
+    """
+
+    crf: int = 17
+    preset: str = "medium"
+    threads: int = 1
+    keyframe_seconds: float = 2.0
+
+
+def as_rate(fps: float | Fraction) -> Fraction:
+    """Frames per second as the fraction that a container stores, such as 30000/1001.
+
+    Raises:
+        ConfigError: not between 1/1000 and 1000.
+    """
+    if not 1 / 1000 <= fps <= 1000:
+        raise ConfigError(f"fps={fps}: must be between 0.001 and 1000")
+    return Fraction(fps).limit_denominator(1001)
+
+
+def check_size(height: int, width: int) -> None:
+    """Refuses sizes that yuv420p can't hold.
+
+    Raises:
+        ConfigError: a side below 2 or odd.
+    """
+    for name, value in (("height", height), ("width", width)):
+        if value < 2 or value % 2:
+            legal = f"{value - 1} or {value + 1}" if value > 2 else "2"
+            raise ConfigError(f"{name}={value} must be even for H.264 with 4:2:0 colour; nearest legal: {legal}")
+
+
+def check_frames(frames: Any, height: int, width: int) -> np.ndarray:
+    """A numpy view of uint8 frames ``[t, height, width, 3]`` (numpy or CPU tensor).
+
+    Raises:
+        ValueError: another type or shape.
+    """
+    array = np.asarray(frames)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != (height, width, 3) or not len(array):
+        raise ValueError(f"frames must be uint8 [t >= 1, {height}, {width}, 3], got {array.dtype} {list(array.shape)}")
+    return array
+
+
+class VideoEncoder:
+    """Writes frames to one mp4; frame i is shown at exactly i / fps.
+
+    There are no B-frames: every frame depends on earlier ones only, so a file can be cut after any packet and
+    files can be joined by copying packets, and decoding order is showing order.
+
+    Args:
+        path: local file to write.
+        rate: frames per second.
+        height, width: even.
+        options: compression.
+
+    Raises:
+        ConfigError: odd size, or this PyAV was built without libx264.
+    """
+
+    def __init__(self, path: Path, rate: Fraction, height: int, width: int, options: EncoderOptions) -> None:
+        import av
+
+        check_size(height, width)
+        require_libx264()
+        self._rate = rate
+        self._count = 0
+        self._container: Any = av.open(str(path), "w", format="mp4")
+        settings = {"crf": str(options.crf), "preset": options.preset, "x264-params": _X264}
+        self._stream: Any = self._container.add_stream("libx264", rate=rate, options=settings)
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+        context = self._stream.codec_context
+        context.thread_count = options.threads
+        context.max_b_frames = 0
+        context.gop_size = max(1, round(options.keyframe_seconds * rate))
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        context.color_range = _LIMITED_RANGE
+
+    def write(self, frame: np.ndarray) -> None:
+        """Appends one uint8 frame ``[height, width, 3]``."""
+        import av
+
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+        picture.colorspace, picture.color_range = _BT709, _LIMITED_RANGE
+        picture.pts, picture.time_base = self._count, 1 / self._rate
+        self._count += 1
+        self._container.mux(self._stream.encode(picture))
+
+    def close(self) -> int:
+        """Completes the file.
+
+        Returns:
+            The number of frames in it.
+        """
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+        return self._count
+
+
+def require_libx264() -> None:
+    """Checks that PyAV can write H.264.
+
+    Raises:
+        ConfigError: it can't.
+    """
+    import av
+
+    if "libx264" not in av.codecs_available:
+        raise ConfigError(f"PyAV {av.__version__} has no libx264 encoder; run pip install --force-reinstall av")
+
+
+def remux(
+    segments: Sequence[str | Path],
+    output: str | Path,
+    fps: float | Fraction,
+    num_frames: int,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Joins segments into one mp4 by copying packets; frame i is shown at exactly i / fps.
+
+    Args:
+        segments: files of :class:`VideoEncoder` with the same options.
+        output: appears in one move.
+        fps: frames per second.
+        num_frames: packets to copy; the rest is left out.
+        metadata: stored as compact JSON in the comment tag.
+
+    Raises:
+        MediaError: the segments have fewer frames, or come from different encoders.
+    """
+    import av
+
+    rate = as_rate(fps)
+    copied = 0
+    with atomic_path(output) as staged:
+        # With the index in front the file can be played while it is loaded.
+        joined: Any = av.open(str(staged), "w", format="mp4", options={"movflags": "+faststart"})
+        with joined:
+            target: Any = None
+            header: bytes | None = None
+            if metadata:
+                text = json.dumps(metadata, separators=(",", ":"), ensure_ascii=False, sort_keys=True)
+                joined.metadata["comment"] = text
+            for path in segments:
+                if copied == num_frames:
+                    break
+                with open_read(path) as file, av.open(file) as container:
+                    source: Any = container.streams.video[0]
+                    if target is None:
+                        target = joined.add_stream_from_template(source, opaque=True)
+                        target.time_base = 1 / rate
+                        header = source.codec_context.extradata
+                    if source.codec_context.extradata != header:
+                        raise MediaError(f"{path} was made by another encoder than the segments before it")
+                    for packet in container.demux(source):
+                        if packet.size == 0 or copied == num_frames:
+                            continue
+                        packet.pts = packet.dts = copied
+                        packet.duration, packet.time_base = 1, 1 / rate
+                        packet.stream = target
+                        joined.mux(packet)
+                        copied += 1
+        if copied != num_frames:
+            raise MediaError(f"the segments of {output} hold {copied} frames, {num_frames} are needed")
+
+
+def export_to_video(
+    frames: Iterable[Any], path: str | Path, fps: float = 24, options: EncoderOptions | None = None
+) -> str:
+    """Writes frames to an mp4, in one pass and in one move.
+
+    Args:
+        frames: pictures of equal size, any iterable: ``[H, W, 3]`` arrays or tensors, uint8 or float in [0, 1],
+            or PIL images.
+        path: the mp4, local or remote; replaced when it exists.
+        fps: frames per second.
+
+    Returns:
+        ``path`` as text.
+
+    Raises:
+        ConfigError: no frames, or odd size.
+    """
+    encoder: VideoEncoder | None = None
+    with atomic_path(path) as staged:
+        for item in frames:
+            frame = np.asarray(item)
+            if np.issubdtype(frame.dtype, np.floating):
+                frame = np.round(frame.clip(0, 1) * 255).astype(np.uint8)
+            if encoder is None:
+                height, width = frame.shape[:2]
+                encoder = VideoEncoder(staged, as_rate(fps), height, width, options or EncoderOptions())
+            encoder.write(check_frames(frame[None], height, width)[0])
+        if encoder is None:
+            raise ConfigError(f"{path}: there are no frames to write")
+        encoder.close()
+    return str(path)

@@ -1,0 +1,126 @@
+"""The JSON sidecar beside every finished video: how it was made. *Sidecar exists <=> video complete*."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any
+
+import pavdm_dist
+from pavdm_dist.errors import MediaError
+from pavdm_dist.io.storage import atomic_write, exists, open_read, sha256_file
+
+_PACKAGES = ("torch", "ray", "diffusers", "av", "numpy")
+
+
+def sidecar_path(output: str | Path) -> str:
+    """``clip.mp4`` -> ``clip.json``, in the same folder."""
+    text = str(output)
+    folder, slash, name = text.rpartition("/")
+    stem = name.rpartition(".")[0] or name
+    return f"{folder}{slash}{stem}.json"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and those that a result depends on; nothing is imported to find out."""
+    import platform
+
+    found = {"python": platform.python_version(), "pavdm_dist": pavdm_dist.__version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = packages.version(name)
+        except packages.PackageNotFoundError:
+            continue
+    return found
+
+
+def weights_identity(folder: str | Path) -> str:
+    """SHA-256 over the names and bytes of a checkpoint's JSON and safetensors files, in order of name."""
+    root = Path(folder)
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        if path.suffix in (".json", ".safetensors"):
+            digest.update(f"{path.relative_to(root).as_posix()} {sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+@dataclass
+class Sidecar:
+    """All that is needed to make the same video again, and to tell whether it is the same.
+
+    Attributes:
+        config: the resolved settings.
+        prompt, negative_prompt: text of the first chunk; a prompt schedule is in ``config``.
+        seed: noise of chunk k is a function of (seed, k).
+        num_frames, fps, height, width: of the video file.
+        device, threads: what the bits depend on besides ``versions``: device model, intra-op threads.
+        chunk_seconds: wall-clock seconds from one finished chunk to the next, first to last.
+        video_sha256: of the file's bytes.
+        latents_sha256: of the clean new latents (see :class:`~pavdm_dist.io.latents.LatentsHash`).
+        weights: identity of the checkpoint.
+        extra: anything more, JSON-compatible.
+        versions: of the packages used.
+        created: when, UTC, ISO 8601.
+    """
+
+    config: Mapping[str, Any]
+    prompt: str
+    negative_prompt: str | None
+    seed: int
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+    device: str
+    threads: int
+    chunk_seconds: list[float] = field(default_factory=list)
+    video_sha256: str | None = None
+    latents_sha256: str | None = None
+    weights: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=versions)
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def write(self, output: str | Path) -> str:
+        """Writes the sidecar of the finished video ``output`` in one move; call it last.
+
+        The video's checksum is computed here when it is not set.
+
+        Returns:
+            The sidecar's path.
+        """
+        if self.video_sha256 is None:
+            self.video_sha256 = sha256_file(output)
+        # Serialised before the file is opened: a value JSON cannot hold must not leave a half-written file.
+        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
+        path = sidecar_path(output)
+        with atomic_write(path, "w") as file:
+            file.write(text + "\n")
+        return path
+
+
+def is_complete(output: str | Path) -> bool:
+    """Whether the video was finished, that is, has a sidecar."""
+    return exists(sidecar_path(output))
+
+
+def read_sidecar(output: str | Path) -> dict[str, Any]:
+    """The sidecar of a video.
+
+    Raises:
+        MediaError: none there, or not JSON.
+    """
+    path = sidecar_path(output)
+    if not exists(path):
+        raise MediaError(f"{path}: no such file, so {output} is not complete")
+    with open_read(path) as file:
+        try:
+            return json.load(file)
+        except ValueError as error:
+            raise MediaError(f"{path} is not valid JSON: {error}") from error

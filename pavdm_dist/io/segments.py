@@ -1,0 +1,272 @@
+"""A video that grows on disk: whole segments that are playable at any moment, joined by stream copy at the end.
+
+While a video is made, ``<output>.parts/`` holds one complete mp4 per fixed group of chunks and a playlist
+(ffconcat: ``ffplay``, ``mpv`` and ``ffmpeg -i`` read it). A segment appears by a rename and the playlist is
+replaced by a rename, so a process that dies at any point leaves what was finished, whole. A group always starts
+with a fresh encoder: a segment depends on its own frames only, and rendering it again gives the same packets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.io import storage
+from pavdm_dist.io.encode import (
+    EncoderOptions,
+    VideoEncoder,
+    as_rate,
+    check_frames,
+    check_size,
+    remux,
+    require_libx264,
+)
+
+PLAYLIST = "playlist.ffconcat"
+_SEGMENT = re.compile(r"segment-(\d{6,})-(\d{6,})\.mp4")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One complete mp4: chunks ``first_chunk .. last_chunk``, ``num_frames`` frames."""
+
+    name: str
+    first_chunk: int
+    last_chunk: int
+    num_frames: int
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """What an unfinished video left behind.
+
+    Attributes:
+        playlist: plays everything there is; None when there is nothing.
+        num_frames: frames in it.
+        next_chunk: the first chunk that is not in it.
+    """
+
+    playlist: str | None
+    num_frames: int
+    next_chunk: int
+
+
+class SegmentWriter:
+    """Takes chunks of frames in order and makes an mp4 of them.
+
+    Args:
+        output: the mp4 to make, local or remote.
+        fps: frames per second.
+        height, width: even.
+        chunks_per_segment: chunks in one segment; what a crash can cost is less than this many chunks.
+        options: compression.
+        resume: go on behind the complete segments of an earlier, interrupted writer; its partial last segment
+            is dropped, since a group is always written by one encoder. ``next_chunk`` says where it goes on.
+        overwrite: drop the segments of an earlier writer. Without ``resume`` or this they are an error.
+
+    Raises:
+        ConfigError: odd size, no libx264, an output that is not an .mp4, segments of another run or of
+            another size, rate or grouping.
+    """
+
+    def __init__(
+        self,
+        output: str | Path,
+        fps: float | Fraction,
+        height: int,
+        width: int,
+        chunks_per_segment: int = 6,
+        options: EncoderOptions | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        check_size(height, width)
+        require_libx264()
+        if chunks_per_segment < 1:
+            raise ConfigError(f"chunks_per_segment={chunks_per_segment}: must be at least 1")
+        if not str(output).lower().endswith(".mp4"):
+            raise ConfigError(f"output={output}: the name must end in .mp4")
+        self.output = str(output)
+        self.parts = storage.parts_folder(output)
+        self._rate = as_rate(fps)
+        self._size = (height, width)
+        self._group = chunks_per_segment
+        self._options = options or EncoderOptions()
+        self._segments: list[Segment] = []
+        self._encoder: VideoEncoder | None = None
+        self._staged: Path | None = None
+        self._open_frames = 0
+        self._next = 0
+        if resume:
+            self._segments = self._find_segments()
+            self._next = self._closed_chunks()
+            self._write_playlist()
+        elif overwrite:
+            storage.remove(self.parts)
+        elif storage.list_names(self.parts):
+            raise ConfigError(
+                f"output={output}: {self.parts} holds the segments of an interrupted run; "
+                "choose another name or pass --overwrite"
+            )
+
+    @property
+    def next_chunk(self) -> int:
+        """The chunk that must come next."""
+        return self._next
+
+    @property
+    def num_frames(self) -> int:
+        """Frames taken so far, those of the open segment included."""
+        return sum(segment.num_frames for segment in self._segments) + self._open_frames
+
+    @property
+    def playlist(self) -> str:
+        """Path of the playlist of all complete segments."""
+        return storage.join(self.parts, PLAYLIST)
+
+    def write_chunk(self, index: int, frames: Any) -> bool:
+        """Takes the frames of chunk ``index``; closes the segment when its group is full.
+
+        Args:
+            index: 0-based; must be ``next_chunk``. Older ones, replayed after a restart, are dropped.
+            frames: uint8 ``[t, height, width, 3]``, t >= 1, numpy or CPU tensor.
+
+        Returns:
+            Whether the chunk was new.
+
+        Raises:
+            ValueError: a chunk is missing in between, or wrong frames.
+        """
+        if index < self._next:
+            return False
+        if index > self._next:
+            raise ValueError(f"chunk {index} arrived, {self._next} is next")
+        array = check_frames(frames, *self._size)
+        if self._encoder is None:
+            self._staged = storage.stage(storage.join(self.parts, "segment.mp4"))
+            self._encoder = VideoEncoder(self._staged, self._rate, *self._size, self._options)
+        for frame in array:
+            self._encoder.write(frame)
+            self._open_frames += 1
+        self._next += 1
+        if self._next % self._group == 0:
+            self._close_segment()
+        return True
+
+    def finish(self, num_frames: int | None = None, metadata: Mapping[str, Any] | None = None) -> int:
+        """Joins the segments into the output and removes them.
+
+        Args:
+            num_frames: frames of the output; what was taken beyond is cut off. None = all.
+            metadata: stored as compact JSON in the mp4's comment tag.
+
+        Returns:
+            The number of frames of the output.
+
+        Raises:
+            ValueError: ``num_frames`` is below 1 or above what was taken.
+        """
+        wanted = self.num_frames if num_frames is None else num_frames
+        if not 1 <= wanted <= self.num_frames:
+            raise ValueError(f"{wanted} frames asked of {self.output}, {self.num_frames} were written")
+        self._close_segment()
+        paths = [storage.join(self.parts, segment.name) for segment in self._segments]
+        remux(paths, self.output, self._rate, wanted, metadata)
+        storage.remove(self.parts)
+        return wanted
+
+    def abort(self) -> Interrupted:
+        """Ends the open segment early, so that everything taken so far can be played.
+
+        Never raises for a segment that cannot be completed (a full disk): that one is dropped.
+        """
+        taken = self._next
+        try:
+            self._close_segment()
+        except Exception:  # whatever went wrong, the complete segments stay
+            taken = self._closed_chunks()
+            self._drop_open()
+        if not self._segments:
+            storage.remove(self.parts)
+            return Interrupted(None, 0, 0)
+        return Interrupted(self.playlist, self.num_frames, taken)
+
+    def _closed_chunks(self) -> int:
+        return self._segments[-1].last_chunk + 1 if self._segments else 0
+
+    def _close_segment(self) -> None:
+        if self._encoder is None or self._staged is None:
+            return
+        first, last = self._closed_chunks(), self._next - 1
+        if last < first:  # interrupted in the middle of the group's first chunk
+            self._drop_open()
+            return
+        count = self._encoder.close()
+        segment = Segment(f"segment-{first:06d}-{last:06d}.mp4", first, last, count)
+        storage.commit(self._staged, storage.join(self.parts, segment.name))
+        self._segments.append(segment)
+        self._encoder, self._staged, self._open_frames = None, None, 0
+        self._write_playlist()
+
+    def _drop_open(self) -> None:
+        if self._encoder is not None:
+            with suppress(Exception):
+                self._encoder.close()
+        if self._staged is not None:
+            self._staged.unlink(missing_ok=True)
+        self._encoder, self._staged, self._open_frames = None, None, 0
+
+    def _write_playlist(self) -> None:
+        lines = ["ffconcat version 1.0"]
+        for segment in self._segments:
+            lines += [f"file {segment.name}", f"duration {float(segment.num_frames / self._rate):.6f}"]
+        with storage.atomic_write(self.playlist, "w") as file:
+            file.write("\n".join(lines) + "\n")
+
+    def _find_segments(self) -> list[Segment]:
+        """Complete groups of an earlier writer, from chunk 0 without a gap; all other files are removed."""
+        found = sorted(
+            (int(match[1]), int(match[2]), match[0])
+            for match in map(_SEGMENT.fullmatch, storage.list_names(self.parts))
+            if match
+        )
+        for position, (first, last, _) in enumerate(found):
+            length = last - first + 1
+            if length > self._group or (length < self._group and position < len(found) - 1):
+                raise ConfigError(
+                    f"chunks_per_segment={self._group}: {self.parts} was written with chunks_per_segment={length}"
+                )
+        segments: list[Segment] = []
+        for first, last, name in found:
+            if first == len(segments) * self._group and last == first + self._group - 1:
+                segments.append(Segment(name, first, last, self._check_segment(name)))
+        keep = {segment.name for segment in segments}
+        for name in storage.list_names(self.parts):
+            if name not in keep:
+                storage.remove(storage.join(self.parts, name))
+        return segments
+
+    def _check_segment(self, name: str) -> int:
+        """Frames of a segment that is known to have this writer's size and rate."""
+        import av
+
+        path = storage.join(self.parts, name)
+        try:
+            with storage.open_read(path) as file, av.open(file) as container:
+                stream: Any = container.streams.video[0]
+                found = (stream.height, stream.width, stream.average_rate)
+                count = int(stream.frames)
+        except (av.FFmpegError, IndexError) as error:
+            raise MediaError(f"{path} is not a readable segment; remove {self.parts} to start anew") from error
+        if found != (*self._size, self._rate):
+            raise ConfigError(
+                f"{path} is {found[1]}x{found[0]} at {found[2]} fps, this run makes "
+                f"{self._size[1]}x{self._size[0]} at {self._rate} fps"
+            )
+        return count

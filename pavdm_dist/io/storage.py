@@ -1,0 +1,181 @@
+"""Files that are either complete or absent, on local disks and on any store that fsspec knows.
+
+Paths with ``://`` go through fsspec; everything else is a local path. On a local disk a file is written under a
+temporary name in its own folder, flushed to the disk and renamed; an object store makes an upload visible only
+when it is complete, so there the file is staged locally and uploaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from pavdm_dist.errors import ConfigError
+
+_BLOCK = 1 << 20
+_PARTS_SUFFIX = ".parts"
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether the path names a store of fsspec's (``s3://...``) instead of a local file."""
+    return "://" in str(path)
+
+
+def join(folder: str | Path, name: str) -> str:
+    """``folder/name``, local or remote."""
+    return f"{str(folder).rstrip('/')}/{name}"
+
+
+def exists(path: str | Path) -> bool:
+    """Whether there is a file or folder."""
+    if is_remote(path):
+        fs, inner = _filesystem(path)
+        return bool(fs.exists(inner))
+    return os.path.lexists(path)
+
+
+def list_names(folder: str | Path) -> list[str]:
+    """Sorted names of the files in a folder; empty when there is no such folder."""
+    if is_remote(folder):
+        fs, inner = _filesystem(folder)
+        if not fs.exists(inner):
+            return []
+        return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(inner, detail=False))
+    path = Path(folder)
+    return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+
+
+def open_read(path: str | Path) -> IO[bytes]:
+    """Opens a file for reading; seekable."""
+    if is_remote(path):
+        fs, inner = _filesystem(path)
+        return fs.open(inner, "rb")
+    return open(path, "rb")
+
+
+def remove(path: str | Path) -> None:
+    """Removes a file or a whole folder; nothing happens when there is none."""
+    if is_remote(path):
+        fs, inner = _filesystem(path)
+        if fs.exists(inner):
+            fs.rm(inner, recursive=True)
+    elif os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        Path(path).unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A local path to write to; when the block ends well, ``path`` becomes that file in one move.
+
+    When the block raises, nothing is left and an earlier file under ``path`` stays as it was.
+    """
+    staged = stage(path)
+    try:
+        yield staged
+        commit(staged, path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_write(path: str | Path, mode: str = "wb", encoding: str | None = None) -> Iterator[IO[Any]]:
+    """As :func:`atomic_path`, with an open file (``mode`` ``"wb"`` or ``"w"``)."""
+    if mode == "w" and encoding is None:
+        encoding = "utf-8"
+    with atomic_path(path) as staged, open(staged, mode, encoding=encoding) as file:
+        yield file
+
+
+def stage(path: str | Path) -> Path:
+    """A fresh temporary name for a file that :func:`commit` will move to ``path``; makes the folder."""
+    if is_remote(path):
+        return Path(tempfile.gettempdir()) / f"pavdm-{uuid.uuid4().hex}.tmp"
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+
+
+def commit(staged: Path, path: str | Path) -> None:
+    """Makes a staged file durable and moves it to ``path``, replacing what was there."""
+    if is_remote(path):
+        fs, inner = _filesystem(path)
+        fs.put_file(str(staged), inner)
+        staged.unlink()
+        return
+    _fsync(staged)
+    os.replace(staged, path)
+    _fsync(Path(path).parent)
+
+
+def check_output(path: str | Path, overwrite: bool = False) -> None:
+    """Refuses an output that would be lost or can't be written, before any work is done.
+
+    Looks at the file, its sidecar and the segments of an interrupted run. Changes nothing.
+
+    Raises:
+        ConfigError: something is there and ``overwrite`` is false; a folder of that name; no right to write.
+    """
+    if not is_remote(path):
+        _check_local(Path(path))
+    if overwrite:
+        return
+    if exists(path):
+        raise ConfigError(f"output={path} exists; choose another name or pass --overwrite")
+    if list_names(parts_folder(path)):
+        raise ConfigError(
+            f"output={path}: {parts_folder(path)} holds the segments of an interrupted run; "
+            "choose another name or pass --overwrite"
+        )
+
+
+def parts_folder(path: str | Path) -> str:
+    """Where the segments of an unfinished video are."""
+    return f"{path}{_PARTS_SUFFIX}"
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    digest = hashlib.sha256()
+    with open_read(path) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_local(path: Path) -> None:
+    if path.is_dir():
+        raise ConfigError(f"output={path} is a folder; name a file in it, such as {path / 'video.mp4'}")
+    folder = path.absolute().parent
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ConfigError(f"output={path}: {folder} is a file, not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"output={path}: no right to write in {folder}")
+
+
+def _filesystem(path: str | Path) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+
+    try:
+        return url_to_fs(str(path))
+    except (ImportError, ValueError) as error:  # the driver is not installed, or no such protocol
+        raise ConfigError(f"{path} cannot be reached: {error}") from error
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
