@@ -81,91 +81,91 @@ class SampleConfig:
 
 
 @dataclass
-class CodecTraining:
-    """The small causal video VAE (AutoencoderKLWan layout)."""
+class CodecSettings:
+    """The small causal video VAE (AutoencoderKLWan layout); see ``train.codec.CodecTraining``."""
 
-    folder: str | None = None  # a trained codec; what=model needs one
+    folder: str | None = None  # a trained codec; None trains one in run_dir
     base_dim: int = 16
-    latent_channels: int = 8
-    dim_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])
-    num_res_blocks: int = 1
-    kl_weight: float = 1e-6
+    z_dim: int = 16
+    batch_size: int = 8
+    learning_rate: float = 4e-3
+    budget_seconds: float = 1300.0
+    bfloat16: bool = True
 
 
 @dataclass
 class DataConfig:
-    """Moving handwritten digits; ``split`` keeps the held-out ones out of training."""
+    """Clips of moving handwritten digits, rendered and encoded once."""
 
-    split: Literal["train", "test"] = "train"
-    height: int = 64
-    width: int = 64
-    fps: float = 24.0
-    num_frames: int = 41
-    max_digits: int = 2
+    clips: int = 640
+    num_latents: int = 40  # per clip: 8 chunks of 5, 157 frames
     batch_size: int = 8
 
 
 @dataclass
 class ModelConfig:
-    """STDiT3's sizes; names as in its ``config.json``."""
+    """STDiT3's sizes, named as in its ``config.json``, and the text encoder's depth."""
 
-    depth: int = 6
-    hidden_size: int = 192
-    num_heads: int = 6
-    caption_channels: int = 128
+    depth: int = 4
+    hidden_size: int = 160
+    num_heads: int = 5
+    caption_channels: int = 96
     model_max_length: int = 32
-    patch_size: list[int] = field(default_factory=lambda: [1, 1, 1])
-    qk_norm: bool = True
+    patch_size: list[int] = field(default_factory=lambda: [1, 2, 2])
+    text_depth: int = 2
 
 
 @dataclass
 class ObjectiveConfig:
-    """PA-VDM's training windows (paper section 3.2)."""
+    """PA-VDM's training windows; see ``train.loss.Objective``."""
 
-    num_inference_steps: int = 24
+    num_inference_steps: int = 30
     window_chunks: int = 6
     latent_chunk_size: int = 5
     context_chunks: int = 1
-    causal_fraction: float = 0.5  # batches with the chunk-causal mask
-    prompt_dropout: float = 0.1
     time_shift: float = 1.0
+    full_share: float = 0.6
+    growing_share: float = 0.25
+    shift_scale: float = 0.4
+    causal_share: float = 0.5  # batches with the chunk-causal mask
+    prompt_dropout: float = 0.1
+    context_noise: float = 0.1
 
 
 @dataclass
 class OptimizerConfig:
+    """AdamW with linear warm-up, then cosine to ``final_ratio`` of the peak; EMA of the weights."""
+
     lr: float = 1e-3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     weight_decay: float = 0.0
     grad_clip: float = 1.0
-    ema_decay: float = 0.999
-
-
-@dataclass
-class ScheduleConfig:
-    """Learning rate: linear warm-up, then cosine to ``final_ratio`` of the peak."""
-
-    max_steps: int = 20_000
+    total_steps: int = 5000
     warmup_steps: int = 200
-    final_ratio: float = 0.05
+    final_ratio: float = 0.02
+    ema_decay: float = 0.999
+    bfloat16: bool = False  # autocast of the forward pass; weights and optimizer stay float32
 
 
 @dataclass
 class TrainConfig:
     """Everything ``pavdm train`` knows."""
 
-    what: Literal["codec", "model"] = "model"
     run_dir: str = "runs/embedded"
+    export: str | None = None  # folder for the finished model; None = run_dir/model
     seed: int = 0
-    max_seconds: float | None = None  # stop (resumably) after this long
+    resume: Literal["auto", "must", "never"] = "auto"
+    max_seconds: float = 600.0  # length of one slice; run again to go on
+    threads: int = 2
     checkpoint_every_seconds: float = 120.0
+    sheet_every_seconds: float = 300.0
     log_every_steps: int = 20
-    sample_every_steps: int = 1000
-    codec: CodecTraining = field(default_factory=CodecTraining)
+    codec: CodecSettings = field(default_factory=CodecSettings)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    sampling: dict[str, Any] = field(default_factory=dict)  # defaults stored with the exported model
     deepspeed: dict[str, Any] = field(default_factory=dict)  # merged into DeepSpeed's own JSON settings
 
 

@@ -1,0 +1,294 @@
+"""``pavdm train``: codec, cached latents, then the model with its text encoder, in slices that resume.
+
+One process under the DeepSpeed engine. Every batch is a function of (seed, step), so a resumed run sees the
+data an unbroken one would.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pavdm_dist.codecs.text import WordTextEncoder
+from pavdm_dist.config import TrainConfig, to_dict
+from pavdm_dist.models.base import FrameInfo
+from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
+from pavdm_dist.train import checkpoint
+from pavdm_dist.train.codec import CodecTraining, export_codec, train_codec
+from pavdm_dist.train.data import LatentClips, cache_clips
+from pavdm_dist.train.loss import Objective, draw_window, noised, velocity_loss, window_levels
+from pavdm_dist.train.world import FPS, SIZE, VOCABULARY, WORLD_SETTINGS
+
+logger = logging.getLogger(__name__)
+
+INFO = FrameInfo(SIZE, SIZE, FPS)
+
+
+class TextToVideo(nn.Module):
+    """The two modules that are trained together."""
+
+    def __init__(self, transformer: STDiT3, text_encoder: WordTextEncoder) -> None:
+        super().__init__()
+        self.transformer, self.text_encoder = transformer, text_encoder
+
+    def forward(
+        self, x: Tensor, levels: Tensor, prompts: list[str], dropped: list[bool], chunk_causal: int | None
+    ) -> Tensor:
+        """Velocity ``[b, C, F, h, w]``, float32; ``dropped`` prompts are replaced by the model's null text."""
+        ids, mask = self.text_encoder.collate(prompts)
+        text = self.text_encoder(ids, mask)
+        null = self.transformer.null_text()
+        grow = null.shape[0] - text.shape[1]
+        text = nn.functional.pad(text, (0, 0, 0, grow))
+        mask = nn.functional.pad(mask, (0, grow))
+        rows = torch.tensor(dropped)
+        text = torch.where(rows[:, None, None], null, text)
+        out = self.transformer(x, levels, text, INFO, mask | rows[:, None], chunk_causal)
+        return self.transformer.to_velocity(out, x, levels)
+
+
+def train_command(config: TrainConfig) -> None:
+    """Runs one slice of ``config.max_seconds``; call again until it says that all steps are done.
+
+    Raises:
+        ConfigError: the run folder was made with other settings (named), or missing extras.
+    """
+    torch.set_num_threads(config.threads)
+    run, end = Path(config.run_dir), time.monotonic() + config.max_seconds
+    run.mkdir(parents=True, exist_ok=True)
+    codec = _codec(config, run, end)
+    if codec is None:
+        return logger.info("slice over while training the codec; run again to go on")
+    data = config.data
+    if not cache_clips(codec, run / "clips", data.clips, data.num_latents, end - time.monotonic()):
+        return logger.info("slice over while caching clips; run again to go on")
+    trainer = Trainer(config, codec, LatentClips(run / "clips"))
+    finished = trainer.run(end)
+    target = Path(config.export or run / "model")
+    trainer.export(target)
+    logger.info("%s; averaged weights in %s", "all steps done" if finished else "slice over, run again", target)
+
+
+class Trainer:
+    """The model's training run.
+
+    Args:
+        config: settings.
+        codec: folder of the trained codec.
+        clips: cached latents.
+    """
+
+    def __init__(self, config: TrainConfig, codec: Path, clips: LatentClips) -> None:
+        self.config, self.codec, self.clips = config, codec, clips
+        self.run_dir = Path(config.run_dir)
+        self.objective = Objective(**asdict(config.objective))
+        torch.manual_seed(config.seed)
+        self.engine = _engine(_build(config, clips.latents.shape[1]), config)
+        self.average = checkpoint.Average(self.engine.module, config.optimizer.ema_decay)
+        self.step = 0
+        state = checkpoint.load(self.engine, self.run_dir / "checkpoints", self._identity(), config.resume)
+        if state is not None:
+            self.step = state["step"]
+            self.average.restore(state["average"])
+            logger.info("going on at step %d", self.step)
+
+    def run(self, end: float) -> bool:
+        """Trains until ``end`` (monotonic clock) or the last step; True when all steps are done."""
+        config = self.config
+        saved = drawn = time.monotonic()
+        while self.step < config.optimizer.total_steps and time.monotonic() < end:
+            metrics = self.train_step()
+            if self.step % config.log_every_steps == 0:
+                self._log(metrics)
+            if time.monotonic() - saved > config.checkpoint_every_seconds:
+                self.save()
+                saved = time.monotonic()
+            if time.monotonic() - drawn > config.sheet_every_seconds:
+                self.sheet()
+                drawn = time.monotonic()
+        self.save()
+        return self.step >= config.optimizer.total_steps
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimizer step on one batch of one kind of window."""
+        config, objective = self.config, self.objective
+        started = time.monotonic()
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = config.optimizer.lr * self._rate()
+        rng = np.random.default_rng((config.seed, 11, self.step))
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        size, batch = objective.latent_chunk_size, config.data.batch_size
+        window = draw_window(rng, objective, config.data.num_latents // size)
+        clean, prompts = self.clips.batch(rng, batch, window.offset * size, window.num_chunks * size)
+        shifts = objective.shift_scale * torch.randn(batch, generator=generator)
+        levels = window_levels(window, objective, shifts)
+        x, target = noised(clean, levels, window, objective, generator)
+        dropped = (rng.random(batch) < objective.prompt_dropout).tolist()
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.optimizer.bfloat16):
+            velocity = self.engine(x, levels, prompts, dropped, size if window.causal else None)
+        loss, per_level = velocity_loss(velocity.float(), target, levels, len(window.row.context) * size)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"loss is {loss.item()} at step {self.step}; the last checkpoint is kept")
+        self.engine.backward(loss)
+        self.engine.step()
+        self.average.update(self.engine.module)
+        self.step += 1
+        return {
+            "loss": loss.item(),
+            "per_level": per_level.tolist(),
+            "causal": window.causal,
+            "frames": levels.shape[1],
+            "grad_norm": self.engine.get_global_grad_norm(),
+            "lr": self.engine.optimizer.param_groups[0]["lr"],
+            "samples_per_second": batch / (time.monotonic() - started),
+        }
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        state = {"step": self.step, "average": self.average.state(), "identity": self._identity()}
+        checkpoint.save(self.engine, self.run_dir / "checkpoints", self.step, json_safe(state))
+
+    def averaged(self) -> TextToVideo:
+        """A copy of the model with averaged weights."""
+        model = _build(self.config, self.clips.latents.shape[1])
+        model.load_state_dict(checkpoint.averaged(self.engine.module, self.average))
+        return model.eval().requires_grad_(False)
+
+    def export(self, folder: Path) -> None:
+        """Writes a whole model folder with averaged weights in fp16, readable by ``pavdm sample model=FOLDER``."""
+        import shutil
+
+        model, o = self.averaged(), self.objective
+        model.transformer.save_pretrained(folder / "transformer", torch.float16)
+        model.text_encoder.save_pretrained(folder / "text_encoder", torch.float16)
+        if self.codec.resolve() != (folder / "vae").resolve():
+            shutil.copytree(self.codec, folder / "vae", dirs_exist_ok=True)
+        sampling = {
+            **{name: getattr(o, name) for name in ("num_inference_steps", "window_chunks", "latent_chunk_size")},
+            **{"context_chunks": o.context_chunks, "time_shift": o.time_shift, "guidance_scale": 2.0},
+            **{"height": SIZE, "width": SIZE, "fps": FPS},
+            **self.config.sampling,
+        }
+        index = {
+            "_class_name": "PAVDMPipeline",
+            "transformer": ["pavdm_dist", "STDiT3"],
+            "vae": ["diffusers", "AutoencoderKLWan"],
+            "text_encoder": ["pavdm_dist", "WordTextEncoder"],
+            "sampling": sampling,
+            "training": {"steps": self.step, "world": WORLD_SETTINGS},
+        }
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    def sheet(self) -> None:
+        """Draws a contact sheet of sampled videos with the averaged weights."""
+        from pavdm_dist.train.sheets import draw_sheet
+
+        path = self.run_dir / "sheets" / f"step{self.step:07d}.png"
+        draw_sheet(self.averaged(), self.codec, self.objective, path)
+
+    def _log(self, metrics: dict[str, Any]) -> None:
+        line = {"step": self.step, **metrics}
+        with open(self.run_dir / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        logger.info("step %d: loss %.4f, %.1f clips/s", self.step, metrics["loss"], metrics["samples_per_second"])
+
+    def _rate(self) -> float:
+        """Linear warm-up, then cosine to ``final_ratio``."""
+        o = self.config.optimizer
+        if self.step < o.warmup_steps:
+            return (self.step + 1) / o.warmup_steps
+        share = (self.step - o.warmup_steps) / max(o.total_steps - o.warmup_steps, 1)
+        return o.final_ratio + (1 - o.final_ratio) * 0.5 * (1 + math.cos(math.pi * min(share, 1)))
+
+    def _identity(self) -> dict[str, Any]:
+        settings = to_dict(self.config)
+        return {"world": WORLD_SETTINGS, "model": settings["model"], "objective": settings["objective"]}
+
+
+def json_safe(state: dict[str, Any]) -> dict[str, Any]:
+    """The identity as plain JSON values, so that it compares equal after a round trip."""
+    return {**state, "identity": json.loads(json.dumps(state["identity"]))}
+
+
+def _codec(config: TrainConfig, run: Path, end: float) -> Path | None:
+    """Folder of a trained codec; trains one for the rest of the slice when there is none. None = not finished."""
+    if config.codec.folder is not None:
+        return Path(config.codec.folder)
+    folder = run / "vae"
+    if (folder / "config.json").exists():
+        return folder
+    settings = {name: value for name, value in asdict(config.codec).items() if name != "folder"}
+    training = CodecTraining(seed=config.seed, **settings)
+    if train_codec(training, run / "codec", end - time.monotonic()) is None:
+        return None
+    export_codec(run / "codec", folder)
+    return folder
+
+
+def _build(config: TrainConfig, channels: int) -> TextToVideo:
+    m = config.model
+    shape = STDiT3Config(
+        depth=m.depth,
+        hidden_size=m.hidden_size,
+        num_heads=m.num_heads,
+        in_channels=channels,
+        patch_size=(m.patch_size[0], m.patch_size[1], m.patch_size[2]),
+        caption_channels=m.caption_channels,
+        model_max_length=m.model_max_length,
+        pred_sigma=False,
+        level_support="staircase-trained",
+    )
+    transformer = STDiT3(shape)
+    transformer.init_weights()
+    encoder = WordTextEncoder(VOCABULARY, m.caption_channels, m.text_depth, 4, m.model_max_length)
+    return TextToVideo(transformer, encoder)
+
+
+def _engine(model: TextToVideo, config: TrainConfig) -> Any:
+    """A DeepSpeed engine for one process, without compiling anything."""
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, str(value))
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # On CPUs DeepSpeed would compile a shared-memory collective at start-up (a minute, needs a compiler).
+    operations = getattr(getattr(deepspeed, "ops", None), "__compatible_ops__", None)
+    if operations is not None:
+        operations["deepspeed_shm_comm"] = False
+    if not torch.distributed.is_initialized():
+        deepspeed.init_distributed(verbose=False)
+    o = config.optimizer
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=o.lr, betas=(o.betas[0], o.betas[1]), weight_decay=o.weight_decay
+    )
+    settings = {
+        "train_micro_batch_size_per_gpu": config.data.batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": o.grad_clip,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "zero_optimization": {"stage": 0},
+        **config.deepspeed,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
