@@ -1,3 +1,31 @@
 """Progressive autoregressive video diffusion (PA-VDM, arXiv 2410.08151) on many machines."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pavdm_dist.pipeline import PAVDMPipeline
+    from pavdm_dist.requests import SamplingParams, VideoRequest
+    from pavdm_dist.schedule import NoiseSchedule, WindowPlan
+
 __version__ = "0.1.0"
+
+__all__ = ["NoiseSchedule", "PAVDMPipeline", "SamplingParams", "VideoRequest", "WindowPlan", "__version__"]
+
+_ROOMS = {
+    "NoiseSchedule": "schedule",
+    "PAVDMPipeline": "pipeline",
+    "SamplingParams": "requests",
+    "VideoRequest": "requests",
+    "WindowPlan": "schedule",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name's room at first use, so that ``import pavdm_dist`` costs nothing."""
+    if name in _ROOMS:
+        from importlib import import_module
+
+        return getattr(import_module(f"pavdm_dist.{_ROOMS[name]}"), name)
+    raise AttributeError(f"module 'pavdm_dist' has no attribute {name!r}")

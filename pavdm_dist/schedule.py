@@ -59,8 +59,8 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         if self.num_inference_steps < 1:
             raise ConfigError(f"num_inference_steps={self.num_inference_steps}: at least 1 is needed")
-        if not self.time_shift > 0:
-            raise ConfigError(f"time_shift={self.time_shift}: must be above 0 (1 = no shift)")
+        if not (math.isfinite(self.time_shift) and self.time_shift > 1e-6):
+            raise ConfigError(f"time_shift={self.time_shift}: must be a finite number above 0 (1 = no shift)")
 
     def level(self, steps_left: float) -> float:
         """Level of a chunk that still has ``steps_left`` (0..T, fractions allowed in training) updates to go."""
@@ -79,7 +79,7 @@ class Chunk:
     Attributes:
         index: 0, 1, 2, ... in time order; negative for given (already clean) input chunks, -1 the latest.
         birth: row of its first update; negative when it enters from a clip at a lower level.
-        entry_steps: updates it gets in the run (T when born in the run).
+        entry_steps: updates it needs from its entry until it is clean (T when born in the run).
         init: ``noise`` or ``clip`` (a noised real latent).
         role: ``emit`` or ``discard`` (only with ``end="cut"``).
     """
@@ -139,8 +139,9 @@ class WindowPlan:
     def __post_init__(self) -> None:
         steps, width = self.num_inference_steps, self.window_chunks
         for name in ("num_inference_steps", "window_chunks", "latent_chunk_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: at least 1 is needed")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name}={value}: at least 1 is needed, and a whole number")
         if steps % width:
             legal = _nearest_divisors(steps, width)
             multiples = sorted({max(steps // width, 1) * width, (steps // width + 1) * width})
@@ -236,14 +237,13 @@ class WindowPlan:
         chunks = tuple(range(first, last + 1))
         left = tuple(self._birth(k) + self.num_inference_steps - n for k in chunks)
         born = (newest,) if n % step == 0 and newest <= last else ()
-        kept = self.num_chunks is None or first < self.num_chunks
         return PlanRow(
             index=n,
             context=tuple(range(max(first - self.context_chunks, -self.given_context), first)),
             chunks=chunks,
             steps_left=left,
             born=born,
-            emit=first if left[0] == 1 and kept else None,
+            emit=first if left[0] == 1 else None,
         )
 
     def rows(self, start: int = 0) -> Iterator[PlanRow]:

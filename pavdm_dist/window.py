@@ -78,6 +78,11 @@ class Window:
         if set(given) != needed:
             raise ConfigError(f"start={plan.start} needs latents of chunks {sorted(needed)}, got {sorted(given)}")
         for index, latents in given.items():
+            if latents.dim() != 4 or latents.shape[1] != plan.latent_chunk_size:
+                raise ConfigError(
+                    f"latents of chunk {index} are {list(latents.shape)}: a chunk is [channels, "
+                    f"{plan.latent_chunk_size}, height, width]"
+                )
             if index < 0:
                 self._latents[index] = latents.float()
             elif plan.num_chunks is None or index < plan.num_born:
@@ -131,7 +136,7 @@ class Window:
             drop = self._levels[left] - self._levels[left - 1]
             self._latents[index] = self._latents[index] + velocity[:, slot * size : (slot + 1) * size] * drop
         self.row += 1
-        clean = None if row.emit is None else CleanChunk(row.emit, self._latents[row.emit])
+        clean = None if row.emit is None else CleanChunk(row.emit, self._latents[row.emit].clone())
         self._forget(row)
         return clean
 

@@ -45,3 +45,20 @@ def test_help_answers_at_once() -> None:
         subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env=os.environ, timeout=60)
         times.append(time.perf_counter() - begin)
     assert min(times) < 0.5
+
+
+def test_public_names_are_listed_once_and_load() -> None:
+    import pavdm_dist
+
+    assert pavdm_dist.__all__ == [
+        "NoiseSchedule",
+        "PAVDMPipeline",
+        "SamplingParams",
+        "VideoRequest",
+        "WindowPlan",
+        "__version__",
+    ]
+    for name in pavdm_dist.__all__:
+        assert getattr(pavdm_dist, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Pipeline'"):
+        _ = pavdm_dist.Pipeline

@@ -68,7 +68,10 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     for name in WEIGHT_NAMES:
         index = folder / f"{name}.index.json"
         if index.exists():
-            files = {key: folder / file for key, file in json.loads(index.read_text())["weight_map"].items()}
+            try:
+                files = {key: folder / file for key, file in json.loads(index.read_text())["weight_map"].items()}
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{index} is not a weight index: {error!r}") from error
             for file in set(files.values()):
                 if not file.exists():
                     raise CheckpointError(f"{file} is named by {index.name} but missing")
@@ -88,6 +91,9 @@ def read_tensors(folder: Path, want: Callable[[str], bool] | None = None) -> dic
     tensors = {}
     for file, keys in by_file.items():
         with _open(file) as reader:
+            absent = sorted(set(keys) - set(reader.keys()))
+            if absent:
+                raise CheckpointError(f"{file} lacks tensor {absent[0]}, which the index places there")
             for key in keys:
                 tensors[key] = reader.get_tensor(key).to(torch.float32, copy=True)
     return tensors
@@ -132,8 +138,10 @@ def save_module(module: nn.Module, folder: str | Path, config: Mapping[str, Any]
     """Writes ``config.json`` and one safetensors file."""
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
+    # Buffers are tables (rotary angles, the null text): rounding them would move every position.
+    converted = {name for name, _ in module.named_parameters()} if dtype else set()
     state = {
-        key: value.detach().to("cpu", dtype if value.is_floating_point() and dtype else value.dtype).contiguous()
+        key: value.detach().to("cpu", dtype if key in converted else value.dtype).contiguous()
         for key, value in module.state_dict().items()
     }
     save_file(state, path / WEIGHT_NAMES[0], metadata={"format": "pt"})

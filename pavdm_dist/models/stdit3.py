@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pavdm_dist.errors import CheckpointError
+from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.models.base import (
     Activation,
     BackboneSpec,
@@ -73,7 +73,10 @@ class STDiT3Config:
     def from_dict(cls, values: dict[str, Any]) -> STDiT3Config:
         """Keeps the keys this model knows; the public file also has training-time switches that do not matter here."""
         known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in known})
+        try:
+            return cls(**{key: value for key, value in values.items() if key in known})
+        except (TypeError, ZeroDivisionError) as error:
+            raise CheckpointError(f"config.json describes no STDiT3: {error}") from error
 
 
 class PatchEmbedding(nn.Module):
@@ -246,6 +249,8 @@ class STDiT3(nn.Module):
             model = cls(config)
         want: Callable[[str], bool] | None = None
         if blocks is not None:
+            if not 0 <= blocks[0] < blocks[1] <= model.spec.num_blocks:
+                raise ConfigError(f"blocks={blocks}: the model has half-blocks 0 to {model.spec.num_blocks - 1}")
             want = model.keys(*blocks, first=blocks[0] == 0, last=blocks[1] == model.spec.num_blocks)
         rope = RotaryTable(config.hidden_size // config.num_heads)
         load_module(model, folder, want, optional={"rope.freqs": rope.freqs}, **hub)
