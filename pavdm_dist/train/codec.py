@@ -1,8 +1,4 @@
-"""Trains the embedded world's video codec: a small causal VAE in diffusers' ``AutoencoderKLWan`` layout.
-
-diffusers runs that VAE chunk by chunk through a feature cache, which is what streaming needs and slow to train.
-:func:`encode_clip` and :func:`decode_clip` run the same modules over a whole clip at once, with equal results.
-"""
+"""Training of the embedded model's video codec on the synthetic world, resumable in slices."""
 
 from __future__ import annotations
 
@@ -11,269 +7,323 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from pavdm_dist.errors import ConfigError
-from pavdm_dist.train.world import WORLD_SETTINGS, Scene, Split, render_pair, sample_scene
+from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.train.clips import build_vae, decode_clip, encode_clip, foreground_psnr, public_vae, sample_clips
+from pavdm_dist.train.world import SIZE, WORLD_SETTINGS
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+
+log = logging.getLogger(__name__)
+
+STATE = "state.pt"
+SHEET = "reconstruction.png"
+HISTORY = "history.jsonl"
 
 
 @dataclass(frozen=True)
 class CodecTraining:
-    """Shape and training of the codec.
-
-    Attributes:
-        base_dim, dim_mult, z_dim: widths of the VAE; 64 px -> patches of 2 -> two halvings -> 8x8 latents.
-        total_steps: length of the cosine schedule.
-        batch_size, clip_frames: clips per step and frames per clip (4 k + 1).
-        learning_rate, kl_weight: optimizer and regulariser.
-        foreground_weight: extra loss on pixels of digits (dilated by 2): the plain background is most of the frame.
-        ema_decay: of the exported weights.
-        bf16: autocast of the forward pass.
-    """
-
-    base_dim: int = 32
-    dim_mult: tuple[int, ...] = (1, 2, 2)
-    z_dim: int = 12
-    total_steps: int = 2600
-    batch_size: int = 6
-    clip_frames: int = 13
-    learning_rate: float = 2e-3
-    kl_weight: float = 1e-4
-    foreground_weight: float = 12.0
-    ema_decay: float = 0.998
-    bf16: bool = True
-    seed: int = 0
-    log_every: int = 20
-    checkpoint_every_seconds: float = 120.0
-
-
-def build_codec(config: CodecTraining) -> Any:
-    """An untrained ``AutoencoderKLWan``: 8x smaller in space, 4x in time, first frame alone."""
-    from diffusers import AutoencoderKLWan
-
-    return AutoencoderKLWan(
-        base_dim=config.base_dim,
-        z_dim=config.z_dim,
-        dim_mult=list(config.dim_mult),
-        num_res_blocks=1,
-        temperal_downsample=[True] * (len(config.dim_mult) - 1),
-        latents_mean=[0.0] * config.z_dim,
-        latents_std=[1.0] * config.z_dim,
-        is_residual=True,
-        patch_size=2,
-        in_channels=12,
-        out_channels=12,
-        scale_factor_spatial=2 ** len(config.dim_mult),
-        scale_factor_temporal=4,
-    )
-
-
-def enable_whole_clips(vae: nn.Module) -> None:
-    """Lets the VAE's resampling layers treat a whole clip when they are called without a feature cache."""
-    from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample
-
-    for module in vae.modules():
-        if isinstance(module, WanResample):
-            module.forward = MethodType(_resample_clip, module)  # type: ignore[method-assign]
-
-
-def encode_clip(vae: Any, frames: Tensor) -> Tensor:
-    """Frames ``[b, 3, t, H, W]`` in [-1, 1], t = 4 k + 1 -> mean and log-variance ``[b, 2 z, k + 1, h, w]``."""
-    from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
-
-    return vae.quant_conv(vae.encoder(patchify(frames, vae.config.patch_size)))
-
-
-def decode_clip(vae: Any, latents: Tensor) -> Tensor:
-    """Raw latents ``[b, z, k + 1, h, w]`` -> frames ``[b, 3, 4 k + 1, H, W]``, not clamped."""
-    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-
-    return unpatchify(vae.decoder(vae.post_quant_conv(latents), first_chunk=True), vae.config.patch_size)
-
-
-def train_codec(config: CodecTraining, run_dir: str | Path, max_seconds: float = math.inf) -> bool:
-    """Trains, or goes on with, the codec in ``run_dir``.
+    """Shape and training of the codec; 8x8 pixels and four frames become one latent position.
 
     Args:
-        config: must be the one the run was started with.
-        run_dir: checkpoint, log and reconstruction sheet.
-        max_seconds: length of this slice.
+        z_dim: latent channels.
+        base_dim: width of the finest level (at half resolution, after the 2x2 patching).
+        dim_mult: widths of the three levels, in ``base_dim``.
+        num_res_blocks: residual blocks per level (the decoder has one more).
+        budget_seconds: training time of encoder and decoder together; the learning rate ends at zero.
+        decoder_seconds: further time for the decoder alone. The encoder is final after the first phase, so
+            latents can be cached meanwhile.
+        num_frames: frames per clip, 4n + 1.
+        crop: side of the training crops, px, a multiple of 8; whole frames from ``whole_from`` of a phase on.
+        whole_from: share of a phase's time, 0..1.
+        batch_size: clips per step while cropping; whole frames come in smaller batches of as many pixels.
+        learning_rate: peak rate of AdamW, after ``warmup_steps``.
+        warmup_steps: steps of linear increase.
+        weight_decay: of AdamW.
+        ema_decay: of the averaged weights, which are the ones exported.
+        foreground_weight: extra weight of pixels on or next to a digit.
+        edge_weight: weight of the error of neighbour differences.
+        kl_weight: weight of the mean KL divergence per latent number.
+        latent_noise: noise added to latents before decoding, in their own standard deviations: a diffusion
+            model's small errors must not be amplified.
+        bfloat16: run convolutions in bfloat16.
+        seed: of weights and data.
+        report_every: seconds between checkpoints, each with a reconstruction sheet.
+    """
+
+    z_dim: int = 16
+    base_dim: int = 16
+    dim_mult: tuple[int, int, int] = (1, 4, 4)
+    num_res_blocks: int = 1
+    budget_seconds: float = 900.0
+    decoder_seconds: float = 1800.0
+    num_frames: int = 17
+    crop: int = 32
+    whole_from: float = 0.75
+    batch_size: int = 4
+    learning_rate: float = 3e-3
+    warmup_steps: int = 100
+    weight_decay: float = 1e-4
+    ema_decay: float = 0.998
+    foreground_weight: float = 6.0
+    edge_weight: float = 0.5
+    kl_weight: float = 3e-4
+    latent_noise: float = 0.05
+    bfloat16: bool = True
+    seed: int = 0
+    report_every: float = 120.0
+
+    def __post_init__(self) -> None:
+        if self.num_frames % 4 != 1:
+            raise ConfigError(f"num_frames={self.num_frames} is not 4n + 1: use {self.num_frames // 4 * 4 + 1}.")
+        if self.crop % 8 or not 8 <= self.crop <= SIZE:
+            raise ConfigError(f"crop={self.crop} is not a multiple of 8 from 8 to {SIZE}.")
+
+
+def _network(config: CodecTraining) -> AutoencoderKLWan:
+    return build_vae(config.z_dim, config.base_dim, config.dim_mult, config.num_res_blocks)
+
+
+def reconstruction_loss(config: CodecTraining, out: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    """L1 error with digits (grown by two pixels) weighted up, plus the error of neighbour differences."""
+    weight = 1 + config.foreground_weight * F.max_pool3d(mask, (1, 5, 5), stride=1, padding=(0, 2, 2))
+    error = out - x
+    loss = (weight * error.abs()).mean()
+    for dim in (2, 3, 4):
+        edges = error.diff(dim=dim).abs() * weight.narrow(dim, 1, weight.shape[dim] - 1)
+        loss = loss + config.edge_weight / 3 * edges.mean()
+    return loss
+
+
+@torch.no_grad()
+def evaluate(vae: AutoencoderKLWan, clips: int = 16, num_frames: int = 17) -> tuple[float, Tensor, Tensor]:
+    """Foreground PSNR (dB) on held-out digits, with the clips and their reconstructions ``[b, 3, t, H, W]``."""
+    x, mask = sample_clips(np.random.default_rng(1), "heldout", clips, num_frames)
+    out = torch.cat([decode_clip(vae, encode_clip(vae, part).chunk(2, dim=1)[0]) for part in x.split(4)])
+    return foreground_psnr(out, x, mask), x, out
+
+
+def write_sheet(path: Path, x: Tensor, out: Tensor, rows: int = 6, columns: int = 6) -> None:
+    """PNG: for each of ``rows`` clips its frames, and under them the reconstructions."""
+    from PIL import Image
+
+    steps = torch.linspace(0, x.shape[2] - 1, columns).long()
+    pairs = torch.stack([x[:rows, :, steps], out[:rows, :, steps].clamp(-1, 1)], dim=1)
+    sheet = rearrange(((pairs + 1) * 127.5).round().byte(), "b two c t h w -> (b two h) (t w) c")
+    image = Image.fromarray(sheet.numpy())
+    image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST).save(path)
+
+
+class CodecTrainer:
+    """Weights, optimiser and averaged weights of one run; a step depends on nothing but them and its number."""
+
+    def __init__(self, config: CodecTraining) -> None:
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.vae = _network(config).train()
+        self.average = {name: value.detach().clone() for name, value in self.vae.state_dict().items()}
+        self.optimizer = torch.optim.AdamW(
+            self.vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
+        )
+        self.steps = 0
+        self.elapsed = 0.0
+        self.frozen = False
+
+    def freeze_encoder(self) -> None:
+        """Enter the second phase: the averaged weights become the weights, and the encoder learns no more."""
+        self.vae.load_state_dict(self.average)
+        self._freeze()
+
+    def _freeze(self) -> None:
+        self.frozen = True
+        for module in (self.vae.encoder, self.vae.quant_conv):
+            module.requires_grad_(False)
+            for parameter in module.parameters():
+                self.optimizer.state.pop(parameter, None)
+
+    @property
+    def progress(self) -> float:
+        """Share of the phase's time that is spent, 0..1."""
+        if self.frozen:
+            return min((self.elapsed - self.config.budget_seconds) / max(self.config.decoder_seconds, 1e-9), 1.0)
+        return min(self.elapsed / self.config.budget_seconds, 1.0)
+
+    def step(self) -> dict[str, float]:
+        """One update; returns its losses."""
+        config = self.config
+        if not self.frozen and self.elapsed >= config.budget_seconds:
+            self.freeze_encoder()
+        progress = self.progress
+        warmup = min(1.0, (self.steps + 1) / config.warmup_steps)
+        rate = config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * progress))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        crop = config.crop if progress < config.whole_from else SIZE
+        batch = max(1, config.batch_size * config.crop**2 // crop**2)
+        rng = np.random.default_rng([config.seed, self.steps])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        x, mask = sample_clips(rng, "train", batch, config.num_frames, crop)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+            mean, logvar = encode_clip(self.vae, x).float().chunk(2, dim=1)
+            logvar = logvar.clamp(-30, 20)
+            spread = config.latent_noise * mean.detach().std(dim=(0, 2, 3, 4), keepdim=True)
+            noise = torch.randn(mean.shape, generator=generator)
+            out = decode_clip(self.vae, mean + torch.sqrt(logvar.exp() + spread**2) * noise).float()
+        reconstruction = reconstruction_loss(config, out, x, mask)
+        divergence = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        (reconstruction + config.kl_weight * divergence).backward()
+        norm = nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
+        self.optimizer.step()
+        self.steps += 1
+        decay = min(config.ema_decay, (1 + self.steps) / (10 + self.steps))
+        with torch.no_grad():
+            for name, value in self.vae.state_dict().items():
+                self.average[name].lerp_(value, 1 - decay)
+        return {
+            "reconstruction": reconstruction.item(),
+            "kl": divergence.item(),
+            "psnr": foreground_psnr(out.detach(), x, mask),
+            "gradient_norm": norm.item(),
+            "learning_rate": rate,
+        }
+
+    def averaged(self) -> AutoencoderKLWan:
+        """A VAE holding the averaged weights."""
+        vae = _network(self.config)
+        vae.load_state_dict(self.average)
+        return vae.eval().requires_grad_(False)
+
+    def save(self, run_dir: Path) -> None:
+        """Write everything needed to go on, all or nothing."""
+        state = {
+            "config": asdict(self.config),
+            "world": WORLD_SETTINGS,
+            "vae": self.vae.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "steps": self.steps,
+            "elapsed": self.elapsed,
+            "frozen": self.frozen,
+        }
+        part = run_dir / f"{STATE}.part"
+        torch.save(state, part)
+        os.replace(part, run_dir / STATE)
+
+    def load(self, run_dir: Path) -> None:
+        """Continue from :meth:`save`.
+
+        Raises:
+            CheckpointError: the run was started with another network shape, or in another world.
+        """
+        state = torch.load(run_dir / STATE, weights_only=True)
+        if state["world"] != WORLD_SETTINGS:
+            raise CheckpointError(f"{run_dir / STATE} was trained on other world settings: start a new run folder.")
+        try:
+            self.vae.load_state_dict(state["vae"])
+        except RuntimeError:
+            raise CheckpointError(
+                f"{run_dir / STATE} holds another network, z_dim={state['config']['z_dim']}, "
+                f"base_dim={state['config']['base_dim']}, dim_mult={state['config']['dim_mult']}: use those."
+            ) from None
+        self.average = state["average"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["frozen"]:
+            self._freeze()
+        self.steps, self.elapsed = state["steps"], state["elapsed"]
+
+
+def train_codec(config: CodecTraining, run_dir: str | Path, max_seconds: float = math.inf) -> float | None:
+    """Train until both phases' time is spent, or for a slice of ``max_seconds``, continuing what ``run_dir`` holds.
+
+    Writes ``state.pt``, ``history.jsonl`` (losses) and ``reconstruction.png`` (held-out digits) there.
 
     Returns:
-        True when all steps are done.
+        Foreground PSNR in dB on held-out digits once the time is spent, None before.
 
     Raises:
-        ConfigError: the run was started with another world or configuration.
+        CheckpointError: ``run_dir`` holds another network or another world.
     """
     run = Path(run_dir)
     run.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(config.seed)
-    vae = build_codec(config).train()
-    enable_whole_clips(vae)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    average = {key: value.clone() for key, value in vae.state_dict().items()}
-    step = _restore(run, config, vae, optimizer, average)
-    started = saved = time.monotonic()
-    while step < config.total_steps and time.monotonic() - started < max_seconds:
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * _warm_cosine(step, config.total_steps)
-        frames, weight = _batch(config, step)
-        torch.manual_seed(config.seed * 1_000_003 + step)
-        loss, parts = _loss(vae, frames, weight, config)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        with torch.no_grad():
-            decay = min(config.ema_decay, (1 + step) / (10 + step))
-            for key, value in vae.state_dict().items():
-                average[key].lerp_(value, 1 - decay)
-        if step % config.log_every == 0:
-            with open(run / "log.jsonl", "a") as log:
-                log.write(json.dumps({"step": step, **parts}) + "\n")
-        if time.monotonic() - saved > config.checkpoint_every_seconds or step == config.total_steps:
-            _save(run, config, vae, optimizer, average, step)
-            psnr = evaluate(run, config)
-            logger.info("codec step %d: %s, held-out foreground PSNR %.2f dB", step, parts, psnr)
-            saved = time.monotonic()
-    _save(run, config, vae, optimizer, average, step)
-    return step >= config.total_steps
+    trainer = CodecTrainer(config)
+    if (run / STATE).exists():
+        trainer.load(run)
+    started = reported = last = time.monotonic()
+    psnr = 0.0
+    budget = config.budget_seconds + config.decoder_seconds
+    while trainer.elapsed < budget and time.monotonic() - started < max_seconds:
+        losses = trainer.step()
+        now = time.monotonic()
+        trainer.elapsed += now - last
+        last = now
+        if trainer.steps % 20 == 0:
+            with (run / HISTORY).open("a") as history:
+                history.write(json.dumps({"step": trainer.steps, "elapsed": trainer.elapsed, **losses}) + "\n")
+        if now - reported > config.report_every:
+            psnr = _report(trainer, run, losses["reconstruction"])
+            reported = last = time.monotonic()
+    psnr = _report(trainer, run, math.nan)
+    return psnr if trainer.elapsed >= budget else None
 
 
-def averaged_codec(run_dir: str | Path, config: CodecTraining) -> Any:
-    """The codec with the run's averaged weights, ready for whole clips."""
-    vae = build_codec(config).eval()
-    vae.load_state_dict(torch.load(Path(run_dir) / "checkpoint.pt", weights_only=True)["average"])
-    enable_whole_clips(vae)
-    return vae.requires_grad_(False)
-
-
-@torch.no_grad()
-def evaluate(run_dir: str | Path, config: CodecTraining, clips: int = 16, split: Split = "heldout") -> float:
-    """Foreground PSNR in dB on digits never trained on; writes ``reconstruction.png`` (input above output)."""
-    from PIL import Image
-
-    vae = averaged_codec(run_dir, config)
-    scenes = [sample_scene(np.random.default_rng((1, i)), split) for i in range(clips)]
-    frames, mask = _frames(scenes, [40] * clips, 17)
-    mean, _ = encode_clip(vae, frames).chunk(2, dim=1)
-    decoded = decode_clip(vae, mean).clamp(-1, 1)
-    shown = torch.cat([frames[:8, :, [0, 8, 16]], decoded[:8, :, [0, 8, 16]]], dim=3)
-    sheet = rearrange(((shown + 1) * 127.5).round().byte(), "b c t h w -> (t h) (b w) c")
-    Image.fromarray(sheet.numpy()).resize((sheet.shape[1] * 2, sheet.shape[0] * 2), 0).save(
-        Path(run_dir) / "reconstruction.png"
+def _report(trainer: CodecTrainer, run: Path, loss: float) -> float:
+    trainer.save(run)
+    psnr, x, out = evaluate(trainer.averaged())
+    write_sheet(run / SHEET, x, out)
+    log.info(
+        "codec: step %d, %.0f of %.0f s, loss %.4f, held-out foreground PSNR %.2f dB",
+        trainer.steps,
+        trainer.elapsed,
+        trainer.config.budget_seconds + trainer.config.decoder_seconds,
+        loss,
+        psnr,
     )
-    error = ((decoded - frames) / 2).square().mean(dim=1)
-    return -10 * math.log10(error[mask].mean().item())
+    return psnr
+
+
+def load_codec(run_dir: str | Path) -> AutoencoderKLWan:
+    """The averaged codec of a run, finished or not.
+
+    Raises:
+        CheckpointError: there is no run in ``run_dir``.
+    """
+    path = Path(run_dir) / STATE
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist: train the codec first.")
+    saved = torch.load(path, weights_only=True)
+    vae = _network(CodecTraining(**saved["config"]))
+    vae.load_state_dict(saved["average"])
+    return vae.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def export_codec(run_dir: str | Path, config: CodecTraining, folder: str | Path, clips: int = 96) -> None:
-    """Writes the averaged codec (fp16) with the latents' mean and deviation, measured per channel, in its config."""
-    vae = averaged_codec(run_dir, config)
+def export_codec(run_dir: str | Path, folder: str | Path, clips: int = 128) -> None:
+    """Write the averaged codec to ``folder`` (config.json and fp16 safetensors).
+
+    ``latents_mean`` and ``latents_std`` are measured per channel on ``clips`` training clips of 17 frames,
+    posterior means, so that normalised latents have mean 0 and deviation 1.
+
+    Raises:
+        CheckpointError: there is no run in ``run_dir``.
+    """
+    vae = load_codec(run_dir)
+    public = public_vae(vae)
+    rng = np.random.default_rng(2)
     means = []
-    for i in range(0, clips, 8):
-        scenes = [sample_scene(np.random.default_rng((2, i + j))) for j in range(8)]
-        means.append(encode_clip(vae, _frames(scenes, [0] * 8, 41)[0]).chunk(2, dim=1)[0])
+    for _ in range(0, clips, 8):
+        x, _ = sample_clips(rng, "train", 8, 17)
+        means.append(encode_clip(vae, x).chunk(2, dim=1)[0])
     latents = rearrange(torch.cat(means), "b c t h w -> c (b t h w)")
-    vae.register_to_config(latents_mean=latents.mean(1).tolist(), latents_std=latents.std(1).tolist())
-    vae.half().save_pretrained(folder)
-
-
-def _loss(vae: Any, frames: Tensor, weight: Tensor, config: CodecTraining) -> tuple[Tensor, dict[str, float]]:
-    with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-        mean, log_var = encode_clip(vae, frames).float().chunk(2, dim=1)
-        log_var = log_var.clamp(-20, 10)
-        latents = mean + torch.exp(0.5 * log_var) * torch.randn_like(mean)
-        decoded = decode_clip(vae, latents)
-    error = torch.sqrt((decoded.float() - frames).square() + 1e-6).mean(dim=1)
-    reconstruction = (error * weight).sum() / weight.sum()
-    divergence = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).mean()
-    parts = {"reconstruction": round(reconstruction.item(), 5), "kl": round(divergence.item(), 4)}
-    return reconstruction + config.kl_weight * divergence, parts
-
-
-def _batch(config: CodecTraining, step: int) -> tuple[Tensor, Tensor]:
-    """Clips and loss weights of a step; a function of (seed, step), so a resumed run sees the same data."""
-    rng = np.random.default_rng((config.seed, step))
-    scenes = [sample_scene(rng) for _ in range(config.batch_size)]
-    frames, mask = _frames(scenes, rng.integers(0, 1000, config.batch_size).tolist(), config.clip_frames)
-    grown = F.max_pool2d(mask.float(), kernel_size=5, stride=1, padding=2)
-    return frames, 1 + config.foreground_weight * grown
-
-
-def _frames(scenes: list[Scene], starts: list[int], count: int) -> tuple[Tensor, Tensor]:
-    """Frames ``[b, 3, t, H, W]`` in [-1, 1] and digit masks ``[b, t, H, W]``."""
-    pairs = [render_pair(scene, start, count) for scene, start in zip(scenes, starts, strict=True)]
-    frames, masks = (np.stack(part) for part in zip(*pairs, strict=True))
-    pixels = rearrange(torch.from_numpy(frames), "b t h w c -> b c t h w").float()
-    return pixels / 127.5 - 1, torch.from_numpy(masks)
-
-
-def _resample_clip(self: Any, x: Tensor, feat_cache: Any = None, feat_idx: Any = (0,)) -> Tensor:
-    """``WanResample`` over a whole clip: the first frame is never halved or doubled in time."""
-    original = type(self).forward
-    if feat_cache is not None:
-        return original(self, x, feat_cache, feat_idx)
-    if self.mode == "upsample3d" and x.shape[2] > 1:
-        pairs = rearrange(self.time_conv(x[:, :, 1:]), "b (two c) t h w -> b c (t two) h w", two=2)
-        x = torch.cat([x[:, :, :1], pairs], dim=2)
-    x = original(self, x)
-    if self.mode == "downsample3d" and x.shape[2] > 1:
-        x = torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
-    return x
-
-
-def _warm_cosine(step: int, total: int, warm_up: int = 100) -> float:
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(total - warm_up, 1)))
-
-
-def _identity(config: CodecTraining) -> str:
-    return json.dumps({"world": WORLD_SETTINGS, "codec": asdict(config)}, sort_keys=True)
-
-
-def _save(run: Path, config: CodecTraining, vae: nn.Module, optimizer: Any, average: dict, step: int) -> None:
-    state = {
-        "model": vae.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "average": average,
-        "step": step,
-        "identity": _identity(config),
-    }
-    torch.save(state, run / "checkpoint.partial")
-    os.replace(run / "checkpoint.partial", run / "checkpoint.pt")
-
-
-def _restore(run: Path, config: CodecTraining, vae: nn.Module, optimizer: Any, average: dict) -> int:
-    if not (run / "checkpoint.pt").exists():
-        return 0
-    state = torch.load(run / "checkpoint.pt", weights_only=True)
-    for name, ours, theirs in _differences(_identity(config), state["identity"]):
-        raise ConfigError(f"{run} was trained with {name}={theirs}, this run asks for {ours}: use another run_dir")
-    vae.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    average.update(state["average"])
-    return state["step"]
-
-
-def _differences(ours: str, theirs: str) -> Iterator[tuple[str, Any, Any]]:
-    mine, other = json.loads(ours), json.loads(theirs)
-    for part in mine:
-        for name in mine[part]:
-            if mine[part][name] != other.get(part, {}).get(name):
-                yield f"{part}.{name}", mine[part][name], other.get(part, {}).get(name)
+    public.register_to_config(latents_mean=latents.mean(1).tolist(), latents_std=latents.std(1).tolist())
+    public.half().save_pretrained(folder)

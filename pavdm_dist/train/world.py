@@ -215,7 +215,7 @@ def _bounds(image: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 def scene_prompt(scene: Scene) -> str:
-    """The sentence that describes a scene, e.g. "a red three drifting up and to the left, a blue seven bouncing fast"."""
+    """The sentence that describes a scene: "a red three drifting up and to the left, a blue seven bouncing fast"."""
     phrases = []
     for digit in scene.digits:
         words = ["a", digit.colour, NUMBERS[digit.number], digit.motion, digit.speed, digit.direction]

@@ -1,0 +1,202 @@
+"""Codec training: whole clips equal the streaming path, and a run stopped and continued equals one that was not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.train import clips, codec
+from pavdm_dist.train.codec import CodecTrainer, CodecTraining
+
+pytest.importorskip("sklearn")
+
+TINY = CodecTraining(
+    z_dim=4,
+    base_dim=4,
+    dim_mult=(1, 2, 2),
+    crop=16,
+    batch_size=2,
+    num_frames=5,
+    budget_seconds=1e9,
+    bfloat16=False,
+    warmup_steps=2,
+)
+
+
+@pytest.fixture(scope="module")
+def clip() -> torch.Tensor:
+    return clips.sample_clips(np.random.default_rng(0), "train", 2, 17, 32)[0]
+
+
+@pytest.fixture(scope="module")
+def vae() -> Any:
+    torch.manual_seed(3)
+    return clips.build_vae(6, 8, (1, 2, 2), num_res_blocks=2).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 5, 17])
+def test_encoding_a_whole_clip_equals_the_cached_path(vae: Any, clip: torch.Tensor, frames: int) -> None:
+    expected = clips.public_vae(vae).encode(clip[:, :, :frames]).latent_dist.parameters
+    moments = clips.encode_clip(vae, clip[:, :, :frames])
+    assert moments.shape == (2, 12, (frames + 3) // 4, 4, 4)
+    torch.testing.assert_close(moments, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("latents", [1, 2, 5])
+def test_decoding_a_whole_clip_equals_the_cached_path(vae: Any, latents: int) -> None:
+    z = torch.randn(2, 6, latents, 4, 6, generator=torch.Generator().manual_seed(1))
+    expected = clips.public_vae(vae).decode(z).sample
+    frames = clips.decode_clip(vae, z)
+    assert frames.shape == (2, 3, 4 * latents - 3, 32, 48)
+    assert frames.std() > 0.01
+    torch.testing.assert_close(frames.clamp(-1, 1), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_latents_are_forgotten_soon() -> None:
+    vae = clips.build_vae(6, 8, (1, 2, 2)).eval()
+    z = torch.randn(1, 6, 9, 2, 2, generator=torch.Generator().manual_seed(1))
+    other = torch.cat([-z[:, :, :4], z[:, :, 4:]], dim=2)
+    frames, changed = clips.decode_clip(vae, z), clips.decode_clip(vae, other)
+    assert not torch.equal(frames[:, :, 13:21], changed[:, :, 13:21])
+    assert torch.equal(frames[:, :, 25:], changed[:, :, 25:]), "colours would depend on how long a stream has run"
+
+
+def test_crops_lie_on_digits_and_follow_the_generator() -> None:
+    x, mask = clips.sample_clips(np.random.default_rng(4), "train", 6, 9, 32)
+    again, _ = clips.sample_clips(np.random.default_rng(4), "train", 6, 9, 32)
+    assert x.shape == (6, 3, 9, 32, 32)
+    assert mask.shape == (6, 1, 9, 32, 32)
+    assert torch.equal(x, again)
+    assert x.min() >= -1
+    assert x.max() <= 1
+    assert (mask[:, 0, 4].mean(dim=(1, 2)) > 0.02).all()
+
+
+def test_errors_on_digits_cost_more_than_errors_elsewhere() -> None:
+    x = torch.zeros(1, 3, 5, 16, 16)
+    mask = torch.zeros(1, 1, 5, 16, 16)
+    mask[..., :4, :4] = 1
+    on, off = x.clone(), x.clone()
+    on[..., 1, 1] = off[..., 12, 12] = 0.5
+    on_loss, off_loss = (float(codec.reconstruction_loss(TINY, out, x, mask)) for out in (on, off))
+    assert on_loss == pytest.approx((1 + TINY.foreground_weight) * off_loss, rel=1e-5)
+    assert codec.reconstruction_loss(TINY, x, x, mask) == 0
+
+
+def test_foreground_psnr_looks_at_the_foreground_only() -> None:
+    x = torch.zeros(1, 3, 1, 8, 8)
+    mask = torch.zeros(1, 1, 1, 8, 8)
+    mask[..., :4, :] = 1
+    out = x.clone()
+    out[..., :4, :] = 0.2
+    out[..., 4:, :] = 0.9
+    assert clips.foreground_psnr(out, x, mask) == pytest.approx(20.0, abs=1e-4)
+
+
+def test_training_lowers_the_loss() -> None:
+    trainer = CodecTrainer(CodecTraining(**{**TINY.__dict__, "learning_rate": 1e-2}))
+    losses = [trainer.step()["reconstruction"] for _ in range(30)]
+    assert np.mean(losses[-8:]) < 0.85 * np.mean(losses[:4])
+
+
+def test_a_continued_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole = CodecTrainer(TINY)
+    for _ in range(4):
+        whole.step()
+    first = CodecTrainer(TINY)
+    first.step()
+    first.step()
+    first.save(tmp_path)
+    second = CodecTrainer(TINY)
+    second.load(tmp_path)
+    second.step()
+    second.step()
+    assert second.steps == 4
+    for name, value in whole.vae.state_dict().items():
+        assert torch.equal(value, second.vae.state_dict()[name]), name
+        assert torch.equal(whole.average[name], second.average[name]), name
+
+
+def test_the_second_phase_moves_the_decoder_only() -> None:
+    trainer = CodecTrainer(CodecTraining(**{**TINY.__dict__, "decoder_seconds": 100.0, "budget_seconds": 10.0}))
+    trainer.step()
+    average = {name: value.clone() for name, value in trainer.average.items()}
+    trainer.elapsed = 10.0
+    trainer.step()
+    trainer.step()
+    for name, value in trainer.vae.state_dict().items():
+        encoder = name.startswith(("encoder.", "quant_conv."))
+        assert torch.equal(value, average[name]) == encoder, name
+        if encoder:
+            torch.testing.assert_close(trainer.average[name], value, rtol=0, atol=1e-6)
+
+
+def test_a_slice_leaves_state_losses_and_a_sheet_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    from PIL import Image
+
+    assert codec.train_codec(TINY, tmp_path, max_seconds=0.5) is None
+    first = torch.load(tmp_path / codec.STATE, weights_only=True)
+    assert first["steps"] > 0
+    assert Image.open(tmp_path / codec.SHEET).size == (6 * 64 * 2, 12 * 64 * 2)
+    short = CodecTraining(**{**TINY.__dict__, "budget_seconds": first["elapsed"] + 0.5, "decoder_seconds": 0.5})
+    psnr = codec.train_codec(short, tmp_path)
+    assert psnr is not None
+    assert 0 < psnr < 60
+    second = torch.load(tmp_path / codec.STATE, weights_only=True)
+    assert second["steps"] > first["steps"]
+    assert second["elapsed"] >= short.budget_seconds + short.decoder_seconds
+
+
+def test_another_network_or_world_cannot_be_continued(tmp_path: Path) -> None:
+    trainer = CodecTrainer(TINY)
+    trainer.save(tmp_path)
+    with pytest.raises(CheckpointError, match="z_dim=4, base_dim=4"):
+        CodecTrainer(CodecTraining(**{**TINY.__dict__, "z_dim": 5})).load(tmp_path)
+    state = torch.load(tmp_path / codec.STATE, weights_only=True)
+    state["world"]["fps"] = 25
+    torch.save(state, tmp_path / codec.STATE)
+    with pytest.raises(CheckpointError, match="other world settings"):
+        CodecTrainer(TINY).load(tmp_path)
+
+
+def test_the_export_is_a_diffusers_vae_with_measured_statistics(tmp_path: Path) -> None:
+    from diffusers import AutoencoderKLWan
+
+    CodecTrainer(TINY).save(tmp_path)
+    codec.export_codec(tmp_path, tmp_path / "vae", clips=8)
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    tensors = load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    vae = AutoencoderKLWan.from_pretrained(tmp_path / "vae")
+    x, _ = clips.sample_clips(np.random.default_rng(9), "train", 16, 17)
+    with torch.no_grad():
+        means = clips.encode_clip(vae, x).chunk(2, dim=1)[0]
+    mean = torch.tensor(config["latents_mean"]).view(-1, 1, 1, 1)
+    std = torch.tensor(config["latents_std"]).view(-1, 1, 1, 1)
+    normalised = (means - mean) / std
+    assert normalised.mean(dim=(0, 2, 3, 4)).abs().max() < 0.3
+    assert ((normalised.std(dim=(0, 2, 3, 4)) - 1).abs() < 0.3).all()
+
+
+def test_exporting_needs_a_run(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"state.pt does not exist: train the codec first"):
+        codec.export_codec(tmp_path, tmp_path / "vae")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [("num_frames", 8, "num_frames=8 is not 4n \\+ 1: use 9"), ("crop", 20, "crop=20 is not a multiple of 8")],
+)
+def test_impossible_settings_are_refused(field: str, value: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CodecTraining(**{field: value})
