@@ -22,7 +22,7 @@ from pavdm_dist.io.metadata import Sidecar, sidecar_path, weights_identity
 from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.io.storage import check_output, exists, join, remove
 from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk, layer_split
-from pavdm_dist.requests import SamplingParams, VideoRequest, clip_frames_needed, input_frames
+from pavdm_dist.requests import SamplingParams, VideoRequest, check_prompts, clip_frames_needed, input_frames
 from pavdm_dist.validate import frames_wanted
 
 logger = logging.getLogger(__name__)
@@ -257,10 +257,14 @@ def _requests(config: SampleConfig, params: SamplingParams, checkpoint: Checkpoi
         clip = torch.from_numpy(frames)
     schedule = tuple((change.from_chunk, change.prompt) for change in config.prompt_schedule)
     length = frames_wanted(config, params.fps)
-    return [
+    requests = [
         VideoRequest(prompt, config.seed + i, length, config.negative_prompt, schedule, clip)
         for i, prompt in enumerate(prompts)
     ]
+    # A prompt that is refused in the middle of a batch would end the videos beside it.
+    for request in requests:
+        check_prompts(request, checkpoint)
+    return requests
 
 
 def _outputs(config: SampleConfig, requests: list[VideoRequest]) -> list[str]:

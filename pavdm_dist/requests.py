@@ -147,6 +147,20 @@ def build_stream(request: VideoRequest, stream_id: int, params: SamplingParams, 
     )
 
 
+def check_prompts(request: VideoRequest, checkpoint: Checkpoint) -> None:
+    """Refuses texts that the model cannot take, without running anything.
+
+    Raises:
+        ConfigError: a prompt has too many tokens.
+    """
+    limit = checkpoint.transformer_config.model_max_length
+    texts = [request.prompt, *(prompt for _, prompt in request.prompt_schedule)]
+    for prompt in texts + ([] if request.negative_prompt is None else [request.negative_prompt]):
+        tokens = len(checkpoint.text_encoder.token_ids(prompt))
+        if tokens > limit:
+            raise ConfigError(f"prompt {prompt!r} has {tokens} tokens, the model takes at most {limit}")
+
+
 def clip_frames_needed(params: SamplingParams, checkpoint: Checkpoint) -> int:
     """Fewest frames of a conditioning clip: its latents are the start of a video (1, 4, 4, ... frames)."""
     return checkpoint.codec_spec.frames_in_chunk(params.clip_latents, first=True)
@@ -161,14 +175,8 @@ def input_frames(request: VideoRequest, params: SamplingParams, checkpoint: Chec
 
 
 def _conditioning(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> Conditioning:
-    encoder, limit = checkpoint.text_encoder, checkpoint.transformer_config.model_max_length
-
-    def encode(prompt: str) -> Tensor:
-        text = encoder.encode(prompt)
-        if text.shape[0] > limit:
-            raise ConfigError(f"prompt {prompt!r} has {text.shape[0]} tokens, the model takes at most {limit}")
-        return text
-
+    check_prompts(request, checkpoint)
+    encode = checkpoint.text_encoder.encode
     null: Tensor | None = None
     if params.guidance_scale != 1:
         null = checkpoint.null_text if request.negative_prompt is None else encode(request.negative_prompt)

@@ -155,6 +155,12 @@ def test_every_bundle_needs_one_node() -> None:
     assert not fits([{"CPU": 1.0, "GPU": 1.0}], [{"CPU": 8.0}])
 
 
+def test_stages_may_share_cpus_or_reserve_none() -> None:
+    assert EngineOptions(2, cpus_per_stage=0.5, cpus_per_decoder=1).bundles() == [{"CPU": 0.5}] * 2 + [{"CPU": 1.0}]
+    assert EngineOptions(1, cpus_per_stage=0, gpus_per_stage=1).bundles() == [{"GPU": 1.0}]
+    assert EngineOptions(3, cpus_per_stage=0).bundles() == [{"CPU": 0.001}] * 3
+
+
 def test_options_refuse() -> None:
     with pytest.raises(ConfigError, match=r"backend='mpi'"):
         EngineOptions(2, backend="mpi")

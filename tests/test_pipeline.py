@@ -81,6 +81,26 @@ def test_a_prompt_file_renders_each_line_as_alone(ray_cluster: None, model: Path
     assert alone["latents_sha256"] == together[1]["latents_sha256"] != together[0]["latents_sha256"]
 
 
+def test_one_bad_line_of_a_prompt_file_is_refused_before_the_first_video(model: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red three\na blue seven drifting up a red three\n")
+    with pytest.raises(ConfigError, match=r"'a blue seven drifting up a red three' has 8 tokens.* at most 5"):
+        _render(model, tmp_path / "out", prompt=None, prompts=str(prompts), num_frames=8)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_schedule_changes_chunks_born_after_it(model: Path, tmp_path: Path) -> None:
+    from pavdm_dist.config import PromptChange
+
+    settings = {"num_frames": 45, "save_latents": True}
+    _render(model, tmp_path / "one.mp4", **settings)
+    _render(model, tmp_path / "two.mp4", prompt_schedule=[PromptChange(4, "a blue seven")], **settings)
+    one, two = (read_latents(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
+    same = [torch.equal(one[:, 2 * k : 2 * k + 2], two[:, 2 * k : 2 * k + 2]) for k in range(6)]
+    # Chunk 4 is born at row 8; chunk 1 is clean after row 7 (W = 3, S = 2), chunk 2 still has company of chunk 4.
+    assert same == [True, True, False, False, False, False]
+
+
 def test_sidecar_says_how_to_make_it_again(model: Path, tmp_path: Path) -> None:
     (video,) = _render(model, tmp_path / "v.mp4", num_frames=9, seed=3, negative_prompt="a blue seven")
     sidecar = json.loads((tmp_path / "v.json").read_text())
@@ -145,9 +165,9 @@ def test_start_from_a_clip(model: Path, clip: Path, tmp_path: Path, start: str, 
     assert both["num_frames"] == 45 - rerendered + 16
     # After the clip every chunk gives 8 frames: 16 frames are two chunks, not 5 + 8 + 3.
     assert plan_report(SampleConfig(model=str(model), **settings))["chunks"] == 2
+    short = tmp_path / "short.mp4"
+    export_to_video(np.zeros((needed - 1, 32, 48, 3), np.uint8), str(short), 24)
     with pytest.raises(ConfigError, match=rf"needs at least {needed}"):
-        short = tmp_path / "short.mp4"
-        export_to_video(np.zeros((needed - 1, 32, 48, 3), np.uint8), str(short), 24)
         _render(model, tmp_path / "x.mp4", **{**settings, "video": str(short)})
 
 

@@ -16,7 +16,7 @@ class EngineOptions:
         num_stages: P, pipeline stages; each is one actor.
         layers_per_stage: half-blocks per stage; None balances by estimated cost.
         threads_per_stage: intra-op threads of a stage; part of what makes bits reproducible on a CPU.
-        cpus_per_stage, gpus_per_stage: logical Ray resources one stage takes.
+        cpus_per_stage, gpus_per_stage: logical Ray resources one stage takes; fractions share a CPU.
         cpus_per_decoder: logical CPUs of the decode actor; 0 lets it share a stage's.
         backend: ``gloo``, ``nccl`` or ``auto`` (NCCL when stages have GPUs).
         link_timeout_s: longest silence on a link; must exceed the slowest unit.
@@ -62,5 +62,7 @@ class EngineOptions:
     def bundles(self) -> list[dict[str, float]]:
         """Resources of every actor, stages first."""
         stage = {"CPU": float(self.cpus_per_stage), "GPU": float(self.gpus_per_stage)}
-        bundles = [{name: amount for name, amount in stage.items() if amount} for _ in range(self.num_stages)]
+        # Ray places nothing for an empty bundle: a stage that asks for nothing takes next to nothing.
+        needs = {name: amount for name, amount in stage.items() if amount} or {"CPU": 0.001}
+        bundles = [dict(needs) for _ in range(self.num_stages)]
         return bundles + ([{"CPU": float(self.cpus_per_decoder)}] if self.cpus_per_decoder else [])

@@ -174,9 +174,15 @@ class Trainer:
         if self.codec.resolve() != (folder / "vae").resolve():
             shutil.copytree(self.codec, folder / "vae", dirs_exist_ok=True)
         sampling = {
-            **{name: getattr(o, name) for name in ("num_inference_steps", "window_chunks", "latent_chunk_size")},
-            **{"context_chunks": o.context_chunks, "time_shift": o.time_shift, "guidance_scale": 2.0},
-            **{"height": SIZE, "width": SIZE, "fps": FPS},
+            "num_inference_steps": o.num_inference_steps,
+            "window_chunks": o.window_chunks,
+            "latent_chunk_size": o.latent_chunk_size,
+            "context_chunks": o.context_chunks,
+            "time_shift": o.time_shift,
+            "guidance_scale": 2.0,
+            "height": SIZE,
+            "width": SIZE,
+            "fps": FPS,
             **self.config.sampling,
         }
         index = {
