@@ -165,7 +165,8 @@ class CodecTrainer:
             self.freeze_encoder()
         progress = self.progress
         warmup = min(1.0, (self.steps + 1) / config.warmup_steps)
-        rate = config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * progress))
+        peak = config.learning_rate * (0.5 if self.frozen else warmup)
+        rate = peak * 0.5 * (1 + math.cos(math.pi * progress))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         crop = config.crop if progress < config.whole_from else SIZE
