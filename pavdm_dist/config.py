@@ -87,9 +87,10 @@ class CodecSettings:
     folder: str | None = None  # a trained codec; None trains one in run_dir
     base_dim: int = 16
     z_dim: int = 16
-    batch_size: int = 8
-    learning_rate: float = 4e-3
-    budget_seconds: float = 1300.0
+    dim_mult: list[int] = field(default_factory=lambda: [1, 4, 4])
+    batch_size: int = 4
+    learning_rate: float = 3e-3
+    budget_seconds: float = 900.0
     bfloat16: bool = True
 
 
@@ -124,8 +125,9 @@ class ObjectiveConfig:
     latent_chunk_size: int = 5
     context_chunks: int = 1
     time_shift: float = 1.0
-    full_share: float = 0.6
-    growing_share: float = 0.25
+    full_share: float = 0.45
+    growing_share: float = 0.45
+    text_share: float = 0.8  # of the growing windows: from text alone
     shift_scale: float = 0.4
     causal_share: float = 0.5  # batches with the chunk-causal mask
     prompt_dropout: float = 0.1

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.io.metadata import weights_identity
+from pavdm_dist.models.loading import read_tensors
 from pavdm_dist.train.world import WORLD_SETTINGS, render, sample_scene, scene_prompt
 
 logger = logging.getLogger(__name__)
+
+Encoder = Callable[[np.ndarray], Tensor]
 
 SHARD_CLIPS = 32
 
@@ -73,8 +76,7 @@ def cache_clips(
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     _check_identity(path, codec_folder, num_latents)
-    codec = WanCodec.from_pretrained(codec_folder)
-    encode = _whole_clip_encoder(codec)
+    encode = _whole_clip_encoder(codec_folder)
     started = time.monotonic()
     for shard in range(-(-clips // SHARD_CLIPS)):
         target = path / f"clips-{shard:05d}.safetensors"
@@ -82,24 +84,31 @@ def cache_clips(
             continue
         if time.monotonic() - started > max_seconds:
             return False
-        scenes = [sample_scene(np.random.default_rng((3, shard * SHARD_CLIPS + i))) for i in range(SHARD_CLIPS)]
-        frames = (num_latents - 1) * codec.spec.temporal_stride + 1
-        latents = torch.cat([encode(render(scene, 0, frames)) for scene in scenes])
-        prompts = json.dumps([scene_prompt(scene) for scene in scenes])
-        partial = target.with_suffix(".partial")
-        save_file({"latents": latents.half()}, partial, metadata={"prompts": prompts})
-        os.replace(partial, target)
-        logger.info("cached %d of %d clips", min((shard + 1) * SHARD_CLIPS, clips), clips)
+        write_shard(encode, target, shard, num_latents)
+        logger.info("cached %d of %d clips", (shard + 1) * SHARD_CLIPS, clips)
     return True
 
 
-def _whole_clip_encoder(codec: Any) -> Any:
-    """Frames uint8 ``[t, H, W, 3]`` -> normalised latents ``[1, C, n, h, w]``, the whole clip in one pass."""
-    from pavdm_dist.train.codec import encode_clip
+def write_shard(encode: Encoder, target: Path, shard: int, num_latents: int) -> None:
+    """Renders, encodes and writes ``SHARD_CLIPS`` training clips; the file appears whole or not at all."""
+    scenes = [sample_scene(np.random.default_rng((3, shard * SHARD_CLIPS + i))) for i in range(SHARD_CLIPS)]
+    frames = 4 * (num_latents - 1) + 1
+    latents = torch.cat([encode(render(scene, 0, frames)) for scene in scenes])
+    prompts = json.dumps([scene_prompt(scene) for scene in scenes])
+    partial = target.with_suffix(".partial")
+    save_file({"latents": latents.half()}, partial, metadata={"prompts": prompts})
+    os.replace(partial, target)
 
+
+def _whole_clip_encoder(codec_folder: str | Path) -> Encoder:
+    """Frames uint8 ``[t, H, W, 3]`` -> normalised latents ``[1, C, n, h, w]``, the whole clip in one pass."""
+    from pavdm_dist.train.clips import encode_clip
+
+    codec = WanCodec.from_pretrained(codec_folder)
     mean, std = (
         torch.tensor(codec.vae.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std")
     )
+    _drop_empty_taps(codec.vae)
 
     @torch.no_grad()
     def encode(frames: np.ndarray) -> Tensor:
@@ -110,8 +119,30 @@ def _whole_clip_encoder(codec: Any) -> Any:
     return encode
 
 
+def _encoder_identity(codec_folder: str | Path) -> str:
+    """Hash of what latents depend on: the encoder and the statistics; a decoder may be refined later."""
+    config = json.loads((Path(codec_folder) / "config.json").read_text())
+    digest = hashlib.sha256(json.dumps([config["latents_mean"], config["latents_std"]]).encode())
+    tensors = read_tensors(Path(codec_folder), lambda key: key.startswith(("encoder.", "quant_conv.")))
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _drop_empty_taps(vae: nn.Module) -> None:
+    """Replaces 3x3x3 convolutions that only look at the current frame by 3x3 ones: a third of the work."""
+    from pavdm_dist.train.clips import FrameConv
+
+    for module in list(vae.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Conv3d) and child.kernel_size == (3, 3, 3) and not child.weight[:, :, :2].any():
+                conv = FrameConv(child.in_channels, child.out_channels)
+                conv.load_state_dict({"weight": child.weight[:, :, 2], "bias": child.bias})
+                setattr(module, name, conv)
+
+
 def _check_identity(path: Path, codec_folder: str | Path, num_latents: int) -> None:
-    identity = {"world": WORLD_SETTINGS, "num_latents": num_latents, "codec": weights_identity(codec_folder)}
+    identity = {"world": WORLD_SETTINGS, "num_latents": num_latents, "encoder": _encoder_identity(codec_folder)}
     file = path / "identity.json"
     if not file.exists():
         file.write_text(json.dumps(identity))

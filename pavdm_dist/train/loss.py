@@ -22,6 +22,8 @@ class Objective:
     Attributes:
         num_inference_steps, window_chunks, latent_chunk_size, context_chunks, time_shift: as in sampling.
         full_share, growing_share: share of full windows and of growing ones; the rest drains.
+        text_share: share of the growing windows that start from text alone; the others follow a clean chunk. Only
+            where no clean chunk shows the answer does the model have to read the prompt.
         shift_scale: deviation of the random shift of a sample's levels, in steps of the grid (``linear-shift``).
         causal_share: share of batches with the chunk-causal mask.
         prompt_dropout: share of samples that see the null text, for guidance.
@@ -34,8 +36,9 @@ class Objective:
     latent_chunk_size: int = 5
     context_chunks: int = 1
     time_shift: float = 1.0
-    full_share: float = 0.6
-    growing_share: float = 0.25
+    full_share: float = 0.45
+    growing_share: float = 0.45
+    text_share: float = 0.8
     shift_scale: float = 0.4
     causal_share: float = 0.5
     prompt_dropout: float = 0.1
@@ -81,7 +84,7 @@ def draw_window(rng: np.random.Generator, objective: Objective, clip_chunks: int
     if kind < o.full_share:
         plan, rows = _plan(o, start, 4 * o.window_chunks), (growth, growth + o.num_inference_steps)
     elif kind < o.full_share + o.growing_share:
-        if rng.random() < 0.6:
+        if rng.random() < o.text_share:
             start = "noise"
         plan, rows = _plan(o, start, 4 * o.window_chunks), (0, growth)
     else:
