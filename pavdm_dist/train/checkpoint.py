@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pavdm_dist.errors import CheckpointError, ConfigError
 
 LATEST = "latest"
+IDENTITY = "identity.json"
 KEEP = 2
 
 
@@ -53,13 +54,22 @@ class Average:
             self.values[name].copy_(value)
 
 
-def save(engine: Any, root: str | Path, step: int, client_state: dict[str, Any]) -> None:
-    """Writes checkpoint ``step`` under a temporary name, publishes it, and drops all but the last two."""
+def save(engine: Any, root: str | Path, step: int, identity: Mapping[str, Any], client_state: dict[str, Any]) -> None:
+    """Writes checkpoint ``step`` under a temporary name, publishes it, and drops all but the last two.
+
+    Args:
+        engine: the DeepSpeed engine.
+        root: folder of checkpoints.
+        step: number of optimizer steps done.
+        identity: settings (parts of names and values) that :func:`load` insists on.
+        client_state: what :func:`load` returns.
+    """
     folder = Path(root)
     tag, partial = f"step{step:07d}", f"step{step:07d}.partial"
+    if (folder / tag).exists():  # nothing happened since
+        return
     engine.save_checkpoint(str(folder), tag=partial, client_state=client_state, save_latest=False)
-    if (folder / tag).exists():
-        shutil.rmtree(folder / tag)
+    (folder / partial / IDENTITY).write_text(json.dumps(identity))
     os.replace(folder / partial, folder / tag)
     pointer = folder / f"{LATEST}.partial"
     with open(pointer, "w") as file:
@@ -95,15 +105,19 @@ def load(engine: Any, root: str | Path, identity: Mapping[str, Any], resume: str
         return None
     if resume == "never":
         raise ConfigError(f"resume=never: {root} holds a checkpoint; choose another run_dir or resume=auto")
-    path, state = engine.load_checkpoint(str(root), tag=pointer.read_text().strip())
-    if path is None:
-        raise CheckpointError(f"{root}/{pointer.read_text().strip()} could not be loaded")
-    ours, theirs = json.loads(json.dumps(identity)), state["identity"]
-    for part, values in ours.items():
+    tag = pointer.read_text().strip()
+    try:
+        theirs = json.loads((Path(root) / tag / IDENTITY).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{root}/{tag} is incomplete: {error}") from error
+    for part, values in json.loads(json.dumps(identity)).items():
         for name, value in values.items():
             found = theirs.get(part, {}).get(name)
             if found != value:
                 raise ConfigError(f"{root} was trained with {part}.{name}={found}, this run has {value}")
+    path, state = engine.load_checkpoint(str(root), tag=tag)
+    if path is None:
+        raise CheckpointError(f"{root}/{tag} could not be loaded")
     return state
 
 

@@ -148,7 +148,7 @@ class Trainer:
         self.step += 1
         return {
             "loss": loss.item(),
-            "per_level": per_level.tolist(),
+            "per_level": [None if math.isnan(value) else value for value in per_level.tolist()],
             "causal": window.causal,
             "frames": levels.shape[1],
             "grad_norm": self.engine.get_global_grad_norm(),
@@ -158,8 +158,8 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint."""
-        state = {"step": self.step, "average": self.average.state(), "identity": self._identity()}
-        checkpoint.save(self.engine, self.run_dir / "checkpoints", self.step, json_safe(state))
+        state = {"step": self.step, "average": self.average.state()}
+        checkpoint.save(self.engine, self.run_dir / "checkpoints", self.step, self._identity(), state)
 
     def averaged(self) -> TextToVideo:
         """A copy of the model with averaged weights."""
@@ -222,11 +222,6 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         settings = to_dict(self.config)
         return {"world": WORLD_SETTINGS, "model": settings["model"], "objective": settings["objective"]}
-
-
-def json_safe(state: dict[str, Any]) -> dict[str, Any]:
-    """The identity as plain JSON values, so that it compares equal after a round trip."""
-    return {**state, "identity": json.loads(json.dumps(state["identity"]))}
 
 
 def _codec(config: TrainConfig, run: Path, end: float) -> Path | None:

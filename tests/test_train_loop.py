@@ -1,0 +1,217 @@
+"""The training loop at a tiny size: it resumes bit for bit, compiles nothing, and writes a model that samples."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.wan import WanCodec
+from pavdm_dist.config import TrainConfig, load_config
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.train.checkpoint import Average
+from pavdm_dist.train.data import LatentClips, cache_clips
+from pavdm_dist.train.loop import TextToVideo, Trainer, train_command
+from pavdm_dist.train.world import VOCABULARY, render, sample_scene
+
+TINY = [
+    "threads=1", "data.clips=32", "data.num_latents=10", "data.batch_size=2",
+    "model.depth=1", "model.hidden_size=16", "model.num_heads=2", "model.caption_channels=16", "model.text_depth=1",
+    "objective.num_inference_steps=6", "objective.window_chunks=3", "objective.latent_chunk_size=2",
+    "optimizer.total_steps=8", "optimizer.warmup_steps=2", "optimizer.lr=0.01", "log_every_steps=1",
+]  # fmt: skip
+
+
+def settings(folder: Path, *overrides: str) -> TrainConfig:
+    return load_config(TrainConfig, None, [*TINY, f"run_dir={folder / 'run'}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> LatentClips:
+    folder = tmp_path_factory.mktemp("clips")
+    latents = torch.randn(6, 4, 10, 4, 4, generator=torch.Generator().manual_seed(0)).half()
+    prompts = ["a red three drifting up", "a blue seven bouncing fast, a cyan one bouncing"] * 3
+    save_file({"latents": latents}, folder / "clips-00000.safetensors", {"prompts": json.dumps(prompts)})
+    return LatentClips(folder)
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from pavdm_dist.train.clips import build_vae, public_vae
+
+    folder = tmp_path_factory.mktemp("codec") / "vae"
+    torch.manual_seed(0)
+    WanCodec(public_vae(build_vae(4, 4, (1, 1, 1)))).save_pretrained(folder)
+    return folder
+
+
+def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {**trainer.engine.module.state_dict(), **{f"average.{k}": v for k, v in trainer.average.values.items()}}
+
+
+def test_five_and_five_steps_are_ten_to_the_bit(tmp_path: Path, clips: LatentClips) -> None:
+    whole = Trainer(settings(tmp_path), Path("unused"), clips)
+    losses = [whole.train_step()["loss"] for _ in range(10)]
+    first = Trainer(settings(tmp_path), Path("unused"), clips)
+    halves = [first.train_step()["loss"] for _ in range(5)]
+    first.save()
+    second = Trainer(settings(tmp_path, "resume=must"), Path("unused"), clips)
+    assert second.step == 5
+    halves += [second.train_step()["loss"] for _ in range(5)]
+    assert halves == losses
+    expected = everything(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in everything(second).items())
+
+
+def test_training_lowers_the_loss(tmp_path: Path, clips: LatentClips) -> None:
+    trainer = Trainer(settings(tmp_path, "optimizer.total_steps=60"), Path("unused"), clips)
+    losses = [trainer.train_step()["loss"] for _ in range(60)]
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
+
+
+def test_a_torn_checkpoint_is_never_the_latest(tmp_path: Path, clips: LatentClips) -> None:
+    trainer = Trainer(settings(tmp_path), Path("unused"), clips)
+    trainer.train_step()
+    trainer.save()
+    trainer.train_step()
+
+    def torn(root: str, tag: str, **_: object) -> None:
+        (Path(root) / tag).mkdir()
+        raise KeyboardInterrupt
+
+    whole, trainer.engine.save_checkpoint = trainer.engine.save_checkpoint, torn
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save()
+    trainer.engine.save_checkpoint = whole
+    assert Trainer(settings(tmp_path), Path("unused"), clips).step == 1
+    for _ in range(3):
+        trainer.train_step()
+        trainer.save()
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step*")) == ["step0000004", "step0000005"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["resume=never"], "resume=never"),
+        (["model.text_depth=2"], r"model\.text_depth=1, this run has 2"),
+        (["objective.shift_scale=0.5"], r"objective\.shift_scale=0\.4, this run has 0\.5"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_by_name(
+    tmp_path: Path, clips: LatentClips, overrides: list[str], message: str
+) -> None:
+    Trainer(settings(tmp_path), Path("unused"), clips).save()
+    with pytest.raises(ConfigError, match=message):
+        Trainer(settings(tmp_path, *overrides), Path("unused"), clips)
+
+
+def test_another_world_is_refused(tmp_path: Path, clips: LatentClips, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pavdm_dist.train import loop
+
+    Trainer(settings(tmp_path), Path("unused"), clips).save()
+    monkeypatch.setattr(loop, "WORLD_SETTINGS", {**loop.WORLD_SETTINGS, "fps": 12})
+    with pytest.raises(ConfigError, match=r"world\.fps=24, this run has 12"):
+        Trainer(settings(tmp_path), Path("unused"), clips)
+
+
+def test_resume_must_refuses_an_empty_folder(tmp_path: Path, clips: LatentClips) -> None:
+    with pytest.raises(ConfigError, match="resume=must"):
+        Trainer(settings(tmp_path, "resume=must"), Path("unused"), clips)
+
+
+def test_the_average_is_the_exact_recursion() -> None:
+    module = torch.nn.Linear(2, 2)
+    average, expected = Average(module, 0.5), module.weight.detach().clone()
+    for step in range(1, 8):
+        with torch.no_grad():
+            module.weight.normal_()
+        average.update(module)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * module.weight.detach()
+        torch.testing.assert_close(average.values["weight"], expected)
+
+
+def test_a_dropped_prompt_is_the_null_text_and_padding_is_not_read(tmp_path: Path, clips: LatentClips) -> None:
+    trainer = Trainer(settings(tmp_path, "optimizer.total_steps=100"), Path("unused"), clips)
+    for _ in range(8):
+        trainer.train_step()
+    model: TextToVideo = trainer.averaged()
+    x, levels = torch.randn(1, 4, 4, 4, 4).expand(2, -1, -1, -1, -1), torch.full((2, 4), 0.5)
+    short, long = "a red three drifting up", "a blue seven bouncing fast, a cyan one bouncing"
+    with torch.no_grad():
+        one = model(x[:1], levels[:1], [short], [False], None)
+        two = model(x, levels, [short, long], [False, False], None)
+        dropped = model(x, levels, [short, long], [True, True], None)
+        null = model.transformer(x[:1], levels[:1], model.transformer.null_text()[None], trainer_info())
+    torch.testing.assert_close(two[:1], one, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(two[0], two[1], atol=1e-3)
+    assert torch.equal(dropped[0], dropped[1])
+    torch.testing.assert_close(dropped[:1], null, atol=1e-5, rtol=1e-4)
+
+
+def trainer_info() -> object:
+    from pavdm_dist.train.loop import INFO
+
+    return INFO
+
+
+def test_clips_are_cached_in_slices_and_are_what_the_codec_encodes(tmp_path: Path, codec: Path) -> None:
+    assert not cache_clips(codec, tmp_path / "c", 33, 3, max_seconds=-1)
+    assert cache_clips(codec, tmp_path / "c", 32, 3, max_seconds=60)
+    clips = LatentClips(tmp_path / "c")
+    assert clips.latents.shape == (32, 4, 3, 8, 8)
+    frames = render(sample_scene(np.random.default_rng((3, 5))), 0, 9)
+    expected = WanCodec.from_pretrained(codec).encode(torch.from_numpy(frames))
+    torch.testing.assert_close(clips.latents[5].float(), expected, atol=5e-3, rtol=5e-3)
+    assert {word for prompt in clips.prompts for word in prompt.replace(",", " ,").split()} <= set(VOCABULARY)
+    part, prompts = clips.batch(np.random.default_rng(1), 4, 1, 2)
+    again, _ = clips.batch(np.random.default_rng(1), 4, 1, 2)
+    assert part.shape == (4, 4, 2, 8, 8) and len(prompts) == 4 and torch.equal(part, again)
+    with pytest.raises(ConfigError, match="num_latents"):
+        cache_clips(codec, tmp_path / "c", 32, 5, max_seconds=60)
+
+
+def test_command_trains_and_exports_a_model_that_opens(tmp_path: Path, codec: Path) -> None:
+    config = settings(tmp_path, f"codec.folder={codec}", "optimizer.total_steps=2", "max_seconds=100")
+    train_command(config)
+    opened = Checkpoint.open(tmp_path / "run/model")
+    assert opened.defaults.window_chunks == 3 and opened.defaults.num_inference_steps == 6
+    assert opened.text_encoder.unknown_words("a red three") == []
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and lines[0]["loss"] == pytest.approx(2, rel=0.7)
+    Trainer(replace(config, resume="must"), codec, LatentClips(tmp_path / "run/clips")).sheet()
+    assert (tmp_path / "run/sheets/step0000002.png").exists()
+
+
+PROBE = """
+import sys
+from pathlib import Path
+from pavdm_dist.config import TrainConfig, load_config
+from pavdm_dist.train.data import LatentClips
+from pavdm_dist.train.loop import Trainer
+Trainer(load_config(TrainConfig, None, sys.argv[2:]), Path("unused"), LatentClips(sys.argv[1])).train_step()
+print("ray" in sys.modules)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_nothing_is_compiled_and_ray_stays_out(tmp_path: Path, clips: LatentClips) -> None:
+    save_file({"latents": clips.latents}, tmp_path / "clips-0.safetensors", {"prompts": json.dumps(clips.prompts)})
+    built = tmp_path / "extensions"
+    built.mkdir()
+    command = [sys.executable, "-c", PROBE, str(tmp_path), *TINY, f"run_dir={tmp_path}"]
+    path = ":".join(entry for entry in sys.path if entry)
+    environment = {"PATH": "/nonexistent", "TORCH_EXTENSIONS_DIR": str(built), "PYTHONPATH": path, "CC": "", "CXX": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-1] == "False"
+    assert list(built.iterdir()) == []

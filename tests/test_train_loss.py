@@ -1,0 +1,133 @@
+"""The objective: METHOD's training oracles (levels, mask, shift, lengths), on rows of the plan that samples."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pavdm_dist.schedule import WindowPlan
+from pavdm_dist.train.loss import (
+    Objective,
+    TrainingWindow,
+    draw_window,
+    noised,
+    velocity_loss,
+    window_levels,
+)
+from pavdm_dist.window import row_levels
+
+OFFICIAL = Objective()  # T = 30, W = 6, c = 5, one context chunk
+CLIP_CHUNKS = 8
+
+
+def draws(objective: Objective = OFFICIAL, count: int = 600) -> list[TrainingWindow]:
+    rng = np.random.default_rng(0)
+    return [draw_window(rng, objective, CLIP_CHUNKS) for _ in range(count)]
+
+
+def full_window(stage: int = 2) -> TrainingWindow:
+    plan = WindowPlan(30, 6, 5, 1, "chunk", num_chunks=20)
+    return TrainingWindow(plan.row(30 + stage), 1, causal=False)
+
+
+@pytest.mark.parametrize("time_shift", [1.0, 2.5])
+def test_without_shift_the_levels_are_those_the_sampler_shows_the_model(time_shift: float) -> None:
+    objective = Objective(time_shift=time_shift)
+    for window in draws(objective, 100):
+        levels = window_levels(window, objective, torch.zeros(2))
+        expected = row_levels(window.row, objective.schedule.levels, 5)
+        assert torch.equal(levels, expected.expand(2, -1))
+
+
+def test_windows_have_every_length_and_lie_inside_the_clip() -> None:
+    lengths, texts, without_context = set(), 0, 0
+    for window in draws():
+        assert 0 <= window.offset <= CLIP_CHUNKS - window.num_chunks
+        lengths.add(window.num_chunks)
+        if not window.row.context:
+            without_context += 1
+            assert window.offset == 0, "a window from text alone is the start of a video"
+        texts += window.row.window[0] == 0 and not window.row.context
+    assert lengths == {1, 2, 3, 4, 5, 6, 7}
+    assert texts == without_context
+    assert 0.30 < texts / 600 < 0.42
+    assert {window.offset for window in draws() if window.num_chunks == 7} == {0, 1}
+
+
+def test_kinds_of_windows_come_in_the_asked_shares() -> None:
+    full = drain = causal = 0
+    for window in draws():
+        levels = window.row.steps_left
+        full += len(levels) == 6 and bool(window.row.context)
+        drain += levels[-1] <= 25 and len(levels) < 6
+        causal += window.causal
+    assert full / 600 == pytest.approx(0.45, abs=0.06)
+    assert drain / 600 == pytest.approx(0.1, abs=0.04)
+    assert causal / 600 == pytest.approx(0.5, abs=0.06)
+
+
+def test_a_full_window_has_one_level_per_chunk_and_zero() -> None:
+    levels = window_levels(full_window(), OFFICIAL, torch.tensor([0.3, -0.7]))
+    for row, shift in zip(levels, (0.3, -0.7), strict=True):
+        assert row[:5].eq(0).all()
+        assert len(row.unique()) == 7
+        steps = (row[5::5] * 30 - shift).tolist()
+        assert steps == pytest.approx([3, 8, 13, 18, 23, 28], abs=1e-4), "one shift moves all chunks of a sample"
+
+
+def test_the_shift_has_the_published_deviation() -> None:
+    shifts = OFFICIAL.shift_scale * torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    moved = 1000 * (window_levels(full_window(), OFFICIAL, shifts)[:, -1] - 28 / 30)
+    assert moved.std().item() == pytest.approx(1000 / 30 * 0.4, rel=0.05)
+
+
+def test_levels_stay_between_clean_and_pure_noise() -> None:
+    levels = window_levels(full_window(0), OFFICIAL, torch.tensor([50.0, -50.0]))
+    assert levels[0, 5:].eq(1).all() and levels[1].eq(0).all()
+
+
+def test_a_zero_model_loses_two_per_element() -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(8, 4, 35, 8, 8, generator=generator)
+    window = full_window()
+    levels = window_levels(window, OFFICIAL, torch.zeros(8))
+    _, target = noised(clean, levels, window, OFFICIAL, generator)
+    loss, per_level = velocity_loss(torch.zeros_like(target), target, levels, 5)
+    assert loss.item() == pytest.approx(2.0, rel=0.01)
+    assert per_level.tolist() == pytest.approx([2.0] * 5, rel=0.03)
+
+
+def test_loss_and_gradient_ignore_the_clean_context() -> None:
+    generator = torch.Generator().manual_seed(1)
+    velocity = torch.randn(2, 4, 35, 2, 2, generator=generator, requires_grad=True)
+    target = torch.randn(2, 4, 35, 2, 2, generator=generator)
+    levels = window_levels(full_window(), OFFICIAL, torch.zeros(2))
+    loss, _ = velocity_loss(velocity, target, levels, 5)
+    loss.backward()
+    assert velocity.grad is not None
+    assert velocity.grad[:, :, :5].eq(0).all() and velocity.grad[:, :, 5:].ne(0).all()
+    spoilt = target.clone()
+    spoilt[:, :, :5] = 1e6
+    assert torch.equal(velocity_loss(velocity, spoilt, levels, 5)[0], loss)
+
+
+def test_noising_is_the_straight_path_and_context_noise_stays_small_under_label_zero() -> None:
+    clean = torch.randn(2, 4, 35, 2, 2, generator=torch.Generator().manual_seed(2))
+    window, shifts = full_window(), torch.tensor([0.1, -0.2])
+    levels = window_levels(window, OFFICIAL, shifts)
+    x, velocity = noised(clean, levels, window, OFFICIAL, torch.Generator().manual_seed(3))
+    t = levels[:, None, :, None, None]
+    torch.testing.assert_close((x + t * velocity)[:, :, 5:], clean[:, :, 5:])
+    strayed = (x - clean)[:, :, :5]
+    assert 0 < strayed.abs().max() <= 0.1 * (clean - velocity)[:, :, :5].abs().max()
+    quiet = Objective(context_noise=0.0)
+    x, _ = noised(clean, levels, window, quiet, torch.Generator().manual_seed(3))
+    assert torch.equal(x[:, :, :5], clean[:, :, :5])
+
+
+def test_bins_without_a_frame_are_marked() -> None:
+    _, per_level = velocity_loss(torch.zeros(1, 1, 5, 1, 1), torch.ones(1, 1, 5, 1, 1), torch.ones(1, 5), 0)
+    assert [math.isnan(value) for value in per_level] == [True] * 4 + [False]
