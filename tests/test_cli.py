@@ -43,11 +43,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         seen.append(("plan", config, chunks))
         return PLAN
 
-    pipeline = types.ModuleType("pavdm_dist.pipeline")
+    pipeline = types.ModuleType("pavdm_dist.render")
     pipeline.__dict__.update(render_command=render_command, plan_report=plan_report)
     loop = types.ModuleType("pavdm_dist.train.loop")
     loop.__dict__.update(train_command=lambda config: seen.append(("train", config)))
-    monkeypatch.setitem(sys.modules, "pavdm_dist.pipeline", pipeline)
+    monkeypatch.setitem(sys.modules, "pavdm_dist.render", pipeline)
     monkeypatch.setitem(sys.modules, "pavdm_dist.train.loop", loop)
     return seen
 
@@ -91,7 +91,7 @@ def test_plan_prints_readable_lines(calls: list[tuple[Any, ...]], capsys: pytest
 
 def test_train_hands_the_merged_settings_over(calls: list[tuple[Any, ...]], tmp_path: Path) -> None:
     file = tmp_path / "t.yaml"
-    file.write_text("what: codec\n")
+    file.write_text("seed: 4\n")
     assert cli.main(["train", str(file), "max_seconds=600"]) == 0
     assert calls == [("train", load_config(TrainConfig, file, ["max_seconds=600"]))]
 
@@ -142,7 +142,7 @@ def test_failures_of_the_run(
     def fail(*_: Any, **__: Any) -> None:
         raise raised
 
-    monkeypatch.setattr(sys.modules["pavdm_dist.pipeline"], "render_command", fail)
+    monkeypatch.setattr(sys.modules["pavdm_dist.render"], "render_command", fail)
     assert cli.main(["sample", "x"]) == status
     assert capsys.readouterr().err == line
 
@@ -150,7 +150,7 @@ def test_failures_of_the_run(
 def test_faults_of_the_package_keep_their_traceback(
     calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["pavdm_dist.pipeline"], "plan_report", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(sys.modules["pavdm_dist.render"], "plan_report", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["plan"])
 
