@@ -136,9 +136,10 @@ class ObjectiveConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with linear warm-up, then cosine to ``final_ratio`` of the peak; EMA of the weights."""
+    """Muon (matrices) and AdamW (the rest) with linear warm-up, then cosine to ``final_ratio`` of the peak; EMA of the weights."""
 
     lr: float = 1e-3
+    matrix_ratio: float = 2.0  # Muon's learning rate over AdamW's
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     weight_decay: float = 0.0
     grad_clip: float = 1.0

@@ -53,9 +53,7 @@ class LatentClips:
         return latents, [self.prompts[i] for i in chosen]
 
 
-def cache_clips(
-    codec_folder: str | Path, folder: str | Path, clips: int, num_latents: int, max_seconds: float
-) -> bool:
+def cache_clips(codec_folder: str | Path, folder: str | Path, clips: int, num_latents: int, max_seconds: float) -> bool:
     """Renders and encodes clips until ``clips`` are there.
 
     Clip i of the cache is a function of i alone, so the cache can be made in any number of slices.
@@ -105,9 +103,7 @@ def _whole_clip_encoder(codec_folder: str | Path) -> Encoder:
     from pavdm_dist.train.clips import encode_clip
 
     codec = WanCodec.from_pretrained(codec_folder)
-    mean, std = (
-        torch.tensor(codec.vae.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std")
-    )
+    mean, std = (torch.tensor(codec.vae.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
     _drop_empty_taps(codec.vae)
 
     @torch.no_grad()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +24,7 @@ from pavdm_dist.config import TrainConfig, to_dict
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
 from pavdm_dist.train import checkpoint
+from pavdm_dist.train.backend import start_engine
 from pavdm_dist.train.codec import CodecTraining, export_codec, train_codec
 from pavdm_dist.train.data import LatentClips, cache_clips
 from pavdm_dist.train.loss import Objective, draw_window, noised, velocity_loss, window_levels
@@ -94,7 +94,7 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.objective = Objective(**asdict(config.objective))
         torch.manual_seed(config.seed)
-        self.engine = _engine(_build(config, clips.latents.shape[1]), config)
+        self.engine = start_engine(_build(config, clips.latents.shape[1]), config)
         self.average = checkpoint.Average(self.engine.module, config.optimizer.ema_decay)
         self.step = 0
         state = checkpoint.load(self.engine, self.run_dir / "checkpoints", self._identity(), config.resume)
@@ -257,43 +257,3 @@ def _build(config: TrainConfig, channels: int) -> TextToVideo:
     transformer.init_weights()
     encoder = WordTextEncoder(VOCABULARY, m.caption_channels, m.text_depth, 4, m.model_max_length)
     return TextToVideo(transformer, encoder)
-
-
-def _engine(model: TextToVideo, config: TrainConfig) -> Any:
-    """A DeepSpeed engine for one process, without compiling anything."""
-    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, str(value))
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    # On CPUs DeepSpeed would compile a shared-memory collective at start-up (a minute, needs a compiler).
-    operations = getattr(getattr(deepspeed, "ops", None), "__compatible_ops__", None)
-    if operations is not None:
-        operations["deepspeed_shm_comm"] = False
-    if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(verbose=False)
-    o = config.optimizer
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=o.lr, betas=(o.betas[0], o.betas[1]), weight_decay=o.weight_decay
-    )
-    settings = {
-        "train_micro_batch_size_per_gpu": config.data.batch_size,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": o.grad_clip,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-        "zero_optimization": {"stage": 0},
-        **config.deepspeed,
-    }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    return engine
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -46,9 +46,7 @@ def draw_sheet(
 
     codec = WanCodec.from_pretrained(codec_folder)
     o = objective
-    plan = WindowPlan(
-        o.num_inference_steps, o.window_chunks, o.latent_chunk_size, o.context_chunks, num_chunks=chunks
-    )
+    plan = WindowPlan(o.num_inference_steps, o.window_chunks, o.latent_chunk_size, o.context_chunks, num_chunks=chunks)
     height, width = codec.latent_size(SIZE, SIZE)
     rows = []
     for number, prompt in enumerate(PROMPTS):
