@@ -1,0 +1,126 @@
+"""The measurements run and measure the same thing on both sides; what the clock says is not tested here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pavdm_dist.models.stdit3 import STDiT3Config
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+SAVINGS = ("attention", "text", "window", "modulation")
+
+
+def report(script: str, *arguments: str) -> dict[str, Any]:
+    """What a script prints with ``--json``, which must be nothing else."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
+    command = [sys.executable, str(FOLDER / script), "--json", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def check_machine(found: dict[str, Any]) -> None:
+    assert found["machine"].keys() >= {"cpu", "cores", "load_1_min", "torch", "threads"}
+    assert found["machine"]["threads"] == 1
+
+
+def check_single_process(found: dict[str, Any]) -> None:
+    check_machine(found)
+    variants = {"straightforward", *SAVINGS, "all_four"}
+    assert found["cpu_s_per_call"].keys() == {*variants, "package"}
+    assert found["relative_difference"].keys() == variants
+    assert found["same_latents"] and max(found["relative_difference"].values()) <= 1e-4
+    assert found["clean_chunks"] == (1 + found["rounds"]) // 5
+    assert found["shape"]["window_latents"] == 35
+    assert found["share_of_saving"].keys() == {*SAVINGS, "rest"}
+    assert sum(found["share_of_saving"].values()) == pytest.approx(1)
+    low, high = found["ratio_range"]
+    assert 0 < low <= found["ratio"] <= high
+
+
+def check_long_run(found: dict[str, Any], chunks: int) -> None:
+    check_machine(found)
+    assert found["chunks"] == chunks
+    assert found["frames"] == 8 * chunks - 3  # two latents of four frames; the very first latent is one frame
+    for memory in (found["resident"], found["private"]):
+        assert memory["end_over_after_24"] == memory["end_kb"] / memory["after_24_kb"]
+        assert memory["highest_kb"] >= max(memory["end_kb"], memory["after_24_kb"])
+        assert 1 <= memory["highest_first_at_chunk"] <= chunks
+    assert found["private"]["end_kb"] <= found["resident"]["end_kb"]
+    assert found["cpu"]["lowest_12_s"] <= found["cpu"]["chunks_13_to_24_s"] <= found["cpu"]["highest_12_s"]
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts importable by name, as they are for each other."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+@pytest.mark.usefixtures("scripts")
+def test_straightforward_loop_and_its_single_savings_give_the_package_s_latents() -> None:
+    from single_process import measure
+
+    config = STDiT3Config(
+        depth=2, hidden_size=32, num_heads=4, in_channels=4, caption_channels=12, model_max_length=5, pred_sigma=False
+    )
+    found = measure(config, cells=6, rounds=9)
+    check_single_process(found)
+    assert found["clean_chunks"] == 2
+    assert found["relative_difference"]["all_four"] <= 1e-6  # the same operations, written twice
+
+
+def test_too_few_rounds_to_finish_a_chunk_are_refused() -> None:
+    command = [sys.executable, str(FOLDER / "single_process.py"), "--rounds", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "--rounds 3" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.usefixtures("scripts")
+def test_long_run_counts_what_it_made_and_repeats_its_beginning(tmp_path: Path) -> None:
+    from long_run import run
+
+    short, longer = run(48, None), run(50, tmp_path)
+    check_long_run(short, 48)
+    check_long_run(longer, 50)
+    assert short["frames_on_disk"] is None and longer["frames_on_disk"] == longer["frames"]
+    assert (tmp_path / "long.mp4").exists()
+    assert short["latents_sha256_after_24"] == longer["latents_sha256_after_24"]
+    assert short["latents_sha256"] != longer["latents_sha256"]
+
+
+@pytest.mark.usefixtures("scripts")
+def test_the_trend_of_known_memory_is_found() -> None:
+    from long_run import trend
+
+    leak = trend([1000 + 7 * chunk + 2 * (chunk % 2) for chunk in range(100)])
+    assert leak["slope_kb_per_chunk"] == pytest.approx(7, abs=0.01)
+    assert leak["noise_kb"] == pytest.approx(1, abs=0.05)
+    assert leak["highest_first_at_chunk"] == 100 and leak["eighths_kb"] == sorted(set(leak["eighths_kb"]))
+    still = trend([5000, *[4000] * 60])
+    assert (still["slope_kb_per_chunk"], still["end_over_after_24"], still["highest_first_at_chunk"]) == (0, 1, 1)
+
+
+@pytest.mark.slow
+def test_quick_runs_from_the_command_line() -> None:
+    check_single_process(report("single_process.py", "--quick"))
+    check_long_run(report("long_run.py", "--quick"), 60)
+
+
+@pytest.mark.slow
+def test_full_single_process_measurement() -> None:
+    check_single_process(report("single_process.py", "--rounds", "4"))
+
+
+@pytest.mark.slow
+def test_long_run_keeps_its_memory() -> None:
+    found = report("long_run.py", "--chunks", "300")
+    check_long_run(found, 300)
+    assert found["resident"]["end_over_after_24"] <= 1.02
