@@ -15,7 +15,6 @@ import json
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,16 +37,6 @@ PLAN = WindowPlan(num_inference_steps=6, window_chunks=3, latent_chunk_size=2)
 LATENT_SIZE = (8, 12)
 # As the tests' tiny codec: eight pixels a latent, four frames a latent.
 STRIDE, FPS = 8, 24
-
-
-@dataclass
-class Record:
-    """One chunk: seconds of CPU time, seconds of the fixed probe, kB of memory after it."""
-
-    cpu_s: float
-    probe_s: float
-    resident_kb: int
-    private_kb: int
 
 
 def main() -> None:
@@ -77,7 +66,10 @@ def run(chunks: int, folder: Path | None) -> dict[str, Any]:
     height, width = (STRIDE * size for size in LATENT_SIZE)
     writer = None if folder is None else SegmentWriter(folder / "long.mp4", FPS, height, width)
     latents, after_warm_up, pixels = hashlib.sha256(), "", hashlib.sha256()
-    frames_made, records = 0, list[Record]()
+    frames_made = 0
+    # Written to in place: a list that grows by a record a chunk would itself be the leak that is looked for.
+    cpu_s, probe_s = torch.full((2, chunks), -1.0, dtype=torch.float64)
+    resident_kb, private_kb = torch.full((2, chunks), -1, dtype=torch.int64)
     finished = sample(stream.window(), ModelDenoiser(model, stream), stream.guidance_scale)
     before = time.process_time()
     for clean in islice(finished, chunks):
@@ -87,10 +79,11 @@ def run(chunks: int, folder: Path | None) -> dict[str, Any]:
         frames_made += len(frames)
         if writer is not None:
             writer.write_chunk(clean.index, frames)
-        cpu = time.process_time() - before
+        cpu_s[clean.index] = time.process_time() - before
         if clean.index + 1 == WARM_UP:
             after_warm_up = latents.hexdigest()
-        records.append(Record(cpu, _probe(), *_memory()))
+        probe_s[clean.index] = _probe()
+        resident_kb[clean.index], private_kb[clean.index] = _memory()
         before = time.process_time()
     on_disk = None if writer is None else writer.finish()
     return {
@@ -109,9 +102,9 @@ def run(chunks: int, folder: Path | None) -> dict[str, Any]:
         "latents_sha256": latents.hexdigest(),
         "latents_sha256_after_24": after_warm_up,
         "frames_sha256": pixels.hexdigest(),
-        "resident": trend([record.resident_kb for record in records]),
-        "private": trend([record.private_kb for record in records]),
-        "cpu": cpu_report(records),
+        "resident": trend(resident_kb.tolist()),
+        "private": trend(private_kb.tolist()),
+        "cpu": cpu_report(cpu_s.tolist(), probe_s.tolist()),
     }
 
 
@@ -147,12 +140,14 @@ def trend(memory: list[int]) -> dict[str, Any]:
     }
 
 
-def cpu_report(records: list[Record]) -> dict[str, float]:
+def cpu_report(cpu_s: list[float], probe_s: list[float]) -> dict[str, float]:
     """Median CPU time of the last 12 chunks against chunks 13 to 24, and the same of the fixed probe."""
-    early, late = records[WARM_UP - GROUP : WARM_UP], records[-GROUP:]
-    seconds = [statistics.median(record.cpu_s for record in group) for group in (early, late)]
-    probe = [statistics.median(record.probe_s for record in group) for group in (early, late)]
-    settled = [record.cpu_s for record in records[WARM_UP - GROUP :]]
+
+    def early_and_late(values: list[float]) -> tuple[float, float]:
+        return statistics.median(values[WARM_UP - GROUP : WARM_UP]), statistics.median(values[-GROUP:])
+
+    seconds, probe = early_and_late(cpu_s), early_and_late(probe_s)
+    settled = cpu_s[WARM_UP - GROUP :]
     groups = [statistics.median(settled[i : i + GROUP]) for i in range(0, len(settled) - GROUP + 1, GROUP)]
     return {
         "chunks_13_to_24_s": seconds[0],

@@ -67,14 +67,17 @@ class Checkpoint:
             index = json.loads(index_file.read_text())
         except FileNotFoundError as error:
             raise CheckpointError(f"model={model}: {index_file} is missing, so this is no model folder") from error
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"model={model}: {index_file} is not valid JSON: {error}") from error
+        if not isinstance(index, dict) or not isinstance(index.get("sampling", {}), dict):
+            raise CheckpointError(f"model={model}: {index_file} must map component names to [library, class]")
         for component, kind in (
             ("transformer", "STDiT3"),
             ("vae", "AutoencoderKLWan"),
             ("text_encoder", "WordTextEncoder"),
         ):
-            found = index.get(component, [None, "nothing"])[1]
+            entry = index.get(component)
+            found = entry[1] if isinstance(entry, list) and len(entry) == 2 else "nothing"
             if found != kind:
                 raise CheckpointError(f"model={model}: {component} is {found}, this version runs {kind}")
         known = {field.name for field in fields(SamplingDefaults)}

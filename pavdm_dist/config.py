@@ -136,7 +136,7 @@ class ObjectiveConfig:
 
 @dataclass
 class OptimizerConfig:
-    """Muon (matrices) and AdamW (the rest) with linear warm-up, then cosine to ``final_ratio`` of the peak; EMA of the weights."""
+    """Muon (matrices) and AdamW (the rest): linear warm-up, then cosine to ``final_ratio`` of the peak; EMA."""
 
     lr: float = 1e-3
     matrix_ratio: float = 2.0  # Muon's learning rate over AdamW's

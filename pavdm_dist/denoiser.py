@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -24,12 +26,15 @@ class TextBank:
         self._raw: dict[str, Tensor] = {}
         self._tokens: dict[str, Tensor] = {}
         self._users: dict[str, set[int]] = {}
+        # Streams are added by a control thread while the stage's loop forgets finished ones.
+        self._lock = threading.Lock()
 
     def add(self, stream: Stream) -> None:
         """Registers a stream's texts; nothing is computed yet."""
-        for key, text in stream.conditioning.texts.items():
-            self._raw.setdefault(key, text)
-            self._users.setdefault(key, set()).add(stream.id)
+        with self._lock:
+            for key, text in stream.conditioning.texts.items():
+                self._raw.setdefault(key, text)
+                self._users.setdefault(key, set()).add(stream.id)
 
     def runs(self, stream: Stream, row: PlanRow, branch: int) -> list[TextRun]:
         """Runs of equal text over the latent frames of a row, and forgets what the stream no longer reads."""
@@ -56,12 +61,13 @@ class TextBank:
         return self._tokens[key]
 
     def _release(self, key: str, stream: int) -> None:
-        users = self._users.get(key, set())
-        users.discard(stream)
-        if not users:
-            for table in (self._raw, self._tokens, self._users):
-                table.pop(key, None)
-            self.cache.drop(key)
+        with self._lock:
+            users = self._users.get(key, set())
+            users.discard(stream)
+            if not users:
+                for table in (self._raw, self._tokens, self._users):
+                    table.pop(key, None)
+                self.cache.drop(key)
 
 
 class ModelDenoiser:

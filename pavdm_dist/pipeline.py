@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +13,20 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.wan import decode_flop
 from pavdm_dist.denoiser import ModelDenoiser, TextBank
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.engine.partition import estimate_costs, partition
+from pavdm_dist.engine.partition import estimate_costs, partition, with_codec
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.models.loading import check_module
+from pavdm_dist.models.stdit3 import OPTIONAL_TENSORS, STDiT3
 from pavdm_dist.requests import SamplingParams, VideoRequest, build_stream
-from pavdm_dist.sampler import sample
+from pavdm_dist.sampler import num_branches, sample
 from pavdm_dist.schedule import PlanRow
 from pavdm_dist.stream import Stream
 from pavdm_dist.window import CleanChunk, Window
+
+logger = logging.getLogger(__name__)
 
 # A whole video in memory larger than this is refused: long videos are streamed.
 MAX_RESULT_BYTES = 4 * 2**30
@@ -225,7 +231,12 @@ class PAVDMPipeline:
                 callback = None if on_step is None else self._step_callback(stream, on_step)
                 denoise = ModelDenoiser(model, stream, TextBank(model))
                 for clean in sample(stream.window(), denoise, stream.guidance_scale, callback):
-                    yield stream.id, clean, decoder.decode(clean.latents)
+                    frames = decoder.decode(clean.latents)
+                    # The consumer's own thread count while it works; ours again, whatever it did, for the next row.
+                    torch.set_num_threads(before)
+                    yield stream.id, clean, frames
+                    before = torch.get_num_threads()
+                    torch.set_num_threads(self.threads_per_stage)
         finally:
             torch.set_num_threads(before)
 
@@ -236,6 +247,13 @@ class PAVDMPipeline:
 
         assert self.engine is not None
         blocks = self.split(params)
+        units = num_branches(params.guidance_scale) * in_flight
+        if len(blocks) > units:
+            logger.warning(
+                "num_stages=%d, but only %d unit(s) are ever in flight: stages will idle; raise streams",
+                len(blocks),
+                units,
+            )
         folder, codec = str(self.checkpoint.transformer), str(self.checkpoint.vae)
         with RayEngine(folder, blocks, self.engine, codec) as engine:
             for finished in engine.run(streams, in_flight):
@@ -256,16 +274,22 @@ class PAVDMPipeline:
 def layer_split(checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions) -> list[tuple[int, int]]:
     """Half-block range of each stage for a run's full window; reads shapes only, no weights.
 
+    A decoder without CPUs of its own shares the last stage's, so its cost counts there.
+
     Raises:
         ConfigError: more stages than half-blocks, or ``layers_per_stage`` that does not add up.
+        CheckpointError: a tensor of the backbone is missing or has the wrong size.
     """
-    from pavdm_dist.models.stdit3 import STDiT3
-
     with torch.device("meta"):
         model = STDiT3(checkpoint.transformer_config)
-    frames = (params.window_chunks + params.context_chunks) * params.latent_chunk_size
-    grid = model.grid(frames, *checkpoint.codec_spec.latent_size(params.height, params.width))
-    costs = estimate_costs(model.spec, grid, model.spec.text_len)
+    check_module(model, checkpoint.transformer, optional=OPTIONAL_TENSORS)
+    size = params.latent_chunk_size
+    frames = (params.window_chunks + params.context_chunks) * size
+    cells = checkpoint.codec_spec.latent_size(params.height, params.width)
+    costs = estimate_costs(model.spec, model.grid(frames, *cells), model.spec.text_len)
+    if not options.cpus_per_decoder:
+        units_per_chunk = num_branches(params.guidance_scale) * params.plan(None).steps_per_shift
+        costs = with_codec(costs, size * decode_flop(checkpoint.vae, *cells) / units_per_chunk)
     return partition(costs, options.num_stages, options.layers_per_stage)
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.config import SampleConfig, to_dict
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.errors import ConfigError
+from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.io.encode import as_rate, check_size, require_libx264
 from pavdm_dist.io.latents import LatentsHash, LatentsWriter
 from pavdm_dist.io.metadata import Sidecar, sidecar_path, weights_identity
 from pavdm_dist.io.segments import SegmentWriter
@@ -48,6 +49,9 @@ def render_command(config: SampleConfig, overwrite: bool, progress: Callable[...
     """
     pipeline = _pipeline(config)
     params = _params(config, pipeline.checkpoint)
+    as_rate(params.fps)
+    check_size(params.height, params.width)
+    require_libx264()
     if pipeline.engine is not None:
         pipeline.split(params)
     requests = _requests(config, params, pipeline.checkpoint)
@@ -56,6 +60,8 @@ def render_command(config: SampleConfig, overwrite: bool, progress: Callable[...
         check_output(output, overwrite)
         if not overwrite and exists(sidecar_path(output)):
             raise ConfigError(f"output={output}: its sidecar {sidecar_path(output)} exists; pass --overwrite")
+        if config.save_latents and not overwrite and exists(_latents_path(output)):
+            raise ConfigError(f"output={output}: its latents {_latents_path(output)} exist; pass --overwrite")
     writers: dict[int, _VideoWriter] = {}
     identity = weights_identity(pipeline.checkpoint.folder)
     bar = progress(requests[0].num_frames, params.fps, len(requests))
@@ -64,12 +70,18 @@ def render_command(config: SampleConfig, overwrite: bool, progress: Callable[...
     try:
         for chunk in pipeline.iter_chunks(requests, params, config.streams):
             number = chunk.video
-            if number not in writers:
-                writers[number] = _VideoWriter(outputs[number], requests[number], config, params, pipeline, overwrite)
-            writers[number].write(chunk)
+            try:
+                if number not in writers:
+                    writers[number] = _VideoWriter(
+                        outputs[number], requests[number], config, params, pipeline, overwrite
+                    )
+                writers[number].write(chunk)
+                if chunk.last:
+                    results[number] = writers[number].finish(identity)
+                    del writers[number]
+            except OSError as error:  # a full disk, a name too long, a share that went away
+                raise MediaError(f"output={outputs[number]}: cannot be written: {error}") from error
             bar.chunk(number, chunk.index, chunk.frames.shape[0])
-            if chunk.last:
-                results[number] = writers.pop(number).finish(identity)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt("; ".join(filter(None, [w.abort() for w in writers.values()]))) from interrupt
     except BaseException:
@@ -237,7 +249,10 @@ def _requests(config: SampleConfig, params: SamplingParams, checkpoint: Checkpoi
     """One request per prompt; line i of a prompt file gets ``seed + i``."""
     prompts = [config.prompt or ""]
     if config.prompts is not None:
-        lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
+        try:
+            lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"prompts={config.prompts}: is no readable UTF-8 text file ({error})") from error
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise ConfigError(f"prompts={config.prompts}: has no prompt, one a line is expected")
@@ -289,4 +304,7 @@ def _latents_path(output: str) -> str:
 def _device(pipeline: PAVDMPipeline) -> str:
     if pipeline.engine is not None and pipeline.engine.device == "cuda":
         return "cuda"
-    return f"cpu {platform.processor() or platform.machine()}"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"cpu {names[0] if names else platform.processor() or platform.machine()}"

@@ -14,9 +14,6 @@ from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.schedule import End, NoiseSchedule, Start, WindowPlan, time_shift_ratio
 from pavdm_dist.stream import Conditioning, Stream
 
-# Latents in front of a clip's part that is used: they give its causal encoding a past.
-CLIP_RUN_IN = 8
-
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -163,7 +160,8 @@ def check_prompts(request: VideoRequest, checkpoint: Checkpoint) -> None:
 
 def clip_frames_needed(params: SamplingParams, checkpoint: Checkpoint) -> int:
     """Fewest frames of a conditioning clip: its latents are the start of a video (1, 4, 4, ... frames)."""
-    return checkpoint.codec_spec.frames_in_chunk(params.clip_latents, first=True)
+    # Without context chunks one latent more: the decoder must have a past to go on from.
+    return checkpoint.codec_spec.frames_in_chunk(params.clip_latents + (params.context_chunks == 0), first=True)
 
 
 def input_frames(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> Tensor | None:
@@ -193,6 +191,8 @@ def _clip_latents(
     that the first new chunk goes on where the clip's last frame was.
     """
     if params.start == "noise":
+        if request.clip is not None:
+            raise ConfigError("start=noise uses no clip; set start=clip or start=chunk")
         return {}, None
     if request.clip is None:
         raise ConfigError(f"start={params.start} needs a conditioning clip: video=FILE")

@@ -226,3 +226,28 @@ def test_configurations_that_cannot_work(plain: WanCodec, tmp_path: Path, change
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(CheckpointError, match=message):
         WanCodec.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "shape", [([1, 2, 2], [True, True], True, 2), ([1, 2, 4, 4], [False, True, True], False, None)]
+)
+def test_decode_cost_is_what_the_convolutions_count(tmp_path: Path, shape: tuple) -> None:
+    from diffusers import AutoencoderKLWan
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from pavdm_dist.codecs.wan import decode_flop
+
+    mult, temporal, residual, patch = shape
+    channels = 3 * (patch or 1) ** 2
+    vae = AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=mult, num_res_blocks=1, temperal_downsample=temporal, latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4, is_residual=residual, patch_size=patch, in_channels=channels, out_channels=channels,
+        scale_factor_spatial=8,
+    )  # fmt: skip
+    WanCodec(vae).save_pretrained(tmp_path)
+    decoder = WanCodec(vae).decoder()
+    latents = torch.randn(4, 3, 4, 4)
+    decoder.warm(latents[:, :2])
+    with FlopCounterMode(display=False) as counter:
+        decoder.decode(latents[:, 2:])
+    assert decode_flop(tmp_path, 4, 4) == pytest.approx(counter.get_total_flops(), rel=0.25)

@@ -8,6 +8,7 @@ streams may interleave on one module and memory does not grow with the length of
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,37 @@ def read_spec(folder: str | Path, **hub: Any) -> CodecSpec:
         CheckpointError: missing, unreadable, or not a Wan autoencoder's configuration.
     """
     return _spec(load_config(folder, **hub), str(folder))
+
+
+def decode_flop(folder: str | Path, latent_height: int, latent_width: int, **hub: Any) -> float:
+    """FLOP of decoding one latent (four frames), from ``config.json`` alone.
+
+    Two per multiply-add, convolutions only: good to about a quarter, which is enough to balance stages.
+    """
+    config = load_config(folder, **hub)
+    get = {
+        "num_res_blocks": 2,
+        "dim_mult": [1, 2, 4, 4],
+        "temperal_downsample": [False, True, True],
+        **config,
+    }.__getitem__
+    base = config.get("decoder_base_dim") or config.get("base_dim", 96)
+    widths = [base * factor for factor in [get("dim_mult")[-1], *reversed(get("dim_mult"))]]
+    doubles = list(reversed(get("temperal_downsample")))
+    places, frames = latent_height * latent_width, 1
+    total = 27.0 * places * (config.get("z_dim", 16) * widths[0] + 4 * widths[0] ** 2)
+    for level, (before, width) in enumerate(pairwise(widths)):
+        if level and not config.get("is_residual"):
+            before //= 2  # the plain layout halves the channels with the resolution
+        convolutions = before * width + (2 * get("num_res_blocks") + 1) * width**2
+        total += 27 * places * frames * convolutions
+        if level < len(doubles):
+            if doubles[level]:
+                total += 3 * places * frames * 2 * width**2
+                frames *= 2
+            places *= 4
+            total += 9 * places * frames * width**2 / (1 if config.get("is_residual") else 2)
+    return 2 * (total + 27 * places * frames * widths[-1] * config.get("out_channels", 3))
 
 
 class WanCodec:

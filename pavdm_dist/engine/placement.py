@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from typing import Any
 
 from pavdm_dist.engine.options import EngineOptions
@@ -12,6 +13,7 @@ logger = logging.getLogger(__name__)
 
 # Object store of a cluster this process starts for itself: only finished chunks and frames pass through it.
 LOCAL_OBJECT_STORE_BYTES = 400 * 2**20
+REACH_TIMEOUT_S = 10.0
 
 
 def connect(options: EngineOptions) -> bool:
@@ -30,6 +32,8 @@ def connect(options: EngineOptions) -> bool:
     if ray.is_initialized():
         return False
     address = options.ray_address or os.environ.get("RAY_ADDRESS")
+    if address:
+        _check_reachable(address)
     try:
         if address:
             ray.init(address=address, logging_level=logging.ERROR)
@@ -79,17 +83,37 @@ def place(options: EngineOptions) -> Any:
 
 
 def fits(bundles: list[dict[str, float]], nodes: list[dict[str, float]]) -> bool:
-    """Whether nodes with these *total* resources can hold the bundles, each bundle on one node (first fit)."""
-    free = [dict(node) for node in nodes]
-    for bundle in sorted(bundles, key=lambda b: -sum(b.values())):
-        for node in free:
-            if all(node.get(name, 0.0) >= amount for name, amount in bundle.items()):
-                for name, amount in bundle.items():
-                    node[name] -= amount
-                break
-        else:
-            return False
-    return True
+    """Whether nodes with these *total* resources can hold the bundles, each bundle on one node.
+
+    Exact when all bundles but the last (the decoder's) are equal: every node is tried for the last one.
+    """
+    *stages, last = bundles
+    for position in range(len(nodes)):
+        free = [dict(node) for node in nodes]
+        if _take([free[position]], last) and all(_take(free, bundle) for bundle in stages):
+            return True
+    return False
+
+
+def _take(nodes: list[dict[str, float]], bundle: dict[str, float]) -> bool:
+    """Takes a bundle from the first node that holds it."""
+    for node in nodes:
+        if all(node.get(name, 0.0) >= amount for name, amount in bundle.items()):
+            for name, amount in bundle.items():
+                node[name] -= amount
+            return True
+    return False
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself waits for minutes for an address where nothing listens."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():  # auto, local
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise EngineError(f"ray_address={address!r}: no Ray cluster could be reached: {error}") from error
 
 
 def _total(resources: list[dict[str, float]]) -> str:

@@ -7,6 +7,7 @@ from the last stage; between those two it only watches that every actor's loop i
 from __future__ import annotations
 
 import logging
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.order import Join, is_active
 from pavdm_dist.engine.placement import connect, place
 from pavdm_dist.engine.runner import RunReport
-from pavdm_dist.errors import EngineError, PAVDMError
+from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
 from pavdm_dist.stream import Stream
 from pavdm_dist.window import CleanChunk, WindowSnapshot
 
@@ -74,6 +75,7 @@ class RayEngine:
         self.decoder: Any = None
         self._epoch = 0
         self._exhausted = False
+        self._last_chunk: dict[int, int] = {}
         self._owns_ray = connect(options)
         try:
             self._group = place(options)
@@ -100,8 +102,12 @@ class RayEngine:
 
         Raises:
             EngineError: an actor died or a link timed out; the gang is torn down.
+            ConfigError: ``streams_in_flight`` below 1.
         """
         import ray
+
+        if streams_in_flight < 1:
+            raise ConfigError(f"streams={streams_in_flight}: at least 1")
 
         waiting, active = iter(streams), list[Join]()
         decoding: deque[tuple[int, CleanChunk, Any]] = deque()
@@ -136,12 +142,15 @@ class RayEngine:
                             yield Finished(stream_id, clean, None)
                         else:
                             decoding.append((stream_id, clean, self.decoder.decode.remote(stream_id, latents)))
+                            if self._last_chunk.get(stream_id) == index:
+                                del self._last_chunk[stream_id]
+                                self.decoder.close.remote(stream_id)  # behind the decode: calls run in order
                 elif decoding and decoding[0][2] in ready:
                     stream_id, clean, ref = decoding.popleft()
                     # The store's array is read-only; consumers may not expect that.
                     yield Finished(stream_id, clean, torch.from_numpy(ray.get(ref).copy()))
-        except ray.exceptions.RayActorError:
-            self._blame()
+        except ray.exceptions.RayActorError as error:
+            self._blame(error)
 
     def _admit(self, waiting: Iterator[Stream], places: int) -> list[Join]:
         """Prepares up to ``places`` streams on every actor; they join at the epoch that is sealed next."""
@@ -154,6 +163,8 @@ class RayEngine:
             calls = [actor.prepare.remote(stream) for actor in self._actors]
             if self.decoder is not None:
                 calls.append(self.decoder.open.remote(stream.id, stream.warm))
+                assert stream.plan.num_chunks is not None
+                self._last_chunk[stream.id] = stream.plan.num_chunks - 1
             self._call(calls)
             joins.append(Join(stream.id, self._epoch, stream.first_row, stream.plan.num_rows, stream.branches))
         return joins
@@ -221,6 +232,8 @@ class RayEngine:
                 for rank, a in enumerate(self._actors)
             ]
         )
+        if self.decoder is not None:
+            self._call([self.decoder.__ray_ready__.remote()])  # a broken codec is said before anything is sampled
         self._loops = [a.run.remote(options.trace) for a in self._actors]
         logger.info("renderer up: %d stage(s), half-blocks %s", world, self._blocks)
 
@@ -234,13 +247,14 @@ class RayEngine:
             cause = error.cause
             if isinstance(cause, PAVDMError):
                 raise cause from error
+            logger.error("a stage failed:\n%s", error)
             raise EngineError(f"a stage failed: {_last_line(error)}") from error
         except ray.exceptions.RayActorError as error:
             if self._loops:
-                self._blame()
+                self._blame(error)
             raise EngineError(f"an actor did not come up: {_last_line(error)}") from error
 
-    def _blame(self) -> None:
+    def _blame(self, seen: BaseException | None = None) -> None:
         """Raises for the stage that failed first: a dead actor before a stage whose neighbour died."""
         import ray
 
@@ -264,9 +278,10 @@ class RayEngine:
         what = "died" if died else "failed"
         for name, reason, cause in (*died, *failed):
             raise EngineError(f"{name} {what}: {reason}") from cause
-        raise EngineError("the decode actor died although all stages are running; its log has the reason")
+        reason = "its log has the reason" if seen is None else _last_line(seen)
+        raise EngineError(f"the decode actor died although all stages are running: {reason}") from seen
 
 
 def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return re.sub(r"^pavdm_dist\.errors\.\w+: ", "", lines[-1]) if lines else type(error).__name__

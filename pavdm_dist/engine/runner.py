@@ -179,7 +179,9 @@ class StageRunner:
             header = self._header(ACTIVATION, unit, unit.order, layout.numel)
             return Activation(*upstream.receive(header, layout))
         if unit.opens_row and not unit.starts_stream:
-            previous = Unit(self._closing_order[unit.stream], unit.stream, unit.row - 1, 0, False, True, False, False)
+            previous = Unit(
+                self._closing_order.pop(unit.stream), unit.stream, unit.row - 1, 0, False, True, False, False
+            )
             layout = self._stage.latents_layout(previous)
             header = self._header(LATENTS, previous, previous.order, layout.numel)
             (latents,) = self._feedback().receive(header, layout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +118,8 @@ class LatentsWriter:
 
     def abort(self) -> None:
         """Drops what was written; no file appears."""
-        self._scratch.close()
+        with suppress(OSError):  # a full disk: what is dropped needs no flush
+            self._scratch.close()
 
 
 def read_latents(path: str | Path) -> Tensor:

@@ -178,6 +178,7 @@ class SegmentWriter:
         self._close_segment()
         paths = [storage.join(self.parts, segment.name) for segment in self._segments]
         remux(paths, self.output, self._rate, wanted, metadata)
+        self._segments = []  # joined: an abort from here on has nothing left to offer
         storage.remove(self.parts)
         return wanted
 

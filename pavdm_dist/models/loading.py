@@ -7,9 +7,9 @@ file may be misaligned, which changes the last bits of some products.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pavdm_dist.errors import CheckpointError
+
+T = TypeVar("T")
 
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
@@ -84,19 +86,27 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 def read_tensors(folder: Path, want: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
     """The wanted tensors as float32 copies in torch's own memory; only files that hold one are opened."""
+    return _read(folder, want, lambda reader, key: reader.get_tensor(key).to(torch.float32, copy=True))
+
+
+def tensor_shapes(folder: Path, want: Callable[[str], bool] | None = None) -> dict[str, list[int]]:
+    """Shapes of the wanted tensors, from the files' headers."""
+    return _read(folder, want, lambda reader, key: list(reader.get_slice(key).get_shape()))
+
+
+def _read(folder: Path, want: Callable[[str], bool] | None, take: Callable[[Any, str], T]) -> dict[str, T]:
     by_file: dict[Path, list[str]] = {}
     for key, file in tensor_files(folder).items():
         if want is None or want(key):
             by_file.setdefault(file, []).append(key)
-    tensors = {}
+    found = {}
     for file, keys in by_file.items():
         with _open(file) as reader:
             absent = sorted(set(keys) - set(reader.keys()))
             if absent:
                 raise CheckpointError(f"{file} lacks tensor {absent[0]}, which the index places there")
-            for key in keys:
-                tensors[key] = reader.get_tensor(key).to(torch.float32, copy=True)
-    return tensors
+            found.update({key: take(reader, key) for key in keys})
+    return found
 
 
 def load_module(
@@ -118,20 +128,37 @@ def load_module(
         CheckpointError: naming the first tensor that is missing, has the wrong size or is unknown.
     """
     path = local_folder(folder, **hub)
+    check_module(module, path, want, optional or ())
     tensors = read_tensors(path, want)
     for key, value in (optional or {}).items():
         tensors.setdefault(key, value.clone())
-    expected = {key: value.shape for key, value in module.state_dict().items() if want is None or want(key)}
-    for key, shape in expected.items():
-        if key not in tensors:
-            raise CheckpointError(f"{path} lacks tensor {key} of shape {list(shape)}")
-        if tensors[key].shape != shape:
-            raise CheckpointError(f"{path}: tensor {key} is {list(tensors[key].shape)}, the model needs {list(shape)}")
-    unknown = sorted(set(tensors) - set(expected))
-    if unknown:
-        raise CheckpointError(f"{path}: tensor {unknown[0]} ({len(unknown)} in all) is not part of this model")
     module.load_state_dict(tensors, strict=False, assign=True)
     module.requires_grad_(False)
+
+
+def check_module(
+    module: nn.Module,
+    folder: str | Path,
+    want: Callable[[str], bool] | None = None,
+    optional: Iterable[str] = (),
+    **hub: Any,
+) -> None:
+    """Compares names and sizes with the files' headers, so that a wrong checkpoint is refused before it is read.
+
+    Raises:
+        CheckpointError: naming the first tensor that is missing, has the wrong size or is unknown.
+    """
+    path = local_folder(folder, **hub)
+    found = tensor_shapes(path, want)
+    expected = {key: list(value.shape) for key, value in module.state_dict().items() if want is None or want(key)}
+    for key, shape in expected.items():
+        if key not in found and key not in optional:
+            raise CheckpointError(f"{path} lacks tensor {key} of shape {shape}")
+        if found.get(key, shape) != shape:
+            raise CheckpointError(f"{path}: tensor {key} is {found[key]}, the model needs {shape}")
+    unknown = sorted(set(found) - set(expected))
+    if unknown:
+        raise CheckpointError(f"{path}: tensor {unknown[0]} ({len(unknown)} in all) is not part of this model")
 
 
 def save_module(module: nn.Module, folder: str | Path, config: Mapping[str, Any], dtype: torch.dtype | None) -> None:

@@ -36,6 +36,8 @@ from pavdm_dist.models.layers import (
 )
 from pavdm_dist.models.loading import load_config, load_module, save_module
 
+# Tables that a checkpoint may lack, because they can be computed.
+OPTIONAL_TENSORS = ("rope.freqs",)
 # Positions are measured in units of a 512-pixel picture.
 INPUT_SIZE = 512
 
