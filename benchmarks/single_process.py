@@ -4,8 +4,9 @@
 
 Depth 8, width 384, latents 16 x 16, a full window of 35 latents (5 context + 30 noisy), guidance on. In every round
 each variant does one row, which is two model calls, in turn; ratios are taken within a round and their medians
-reported. A saving's share is the median time it saves when it alone is switched on in the straightforward loop, over
-the median of the whole difference; ``rest`` is what the four do not add up to (they interact, and it holds the noise).
+reported. A saving is measured by switching it alone on in the straightforward loop: the part of the call's time it
+takes away, and its share of the whole difference; ``rest`` is what the four do not add up to (they interact, and it
+holds the noise). Where the whole difference is not above zero in every round, no shares are given.
 """
 
 from __future__ import annotations
@@ -86,9 +87,12 @@ def measure(config: STDiT3Config, cells: int, rounds: int) -> dict[str, Any]:
     in_flight = {name: _difference(loop.window[0], package.window()) for name, loop in loops.items()}
     plain, fast = times["straightforward"], times["package"]
 
-    saved = {name: statistics.median(p - t for p, t in zip(plain, times[name], strict=True)) for name in SAVINGS}
-    saved["together"] = statistics.median(p - f for p, f in zip(plain, fast, strict=True))
-    shares = {name: saved[name] / saved["together"] for name in SAVINGS}
+    saved = {name: _saved(plain, times[name]) for name in SAVINGS} | {"together": _saved(plain, fast)}
+    together = saved["together"]
+    shares: dict[str, float] | None = None
+    if together["lowest"] > 0:
+        shares = {name: saved[name]["median"] / together["median"] for name in SAVINGS}
+        shares["rest"] = 1 - sum(shares.values())
     ratios = [p / f for p, f in zip(plain, fast, strict=True)]
     return {
         "machine": machine(),
@@ -106,8 +110,8 @@ def measure(config: STDiT3Config, cells: int, rounds: int) -> dict[str, Any]:
         "cpu_s_per_call": {name: statistics.median(values) for name, values in times.items()},
         "ratio": statistics.median(ratios),
         "ratio_range": [min(ratios), max(ratios)],
-        "share_of_saving": shares | {"rest": 1 - sum(shares.values())},
-        "saved_s_per_call": saved,
+        "saved_part_of_call": saved,
+        "share_of_saving": shares,
         "ratio_all_four_to_package": statistics.median(a / f for a, f in zip(times["all_four"], fast, strict=True)),
         "clean_chunks": len(goal),
         "relative_difference": {name: max(differences[name], in_flight[name]) for name in loops},
@@ -134,6 +138,12 @@ class _Package:
         return self._window.inputs(self._plan.row(self._window.row))[0][0]
 
 
+def _saved(plain: list[float], other: list[float]) -> dict[str, float]:
+    """What part of the straightforward call's time a variant saves: median and range over the rounds."""
+    parts = [1 - o / p for p, o in zip(plain, other, strict=True)]
+    return {"median": statistics.median(parts), "lowest": min(parts), "highest": max(parts)}
+
+
 def _rotated(names: list[str], by: int) -> list[str]:
     """Another order every round, so that no variant always runs behind the same one."""
     return names[by % len(names) :] + names[: by % len(names)]
@@ -145,16 +155,23 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 def table(report: dict[str, Any]) -> str:
     lines = [machine_line(report["machine"]), str(report["shape"]), ""]
-    lines += ["| variant | CPU s per model call | share of the saving |", "|---|---|---|"]
+    lines += ["| variant | CPU s per model call | saved, part of the straightforward call | share of the saving |"]
+    lines += ["|---|---|---|---|"]
+    saved = report["saved_part_of_call"] | {"package": report["saved_part_of_call"]["together"]}
+    shares = report["share_of_saving"] or {}
     for name, seconds in report["cpu_s_per_call"].items():
-        share = report["share_of_saving"].get(name)
-        lines.append(f"| {name} | {seconds:.4f} | {'' if share is None else f'{share:.1%}'} |")
+        part, share = saved.get(name), shares.get(name)
+        span = "" if part is None else f"{part['median']:.1%} ({part['lowest']:.1%} to {part['highest']:.1%})"
+        lines.append(f"| {name} | {seconds:.4f} | {span} | {'' if share is None else f'{share:.0%}'} |")
+    if not shares:
+        lines += ["", "No shares: the whole difference was not above zero in every round, so they would be noise."]
+    else:
+        lines.append(f"| rest | | | {shares['rest']:.0%} |")
     low, high = report["ratio_range"]
     lines += [
-        f"| rest | | {report['share_of_saving']['rest']:.1%} |",
         "",
-        f"ratio {report['ratio']:.2f} ({low:.2f} to {high:.2f} over {report['rounds']} rounds); "
-        f"all four switched on in the loop over the package: {report['ratio_all_four_to_package']:.2f}",
+        f"ratio {report['ratio']:.3f} ({low:.3f} to {high:.3f} over {report['rounds']} rounds); "
+        f"all four switched on in the loop over the package: {report['ratio_all_four_to_package']:.3f}",
         f"largest relative difference of the latents {max(report['relative_difference'].values()):.1e}",
     ]
     return "\n".join(lines)

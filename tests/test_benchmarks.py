@@ -39,8 +39,14 @@ def check_single_process(found: dict[str, Any]) -> None:
     assert found["same_latents"] and max(found["relative_difference"].values()) <= 1e-4
     assert found["clean_chunks"] == (1 + found["rounds"]) // 5
     assert found["shape"]["window_latents"] == 35
-    assert found["share_of_saving"].keys() == {*SAVINGS, "rest"}
-    assert sum(found["share_of_saving"].values()) == pytest.approx(1)
+    saved = found["saved_part_of_call"]
+    assert saved.keys() == {*SAVINGS, "together"}
+    assert all(part["lowest"] <= part["median"] <= part["highest"] < 1 for part in saved.values())
+    if saved["together"]["lowest"] > 0:
+        assert found["share_of_saving"].keys() == {*SAVINGS, "rest"}
+        assert sum(found["share_of_saving"].values()) == pytest.approx(1)
+    else:
+        assert found["share_of_saving"] is None
     low, high = found["ratio_range"]
     assert 0 < low <= found["ratio"] <= high
 
