@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
+from pavdm_dist.observe import cpu_model
 from pavdm_dist.schedule import NoiseSchedule, WindowPlan
 from pavdm_dist.stream import Conditioning, Stream
 
@@ -27,11 +27,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def machine() -> dict[str, Any]:
     """CPU model, cores, load at the time of asking, and torch; every figure is to be read beside them."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {
-        "cpu": cpu,
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "load_1_min": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),

@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import threading
 import time
-from pathlib import Path
 
 import torch
 
@@ -27,6 +25,7 @@ from pavdm_dist.engine.renderer import RayEngine
 from pavdm_dist.engine.runner import RunReport
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
+from pavdm_dist.observe import cpu_model
 from pavdm_dist.schedule import NoiseSchedule, WindowPlan
 from pavdm_dist.stream import Conditioning, Stream
 
@@ -61,7 +60,7 @@ def main() -> None:
         model.save_pretrained(folder)
         rows = [_median([_round(folder, model, chunks, videos) for _ in range(rounds)]) for videos in (1, 2)]
     ray.shutdown()
-    machine = {"cpu": _cpu(), "cores": os.cpu_count(), "torch": torch.__version__, "ray": ray.__version__}
+    machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "torch": torch.__version__, "ray": ray.__version__}
     shape = {"depth": depth, "hidden_size": hidden, "latents": [8, CELLS, CELLS], "window_latents": 35}
     report = {"machine": machine, "shape": {**shape, "chunks": chunks, "threads_per_stage": 1}, "rounds": rounds}
     report["rows"] = rows
@@ -165,12 +164,6 @@ def _split(model: STDiT3, stages: int) -> list[tuple[int, int]]:
 
 def _median(rounds: list[dict[str, float]]) -> dict[str, float]:
     return {key: round(statistics.median(r[key] for r in rounds), 4) for key in rounds[0]}
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _table(report: dict) -> str:

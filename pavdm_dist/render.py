@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import platform
 import re
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from pavdm_dist.io.latents import LatentsHash, LatentsWriter
 from pavdm_dist.io.metadata import Sidecar, sidecar_path, weights_identity
 from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.io.storage import check_output, exists, join, remove
+from pavdm_dist.observe import cpu_model
 from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk, layer_split
 from pavdm_dist.requests import SamplingParams, VideoRequest, check_prompts, clip_frames_needed, input_frames
 from pavdm_dist.validate import frames_wanted
@@ -304,7 +304,4 @@ def _latents_path(output: str) -> str:
 def _device(pipeline: PAVDMPipeline) -> str:
     if pipeline.engine is not None and pipeline.engine.device == "cuda":
         return "cuda"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"cpu {names[0] if names else platform.processor() or platform.machine()}"
+    return f"cpu {cpu_model()}"
