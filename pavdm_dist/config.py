@@ -89,8 +89,9 @@ class CodecSettings:
     z_dim: int = 16
     dim_mult: list[int] = field(default_factory=lambda: [1, 4, 4])
     batch_size: int = 4
-    learning_rate: float = 3e-3
-    budget_seconds: float = 900.0
+    learning_rate: float = 2e-3
+    budget_seconds: float = 1080.0  # encoder and decoder together
+    decoder_seconds: float = 2400.0  # then the decoder alone
     bfloat16: bool = True
 
 
@@ -101,6 +102,8 @@ class DataConfig:
     clips: int = 640
     num_latents: int = 40  # per clip: 8 chunks of 5, 157 frames
     batch_size: int = 8
+    still_steps: int = 0  # steps on single latent frames before the first window
+    still_batch_size: int = 128
 
 
 @dataclass

@@ -17,9 +17,11 @@ from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.config import TrainConfig, load_config
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.train.batches import still_batch
 from pavdm_dist.train.checkpoint import Average
 from pavdm_dist.train.data import LatentClips, cache_clips
 from pavdm_dist.train.loop import TextToVideo, Trainer, train_command
+from pavdm_dist.train.loss import Objective
 from pavdm_dist.train.world import VOCABULARY, render, sample_scene
 
 TINY = [
@@ -75,6 +77,27 @@ def test_training_lowers_the_loss(tmp_path: Path, clips: LatentClips) -> None:
     trainer = Trainer(settings(tmp_path, "optimizer.total_steps=60"), Path("unused"), clips)
     losses = [trainer.train_step()["loss"] for _ in range(60)]
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
+
+
+def test_stills_come_first_then_windows(tmp_path: Path, clips: LatentClips) -> None:
+    trainer = Trainer(settings(tmp_path, "data.still_steps=3", "data.still_batch_size=5"), Path("unused"), clips)
+    frames = [trainer.train_step()["frames"] for _ in range(6)]
+    assert frames[:3] == [1, 1, 1] and min(frames[3:]) >= 2
+
+
+def test_stills_are_single_latents_of_their_prompts_at_levels_of_their_own(clips: LatentClips) -> None:
+    objective = Objective(prompt_dropout=0.3)
+    batch = still_batch(clips, objective, 2000, (1, 2))
+    clean = batch.x + batch.levels[:, None, :, None, None] * batch.target
+    for sample, prompt in zip(clean[:20, :, 0], batch.prompts, strict=False):
+        of_prompt = [latents for latents, text in zip(clips.latents, clips.prompts, strict=True) if text == prompt]
+        assert min((latents.float() - sample[:, None]).abs().amax((0, 2, 3)).min() for latents in of_prompt) < 1e-5
+    assert len(set(batch.levels.flatten().tolist())) > 1990
+    assert batch.levels.mean() == pytest.approx(0.5, abs=0.03) and 0 <= batch.levels.min() < batch.levels.max() <= 1
+    assert np.mean(batch.dropped) == pytest.approx(0.3, abs=0.04)
+    again = still_batch(clips, objective, 2000, (1, 2))
+    assert torch.equal(batch.x, again.x) and batch.prompts == again.prompts
+    assert not torch.equal(batch.x, still_batch(clips, objective, 2000, (1, 3)).x)
 
 
 def test_a_torn_checkpoint_is_never_the_latest(tmp_path: Path, clips: LatentClips) -> None:

@@ -94,7 +94,7 @@ def test_a_zero_model_loses_two_per_element() -> None:
     clean = torch.randn(8, 4, 35, 8, 8, generator=generator)
     window = full_window()
     levels = window_levels(window, OFFICIAL, torch.zeros(8))
-    _, target = noised(clean, levels, window, OFFICIAL, generator)
+    _, target = noised(clean, levels, 5, OFFICIAL.context_noise, generator)
     loss, per_level = velocity_loss(torch.zeros_like(target), target, levels, 5)
     assert loss.item() == pytest.approx(2.0, rel=0.01)
     assert per_level.tolist() == pytest.approx([2.0] * 5, rel=0.03)
@@ -118,13 +118,13 @@ def test_noising_is_the_straight_path_and_context_noise_stays_small_under_label_
     clean = torch.randn(2, 4, 35, 2, 2, generator=torch.Generator().manual_seed(2))
     window, shifts = full_window(), torch.tensor([0.1, -0.2])
     levels = window_levels(window, OFFICIAL, shifts)
-    x, velocity = noised(clean, levels, window, OFFICIAL, torch.Generator().manual_seed(3))
+    x, velocity = noised(clean, levels, 5, OFFICIAL.context_noise, torch.Generator().manual_seed(3))
     t = levels[:, None, :, None, None]
     torch.testing.assert_close((x + t * velocity)[:, :, 5:], clean[:, :, 5:])
     strayed = (x - clean)[:, :, :5]
     assert 0 < strayed.abs().max() <= 0.1 * (clean - velocity)[:, :, :5].abs().max()
     quiet = Objective(context_noise=0.0)
-    x, _ = noised(clean, levels, window, quiet, torch.Generator().manual_seed(3))
+    x, _ = noised(clean, levels, 5, quiet.context_noise, torch.Generator().manual_seed(3))
     assert torch.equal(x[:, :, :5], clean[:, :, :5])
 
 

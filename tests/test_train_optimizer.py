@@ -44,3 +44,14 @@ def test_a_matrix_moves_as_far_as_under_adamw_times_the_ratio() -> None:
     MuonAdamW([weight], [], lr=0.01, matrix_ratio=2.0).step()
     moved = (weight.detach() - before).square().mean().sqrt().item()
     assert 0.6 < moved / (0.01 * 2.0 * 0.2) < 1.2
+
+
+def test_a_convolution_moves_as_the_matrix_of_its_output_channels() -> None:
+    generator = torch.Generator().manual_seed(4)
+    start, gradient = (torch.randn(8, 6, 3, 3, generator=generator) for _ in range(2))
+    kernel, matrix = nn.Parameter(start.clone()), nn.Parameter(start.flatten(1).clone())
+    for parameter in (kernel, matrix):
+        parameter.grad = gradient.view_as(parameter).clone()
+        MuonAdamW([parameter], [], lr=0.1).step()
+    assert not torch.equal(kernel, start)
+    assert torch.equal(kernel.flatten(1), matrix)

@@ -44,6 +44,24 @@ def test_the_splits_share_no_image_and_hold_every_class() -> None:
     assert {digit.image for scene in scenes(50, "heldout") for digit in scene.digits} <= set(heldout)
 
 
+def test_only_the_clearest_images_of_each_split_are_drawn() -> None:
+    glyphs, classes = world.load_glyphs()
+    train = world.split_indices("train")
+    means = np.stack([glyphs[train[classes[train] == number]].mean(0) for number in range(10)])
+    for split in ("train", "heldout"):
+        clear = world.clear_images(split)
+        images = np.concatenate([clear[number] for number in range(10)])
+        counts = [len(clear[number]) for number in range(10)]
+        assert set(images) <= set(world.split_indices(split))
+        assert np.array_equal(classes[images], np.repeat(range(10), counts))
+        # The class whose mean is nearest is the right one for each of them, as it is not for all images.
+        nearest = ((glyphs[images][:, None] - means) ** 2).sum((-2, -1)).argmin(1)
+        assert np.array_equal(nearest, classes[images])
+        assert {digit.image for scene in scenes(200, split) for digit in scene.digits} <= set(images)
+        members = np.bincount(classes[world.split_indices(split)])
+        assert counts == [round(count * 0.12) for count in members]
+
+
 def test_an_unknown_split_is_refused() -> None:
     with pytest.raises(ConfigError, match="'test' does not exist: use 'train' or 'heldout'"):
         world.split_indices("test")  # type: ignore[arg-type]

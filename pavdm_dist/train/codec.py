@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.train.clips import build_vae, decode_clip, encode_clip, foreground_psnr, public_vae, sample_clips
+from pavdm_dist.train.optimizer import MuonAdamW
 from pavdm_dist.train.world import SIZE, WORLD_SETTINGS
 
 if TYPE_CHECKING:
@@ -47,9 +48,9 @@ class CodecTraining:
         crop: side of the training crops, px, a multiple of 8; whole frames from ``whole_from`` of a phase on.
         whole_from: share of a phase's time, 0..1.
         batch_size: clips per step while cropping; whole frames come in smaller batches of as many pixels.
-        learning_rate: peak rate of AdamW, after ``warmup_steps``.
+        learning_rate: peak rate of AdamW, after ``warmup_steps``; the convolutions follow Muon at twice that.
         warmup_steps: steps of linear increase.
-        weight_decay: of AdamW.
+        weight_decay: decoupled, of both.
         ema_decay: of the averaged weights, which are the ones exported.
         foreground_weight: extra weight of pixels on or next to a digit.
         edge_weight: weight of the error of neighbour differences.
@@ -65,20 +66,20 @@ class CodecTraining:
     base_dim: int = 16
     dim_mult: tuple[int, int, int] = (1, 4, 4)
     num_res_blocks: int = 1
-    budget_seconds: float = 900.0
-    decoder_seconds: float = 1800.0
+    budget_seconds: float = 1080.0
+    decoder_seconds: float = 2400.0
     num_frames: int = 17
     crop: int = 32
     whole_from: float = 0.75
     batch_size: int = 4
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     warmup_steps: int = 100
     weight_decay: float = 1e-4
     ema_decay: float = 0.998
     foreground_weight: float = 6.0
     edge_weight: float = 0.5
-    kl_weight: float = 3e-4
-    latent_noise: float = 0.05
+    kl_weight: float = 2e-4
+    latent_noise: float = 0.03
     bfloat16: bool = True
     seed: int = 0
     report_every: float = 120.0
@@ -92,6 +93,12 @@ class CodecTraining:
 
 def _network(config: CodecTraining) -> AutoencoderKLWan:
     return build_vae(config.z_dim, config.base_dim, config.dim_mult, config.num_res_blocks)
+
+
+def _is_matrix(name: str, value: Tensor) -> bool:
+    """Convolutions between hidden layers; not those that read or write pixels, nor gains and biases."""
+    outer = name.startswith(("encoder.conv_in", "decoder.conv_out"))
+    return value.ndim >= 4 and min(value.flatten(1).shape) >= 8 and not outer
 
 
 def reconstruction_loss(config: CodecTraining, out: Tensor, x: Tensor, mask: Tensor) -> Tensor:
@@ -132,9 +139,9 @@ class CodecTrainer:
         self.config = config
         self.vae = _network(config).train()
         self.average = {name: value.detach().clone() for name, value in self.vae.state_dict().items()}
-        self.optimizer = torch.optim.AdamW(
-            self.vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
-        )
+        matrices = {name: value for name, value in self.vae.named_parameters() if _is_matrix(name, value)}
+        others = [value for name, value in self.vae.named_parameters() if name not in matrices]
+        self.optimizer = MuonAdamW(matrices.values(), others, config.learning_rate, weight_decay=config.weight_decay)
         self.steps = 0
         self.elapsed = 0.0
         self.frozen = False

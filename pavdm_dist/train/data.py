@@ -52,6 +52,13 @@ class LatentClips:
         latents = self.latents[torch.from_numpy(chosen), :, first : first + count].float()
         return latents, [self.prompts[i] for i in chosen]
 
+    def stills(self, rng: np.random.Generator, size: int) -> tuple[Tensor, list[str]]:
+        """``size`` random single latents ``[size, C, 1, h, w]`` of random clips, float32, and their prompts."""
+        chosen = rng.integers(len(self.prompts), size=size)
+        frames = rng.integers(self.latents.shape[2], size=size)
+        latents = self.latents[torch.from_numpy(chosen), :, torch.from_numpy(frames)].float()
+        return latents[:, :, None], [self.prompts[i] for i in chosen]
+
 
 def cache_clips(codec_folder: str | Path, folder: str | Path, clips: int, num_latents: int, max_seconds: float) -> bool:
     """Renders and encodes clips until ``clips`` are there.

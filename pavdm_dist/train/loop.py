@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,9 +24,10 @@ from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
 from pavdm_dist.train import checkpoint
 from pavdm_dist.train.backend import start_engine
+from pavdm_dist.train.batches import still_batch, window_batch
 from pavdm_dist.train.codec import CodecTraining, export_codec, train_codec
 from pavdm_dist.train.data import LatentClips, cache_clips
-from pavdm_dist.train.loss import Objective, draw_window, noised, velocity_loss, window_levels
+from pavdm_dist.train.loss import Objective, velocity_loss
 from pavdm_dist.train.world import FPS, SIZE, VOCABULARY, WORLD_SETTINGS
 
 logger = logging.getLogger(__name__)
@@ -121,25 +121,21 @@ class Trainer:
         return self.step >= config.optimizer.total_steps
 
     def train_step(self) -> dict[str, Any]:
-        """One optimizer step on one batch of one kind of window."""
-        config, objective = self.config, self.objective
+        """One optimizer step on one batch of stills or of one kind of window."""
+        config = self.config
         started = time.monotonic()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = config.optimizer.lr * self._rate()
-        rng = np.random.default_rng((config.seed, 11, self.step))
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        size, batch = objective.latent_chunk_size, config.data.batch_size
-        window = draw_window(rng, objective, config.data.num_latents // size)
-        clean, prompts = self.clips.batch(rng, batch, window.offset * size, window.num_chunks * size)
-        shifts = objective.shift_scale * torch.randn(batch, generator=generator)
-        levels = window_levels(window, objective, shifts)
-        x, target = noised(clean, levels, window, objective, generator)
-        dropped = (rng.random(batch) < objective.prompt_dropout).tolist()
+        seed = (config.seed, 11, self.step)
+        if self.step < config.data.still_steps:
+            batch = still_batch(self.clips, self.objective, config.data.still_batch_size, seed)
+        else:
+            batch = window_batch(self.clips, self.objective, config.data.batch_size, seed)
         # At a few dozen tokens the plain products beat the fused kernel, whose backward pass alone took a fifth.
         with sdpa_kernel(SDPBackend.MATH):
             with torch.autocast("cpu", torch.bfloat16, enabled=config.optimizer.bfloat16):
-                velocity = self.engine(x, levels, prompts, dropped, size if window.causal else None)
-            loss, per_level = velocity_loss(velocity.float(), target, levels, len(window.row.context) * size)
+                velocity = self.engine(batch.x, batch.levels, batch.prompts, batch.dropped, batch.chunk_causal)
+            loss, per_level = velocity_loss(velocity.float(), batch.target, batch.levels, batch.context)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"loss is {loss.item()} at step {self.step}; the last checkpoint is kept")
             self.engine.backward(loss)
@@ -149,11 +145,11 @@ class Trainer:
         return {
             "loss": loss.item(),
             "per_level": [None if math.isnan(value) else value for value in per_level.tolist()],
-            "causal": window.causal,
-            "frames": levels.shape[1],
+            "causal": batch.chunk_causal is not None,
+            "frames": batch.levels.shape[1],
             "grad_norm": self.engine.get_global_grad_norm(),
             "lr": self.engine.optimizer.param_groups[0]["lr"],
-            "samples_per_second": batch / (time.monotonic() - started),
+            "samples_per_second": len(batch.prompts) / (time.monotonic() - started),
         }
 
     def save(self) -> None:

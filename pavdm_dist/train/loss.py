@@ -114,15 +114,15 @@ def window_levels(window: TrainingWindow, objective: Objective, shifts: Tensor) 
 
 
 def noised(
-    clean: Tensor, levels: Tensor, window: TrainingWindow, objective: Objective, generator: torch.Generator
+    clean: Tensor, levels: Tensor, context: int, context_noise: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Input and target of a batch.
 
     Args:
         clean: ``[b, C, F, h, w]``.
         levels: ``[b, F]``.
-        window: says how many frames are context.
-        objective: amount of context noise.
+        context: latent frames of context, at the front.
+        context_noise: deviation of the noise added to them at most.
         generator: of the noise.
 
     Returns:
@@ -131,9 +131,8 @@ def noised(
     noise = torch.randn(clean.shape, generator=generator)
     t = levels[:, None, :, None, None]
     x = (1 - t) * clean + t * noise
-    context = len(window.row.context) * objective.latent_chunk_size
-    if context and objective.context_noise:
-        amount = objective.context_noise * torch.rand(clean.shape[0], 1, 1, 1, 1, generator=generator)
+    if context and context_noise:
+        amount = context_noise * torch.rand(clean.shape[0], 1, 1, 1, 1, generator=generator)
         x[:, :, :context] += amount * noise[:, :, :context]
     return x, clean - noise
 

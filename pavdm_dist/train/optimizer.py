@@ -22,7 +22,8 @@ class MuonAdamW(torch.optim.Optimizer):
     """One optimizer over two kinds of parameters.
 
     Args:
-        matrices: two-dimensional weights inside blocks; they follow Muon at ``matrix_ratio`` times the rate.
+        matrices: weights inside blocks that map channels to channels; they follow Muon at ``matrix_ratio`` times
+            the rate. A convolution counts as the matrix ``[out, in * taps]``.
         others: embeddings, norms, biases, first and last layers; they follow AdamW.
         lr: learning rate of AdamW.
         betas: of AdamW.
@@ -64,13 +65,13 @@ class MuonAdamW(torch.optim.Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
             state["momentum"].lerp_(gradient, 1 - group["momentum"])
-            look_ahead = gradient.lerp(state["momentum"], group["momentum"])
-            by_shape.setdefault(parameter.shape, []).append((parameter, look_ahead))
+            look_ahead = gradient.lerp(state["momentum"], group["momentum"]).flatten(1)
+            by_shape.setdefault(look_ahead.shape, []).append((parameter, look_ahead))
         for shape, pairs in by_shape.items():
             size = group["lr"] * group["ratio"] * UPDATE_SIZE * max(shape) ** 0.5
             updates = orthogonalise(torch.stack([update for _, update in pairs]))
             for (parameter, _), update in zip(pairs, updates, strict=True):
-                parameter.sub_(update, alpha=size)
+                parameter.sub_(update.view_as(parameter), alpha=size)
 
     def _adam(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         first, second = group["betas"]
