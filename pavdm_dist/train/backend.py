@@ -1,9 +1,10 @@
-"""The DeepSpeed engine and its optimizer, set up so that nothing is compiled."""
+"""The DeepSpeed engine, its optimizer and its processes, set up so that nothing is compiled."""
 
 from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +17,29 @@ from pavdm_dist.train.optimizer import MuonAdamW
 INNER = re.compile(r"(blocks\.|layers\.|t_block\.).*weight$")
 
 
-def start_engine(model: nn.Module, config: TrainConfig) -> Any:
-    """A DeepSpeed engine for one process, without compiling anything."""
+@dataclass(frozen=True)
+class World:
+    """The processes that train together, as ``torchrun`` or DeepSpeed's launcher started them; one without either."""
+
+    rank: int
+    size: int
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    def agree(self, value: int) -> int:
+        """The first process' ``value``, on every process: what the clock decides must be decided once."""
+        if self.size == 1:
+            return value
+        told = torch.tensor(value)
+        torch.distributed.broadcast(told, 0)
+        return int(told)
+
+
+def join_world() -> World:
+    """Starts ``torch.distributed`` through DeepSpeed, without compiling anything."""
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, str(value))
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
@@ -31,6 +53,13 @@ def start_engine(model: nn.Module, config: TrainConfig) -> Any:
         operations["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(verbose=False)
+    return World(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+def start_engine(model: nn.Module, config: TrainConfig, world: World) -> Any:
+    """A DeepSpeed engine over ``world``; ``config.data.batch_size`` is that of all processes together."""
+    import deepspeed
+
     o = config.optimizer
     named = dict(model.named_parameters())
     matrices = {name for name, value in named.items() if value.ndim == 2 and INNER.search(name)}
@@ -43,7 +72,7 @@ def start_engine(model: nn.Module, config: TrainConfig) -> Any:
         o.matrix_ratio,
     )
     settings = {
-        "train_micro_batch_size_per_gpu": config.data.batch_size,
+        "train_micro_batch_size_per_gpu": config.data.batch_size // world.size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": o.grad_clip,
         "zero_allow_untested_optimizer": True,

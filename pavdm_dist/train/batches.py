@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,6 +32,13 @@ class Batch:
     dropped: list[bool]
     context: int
     chunk_causal: int | None
+
+    def share(self, rank: int, size: int) -> Batch:
+        """The samples of process ``rank`` of ``size``: all draw the same batch and take turns, so that their mean
+        gradient is that of one process. The batch must divide by ``size``."""
+        part = slice(rank, None, size)
+        x, target, levels = self.x[part], self.target[part], self.levels[part]
+        return replace(self, x=x, target=target, levels=levels, prompts=self.prompts[part], dropped=self.dropped[part])
 
 
 def still_batch(clips: LatentClips, objective: Objective, size: int, seed: tuple[int, ...]) -> Batch:

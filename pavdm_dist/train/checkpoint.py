@@ -69,6 +69,12 @@ def save(engine: Any, root: str | Path, step: int, identity: Mapping[str, Any], 
     if (folder / tag).exists():  # nothing happened since
         return
     engine.save_checkpoint(str(folder), tag=partial, client_state=client_state, save_latest=False)
+    if torch.distributed.get_rank() == 0:
+        _publish(folder, tag, partial, identity)
+    torch.distributed.barrier()
+
+
+def _publish(folder: Path, tag: str, partial: str, identity: Mapping[str, Any]) -> None:
     (folder / partial / IDENTITY).write_text(json.dumps(identity))
     os.replace(folder / partial, folder / tag)
     pointer = folder / f"{LATEST}.partial"

@@ -1,7 +1,7 @@
 """``pavdm train``: codec, cached latents, then the model with its text encoder, in slices that resume.
 
-One process under the DeepSpeed engine. Every batch is a function of (seed, step), so a resumed run sees the
-data an unbroken one would.
+One or more processes under the DeepSpeed engine, data-parallel. Every batch is a function of (seed, step), so a
+resumed run sees the data an unbroken one would, whatever the number of processes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.config import TrainConfig, to_dict
+from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
 from pavdm_dist.train import checkpoint
-from pavdm_dist.train.backend import start_engine
+from pavdm_dist.train.backend import World, join_world, start_engine
 from pavdm_dist.train.batches import still_batch, window_batch
 from pavdm_dist.train.codec import CodecTraining, export_codec, train_codec
 from pavdm_dist.train.data import LatentClips, cache_clips
@@ -66,18 +67,35 @@ def train_command(config: TrainConfig) -> None:
     """
     torch.set_num_threads(config.threads)
     run, end = Path(config.run_dir), time.monotonic() + config.max_seconds
+    world = join_world()
+    for name in ("batch_size", "still_batch_size"):
+        if getattr(config.data, name) % world.size:
+            raise ConfigError(
+                f"data.{name}={getattr(config.data, name)} does not divide among {world.size} processes:"
+                f" use a multiple of {world.size}."
+            )
+    codec = _prepare(config, run, end) if world.first else None
+    if not world.agree(codec is not None):
+        return
+    codec = codec or _codec_folder(config, run)
+    trainer = Trainer(config, codec, LatentClips(run / "clips"), world)
+    finished = trainer.run(end)
+    if world.first:
+        target = Path(config.export or run / "model")
+        trainer.export(target)
+        logger.info("%s; averaged weights in %s", "all steps done" if finished else "slice over, run again", target)
+
+
+def _prepare(config: TrainConfig, run: Path, end: float) -> Path | None:
+    """The codec's folder, once codec and clips are there; None when the slice was over before."""
     run.mkdir(parents=True, exist_ok=True)
     codec = _codec(config, run, end)
     if codec is None:
-        return logger.info("slice over while training the codec; run again to go on")
-    data = config.data
-    if not cache_clips(codec, run / "clips", data.clips, data.num_latents, end - time.monotonic()):
-        return logger.info("slice over while caching clips; run again to go on")
-    trainer = Trainer(config, codec, LatentClips(run / "clips"))
-    finished = trainer.run(end)
-    target = Path(config.export or run / "model")
-    trainer.export(target)
-    logger.info("%s; averaged weights in %s", "all steps done" if finished else "slice over, run again", target)
+        logger.info("slice over while training the codec; run again to go on")
+    elif not cache_clips(codec, run / "clips", config.data.clips, config.data.num_latents, end - time.monotonic()):
+        logger.info("slice over while caching clips; run again to go on")
+        return None
+    return codec
 
 
 class Trainer:
@@ -87,14 +105,16 @@ class Trainer:
         config: settings.
         codec: folder of the trained codec.
         clips: cached latents.
+        world: the processes that share every batch.
     """
 
-    def __init__(self, config: TrainConfig, codec: Path, clips: LatentClips) -> None:
+    def __init__(self, config: TrainConfig, codec: Path, clips: LatentClips, world: World | None = None) -> None:
         self.config, self.codec, self.clips = config, codec, clips
+        self.world = world or join_world()
         self.run_dir = Path(config.run_dir)
         self.objective = Objective(**asdict(config.objective))
         torch.manual_seed(config.seed)
-        self.engine = start_engine(_build(config, clips.latents.shape[1]), config)
+        self.engine = start_engine(_build(config, clips.latents.shape[1]), config, self.world)
         self.average = checkpoint.Average(self.engine.module, config.optimizer.ema_decay)
         self.step = 0
         state = checkpoint.load(self.engine, self.run_dir / "checkpoints", self._identity(), config.resume)
@@ -107,14 +127,14 @@ class Trainer:
         """Trains until ``end`` (monotonic clock) or the last step; True when all steps are done."""
         config = self.config
         saved = drawn = time.monotonic()
-        while self.step < config.optimizer.total_steps and time.monotonic() < end:
+        while self.step < config.optimizer.total_steps and self.world.agree(time.monotonic() < end):
             metrics = self.train_step()
-            if self.step % config.log_every_steps == 0:
+            if self.step % config.log_every_steps == 0 and self.world.first:
                 self._log(metrics)
-            if time.monotonic() - saved > config.checkpoint_every_seconds:
+            if self.world.agree(time.monotonic() - saved > config.checkpoint_every_seconds):
                 self.save()
                 saved = time.monotonic()
-            if time.monotonic() - drawn > config.sheet_every_seconds:
+            if self.world.first and time.monotonic() - drawn > config.sheet_every_seconds:
                 self.sheet()
                 drawn = time.monotonic()
         self.save()
@@ -131,6 +151,7 @@ class Trainer:
             batch = still_batch(self.clips, self.objective, config.data.still_batch_size, seed)
         else:
             batch = window_batch(self.clips, self.objective, config.data.batch_size, seed)
+        batch = batch.share(self.world.rank, self.world.size)
         # At a few dozen tokens the plain products beat the fused kernel, whose backward pass alone took a fifth.
         with sdpa_kernel(SDPBackend.MATH):
             with torch.autocast("cpu", torch.bfloat16, enabled=config.optimizer.bfloat16):
@@ -149,7 +170,7 @@ class Trainer:
             "frames": batch.levels.shape[1],
             "grad_norm": self.engine.get_global_grad_norm(),
             "lr": self.engine.optimizer.param_groups[0]["lr"],
-            "samples_per_second": len(batch.prompts) / (time.monotonic() - started),
+            "samples_per_second": self.world.size * len(batch.prompts) / (time.monotonic() - started),
         }
 
     def save(self) -> None:
@@ -222,10 +243,8 @@ class Trainer:
 
 def _codec(config: TrainConfig, run: Path, end: float) -> Path | None:
     """Folder of a trained codec; trains one for the rest of the slice when there is none. None = not finished."""
-    if config.codec.folder is not None:
-        return Path(config.codec.folder)
-    folder = run / "vae"
-    if (folder / "config.json").exists():
+    folder = _codec_folder(config, run)
+    if config.codec.folder is not None or (folder / "config.json").exists():
         return folder
     settings = {name: value for name, value in asdict(config.codec).items() if name != "folder"}
     settings["dim_mult"] = tuple(settings["dim_mult"])
@@ -234,6 +253,10 @@ def _codec(config: TrainConfig, run: Path, end: float) -> Path | None:
         return None
     export_codec(run / "codec", folder)
     return folder
+
+
+def _codec_folder(config: TrainConfig, run: Path) -> Path:
+    return run / "vae" if config.codec.folder is None else Path(config.codec.folder)
 
 
 def _build(config: TrainConfig, channels: int) -> TextToVideo:
