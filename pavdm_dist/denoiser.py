@@ -71,10 +71,18 @@ class TextBank:
 
 
 class ModelDenoiser:
-    """Runs all blocks of a backbone for one stream (the sampler's :class:`~pavdm_dist.sampler.Denoiser`)."""
+    """Runs all blocks of a backbone for one stream (the sampler's :class:`~pavdm_dist.sampler.Denoiser`).
 
-    def __init__(self, backbone: Backbone, stream: Stream, texts: TextBank | None = None) -> None:
+    Args:
+        backbone: the whole model.
+        stream: what is sampled.
+        texts: its texts, when several streams share them.
+        causal: mask by chunks: a chunk attends to itself and to cleaner ones.
+    """
+
+    def __init__(self, backbone: Backbone, stream: Stream, texts: TextBank | None = None, causal: bool = False) -> None:
         self._backbone, self._stream = backbone, stream
+        self._chunk_causal = stream.plan.latent_chunk_size if causal else None
         self._texts = texts or TextBank(backbone)
         self._texts.add(stream)
 
@@ -83,7 +91,8 @@ class ModelDenoiser:
         """``x [1, C, F, h, w]``, ``levels [1, F]`` -> velocity ``[1, C, F, h, w]``, float32."""
         model = self._backbone
         grid = model.grid(x.shape[2], x.shape[3], x.shape[4])
-        context = BlockContext(grid, self._texts.runs(self._stream, row, branch), text_cache=self._texts.cache)
+        texts = self._texts.runs(self._stream, row, branch)
+        context = BlockContext(grid, texts, self._chunk_causal, text_cache=self._texts.cache)
         activation = model.embed(x, levels, self._stream.info)
         for index in range(model.spec.num_blocks):
             activation = model.block(index, activation, context)

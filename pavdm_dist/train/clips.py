@@ -162,6 +162,11 @@ def sample_clips(
     return x.contiguous(), torch.from_numpy(masks)[:, None]
 
 
+def grown(mask: Tensor) -> Tensor:
+    """``mask [b, 1, t, H, W]`` with every set pixel grown by two in space."""
+    return F.max_pool3d(mask, (1, 5, 5), stride=1, padding=(0, 2, 2))
+
+
 def foreground_psnr(out: Tensor, x: Tensor, mask: Tensor) -> float:
     """PSNR in dB over the pixels of ``mask``, values in -1..1."""
     error = (out.clamp(-1, 1) - x).pow(2).mean(1, keepdim=True)

@@ -13,12 +13,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from pavdm_dist.errors import CheckpointError, ConfigError
-from pavdm_dist.train.clips import build_vae, decode_clip, encode_clip, foreground_psnr, public_vae, sample_clips
+from pavdm_dist.train.clips import (
+    build_vae,
+    decode_clip,
+    encode_clip,
+    foreground_psnr,
+    grown,
+    public_vae,
+    sample_clips,
+)
 from pavdm_dist.train.optimizer import MuonAdamW
 from pavdm_dist.train.world import SIZE, WORLD_SETTINGS
 
@@ -103,7 +110,7 @@ def _is_matrix(name: str, value: Tensor) -> bool:
 
 def reconstruction_loss(config: CodecTraining, out: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     """L1 error with digits (grown by two pixels) weighted up, plus the error of neighbour differences."""
-    weight = 1 + config.foreground_weight * F.max_pool3d(mask, (1, 5, 5), stride=1, padding=(0, 2, 2))
+    weight = 1 + config.foreground_weight * grown(mask)
     error = out - x
     loss = (weight * error.abs()).mean()
     for dim in (2, 3, 4):

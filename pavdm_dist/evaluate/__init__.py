@@ -1,0 +1,1 @@
+"""What videos show, read back from their pixels."""

@@ -1,0 +1,148 @@
+"""Reads digits back from pixels: which, in what colour, how many, where they are and how they move.
+
+The reader of handwriting is trained, in seconds, on the images that no generator of this repository was trained on
+(``train.world`` uses the clearest of the training split only), drawn in the world's style. Digits are found by colour:
+every digit of a prompt has its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.evaluate.prompts import AskedDigit
+from pavdm_dist.train.world import COLOURS, SIZE, Digit, Scene, clear_images, load_glyphs, render
+
+Floats = NDArray[np.float64]
+
+PALETTE = np.array(list(COLOURS.values()), dtype=np.float64)
+NAMES = tuple(COLOURS)
+# Backgrounds stay below 42 and digits reach 200: ink is what lies between, scaled to 0..1.
+INK_FROM, INK_RANGE = 70.0, 120.0
+MIN_INK = 20.0  # px; a thin "one" has about 70
+CROP = 32  # side of the square that is read, px
+# Digits nearer than this cover each other, and nobody can be asked to read them.
+APART = 26.0  # px
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was seen in ``t`` frames of which ``d`` digits were asked.
+
+    Attributes:
+        seen: ``[t, d]``, the digit's colour has enough ink.
+        strangers: ``[t]``, how many other colours have.
+        numbers: ``[t, d]``, class 0..9, -1 where not seen.
+        covered: ``[t, d]``, too near another digit to be read.
+        centres: ``[t, d, 2]``, (y, x) of the ink's middle on the torus, px; NaN where not seen.
+    """
+
+    seen: NDArray[np.bool_]
+    strangers: NDArray[np.int64]
+    numbers: NDArray[np.int64]
+    covered: NDArray[np.bool_]
+    centres: Floats
+
+
+class Judge:
+    """Reader of videos of the embedded world.
+
+    Args:
+        drawings: how often every image is drawn, at different sub-pixel places, to train the reader.
+        seed: of those places.
+
+    Raises:
+        ConfigError: scikit-learn is not installed.
+    """
+
+    def __init__(self, drawings: int = 3, seed: int = 0) -> None:
+        try:
+            from sklearn.svm import SVC
+        except ImportError:
+            raise ConfigError("The judge needs scikit-learn: run `pip install 'pavdm-dist[train]'`.") from None
+        crops, classes = _unseen_handwriting(drawings, seed)
+        self._reader: Any = SVC(C=10.0, gamma="scale").fit(crops, classes)
+
+    def read(self, frames: NDArray[np.uint8], asked: Sequence[AskedDigit]) -> Reading:
+        """Reads frames ``[t, 64, 64, 3]`` in the light of what was asked.
+
+        Raises:
+            ConfigError: frames of another size.
+        """
+        if frames.ndim != 4 or frames.shape[1:] != (SIZE, SIZE, 3):
+            raise ConfigError(f"frames of shape {list(frames.shape)}: the judge reads [t, {SIZE}, {SIZE}, 3]")
+        ink, labels = _ink(frames)
+        amounts = np.stack([(ink * (labels == i)).sum((1, 2)) for i in range(len(NAMES))], axis=1)
+        wanted = [NAMES.index(digit.colour) for digit in asked]
+        seen = amounts[:, wanted] >= MIN_INK
+        others = [i for i in range(len(NAMES)) if i not in wanted]
+        centres = np.full((*seen.shape, 2), np.nan)
+        numbers = np.full(seen.shape, -1, dtype=np.int64)
+        for column, colour in enumerate(wanted):
+            own = ink * (labels == colour)
+            rows = np.flatnonzero(seen[:, column])
+            if len(rows):
+                centres[rows, column] = torus_centre(own[rows])
+                numbers[rows, column] = self._reader.predict(crop(own[rows], centres[rows, column]))
+        covered = np.zeros_like(seen)
+        for i in range(len(asked)):
+            for j in range(i):
+                gap = np.linalg.norm(on_torus(centres[:, i] - centres[:, j]), axis=-1)
+                near = np.nan_to_num(gap, nan=np.inf) < APART
+                covered[:, i] |= near
+                covered[:, j] |= near
+        return Reading(seen, (amounts[:, others] >= MIN_INK).sum(1), numbers, covered, centres)
+
+
+def on_torus(difference: Floats) -> Floats:
+    """Shortest way for a difference of places, px, in -SIZE/2 .. SIZE/2."""
+    return (difference + SIZE / 2) % SIZE - SIZE / 2
+
+
+def torus_centre(ink: Floats) -> Floats:
+    """Middle (y, x) ``[n, 2]`` of ``ink [n, SIZE, SIZE]`` by circular means, px in 0..SIZE."""
+    turn = np.exp(2j * np.pi * (np.arange(SIZE) + 0.5) / SIZE)
+    angles = np.angle(np.stack([ink.sum(2) @ turn, ink.sum(1) @ turn], axis=1))
+    return angles * SIZE / (2 * np.pi) % SIZE
+
+
+def crop(ink: Floats, centres: Floats) -> Floats:
+    """Squares of ``CROP`` px around ``centres``, halved in size and flattened: ``[n, (CROP / 2)^2]``."""
+    corner = SIZE // 2 - CROP // 2
+    cells = CROP // 2
+    squares = []
+    for picture, (y, x) in zip(ink, centres, strict=True):
+        middle = np.roll(picture, (SIZE // 2 - round(y), SIZE // 2 - round(x)), axis=(0, 1))
+        square = middle[corner : corner + CROP, corner : corner + CROP]
+        squares.append(square.reshape(cells, 2, cells, 2).mean((1, 3)).ravel())
+    return np.array(squares)
+
+
+def _ink(frames: NDArray[np.uint8]) -> tuple[Floats, NDArray[np.int64]]:
+    """Amount of ink ``[t, H, W]`` in 0..1 and nearest colour of the palette by direction in RGB."""
+    pixels = frames.astype(np.float64)
+    ink = np.clip((pixels.max(-1) - INK_FROM) / INK_RANGE, 0, 1)
+    directions = PALETTE / np.linalg.norm(PALETTE, axis=1, keepdims=True)
+    return ink, (pixels @ directions.T).argmax(-1)
+
+
+@cache
+def _unseen_handwriting(drawings: int, seed: int) -> tuple[Floats, NDArray[np.int64]]:
+    """Crops and classes of all images but those that generators are trained on."""
+    rng = np.random.default_rng((seed, 29))
+    used = set(np.concatenate(list(clear_images("train").values())).tolist())
+    classes = load_glyphs()[1]
+    images = [i for i in range(len(classes)) if i not in used]
+    inks = []
+    for image in np.repeat(images, drawings):
+        start = (float(rng.uniform(0, SIZE)), float(rng.uniform(0, SIZE)))
+        digit = Digit(int(classes[image]), int(image), "white", "drifting", "up", "", start, (0.0, 0.0))
+        inks.append(_ink(render(Scene((digit,), (20.0, 20.0, 20.0), (0.0, 0.0)), 0, 1))[0][0])
+    stack = np.stack(inks)
+    return crop(stack, torus_centre(stack)), np.repeat(classes[images], drawings)

@@ -1,0 +1,144 @@
+"""Per-chunk scores of a video of the embedded world, and their summaries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pavdm_dist.evaluate.judge import Floats, Judge, on_torus
+from pavdm_dist.evaluate.prompts import AskedDigit
+
+SPAN = 0.5  # seconds over which speed is measured
+LINE_FRAMES = 9  # frames of which a straight path is asked
+SECTOR = math.pi / 8  # directions are 45 degrees apart
+STILL = 0.05  # mean absolute difference of pixels, 0..255, below which two stretches are the same
+
+
+@dataclass(frozen=True)
+class ChunkScore:
+    """What one chunk shows, of what was asked.
+
+    Shares lie in 0..1; None where there was nothing to judge.
+
+    Attributes:
+        digit: share of digits, over frames in which none covers another, read as the prompted class.
+        colour: share of frames that show exactly the prompted colours.
+        count: share of frames that show the prompted number of digits.
+        speed_ratio: measured over prompted speed, mean over digits.
+        direction: share of drifting digits that go the prompted way to within 22.5 degrees.
+        trajectory_error: distance of the digits' middles from a straight path over 9 frames, px, root mean square.
+        frozen: the prompted speed would have moved the picture, which stays the same.
+        empty: a frame without any ink.
+        duplicated: the same frames as the chunk before.
+    """
+
+    digit: float | None
+    colour: float
+    count: float
+    speed_ratio: float | None
+    direction: float | None
+    trajectory_error: float | None
+    frozen: bool
+    empty: bool
+    duplicated: bool
+
+
+def score_chunks(
+    judge: Judge, frames: NDArray[np.uint8], asked: Sequence[AskedDigit], fps: float, chunk_frames: int = 20
+) -> list[ChunkScore]:
+    """Scores of each ``chunk_frames`` of ``frames [t, 64, 64, 3]``; a shorter rest at the end is left out.
+
+    Raises:
+        ConfigError: frames the judge cannot read.
+    """
+    scores = []
+    before: NDArray[np.uint8] | None = None
+    for start in range(0, len(frames) - chunk_frames + 1, chunk_frames):
+        part = frames[start : start + chunk_frames]
+        scores.append(_score(judge, part, before, asked, fps))
+        before = part
+    return scores
+
+
+def summarise(scores: Iterable[ChunkScore]) -> dict[str, float | None]:
+    """Mean of every score over chunks, without those that say None; flags become shares."""
+    rows = [asdict(score) for score in scores]
+    means: dict[str, float | None] = {}
+    for name in ChunkScore.__dataclass_fields__:
+        values = [float(row[name]) for row in rows if row[name] is not None]
+        means[name] = sum(values) / len(values) if values else None
+    return means
+
+
+def _score(
+    judge: Judge,
+    frames: NDArray[np.uint8],
+    before: NDArray[np.uint8] | None,
+    asked: Sequence[AskedDigit],
+    fps: float,
+) -> ChunkScore:
+    reading = judge.read(frames, asked)
+    right = reading.numbers == np.array([digit.number for digit in asked])
+    ratios, directions, errors = [], list[float](), []
+    for column, digit in enumerate(asked):
+        path = reading.centres[:, column]
+        moves = displacements(path, round(SPAN * fps))
+        if len(moves):
+            ratios.append(float(np.median(np.linalg.norm(moves, axis=1))) / SPAN / digit.speed)
+            if digit.angle is not None:
+                went = math.atan2(*moves.mean(0))
+                directions.append(abs(math.remainder(went - digit.angle, 2 * math.pi)) <= SECTOR)
+        errors += line_errors(path)
+    colours = reading.seen.all(1) & (reading.strangers == 0)
+    shown = reading.seen.sum(1) + reading.strangers
+    seconds = len(frames) / fps
+    moves_at_all = max(digit.speed for digit in asked) * seconds > 2
+    return ChunkScore(
+        digit=_mean(right[~reading.covered]),
+        colour=float(colours.mean()),
+        count=float((shown == len(asked)).mean()),
+        speed_ratio=_mean(ratios),
+        direction=_mean(directions),
+        trajectory_error=float(np.median(errors)) if errors else None,
+        frozen=moves_at_all and bool(_difference(frames[1:], frames[:-1]) < STILL),
+        empty=bool((shown == 0).any()),
+        duplicated=before is not None and bool(_difference(frames, before) < STILL),
+    )
+
+
+def displacements(path: Floats, span: int) -> Floats:
+    """Moves ``[n, 2]`` over ``span`` frames of a path ``[t, 2]`` on the torus, summed step by step; gaps left out."""
+    steps = on_torus(np.diff(path, axis=0))
+    moves = [steps[i : i + span].sum(0) for i in range(len(steps) - span + 1)]
+    found = [move for move in moves if not np.isnan(move).any()]
+    return np.array(found).reshape(-1, 2)
+
+
+def line_errors(path: Floats) -> list[float]:
+    """Distance of every ``LINE_FRAMES`` frames of a path from their best straight line in time, px, root mean square.
+
+    The median over a chunk ignores the few stretches in which a bouncing digit turns round.
+    """
+    time = np.arange(LINE_FRAMES) - (LINE_FRAMES - 1) / 2
+    errors = []
+    for start in range(len(path) - LINE_FRAMES + 1):
+        part = path[start : start + LINE_FRAMES]
+        if np.isnan(part).any():
+            continue
+        unrolled = np.concatenate([[[0.0, 0.0]], np.cumsum(on_torus(np.diff(part, axis=0)), axis=0)])
+        centred = unrolled - unrolled.mean(0)
+        slope = (time[:, None] * centred).sum(0) / (time**2).sum()
+        errors.append(float(np.sqrt(((centred - time[:, None] * slope) ** 2).sum(1).mean())))
+    return errors
+
+
+def _difference(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
+    return float(np.abs(one.astype(np.int16) - other).mean())
+
+
+def _mean(values: NDArray[np.bool_] | list[float]) -> float | None:
+    return float(np.mean(values)) if len(values) else None
