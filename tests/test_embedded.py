@@ -39,3 +39,19 @@ def test_words_outside_the_vocabulary_are_named(caplog: pytest.LogCaptureFixture
     encoder.encode("a purple seven drifting up")
     assert "'purple' is not in this model's vocabulary" in caplog.text
     assert "magenta" in caplog.text
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(("prompt", "seed"), [("a yellow zero bouncing slowly", 1), ("a white four drifting down", 2)])
+def test_the_prompted_digit_is_read_back(prompt: str, seed: int) -> None:
+    pytest.importorskip("sklearn")
+    from pavdm_dist.evaluate.judge import Judge
+    from pavdm_dist.evaluate.prompts import parse_prompt
+    from pavdm_dist.evaluate.scores import score_chunks, summarise
+
+    frames = (
+        (PAVDMPipeline.from_pretrained()(prompt, num_frames=60, seed=seed).frames[0] * 255).round().astype(np.uint8)
+    )
+    means = summarise(score_chunks(Judge(), frames[20:], parse_prompt(prompt), 24))
+    assert means["digit"] is not None and means["digit"] > 0.7
+    assert means["colour"] == means["count"] == 1
