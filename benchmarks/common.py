@@ -41,6 +41,19 @@ def machine_line(facts: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
+def small_config(depth: int, hidden: int, heads: int, text_dim: int, text_tokens: int) -> STDiT3Config:
+    """The measured backbone's shape: eight latent channels, no learned variance."""
+    return STDiT3Config(
+        depth=depth,
+        hidden_size=hidden,
+        num_heads=heads,
+        in_channels=8,
+        caption_channels=text_dim,
+        model_max_length=text_tokens,
+        pred_sigma=False,
+    )
+
+
 def random_model(config: STDiT3Config) -> STDiT3:
     """An untrained model: PyTorch's own initial weights, so that no branch is silent."""
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -81,13 +82,24 @@ def judge_prompt(job: Job) -> dict[str, Any]:
     """Real, round-trip and generated scores per chunk of one prompt."""
     torch.set_num_threads(1)
     scene = sample_scene(np.random.default_rng((53, job.number)), "heldout", job.num_digits)
-    prompt, judge, checkpoint = scene_prompt(scene), Judge(), Checkpoint.open(job.model)
+    prompt, judge, checkpoint = scene_prompt(scene), reader(), opened(job.model)
     real = render(scene, 0, ROUND_TRIP_FRAMES + 1)
     coded = checkpoint.codec.decoder().decode(checkpoint.codec.encode(torch.from_numpy(real))).numpy()
     kinds = {"real": real[1:], "round_trip": coded[1:], "generated": generate(checkpoint, prompt, job)}
     asked = parse_prompt(prompt)
     scores = {name: score_chunks(judge, frames, asked, FPS, CHUNK_FRAMES) for name, frames in kinds.items()}
     return {"prompt": prompt, **{name: [asdict(score) for score in part] for name, part in scores.items()}}
+
+
+@cache
+def reader() -> Judge:
+    """One judge a process: learning to read takes seconds."""
+    return Judge()
+
+
+@cache
+def opened(model: str) -> Checkpoint:
+    return Checkpoint.open(model)
 
 
 def generate(checkpoint: Checkpoint, prompt: str, job: Job) -> np.ndarray:

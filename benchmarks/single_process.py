@@ -19,7 +19,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from common import endless_stream, machine, machine_line, parser, random_model
+from common import endless_stream, machine, machine_line, parser, random_model, small_config
 from straightforward import Savings, StraightforwardLoop
 from torch import Tensor
 
@@ -41,15 +41,7 @@ def main() -> None:
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     depth, hidden, heads = (2, 192, 6) if arguments.quick else (8, 384, 12)
-    config = STDiT3Config(
-        depth=depth,
-        hidden_size=hidden,
-        num_heads=heads,
-        in_channels=8,
-        caption_channels=128,
-        model_max_length=arguments.text_tokens,
-        pred_sigma=False,
-    )
+    config = small_config(depth, hidden, heads, 128, arguments.text_tokens)
     report = measure(config, 16, arguments.rounds or (5 if arguments.quick else 9))
     print(json.dumps(report) if arguments.json else table(report))
 

@@ -9,23 +9,21 @@ engines reach together in the same round (the machine's own ceiling); bytes per 
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import tempfile
 import threading
 import time
 
 import torch
+from common import machine, machine_line, parser, random_model, small_config
 
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.partition import estimate_costs, partition
 from pavdm_dist.engine.renderer import RayEngine
 from pavdm_dist.engine.runner import RunReport
 from pavdm_dist.models.base import FrameInfo
-from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
-from pavdm_dist.observe import cpu_model
+from pavdm_dist.models.stdit3 import STDiT3
 from pavdm_dist.schedule import NoiseSchedule, WindowPlan
 from pavdm_dist.stream import Conditioning, Stream
 
@@ -35,35 +33,27 @@ WARM_UP_ID = 100
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="smaller model, shorter videos, one round")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--rounds", type=int, help="rounds to take medians over (3; 1 with --quick)")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--rounds", type=int, help="rounds to take medians over (3; 1 with --quick)")
+    arguments = options.parse_args()
     depth, hidden, heads, chunks = (4, 192, 6, 3) if arguments.quick else (8, 256, 8, 10)
     rounds = arguments.rounds or (1 if arguments.quick else 3)
-    config = STDiT3Config(
-        depth=depth,
-        hidden_size=hidden,
-        num_heads=heads,
-        in_channels=8,
-        caption_channels=64,
-        model_max_length=TEXT_LEN,
-        pred_sigma=False,
-    )
+    config = small_config(depth, hidden, heads, 64, TEXT_LEN)
     import ray
 
     ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        model = STDiT3(config)
+        model = random_model(config)
         model.save_pretrained(folder)
         rows = [_median([_round(folder, model, chunks, videos) for _ in range(rounds)]) for videos in (1, 2)]
     ray.shutdown()
-    machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "torch": torch.__version__, "ray": ray.__version__}
     shape = {"depth": depth, "hidden_size": hidden, "latents": [8, CELLS, CELLS], "window_latents": 35}
-    report = {"machine": machine, "shape": {**shape, "chunks": chunks, "threads_per_stage": 1}, "rounds": rounds}
-    report["rows"] = rows
+    report = {
+        "machine": {**machine(), "ray": ray.__version__},
+        "shape": {**shape, "chunks": chunks, "threads_per_stage": 1},
+        "rounds": rounds,
+        "rows": rows,
+    }
     print(json.dumps(report) if arguments.json else _table(report))
 
 
@@ -167,7 +157,7 @@ def _median(rounds: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _table(report: dict) -> str:
-    lines = [f"{key}: {value}" for key, value in {**report["machine"], **report["shape"]}.items()]
+    lines = [machine_line(report["machine"]), machine_line(report["shape"])]
     for row in report["rows"]:
         lines += ["", *(f"  {key:28} {value}" for key, value in row.items())]
     return "\n".join(lines)

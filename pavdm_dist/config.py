@@ -86,12 +86,13 @@ class CodecSettings:
 
     folder: str | None = None  # a trained codec; None trains one in run_dir
     base_dim: int = 16
+    decoder_base_dim: int = 24
     z_dim: int = 16
     dim_mult: list[int] = field(default_factory=lambda: [1, 4, 4])
     batch_size: int = 4
     learning_rate: float = 2e-3
     budget_seconds: float = 1080.0  # encoder and decoder together
-    decoder_seconds: float = 2400.0  # then the decoder alone
+    decoder_seconds: float = 4200.0  # then the decoder alone
     bfloat16: bool = True
 
 
@@ -103,6 +104,7 @@ class DataConfig:
     num_latents: int = 40  # per clip: 8 chunks of 5, 157 frames
     batch_size: int = 8
     still_steps: int = 0  # steps on single latent frames before the first window
+    still_share: float = 0.0  # share of the steps after them that see single latent frames too
     still_batch_size: int = 128
 
 

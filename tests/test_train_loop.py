@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from training import TINY, write_clips
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.wan import WanCodec
@@ -24,13 +25,6 @@ from pavdm_dist.train.loop import TextToVideo, Trainer, train_command
 from pavdm_dist.train.loss import Objective
 from pavdm_dist.train.world import VOCABULARY, render, sample_scene
 
-TINY = [
-    "threads=1", "data.clips=32", "data.num_latents=10", "data.batch_size=2",
-    "model.depth=1", "model.hidden_size=16", "model.num_heads=2", "model.caption_channels=16", "model.text_depth=1",
-    "objective.num_inference_steps=6", "objective.window_chunks=3", "objective.latent_chunk_size=2",
-    "optimizer.total_steps=8", "optimizer.warmup_steps=2", "optimizer.lr=0.01", "log_every_steps=1",
-]  # fmt: skip
-
 
 def settings(folder: Path, *overrides: str) -> TrainConfig:
     return load_config(TrainConfig, None, [*TINY, f"run_dir={folder / 'run'}", *overrides])
@@ -38,11 +32,7 @@ def settings(folder: Path, *overrides: str) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> LatentClips:
-    folder = tmp_path_factory.mktemp("clips")
-    latents = torch.randn(6, 4, 10, 4, 4, generator=torch.Generator().manual_seed(0)).half()
-    prompts = ["a red three drifting up", "a blue seven bouncing fast, a cyan one bouncing"] * 3
-    save_file({"latents": latents}, folder / "clips-00000.safetensors", {"prompts": json.dumps(prompts)})
-    return LatentClips(folder)
+    return LatentClips(write_clips(tmp_path_factory.mktemp("clips"), 6))
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +73,14 @@ def test_stills_come_first_then_windows(tmp_path: Path, clips: LatentClips) -> N
     trainer = Trainer(settings(tmp_path, "data.still_steps=3", "data.still_batch_size=5"), Path("unused"), clips)
     frames = [trainer.train_step()["frames"] for _ in range(6)]
     assert frames[:3] == [1, 1, 1] and min(frames[3:]) >= 2
+
+
+def test_stills_can_go_on_among_the_windows(tmp_path: Path, clips: LatentClips) -> None:
+    trainer = Trainer(settings(tmp_path, "data.still_share=0.4"), Path("unused"), clips)
+    frames = [trainer.train_step()["frames"] for _ in range(40)]
+    assert 8 <= frames.count(1) <= 24
+    again = Trainer(settings(tmp_path, "data.still_share=0.4"), Path("unused"), clips)
+    assert [again.train_step()["frames"] for _ in range(10)] == frames[:10]
 
 
 def test_stills_are_single_latents_of_their_prompts_at_levels_of_their_own(clips: LatentClips) -> None:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
+from training import TINY, write_clips
 
 from pavdm_dist.config import TrainConfig, load_config
 from pavdm_dist.train.data import LatentClips
 from pavdm_dist.train.loop import Trainer
 
 STEPS = 6
-TINY = [
-    "threads=1", "data.clips=4", "data.num_latents=10", "data.batch_size=4", "data.still_steps=3",
-    "data.still_batch_size=6", "model.depth=1", "model.hidden_size=16", "model.num_heads=2",
-    "model.caption_channels=16", "model.text_depth=1", "objective.num_inference_steps=6", "objective.window_chunks=3",
-    "objective.latent_chunk_size=2", f"optimizer.total_steps={STEPS}", "optimizer.warmup_steps=2", "log_every_steps=1",
-]  # fmt: skip
+SETTINGS = [
+    *TINY,
+    "data.batch_size=4",
+    "data.still_steps=3",
+    "data.still_batch_size=6",
+    "optimizer.lr=0.001",
+    f"optimizer.total_steps={STEPS}",
+]
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -55,27 +55,23 @@ def launch(arguments: list[str]) -> list[subprocess.Popen[str]]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    folder = tmp_path / "run"
-    (folder / "clips").mkdir(parents=True)
-    latents = torch.randn(4, 4, 10, 4, 4, generator=torch.Generator().manual_seed(0)).half()
-    prompts = ["a red three drifting up", "a blue seven bouncing fast, a cyan one bouncing"] * 2
-    save_file({"latents": latents}, folder / "clips" / "clips-00000.safetensors", {"prompts": json.dumps(prompts)})
-    return folder
+    write_clips(tmp_path / "run" / "clips", 4)
+    return tmp_path / "run"
 
 
 @pytest.mark.timeout(180)
 def test_two_processes_train_as_one_and_leave_one_checkpoint(run: Path) -> None:
-    processes = launch(["-c", PROGRAM, str(run), *TINY, f"run_dir={run}"])
+    processes = launch(["-c", PROGRAM, str(run), *SETTINGS, f"run_dir={run}"])
     outputs = [process.communicate(timeout=150)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert len((run / "log.jsonl").read_text().splitlines()) == STEPS
 
     clips = LatentClips(run / "clips")
-    alone = Trainer(load_config(TrainConfig, None, [*TINY, f"run_dir={run / 'alone'}"]), run, clips)
+    alone = Trainer(load_config(TrainConfig, None, [*SETTINGS, f"run_dir={run / 'alone'}"]), run, clips)
     before = {name: value.detach().clone() for name, value in alone.engine.module.named_parameters()}
     for _ in range(STEPS):
         alone.train_step()
-    together = Trainer(load_config(TrainConfig, None, [*TINY, f"run_dir={run}", "resume=must"]), run, clips)
+    together = Trainer(load_config(TrainConfig, None, [*SETTINGS, f"run_dir={run}", "resume=must"]), run, clips)
     assert together.step == STEPS
     expected = dict(alone.engine.module.named_parameters())
     for name, value in together.engine.module.named_parameters():
@@ -87,7 +83,7 @@ def test_two_processes_train_as_one_and_leave_one_checkpoint(run: Path) -> None:
 
 @pytest.mark.timeout(180)
 def test_a_batch_that_does_not_divide_is_refused_by_every_process(run: Path) -> None:
-    arguments = ["-m", "pavdm_dist", "train", *TINY, "data.still_batch_size=5", f"run_dir={run}"]
+    arguments = ["-m", "pavdm_dist", "train", *SETTINGS, "data.still_batch_size=5", f"run_dir={run}"]
     processes = launch(arguments)
     for process in processes:
         output = process.communicate(timeout=150)[0]

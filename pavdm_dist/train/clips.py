@@ -33,7 +33,13 @@ class FrameConv(nn.Conv2d):
         return rearrange(out, "(b t) c h w -> b c t h w", b=x.shape[0])
 
 
-def build_vae(z_dim: int, base_dim: int, dim_mult: tuple[int, int, int], num_res_blocks: int = 1) -> AutoencoderKLWan:
+def build_vae(
+    z_dim: int,
+    base_dim: int,
+    dim_mult: tuple[int, int, int],
+    num_res_blocks: int = 1,
+    decoder_base_dim: int | None = None,
+) -> AutoencoderKLWan:
     """A freshly initialised VAE: 2x2 patches, two halvings of space and of time, identity latent statistics.
 
     Its 3x3x3 convolutions look at one frame only (3x3 weights): time is mixed by the four temporal resampling
@@ -46,11 +52,13 @@ def build_vae(z_dim: int, base_dim: int, dim_mult: tuple[int, int, int], num_res
         base_dim: width of the finest level.
         dim_mult: widths of the three levels, in ``base_dim``.
         num_res_blocks: residual blocks per level (the decoder has one more).
+        decoder_base_dim: the decoder's own ``base_dim``; the encoder's when None.
     """
     from diffusers import AutoencoderKLWan
 
     vae = AutoencoderKLWan(
         base_dim=base_dim,
+        decoder_base_dim=decoder_base_dim,
         z_dim=z_dim,
         dim_mult=list(dim_mult),
         num_res_blocks=num_res_blocks,
@@ -144,13 +152,16 @@ def decode_clip(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
 
 
 def sample_clips(
-    rng: np.random.Generator, split: Split, batch: int, num_frames: int, crop: int = SIZE
+    rng: np.random.Generator, split: Split, batch: int, num_frames: int, crop: int = SIZE, num_digits: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Clips ``[b, 3, t, crop, crop]`` in -1..1 and their foreground ``[b, 1, t, crop, crop]`` (0 or 1)."""
+    """Clips ``[b, 3, t, crop, crop]`` in -1..1 and their foreground ``[b, 1, t, crop, crop]`` (0 or 1).
+
+    ``num_digits`` per scene; one or two at random when None.
+    """
     frames = np.empty((batch, num_frames, crop, crop, 3), np.uint8)
     masks = np.empty((batch, num_frames, crop, crop), np.float32)
     for i in range(batch):
-        clip, mask = render_pair(sample_scene(rng, split), int(rng.integers(24 * 60)), num_frames)
+        clip, mask = render_pair(sample_scene(rng, split, num_digits), int(rng.integers(24 * 60)), num_frames)
         top = left = 0
         if crop < SIZE:  # around some pixel of a digit, since most of the frame is background
             spots = np.argwhere(mask[num_frames // 2])

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -74,11 +75,9 @@ def train_command(config: TrainConfig) -> None:
                 f"data.{name}={getattr(config.data, name)} does not divide among {world.size} processes:"
                 f" use a multiple of {world.size}."
             )
-    codec = _prepare(config, run, end) if world.first else None
-    if not world.agree(codec is not None):
+    if not world.agree(world.first and _prepare(config, run, end)):
         return
-    codec = codec or _codec_folder(config, run)
-    trainer = Trainer(config, codec, LatentClips(run / "clips"), world)
+    trainer = Trainer(config, _codec_folder(config, run), LatentClips(run / "clips"), world)
     finished = trainer.run(end)
     if world.first:
         target = Path(config.export or run / "model")
@@ -86,16 +85,17 @@ def train_command(config: TrainConfig) -> None:
         logger.info("%s; averaged weights in %s", "all steps done" if finished else "slice over, run again", target)
 
 
-def _prepare(config: TrainConfig, run: Path, end: float) -> Path | None:
-    """The codec's folder, once codec and clips are there; None when the slice was over before."""
+def _prepare(config: TrainConfig, run: Path, end: float) -> bool:
+    """Trains the codec and caches the clips where they are missing; False when the slice was over before."""
     run.mkdir(parents=True, exist_ok=True)
-    codec = _codec(config, run, end)
-    if codec is None:
+    codec, data = _codec_folder(config, run), config.data
+    if not _train_codec(config, run, end):
         logger.info("slice over while training the codec; run again to go on")
-    elif not cache_clips(codec, run / "clips", config.data.clips, config.data.num_latents, end - time.monotonic()):
+    elif not cache_clips(codec, run / "clips", data.clips, data.num_latents, end - time.monotonic()):
         logger.info("slice over while caching clips; run again to go on")
-        return None
-    return codec
+    else:
+        return True
+    return False
 
 
 class Trainer:
@@ -147,7 +147,8 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = config.optimizer.lr * self._rate()
         seed = (config.seed, 11, self.step)
-        if self.step < config.data.still_steps:
+        still = self.step < config.data.still_steps
+        if still or np.random.default_rng((config.seed, 12, self.step)).random() < config.data.still_share:
             batch = still_batch(self.clips, self.objective, config.data.still_batch_size, seed)
         else:
             batch = window_batch(self.clips, self.objective, config.data.batch_size, seed)
@@ -241,18 +242,18 @@ class Trainer:
         return {"world": WORLD_SETTINGS, "model": settings["model"], "objective": settings["objective"]}
 
 
-def _codec(config: TrainConfig, run: Path, end: float) -> Path | None:
-    """Folder of a trained codec; trains one for the rest of the slice when there is none. None = not finished."""
+def _train_codec(config: TrainConfig, run: Path, end: float) -> bool:
+    """Trains a codec for the rest of the slice when there is none; whether there is one now."""
     folder = _codec_folder(config, run)
     if config.codec.folder is not None or (folder / "config.json").exists():
-        return folder
+        return True
     settings = {name: value for name, value in asdict(config.codec).items() if name != "folder"}
     settings["dim_mult"] = tuple(settings["dim_mult"])
     training = CodecTraining(seed=config.seed, **settings)
     if train_codec(training, run / "codec", end - time.monotonic()) is None:
-        return None
+        return False
     export_codec(run / "codec", folder)
-    return folder
+    return True
 
 
 def _codec_folder(config: TrainConfig, run: Path) -> Path:

@@ -168,7 +168,7 @@ def clear_images(split: Split) -> dict[int, NDArray[np.int64]]:
     flat = glyphs.reshape(len(glyphs), -1)
     means = np.stack([flat[train[classes[train] == number]].mean(0) for number in range(10)])
     distances = ((flat[own][:, None] - means) ** 2).sum(-1)
-    to_own = distances[np.arange(len(own)), classes[own]].copy()
+    to_own = distances[np.arange(len(own)), classes[own]]
     distances[np.arange(len(own)), classes[own]] = np.inf
     clearness = distances.min(1) - to_own
     best = {}

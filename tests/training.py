@@ -1,0 +1,25 @@
+"""A tiny training run: its settings and its cached clips."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+TINY = [
+    "threads=1", "data.clips=32", "data.num_latents=10", "data.batch_size=2",
+    "model.depth=1", "model.hidden_size=16", "model.num_heads=2", "model.caption_channels=16", "model.text_depth=1",
+    "objective.num_inference_steps=6", "objective.window_chunks=3", "objective.latent_chunk_size=2",
+    "optimizer.total_steps=8", "optimizer.warmup_steps=2", "optimizer.lr=0.01", "log_every_steps=1",
+]  # fmt: skip
+
+
+def write_clips(folder: Path, clips: int) -> Path:
+    """``folder`` with one shard of random latents ``[clips, 4, 10, 4, 4]``; prompts of one and of two digits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    latents = torch.randn(clips, 4, 10, 4, 4, generator=torch.Generator().manual_seed(0)).half()
+    prompts = ["a red three drifting up", "a blue seven bouncing fast, a cyan one bouncing"] * (clips // 2)
+    save_file({"latents": latents}, folder / "clips-00000.safetensors", {"prompts": json.dumps(prompts)})
+    return folder
