@@ -6,12 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from pavdm_dist.io.encode import export_to_video
+from pavdm_dist.io.metadata import Sidecar
 from pavdm_dist.models.stdit3 import STDiT3Config
+from pavdm_dist.train.world import FPS, SIZE, render, sample_scene, scene_prompt
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 SAVINGS = ("attention", "text", "window", "modulation")
@@ -112,6 +117,27 @@ def test_the_trend_of_known_memory_is_found() -> None:
     assert leak["highest_first_at_chunk"] == 100 and leak["eighths_kb"] == sorted(set(leak["eighths_kb"]))
     still = trend([5000, *[4000] * 60])
     assert (still["slope_kb_per_chunk"], still["end_over_after_24"], still["highest_first_at_chunk"]) == (0, 1, 1)
+
+
+def test_a_folder_of_real_videos_is_read_back_and_unfit_ones_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    scene = sample_scene(np.random.default_rng(3), "heldout", 1)
+    video = tmp_path / "real.mp4"
+    export_to_video(render(scene, 0, 241), video, FPS)
+    prompt = scene_prompt(scene)
+    facts = Sidecar({}, prompt, None, 0, 241, FPS, SIZE, SIZE, "cpu", 1)
+    facts.write(video)
+    found = report("embedded.py", "--folder", str(tmp_path))
+    assert found["videos"] == 1 and found["per_video"][0]["prompt"] == prompt
+    assert found["generated"]["whole"]["digit"] >= 0.9 and found["generated"]["whole"]["colour"] == 1
+    assert len(found["per_video"][0]["generated"]) == 12
+    assert found["codec_foreground_psnr"] > 25
+
+    replace(facts, num_frames=100).write(video)
+    command = [sys.executable, str(FOLDER / "embedded.py"), "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"real.mp4 has 100 frames of {SIZE}x{SIZE}" in done.stderr
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ give the same numbers.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pavdm_dist.train.world import SIZE, Split, render_pair, sample_scene
+from pavdm_dist.train.world import SIZE, Scene, Split, positions, render_pair, sample_scene
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -152,16 +153,31 @@ def decode_clip(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
 
 
 def sample_clips(
-    rng: np.random.Generator, split: Split, batch: int, num_frames: int, crop: int = SIZE, num_digits: int | None = None
+    rng: np.random.Generator,
+    split: Split,
+    batch: int,
+    num_frames: int,
+    crop: int = SIZE,
+    num_digits: int | None = None,
+    moments: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Clips ``[b, 3, t, crop, crop]`` in -1..1 and their foreground ``[b, 1, t, crop, crop]`` (0 or 1).
 
-    ``num_digits`` per scene; one or two at random when None.
+    Args:
+        rng: of scenes, moments and crops.
+        split: whose handwriting.
+        batch: b.
+        num_frames: t.
+        crop: side of the squares cut out, around some pixel of a digit.
+        num_digits: in every scene; one or two at random when None.
+        moments: that many are drawn per scene, and the one at which its digits are closest is taken.
     """
     frames = np.empty((batch, num_frames, crop, crop, 3), np.uint8)
     masks = np.empty((batch, num_frames, crop, crop), np.float32)
     for i in range(batch):
-        clip, mask = render_pair(sample_scene(rng, split, num_digits), int(rng.integers(24 * 60)), num_frames)
+        scene = sample_scene(rng, split, num_digits)
+        starts = rng.integers(24 * 60, size=moments)
+        clip, mask = render_pair(scene, min(starts.tolist(), key=partial(_gap, scene, num_frames)), num_frames)
         top = left = 0
         if crop < SIZE:  # around some pixel of a digit, since most of the frame is background
             spots = np.argwhere(mask[num_frames // 2])
@@ -171,6 +187,13 @@ def sample_clips(
         frames[i], masks[i] = clip[window], mask[window]
     x = rearrange(torch.from_numpy(frames), "b t h w c -> b c t h w").float() / 127.5 - 1
     return x.contiguous(), torch.from_numpy(masks)[:, None]
+
+
+def _gap(scene: Scene, num_frames: int, start: int) -> float:
+    """Least distance of two digits of ``scene`` in the middle of a clip, px."""
+    places = [positions(digit, start + num_frames // 2, 1)[0] for digit in scene.digits]
+    gaps = [np.abs((a - b + SIZE / 2) % SIZE - SIZE / 2) for i, a in enumerate(places) for b in places[:i]]
+    return min((float(np.hypot(*gap)) for gap in gaps), default=0.0)
 
 
 def grown(mask: Tensor) -> Tensor:

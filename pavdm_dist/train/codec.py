@@ -53,6 +53,7 @@ class CodecTraining:
         decoder_seconds: further time for the decoder alone. The encoder is final after the first phase, so
             latents can be cached meanwhile.
         num_frames: frames per clip, 4n + 1.
+        moments: of so many moments of a scene of two digits, the one at which they are closest is trained on.
         crop: side of the training crops, px, a multiple of 8; whole frames from ``whole_from`` of a phase on.
         whole_from: share of a phase's time, 0..1.
         batch_size: clips per step while cropping; whole frames come in smaller batches of as many pixels.
@@ -78,6 +79,7 @@ class CodecTraining:
     budget_seconds: float = 1080.0
     decoder_seconds: float = 4200.0
     num_frames: int = 17
+    moments: int = 4
     crop: int = 32
     whole_from: float = 0.75
     batch_size: int = 4
@@ -194,8 +196,8 @@ class CodecTrainer:
         batch = max(1, config.batch_size * config.crop**2 // crop**2)
         rng = np.random.default_rng([config.seed, self.steps])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        # Always two digits: where they cover each other lies most of the error.
-        x, mask = sample_clips(rng, "train", batch, config.num_frames, crop, num_digits=2)
+        # Where digits cover each other lies most of the error, on a twentieth of the pixels.
+        x, mask = sample_clips(rng, "train", batch, config.num_frames, crop, 2, config.moments)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
             mean, logvar = encode_clip(self.vae, x).float().chunk(2, dim=1)
             logvar = logvar.clamp(-30, 20)
