@@ -99,6 +99,20 @@ def plan(arguments: argparse.Namespace) -> None:
     _print_report(plan_report(config, chunks=chunks), arguments.json)
 
 
+def simulate(arguments: argparse.Namespace) -> None:
+    """Model a pipeline of stages, links and queues: makespan, utilisation and a chart, without a cluster."""
+    from pavdm_dist.config import load_config
+    from pavdm_dist.simulate import SimulateConfig, simulate_report
+
+    prompt, config_file, overrides = _sort_words(arguments.words)
+    if prompt is not None:
+        raise ConfigError(f"{prompt!r} is neither a .yaml file nor key=value")
+    config = load_config(SimulateConfig, config_file, overrides)
+    if arguments.print_config:
+        return _print_config(config)
+    _print_report(simulate_report(config), arguments.json)
+
+
 def train(arguments: argparse.Namespace) -> None:
     """Train the codec or the model of a config file; run again to go on where it stopped."""
     from pavdm_dist.config import TrainConfig, load_config
@@ -233,6 +247,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
     verb = add(plan, "pavdm plan [CONFIG.yaml] [key=value ...] [chunks=K] [flags]")
+    verb.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value")
+    verb.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+
+    verb = add(simulate, "pavdm simulate [CONFIG.yaml] [key=value ...] [flags]")
     verb.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value")
     verb.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
     verb.add_argument("--json", action="store_true", help="print one JSON object")

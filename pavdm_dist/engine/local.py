@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from pavdm_dist.engine.order import Join, Unit, epoch_units, is_active
+from pavdm_dist.engine.order import Join, Unit, epochs
 from pavdm_dist.engine.stage import RowDone, Stage
 from pavdm_dist.models.base import Activation
 from pavdm_dist.stream import Stream
@@ -23,21 +23,21 @@ class LocalEngine:
 
     def run(self, streams: Iterable[Stream], streams_in_flight: int = 1) -> Iterator[tuple[int, CleanChunk]]:
         """Samples all streams, at most ``streams_in_flight`` at a time; yields ``(stream id, clean chunk)``."""
-        waiting, log, epoch, order = iter(streams), list[Join](), 0, 0
-        while True:
-            log = [join for join in log if is_active(join, epoch)]
-            while len(log) < streams_in_flight and (stream := next(waiting, None)) is not None:
-                for stage in self._stages:
-                    stage.prepare(stream)
-                log.append(Join(stream.id, epoch, stream.first_row, stream.plan.num_rows, stream.branches))
-            if not log:
-                return
-            units = epoch_units(log, epoch, order)
+        waiting = iter(streams)
+
+        def enter(epoch: int) -> Join | None:
+            stream = next(waiting, None)
+            if stream is None:
+                return None
+            for stage in self._stages:
+                stage.prepare(stream)
+            return Join(stream.id, epoch, stream.first_row, stream.plan.num_rows, stream.branches)
+
+        for units in epochs(enter, streams_in_flight):
             for unit in units:
                 clean = self._run_unit(unit)
                 if clean is not None:
                     yield unit.stream, clean
-            epoch, order = epoch + 1, order + len(units)
 
     def _run_unit(self, unit: Unit) -> CleanChunk | None:
         activation: Activation | None = None

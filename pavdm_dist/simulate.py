@@ -1,0 +1,266 @@
+"""A discrete-event model of the pipeline: the engine's own order of units over stages, links and queues.
+
+It answers what a cluster would do before there is one. With equal unit costs its makespans are the closed forms of
+pipeline scheduling; with given stage times it shows what unequal stages, links and short videos cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pavdm_dist.chart import Bar, draw_chart
+from pavdm_dist.engine.order import WHOLE, Join, Unit, epochs
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.schedule import WindowPlan
+
+Mode = Literal["window", "causal"]
+Key = tuple[int, int, int]
+MAX_STAGES = 64
+
+
+@dataclass
+class SimulateConfig:
+    """Everything ``pavdm simulate`` knows."""
+
+    # the videos
+    num_inference_steps: int = 30  # T
+    window_chunks: int = 6  # W
+    chunks: int = 84  # new chunks per video
+    context: bool = True  # one clean chunk in front of the window
+    branches: int = 2  # guidance branches
+    videos: int | None = None  # in all; None = as many as are in flight
+    streams: int = 1  # videos in flight
+    # the pipeline
+    mode: Literal["window", "causal"] = "window"
+    num_stages: int = 2
+    unit_cost: bool = False  # every unit costs 1 on every stage, whatever it holds
+    stage_seconds: list[float] | None = None  # of one chunk through each stage; None = 1 through all, evenly
+    link_latency_s: float = 0.0
+    link_chunk_s: float = 0.0  # time one chunk's hidden states occupy a link
+    outstanding: int = 2  # sends under way before a stage waits
+    chart: str | None = None  # .png of what every stage did when
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Stages in a row and the links between them.
+
+    Attributes:
+        stage_seconds: of one chunk through each stage; a unit costs that times the chunks it holds.
+        unit_cost: every unit costs 1 on every stage instead, whatever it holds.
+        link_latency_s: from the end of a send to the receiver having it.
+        link_chunk_s: time a chunk's hidden states occupy a link; a unit takes that times its chunks.
+        outstanding: sends a stage may have under way to its neighbour before it waits.
+    """
+
+    stage_seconds: tuple[float, ...]
+    unit_cost: bool = False
+    link_latency_s: float = 0.0
+    link_chunk_s: float = 0.0
+    outstanding: int = 2
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.stage_seconds) <= MAX_STAGES:
+            raise ConfigError(f"num_stages={len(self.stage_seconds)}: 1 to {MAX_STAGES} can be simulated")
+        if min(self.stage_seconds) <= 0:
+            raise ConfigError(f"stage_seconds={list(self.stage_seconds)}: every stage takes time, above 0")
+        for name in ("link_latency_s", "link_chunk_s"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be 0 or more")
+        if self.outstanding < 1:
+            raise ConfigError(f"outstanding={self.outstanding}: at least 1")
+
+
+@dataclass(frozen=True)
+class Busy:
+    """A stage computed ``unit`` from ``start`` to ``end``."""
+
+    stage: int
+    unit: Unit
+    start: float
+    end: float
+
+
+@dataclass
+class Result:
+    """What happened; times are seconds, or units of cost with ``Machine.unit_cost``.
+
+    Attributes:
+        makespan: until the last stage has finished everything.
+        first_chunk: until the first chunk is clean.
+        busy: what every stage did, in order of its end.
+    """
+
+    num_stages: int
+    makespan: float = 0.0
+    first_chunk: float | None = None
+    busy: list[Busy] = field(default_factory=list)
+
+    @property
+    def utilisation(self) -> float:
+        """Busy time of all stages over stages times makespan, 0..1."""
+        return sum(part.end - part.start for part in self.busy) / (self.num_stages * self.makespan)
+
+    @property
+    def speed_up(self) -> float:
+        """Over one device doing all the work without a gap."""
+        return self.utilisation * self.num_stages
+
+
+def simulate(
+    plans: Sequence[WindowPlan], mode: Mode, branches: int, streams_in_flight: int, machine: Machine
+) -> Result:
+    """Runs videos through a pipeline, strictly in the engine's order.
+
+    Args:
+        plans: one per video, in order of arrival; causal needs at most one context chunk.
+        mode: ``window``: a unit is a whole window; ``causal``: one chunk.
+        branches: guidance branches, each a unit of its own.
+        streams_in_flight: videos in the pipeline at a time.
+        machine: stages and links.
+
+    Raises:
+        ConfigError: nothing to run, or a plan the mode does not allow.
+    """
+    if not plans or streams_in_flight < 1 or branches < 1:
+        raise ConfigError(f"videos={len(plans)}, streams={streams_in_flight}, branches={branches}: at least 1 each")
+    for plan in plans:
+        if mode == "causal" and plan.context_chunks > 1:
+            raise ConfigError(f"context_chunks={plan.context_chunks}: mode causal has 0 or 1")
+    return _Simulation(plans, mode, branches, streams_in_flight, machine).run()
+
+
+def simulate_report(config: SimulateConfig) -> dict[str, Any]:
+    """Runs the simulation of a command, draws its chart, and returns what to print.
+
+    Raises:
+        ConfigError: impossible settings.
+    """
+    stages = config.num_stages
+    if config.stage_seconds is not None and len(config.stage_seconds) != stages:
+        raise ConfigError(f"stage_seconds={config.stage_seconds}: needs num_stages={stages} entries")
+    if config.chart is not None and not config.chart.endswith(".png"):
+        raise ConfigError(f"chart={config.chart}: must end in .png")
+    seconds = config.stage_seconds or [1 / max(stages, 1)] * stages
+    machine = Machine(tuple(seconds), config.unit_cost, config.link_latency_s, config.link_chunk_s, config.outstanding)
+    plan = WindowPlan(
+        config.num_inference_steps, config.window_chunks, 1, int(config.context), num_chunks=config.chunks
+    )
+    videos = config.streams if config.videos is None else config.videos
+    result = simulate([plan] * videos, config.mode, config.branches, config.streams, machine)
+    if config.chart is not None:
+        draw_chart(config.chart, stages, [_bar(part) for part in result.busy])
+    busy = [sum(part.end - part.start for part in result.busy if part.stage == stage) for stage in range(stages)]
+    return {
+        "mode": config.mode,
+        "num_stages": stages,
+        "videos": videos,
+        "units": len(result.busy) // stages,
+        "makespan": _whole(result.makespan),
+        "first_chunk": None if result.first_chunk is None else _whole(result.first_chunk),
+        "utilisation": result.utilisation,
+        "speed_up": result.speed_up,
+        "stage_busy": [_whole(seconds) for seconds in busy],
+        **({} if config.chart is None else {"chart": config.chart}),
+    }
+
+
+def _bar(part: Busy) -> Bar:
+    unit = part.unit
+    # Whole windows are told apart by video, chunks by chunk.
+    colour = unit.stream if unit.chunk == WHOLE else unit.chunk
+    return Bar(part.stage, part.start, part.end, colour, unit.branch, unit.context)
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if value == int(value) else value
+
+
+class _Simulation:
+    def __init__(
+        self, plans: Sequence[WindowPlan], mode: Mode, branches: int, in_flight: int, machine: Machine
+    ) -> None:
+        import simpy
+
+        self._plans, self._mode, self._branches, self._machine = plans, mode, branches, machine
+        self._env = simpy.Environment()
+        stages = len(machine.stage_seconds)
+        self._inboxes = [simpy.Store(self._env) for _ in range(stages)]
+        self._wires = [simpy.Resource(self._env) for _ in range(stages)]  # the last one leads back to the first
+        self._room = [simpy.Container(self._env, machine.outstanding, machine.outstanding) for _ in range(stages)]
+        self._fed: dict[Key, Any] = {}
+        self._result = Result(stages)
+        waiting = iter(enumerate(plans))
+
+        def enter(epoch: int) -> Join | None:
+            number, plan = next(waiting, (None, None))
+            if number is None or plan is None:
+                return None
+            return Join(number, epoch, 0, plan.num_rows, branches, plan if mode == "causal" else None)
+
+        self._units = (unit for units in epochs(enter, in_flight) for unit in units)
+
+    def run(self) -> Result:
+        for stage in range(1, len(self._inboxes)):
+            self._env.process(self._stage(stage))
+        self._env.process(self._first_stage())
+        self._env.run()
+        self._result.makespan = max(part.end for part in self._result.busy)
+        return self._result
+
+    def _first_stage(self) -> Generator[Any, Any, None]:
+        for unit in self._units:
+            before = unit.stream, unit.row - 1, unit.chunk
+            if unit.opens_row and before in self._fed:
+                yield self._fed[before]
+                del self._fed[before]
+            if unit.opens_row and not unit.context:
+                self._fed[unit.stream, unit.row, unit.chunk] = self._env.event()
+            yield from self._compute(0, unit)
+
+    def _stage(self, stage: int) -> Generator[Any, Any, None]:
+        while True:
+            unit = yield self._inboxes[stage].get()
+            yield self._room[stage - 1].put(1)
+            yield from self._compute(stage, unit)
+
+    def _compute(self, stage: int, unit: Unit) -> Generator[Any, Any, None]:
+        start = self._env.now
+        yield self._env.timeout(self._seconds(stage, unit))
+        self._result.busy.append(Busy(stage, unit, start, self._env.now))
+        if stage + 1 < len(self._inboxes):
+            yield self._room[stage].get(1)
+            self._env.process(self._send(stage, unit))
+        elif unit.closes_row and not unit.context:
+            self._env.process(self._feed_back(unit))
+
+    def _send(self, stage: int, unit: Unit) -> Generator[Any, Any, None]:
+        yield from self._travel(stage, self._machine.link_chunk_s * self._chunks(unit))
+        yield self._inboxes[stage + 1].put(unit)
+
+    def _feed_back(self, unit: Unit) -> Generator[Any, Any, None]:
+        """Latents are a few percent of the hidden states: the way back costs its latency."""
+        row = self._plans[unit.stream].row(unit.row)
+        if row.emit is not None and unit.chunk in (WHOLE, row.emit) and self._result.first_chunk is None:
+            self._result.first_chunk = self._env.now
+        if len(self._inboxes) > 1:
+            yield from self._travel(len(self._inboxes) - 1, 0.0)
+        self._fed[unit.stream, unit.row, unit.chunk].succeed()
+
+    def _travel(self, wire: int, seconds: float) -> Generator[Any, Any, None]:
+        if seconds:
+            with self._wires[wire].request() as turn:
+                yield turn
+                yield self._env.timeout(seconds)
+        if self._machine.link_latency_s:
+            yield self._env.timeout(self._machine.link_latency_s)
+
+    def _seconds(self, stage: int, unit: Unit) -> float:
+        if self._machine.unit_cost:
+            return 1.0
+        return self._machine.stage_seconds[stage] * self._chunks(unit)
+
+    def _chunks(self, unit: Unit) -> int:
+        return len(self._plans[unit.stream].row(unit.row).window) if unit.chunk == WHOLE else 1

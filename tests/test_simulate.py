@@ -1,0 +1,182 @@
+"""Unit-cost makespans are the closed forms, the order is the engine's, and unequal parts cost what they must."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from plans import legal_plans, many
+
+from pavdm_dist.cli import main
+from pavdm_dist.engine.order import WHOLE, Join, epochs
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.schedule import WindowPlan
+from pavdm_dist.simulate import Machine, simulate
+
+
+def plan(chunks: int, window: int = 6, shift: int = 5, context: int = 0) -> WindowPlan:
+    return WindowPlan(window * shift, window, 1, context, num_chunks=chunks)
+
+
+def equal(num_stages: int) -> Machine:
+    return Machine((1.0,) * num_stages, unit_cost=True)
+
+
+def closed_form(stages: int, branches: int, chunks: int, window: int, shift: int) -> int:
+    """Makespan of one causal video without context units, K >= W >= 2: every shift's rows wait for the longer of
+    their own units and one unit's way through the stages; where a row is no longer than that, the chunk that moves
+    to the front comes back one unit late at every shift."""
+    held = [min(p + 1, window, chunks + window - 1 - p) for p in range(chunks + window - 1)]
+    late = branches * window <= branches + stages - 1
+    rows = shift * sum(max(branches * w, branches + stages - 1) for w in held)
+    return rows + late * branches * (chunks - 1) + (0 if late else stages - 1)
+
+
+@pytest.mark.parametrize(
+    ("stages", "branches", "makespan"), [(8, 1, 3643), (12, 1, 5423), (4, 1, 2583), (8, 2, 5207), (12, 2, 5951)]
+)
+def test_causal_makespans_are_the_published_ones(stages: int, branches: int, makespan: int) -> None:
+    found = simulate([plan(84)], "causal", branches, 1, equal(stages))
+    assert found.makespan == makespan == closed_form(stages, branches, 84, 6, 5)
+
+
+@pytest.mark.parametrize(("stages", "branches", "makespan"), [(4, 1, 2663), (8, 2, 5366), (8, 1, 3643)])
+def test_context_units_take_idle_slots_where_there_are_any(stages: int, branches: int, makespan: int) -> None:
+    assert simulate([plan(84, context=1)], "causal", branches, 1, equal(stages)).makespan == makespan
+
+
+def test_where_the_closed_form_fails_the_simulation_counts() -> None:
+    assert simulate([plan(22, shift=1)], "causal", 2, 1, equal(10)).makespan == 339
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4, 8])
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("videos", [1, 2, 4])
+def test_window_utilisation_is_the_closed_form(stages: int, branches: int, videos: int) -> None:
+    found = simulate([plan(6)] * videos, "window", branches, videos, equal(stages))
+    rows, units = plan(6).num_rows, branches * videos
+    # Every row of all videos takes the longer of its own units and one video's way there and back.
+    assert found.makespan == rows * max(units, branches + stages - 1) + (
+        stages - 1 if units > branches + stages - 1 else units - branches
+    )
+    ideal = min(1, units / (branches + stages - 1))
+    assert found.utilisation == pytest.approx(ideal, rel=2 * (stages + units) / found.makespan)
+    assert found.speed_up == pytest.approx(found.utilisation * stages)
+
+
+def test_first_chunk() -> None:
+    assert simulate([plan(84)], "causal", 1, 1, equal(2)).first_chunk == 106
+    assert simulate([plan(84)], "causal", 1, 1, equal(4)).first_chunk == 133
+    assert simulate([plan(84)], "causal", 1, 1, equal(8)).first_chunk == 240
+    assert simulate([plan(84)], "window", 2, 1, equal(4)).first_chunk == 30 * 5
+
+
+def test_overlapping_the_drain_with_the_next_fill_repairs_short_videos() -> None:
+    one = simulate([plan(3)], "causal", 2, 1, equal(4))
+    four = simulate([plan(3)] * 4, "causal", 2, 4, equal(4))
+    assert one.utilisation == pytest.approx(0.81, abs=0.01)
+    assert four.utilisation >= 0.96
+
+
+def test_an_unequal_stage_sets_the_pace() -> None:
+    even = simulate([plan(20)], "causal", 2, 1, Machine((1.0, 1.0)))
+    uneven = simulate([plan(20)], "causal", 2, 1, Machine((1.0, 1.43)))
+    assert uneven.makespan / even.makespan == pytest.approx(1.43, rel=0.01)
+    assert uneven.utilisation == pytest.approx(2.43 / 2.86, rel=0.01)
+
+
+def test_links_cost_nothing_where_they_hide_and_their_time_where_not() -> None:
+    videos = [plan(6)] * 2
+    free = simulate(videos, "window", 2, 2, equal(2))
+    hidden = simulate(videos, "window", 2, 2, Machine((1.0, 1.0), unit_cost=True, link_latency_s=0.2))
+    assert hidden.makespan == pytest.approx(free.makespan, rel=0.002)
+    exposed = simulate([plan(6)], "window", 2, 1, Machine((1.0, 1.0), unit_cost=True, link_latency_s=0.2))
+    # One video: both ways of every row are waited for.
+    assert exposed.utilisation == pytest.approx(2 / (3 + 2 * 0.2), rel=0.01)
+    slow = simulate(videos, "window", 2, 2, Machine((1.0, 1.0), unit_cost=True, link_chunk_s=1.0))
+    assert slow.makespan > 3 * free.makespan  # four chunks and more per unit over a link that takes 1 each
+
+
+def test_a_bounded_queue_holds_the_sender_back() -> None:
+    machine = Machine((1.0, 5.0), unit_cost=False, outstanding=2)
+    ends = {stage: [] for stage in range(2)}
+    for part in simulate([plan(10)], "causal", 1, 1, machine).busy:
+        ends[part.stage].append(part)
+    behind = 0
+    for position, part in enumerate(ends[0]):
+        finished = sum(other.start <= part.start for other in ends[1])
+        behind = max(behind, position - finished)
+    assert behind <= 3  # two under way and the one that is waiting
+
+
+@given(legal_plans(max_chunks=6), st.integers(1, 2), st.integers(1, 4))
+@many(40)
+def test_every_stage_runs_the_engines_order(one: WindowPlan, branches: int, stages: int) -> None:
+    if one.context_chunks > 1:
+        with pytest.raises(ConfigError, match="mode causal has 0 or 1"):
+            simulate([one], "causal", branches, 1, equal(stages))
+        return
+    found = simulate([one, one], "causal", branches, 2, equal(stages))
+    waiting = iter(range(2))
+
+    def enter(epoch: int) -> Join | None:
+        number = next(waiting, None)
+        return None if number is None else Join(number, epoch, 0, one.num_rows, branches, one)
+
+    order = [unit for units in epochs(enter, 2) for unit in units]
+    for stage in range(stages):
+        assert [part.unit for part in found.busy if part.stage == stage] == order
+        mine = [part for part in found.busy if part.stage == stage]
+        assert all(a.end <= b.start for a, b in pairwise(mine))
+    updates = [unit for unit in order if not unit.context and unit.stream == 0 and unit.branch == 0]
+    assert len(updates) == sum(len(row.chunks) for row in one.rows())
+    # A chunk's context unit comes once, after its last update, before the first chunk that attends to it.
+    for unit in (unit for unit in order if unit.context and unit.branch == 0 and unit.stream == 0):
+        row = one.row(unit.row)
+        assert row.context == (unit.chunk,)
+        assert [u.chunk for u in order if u.stream == 0 and u.row == unit.row and u.branch == 0] == list(row.window)
+
+
+def test_whole_windows_are_one_unit() -> None:
+    found = simulate([plan(2, window=2, shift=1)], "window", 1, 1, equal(1))
+    assert {part.unit.chunk for part in found.busy} == {WHOLE}
+    assert found.makespan == plan(2, window=2, shift=1).num_rows
+
+
+def test_the_command_prints_one_object_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["mode=causal", "num_stages=8", "num_inference_steps=30", "window_chunks=6", "chunks=84", "branches=1"]
+    assert main(["simulate", "--json", *words, "streams=1", "unit_cost=true", "context=false"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["makespan"] == 3643
+    assert found["utilisation"] == pytest.approx(84 * 30 / 3643)
+    chart = tmp_path / "chart.png"
+    assert main(["simulate", "mode=causal", "num_stages=3", "chunks=4", f"chart={chart}"]) == 0
+    pixels = Image.open(chart).convert("RGB")
+    assert len(pixels.getcolors() or ()) > 10
+    assert math.isclose(pixels.height, 8 + 3 * 42 + 30)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["mode=circular"], "mode=circular: must be window or causal"),
+        (["num_stages=65"], "num_stages=65: 1 to 64"),
+        (["num_stages=0"], "num_stages=0: 1 to 64"),
+        (["stage_seconds=[1,2,3]"], "needs num_stages=2 entries"),
+        (["stage_seconds=[1,0]"], "every stage takes time"),
+        (["link_latency_s=-1"], "link_latency_s=-1"),
+        (["outstanding=0"], "outstanding=0: at least 1"),
+        (["streams=0"], "streams=0"),
+        (["chart=picture.jpg"], "chart=picture.jpg: must end in .png"),
+        (["window_chunks=7"], "window_chunks=7 does not divide"),
+    ],
+)
+def test_bad_settings_are_one_sentence(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", *words]) == 2
+    assert sentence in capsys.readouterr().err
