@@ -63,7 +63,8 @@ class SampleConfig:
     start: Literal["noise", "chunk", "clip"] = "noise"
     end: Literal["drain", "cut"] = "drain"
     # where it runs
-    mode: str = "window"
+    mode: Literal["window", "causal"] = "window"  # causal: a chunk sees itself and cleaner ones, and is a unit
+    allow_untrained_causal: bool = False  # mode=causal although the weights never met its mask
     num_stages: int = 0  # 0 = in this process, without Ray
     threads_per_stage: int = 1
     streams: int = 1  # videos in flight

@@ -7,7 +7,7 @@ import threading
 import torch
 from torch import Tensor
 
-from pavdm_dist.models.base import Backbone, BlockContext, TextCache, TextRun
+from pavdm_dist.models.base import Backbone, BlockContext, ChunkMemory, TextCache, TextRun
 from pavdm_dist.schedule import PlanRow
 from pavdm_dist.stream import Stream
 
@@ -36,10 +36,13 @@ class TextBank:
                 self._raw.setdefault(key, text)
                 self._users.setdefault(key, set()).add(stream.id)
 
-    def runs(self, stream: Stream, row: PlanRow, branch: int) -> list[TextRun]:
-        """Runs of equal text over the latent frames of a row, and forgets what the stream no longer reads."""
+    def runs(self, stream: Stream, row: PlanRow, branch: int, only: int | None = None) -> list[TextRun]:
+        """Runs of equal text over the latent frames of a row, or of its chunk ``only``.
+
+        Also forgets what the stream no longer reads.
+        """
         size, runs = stream.plan.latent_chunk_size, list[TextRun]()
-        for position, chunk in enumerate(row.window):
+        for position, chunk in enumerate(row.window if only is None else (only,)):
             key = stream.conditioning.key(chunk, branch)
             start = position * size
             if runs and runs[-1].key == key:
@@ -77,7 +80,8 @@ class ModelDenoiser:
         backbone: the whole model.
         stream: what is sampled.
         texts: its texts, when several streams share them.
-        causal: mask by chunks: a chunk attends to itself and to cleaner ones.
+        causal: mask by chunks: a chunk attends to itself and to cleaner ones. What :class:`CausalDenoiser` computes
+            chunk by chunk, in one forward over the whole window.
     """
 
     def __init__(self, backbone: Backbone, stream: Stream, texts: TextBank | None = None, causal: bool = False) -> None:
@@ -97,3 +101,68 @@ class ModelDenoiser:
         for index in range(model.spec.num_blocks):
             activation = model.block(index, activation, context)
         return model.to_velocity(model.head(activation, grid), x, levels)
+
+
+class CausalDenoiser:
+    """Mode causal: one chunk after the other, cleanest first, each attending to what cleaner ones left.
+
+    Equals :class:`ModelDenoiser` with ``causal=True`` up to rounding, without running the clean context at every row;
+    the stages run the very same micro-batches.
+
+    Args:
+        backbone: the whole model.
+        stream: what is sampled.
+        texts: its texts, when several streams share them.
+    """
+
+    def __init__(self, backbone: Backbone, stream: Stream, texts: TextBank | None = None) -> None:
+        self._backbone, self._stream = backbone, stream
+        self._memories = [ChunkMemory() for _ in range(stream.branches)]
+        self._texts = texts or TextBank(backbone)
+        self._texts.add(stream)
+
+    @torch.inference_mode()
+    def __call__(self, x: Tensor, levels: Tensor, row: PlanRow, branch: int) -> Tensor:
+        """``x [1, C, F, h, w]``, ``levels [1, F]`` -> velocity ``[1, C, F, h, w]``, float32; 0 for the context."""
+        model, size = self._backbone, self._stream.plan.latent_chunk_size
+        velocity = torch.zeros_like(x)
+        for chunk, is_context in self._stream.plan.parts(row.index, self._stream.first_row):
+            context = chunk_context(
+                model, self._stream, row, chunk, branch, self._texts, self._memories[branch], is_context
+            )
+            frames = slice(context.first_frame, context.first_frame + size)
+            part, part_levels = x[:, :, frames].contiguous(), levels[:, frames]
+            activation = model.embed(part, part_levels, self._stream.info)
+            for index in range(model.spec.num_blocks):
+                activation = model.block(index, activation, context)
+            if not is_context:
+                velocity[:, :, frames] = model.to_velocity(model.head(activation, context.grid), part, part_levels)
+        return velocity
+
+
+def chunk_context(
+    backbone: Backbone,
+    stream: Stream,
+    row: PlanRow,
+    chunk: int,
+    branch: int,
+    texts: TextBank,
+    memory: ChunkMemory,
+    is_context: bool,
+) -> BlockContext:
+    """What blocks read for one chunk of a row; tells the ``memory`` that the chunk begins."""
+    size = stream.plan.latent_chunk_size
+    _, height, width = stream.latent_shape
+    memory.begin(is_context, opens_row=chunk == row.chunks[0])
+    return BlockContext(
+        backbone.grid(size, height, width),
+        texts.runs(stream, row, branch, chunk),
+        text_cache=texts.cache,
+        first_frame=(chunk - row.window[0]) * size,
+        memory=memory,
+    )
+
+
+def denoiser_of(backbone: Backbone, stream: Stream) -> ModelDenoiser | CausalDenoiser:
+    """The denoiser of the stream's mode."""
+    return CausalDenoiser(backbone, stream) if stream.mode == "causal" else ModelDenoiser(backbone, stream)

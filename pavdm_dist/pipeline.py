@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.wan import decode_flop
-from pavdm_dist.denoiser import ModelDenoiser, TextBank
+from pavdm_dist.denoiser import denoiser_of
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.partition import estimate_costs, partition, with_codec
 from pavdm_dist.errors import ConfigError
@@ -135,7 +135,7 @@ class PAVDMPipeline:
             callback_on_step_end: called with (pipeline, row, level of the noisiest chunk, {"latents": the window's
                 input of the next row}); only with ``num_stages=0``.
             sampling: ``window_chunks``, ``latent_chunk_size``, ``context_chunks``, ``start``, ``end``, ``fps``,
-                ``time_shift``, ``streams`` (videos in flight).
+                ``time_shift``, ``mode``, ``allow_untrained_causal``, ``streams`` (videos in flight).
 
         Raises:
             ConfigError: impossible arguments, or a result that would not fit in memory (use :meth:`iter_chunks`).
@@ -174,7 +174,7 @@ class PAVDMPipeline:
 
     def params(self, **chosen: Any) -> SamplingParams:
         """Settings of a run: chosen values over the checkpoint's defaults (see :class:`SamplingParams`)."""
-        unknown = set(chosen) - set(SamplingParams.__dataclass_fields__)
+        unknown = set(chosen) - {*SamplingParams.__dataclass_fields__, "allow_untrained_causal"}
         if unknown:
             raise ConfigError(f"no such argument {sorted(unknown)[0]!r}; sampling takes {_names(SamplingParams)}")
         return SamplingParams.resolve(self.checkpoint, **chosen)
@@ -229,7 +229,7 @@ class PAVDMPipeline:
                 if stream.warm is not None:
                     decoder.warm(stream.warm)
                 callback = None if on_step is None else self._step_callback(stream, on_step)
-                denoise = ModelDenoiser(model, stream, TextBank(model))
+                denoise = denoiser_of(model, stream)
                 for clean in sample(stream.window(), denoise, stream.guidance_scale, callback):
                     frames = decoder.decode(clean.latents)
                     # The consumer's own thread count while it works; ours again, whatever it did, for the next row.
@@ -247,7 +247,7 @@ class PAVDMPipeline:
 
         assert self.engine is not None
         blocks = self.split(params)
-        units = num_branches(params.guidance_scale) * in_flight
+        units = units_in_flight(params, in_flight)
         if len(blocks) > units:
             logger.warning(
                 "num_stages=%d, but only %d unit(s) are ever in flight: stages will idle; raise streams",
@@ -271,6 +271,12 @@ class PAVDMPipeline:
         return callback
 
 
+def units_in_flight(params: SamplingParams, streams: int) -> int:
+    """Micro-batches that can be under way at a time in a full window."""
+    chunks = params.window_chunks if params.mode == "causal" else 1
+    return num_branches(params.guidance_scale) * chunks * streams
+
+
 def layer_split(checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions) -> list[tuple[int, int]]:
     """Half-block range of each stage for a run's full window; reads shapes only, no weights.
 
@@ -284,11 +290,13 @@ def layer_split(checkpoint: Checkpoint, params: SamplingParams, options: EngineO
         model = STDiT3(checkpoint.transformer_config)
     check_module(model, checkpoint.transformer, optional=OPTIONAL_TENSORS)
     size = params.latent_chunk_size
-    frames = (params.window_chunks + params.context_chunks) * size
+    frames, units_of_branch = (params.window_chunks + params.context_chunks) * size, params.plan(None).steps_per_shift
+    if params.mode == "causal":
+        frames, units_of_branch = size, params.num_inference_steps + params.context_chunks
     cells = checkpoint.codec_spec.latent_size(params.height, params.width)
     costs = estimate_costs(model.spec, model.grid(frames, *cells), model.spec.text_len)
     if not options.cpus_per_decoder:
-        units_per_chunk = num_branches(params.guidance_scale) * params.plan(None).steps_per_shift
+        units_per_chunk = num_branches(params.guidance_scale) * units_of_branch
         costs = with_codec(costs, size * decode_flop(checkpoint.vae, *cells) / units_per_chunk)
     return partition(costs, options.num_stages, options.layers_per_stage)
 

@@ -22,7 +22,7 @@ from pavdm_dist.io.metadata import Sidecar, sidecar_path, weights_identity
 from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.io.storage import check_output, exists, join, remove
 from pavdm_dist.observe import cpu_model
-from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk, layer_split
+from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk, layer_split, units_in_flight
 from pavdm_dist.requests import SamplingParams, VideoRequest, check_prompts, clip_frames_needed, input_frames
 from pavdm_dist.validate import frames_wanted
 
@@ -118,7 +118,7 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
     split = [(0, blocks)]
     if config.num_stages:
         split = layer_split(checkpoint, params, _options(config))
-    units, stages = branches * config.streams, max(config.num_stages, 1)
+    units, stages = units_in_flight(params, config.streams), max(config.num_stages, 1)
     return {
         "chunks": chunks,
         "num_frames": frames,
@@ -233,9 +233,8 @@ def _options(config: SampleConfig) -> EngineOptions:
 
 
 def _params(config: SampleConfig, checkpoint: Checkpoint) -> SamplingParams:
-    params = SamplingParams.resolve(
-        checkpoint, **{name: getattr(config, name) for name in SamplingParams.__dataclass_fields__}
-    )
+    chosen = {name: getattr(config, name) for name in SamplingParams.__dataclass_fields__}
+    params = SamplingParams.resolve(checkpoint, config.allow_untrained_causal, **chosen)
     trained = checkpoint.defaults
     if (params.height, params.width) != (trained.height, trained.width):
         logger.warning(

@@ -11,7 +11,7 @@ from torch import Tensor
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.models.base import FrameInfo
-from pavdm_dist.schedule import End, NoiseSchedule, Start, WindowPlan, time_shift_ratio
+from pavdm_dist.schedule import End, Mode, NoiseSchedule, Start, WindowPlan, time_shift_ratio
 from pavdm_dist.stream import Conditioning, Stream
 
 
@@ -25,6 +25,7 @@ class SamplingParams:
         guidance_scale: g; 1 = none.
         time_shift: r of :func:`~pavdm_dist.schedule.shift_time`.
         height, width, fps: of the frames.
+        mode: which chunks of a window see each other (:attr:`~pavdm_dist.stream.Stream.mode`).
     """
 
     num_inference_steps: int
@@ -38,22 +39,32 @@ class SamplingParams:
     height: int
     width: int
     fps: float
+    mode: Mode = "window"
 
     @classmethod
-    def resolve(cls, checkpoint: Checkpoint, **chosen: Any) -> SamplingParams:
+    def resolve(cls, checkpoint: Checkpoint, allow_untrained_causal: bool = False, **chosen: Any) -> SamplingParams:
         """Chosen values, the checkpoint's defaults for those that are None.
+
+        Args:
+            checkpoint: the model.
+            allow_untrained_causal: take mode causal although the weights never met its mask.
+            chosen: fields of this class.
 
         Raises:
             ConfigError: an impossible combination, naming the nearest legal values.
         """
         defaults = checkpoint.defaults
-        names = set(cls.__dataclass_fields__) - {"start", "end", "time_shift"}
+        names = set(cls.__dataclass_fields__) - {"start", "end", "time_shift", "mode"}
         values = {name: chosen[name] if chosen.get(name) is not None else getattr(defaults, name) for name in names}
         shift = chosen.get("time_shift") or defaults.time_shift
         if shift is None:
             latents = (values["window_chunks"] + values["context_chunks"]) * values["latent_chunk_size"]
             shift = time_shift_ratio(values["height"], values["width"], latents)
-        params = cls(start=chosen.get("start") or "noise", end=chosen.get("end") or "drain", time_shift=shift, **values)
+        words = {"start": "noise", "end": "drain", "mode": "window"}
+        values |= {name: chosen.get(name) or default for name, default in words.items()}
+        params = cls(time_shift=shift, **values)
+        if params.mode == "causal":
+            _check_causal(params, checkpoint, allow_untrained_causal)
         checkpoint.codec_spec.latent_size(params.height, params.width)
         params.plan(None)
         return params
@@ -141,7 +152,18 @@ def build_stream(request: VideoRequest, stream_id: int, params: SamplingParams, 
         guidance_scale=params.guidance_scale,
         given=given,
         warm=warm,
+        mode=params.mode,
     )
+
+
+def _check_causal(params: SamplingParams, checkpoint: Checkpoint, allow_untrained: bool) -> None:
+    if params.context_chunks > 1:
+        raise ConfigError(f"context_chunks={params.context_chunks}: mode=causal takes 0 or 1")
+    if not (checkpoint.transformer_config.causal_trained or allow_untrained):
+        raise ConfigError(
+            "mode=causal: this checkpoint declares no training with the chunk-causal mask; use mode=window, or"
+            " allow_untrained_causal=true to see what it does"
+        )
 
 
 def check_prompts(request: VideoRequest, checkpoint: Checkpoint) -> None:

@@ -190,7 +190,9 @@ class _Simulation:
         self._inboxes = [simpy.Store(self._env) for _ in range(stages)]
         self._wires = [simpy.Resource(self._env) for _ in range(stages)]  # the last one leads back to the first
         self._room = [simpy.Container(self._env, machine.outstanding, machine.outstanding) for _ in range(stages)]
-        self._fed: dict[Key, Any] = {}
+        # Latents on their way back, as the first stage awaits them and as the last one sends them.
+        self._awaited: dict[Key, Any] = {}
+        self._due: dict[Key, Any] = {}
         self._result = Result(stages)
         waiting = iter(enumerate(plans))
 
@@ -212,12 +214,11 @@ class _Simulation:
 
     def _first_stage(self) -> Generator[Any, Any, None]:
         for unit in self._units:
-            before = unit.stream, unit.row - 1, unit.chunk
-            if unit.opens_row and before in self._fed:
-                yield self._fed[before]
-                del self._fed[before]
-            if unit.opens_row and not unit.context:
-                self._fed[unit.stream, unit.row, unit.chunk] = self._env.event()
+            if unit.fed:
+                yield self._awaited.pop((unit.stream, unit.row - 1, unit.chunk))
+            if unit.feeds:
+                key = unit.stream, unit.row, unit.chunk
+                self._awaited[key] = self._due[key] = self._env.event()
             yield from self._compute(0, unit)
 
     def _stage(self, stage: int) -> Generator[Any, Any, None]:
@@ -233,7 +234,7 @@ class _Simulation:
         if stage + 1 < len(self._inboxes):
             yield self._room[stage].get(1)
             self._env.process(self._send(stage, unit))
-        elif unit.closes_row and not unit.context:
+        elif unit.closes and not unit.context:
             self._env.process(self._feed_back(unit))
 
     def _send(self, stage: int, unit: Unit) -> Generator[Any, Any, None]:
@@ -247,7 +248,8 @@ class _Simulation:
             self._result.first_chunk = self._env.now
         if len(self._inboxes) > 1:
             yield from self._travel(len(self._inboxes) - 1, 0.0)
-        self._fed[unit.stream, unit.row, unit.chunk].succeed()
+        if unit.feeds:
+            self._due.pop((unit.stream, unit.row, unit.chunk)).succeed()
 
     def _travel(self, wire: int, seconds: float) -> Generator[Any, Any, None]:
         if seconds:

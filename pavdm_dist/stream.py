@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.sampler import UNCONDITIONAL, num_branches
-from pavdm_dist.schedule import NoiseSchedule, PlanRow, WindowPlan
+from pavdm_dist.schedule import Mode, NoiseSchedule, PlanRow, WindowPlan
 from pavdm_dist.window import Window, WindowSnapshot, chunk_noise
 
 
@@ -80,6 +80,7 @@ class Stream:
         given: input latents by chunk index (see :class:`~pavdm_dist.window.Window`).
         warm: latents ``[C, n, h, w]`` that come before chunk 0, which the decoder is warmed on; never sampled.
         snapshot: where to go on instead of at row 0.
+        mode: ``window``: chunks of a row see each other; ``causal``: each sees itself and cleaner ones.
     """
 
     id: int
@@ -93,6 +94,7 @@ class Stream:
     given: Mapping[int, Tensor] = field(default_factory=dict)
     warm: Tensor | None = None
     snapshot: WindowSnapshot | None = None
+    mode: Mode = "window"
 
     @property
     def branches(self) -> int:
@@ -103,13 +105,16 @@ class Stream:
     def first_row(self) -> int:
         return 0 if self.snapshot is None else self.snapshot.row
 
+    def noise(self, index: int, device: torch.device | str = "cpu") -> Tensor:
+        """Noise ``[C, c, h, w]`` that chunk ``index`` is born from."""
+        channels, height, width = self.latent_shape
+        return chunk_noise(self.seed, index, (channels, self.plan.latent_chunk_size, height, width)).to(device)
+
     def window(self, device: torch.device | str = "cpu") -> Window:
         """The stream's window before its first row."""
-        channels, height, width = self.latent_shape
-        shape = (channels, self.plan.latent_chunk_size, height, width)
 
         def noise(index: int) -> Tensor:
-            return chunk_noise(self.seed, index, shape).to(device)
+            return self.noise(index, device)
 
         if self.snapshot is not None:
             latents = {index: value.to(device) for index, value in self.snapshot.latents.items()}

@@ -58,8 +58,6 @@ def validate_sample(config: SampleConfig, *, needs_prompt: bool = True) -> None:
             raise ConfigError(f"{name}={value}: must be 0 or more")
     if config.num_frames is not None and config.seconds is not None:
         raise ConfigError(f"num_frames={config.num_frames} and seconds={config.seconds:g}: give one of them")
-    if config.mode != "window":
-        raise ConfigError(f"mode={config.mode}: this version has mode=window only")
     _check_plan(config)
     _check_prompts(config, needs_prompt)
     _check_start(config, needs_clip=needs_prompt)

@@ -108,11 +108,7 @@ class Window:
 
         Chunks born at this row get their noise here.
         """
-        for index in row.born:
-            if index not in self._latents:
-                self._latents[index] = self._noise(index)
-        latents = torch.cat([self._latents[index] for index in row.window], dim=1)
-        return latents.unsqueeze(0), self.levels(row).unsqueeze(0)
+        return torch.cat([self.chunk(index) for index in row.window], dim=2), self.levels(row).unsqueeze(0)
 
     def levels(self, row: PlanRow) -> Tensor:
         """Noise level of every latent frame at ``row``: float32 ``[F]``, zeros for the context."""
@@ -128,13 +124,27 @@ class Window:
         Returns:
             The chunk that became clean, if the plan keeps it.
         """
+        size = self.plan.latent_chunk_size
+        for slot, index in enumerate(row.chunks, start=len(row.context)):
+            self.advance(row, index, velocity[:, :, slot * size : (slot + 1) * size])
+        return self.close(row)
+
+    def chunk(self, index: int) -> Tensor:
+        """Latents ``[1, C, c, h, w]`` of one chunk; its noise, where it is only now being born."""
+        if index not in self._latents:
+            self._latents[index] = self._noise(index)
+        return self._latents[index].unsqueeze(0)
+
+    def advance(self, row: PlanRow, index: int, velocity: Tensor) -> None:
+        """The Euler step of one noisy chunk of ``row``; ``velocity`` is ``[1, C, c, h, w]``."""
         if row.index != self.row:
             raise ValueError(f"row {row.index} applied to a window that is at row {self.row}")
-        size = self.plan.latent_chunk_size
-        velocity = velocity[0].float()
-        for slot, (index, left) in enumerate(zip(row.chunks, row.steps_left, strict=True), start=len(row.context)):
-            drop = self._levels[left] - self._levels[left - 1]
-            self._latents[index] = self._latents[index] + velocity[:, slot * size : (slot + 1) * size] * drop
+        left = row.steps_left[row.chunks.index(index)]
+        drop = self._levels[left] - self._levels[left - 1]
+        self._latents[index] = self._latents[index] + velocity[0].float() * drop
+
+    def close(self, row: PlanRow) -> CleanChunk | None:
+        """Ends a row all of whose chunks have advanced; the chunk that became clean, if the plan keeps it."""
         self.row += 1
         clean = None if row.emit is None else CleanChunk(row.emit, self._latents[row.emit].clone())
         self._forget(row)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from pavdm_dist.denoiser import ModelDenoiser
+from pavdm_dist.denoiser import denoiser_of
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
 from pavdm_dist.sampler import sample
-from pavdm_dist.schedule import NoiseSchedule, WindowPlan
+from pavdm_dist.schedule import Mode, NoiseSchedule, WindowPlan
 from pavdm_dist.stream import Conditioning, Stream
 from pavdm_dist.window import CleanChunk
 
@@ -30,7 +30,9 @@ def tiny_model(seed: int = 0, config: STDiT3Config = TINY) -> STDiT3:
     return model.requires_grad_(False)
 
 
-def tiny_stream(stream_id: int = 0, seed: int = 0, guidance_scale: float = 3.0, **plan: object) -> Stream:
+def tiny_stream(
+    stream_id: int = 0, seed: int = 0, guidance_scale: float = 3.0, mode: Mode = "window", **plan: object
+) -> Stream:
     """A short stream with two prompts (the second from chunk 2 on); plan fields can be overridden."""
     fields: dict = {
         "num_inference_steps": 6, "window_chunks": 3, "latent_chunk_size": 2, "context_chunks": 1, "num_chunks": 4,
@@ -53,12 +55,13 @@ def tiny_stream(stream_id: int = 0, seed: int = 0, guidance_scale: float = 3.0, 
         info=FrameInfo(32, 48, 24),
         guidance_scale=guidance_scale,
         given=given,
+        mode=mode,
     )
 
 
 def reference_chunks(model: STDiT3, stream: Stream) -> list[CleanChunk]:
     """The stream's chunks from the in-process sampler."""
-    return list(sample(stream.window(), ModelDenoiser(model, stream), stream.guidance_scale))
+    return list(sample(stream.window(), denoiser_of(model, stream), stream.guidance_scale))
 
 
 def tiny_checkpoint(folder: Path) -> Path:

@@ -17,19 +17,22 @@ from pavdm_dist.engine.partition import Costs, estimate_costs, measure_costs, pa
 from pavdm_dist.engine.stage import Stage
 from pavdm_dist.errors import ConfigError, EngineError
 from pavdm_dist.models.base import FrameInfo
+from pavdm_dist.schedule import Mode
 
 CUTS = {1: [(0, 4)], 2: [(0, 1), (1, 4)], 3: [(0, 2), (2, 3), (3, 4)], 4: [(0, 1), (1, 2), (2, 3), (3, 4)]}
 
 
 @pytest.mark.parametrize("num_stages", CUTS)
 @pytest.mark.parametrize("in_flight", [1, 2, 3])
-def test_stages_equal_the_sampler(num_stages: int, in_flight: int) -> None:
+@pytest.mark.parametrize("mode", ["window", "causal"])
+def test_stages_equal_the_sampler(num_stages: int, in_flight: int, mode: Mode) -> None:
     model = tiny_model()
     streams = [
-        tiny_stream(0, seed=1),
-        tiny_stream(1, seed=2, guidance_scale=1.0, num_chunks=2),
-        tiny_stream(2, seed=3, start="clip", end="cut", num_chunks=3),
-        tiny_stream(3, seed=4, start="chunk", num_chunks=1),
+        tiny_stream(0, seed=1, mode=mode),
+        tiny_stream(1, seed=2, guidance_scale=1.0, num_chunks=2, mode=mode),
+        tiny_stream(2, seed=3, start="clip", end="cut", num_chunks=3, mode=mode),
+        tiny_stream(3, seed=4, start="chunk", num_chunks=1, mode=mode),
+        tiny_stream(4, seed=5, context_chunks=0, mode=mode),
     ]
     engine = LocalEngine([Stage(model, blocks) for blocks in CUTS[num_stages]])
     chunks: dict[int, list] = {stream.id: [] for stream in streams}
@@ -44,11 +47,12 @@ def test_stages_equal_the_sampler(num_stages: int, in_flight: int) -> None:
             assert torch.equal(clean.latents, reference.latents)
 
 
-def test_finished_streams_leave_nothing_behind() -> None:
+@pytest.mark.parametrize("mode", ["window", "causal"])
+def test_finished_streams_leave_nothing_behind(mode: Mode) -> None:
     stages = [Stage(tiny_model(), blocks) for blocks in CUTS[2]]
-    list(LocalEngine(stages).run([tiny_stream(0), tiny_stream(1, seed=1)], 2))
+    list(LocalEngine(stages).run([tiny_stream(0, mode=mode), tiny_stream(1, seed=1, mode=mode)], 2))
     for stage in stages:
-        tables = (stage._streams, stage._windows, stage._inputs, stage._velocities)
+        tables = (stage._streams, stage._windows, stage._inputs, stage._velocities, stage._memories)
         assert not any(tables)
         assert not stage._texts._raw and not stage._texts._tokens and not stage._texts.cache._pairs
 
@@ -81,11 +85,13 @@ def test_order_runs_every_row_once_oldest_first(entries: list[tuple[int, int, in
     for join in log:
         mine = [(unit.row, unit.branch) for unit in units if unit.stream == join.stream]
         assert mine == [(row, b) for row in range(join.first_row, join.end_row) for b in range(join.branches)]
-        assert sum(u.starts_stream and u.opens_row for u in units if u.stream == join.stream) == 1
-        assert sum(u.ends_stream and u.closes_row for u in units if u.stream == join.stream) == 1
+        rows = join.end_row - join.first_row
+        assert [u.fed for u in units if u.stream == join.stream and u.opens] == [False] + [True] * (rows - 1)
+        assert [u.feeds for u in units if u.stream == join.stream and u.closes] == [True] * (rows - 1) + [False]
+        assert sum(u.ends_stream and u.closes for u in units if u.stream == join.stream) == 1
     # Branches of a row are adjacent, and a stream never runs two rows ahead of another one that joined with it.
     for first, second in pairwise(units):
-        if not first.closes_row:
+        if not first.closes:
             assert (second.stream, second.row, second.branch) == (first.stream, first.row, first.branch + 1)
 
 

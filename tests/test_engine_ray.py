@@ -17,6 +17,8 @@ from pavdm_dist.engine.partition import Costs, partition
 from pavdm_dist.engine.placement import fits
 from pavdm_dist.engine.renderer import RayEngine
 from pavdm_dist.errors import ConfigError, EngineError
+from pavdm_dist.schedule import Mode, PlanRow
+from pavdm_dist.stream import Stream
 
 pytestmark = pytest.mark.timeout(120)
 BLOCKS = 4
@@ -33,18 +35,19 @@ def _cut(num_stages: int) -> list[tuple[int, int]]:
     return partition(Costs((1.0,) * BLOCKS), num_stages)
 
 
-def _streams() -> list:
+def _streams(mode: Mode) -> list:
     return [
-        tiny_stream(10, seed=1),
-        tiny_stream(11, seed=2, guidance_scale=1.0, num_chunks=2),
-        tiny_stream(12, seed=3, start="clip", end="cut", num_chunks=3),
-        tiny_stream(13, seed=4, start="chunk", num_chunks=1),
+        tiny_stream(10, seed=1, mode=mode),
+        tiny_stream(11, seed=2, guidance_scale=1.0, num_chunks=2, mode=mode),
+        tiny_stream(12, seed=3, start="clip", end="cut", num_chunks=3, mode=mode),
+        tiny_stream(13, seed=4, start="chunk", num_chunks=1, mode=mode),
     ]
 
 
 @pytest.mark.parametrize(("num_stages", "in_flight"), [(1, 2), (2, 1), (2, 3), (3, 2), (4, 4)])
-def test_actors_equal_the_sampler(ray_cluster: None, folder: Path, num_stages: int, in_flight: int) -> None:
-    streams = _streams() if num_stages != 3 else _streams()[::-1]  # another order of arrival
+@pytest.mark.parametrize("mode", ["window", "causal"])
+def test_actors_equal_the_sampler(ray_cluster: None, folder: Path, num_stages: int, in_flight: int, mode: Mode) -> None:
+    streams = _streams(mode) if num_stages != 3 else _streams(mode)[::-1]  # another order of arrival
     snapshots: dict[int, list] = {stream.id: [] for stream in streams}
     chunks: dict[int, list] = {stream.id: [] for stream in streams}
     with RayEngine(str(folder), _cut(num_stages), EngineOptions(num_stages, trace=True)) as engine:
@@ -59,11 +62,19 @@ def test_actors_equal_the_sampler(ray_cluster: None, folder: Path, num_stages: i
         for clean, reference in zip(chunks[stream.id], expected, strict=True):
             assert torch.equal(clean.latents, reference.latents)
         assert len(snapshots[stream.id]) == stream.plan.num_chunks
-    units = sum(stream.plan.num_rows * stream.branches for stream in streams)
+    units = sum(stream.branches * len(_frames(stream, row)) for stream in streams for row in stream.plan.rows())
     orders = [[span.unit for span in report.trace] for report in reports]
     assert all(order == orders[0] for order in orders) and len(orders[0]) == units
     assert [unit.order for unit in orders[0]] == list(range(units))
     _check_bytes(streams, reports, num_stages)
+
+
+def _frames(stream: Stream, row: PlanRow) -> list[int]:
+    """Latent frames of every micro-batch of a row."""
+    size = stream.plan.latent_chunk_size
+    if stream.mode == "window":
+        return [len(row.window) * size]
+    return [size] * len(stream.plan.parts(row.index))
 
 
 def _check_bytes(streams: list, reports: list, num_stages: int) -> None:
@@ -72,16 +83,20 @@ def _check_bytes(streams: list, reports: list, num_stages: int) -> None:
     forward = back = 0
     for stream in streams:
         for row in stream.plan.rows():
-            frames = len(row.window) * stream.plan.latent_chunk_size
-            forward += stream.branches * (64 + 4 * frames * dim * (tokens + 6 + 1))
-            if row.index:
-                back += 64 + 4 * 4 * frames * 4 * 6
+            for frames in _frames(stream, row):
+                forward += stream.branches * (64 + 4 * frames * dim * (tokens + 6 + 1))
+            if row.index and stream.mode == "window":
+                back += 64 + 4 * 4 * sum(_frames(stream, row)) * 4 * 6
+            elif row.index:  # everything that was there at the row before and is still read
+                returned = set(row.window) & set(stream.plan.row(row.index - 1).chunks)
+                back += len(returned) * (64 + 4 * 4 * stream.plan.latent_chunk_size * 4 * 6)
     assert [report.bytes_forward for report in reports] == [forward] * (num_stages - 1) + [0]
     assert [report.bytes_feedback for report in reports] == [0] * (num_stages - 1) + [back]
 
 
-def test_snapshot_goes_on_bitwise(ray_cluster: None, folder: Path) -> None:
-    stream = tiny_stream(0, seed=5)
+@pytest.mark.parametrize("mode", ["window", "causal"])
+def test_snapshot_goes_on_bitwise(ray_cluster: None, folder: Path, mode: Mode) -> None:
+    stream = tiny_stream(0, seed=5, mode=mode)
     snapshots = []
     with RayEngine(str(folder), _cut(2), EngineOptions(2)) as engine:
         whole = [f.clean for f in engine.run([stream], on_snapshot=lambda _, snap: snapshots.append(snap))]

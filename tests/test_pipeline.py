@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import CheckpointError, ConfigError, MediaError
 from pavdm_dist.io.latents import latents_sha256, read_latents
+from pavdm_dist.io.metadata import read_sidecar
 from pavdm_dist.io.video import export_to_video, read_clip
 from pavdm_dist.observe import ChunkProgress
 from pavdm_dist.pipeline import PAVDMPipeline
@@ -63,6 +65,22 @@ def test_any_number_of_stages_writes_the_same_video(ray_cluster: None, model: Pa
         assert latents_sha256(latents) == results[stages]["latents_sha256"]
     assert len({result["latents_sha256"] for result in results.values()}) == 1
     assert len({(tmp_path / f"{stages}.mp4").read_bytes() for stages in results}) == 1
+
+
+@pytest.mark.timeout(120)
+def test_causal_needs_a_checkpoint_that_was_trained_for_it(ray_cluster: None, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"mode=causal: .*no training .*allow_untrained_causal=true"):
+        _render(model, tmp_path / "refused.mp4", num_frames=23, mode="causal")
+    settings = {"num_frames": 23, "mode": "causal", "allow_untrained_causal": True}
+    with pytest.raises(ConfigError, match="context_chunks=2: mode=causal takes 0 or 1"):
+        _render(model, tmp_path / "refused.mp4", context_chunks=2, **settings)
+    found = {
+        stages: _render(model, tmp_path / f"{stages}.mp4", num_stages=stages, **settings)[0]["latents_sha256"]
+        for stages in (0, 2)
+    }
+    window = _render(model, tmp_path / "window.mp4", num_frames=23)[0]["latents_sha256"]
+    assert found[0] == found[2] != window
+    assert read_sidecar(tmp_path / "2.mp4")["extra"]["sampling"]["mode"] == "causal"
 
 
 @pytest.mark.timeout(120)
@@ -194,6 +212,8 @@ def test_plan_report_is_the_worked_example(model: Path) -> None:
     assert report["latent_evaluations"] == 14825
     assert report["first_chunk_after_calls"] == 30
     assert report["pipeline_utilisation"] == pytest.approx(2 / 3, abs=1e-4)
+    causal = replace(config, mode="causal", allow_untrained_causal=True)
+    assert plan_report(causal, chunks=84)["pipeline_utilisation"] == 1
     assert report["layer_split"] == [[0, 3], [3, 4]], "this tiny model's decoder weighs as much as its blocks"
     config.cpus_per_decoder = 1
     assert plan_report(config, chunks=84)["layer_split"] == [[0, 2], [2, 4]]

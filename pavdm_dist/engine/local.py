@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from pavdm_dist.engine.order import Join, Unit, epochs
+from pavdm_dist.engine.order import Join, Unit, epochs, join_of
 from pavdm_dist.engine.stage import RowDone, Stage
 from pavdm_dist.models.base import Activation
 from pavdm_dist.stream import Stream
@@ -31,7 +31,7 @@ class LocalEngine:
                 return None
             for stage in self._stages:
                 stage.prepare(stream)
-            return Join(stream.id, epoch, stream.first_row, stream.plan.num_rows, stream.branches)
+            return join_of(stream, epoch)
 
         for units in epochs(enter, streams_in_flight):
             for unit in units:
@@ -47,5 +47,5 @@ class LocalEngine:
         if not isinstance(result, RowDone):
             return None
         if result.latents is not None:
-            self._stages[0].feed(unit.stream, result.latents)
+            self._stages[0].feed(unit.stream, unit.chunk, result.latents)
         return result.clean

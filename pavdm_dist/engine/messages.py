@@ -28,7 +28,7 @@ class Header:
         generation: which gang of actors sent it; a rebuilt gang never accepts an older one's messages.
         kind: ACTIVATION, LATENTS or WARM_UP.
         order: position of the unit in the run's order.
-        stream, row, chunk, branch: the unit; ``chunk`` is -1 when the unit is a whole window.
+        stream, row, chunk, branch: the unit; ``chunk`` is ``order.WHOLE`` when the unit is a whole window.
         numel: elements of the payload.
     """
 

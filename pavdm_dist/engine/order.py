@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pavdm_dist.schedule import WindowPlan
+from pavdm_dist.stream import Stream
 
 # Rows every stream advances in one epoch. A log entry takes effect at an epoch's first row; the driver seals
 # epochs ahead of the stages, so more rows mean fewer control messages and later joins.
@@ -45,8 +46,10 @@ class Unit:
         stream: stream id.
         row: row of the stream's plan.
         branch: guidance branch.
-        opens_row, closes_row: first or last branch of the row (of the row's chunk, where units are chunks).
-        starts_stream, ends_stream: the row is the first or last one the stream runs here.
+        opens, closes: first or last branch of the micro-batch.
+        fed: its latents come back from the last stage; those of a stream's first row and newborn chunks do not.
+        feeds: the last stage sends the latents it updates back, for the next row.
+        ends_stream: nothing of the stream follows its last branch.
         chunk: index of the chunk; ``WHOLE`` when the unit is the whole window.
         context: the chunk is clean: it gets no update, later units of the shift attend to it.
     """
@@ -55,9 +58,10 @@ class Unit:
     stream: int
     row: int
     branch: int
-    opens_row: bool
-    closes_row: bool
-    starts_stream: bool
+    opens: bool
+    closes: bool
+    fed: bool
+    feeds: bool
     ends_stream: bool
     chunk: int = WHOLE
     context: bool = False
@@ -73,30 +77,44 @@ def epoch_units(log: Sequence[Join], epoch: int, first_order: int) -> list[Unit]
     """
     return [
         Unit(first_order + offset, join.stream, row, branch, branch == 0, branch == join.branches - 1,
-             row == join.first_row, row == join.end_row - 1, chunk, context)
-        for offset, (join, row, chunk, context, branch) in enumerate(_slots(log, epoch))
+             part.fed and branch == 0, part.feeds and branch == join.branches - 1,
+             part.last and row == join.end_row - 1, part.chunk, part.context)
+        for offset, (join, row, part, branch) in enumerate(_slots(log, epoch))
     ]  # fmt: skip
 
 
-def _slots(log: Sequence[Join], epoch: int) -> Iterator[tuple[Join, int, int, bool, int]]:
+def _slots(log: Sequence[Join], epoch: int) -> Iterator[tuple[Join, int, _Part, int]]:
     for tick in range(ROWS_PER_EPOCH):
         for join in log:
             row = join.first_row + (epoch - join.epoch) * ROWS_PER_EPOCH + tick
             if join.epoch <= epoch and row < join.end_row:
-                for chunk, context in _parts(join, row):
+                for part in _parts(join, row):
                     for branch in range(join.branches):
-                        yield join, row, chunk, context, branch
+                        yield join, row, part, branch
 
 
-def _parts(join: Join, row: int) -> Iterator[tuple[int, bool]]:
-    """Chunks of a row in order, and whether each is context."""
-    if join.chunk_plan is None:
-        yield WHOLE, False
-        return
-    now = join.chunk_plan.row(row)
-    known = join.chunk_plan.row(row - 1).context if row > join.first_row else ()
-    yield from ((chunk, True) for chunk in now.context if chunk not in known)
-    yield from ((chunk, False) for chunk in now.chunks)
+@dataclass(frozen=True)
+class _Part:
+    """A micro-batch of a row; ``last`` of it."""
+
+    chunk: int
+    context: bool
+    fed: bool
+    feeds: bool
+    last: bool
+
+
+def _parts(join: Join, row: int) -> list[_Part]:
+    starts, ends, plan = row == join.first_row, row == join.end_row - 1, join.chunk_plan
+    if plan is None:
+        return [_Part(WHOLE, False, not starts, not ends, True)]
+    parts = plan.parts(row, join.first_row)
+    before = () if starts else plan.row(row - 1).chunks
+    after = () if ends else plan.row(row + 1).window
+    return [
+        _Part(chunk, context, chunk in before, chunk in after and not context, (chunk, context) == parts[-1])
+        for chunk, context in parts
+    ]
 
 
 def epochs(enter: Callable[[int], Join | None], streams_in_flight: int) -> Iterator[list[Unit]]:
@@ -121,3 +139,9 @@ def epochs(enter: Callable[[int], Join | None], streams_in_flight: int) -> Itera
 def is_active(join: Join, epoch: int) -> bool:
     """Whether a stream still has units in ``epoch``."""
     return join.first_row + (epoch - join.epoch) * ROWS_PER_EPOCH < join.end_row
+
+
+def join_of(stream: Stream, epoch: int) -> Join:
+    """A stream's entry at the first row of ``epoch``."""
+    plan = stream.plan if stream.mode == "causal" else None
+    return Join(stream.id, epoch, stream.first_row, stream.plan.num_rows, stream.branches, plan)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.engine.order import Join, is_active
+from pavdm_dist.engine.order import Join, is_active, join_of
 from pavdm_dist.engine.placement import connect, place
 from pavdm_dist.engine.runner import RunReport
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
@@ -166,7 +166,7 @@ class RayEngine:
                 assert stream.plan.num_chunks is not None
                 self._last_chunk[stream.id] = stream.plan.num_chunks - 1
             self._call(calls)
-            joins.append(Join(stream.id, self._epoch, stream.first_row, stream.plan.num_rows, stream.branches))
+            joins.append(join_of(stream, self._epoch))
         return joins
 
     def _seal(self, joins: list[Join]) -> None:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pavdm_dist.engine.messages import ACTIVATION, LATENTS, Header, Layout
 from pavdm_dist.engine.order import Join, Unit, epoch_units, is_active
@@ -106,7 +106,7 @@ class StageRunner:
         links: how it is connected.
         feed: the order.
         generation: stamped on and demanded of every message.
-        emit: called on the last stage with (stream id, result) for every row that made a chunk clean.
+        emit: called on the last stage with (stream id, result) after every row that made a chunk clean.
         epoch_done: called with the epoch after its last unit.
         trace: keep a :class:`Span` per unit (unbounded memory: for measurements only).
     """
@@ -126,7 +126,7 @@ class StageRunner:
         self._pending: deque[Unit] = deque()
         self._ends: deque[int] = deque()
         self._posted_until = 0
-        self._closing_order: dict[int, int] = {}
+        self._closing_order: dict[tuple[int, int], int] = {}
 
     def run(self) -> RunReport:
         """Blocks until the feed stops; raises what the stage or a link raises."""
@@ -136,9 +136,9 @@ class StageRunner:
             ready = time.monotonic()
             incoming = self._receive(unit)
             start = time.monotonic()
-            if self._stage.first and unit.closes_row and not unit.ends_stream:
-                self._closing_order[unit.stream] = unit.order
-                self._feedback().post(self._stage.latents_layout(unit))
+            if self._stage.first and unit.feeds:
+                self._closing_order[unit.stream, unit.chunk] = unit.order
+                self._feedback().post(self._stage.latents_layout(unit.stream, unit.row + 1, unit.chunk))
             layouts = self._layouts(unit)
             result = self._stage.run(unit, incoming)
             end = time.monotonic()
@@ -178,20 +178,20 @@ class StageRunner:
             layout = self._stage.activation_layout(unit)
             header = self._header(ACTIVATION, unit, unit.order, layout.numel)
             return Activation(*upstream.receive(header, layout))
-        if unit.opens_row and not unit.starts_stream:
-            previous = Unit(
-                self._closing_order.pop(unit.stream), unit.stream, unit.row - 1, 0, False, True, False, False
-            )
-            layout = self._stage.latents_layout(previous)
-            header = self._header(LATENTS, previous, previous.order, layout.numel)
+        if unit.fed:
+            order = self._closing_order.pop((unit.stream, unit.chunk))
+            layout = self._stage.latents_layout(unit.stream, unit.row, unit.chunk)
+            header = self._header(LATENTS, replace(unit, row=unit.row - 1), order, layout.numel, branch=0)
             (latents,) = self._feedback().receive(header, layout)
-            self._stage.feed(unit.stream, latents)
+            self._stage.feed(unit.stream, unit.chunk, latents)
         return None
 
     def _layouts(self, unit: Unit) -> tuple[Layout | None, Layout | None]:
         """What this unit may send, computed while the stage still knows the stream."""
         forward = self._stage.activation_layout(unit) if self._links.downstream is not None else None
-        back = self._stage.latents_layout(unit) if unit.closes_row and not unit.ends_stream else None
+        back = None
+        if self._stage.last and unit.feeds:
+            back = self._stage.latents_layout(unit.stream, unit.row + 1, unit.chunk)
         return forward, back
 
     def _send(
@@ -213,7 +213,7 @@ class StageRunner:
 
     def _header(self, kind: int, unit: Unit, order: int, numel: int, branch: int | None = None) -> Header:
         branch = unit.branch if branch is None else branch
-        return Header(self._generation, kind, order, unit.stream, unit.row, -1, branch, numel)
+        return Header(self._generation, kind, order, unit.stream, unit.row, unit.chunk, branch, numel)
 
     def _feedback(self) -> Link:
         assert self._links.feedback is not None, "only the first and last stage have a feedback link"

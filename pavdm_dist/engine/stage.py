@@ -10,22 +10,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pavdm_dist.denoiser import TextBank
+from pavdm_dist.denoiser import TextBank, chunk_context
 from pavdm_dist.engine.messages import Layout
-from pavdm_dist.engine.order import Unit
-from pavdm_dist.models.base import Activation, Backbone, BlockContext, Grid
+from pavdm_dist.engine.order import WHOLE, Unit
+from pavdm_dist.models.base import Activation, Backbone, BlockContext, ChunkMemory, Grid
 from pavdm_dist.sampler import guide
+from pavdm_dist.schedule import PlanRow
 from pavdm_dist.stream import Stream
 from pavdm_dist.window import CleanChunk, Window, WindowSnapshot, row_levels
 
 
 @dataclass(frozen=True)
 class RowDone:
-    """What the last stage has after a row.
+    """What the last stage has after a micro-batch whose branches are all there.
 
     Attributes:
-        latents: input of the next row, ``[1, C, F, h, w]`` float32; None after the stream's last row.
-        clean: the chunk that became clean, if any.
+        latents: its input at the next row, ``[1, C, F, h, w]`` float32; None where there is none.
+        clean: after a row's last micro-batch, the chunk that became clean, if any.
         snapshot: state after the row, taken whenever a chunk became clean (a shift).
     """
 
@@ -51,8 +52,9 @@ class Stage:
         self._texts = TextBank(model, self.device)
         self._streams: dict[int, Stream] = {}
         self._windows: dict[int, Window] = {}
-        self._inputs: dict[int, Tensor] = {}
+        self._inputs: dict[int, dict[int, Tensor]] = {}
         self._velocities: dict[int, list[Tensor]] = {}
+        self._memories: dict[int, list[ChunkMemory]] = {}
 
     def prepare(self, stream: Stream) -> None:
         """Takes a stream in before its first unit; computes nothing with the model."""
@@ -62,12 +64,17 @@ class Stage:
             self._velocities[stream.id] = []
         if self.first:
             window = self._windows.get(stream.id) or stream.window(self.device)
-            self._inputs[stream.id] = window.inputs(stream.plan.row(stream.first_row))[0]
+            row = stream.plan.row(stream.first_row)
+            inputs = {chunk: window.chunk(chunk) for chunk in row.window}
+            if stream.mode == "window":
+                inputs = {WHOLE: torch.cat(list(inputs.values()), dim=2)}
+            self._inputs[stream.id] = inputs
+        self._memories[stream.id] = [ChunkMemory() for _ in range(stream.branches)]
         self._streams[stream.id] = stream
 
-    def feed(self, stream: int, latents: Tensor) -> None:
-        """First stage: the latents ``[1, C, F, h, w]`` of the stream's next row."""
-        self._inputs[stream] = latents
+    def feed(self, stream: int, chunk: int, latents: Tensor) -> None:
+        """First stage: latents ``[1, C, F, h, w]`` for the stream's next row, of one chunk or of the whole window."""
+        self._inputs[stream][chunk] = latents
 
     @torch.inference_mode()
     def run(self, unit: Unit, incoming: Activation | None) -> Activation | RowDone | None:
@@ -78,63 +85,93 @@ class Stage:
             incoming: what the previous stage sent; None on the first stage.
 
         Returns:
-            The activation for the next stage; on the last stage a :class:`RowDone` when the unit closes its
-            row, else None.
+            The activation for the next stage; on the last stage a :class:`RowDone` after the last branch of what is
+            updated, else None.
         """
         stream = self._streams[unit.stream]
         row = stream.plan.row(unit.row)
-        grid = self._grid(stream, len(row.window))
-        text = self._texts.runs(stream, row, unit.branch)
-        context = BlockContext(grid, text, text_cache=self._texts.cache)
-        levels = row_levels(row, stream.schedule.levels, stream.plan.latent_chunk_size)[None].to(self.device)
+        context = self._context(stream, row, unit)
+        levels = self._levels(stream, row, unit)
         if incoming is None:
-            incoming = self.model.embed(self._inputs[unit.stream], levels, stream.info)
+            incoming = self.model.embed(self._input(unit, stream), levels, stream.info)
         activation = incoming
         for index in range(*self.blocks):
             activation = self.model.block(index, activation, context)
-        if not self.last:
+        if not self.last or unit.context:
             self._forget(unit)
-            return activation
-        x, _ = self._windows[unit.stream].inputs(row)
-        velocity = self.model.to_velocity(self.model.head(activation, grid), x, levels)
+            return None if self.last else activation
+        window = self._windows[unit.stream]
+        x = window.inputs(row)[0] if unit.chunk == WHOLE else window.chunk(unit.chunk)
+        velocity = self.model.to_velocity(self.model.head(activation, context.grid), x, levels)
         self._velocities[unit.stream].append(velocity)
-        if not unit.closes_row:
-            return None
-        return self._close_row(unit, stream)
+        return self._update(unit, stream, row) if unit.closes else None
 
     def activation_layout(self, unit: Unit) -> Layout:
         """Shapes of the activation that crosses a stage boundary for a unit."""
         stream = self._streams[unit.stream]
-        grid = self._grid(stream, len(stream.plan.row(unit.row).window))
+        grid = self._grid(stream, self._chunks(stream, unit.row, unit.chunk))
         dim = self.model.spec.hidden_size
         shapes = ((1, grid.frames, grid.tokens_per_frame, dim), (1, grid.frames, 6 * dim), (1, grid.frames, dim))
         return Layout(shapes, self.dtype)
 
-    def latents_layout(self, unit: Unit) -> Layout:
-        """Shape of the latents that go back to the first stage after a unit: the *next* row's input."""
-        stream = self._streams[unit.stream]
-        chunks = len(stream.plan.row(unit.row + 1).window)
+    def latents_layout(self, stream_id: int, row: int, chunk: int) -> Layout:
+        """Shape of the latents that come back to the first stage as input of ``row``."""
+        stream = self._streams[stream_id]
         channels, height, width = stream.latent_shape
-        return Layout(((1, channels, chunks * stream.plan.latent_chunk_size, height, width),), torch.float32)
+        frames = self._chunks(stream, row, chunk) * stream.plan.latent_chunk_size
+        return Layout(((1, channels, frames, height, width),), torch.float32)
 
-    def _close_row(self, unit: Unit, stream: Stream) -> RowDone:
+    def _context(self, stream: Stream, row: PlanRow, unit: Unit) -> BlockContext:
+        if unit.chunk == WHOLE:
+            grid, text = self._grid(stream, len(row.window)), self._texts.runs(stream, row, unit.branch)
+            return BlockContext(grid, text, text_cache=self._texts.cache)
+        memory = self._memories[unit.stream][unit.branch]
+        return chunk_context(self.model, stream, row, unit.chunk, unit.branch, self._texts, memory, unit.context)
+
+    def _levels(self, stream: Stream, row: PlanRow, unit: Unit) -> Tensor:
+        size = stream.plan.latent_chunk_size
+        levels = row_levels(row, stream.schedule.levels, size)[None]
+        if unit.chunk != WHOLE:
+            first = row.window.index(unit.chunk) * size
+            levels = levels[:, first : first + size]
+        return levels.to(self.device)
+
+    def _input(self, unit: Unit, stream: Stream) -> Tensor:
+        """First stage: latents of the unit, kept until its last branch has read them."""
+        inputs = self._inputs[unit.stream]
+        if unit.chunk not in inputs:
+            inputs[unit.chunk] = stream.noise(unit.chunk, self.device).unsqueeze(0)
+        return inputs.pop(unit.chunk) if unit.closes else inputs[unit.chunk]
+
+    def _update(self, unit: Unit, stream: Stream, row: PlanRow) -> RowDone:
+        """Last stage: guidance and the Euler step of the unit's chunks; after a row's last unit, its end."""
         window = self._windows[unit.stream]
         velocity = guide(self._velocities[unit.stream], stream.guidance_scale)
         self._velocities[unit.stream] = []
-        clean = window.update(stream.plan.row(unit.row), velocity)
+        clean = None
+        if unit.chunk == WHOLE:
+            clean = window.update(row, velocity)
+        else:
+            window.advance(row, unit.chunk, velocity)
+            if unit.chunk == row.chunks[-1]:
+                clean = window.close(row)
         latents = None
-        if not unit.ends_stream:
-            latents = window.inputs(stream.plan.row(unit.row + 1))[0]
+        if unit.feeds:
+            following = stream.plan.row(unit.row + 1)
+            latents = window.inputs(following)[0] if unit.chunk == WHOLE else window.chunk(unit.chunk)
         snapshot = window.snapshot() if clean is not None else None
         self._forget(unit)
         return RowDone(latents, clean, snapshot)
+
+    def _chunks(self, stream: Stream, row: int, chunk: int) -> int:
+        return len(stream.plan.row(row).window) if chunk == WHOLE else 1
 
     def _grid(self, stream: Stream, chunks: int) -> Grid:
         _, height, width = stream.latent_shape
         return self.model.grid(chunks * stream.plan.latent_chunk_size, height, width)
 
     def _forget(self, unit: Unit) -> None:
-        if unit.ends_stream and unit.closes_row:
+        if unit.ends_stream and unit.closes:
             self._texts.remove(self._streams.pop(unit.stream))
-            for table in (self._windows, self._inputs, self._velocities):
+            for table in (self._windows, self._inputs, self._velocities, self._memories):
                 table.pop(unit.stream, None)

@@ -7,6 +7,8 @@ temporal attention mixes the F frames at a place; cross-attention and the MLP ac
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pavdm_dist.models.base import BlockContext, TextRun
+
+Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 ROPE_BASE = 10000.0
 NORM_EPS = 1e-6
@@ -56,10 +60,10 @@ class RotaryTable(nn.Module):
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         self.register_buffer("freqs", ROPE_BASE**-exponents)
 
-    def forward(self, frames: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines ``[frames, head_dim / 2]`` for positions 0 .. frames - 1 of the window."""
+    def forward(self, frames: int, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[frames, head_dim / 2]`` for places first .. first + frames - 1 of the window."""
         freqs = self.freqs.float()
-        angles = torch.arange(frames, dtype=torch.float32, device=freqs.device)[:, None] * freqs
+        angles = torch.arange(first, first + frames, dtype=torch.float32, device=freqs.device)[:, None] * freqs
         return angles.cos(), angles.sin()
 
 
@@ -97,10 +101,21 @@ class SelfAttention(nn.Module):
         out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
         return self.proj(rearrange(out, "b f n s d -> b f s (n d)"))
 
-    def temporal(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """``x [b, F, S, D]``: every place attends over frames; ``mask [F, F]`` is True where attention is allowed."""
+    def temporal(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, extend: Extend | None = None
+    ) -> Tensor:
+        """``x [b, F, S, D]``: every place attends over frames.
+
+        Args:
+            x: tokens.
+            rotary: of the frames' places.
+            mask: ``[F, F]``, True where attention is allowed.
+            extend: takes the rotated keys and the values ``[b, S, heads, F, d]``, gives all that may be attended to.
+        """
         q, k, v = rearrange(self.qkv(x), "b f s (three n d) -> three b s n f d", three=3, n=self.num_heads)
         q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
+        if extend is not None:
+            k, v = extend(k, v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(rearrange(out, "b s n f d -> b f s (n d)"))
 
@@ -189,7 +204,11 @@ class STDiT3Block(nn.Module):
         parts = (self.scale_shift_table + modulation).unsqueeze(-2).unbind(dim=2)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
         y = modulate(x, shift_attn, scale_attn)
-        y = self.attn.spatial(y) if rotary is None else self.attn.temporal(y, rotary, mask)
+        if rotary is None:
+            y = self.attn.spatial(y)
+        else:
+            extend = None if context.memory is None else partial(context.memory.extend, index)
+            y = self.attn.temporal(y, rotary, mask, extend)
         x = torch.addcmul(x, gate_attn, y)
         x = x + self.cross_attn(x, index, context)
         return torch.addcmul(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp)))

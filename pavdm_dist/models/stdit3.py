@@ -57,6 +57,7 @@ class STDiT3Config:
     qk_norm: bool = True
     pred_sigma: bool = True
     level_support: LevelSupport = "mixed-trained"
+    causal_trained: bool = False  # whether the weights met the chunk-causal mask in training
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
@@ -174,7 +175,7 @@ class STDiT3(nn.Module):
         rotary, mask = None, None
         if index % 2:
             block = self.temporal_blocks[index // 2]
-            rotary = self.rope(context.grid.frames)
+            rotary = self.rope(context.grid.frames, context.first_frame)
             mask = _chunk_causal_mask(context, activation.hidden.device)
         else:
             block = self.spatial_blocks[index // 2]

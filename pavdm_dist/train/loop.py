@@ -200,7 +200,7 @@ class Trainer:
             "latent_chunk_size": o.latent_chunk_size,
             "context_chunks": o.context_chunks,
             "time_shift": o.time_shift,
-            "guidance_scale": 2.0,
+            "guidance_scale": 3.0,
             "height": SIZE,
             "width": SIZE,
             "fps": FPS,
@@ -272,6 +272,7 @@ def _build(config: TrainConfig, channels: int) -> TextToVideo:
         model_max_length=m.model_max_length,
         pred_sigma=False,
         level_support="staircase-trained",
+        causal_trained=config.objective.causal_share > 0,
     )
     transformer = STDiT3(shape)
     transformer.init_weights()
