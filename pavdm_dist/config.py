@@ -92,8 +92,8 @@ class CodecSettings:
     dim_mult: list[int] = field(default_factory=lambda: [1, 4, 4])
     batch_size: int = 4
     learning_rate: float = 2e-3
-    budget_seconds: float = 1080.0  # encoder and decoder together
-    decoder_seconds: float = 4200.0  # then the decoder alone
+    budget_seconds: float = 5400.0  # encoder and decoder together
+    decoder_seconds: float = 1500.0  # then the decoder alone
     bfloat16: bool = True
 
 

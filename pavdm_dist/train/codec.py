@@ -76,8 +76,8 @@ class CodecTraining:
     decoder_base_dim: int = 24
     dim_mult: tuple[int, int, int] = (1, 4, 4)
     num_res_blocks: int = 1
-    budget_seconds: float = 1080.0
-    decoder_seconds: float = 4200.0
+    budget_seconds: float = 5400.0
+    decoder_seconds: float = 1500.0
     num_frames: int = 17
     moments: int = 4
     crop: int = 32
