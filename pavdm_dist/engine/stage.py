@@ -93,7 +93,7 @@ class Stage:
         context = self._context(stream, row, unit)
         levels = self._levels(stream, row, unit)
         if incoming is None:
-            incoming = self.model.embed(self._input(unit, stream), levels, stream.info)
+            incoming = self.model.embed(self._input(unit, stream, row), levels, stream.info)
         activation = incoming
         for index in range(*self.blocks):
             activation = self.model.block(index, activation, context)
@@ -136,10 +136,10 @@ class Stage:
             levels = levels[:, first : first + size]
         return levels.to(self.device)
 
-    def _input(self, unit: Unit, stream: Stream) -> Tensor:
+    def _input(self, unit: Unit, stream: Stream, row: PlanRow) -> Tensor:
         """First stage: latents of the unit, kept until its last branch has read them."""
         inputs = self._inputs[unit.stream]
-        if unit.chunk not in inputs:
+        if unit.chunk in row.born and unit.chunk not in inputs:
             inputs[unit.chunk] = stream.noise(unit.chunk, self.device).unsqueeze(0)
         return inputs.pop(unit.chunk) if unit.closes else inputs[unit.chunk]
 
