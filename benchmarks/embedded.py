@@ -25,7 +25,7 @@ import torch
 from common import machine, machine_line, parser
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.denoiser import denoiser_of
+from pavdm_dist.denoiser import StreamDenoiser
 from pavdm_dist.errors import PAVDMError
 from pavdm_dist.evaluate.judge import Judge
 from pavdm_dist.evaluate.prompts import parse_prompt
@@ -150,7 +150,7 @@ def generate(checkpoint: Checkpoint, prompt: str, job: Job) -> np.ndarray:
     """Frames of one sampled video; its seed is the job's number."""
     params = SamplingParams.resolve(checkpoint, guidance_scale=job.guidance_scale, mode=job.mode)
     stream = build_stream(VideoRequest(prompt, job.number, job.frames), 0, params, checkpoint)
-    denoise = denoiser_of(checkpoint.backbone, stream)
+    denoise = StreamDenoiser(checkpoint.backbone, stream)
     decoder = checkpoint.codec.decoder()
     parts = [decoder.decode(chunk.latents) for chunk in sample(stream.window(), denoise, stream.guidance_scale)]
     return torch.cat(parts)[: job.frames].numpy()

@@ -30,6 +30,7 @@ from pavdm_dist.models.stdit3 import STDiT3
 from pavdm_dist.schedule import Mode, NoiseSchedule, WindowPlan
 from pavdm_dist.simulate import Machine, simulate
 from pavdm_dist.stream import Conditioning, Stream
+from pavdm_dist.units import MicroBatches
 
 BRANCHES, STAGES, TEXT_LEN, CELLS = 2, 2, 16, 16
 CASES: tuple[tuple[Mode, int], ...] = (("window", 1), ("window", 2), ("causal", 1))
@@ -158,7 +159,7 @@ def _bytes(model: STDiT3, chunks: int, videos: int, mode: Mode) -> int:
     dim, patches, total = model.spec.hidden_size, (CELLS // 2) ** 2, 0
     for plan in (_plan(1), _plan(chunks)):
         for row in plan.rows():
-            parts = [1] * len(plan.parts(row.index)) if mode == "causal" else [len(row.window)]
+            parts = [1] * len(MicroBatches(plan, mode).parts(row.index)) if mode == "causal" else [len(row.window)]
             total += sum(BRANCHES * (64 + 4 * 5 * part * dim * (patches + 6 + 1)) for part in parts)
     return total * videos
 

@@ -36,6 +36,17 @@ class PromptChange:
 
 
 @dataclass
+class DisplacedConfig:
+    """When mode displaced is exact; see ``units.Displaced``."""
+
+    resync_every_steps: int | None = 25  # exact every so many steps; 1 = always, null = never
+    exact_steps: int = 0  # exact steps at the start
+    exact_growing: bool = True  # exact while the window grows
+    exact_draining: bool = False  # and while it drains
+    context_refresh: Literal["shift", "step"] = "shift"  # when the clean chunk is run again
+
+
+@dataclass
 class SampleConfig:
     """Everything ``pavdm sample`` and ``pavdm plan`` know. ``None`` means the checkpoint's own default."""
 
@@ -63,8 +74,9 @@ class SampleConfig:
     start: Literal["noise", "chunk", "clip"] = "noise"
     end: Literal["drain", "cut"] = "drain"
     # where it runs
-    mode: Literal["window", "causal"] = "window"  # causal: a chunk sees itself and cleaner ones, and is a unit
+    mode: Literal["window", "causal", "displaced"] = "window"  # which chunks see each other; see README
     allow_untrained_causal: bool = False  # mode=causal although the weights never met its mask
+    displaced: DisplacedConfig = field(default_factory=DisplacedConfig)  # of mode=displaced
     num_stages: int = 0  # 0 = in this process, without Ray
     threads_per_stage: int = 1
     streams: int = 1  # videos in flight

@@ -7,9 +7,11 @@ import threading
 import torch
 from torch import Tensor
 
-from pavdm_dist.models.base import Backbone, BlockContext, ChunkMemory, TextCache, TextRun
-from pavdm_dist.schedule import PlanRow
+from pavdm_dist.models.base import Backbone, BlockContext, TextCache, TextRun
+from pavdm_dist.models.memory import ChunkMemory, DisplacedMemory, Memory
+from pavdm_dist.schedule import Mode, PlanRow
 from pavdm_dist.stream import Stream
+from pavdm_dist.units import WHOLE
 
 
 class TextBank:
@@ -80,7 +82,7 @@ class ModelDenoiser:
         backbone: the whole model.
         stream: what is sampled.
         texts: its texts, when several streams share them.
-        causal: mask by chunks: a chunk attends to itself and to cleaner ones. What :class:`CausalDenoiser` computes
+        causal: mask by chunks: a chunk attends to itself and to cleaner ones. What :class:`StreamDenoiser` computes
             chunk by chunk, in one forward over the whole window.
     """
 
@@ -103,11 +105,11 @@ class ModelDenoiser:
         return model.to_velocity(model.head(activation, grid), x, levels)
 
 
-class CausalDenoiser:
-    """Mode causal: one chunk after the other, cleanest first, each attending to what cleaner ones left.
+class StreamDenoiser:
+    """Runs a stream's micro-batches one after the other, in its mode; the stages run the very same ones.
 
-    Equals :class:`ModelDenoiser` with ``causal=True`` up to rounding, without running the clean context at every row;
-    the stages run the very same micro-batches.
+    In mode causal it equals :class:`ModelDenoiser` with ``causal=True`` up to rounding, without running the clean
+    context at every row; in mode window it equals the one without.
 
     Args:
         backbone: the whole model.
@@ -117,20 +119,19 @@ class CausalDenoiser:
 
     def __init__(self, backbone: Backbone, stream: Stream, texts: TextBank | None = None) -> None:
         self._backbone, self._stream = backbone, stream
-        self._memories = [ChunkMemory() for _ in range(stream.branches)]
+        self._memories = memories_of(stream)
         self._texts = texts or TextBank(backbone)
         self._texts.add(stream)
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, levels: Tensor, row: PlanRow, branch: int) -> Tensor:
-        """``x [1, C, F, h, w]``, ``levels [1, F]`` -> velocity ``[1, C, F, h, w]``, float32; 0 for the context."""
-        model, size = self._backbone, self._stream.plan.latent_chunk_size
+        """``x [1, C, F, h, w]``, ``levels [1, F]`` -> velocity ``[1, C, F, h, w]``, float32; 0 for a clean chunk."""
+        model = self._backbone
         velocity = torch.zeros_like(x)
-        for chunk, is_context in self._stream.plan.parts(row.index, self._stream.first_row):
-            context = chunk_context(
-                model, self._stream, row, chunk, branch, self._texts, self._memories[branch], is_context
-            )
-            frames = slice(context.first_frame, context.first_frame + size)
+        for chunk, is_context in self._stream.batches.parts(row.index):
+            memory = self._memories[branch]
+            context = unit_context(model, self._stream, row, chunk, branch, self._texts, memory, is_context)
+            frames = slice(context.first_frame, context.first_frame + context.grid.frames)
             part, part_levels = x[:, :, frames].contiguous(), levels[:, frames]
             activation = model.embed(part, part_levels, self._stream.info)
             for index in range(model.spec.num_blocks):
@@ -140,29 +141,34 @@ class CausalDenoiser:
         return velocity
 
 
-def chunk_context(
+def memories_of(stream: Stream) -> list[Memory | None]:
+    """What the chunks of a stream leave for each other, per guidance branch; None in mode window."""
+    kinds: dict[Mode, type[ChunkMemory] | type[DisplacedMemory] | None]
+    kinds = {"window": None, "causal": ChunkMemory, "displaced": DisplacedMemory}
+    kind = kinds[stream.mode]
+    return [None if kind is None else kind() for _ in range(stream.branches)]
+
+
+def unit_context(
     backbone: Backbone,
     stream: Stream,
     row: PlanRow,
     chunk: int,
     branch: int,
     texts: TextBank,
-    memory: ChunkMemory,
+    memory: Memory | None,
     is_context: bool,
 ) -> BlockContext:
-    """What blocks read for one chunk of a row; tells the ``memory`` that the chunk begins."""
+    """What blocks read for one micro-batch of a row, ``chunk`` or ``WHOLE``; tells the ``memory`` that it begins."""
     size = stream.plan.latent_chunk_size
     _, height, width = stream.latent_shape
-    memory.begin(is_context, opens_row=chunk == row.chunks[0])
+    only = None if chunk == WHOLE else chunk
+    if memory is not None:
+        memory.begin(row.window, only, is_context, opens_row=only in (None, row.chunks[0]))
     return BlockContext(
-        backbone.grid(size, height, width),
-        texts.runs(stream, row, branch, chunk),
+        backbone.grid(size * (len(row.window) if only is None else 1), height, width),
+        texts.runs(stream, row, branch, only),
         text_cache=texts.cache,
-        first_frame=(chunk - row.window[0]) * size,
+        first_frame=0 if only is None else row.window.index(only) * size,
         memory=memory,
     )
-
-
-def denoiser_of(backbone: Backbone, stream: Stream) -> ModelDenoiser | CausalDenoiser:
-    """The denoiser of the stream's mode."""
-    return CausalDenoiser(backbone, stream) if stream.mode == "causal" else ModelDenoiser(backbone, stream)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.wan import decode_flop
-from pavdm_dist.denoiser import denoiser_of
+from pavdm_dist.denoiser import StreamDenoiser
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.partition import estimate_costs, partition, with_codec
 from pavdm_dist.errors import ConfigError
@@ -135,7 +135,7 @@ class PAVDMPipeline:
             callback_on_step_end: called with (pipeline, row, level of the noisiest chunk, {"latents": the window's
                 input of the next row}); only with ``num_stages=0``.
             sampling: ``window_chunks``, ``latent_chunk_size``, ``context_chunks``, ``start``, ``end``, ``fps``,
-                ``time_shift``, ``mode``, ``allow_untrained_causal``, ``streams`` (videos in flight).
+                ``time_shift``, ``mode``, ``displaced``, ``allow_untrained_causal``, ``streams`` (videos in flight).
 
         Raises:
             ConfigError: impossible arguments, or a result that would not fit in memory (use :meth:`iter_chunks`).
@@ -229,7 +229,7 @@ class PAVDMPipeline:
                 if stream.warm is not None:
                     decoder.warm(stream.warm)
                 callback = None if on_step is None else self._step_callback(stream, on_step)
-                denoise = denoiser_of(model, stream)
+                denoise = StreamDenoiser(model, stream)
                 for clean in sample(stream.window(), denoise, stream.guidance_scale, callback):
                     frames = decoder.decode(clean.latents)
                     # The consumer's own thread count while it works; ours again, whatever it did, for the next row.
@@ -273,7 +273,7 @@ class PAVDMPipeline:
 
 def units_in_flight(params: SamplingParams, streams: int) -> int:
     """Micro-batches that can be under way at a time in a full window."""
-    chunks = params.window_chunks if params.mode == "causal" else 1
+    chunks = 1 if params.mode == "window" else params.window_chunks
     return num_branches(params.guidance_scale) * chunks * streams
 
 
@@ -291,7 +291,7 @@ def layer_split(checkpoint: Checkpoint, params: SamplingParams, options: EngineO
     check_module(model, checkpoint.transformer, optional=OPTIONAL_TENSORS)
     size = params.latent_chunk_size
     frames, units_of_branch = (params.window_chunks + params.context_chunks) * size, params.plan(None).steps_per_shift
-    if params.mode == "causal":
+    if params.mode != "window":
         frames, units_of_branch = size, params.num_inference_steps + params.context_chunks
     cells = checkpoint.codec_spec.latent_size(params.height, params.width)
     costs = estimate_costs(model.spec, model.grid(frames, *cells), model.spec.text_len)

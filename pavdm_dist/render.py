@@ -6,6 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pavdm_dist.io.storage import check_output, exists, join, remove
 from pavdm_dist.observe import cpu_model
 from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk, layer_split, units_in_flight
 from pavdm_dist.requests import SamplingParams, VideoRequest, check_prompts, clip_frames_needed, input_frames
+from pavdm_dist.units import Displaced
 from pavdm_dist.validate import frames_wanted
 
 logger = logging.getLogger(__name__)
@@ -234,6 +236,7 @@ def _options(config: SampleConfig) -> EngineOptions:
 
 def _params(config: SampleConfig, checkpoint: Checkpoint) -> SamplingParams:
     chosen = {name: getattr(config, name) for name in SamplingParams.__dataclass_fields__}
+    chosen["displaced"] = Displaced(**asdict(config.displaced))
     params = SamplingParams.resolve(checkpoint, config.allow_untrained_causal, **chosen)
     trained = checkpoint.defaults
     if (params.height, params.width) != (trained.height, trained.width):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.schedule import End, Mode, NoiseSchedule, Start, WindowPlan, time_shift_ratio
 from pavdm_dist.stream import Conditioning, Stream
+from pavdm_dist.units import Displaced
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class SamplingParams:
         time_shift: r of :func:`~pavdm_dist.schedule.shift_time`.
         height, width, fps: of the frames.
         mode: which chunks of a window see each other (:attr:`~pavdm_dist.stream.Stream.mode`).
+        displaced: when mode displaced is exact.
     """
 
     num_inference_steps: int
@@ -40,6 +42,7 @@ class SamplingParams:
     width: int
     fps: float
     mode: Mode = "window"
+    displaced: Displaced = field(default_factory=Displaced)
 
     @classmethod
     def resolve(cls, checkpoint: Checkpoint, allow_untrained_causal: bool = False, **chosen: Any) -> SamplingParams:
@@ -54,7 +57,7 @@ class SamplingParams:
             ConfigError: an impossible combination, naming the nearest legal values.
         """
         defaults = checkpoint.defaults
-        names = set(cls.__dataclass_fields__) - {"start", "end", "time_shift", "mode"}
+        names = set(cls.__dataclass_fields__) - {"start", "end", "time_shift", "mode", "displaced"}
         values = {name: chosen[name] if chosen.get(name) is not None else getattr(defaults, name) for name in names}
         shift = chosen.get("time_shift") or defaults.time_shift
         if shift is None:
@@ -62,7 +65,12 @@ class SamplingParams:
             shift = time_shift_ratio(values["height"], values["width"], latents)
         words = {"start": "noise", "end": "drain", "mode": "window"}
         values |= {name: chosen.get(name) or default for name, default in words.items()}
-        params = cls(time_shift=shift, **values)
+        displaced = chosen.get("displaced") or Displaced()
+        params = cls(time_shift=shift, displaced=displaced, **values)
+        if params.mode != "displaced" and displaced != Displaced():
+            name = next(f.name for f in fields(Displaced) if getattr(displaced, f.name) != getattr(Displaced(), f.name))
+            value = getattr(displaced, name)
+            raise ConfigError(f"displaced.{name}={value}: mode={params.mode} does not read it; set mode=displaced")
         if params.mode == "causal":
             _check_causal(params, checkpoint, allow_untrained_causal)
         checkpoint.codec_spec.latent_size(params.height, params.width)
@@ -153,6 +161,7 @@ def build_stream(request: VideoRequest, stream_id: int, params: SamplingParams, 
         given=given,
         warm=warm,
         mode=params.mode,
+        displaced=params.displaced,
     )
 
 

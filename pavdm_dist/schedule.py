@@ -17,8 +17,9 @@ from pavdm_dist.errors import ConfigError
 
 Start = Literal["noise", "chunk", "clip"]
 End = Literal["drain", "cut"]
-# How chunks of a window see each other: all of them, or each only itself and cleaner ones.
-Mode = Literal["window", "causal"]
+# How chunks of a window see each other: all of them, each only itself and cleaner ones, or all of them but noisier
+# ones as they were a step ago.
+Mode = Literal["window", "causal", "displaced"]
 
 # The resolution at which the time shift is 1 for a single image (SD3-style shift as Open-Sora v1.2 uses it).
 BASE_RESOLUTION = 512
@@ -247,16 +248,6 @@ class WindowPlan:
             born=born,
             emit=first if left[0] == 1 else None,
         )
-
-    def parts(self, n: int, first_row: int = 0) -> tuple[tuple[int, bool], ...]:
-        """Chunks of row ``n`` one by one, as ``(chunk, is context)``, in the order in which causal mode runs them.
-
-        A clean chunk comes once, in the first row that has it as context (or in ``first_row``, where a run starts);
-        later rows of the shift read what it left. Noisy chunks follow, cleanest first.
-        """
-        now = self.row(n)
-        known = self.row(n - 1).context if n > first_row else ()
-        return tuple((k, True) for k in now.context if k not in known) + tuple((k, False) for k in now.chunks)
 
     def rows(self, start: int = 0) -> Iterator[PlanRow]:
         """Rows from ``start`` to the end, lazily; never ends when ``num_chunks`` is None."""

@@ -7,15 +7,16 @@ pipeline scheduling; with given stage times it shows what unequal stages, links 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from pavdm_dist.chart import Bar, draw_chart
-from pavdm_dist.engine.order import WHOLE, Join, Unit, epochs
+from pavdm_dist.config import DisplacedConfig
+from pavdm_dist.engine.order import Join, Unit, epochs
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.schedule import WindowPlan
+from pavdm_dist.schedule import Mode, WindowPlan
+from pavdm_dist.units import WHOLE, Displaced, MicroBatches
 
-Mode = Literal["window", "causal"]
 Key = tuple[int, int, int]
 MAX_STAGES = 64
 
@@ -33,7 +34,8 @@ class SimulateConfig:
     videos: int | None = None  # in all; None = as many as are in flight
     streams: int = 1  # videos in flight
     # the pipeline
-    mode: Literal["window", "causal"] = "window"
+    mode: Literal["window", "causal", "displaced"] = "window"
+    displaced: DisplacedConfig = field(default_factory=DisplacedConfig)  # of mode=displaced
     num_stages: int = 2
     unit_cost: bool = False  # every unit costs 1 on every stage, whatever it holds
     stage_seconds: list[float] | None = None  # of one chunk through each stage; None = 1 through all, evenly
@@ -110,16 +112,22 @@ class Result:
 
 
 def simulate(
-    plans: Sequence[WindowPlan], mode: Mode, branches: int, streams_in_flight: int, machine: Machine
+    plans: Sequence[WindowPlan],
+    mode: Mode,
+    branches: int,
+    streams_in_flight: int,
+    machine: Machine,
+    displaced: Displaced | None = None,
 ) -> Result:
     """Runs videos through a pipeline, strictly in the engine's order.
 
     Args:
         plans: one per video, in order of arrival; causal needs at most one context chunk.
-        mode: ``window``: a unit is a whole window; ``causal``: one chunk.
+        mode: ``window``: a unit is a whole window; ``causal``: one chunk; ``displaced``: one chunk, in exact rows all.
         branches: guidance branches, each a unit of its own.
         streams_in_flight: videos in the pipeline at a time.
         machine: stages and links.
+        displaced: of mode displaced; None = its defaults.
 
     Raises:
         ConfigError: nothing to run, or a plan the mode does not allow.
@@ -129,7 +137,11 @@ def simulate(
     for plan in plans:
         if mode == "causal" and plan.context_chunks > 1:
             raise ConfigError(f"context_chunks={plan.context_chunks}: mode causal has 0 or 1")
-    return _Simulation(plans, mode, branches, streams_in_flight, machine).run()
+    joins = [
+        Join(number, 0, 0, plan.num_rows, branches, MicroBatches(plan, mode, 0, displaced or Displaced()))
+        for number, plan in enumerate(plans)
+    ]
+    return _Simulation(plans, joins, streams_in_flight, machine).run()
 
 
 def simulate_report(config: SimulateConfig) -> dict[str, Any]:
@@ -149,7 +161,8 @@ def simulate_report(config: SimulateConfig) -> dict[str, Any]:
         config.num_inference_steps, config.window_chunks, 1, int(config.context), num_chunks=config.chunks
     )
     videos = config.streams if config.videos is None else config.videos
-    result = simulate([plan] * videos, config.mode, config.branches, config.streams, machine)
+    displaced = Displaced(**asdict(config.displaced))
+    result = simulate([plan] * videos, config.mode, config.branches, config.streams, machine, displaced)
     if config.chart is not None:
         draw_chart(config.chart, stages, [_bar(part) for part in result.busy])
     busy = [sum(part.end - part.start for part in result.busy if part.stage == stage) for stage in range(stages)]
@@ -179,12 +192,10 @@ def _whole(value: float) -> float | int:
 
 
 class _Simulation:
-    def __init__(
-        self, plans: Sequence[WindowPlan], mode: Mode, branches: int, in_flight: int, machine: Machine
-    ) -> None:
+    def __init__(self, plans: Sequence[WindowPlan], joins: Sequence[Join], in_flight: int, machine: Machine) -> None:
         import simpy
 
-        self._plans, self._mode, self._branches, self._machine = plans, mode, branches, machine
+        self._plans, self._machine = plans, machine
         self._env = simpy.Environment()
         stages = len(machine.stage_seconds)
         self._inboxes = [simpy.Store(self._env) for _ in range(stages)]
@@ -194,13 +205,11 @@ class _Simulation:
         self._awaited: dict[Key, Any] = {}
         self._due: dict[Key, Any] = {}
         self._result = Result(stages)
-        waiting = iter(enumerate(plans))
+        waiting = iter(joins)
 
         def enter(epoch: int) -> Join | None:
-            number, plan = next(waiting, (None, None))
-            if number is None or plan is None:
-                return None
-            return Join(number, epoch, 0, plan.num_rows, branches, plan if mode == "causal" else None)
+            join = next(waiting, None)
+            return None if join is None else replace(join, epoch=epoch)
 
         self._units = (unit for units in epochs(enter, in_flight) for unit in units)
 
@@ -214,8 +223,8 @@ class _Simulation:
 
     def _first_stage(self) -> Generator[Any, Any, None]:
         for unit in self._units:
-            if unit.fed:
-                yield self._awaited.pop((unit.stream, unit.row - 1, unit.chunk))
+            for chunk in unit.fed:
+                yield self._awaited.pop((unit.stream, unit.row - 1, chunk))
             if unit.feeds:
                 key = unit.stream, unit.row, unit.chunk
                 self._awaited[key] = self._due[key] = self._env.event()

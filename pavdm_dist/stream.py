@@ -12,6 +12,7 @@ from torch import Tensor
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.sampler import UNCONDITIONAL, num_branches
 from pavdm_dist.schedule import Mode, NoiseSchedule, PlanRow, WindowPlan
+from pavdm_dist.units import Displaced, MicroBatches
 from pavdm_dist.window import Window, WindowSnapshot, chunk_noise
 
 
@@ -80,7 +81,9 @@ class Stream:
         given: input latents by chunk index (see :class:`~pavdm_dist.window.Window`).
         warm: latents ``[C, n, h, w]`` that come before chunk 0, which the decoder is warmed on; never sampled.
         snapshot: where to go on instead of at row 0.
-        mode: ``window``: chunks of a row see each other; ``causal``: each sees itself and cleaner ones.
+        mode: ``window``: chunks of a row see each other; ``causal``: each sees itself and cleaner ones; ``displaced``:
+            noisier ones too, as they were a step ago.
+        displaced: of mode displaced.
     """
 
     id: int
@@ -95,6 +98,7 @@ class Stream:
     warm: Tensor | None = None
     snapshot: WindowSnapshot | None = None
     mode: Mode = "window"
+    displaced: Displaced = field(default_factory=Displaced)
 
     @property
     def branches(self) -> int:
@@ -104,6 +108,11 @@ class Stream:
     @property
     def first_row(self) -> int:
         return 0 if self.snapshot is None else self.snapshot.row
+
+    @property
+    def batches(self) -> MicroBatches:
+        """How its rows are cut into micro-batches."""
+        return MicroBatches(self.plan, self.mode, self.first_row, self.displaced)
 
     def noise(self, index: int, device: torch.device | str = "cpu") -> Tensor:
         """Noise ``[C, c, h, w]`` that chunk ``index`` is born from."""

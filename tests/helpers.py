@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from pavdm_dist.denoiser import denoiser_of
+from pavdm_dist.denoiser import StreamDenoiser
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
 from pavdm_dist.sampler import sample
 from pavdm_dist.schedule import Mode, NoiseSchedule, WindowPlan
 from pavdm_dist.stream import Conditioning, Stream
+from pavdm_dist.units import Displaced
 from pavdm_dist.window import CleanChunk
 
 TINY = STDiT3Config(
@@ -31,7 +32,12 @@ def tiny_model(seed: int = 0, config: STDiT3Config = TINY) -> STDiT3:
 
 
 def tiny_stream(
-    stream_id: int = 0, seed: int = 0, guidance_scale: float = 3.0, mode: Mode = "window", **plan: object
+    stream_id: int = 0,
+    seed: int = 0,
+    guidance_scale: float = 3.0,
+    mode: Mode = "window",
+    displaced: Displaced = Displaced(7, exact_growing=False, context_refresh="shift"),  # noqa: B008
+    **plan: object,
 ) -> Stream:
     """A short stream with two prompts (the second from chunk 2 on); plan fields can be overridden."""
     fields: dict = {
@@ -56,12 +62,13 @@ def tiny_stream(
         guidance_scale=guidance_scale,
         given=given,
         mode=mode,
+        displaced=displaced,
     )
 
 
 def reference_chunks(model: STDiT3, stream: Stream) -> list[CleanChunk]:
     """The stream's chunks from the in-process sampler."""
-    return list(sample(stream.window(), denoiser_of(model, stream), stream.guidance_scale))
+    return list(sample(stream.window(), StreamDenoiser(model, stream), stream.guidance_scale))
 
 
 def tiny_checkpoint(folder: Path) -> Path:

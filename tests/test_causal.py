@@ -12,13 +12,14 @@ from hypothesis import given
 from plans import legal_plans, many
 from torch import Tensor
 
-from pavdm_dist.denoiser import CausalDenoiser, ModelDenoiser
+from pavdm_dist.denoiser import ModelDenoiser, StreamDenoiser
 from pavdm_dist.engine.local import LocalEngine
 from pavdm_dist.engine.order import epochs, join_of
 from pavdm_dist.engine.stage import Stage
 from pavdm_dist.sampler import guide, sample
 from pavdm_dist.schedule import PlanRow, WindowPlan
 from pavdm_dist.stream import Stream
+from pavdm_dist.units import MicroBatches
 from pavdm_dist.window import WindowSnapshot
 
 STARTS = {
@@ -38,7 +39,7 @@ def frames_of(chunk: int, row: PlanRow, size: int) -> slice:
 def velocities(stream: Stream) -> Iterator[tuple[PlanRow, Tensor, Tensor]]:
     """Per row: cached chunk by chunk, and one masked forward, both on the cached path's latents."""
     model, window = tiny_model(), stream.window()
-    cached, masked = CausalDenoiser(model, stream), ModelDenoiser(model, stream, causal=True)
+    cached, masked = StreamDenoiser(model, stream), ModelDenoiser(model, stream, causal=True)
     for row in stream.plan.rows():
         x, levels = window.inputs(row)
         found = [cached(x, levels, row, branch) for branch in range(stream.branches)]
@@ -72,11 +73,11 @@ def test_a_noisier_chunk_never_reaches_a_cleaner_one() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4, size * len(row.window), 4, 6, generator=generator)
     levels = stream.window().levels(row)[None]
-    before = CausalDenoiser(model, stream)(x, levels, row, 0)
+    before = StreamDenoiser(model, stream)(x, levels, row, 0)
     for position, chunk in enumerate(row.chunks):
         changed = x.clone()
         changed[:, :, frames_of(chunk, row, size)] += 1
-        after = CausalDenoiser(model, stream)(changed, levels, row, 0)
+        after = StreamDenoiser(model, stream)(changed, levels, row, 0)
         for other, neighbour in enumerate(row.chunks):
             part = frames_of(neighbour, row, size)
             assert torch.equal(after[:, :, part], before[:, :, part]) == (other < position)
@@ -93,7 +94,7 @@ def test_the_context_is_run_once_per_shift() -> None:
         return embed(*arguments)
 
     model.embed = counting  # type: ignore[method-assign, assignment]
-    list(sample(stream.window(), CausalDenoiser(model, stream), stream.guidance_scale))
+    list(sample(stream.window(), StreamDenoiser(model, stream), stream.guidance_scale))
     updates = sum(len(row.chunks) for row in stream.plan.rows())
     contexts = len({row.context for row in stream.plan.rows() if row.context})
     assert contexts == 5
@@ -114,7 +115,7 @@ def test_a_run_restored_at_a_shift_goes_on_bit_for_bit(num_stages: int) -> None:
             if getattr(done, "snapshot", None) is not None:
                 snapshots.append(done.snapshot)  # type: ignore[union-attr]
             if getattr(done, "latents", None) is not None:
-                stage.feed(unit.stream, unit.chunk, done.latents)  # type: ignore[union-attr]
+                stage.feed(unit.stream, unit.row + 1, unit.chunk, done.latents)  # type: ignore[union-attr]
     assert len(snapshots) == 5
     cuts = {1: [(0, 4)], 2: [(0, 3), (3, 4)]}[num_stages]
     for done_chunks, snapshot in enumerate(snapshots[:-1], start=1):
@@ -130,11 +131,11 @@ def test_a_run_restored_at_a_shift_goes_on_bit_for_bit(num_stages: int) -> None:
 def test_parts_of_a_row_cover_it_once(plan: WindowPlan) -> None:
     met: set[int] = set()
     for row in plan.rows():
-        parts = plan.parts(row.index)
+        parts = MicroBatches(plan, "causal").parts(row.index)
         assert [chunk for chunk, is_context in parts if not is_context] == list(row.chunks)
         for chunk in (chunk for chunk, is_context in parts if is_context):
             assert chunk in row.context and chunk not in met
             met.add(chunk)
         assert met >= set(row.context)
     middle = plan.num_rows // 2
-    assert [part[0] for part in plan.parts(middle, middle)] == list(plan.row(middle).window)
+    assert [part[0] for part in MicroBatches(plan, "causal", middle).parts(middle)] == list(plan.row(middle).window)

@@ -122,7 +122,7 @@ def test_dumped_yaml_reads_back_equal(tmp_path: Path, text: str) -> None:
         (["prompt=x", "fps=.nan"], "fps=nan: must be a finite number"),
         (["prompt=x", "guidance_scale=-1"], "guidance_scale=-1.0: must be 0 or more"),
         (["prompt=x", "num_frames=5", "seconds=2"], "give one of them"),
-        (["prompt=x", "mode=circular"], "mode=circular: must be window or causal"),
+        (["prompt=x", "mode=circular"], "mode=circular: must be window, causal or displaced"),
         (["prompt=x", "num_inference_steps=30", "window_chunks=7"], "use window_chunks 6 or 10"),
         (["prompt=x", "num_inference_steps=31", "window_chunks=6"], "num_inference_steps 30 or 36"),
         ([], "nothing to render"),

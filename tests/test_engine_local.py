@@ -18,13 +18,14 @@ from pavdm_dist.engine.stage import Stage
 from pavdm_dist.errors import ConfigError, EngineError
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.schedule import Mode
+from pavdm_dist.units import WHOLE
 
 CUTS = {1: [(0, 4)], 2: [(0, 1), (1, 4)], 3: [(0, 2), (2, 3), (3, 4)], 4: [(0, 1), (1, 2), (2, 3), (3, 4)]}
 
 
 @pytest.mark.parametrize("num_stages", CUTS)
 @pytest.mark.parametrize("in_flight", [1, 2, 3])
-@pytest.mark.parametrize("mode", ["window", "causal"])
+@pytest.mark.parametrize("mode", ["window", "causal", "displaced"])
 def test_stages_equal_the_sampler(num_stages: int, in_flight: int, mode: Mode) -> None:
     model = tiny_model()
     streams = [
@@ -47,7 +48,7 @@ def test_stages_equal_the_sampler(num_stages: int, in_flight: int, mode: Mode) -
             assert torch.equal(clean.latents, reference.latents)
 
 
-@pytest.mark.parametrize("mode", ["window", "causal"])
+@pytest.mark.parametrize("mode", ["window", "causal", "displaced"])
 def test_finished_streams_leave_nothing_behind(mode: Mode) -> None:
     stages = [Stage(tiny_model(), blocks) for blocks in CUTS[2]]
     list(LocalEngine(stages).run([tiny_stream(0, mode=mode), tiny_stream(1, seed=1, mode=mode)], 2))
@@ -86,7 +87,7 @@ def test_order_runs_every_row_once_oldest_first(entries: list[tuple[int, int, in
         mine = [(unit.row, unit.branch) for unit in units if unit.stream == join.stream]
         assert mine == [(row, b) for row in range(join.first_row, join.end_row) for b in range(join.branches)]
         rows = join.end_row - join.first_row
-        assert [u.fed for u in units if u.stream == join.stream and u.opens] == [False] + [True] * (rows - 1)
+        assert [u.fed for u in units if u.stream == join.stream and u.opens] == [()] + [(WHOLE,)] * (rows - 1)
         assert [u.feeds for u in units if u.stream == join.stream and u.closes] == [True] * (rows - 1) + [False]
         assert sum(u.ends_stream and u.closes for u in units if u.stream == join.stream) == 1
     # Branches of a row are adjacent, and a stream never runs two rows ahead of another one that joined with it.

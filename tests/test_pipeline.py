@@ -18,7 +18,7 @@ import torch
 from helpers import tiny_checkpoint
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.config import SampleConfig
+from pavdm_dist.config import DisplacedConfig, SampleConfig
 from pavdm_dist.errors import CheckpointError, ConfigError, MediaError
 from pavdm_dist.io.latents import latents_sha256, read_latents
 from pavdm_dist.io.metadata import read_sidecar
@@ -81,6 +81,22 @@ def test_causal_needs_a_checkpoint_that_was_trained_for_it(ray_cluster: None, mo
     window = _render(model, tmp_path / "window.mp4", num_frames=23)[0]["latents_sha256"]
     assert found[0] == found[2] != window
     assert read_sidecar(tmp_path / "2.mp4")["extra"]["sampling"]["mode"] == "causal"
+
+
+@pytest.mark.timeout(120)
+def test_displaced_needs_no_training_and_its_knobs_no_other_mode(
+    ray_cluster: None, model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"displaced\.resync_every_steps=5: mode=window does not read it"):
+        _render(model, tmp_path / "refused.mp4", num_frames=23, displaced=DisplacedConfig(resync_every_steps=5))
+    settings = {"num_frames": 23, "mode": "displaced"}
+    found = {
+        stages: _render(model, tmp_path / f"{stages}.mp4", num_stages=stages, **settings)[0]["latents_sha256"]
+        for stages in (0, 2)
+    }
+    assert found[0] == found[2]
+    sampling = read_sidecar(tmp_path / "2.mp4")["extra"]["sampling"]
+    assert (sampling["mode"], sampling["displaced"]["resync_every_steps"]) == ("displaced", 25)
 
 
 @pytest.mark.timeout(120)

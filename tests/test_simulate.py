@@ -14,10 +14,11 @@ from PIL import Image
 from plans import legal_plans, many
 
 from pavdm_dist.cli import main
-from pavdm_dist.engine.order import WHOLE, Join, epochs
+from pavdm_dist.engine.order import Join, epochs
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.schedule import WindowPlan
 from pavdm_dist.simulate import Machine, simulate
+from pavdm_dist.units import WHOLE, Displaced, MicroBatches
 
 
 def plan(chunks: int, window: int = 6, shift: int = 5, context: int = 0) -> WindowPlan:
@@ -127,7 +128,7 @@ def test_every_stage_runs_the_engines_order(one: WindowPlan, branches: int, stag
 
     def enter(epoch: int) -> Join | None:
         number = next(waiting, None)
-        return None if number is None else Join(number, epoch, 0, one.num_rows, branches, one)
+        return None if number is None else Join(number, epoch, 0, one.num_rows, branches, MicroBatches(one, "causal"))
 
     order = [unit for units in epochs(enter, 2) for unit in units]
     for stage in range(stages):
@@ -141,6 +142,21 @@ def test_every_stage_runs_the_engines_order(one: WindowPlan, branches: int, stag
         row = one.row(unit.row)
         assert row.context == (unit.chunk,)
         assert [u.chunk for u in order if u.stream == 0 and u.row == unit.row and u.branch == 0] == list(row.window)
+
+
+def test_displaced_without_exact_rows_costs_what_causal_does() -> None:
+    one, never = plan(40, context=1), Displaced(None, exact_growing=False)
+    causal = simulate([one], "causal", 2, 1, equal(4))
+    displaced = simulate([one], "displaced", 2, 1, equal(4), never)
+    assert displaced.makespan == pytest.approx(causal.makespan, rel=0.01)
+    # With even costs per chunk, an exact row empties the pipeline as a row of mode window does.
+    machine = Machine((1.0,) * 4)
+    by_resync = [
+        simulate([one], "displaced", 2, 1, machine, Displaced(every, exact_growing=False)).makespan
+        for every in (None, 25, 5, 1)
+    ]
+    assert by_resync == sorted(by_resync)
+    assert by_resync[-1] == simulate([one], "window", 2, 1, machine).makespan
 
 
 def test_whole_windows_are_one_unit() -> None:
@@ -165,7 +181,7 @@ def test_the_command_prints_one_object_and_draws(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["mode=circular"], "mode=circular: must be window or causal"),
+        (["mode=circular"], "mode=circular: must be window, causal or displaced"),
         (["num_stages=65"], "num_stages=65: 1 to 64"),
         (["num_stages=0"], "num_stages=0: 1 to 64"),
         (["stage_seconds=[1,2,3]"], "needs num_stages=2 entries"),

@@ -47,5 +47,5 @@ class LocalEngine:
         if not isinstance(result, RowDone):
             return None
         if result.latents is not None:
-            self._stages[0].feed(unit.stream, unit.chunk, result.latents)
+            self._stages[0].feed(unit.stream, unit.row + 1, unit.chunk, result.latents)
         return result.clean

@@ -11,22 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pavdm_dist.schedule import WindowPlan
 from pavdm_dist.stream import Stream
+from pavdm_dist.units import WHOLE, MicroBatches
 
 # Rows every stream advances in one epoch. A log entry takes effect at an epoch's first row; the driver seals
 # epochs ahead of the stages, so more rows mean fewer control messages and later joins.
 ROWS_PER_EPOCH = 4
-# The chunk of a unit that is a whole window.
-WHOLE = -(2**31)
 
 
 @dataclass(frozen=True)
 class Join:
     """A stream enters the pipeline: its row ``first_row`` is the first one of epoch ``epoch``.
 
-    ``end_row`` is one past its last row; it leaves by itself after that. With a ``chunk_plan`` its units are single
-    chunks of that plan's rows, preceded by the clean context chunk in the first row that has it; else whole windows.
+    ``end_row`` is one past its last row; it leaves by itself after that. ``batches`` cuts its rows into micro-batches;
+    without it each row is one whole window.
     """
 
     stream: int
@@ -34,7 +32,7 @@ class Join:
     first_row: int
     end_row: int
     branches: int
-    chunk_plan: WindowPlan | None = None
+    batches: MicroBatches | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,8 @@ class Unit:
         row: row of the stream's plan.
         branch: guidance branch.
         opens, closes: first or last branch of the micro-batch.
-        fed: its latents come back from the last stage; those of a stream's first row and newborn chunks do not.
+        fed: micro-batches of the row before whose latents come back from the last stage before this one can begin;
+            none in a stream's first row and for newborn chunks.
         feeds: the last stage sends the latents it updates back, for the next row.
         ends_stream: nothing of the stream follows its last branch.
         chunk: index of the chunk; ``WHOLE`` when the unit is the whole window.
@@ -60,7 +59,7 @@ class Unit:
     branch: int
     opens: bool
     closes: bool
-    fed: bool
+    fed: tuple[int, ...]
     feeds: bool
     ends_stream: bool
     chunk: int = WHOLE
@@ -77,7 +76,7 @@ def epoch_units(log: Sequence[Join], epoch: int, first_order: int) -> list[Unit]
     """
     return [
         Unit(first_order + offset, join.stream, row, branch, branch == 0, branch == join.branches - 1,
-             part.fed and branch == 0, part.feeds and branch == join.branches - 1,
+             part.fed if branch == 0 else (), part.feeds and branch == join.branches - 1,
              part.last and row == join.end_row - 1, part.chunk, part.context)
         for offset, (join, row, part, branch) in enumerate(_slots(log, epoch))
     ]  # fmt: skip
@@ -99,22 +98,31 @@ class _Part:
 
     chunk: int
     context: bool
-    fed: bool
+    fed: tuple[int, ...]
     feeds: bool
     last: bool
 
 
 def _parts(join: Join, row: int) -> list[_Part]:
-    starts, ends, plan = row == join.first_row, row == join.end_row - 1, join.chunk_plan
-    if plan is None:
-        return [_Part(WHOLE, False, not starts, not ends, True)]
-    parts = plan.parts(row, join.first_row)
-    before = () if starts else plan.row(row - 1).chunks
-    after = () if ends else plan.row(row + 1).window
+    starts, ends, batches = row == join.first_row, row == join.end_row - 1, join.batches
+    if batches is None:
+        return [_Part(WHOLE, False, () if starts else (WHOLE,), not ends, True)]
+    parts = batches.parts(row)
+    arriving = () if starts else batches.sent(row - 1)
+    sent = () if ends else batches.sent(row)
     return [
-        _Part(chunk, context, chunk in before, chunk in after and not context, (chunk, context) == parts[-1])
-        for chunk, context in parts
+        _Part(chunk, context, _fed(chunk, parts[0][0], arriving), chunk in sent and not context, i == len(parts) - 1)
+        for i, (chunk, context) in enumerate(parts)
     ]
+
+
+def _fed(chunk: int, first: int, arriving: tuple[int, ...]) -> tuple[int, ...]:
+    """Which of the latents on their way a micro-batch waits for; a whole window holds those of all chunks."""
+    if chunk == WHOLE:
+        return arriving
+    if WHOLE in arriving:
+        return arriving if chunk == first else ()
+    return (chunk,) if chunk in arriving else ()
 
 
 def epochs(enter: Callable[[int], Join | None], streams_in_flight: int) -> Iterator[list[Unit]]:
@@ -143,5 +151,4 @@ def is_active(join: Join, epoch: int) -> bool:
 
 def join_of(stream: Stream, epoch: int) -> Join:
     """A stream's entry at the first row of ``epoch``."""
-    plan = stream.plan if stream.mode == "causal" else None
-    return Join(stream.id, epoch, stream.first_row, stream.plan.num_rows, stream.branches, plan)
+    return Join(stream.id, epoch, stream.first_row, stream.plan.num_rows, stream.branches, stream.batches)

@@ -178,12 +178,12 @@ class StageRunner:
             layout = self._stage.activation_layout(unit)
             header = self._header(ACTIVATION, unit, unit.order, layout.numel)
             return Activation(*upstream.receive(header, layout))
-        if unit.fed:
-            order = self._closing_order.pop((unit.stream, unit.chunk))
-            layout = self._stage.latents_layout(unit.stream, unit.row, unit.chunk)
-            header = self._header(LATENTS, replace(unit, row=unit.row - 1), order, layout.numel, branch=0)
+        for chunk in unit.fed:
+            order = self._closing_order.pop((unit.stream, chunk))
+            layout = self._stage.latents_layout(unit.stream, unit.row, chunk)
+            header = self._header(LATENTS, replace(unit, row=unit.row - 1, chunk=chunk), order, layout.numel, branch=0)
             (latents,) = self._feedback().receive(header, layout)
-            self._stage.feed(unit.stream, unit.chunk, latents)
+            self._stage.feed(unit.stream, unit.row, chunk, latents)
         return None
 
     def _layouts(self, unit: Unit) -> tuple[Layout | None, Layout | None]:

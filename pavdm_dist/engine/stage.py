@@ -10,13 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pavdm_dist.denoiser import TextBank, chunk_context
+from pavdm_dist.denoiser import TextBank, memories_of, unit_context
 from pavdm_dist.engine.messages import Layout
-from pavdm_dist.engine.order import WHOLE, Unit
-from pavdm_dist.models.base import Activation, Backbone, BlockContext, ChunkMemory, Grid
+from pavdm_dist.engine.order import Unit
+from pavdm_dist.models.base import Activation, Backbone, BlockContext, Grid
+from pavdm_dist.models.memory import Memory
 from pavdm_dist.sampler import guide
 from pavdm_dist.schedule import PlanRow
 from pavdm_dist.stream import Stream
+from pavdm_dist.units import WHOLE
 from pavdm_dist.window import CleanChunk, Window, WindowSnapshot, row_levels
 
 
@@ -54,7 +56,7 @@ class Stage:
         self._windows: dict[int, Window] = {}
         self._inputs: dict[int, dict[int, Tensor]] = {}
         self._velocities: dict[int, list[Tensor]] = {}
-        self._memories: dict[int, list[ChunkMemory]] = {}
+        self._memories: dict[int, list[Memory | None]] = {}
 
     def prepare(self, stream: Stream) -> None:
         """Takes a stream in before its first unit; computes nothing with the model."""
@@ -65,16 +67,15 @@ class Stage:
         if self.first:
             window = self._windows.get(stream.id) or stream.window(self.device)
             row = stream.plan.row(stream.first_row)
-            inputs = {chunk: window.chunk(chunk) for chunk in row.window}
-            if stream.mode == "window":
-                inputs = {WHOLE: torch.cat(list(inputs.values()), dim=2)}
-            self._inputs[stream.id] = inputs
-        self._memories[stream.id] = [ChunkMemory() for _ in range(stream.branches)]
+            self._inputs[stream.id] = {chunk: window.chunk(chunk) for chunk in row.window}
+        self._memories[stream.id] = memories_of(stream)
         self._streams[stream.id] = stream
 
-    def feed(self, stream: int, chunk: int, latents: Tensor) -> None:
-        """First stage: latents ``[1, C, F, h, w]`` for the stream's next row, of one chunk or of the whole window."""
-        self._inputs[stream][chunk] = latents
+    def feed(self, stream: int, row: int, chunk: int, latents: Tensor) -> None:
+        """First stage: latents ``[1, C, F, h, w]`` for ``row`` of a stream, of one chunk or of the whole window."""
+        plan = self._streams[stream].plan
+        chunks = plan.row(row).window if chunk == WHOLE else (chunk,)
+        self._inputs[stream].update(zip(chunks, latents.split(plan.latent_chunk_size, dim=2), strict=True))
 
     @torch.inference_mode()
     def run(self, unit: Unit, incoming: Activation | None) -> Activation | RowDone | None:
@@ -122,11 +123,8 @@ class Stage:
         return Layout(((1, channels, frames, height, width),), torch.float32)
 
     def _context(self, stream: Stream, row: PlanRow, unit: Unit) -> BlockContext:
-        if unit.chunk == WHOLE:
-            grid, text = self._grid(stream, len(row.window)), self._texts.runs(stream, row, unit.branch)
-            return BlockContext(grid, text, text_cache=self._texts.cache)
         memory = self._memories[unit.stream][unit.branch]
-        return chunk_context(self.model, stream, row, unit.chunk, unit.branch, self._texts, memory, unit.context)
+        return unit_context(self.model, stream, row, unit.chunk, unit.branch, self._texts, memory, unit.context)
 
     def _levels(self, stream: Stream, row: PlanRow, unit: Unit) -> Tensor:
         size = stream.plan.latent_chunk_size
@@ -137,11 +135,17 @@ class Stage:
         return levels.to(self.device)
 
     def _input(self, unit: Unit, stream: Stream, row: PlanRow) -> Tensor:
-        """First stage: latents of the unit, kept until its last branch has read them."""
+        """First stage: latents of the unit. Noisy ones are used for one row only, the context's stay for a shift."""
         inputs = self._inputs[unit.stream]
-        if unit.chunk in row.born and unit.chunk not in inputs:
-            inputs[unit.chunk] = stream.noise(unit.chunk, self.device).unsqueeze(0)
-        return inputs.pop(unit.chunk) if unit.closes else inputs[unit.chunk]
+        chunks = row.window if unit.chunk == WHOLE else (unit.chunk,)
+        for chunk in row.born:
+            if chunk in chunks and chunk not in inputs:
+                inputs[chunk] = stream.noise(chunk, self.device).unsqueeze(0)
+        latents = torch.cat([inputs[chunk] for chunk in chunks], dim=2)
+        if unit.closes:
+            for gone in [k for k in inputs if k < row.window[0] or (k in chunks and k in row.chunks)]:
+                del inputs[gone]
+        return latents
 
     def _update(self, unit: Unit, stream: Stream, row: PlanRow) -> RowDone:
         """Last stage: guidance and the Euler step of the unit's chunks; after a row's last unit, its end."""

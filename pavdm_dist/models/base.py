@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-import torch
 from torch import Tensor
+
+from pavdm_dist.models.memory import Memory
 
 LevelSupport = Literal["staircase-trained", "mixed-trained", "accepts"]
 
@@ -121,40 +122,6 @@ class Activation:
     time: Tensor
 
 
-class ChunkMemory:
-    """Temporal keys and values that chunks leave for the noisier ones after them, by block.
-
-    Those of the clean context stay for a shift, those of a row's chunks until the next row begins. Keys come
-    rotated: the context always sits at the window's first places.
-    """
-
-    def __init__(self) -> None:
-        self._context: dict[int, tuple[Tensor, Tensor]] = {}
-        self._row: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self._filling_context = False
-
-    def begin(self, is_context: bool, opens_row: bool) -> None:
-        """A new chunk starts: the clean context (which sees only itself), or a noisy one, the row's first or later."""
-        self._filling_context = is_context
-        if is_context:
-            self._context = {}
-        elif opens_row:
-            self._row = {}
-
-    def extend(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keeps a chunk's pair ``[..., frames, head_dim]`` and returns all that it attends to, in time order."""
-        if self._filling_context:
-            self._context[block] = keys, values
-            return keys, values
-        row = self._row.setdefault(block, [])
-        row.append((keys, values))
-        pairs = [self._context[block], *row] if block in self._context else row
-        if len(pairs) == 1:
-            return keys, values
-        all_keys, all_values = zip(*pairs, strict=True)
-        return torch.cat(all_keys, dim=-2), torch.cat(all_values, dim=-2)
-
-
 @dataclass
 class BlockContext:
     """Everything a block reads besides the activation; identical on every stage.
@@ -165,7 +132,7 @@ class BlockContext:
         chunk_causal: chunk size in latent frames for the chunk-causal mask, None for full attention.
         text_cache: where cross-attention keys/values are kept between calls, or None.
         first_frame: place of the micro-batch's first frame in the window.
-        memory: what earlier chunks left, when the micro-batch is one chunk; None when it is the whole window.
+        memory: what chunks leave for each other; None when nothing is left and nothing read.
     """
 
     grid: Grid
@@ -173,7 +140,7 @@ class BlockContext:
     chunk_causal: int | None = None
     text_cache: TextCache | None = field(default=None, repr=False)
     first_frame: int = 0
-    memory: ChunkMemory | None = field(default=None, repr=False)
+    memory: Memory | None = field(default=None, repr=False)
 
 
 class Backbone(Protocol):

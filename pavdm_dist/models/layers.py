@@ -7,8 +7,6 @@ temporal attention mixes the F frames at a place; cross-attention and the MLP ac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from einops import rearrange
@@ -16,8 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pavdm_dist.models.base import BlockContext, TextRun
-
-Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 ROPE_BASE = 10000.0
 NORM_EPS = 1e-6
@@ -66,6 +62,10 @@ class RotaryTable(nn.Module):
         angles = torch.arange(first, first + frames, dtype=torch.float32, device=freqs.device)[:, None] * freqs
         return angles.cos(), angles.sin()
 
+    def turn(self, x: Tensor, first: int) -> Tensor:
+        """Queries or keys ``[..., frames, head_dim]`` of places ``first`` and on, turned; in their own type."""
+        return rotate(x, *self(x.shape[-2], first)).type_as(x)
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (0, 1), (2, 3), ... of ``x [..., frames, head_dim]`` by the frame's angles."""
@@ -101,21 +101,23 @@ class SelfAttention(nn.Module):
         out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
         return self.proj(rearrange(out, "b f n s d -> b f s (n d)"))
 
-    def temporal(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, extend: Extend | None = None
-    ) -> Tensor:
-        """``x [b, F, S, D]``: every place attends over frames.
+    def temporal(self, x: Tensor, rope: RotaryTable, mask: Tensor | None, block: int, context: BlockContext) -> Tensor:
+        """``x [b, F, S, D]``: every place attends over frames, also over those in the context's memory.
 
         Args:
             x: tokens.
-            rotary: of the frames' places.
+            rope: rotary embedding.
             mask: ``[F, F]``, True where attention is allowed.
-            extend: takes the rotated keys and the values ``[b, S, heads, F, d]``, gives all that may be attended to.
+            block: this block's number, for the memory.
+            context: place of the first frame; the memory, if any.
         """
         q, k, v = rearrange(self.qkv(x), "b f s (three n d) -> three b s n f d", three=3, n=self.num_heads)
-        q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
-        if extend is not None:
-            k, v = extend(k, v)
+        first = context.first_frame
+        q, k = rope.turn(self.q_norm(q), first), self.k_norm(k)
+        if context.memory is None:
+            k = rope.turn(k, first)
+        else:
+            k, v = context.memory.attend(block, k, v, first, rope.turn)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(rearrange(out, "b s n f d -> b f s (n d)"))
 
@@ -197,18 +199,14 @@ class STDiT3Block(nn.Module):
         modulation: Tensor,
         index: int,
         context: BlockContext,
-        rotary: tuple[Tensor, Tensor] | None,
+        rope: RotaryTable,
         mask: Tensor | None,
     ) -> Tensor:
         """``x [b, F, S, D]``, ``modulation [b, F, 6, D]`` -> the same shape as ``x``."""
         parts = (self.scale_shift_table + modulation).unsqueeze(-2).unbind(dim=2)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
         y = modulate(x, shift_attn, scale_attn)
-        if rotary is None:
-            y = self.attn.spatial(y)
-        else:
-            extend = None if context.memory is None else partial(context.memory.extend, index)
-            y = self.attn.temporal(y, rotary, mask, extend)
+        y = self.attn.temporal(y, rope, mask, index, context) if self.temporal else self.attn.spatial(y)
         x = torch.addcmul(x, gate_attn, y)
         x = x + self.cross_attn(x, index, context)
         return torch.addcmul(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp)))

@@ -172,14 +172,9 @@ class STDiT3(nn.Module):
     def block(self, index: int, activation: Activation, context: BlockContext) -> Activation:
         """Half-block ``index`` in 0 .. 2 * depth - 1: even spatial, odd temporal."""
         modulation = activation.modulation.unflatten(-1, (6, -1))
-        rotary, mask = None, None
-        if index % 2:
-            block = self.temporal_blocks[index // 2]
-            rotary = self.rope(context.grid.frames, context.first_frame)
-            mask = _chunk_causal_mask(context, activation.hidden.device)
-        else:
-            block = self.spatial_blocks[index // 2]
-        hidden = block(activation.hidden, modulation, index, context, rotary, mask)
+        blocks = self.temporal_blocks if index % 2 else self.spatial_blocks
+        mask = _chunk_causal_mask(context, activation.hidden.device) if index % 2 else None
+        hidden = blocks[index // 2](activation.hidden, modulation, index, context, self.rope, mask)
         return Activation(hidden, activation.modulation, activation.time)
 
     def head(self, activation: Activation, grid: Grid) -> Tensor:

@@ -1,0 +1,107 @@
+"""What chunks of a window leave for each other, when they are run one by one: temporal keys and values by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+# Keys ``[..., frames, head_dim]`` and the place of their first frame in the window -> keys turned to their places.
+Turn = Callable[[Tensor, int], Tensor]
+
+
+class Memory(Protocol):
+    """Temporal attention asks it what a micro-batch may read; one per stream and guidance branch."""
+
+    def begin(self, window: tuple[int, ...], chunk: int | None, is_context: bool, opens_row: bool) -> None:
+        """A micro-batch starts.
+
+        Args:
+            window: chunks of its row, context first.
+            chunk: which of them it is; None for all at once.
+            is_context: it is clean.
+            opens_row: it is the row's first noisy one, or all.
+        """
+
+    def attend(self, block: int, keys: Tensor, values: Tensor, first: int, turn: Turn) -> Pair:
+        """Keeps a micro-batch's pair and returns all that it attends to, in order of time, keys turned.
+
+        Args:
+            block: which.
+            keys, values: ``[..., frames, head_dim]``, keys not yet turned.
+            first: place of the first frame in the window.
+            turn: rotary embedding.
+        """
+
+
+class ChunkMemory:
+    """Mode causal: a chunk reads itself, the row's cleaner chunks and the clean context.
+
+    Pairs of the context stay for a shift, those of a row's chunks until the next row begins. Keys are kept turned: the
+    context always sits at the window's first places.
+    """
+
+    def __init__(self) -> None:
+        self._context: dict[int, Pair] = {}
+        self._row: dict[int, list[Pair]] = {}
+        self._filling_context = False
+
+    def begin(self, window: tuple[int, ...], chunk: int | None, is_context: bool, opens_row: bool) -> None:
+        self._filling_context = is_context
+        if is_context:
+            self._context = {}
+        elif opens_row:
+            self._row = {}
+
+    def attend(self, block: int, keys: Tensor, values: Tensor, first: int, turn: Turn) -> Pair:
+        keys = turn(keys, first)
+        if self._filling_context:
+            self._context[block] = keys, values
+            return keys, values
+        row = self._row.setdefault(block, [])
+        row.append((keys, values))
+        return _joined([self._context[block], *row] if block in self._context else row)
+
+
+class DisplacedMemory:
+    """Mode displaced: a chunk reads the whole window, noisier chunks as they were at the row before.
+
+    What a whole window leaves is exact. A newborn chunk has left nothing yet, so cleaner ones do not see it in its
+    first row. Keys are kept unturned, because a chunk's place changes with every shift.
+    """
+
+    def __init__(self) -> None:
+        self._pairs: dict[int, dict[int, Pair]] = {}
+        self._window: tuple[int, ...] = ()
+        self._chunk: int | None = None
+
+    def begin(self, window: tuple[int, ...], chunk: int | None, is_context: bool, opens_row: bool) -> None:
+        self._window, self._chunk = window, chunk
+        for pairs in self._pairs.values():
+            for gone in [index for index in pairs if index not in window]:
+                del pairs[gone]
+
+    def attend(self, block: int, keys: Tensor, values: Tensor, first: int, turn: Turn) -> Pair:
+        pairs = self._pairs.setdefault(block, {})
+        if self._chunk is None:
+            size = keys.shape[-2] // len(self._window)
+            parts = zip(keys.split(size, dim=-2), values.split(size, dim=-2), strict=True)
+            # Copies: a view would keep the queries alive, too.
+            pairs.update((index, (k.clone(), v.clone())) for index, (k, v) in zip(self._window, parts, strict=True))
+            return turn(keys, first), values
+        pairs[self._chunk] = keys.clone(), values.clone()
+        seen = [index for index in self._window if index in pairs]
+        if seen != list(self._window[: len(seen)]):
+            raise ValueError(f"chunks {seen} of window {self._window} left keys: only the newest may be missing")
+        all_keys, all_values = _joined([pairs[index] for index in seen])
+        return turn(all_keys, 0), all_values
+
+
+def _joined(pairs: list[Pair]) -> Pair:
+    if len(pairs) == 1:
+        return pairs[0]
+    keys, values = zip(*pairs, strict=True)
+    return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)

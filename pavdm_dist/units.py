@@ -1,0 +1,97 @@
+"""How a stream's rows are cut into micro-batches: pure arithmetic, shared by sampler, stages, order and simulator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.schedule import Mode, WindowPlan
+
+# The "chunk" of a micro-batch that is a whole window.
+WHOLE = -(2**31)
+
+
+@dataclass(frozen=True)
+class Displaced:
+    """When mode displaced is exact, and how it treats the clean context.
+
+    A displaced row runs chunk by chunk; each reads fresh keys and values of cleaner chunks and those that noisier ones
+    left at the row before. An exact row is one whole window, as in mode window, and renews all that was left. A
+    stream's first row is always exact.
+
+    Attributes:
+        resync_every_steps: rows whose index it divides are exact; 1 = all, None = none.
+        exact_steps: so many rows at the start of the video are exact.
+        exact_growing: rows are exact while the window grows.
+        exact_draining: rows are exact while it drains.
+        context_refresh: the clean chunk's keys and values, which in a bidirectional model depend on its noisy
+            neighbours, are made anew once per ``shift`` or at every ``step``.
+    """
+
+    resync_every_steps: int | None = 25
+    exact_steps: int = 0
+    exact_growing: bool = True
+    exact_draining: bool = False
+    context_refresh: Literal["shift", "step"] = "shift"
+
+    def __post_init__(self) -> None:
+        if self.resync_every_steps is not None and self.resync_every_steps < 1:
+            raise ConfigError(
+                f"displaced.resync_every_steps={self.resync_every_steps}: 1 (every step) or more, or null for never"
+            )
+        if self.exact_steps < 0:
+            raise ConfigError(f"displaced.exact_steps={self.exact_steps}: 0 or more")
+        if self.context_refresh not in ("shift", "step"):
+            raise ConfigError(f"displaced.context_refresh={self.context_refresh}: must be shift or step")
+
+    def is_exact(self, plan: WindowPlan, n: int, first_row: int = 0) -> bool:
+        """Whether row ``n`` of a stream that starts at ``first_row`` is one whole window."""
+        if n == first_row or n < self.exact_steps:
+            return True
+        if self.resync_every_steps is not None and n % self.resync_every_steps == 0:
+            return True
+        chunks = plan.row(n).chunks
+        partial = len(chunks) < plan.window_chunks
+        return partial and (self.exact_growing if chunks[0] == 0 else self.exact_draining)
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """The micro-batches of every row of one stream, without guidance branches.
+
+    Attributes:
+        plan: the rows.
+        mode: how chunks see each other.
+        first_row: where the stream starts.
+        displaced: of mode displaced.
+    """
+
+    plan: WindowPlan
+    mode: Mode
+    first_row: int = 0
+    displaced: Displaced = field(default_factory=Displaced)
+
+    def parts(self, n: int) -> tuple[tuple[int, bool], ...]:
+        """Row ``n`` as ``(chunk, is clean context)`` in order of work: ``WHOLE`` alone, or chunks cleanest first.
+
+        In mode causal a clean chunk comes once, in the first row that has it as context. In mode displaced too, unless
+        it is refreshed at every step or that row is exact.
+        """
+        if self.mode == "window" or (self.mode == "displaced" and self._is_exact(n)):
+            return ((WHOLE, False),)
+        now = self.plan.row(n)
+        known: tuple[int, ...] = ()
+        if n > self.first_row and not (self.mode == "displaced" and self.displaced.context_refresh == "step"):
+            known = self.plan.row(n - 1).context
+        return tuple((k, True) for k in now.context if k not in known) + tuple((k, False) for k in now.chunks)
+
+    def sent(self, n: int) -> tuple[int, ...]:
+        """Micro-batches of row ``n`` whose latents the last stage sends back to the first, for row ``n + 1``."""
+        if n + 1 == self.plan.num_rows:
+            return ()
+        after = self.plan.row(n + 1).window
+        return tuple(k for k, is_context in self.parts(n) if k == WHOLE or (k in after and not is_context))
+
+    def _is_exact(self, n: int) -> bool:
+        return self.displaced.is_exact(self.plan, n, self.first_row)

@@ -1,0 +1,192 @@
+"""Mode displaced: exact steps are mode window bit for bit, and what is stale is what the rules say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import reference_chunks, tiny_model, tiny_stream
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plans import legal_plans, many
+from torch import Tensor
+
+from pavdm_dist.denoiser import ModelDenoiser, StreamDenoiser, memories_of, unit_context
+from pavdm_dist.engine.order import Join, epochs
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.models.memory import Memory
+from pavdm_dist.schedule import PlanRow, WindowPlan
+from pavdm_dist.stream import Stream
+from pavdm_dist.units import WHOLE, Displaced, MicroBatches
+
+NEVER = Displaced(None, exact_growing=False)
+
+
+def test_every_step_exact_is_mode_window() -> None:
+    model = tiny_model()
+    window = reference_chunks(model, tiny_stream(num_chunks=6))
+    exact = reference_chunks(model, tiny_stream(num_chunks=6, mode="displaced", displaced=Displaced(1)))
+    stale = reference_chunks(model, tiny_stream(num_chunks=6, mode="displaced", displaced=NEVER))
+    for a, b, c in zip(window, exact, stale, strict=True):
+        assert torch.equal(a.latents, b.latents)
+        assert not torch.equal(a.latents, c.latents)
+
+
+def run_parts(
+    model, stream: Stream, row: PlanRow, parts: list[tuple[int, bool]], memory: Memory | None, x: Tensor
+) -> Tensor:  # type: ignore[no-untyped-def]
+    """Velocity of the branch's micro-batches on frozen latents."""
+    denoiser = StreamDenoiser(model, stream)
+    levels = stream.window().levels(row)[None]
+    velocity = torch.zeros_like(x)
+    for chunk, is_context in parts:
+        context = unit_context(model, stream, row, chunk, 0, denoiser._texts, memory, is_context)
+        frames = slice(context.first_frame, context.first_frame + context.grid.frames)
+        activation = model.embed(x[:, :, frames].contiguous(), levels[:, frames], stream.info)
+        for index in range(model.spec.num_blocks):
+            activation = model.block(index, activation, context)
+        velocity[:, :, frames] = model.head(activation, context.grid)[:, : x.shape[1]]
+    return velocity
+
+
+def frozen() -> tuple[Stream, PlanRow, Tensor]:
+    stream = tiny_stream(mode="displaced", displaced=NEVER, num_chunks=8, guidance_scale=1.0)
+    row = stream.plan.row(9)
+    assert len(row.context) == 1 and len(row.chunks) == 3
+    x = torch.randn(1, 4, 2 * len(row.window), 4, 6, generator=torch.Generator().manual_seed(0))
+    return stream, row, x
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@torch.inference_mode()
+def test_after_an_exact_pass_a_displaced_one_is_exact() -> None:
+    (stream, row, x), model = frozen(), tiny_model()
+    (memory,) = memories_of(stream)
+    exact = run_parts(model, stream, row, [(WHOLE, False)], memory, x)
+    assert torch.equal(exact, run_parts(model, stream, row, [(WHOLE, False)], None, x))
+    chunks = [(k, k in row.context) for k in row.window]
+    assert distance(run_parts(model, stream, row, chunks, memory, x), exact) < 1e-5
+
+
+@torch.inference_mode()
+def test_frozen_latents_converge_in_as_many_sweeps_as_layers_mix_frames() -> None:
+    (stream, row, x), model = frozen(), tiny_model()
+    (memory,) = memories_of(stream)
+    exact = run_parts(model, stream, row, [(WHOLE, False)], None, x)
+    # The bank starts from other latents, so that every block's keys are stale.
+    run_parts(model, stream, row, [(WHOLE, False)], memory, x + 1)
+    chunks = [(k, k in row.context) for k in row.window]
+    errors = [distance(run_parts(model, stream, row, chunks, memory, x), exact) for _ in range(3)]
+    assert errors[0] > 1e-3
+    assert errors[model.config.depth] < 1e-5
+
+
+@torch.inference_mode()
+def test_a_newborn_chunk_is_unseen_by_cleaner_ones_for_one_row() -> None:
+    model, stream = tiny_model(), tiny_stream(mode="displaced", displaced=NEVER, num_chunks=8, guidance_scale=1.0)
+    row = next(row for row in stream.plan.rows(4) if row.born and len(row.chunks) == 3)
+    size, denoiser = stream.plan.latent_chunk_size, StreamDenoiser(model, stream)
+    window = stream.window()
+    for earlier in stream.plan.rows():
+        if earlier.index == row.index:
+            break
+        x, levels = window.inputs(earlier)
+        window.update(earlier, denoiser(x, levels, earlier, 0))
+    x, levels = window.inputs(row)
+    changed = x.clone()
+    changed[:, :, -size:] += 1
+    from copy import deepcopy
+
+    memories = deepcopy(denoiser._memories)
+    before = denoiser(x, levels, row, 0)
+    denoiser._memories = memories
+    after = denoiser(changed, levels, row, 0)
+    cleaner = slice(0, -size)
+    assert torch.equal(before[:, :, cleaner], after[:, :, cleaner])
+    # At the next row it is seen.
+    following = stream.plan.row(row.index + 1)
+    assert not torch.equal(denoiser(x, levels, following, 0)[:, :, cleaner], before[:, :, cleaner])
+
+
+def test_a_chunk_that_sees_no_stale_one_is_exact() -> None:
+    """The noisiest chunk reads fresh keys of all others: with one block that mixes frames it is exact."""
+    (stream, row, x), model = frozen(), tiny_model()
+    with torch.inference_mode():
+        (memory,) = memories_of(stream)
+        run_parts(model, stream, row, [(WHOLE, False)], memory, x + 1)
+        reference = ModelDenoiser(model, stream)(x, stream.window().levels(row)[None], row, 0)
+        chunks = [(k, k in row.context) for k in row.window]
+        stale = run_parts(model, stream, row, chunks, memory, x)
+    size = stream.plan.latent_chunk_size
+    per_chunk = [distance(stale[:, :, i : i + size], reference[:, :, i : i + size]) for i in range(0, x.shape[2], size)]
+    assert per_chunk[-1] < per_chunk[0]
+
+
+settings_of_displaced = st.builds(
+    Displaced,
+    st.none() | st.integers(1, 12),
+    st.integers(0, 9),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(["shift", "step"]),
+)
+
+
+@given(legal_plans(max_chunks=8), settings_of_displaced, st.sampled_from(["window", "causal", "displaced"]))
+@many(80)
+def test_every_latent_that_is_sent_back_is_awaited_once(plan: WindowPlan, displaced: Displaced, mode: str) -> None:
+    if mode == "causal" and plan.context_chunks > 1:
+        return
+    batches = MicroBatches(plan, mode, 0, displaced)  # type: ignore[arg-type]
+    join = Join(0, 0, 0, plan.num_rows, 2, batches)
+    units = [unit for part in epochs(lambda epoch: join if epoch == 0 else None, 1) for unit in part]
+    on_the_way: list[tuple[int, int]] = []
+    for unit in units:
+        for chunk in unit.fed:
+            assert on_the_way.pop(0) == (unit.row - 1, chunk)  # in the order in which they were sent
+        if unit.feeds:
+            assert unit.closes and not unit.context
+            on_the_way.append((unit.row, unit.chunk))
+    assert not on_the_way
+    for row in plan.rows():
+        mine = [unit.chunk for unit in units if unit.row == row.index and unit.opens and not unit.context]
+        assert mine == ([WHOLE] if WHOLE in mine else list(row.chunks))
+    assert units[-1].ends_stream and sum(unit.ends_stream and unit.closes for unit in units) == 1
+
+
+@settings(deadline=None)
+@given(settings_of_displaced)
+def test_exact_rows_are_those_asked_for(displaced: Displaced) -> None:
+    plan = WindowPlan(6, 3, 2, 1, num_chunks=6)
+    for row in plan.rows():
+        growing = len(row.chunks) < 3 and row.chunks[0] == 0
+        draining = len(row.chunks) < 3 and row.chunks[0] > 0
+        resync = displaced.resync_every_steps is not None and row.index % displaced.resync_every_steps == 0
+        expected = row.index == 0 or row.index < displaced.exact_steps or resync
+        expected |= (growing and displaced.exact_growing) or (draining and displaced.exact_draining)
+        assert displaced.is_exact(plan, row.index) == expected
+
+
+def test_the_context_is_refreshed_as_asked() -> None:
+    plan = WindowPlan(6, 3, 2, 1, num_chunks=6)
+    for refresh, per_shift in (("shift", 1), ("step", 2)):
+        batches = MicroBatches(plan, "displaced", 0, replace(NEVER, context_refresh=refresh))
+        rows = [batches.parts(row.index) for row in plan.rows() if row.context]
+        assert sum(is_context for parts in rows for _, is_context in parts) == per_shift * len(rows) // 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"resync_every_steps": 0}, r"displaced.resync_every_steps=0: 1 \(every step\) or more"),
+        ({"exact_steps": -1}, "displaced.exact_steps=-1: 0 or more"),
+        ({"context_refresh": "never"}, "displaced.context_refresh=never: must be shift or step"),
+    ],
+)
+def test_impossible_settings_are_refused(wrong: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Displaced(**wrong)
