@@ -1,7 +1,7 @@
 """How good the embedded model is: prompts read back from its pixels, beside real videos through the same codec.
 
-    python benchmarks/embedded.py [--quick] [--json] [--model FOLDER] [--mode window|causal] [--videos N] [--seconds S]
-                                  [--digits N] [--guidance-scale G] [--workers N]
+    python benchmarks/embedded.py [--quick] [--json] [--model FOLDER] [--mode window|causal|displaced] [--videos N]
+                                  [--seconds S] [--digits N] [--guidance-scale G] [--workers N]
     python benchmarks/embedded.py --folder VIDEOS [--json] [--model FOLDER]
 
 Held-out scenes give the prompts. ``real`` are their rendered frames, ``round_trip`` those after encoding and decoding
@@ -58,7 +58,7 @@ class Job:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--model", default="embedded", help="model folder (the embedded one)")
-    options.add_argument("--mode", choices=("window", "causal"), default="window")
+    options.add_argument("--mode", choices=("window", "causal", "displaced"), default="window")
     options.add_argument("--videos", type=int, help="prompts (20; 4 of one digit with --quick)")
     options.add_argument("--digits", type=int, choices=(1, 2), help="digits in every prompt (one or two at random)")
     options.add_argument("--seconds", type=float, help="length of each sample (60; 20 with --quick), at least 10")

@@ -115,10 +115,14 @@ class StreamDenoiser:
         backbone: the whole model.
         stream: what is sampled.
         texts: its texts, when several streams share them.
+
+    Attributes:
+        batches: how rows are cut; the stream's own unless set.
     """
 
     def __init__(self, backbone: Backbone, stream: Stream, texts: TextBank | None = None) -> None:
         self._backbone, self._stream = backbone, stream
+        self.batches = stream.batches
         self._memories = memories_of(stream)
         self._texts = texts or TextBank(backbone)
         self._texts.add(stream)
@@ -128,7 +132,7 @@ class StreamDenoiser:
         """``x [1, C, F, h, w]``, ``levels [1, F]`` -> velocity ``[1, C, F, h, w]``, float32; 0 for a clean chunk."""
         model = self._backbone
         velocity = torch.zeros_like(x)
-        for chunk, is_context in self._stream.batches.parts(row.index):
+        for chunk, is_context in self.batches.parts(row.index):
             memory = self._memories[branch]
             context = unit_context(model, self._stream, row, chunk, branch, self._texts, memory, is_context)
             frames = slice(context.first_frame, context.first_frame + context.grid.frames)

@@ -6,7 +6,7 @@ pipeline scheduling; with given stage times it shows what unequal stages, links 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -55,6 +55,8 @@ class Machine:
         link_latency_s: from the end of a send to the receiver having it.
         link_chunk_s: time a chunk's hidden states occupy a link; a unit takes that times its chunks.
         outstanding: sends a stage may have under way to its neighbour before it waits.
+        unit_seconds: measured seconds of a unit by (stage, chunks it holds); takes the place of ``stage_seconds`` where
+            it has an entry.
     """
 
     stage_seconds: tuple[float, ...]
@@ -62,6 +64,7 @@ class Machine:
     link_latency_s: float = 0.0
     link_chunk_s: float = 0.0
     outstanding: int = 2
+    unit_seconds: Mapping[tuple[int, int], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.stage_seconds) <= MAX_STAGES:
@@ -271,7 +274,9 @@ class _Simulation:
     def _seconds(self, stage: int, unit: Unit) -> float:
         if self._machine.unit_cost:
             return 1.0
-        return self._machine.stage_seconds[stage] * self._chunks(unit)
+        chunks = self._chunks(unit)
+        measured = self._machine.unit_seconds.get((stage, chunks))
+        return self._machine.stage_seconds[stage] * chunks if measured is None else measured
 
     def _chunks(self, unit: Unit) -> int:
         return len(self._plans[unit.stream].row(unit.row).window) if unit.chunk == WHOLE else 1
