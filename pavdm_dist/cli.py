@@ -11,13 +11,15 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pavdm_dist import __version__
 from pavdm_dist.errors import ConfigError, PAVDMError
 
 if TYPE_CHECKING:
     from pavdm_dist.config import SampleConfig
+
+    R = TypeVar("R", bound=SampleConfig)
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -29,6 +31,7 @@ Settings are dataclass defaults <- CONFIG.yaml <- key=value. `pavdm sample --pri
 
   pavdm sample "a red three drifting up and to the left" seconds=10 output=three.mp4
   pavdm plan configs/sample/opensora-240p.yaml chunks=22 num_stages=4 --json
+  pavdm plan seconds=60 cluster.devices=8 cluster.videos=3 cluster.chart=plan.png
   pavdm train configs/train/embedded.yaml max_seconds=600
 """
 
@@ -65,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def sample(arguments: argparse.Namespace) -> None:
     """Render one prompt, or a file of prompts, to mp4."""
-    config = _sample_config(arguments.words, needs_prompt=not arguments.print_config)
+    from pavdm_dist.config import SampleConfig
+
+    config = _run_config(SampleConfig, arguments.words, needs_prompt=not arguments.print_config)
     if arguments.print_config:
         _print_config(config)
     elif arguments.dry_run:
@@ -82,9 +87,11 @@ def sample(arguments: argparse.Namespace) -> None:
 
 
 def plan(arguments: argparse.Namespace) -> None:
-    """Show the window plan, its cost and the layer split, without rendering."""
+    """Show the window plan, its cost and the layer split, and with cluster.devices=N how to use N devices."""
+    from pavdm_dist.config import PlanConfig
+
     words = [word for word in arguments.words if not word.startswith("chunks=")]
-    config = _sample_config(words, needs_prompt=False)
+    config = _run_config(PlanConfig, words, needs_prompt=False)
     if arguments.print_config:
         return _print_config(config)
     chunks = None
@@ -148,14 +155,14 @@ def env(arguments: argparse.Namespace) -> None:
     _print_report(environment(), arguments.json)
 
 
-def _sample_config(words: Sequence[str], needs_prompt: bool) -> SampleConfig:
-    from pavdm_dist.config import SampleConfig, load_config
+def _run_config(cls: type[R], words: Sequence[str], needs_prompt: bool) -> R:
+    from pavdm_dist.config import load_config
     from pavdm_dist.validate import validate_sample
 
     prompt, config_file, overrides = _sort_words(words)
     if prompt is not None:
         overrides = [f"prompt={prompt}", *overrides]
-    config = load_config(SampleConfig, config_file, overrides)
+    config = load_config(cls, config_file, overrides)
     validate_sample(config, needs_prompt=needs_prompt)
     return config
 

@@ -48,7 +48,7 @@ class DisplacedConfig:
 
 @dataclass
 class SampleConfig:
-    """Everything ``pavdm sample`` and ``pavdm plan`` know. ``None`` means the checkpoint's own default."""
+    """Everything ``pavdm sample`` knows, and ``pavdm plan`` of a run. ``None`` means the checkpoint's own default."""
 
     # what to render
     prompt: str | None = None
@@ -91,6 +91,27 @@ class SampleConfig:
     output: str = "outputs"  # a .mp4 file, or a folder that gets NNNN-words-sSEED.mp4
     chunks_per_segment: int = 6
     save_latents: bool = False
+
+
+@dataclass
+class ClusterConfig:
+    """Devices and a job mix, for the planner."""
+
+    devices: int | None = None  # GPUs at hand; the planner speaks up when it is set
+    memory_gib: float = 80.0  # of one
+    tflops: float = 100.0  # what one sustains on this model
+    link_gib_per_s: float = 20.0  # between two of them
+    link_latency_ms: float = 0.1
+    videos: int = 1  # of the given length, all at hand from the start
+    price_per_device_hour: float = 0.0
+    chart: str | None = None  # .png of what the chosen stages do when
+
+
+@dataclass
+class PlanConfig(SampleConfig):
+    """Everything ``pavdm plan`` knows: a run's settings and what it may run on."""
+
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
 @dataclass

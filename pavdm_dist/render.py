@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pavdm_dist import planner
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.config import SampleConfig, to_dict
+from pavdm_dist.config import PlanConfig, SampleConfig, to_dict
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.io.encode import as_rate, check_size, require_libx264
@@ -105,6 +106,8 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
     Args:
         config: validated settings.
         chunks: new chunks, instead of a length in frames.
+
+    With ``cluster.devices`` the planner says how to use them (:mod:`pavdm_dist.planner`).
     """
     checkpoint = Checkpoint.open(config.model)
     params = _params(config, checkpoint)
@@ -121,6 +124,7 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
     if config.num_stages:
         split = layer_split(checkpoint, params, _options(config))
     units, stages = units_in_flight(params, config.streams), max(config.num_stages, 1)
+    cluster = config.cluster if isinstance(config, PlanConfig) and config.cluster.devices is not None else None
     return {
         "chunks": chunks,
         "num_frames": frames,
@@ -135,7 +139,8 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
         "levels": [round(level, 6) for level in reversed(params.schedule.levels)],
         "layer_split": [list(blocks) for blocks in split],
         "pipeline_utilisation": round(min(1.0, units / (branches + stages - 1)), 4),
-        "sampling": {name: getattr(params, name) for name in SamplingParams.__dataclass_fields__},
+        "sampling": asdict(params),
+        **({} if cluster is None else {"cluster": planner.report(checkpoint, params, plan, cluster)}),
     }
 
 
@@ -201,7 +206,7 @@ class _VideoWriter:
             chunk_seconds=self._chunk_seconds,
             latents_sha256=self._hash.hexdigest(),
             weights=identity,
-            extra={"sampling": {name: getattr(params, name) for name in SamplingParams.__dataclass_fields__}},
+            extra={"sampling": asdict(params)},
         ).write(self._output)
         return {"output": self._output, "num_frames": frames, "latents_sha256": self._hash.hexdigest()}
 

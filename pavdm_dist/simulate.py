@@ -167,7 +167,7 @@ def simulate_report(config: SimulateConfig) -> dict[str, Any]:
     displaced = Displaced(**asdict(config.displaced))
     result = simulate([plan] * videos, config.mode, config.branches, config.streams, machine, displaced)
     if config.chart is not None:
-        draw_chart(config.chart, stages, [_bar(part) for part in result.busy])
+        draw_chart(config.chart, stages, bars(result))
     busy = [sum(part.end - part.start for part in result.busy if part.stage == stage) for stage in range(stages)]
     return {
         "mode": config.mode,
@@ -181,6 +181,11 @@ def simulate_report(config: SimulateConfig) -> dict[str, Any]:
         "stage_busy": [_whole(seconds) for seconds in busy],
         **({} if config.chart is None else {"chart": config.chart}),
     }
+
+
+def bars(result: Result) -> list[Bar]:
+    """What every stage did, as bars of a chart."""
+    return [_bar(part) for part in result.busy]
 
 
 def _bar(part: Busy) -> Bar:
