@@ -88,6 +88,7 @@ class SampleConfig:
     ray_address: str | None = None  # None = RAY_ADDRESS, or a Ray of this process' own
     link_timeout_s: float = 300.0  # must exceed the slowest model call of a stage
     # what is written
+    trace: str | None = None  # .json of what every stage did when, for `pavdm simulate trace=FILE chart=FILE.png`
     output: str = "outputs"  # a .mp4 file, or a folder that gets NNNN-words-sSEED.mp4
     chunks_per_segment: int = 6
     save_latents: bool = False

@@ -244,21 +244,23 @@ class PAVDMPipeline:
         self, streams: Iterator[Stream], params: SamplingParams, in_flight: int
     ) -> Iterator[tuple[int, CleanChunk, Tensor]]:
         from pavdm_dist.engine.renderer import RayEngine
+        from pavdm_dist.engine.trace import write_trace
 
         assert self.engine is not None
         blocks = self.split(params)
-        units = units_in_flight(params, in_flight)
-        if len(blocks) > units:
+        useful = useful_stages(params, in_flight)
+        if len(blocks) > useful:
             logger.warning(
-                "num_stages=%d, but only %d unit(s) are ever in flight: stages will idle; raise streams",
-                len(blocks),
-                units,
-            )
+                "num_stages=%d: with streams=%d and mode=%s at most %d are useful, the others will idle",
+                len(blocks), in_flight, params.mode, useful,
+            )  # fmt: skip
         folder, codec = str(self.checkpoint.transformer), str(self.checkpoint.vae)
         with RayEngine(folder, blocks, self.engine, codec) as engine:
             for finished in engine.run(streams, in_flight):
                 assert finished.frames is not None
                 yield finished.stream, finished.clean, finished.frames
+            if self.engine.trace_file is not None:
+                write_trace(self.engine.trace_file, engine.finish())
 
     def _step_callback(self, stream: Stream, on_step: Callable[..., Any]) -> Callable[[PlanRow, Window], None]:
         levels = stream.schedule.levels
@@ -275,6 +277,12 @@ def units_in_flight(params: SamplingParams, streams: int) -> int:
     """Micro-batches that can be under way at a time in a full window."""
     chunks = 1 if params.mode == "window" else params.window_chunks
     return num_branches(params.guidance_scale) * chunks * streams
+
+
+def useful_stages(params: SamplingParams, streams: int) -> int:
+    """Stages beyond which another one brings next to nothing: M B in mode window, M W where units are chunks."""
+    per_video = num_branches(params.guidance_scale) if params.mode == "window" else params.window_chunks
+    return per_video * streams
 
 
 def layer_split(checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions) -> list[tuple[int, int]]:

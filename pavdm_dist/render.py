@@ -24,7 +24,7 @@ from pavdm_dist.io.metadata import Sidecar, sidecar_path, weights_identity
 from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.io.storage import check_output, exists, join, remove
 from pavdm_dist.observe import cpu_model
-from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk, layer_split, units_in_flight
+from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk, layer_split, units_in_flight, useful_stages
 from pavdm_dist.requests import SamplingParams, VideoRequest, check_prompts, clip_frames_needed, input_frames
 from pavdm_dist.units import Displaced
 from pavdm_dist.validate import frames_wanted
@@ -139,6 +139,7 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
         "levels": [round(level, 6) for level in reversed(params.schedule.levels)],
         "layer_split": [list(blocks) for blocks in split],
         "pipeline_utilisation": round(min(1.0, units / (branches + stages - 1)), 4),
+        "useful_stages": useful_stages(params, config.streams),
         "sampling": asdict(params),
         **({} if cluster is None else {"cluster": planner.report(checkpoint, params, plan, cluster)}),
     }
@@ -236,6 +237,7 @@ def _options(config: SampleConfig) -> EngineOptions:
         backend=config.backend,
         link_timeout_s=config.link_timeout_s,
         ray_address=config.ray_address,
+        trace_file=config.trace,
     )
 
 

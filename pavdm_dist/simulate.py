@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pavdm_dist.chart import Bar, draw_chart
 from pavdm_dist.config import DisplacedConfig
 from pavdm_dist.engine.order import Join, Unit, epochs
+from pavdm_dist.engine.trace import read_trace
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.schedule import Mode, WindowPlan
 from pavdm_dist.units import WHOLE, Displaced, MicroBatches
@@ -43,6 +44,7 @@ class SimulateConfig:
     link_chunk_s: float = 0.0  # time one chunk's hidden states occupy a link
     outstanding: int = 2  # sends under way before a stage waits
     chart: str | None = None  # .png of what every stage did when
+    trace: str | None = None  # of a real run (pavdm sample ... trace=FILE): sum that up and draw it instead
 
 
 @dataclass(frozen=True)
@@ -153,11 +155,14 @@ def simulate_report(config: SimulateConfig) -> dict[str, Any]:
     Raises:
         ConfigError: impossible settings.
     """
+    if config.chart is not None and not config.chart.endswith(".png"):
+        raise ConfigError(f"chart={config.chart}: must end in .png")
+    if config.trace is not None:
+        result = of_trace(config.trace)
+        return {"trace": config.trace, **_report(result, config.chart)}
     stages = config.num_stages
     if config.stage_seconds is not None and len(config.stage_seconds) != stages:
         raise ConfigError(f"stage_seconds={config.stage_seconds}: needs num_stages={stages} entries")
-    if config.chart is not None and not config.chart.endswith(".png"):
-        raise ConfigError(f"chart={config.chart}: must end in .png")
     seconds = config.stage_seconds or [1 / max(stages, 1)] * stages
     machine = Machine(tuple(seconds), config.unit_cost, config.link_latency_s, config.link_chunk_s, config.outstanding)
     plan = WindowPlan(
@@ -166,20 +171,38 @@ def simulate_report(config: SimulateConfig) -> dict[str, Any]:
     videos = config.streams if config.videos is None else config.videos
     displaced = Displaced(**asdict(config.displaced))
     result = simulate([plan] * videos, config.mode, config.branches, config.streams, machine, displaced)
-    if config.chart is not None:
-        draw_chart(config.chart, stages, bars(result))
+    return {"mode": config.mode, "videos": videos, **_report(result, config.chart)}
+
+
+def of_trace(path: str) -> Result:
+    """What a real run did.
+
+    Raises:
+        ConfigError: no trace, or one of another version.
+    """
+    stages = read_trace(path)
+    found = [Busy(stage, span.unit, span.start, span.end) for stage, spans in enumerate(stages) for span in spans]
+    if not found:
+        raise ConfigError(f"trace={path}: holds no units")
+    begin = min(part.start for part in found)
+    busy = sorted((replace(p, start=p.start - begin, end=p.end - begin) for p in found), key=lambda part: part.end)
+    return Result(len(stages), busy[-1].end, None, busy)
+
+
+def _report(result: Result, chart: str | None) -> dict[str, Any]:
+    stages = result.num_stages
+    if chart is not None:
+        draw_chart(chart, stages, bars(result))
     busy = [sum(part.end - part.start for part in result.busy if part.stage == stage) for stage in range(stages)]
     return {
-        "mode": config.mode,
         "num_stages": stages,
-        "videos": videos,
         "units": len(result.busy) // stages,
         "makespan": _whole(result.makespan),
         "first_chunk": None if result.first_chunk is None else _whole(result.first_chunk),
         "utilisation": result.utilisation,
         "speed_up": result.speed_up,
         "stage_busy": [_whole(seconds) for seconds in busy],
-        **({} if config.chart is None else {"chart": config.chart}),
+        **({} if chart is None else {"chart": chart}),
     }
 
 

@@ -112,6 +112,8 @@ def _check_start(config: SampleConfig, needs_clip: bool) -> None:
 
 def _check_stages(config: SampleConfig) -> None:
     split = config.layers_per_stage
+    if config.trace is not None and not config.num_stages:
+        raise ConfigError(f"trace={config.trace}: there are no stages to trace with num_stages=0")
     if split is None:
         return
     if config.num_stages and len(split) != config.num_stages:

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_checkpoint
+from PIL import Image
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.config import DisplacedConfig, SampleConfig
+from pavdm_dist.engine.order import Join, epochs
 from pavdm_dist.errors import CheckpointError, ConfigError, MediaError
 from pavdm_dist.io.latents import latents_sha256, read_latents
 from pavdm_dist.io.metadata import read_sidecar
@@ -27,6 +29,9 @@ from pavdm_dist.observe import ChunkProgress
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.render import plan_report, render_command
 from pavdm_dist.requests import VideoRequest
+from pavdm_dist.simulate import SimulateConfig, of_trace, simulate_report
+from pavdm_dist.units import MicroBatches
+from pavdm_dist.validate import validate_sample
 
 PROMPT = "a red three drifting up"
 
@@ -97,6 +102,25 @@ def test_displaced_needs_no_training_and_its_knobs_no_other_mode(
     assert found[0] == found[2]
     sampling = read_sidecar(tmp_path / "2.mp4")["extra"]["sampling"]
     assert (sampling["mode"], sampling["displaced"]["resync_every_steps"]) == ("displaced", 25)
+
+
+@pytest.mark.timeout(120)
+def test_a_traced_run_can_be_drawn_and_is_the_order(ray_cluster: None, model: Path, tmp_path: Path) -> None:
+    file, chart = tmp_path / "trace.json", tmp_path / "trace.png"
+    settings = {"num_frames": 23, "mode": "displaced"}
+    with pytest.raises(ConfigError, match=r"trace=.*: there are no stages to trace with num_stages=0"):
+        validate_sample(SampleConfig(prompt="a three", trace=str(file)))
+    _render(model, tmp_path / "a.mp4", num_stages=2, trace=str(file), **settings)
+    found = of_trace(str(file))
+    params = PAVDMPipeline.from_pretrained(model).params(mode="displaced")
+    join = Join(0, 0, 0, params.plan(4).num_rows, 2, MicroBatches(params.plan(4), "displaced"))
+    order = [unit for units in epochs(lambda epoch: join if epoch == 0 else None, 1) for unit in units]
+    for stage in range(2):
+        assert [part.unit for part in found.busy if part.stage == stage] == order
+    report = simulate_report(SimulateConfig(trace=str(file), chart=str(chart)))
+    assert report["num_stages"] == 2 and report["units"] == len(order) and 0 < report["utilisation"] <= 1
+    with Image.open(chart) as picture:
+        assert picture.size[0] > 1000
 
 
 @pytest.mark.timeout(120)

@@ -159,6 +159,27 @@ def test_displaced_without_exact_rows_costs_what_causal_does() -> None:
     assert by_resync[-1] == simulate([one], "window", 2, 1, machine).makespan
 
 
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "No such file or directory"),
+        ("{", "is no JSON"),
+        ("[]", "is of version None, this package reads version 1"),
+        ('{"version": 7, "stages": []}', "is of version 7, this package reads version 1"),
+        ('{"version": 1, "stages": [[{"unit": {}}]]}', "is damaged"),
+        ('{"version": 1, "stages": [[]]}', "holds no units"),
+    ],
+)
+def test_a_trace_that_cannot_be_read_is_one_sentence(
+    content: str | None, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "trace.json"
+    if content is not None:
+        file.write_text(content)
+    assert main(["simulate", f"trace={file}"]) == 2
+    assert f"trace={file}: {sentence}" in capsys.readouterr().err
+
+
 def test_whole_windows_are_one_unit() -> None:
     found = simulate([plan(2, window=2, shift=1)], "window", 1, 1, equal(1))
     assert {part.unit.chunk for part in found.busy} == {WHOLE}

@@ -23,6 +23,7 @@ class EngineOptions:
         placement_timeout_s: longest wait for resources that the cluster has but are busy.
         ray_address: cluster to join; None = the one this process is in, else a local one is started.
         trace: keep start and end of every unit.
+        trace_file: where a finished run writes them; sets ``trace``.
     """
 
     num_stages: int
@@ -36,8 +37,11 @@ class EngineOptions:
     placement_timeout_s: float = 60
     ray_address: str | None = None
     trace: bool = False
+    trace_file: str | None = None
 
     def __post_init__(self) -> None:
+        if self.trace_file is not None:
+            object.__setattr__(self, "trace", True)
         if self.num_stages < 1:
             raise ConfigError(f"num_stages={self.num_stages}: at least 1 (0 runs in this process, without this engine)")
         if self.threads_per_stage < 1:
