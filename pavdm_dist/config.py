@@ -81,6 +81,7 @@ class SampleConfig:
     threads_per_stage: int = 1
     streams: int = 1  # videos in flight
     layers_per_stage: list[int] | None = None  # half-blocks of each stage; None = balanced by cost
+    balance: Literal["estimated", "measured"] = "estimated"  # cost by FLOP, or timed once here and kept
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     cpus_per_stage: float = 1.0  # Ray's logical CPUs
     cpus_per_decoder: float = 0.0

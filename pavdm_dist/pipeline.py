@@ -12,16 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pavdm_dist.balance import layer_split, useful_stages
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.codecs.wan import decode_flop
 from pavdm_dist.denoiser import StreamDenoiser
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.engine.partition import estimate_costs, partition, with_codec
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.models.loading import check_module
-from pavdm_dist.models.stdit3 import OPTIONAL_TENSORS, STDiT3
 from pavdm_dist.requests import SamplingParams, VideoRequest, build_stream
-from pavdm_dist.sampler import num_branches, sample
+from pavdm_dist.sampler import sample
 from pavdm_dist.schedule import PlanRow
 from pavdm_dist.stream import Stream
 from pavdm_dist.window import CleanChunk, Window
@@ -271,42 +268,6 @@ class PAVDMPipeline:
             on_step(self, row.index, levels[row.steps_left[-1]], latents)
 
         return callback
-
-
-def units_in_flight(params: SamplingParams, streams: int) -> int:
-    """Micro-batches that can be under way at a time in a full window."""
-    chunks = 1 if params.mode == "window" else params.window_chunks
-    return num_branches(params.guidance_scale) * chunks * streams
-
-
-def useful_stages(params: SamplingParams, streams: int) -> int:
-    """Stages beyond which another one brings next to nothing: M B in mode window, M W where units are chunks."""
-    per_video = num_branches(params.guidance_scale) if params.mode == "window" else params.window_chunks
-    return per_video * streams
-
-
-def layer_split(checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions) -> list[tuple[int, int]]:
-    """Half-block range of each stage for a run's full window; reads shapes only, no weights.
-
-    A decoder without CPUs of its own shares the last stage's, so its cost counts there.
-
-    Raises:
-        ConfigError: more stages than half-blocks, or ``layers_per_stage`` that does not add up.
-        CheckpointError: a tensor of the backbone is missing or has the wrong size.
-    """
-    with torch.device("meta"):
-        model = STDiT3(checkpoint.transformer_config)
-    check_module(model, checkpoint.transformer, optional=OPTIONAL_TENSORS)
-    size = params.latent_chunk_size
-    frames, units_of_branch = (params.window_chunks + params.context_chunks) * size, params.plan(None).steps_per_shift
-    if params.mode != "window":
-        frames, units_of_branch = size, params.num_inference_steps + params.context_chunks
-    cells = checkpoint.codec_spec.latent_size(params.height, params.width)
-    costs = estimate_costs(model.spec, model.grid(frames, *cells), model.spec.text_len)
-    if not options.cpus_per_decoder:
-        units_per_chunk = num_branches(params.guidance_scale) * units_of_branch
-        costs = with_codec(costs, size * decode_flop(checkpoint.vae, *cells) / units_per_chunk)
-    return partition(costs, options.num_stages, options.layers_per_stage)
 
 
 def _seeds(generator: torch.Generator | Sequence[torch.Generator] | None, seed: int, count: int) -> list[int]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist import planner
+from pavdm_dist.balance import layer_split, units_in_flight, useful_stages
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.config import PlanConfig, SampleConfig, to_dict
 from pavdm_dist.engine.options import EngineOptions
@@ -24,7 +25,7 @@ from pavdm_dist.io.metadata import Sidecar, sidecar_path, weights_identity
 from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.io.storage import check_output, exists, join, remove
 from pavdm_dist.observe import cpu_model
-from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk, layer_split, units_in_flight, useful_stages
+from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk
 from pavdm_dist.requests import SamplingParams, VideoRequest, check_prompts, clip_frames_needed, input_frames
 from pavdm_dist.units import Displaced
 from pavdm_dist.validate import frames_wanted
@@ -230,6 +231,7 @@ def _options(config: SampleConfig) -> EngineOptions:
     return EngineOptions(
         num_stages=config.num_stages,
         layers_per_stage=config.layers_per_stage,
+        balance=config.balance,
         threads_per_stage=config.threads_per_stage,
         cpus_per_stage=config.cpus_per_stage,
         gpus_per_stage=config.gpus_per_stage,

@@ -14,7 +14,8 @@ class EngineOptions:
 
     Attributes:
         num_stages: P, pipeline stages; each is one actor.
-        layers_per_stage: half-blocks per stage; None balances by estimated cost.
+        layers_per_stage: half-blocks per stage; None balances by cost.
+        balance: cost by ``estimated`` FLOP, or ``measured`` once on this machine and kept.
         threads_per_stage: intra-op threads of a stage; part of what makes bits reproducible on a CPU.
         cpus_per_stage, gpus_per_stage: logical Ray resources one stage takes; fractions share a CPU.
         cpus_per_decoder: logical CPUs of the decode actor; 0 lets it share a stage's.
@@ -28,6 +29,7 @@ class EngineOptions:
 
     num_stages: int
     layers_per_stage: Sequence[int] | None = None
+    balance: str = "estimated"
     threads_per_stage: int = 1
     cpus_per_stage: float = 1
     gpus_per_stage: float = 0
@@ -48,6 +50,8 @@ class EngineOptions:
             raise ConfigError(f"threads_per_stage={self.threads_per_stage}: at least 1")
         if self.backend not in ("auto", "gloo", "nccl"):
             raise ConfigError(f"backend={self.backend!r}: must be auto, gloo or nccl")
+        if self.balance not in ("estimated", "measured"):
+            raise ConfigError(f"balance={self.balance}: must be estimated or measured")
         if self.backend == "nccl" and not self.gpus_per_stage:
             raise ConfigError("backend=nccl needs gpus_per_stage of at least 1; use gloo on CPUs")
 

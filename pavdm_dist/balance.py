@@ -1,0 +1,88 @@
+"""How a model is cut into stages for a run, and how many stages are of use."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.wan import decode_flop
+from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.engine.partition import estimate_costs, partition, with_codec
+from pavdm_dist.engine.profile import kept, profiled_costs
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.models.loading import check_module, load_config
+from pavdm_dist.models.stdit3 import OPTIONAL_TENSORS, STDiT3
+from pavdm_dist.observe import cpu_model
+from pavdm_dist.requests import SamplingParams
+from pavdm_dist.sampler import num_branches
+
+
+def units_in_flight(params: SamplingParams, streams: int) -> int:
+    """Micro-batches that can be under way at a time in a full window."""
+    chunks = 1 if params.mode == "window" else params.window_chunks
+    return num_branches(params.guidance_scale) * chunks * streams
+
+
+def useful_stages(params: SamplingParams, streams: int) -> int:
+    """Stages beyond which another one brings next to nothing: M B in mode window, M W where units are chunks."""
+    per_video = num_branches(params.guidance_scale) if params.mode == "window" else params.window_chunks
+    return per_video * streams
+
+
+def layer_split(checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions) -> list[tuple[int, int]]:
+    """Half-block range of each stage for a run's full window; reads shapes only, no weights.
+
+    A decoder without CPUs of its own shares the last stage's, so its cost counts there.
+
+    Raises:
+        ConfigError: more stages than half-blocks, or ``layers_per_stage`` that does not add up.
+        CheckpointError: a tensor of the backbone is missing or has the wrong size.
+    """
+    with torch.device("meta"):
+        model = STDiT3(checkpoint.transformer_config)
+    check_module(model, checkpoint.transformer, optional=OPTIONAL_TENSORS)
+    size = params.latent_chunk_size
+    frames, units_of_branch = (params.window_chunks + params.context_chunks) * size, params.plan(None).steps_per_shift
+    if params.mode != "window":
+        frames, units_of_branch = size, params.num_inference_steps + params.context_chunks
+    cells = checkpoint.codec_spec.latent_size(params.height, params.width)
+    units_per_chunk = num_branches(params.guidance_scale) * units_of_branch
+    if options.balance == "measured":
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("balance=measured: this process has no GPU to time blocks on; use balance=estimated")
+        costs = profiled_costs(
+            checkpoint.transformer_config, frames, cells, params.info, options.threads_per_stage, options.device
+        )
+        decode = profiled_decode(checkpoint, size, cells, options.threads_per_stage)
+    else:
+        costs = estimate_costs(model.spec, model.grid(frames, *cells), model.spec.text_len)
+        decode = size * decode_flop(checkpoint.vae, *cells)
+    if not options.cpus_per_decoder:
+        costs = with_codec(costs, decode / units_per_chunk)
+    return partition(costs, options.num_stages, options.layers_per_stage)
+
+
+def profiled_decode(checkpoint: Checkpoint, size: int, cells: tuple[int, int], threads: int) -> float:
+    """Seconds of decoding one chunk in a running video on this machine, measured once and kept."""
+    facts = {
+        "vae": load_config(checkpoint.vae), "size": size, "cells": cells, "threads": threads,
+        "device": cpu_model(), "torch": torch.__version__,
+    }  # fmt: skip
+
+    def measure() -> dict[str, float]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            decoder, times = checkpoint.codec.decoder(), list[float]()
+            for _ in range(4):
+                started = time.perf_counter()
+                decoder.decode(torch.zeros(checkpoint.codec_spec.latent_channels, size, *cells))
+                times.append(time.perf_counter() - started)
+        finally:
+            torch.set_num_threads(before)
+        return {"seconds": statistics.median(times[1:])}
+
+    return kept("decode", facts, measure)["seconds"]

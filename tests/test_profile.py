@@ -1,0 +1,83 @@
+"""Costs are measured once per model, shape and device, and the cut follows them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import TINY, tiny_checkpoint
+
+from pavdm_dist.balance import layer_split
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.engine import profile
+from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.engine.partition import Costs
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.models.base import FrameInfo
+from pavdm_dist.requests import SamplingParams
+
+INFO = FrameInfo(32, 48, 24)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "pavdm_dist" / "costs"
+
+
+def test_measured_once_per_shape(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    measure = profile.measure_costs
+
+    def counting(model: Any, grid: Any, *rest: Any) -> Costs:
+        calls.append(grid.frames)
+        return measure(model, grid, *rest)
+
+    monkeypatch.setattr(profile, "measure_costs", counting)
+    first = profile.profiled_costs(TINY, 8, (4, 6), INFO, 1)
+    assert len(first.blocks) == 2 * TINY.depth and first.blocks[:2] * TINY.depth == first.blocks
+    assert min(*first.blocks, first.embed, first.head) > 0
+    assert profile.profiled_costs(TINY, 8, (4, 6), INFO, 1) == first
+    assert calls == [8]
+    profile.profiled_costs(TINY, 6, (4, 6), INFO, 1)
+    profile.profiled_costs(replace(TINY, hidden_size=64), 8, (4, 6), INFO, 1)
+    assert calls == [8, 6, 8]
+    for file in cache.iterdir():
+        file.write_text("{")
+    assert profile.profiled_costs(TINY, 8, (4, 6), INFO, 1).blocks[0] > 0  # damaged: measured again
+    assert calls == [8, 6, 8, 8]
+    assert not list(cache.glob("*.tmp"))
+
+
+def test_the_cut_follows_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path / "model"))
+    params = SamplingParams.resolve(checkpoint)
+    times = {"blocks": {"spatial": 3.0, "temporal": 1.0, "embed": 0.0, "head": 0.0}, "decode": {"seconds": 24.0}}
+    monkeypatch.setattr(profile, "kept", lambda kind, facts, measure: times[kind])
+    monkeypatch.setattr("pavdm_dist.balance.kept", lambda kind, facts, measure: times[kind])
+    options = EngineOptions(2, balance="measured", cpus_per_decoder=1)
+    assert layer_split(checkpoint, params, options) == [(0, 2), (2, 4)]
+    # A chunk is decoded once in two rows of two branches: six seconds of the last stage a unit.
+    assert layer_split(checkpoint, params, replace(options, cpus_per_decoder=0)) == [(0, 3), (3, 4)]
+    times["blocks"]["spatial"] = 0.1
+    assert layer_split(checkpoint, params, options) == [(0, 2), (2, 4)]
+    times["blocks"]["head"] = 1.0
+    assert layer_split(checkpoint, params, options) == [(0, 3), (3, 4)]
+
+
+def test_decoding_is_timed_too(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path / "model"))
+    split = layer_split(checkpoint, SamplingParams.resolve(checkpoint), EngineOptions(2, balance="measured"))
+    assert [split[0][0], split[1][1]] == [0, 4]
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="balance=guessed: must be estimated or measured"):
+        EngineOptions(2, balance="guessed")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path / "model"))
+    options = EngineOptions(2, balance="measured", gpus_per_stage=1)
+    with pytest.raises(ConfigError, match="balance=measured: this process has no GPU"):
+        layer_split(checkpoint, SamplingParams.resolve(checkpoint), options)
