@@ -124,6 +124,8 @@ def test_codec_on_the_last_stage_moves_blocks_forward() -> None:
     costs = Costs((1.0,) * 8)
     assert partition(costs, 2) == [(0, 4), (4, 8)]
     assert partition(with_codec(costs, 2.0), 2) == [(0, 5), (5, 8)]
+    # A stage that is slowest whatever is done leaves the others even.
+    assert partition(with_codec(costs, 20.0), 3) == [(0, 3), (3, 7), (7, 8)]
 
 
 def test_partition_refuses() -> None:

@@ -96,17 +96,22 @@ def partition(costs: Costs, num_stages: int, layers_per_stage: Sequence[int] | N
         return list(pairwise([0, *accumulate(sizes)]))
 
     @cache
-    def best(first: int, stages: int) -> tuple[float, tuple[int, ...]]:
-        """(slowest stage, ends of the stages) for blocks ``first ..`` on ``stages`` stages."""
+    def best(first: int, stages: int) -> tuple[float, float, tuple[int, ...]]:
+        """(slowest stage, sum of squares, ends) for blocks ``first ..`` on ``stages`` stages.
+
+        Where one stage cannot be helped, the squares keep the others even.
+        """
         if stages == 1:
-            return costs.stage(first, count), (count,)
+            cost = costs.stage(first, count)
+            return cost, cost**2, (count,)
         options = []
         for last in range(first + 1, count - stages + 2):
-            rest, ends = best(last, stages - 1)
-            options.append((max(costs.stage(first, last), rest), (last, *ends)))
+            cost = costs.stage(first, last)
+            slowest, squares, ends = best(last, stages - 1)
+            options.append((max(cost, slowest), cost**2 + squares, (last, *ends)))
         return min(options)
 
-    return list(pairwise([0, *best(0, num_stages)[1]]))
+    return list(pairwise([0, *best(0, num_stages)[2]]))
 
 
 def with_codec(costs: Costs, codec: float) -> Costs:
