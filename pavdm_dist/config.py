@@ -43,6 +43,7 @@ class DisplacedConfig:
     exact_steps: int = 0  # exact steps at the start
     exact_growing: bool = True  # exact while the window grows
     exact_draining: bool = False  # and while it drains
+    adaptive: float | None = None  # exact when keys change by more than this from step to step
     context_refresh: Literal["shift", "step"] = "shift"  # when the clean chunk is run again
 
 

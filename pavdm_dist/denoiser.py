@@ -7,9 +7,9 @@ import threading
 import torch
 from torch import Tensor
 
-from pavdm_dist.models.base import Backbone, BlockContext, TextCache, TextRun
+from pavdm_dist.models.base import Backbone, BackboneSpec, BlockContext, TextCache, TextRun
 from pavdm_dist.models.memory import ChunkMemory, DisplacedMemory, Memory
-from pavdm_dist.schedule import Mode, PlanRow
+from pavdm_dist.schedule import PlanRow
 from pavdm_dist.stream import Stream
 from pavdm_dist.units import WHOLE
 
@@ -123,7 +123,7 @@ class StreamDenoiser:
     def __init__(self, backbone: Backbone, stream: Stream, texts: TextBank | None = None) -> None:
         self._backbone, self._stream = backbone, stream
         self.batches = stream.batches
-        self._memories = memories_of(stream)
+        self._memories = memories_of(stream, backbone.spec)
         self._texts = texts or TextBank(backbone)
         self._texts.add(stream)
 
@@ -142,15 +142,25 @@ class StreamDenoiser:
                 activation = model.block(index, activation, context)
             if not is_context:
                 velocity[:, :, frames] = model.to_velocity(model.head(activation, context.grid), part, part_levels)
+        if branch == self._stream.branches - 1 and self.batches.adaptive and self.batches.closes_shift(row.index):
+            self.batches = self.batches.reported(row.index, change_of(self._memories))
         return velocity
 
 
-def memories_of(stream: Stream) -> list[Memory | None]:
+def memories_of(stream: Stream, spec: BackboneSpec) -> list[Memory | None]:
     """What the chunks of a stream leave for each other, per guidance branch; None in mode window."""
-    kinds: dict[Mode, type[ChunkMemory] | type[DisplacedMemory] | None]
-    kinds = {"window": None, "causal": ChunkMemory, "displaced": DisplacedMemory}
-    kind = kinds[stream.mode]
-    return [None if kind is None else kind() for _ in range(stream.branches)]
+    if stream.mode == "window":
+        return [None] * stream.branches
+    if stream.mode == "causal":
+        return [ChunkMemory() for _ in range(stream.branches)]
+    # The last block is on the last stage, however many there are.
+    return [DisplacedMemory(probe=spec.num_blocks - 1) for _ in range(stream.branches)]
+
+
+def change_of(memories: list[Memory | None]) -> float:
+    """Relative change of the first branch's keys since it was last asked for."""
+    first = memories[0]
+    return first.take_change() if isinstance(first, DisplacedMemory) else 0.0
 
 
 def unit_context(

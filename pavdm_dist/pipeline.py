@@ -64,6 +64,9 @@ class PAVDMPipeline:
         threads_per_stage: intra-op threads, also of this process when ``num_stages`` is 0. Part of what makes
             results reproducible to the bit on a CPU.
         engine: further options of the engine; ``num_stages`` and ``threads_per_stage`` are taken from above.
+
+    Attributes:
+        resyncs: by video of the last run, rows that adaptive re-sync of mode displaced has made exact.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class PAVDMPipeline:
     ) -> None:
         self.checkpoint, self.num_stages, self.threads_per_stage = checkpoint, num_stages, threads_per_stage
         self.engine: EngineOptions | None = None
+        self.resyncs: dict[int, tuple[int, ...]] = {}
         if num_stages:
             options = engine or EngineOptions(num_stages)
             self.engine = replace(options, num_stages=num_stages, threads_per_stage=threads_per_stage)
@@ -192,6 +196,7 @@ class PAVDMPipeline:
             callback_on_step_end: see :meth:`__call__`.
         """
         wanted: dict[int, int] = {}
+        self.resyncs.clear()
 
         def build() -> Iterator[Stream]:
             for number, request in enumerate(requests):
@@ -229,6 +234,7 @@ class PAVDMPipeline:
                 denoise = StreamDenoiser(model, stream)
                 for clean in sample(stream.window(), denoise, stream.guidance_scale, callback):
                     frames = decoder.decode(clean.latents)
+                    self.resyncs[stream.id] = tuple(sorted(denoise.batches.exact_rows))
                     # The consumer's own thread count while it works; ours again, whatever it did, for the next row.
                     torch.set_num_threads(before)
                     yield stream.id, clean, frames
@@ -255,6 +261,7 @@ class PAVDMPipeline:
         with RayEngine(folder, blocks, self.engine, codec) as engine:
             for finished in engine.run(streams, in_flight):
                 assert finished.frames is not None
+                self.resyncs[finished.stream] = engine.exact_rows(finished.stream)
                 yield finished.stream, finished.clean, finished.frames
             if self.engine.trace_file is not None:
                 write_trace(self.engine.trace_file, engine.finish())

@@ -81,7 +81,9 @@ def render_command(config: SampleConfig, overwrite: bool, progress: Callable[...
                     )
                 writers[number].write(chunk)
                 if chunk.last:
-                    results[number] = writers[number].finish(identity)
+                    # Rows that adaptive re-sync of mode displaced has made exact.
+                    rows = list(pipeline.resyncs.get(number, ()))
+                    results[number] = writers[number].finish(identity, {"resyncs": rows} if rows else {})
                     del writers[number]
             except OSError as error:  # a full disk, a name too long, a share that went away
                 raise MediaError(f"output={outputs[number]}: cannot be written: {error}") from error
@@ -187,7 +189,7 @@ class _VideoWriter:
         self._chunk_seconds.append(round(now - self._clock, 4))
         self._clock = now
 
-    def finish(self, identity: str) -> dict[str, Any]:
+    def finish(self, identity: str, extra: dict[str, Any]) -> dict[str, Any]:
         """Joins the segments; the sidecar comes last: it exists exactly when the video is complete."""
         request, params = self._request, self._params
         tag = {"software": "pavdm_dist", "prompt": request.prompt, "seed": request.seed}
@@ -208,7 +210,7 @@ class _VideoWriter:
             chunk_seconds=self._chunk_seconds,
             latents_sha256=self._hash.hexdigest(),
             weights=identity,
-            extra={"sampling": asdict(params)},
+            extra={"sampling": asdict(params), **extra},
         ).write(self._output)
         return {"output": self._output, "num_frames": frames, "latents_sha256": self._hash.hexdigest()}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.engine.order import ROWS_PER_EPOCH
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.schedule import End, Mode, NoiseSchedule, Start, WindowPlan, time_shift_ratio
@@ -71,6 +72,12 @@ class SamplingParams:
             name = next(f.name for f in fields(Displaced) if getattr(displaced, f.name) != getattr(Displaced(), f.name))
             value = getattr(displaced, name)
             raise ConfigError(f"displaced.{name}={value}: mode={params.mode} does not read it; set mode=displaced")
+        if displaced.adaptive is not None and params.plan(None).steps_per_shift < ROWS_PER_EPOCH - 1:
+            # A decision must be there before the epoch in which it takes effect is sealed.
+            raise ConfigError(
+                f"displaced.adaptive={displaced.adaptive}: needs at least {ROWS_PER_EPOCH - 1} steps per shift, and"
+                f" num_inference_steps={params.num_inference_steps} over window_chunks={params.window_chunks} are fewer"
+            )
         if params.mode == "causal":
             _check_causal(params, checkpoint, allow_untrained_causal)
         checkpoint.codec_spec.latent_size(params.height, params.width)

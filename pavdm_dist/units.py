@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pavdm_dist.errors import ConfigError
@@ -25,6 +25,8 @@ class Displaced:
         exact_steps: so many rows at the start of the video are exact.
         exact_growing: rows are exact while the window grows.
         exact_draining: rows are exact while it drains.
+        adaptive: a shift in which keys of the last block that mixes frames change by more than this from row to row
+            (relative L2, over all chunks) makes the first row of the next shift but one exact; None = never.
         context_refresh: the clean chunk's keys and values, which in a bidirectional model depend on its noisy
             neighbours, are made anew once per ``shift`` or at every ``step``.
     """
@@ -33,6 +35,7 @@ class Displaced:
     exact_steps: int = 0
     exact_growing: bool = True
     exact_draining: bool = False
+    adaptive: float | None = None
     context_refresh: Literal["shift", "step"] = "shift"
 
     def __post_init__(self) -> None:
@@ -42,6 +45,8 @@ class Displaced:
             )
         if self.exact_steps < 0:
             raise ConfigError(f"displaced.exact_steps={self.exact_steps}: 0 or more")
+        if self.adaptive is not None and not self.adaptive > 0:
+            raise ConfigError(f"displaced.adaptive={self.adaptive}: must be above 0, or null for never")
         if self.context_refresh not in ("shift", "step"):
             raise ConfigError(f"displaced.context_refresh={self.context_refresh}: must be shift or step")
 
@@ -65,12 +70,14 @@ class MicroBatches:
         mode: how chunks see each other.
         first_row: where the stream starts.
         displaced: of mode displaced.
+        exact_rows: rows that adaptive re-sync has made exact so far.
     """
 
     plan: WindowPlan
     mode: Mode
     first_row: int = 0
     displaced: Displaced = field(default_factory=Displaced)
+    exact_rows: frozenset[int] = frozenset()
 
     def parts(self, n: int) -> tuple[tuple[int, bool], ...]:
         """Row ``n`` as ``(chunk, is clean context)`` in order of work: ``WHOLE`` alone, or chunks cleanest first.
@@ -93,5 +100,28 @@ class MicroBatches:
         after = self.plan.row(n + 1).window
         return tuple(k for k, is_context in self.parts(n) if k == WHOLE or (k in after and not is_context))
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether rows become exact while the stream runs."""
+        return self.mode == "displaced" and self.displaced.adaptive is not None
+
+    def closes_shift(self, n: int) -> bool:
+        """Whether row ``n`` is the last of a shift, after which the keys' change over it is known."""
+        return (n + 1) % self.plan.steps_per_shift == 0
+
+    def reported(self, n: int, change: float) -> MicroBatches:
+        """After row ``n`` closed a shift in which keys changed by ``change``: with what follows from it."""
+        row = n + 1 + self.plan.steps_per_shift
+        if not self.adaptive or change <= (self.displaced.adaptive or 0.0) or row >= self.plan.num_rows:
+            return self
+        return replace(self, exact_rows=self.exact_rows | {row})
+
+    def decided_by(self, n: int) -> int | None:
+        """The row whose report says whether row ``n`` is exact; None where nothing is left to say."""
+        row = n - 1 - self.plan.steps_per_shift
+        if not self.adaptive or n % self.plan.steps_per_shift or row < self.first_row:
+            return None
+        return row
+
     def _is_exact(self, n: int) -> bool:
-        return self.displaced.is_exact(self.plan, n, self.first_row)
+        return n in self.exact_rows or self.displaced.is_exact(self.plan, n, self.first_row)

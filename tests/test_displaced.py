@@ -13,12 +13,16 @@ from plans import legal_plans, many
 from torch import Tensor
 
 from pavdm_dist.denoiser import ModelDenoiser, StreamDenoiser, memories_of, unit_context
-from pavdm_dist.engine.order import Join, epochs
+from pavdm_dist.engine.local import LocalEngine
+from pavdm_dist.engine.order import Join, epochs, join_of, undecided
+from pavdm_dist.engine.stage import Stage
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.memory import Memory
+from pavdm_dist.sampler import sample
 from pavdm_dist.schedule import PlanRow, WindowPlan
 from pavdm_dist.stream import Stream
 from pavdm_dist.units import WHOLE, Displaced, MicroBatches
+from pavdm_dist.window import CleanChunk
 
 NEVER = Displaced(None, exact_growing=False)
 
@@ -65,7 +69,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
 @torch.inference_mode()
 def test_after_an_exact_pass_a_displaced_one_is_exact() -> None:
     (stream, row, x), model = frozen(), tiny_model()
-    (memory,) = memories_of(stream)
+    (memory,) = memories_of(stream, model.spec)
     exact = run_parts(model, stream, row, [(WHOLE, False)], memory, x)
     assert torch.equal(exact, run_parts(model, stream, row, [(WHOLE, False)], None, x))
     chunks = [(k, k in row.context) for k in row.window]
@@ -75,7 +79,7 @@ def test_after_an_exact_pass_a_displaced_one_is_exact() -> None:
 @torch.inference_mode()
 def test_frozen_latents_converge_in_as_many_sweeps_as_layers_mix_frames() -> None:
     (stream, row, x), model = frozen(), tiny_model()
-    (memory,) = memories_of(stream)
+    (memory,) = memories_of(stream, model.spec)
     exact = run_parts(model, stream, row, [(WHOLE, False)], None, x)
     # The bank starts from other latents, so that every block's keys are stale.
     run_parts(model, stream, row, [(WHOLE, False)], memory, x + 1)
@@ -116,7 +120,7 @@ def test_a_chunk_that_sees_no_stale_one_is_exact() -> None:
     """The noisiest chunk reads fresh keys of all others: with one block that mixes frames it is exact."""
     (stream, row, x), model = frozen(), tiny_model()
     with torch.inference_mode():
-        (memory,) = memories_of(stream)
+        (memory,) = memories_of(stream, model.spec)
         run_parts(model, stream, row, [(WHOLE, False)], memory, x + 1)
         reference = ModelDenoiser(model, stream)(x, stream.window().levels(row)[None], row, 0)
         chunks = [(k, k in row.context) for k in row.window]
@@ -126,13 +130,65 @@ def test_a_chunk_that_sees_no_stale_one_is_exact() -> None:
     assert per_chunk[-1] < per_chunk[0]
 
 
+ADAPTIVE = Displaced(None, exact_growing=False, adaptive=0.2)
+
+
+def adaptive_streams() -> list[Stream]:
+    plan = {"num_inference_steps": 9, "mode": "displaced", "displaced": ADAPTIVE}
+    return [tiny_stream(i, seed=i, num_chunks=8 + i, guidance_scale=3.0 - 2 * (i == 1), **plan) for i in range(3)]
+
+
+def in_process(stream: Stream) -> tuple[list[CleanChunk], frozenset[int]]:
+    denoiser = StreamDenoiser(tiny_model(), stream)
+    chunks = list(sample(stream.window(), denoiser, stream.guidance_scale))
+    return chunks, denoiser.batches.exact_rows
+
+
+def test_adaptive_resync_follows_the_change_of_keys() -> None:
+    stream = adaptive_streams()[0]
+    _, rows = in_process(stream)
+    shifts = {row // 3 for row in rows}
+    assert rows and all(row % 3 == 0 for row in rows)
+    assert len(shifts) < stream.plan.num_rows // 3 - 3, "no threshold at all"
+    none = in_process(replace(stream, displaced=replace(ADAPTIVE, adaptive=1e9)))[1]
+    every = in_process(replace(stream, displaced=replace(ADAPTIVE, adaptive=1e-9)))[1]
+    assert not none
+    # From the second row on keys change; the first shift decides about the third.
+    assert min(every) == 6 and len(every) == stream.plan.num_rows // 3 - 2
+    assert rows < every
+
+
+@pytest.mark.parametrize("cuts", [[(0, 4)], [(0, 1), (1, 4)], [(0, 1), (1, 2), (2, 3), (3, 4)]])
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_adaptive_resync_is_the_same_on_any_number_of_stages(cuts: list[tuple[int, int]], in_flight: int) -> None:
+    model, chunks = tiny_model(), dict[int, list[CleanChunk]]()
+    engine = LocalEngine([Stage(model, blocks) for blocks in cuts])
+    for number, clean in engine.run(adaptive_streams(), in_flight):
+        chunks.setdefault(number, []).append(clean)
+    for stream in adaptive_streams():
+        for clean, expected in zip(chunks[stream.id], in_process(stream)[0], strict=True):
+            assert torch.equal(clean.latents, expected.latents)
+
+
+def test_an_epoch_waits_for_what_decides_it() -> None:
+    stream = adaptive_streams()[0]
+    join = join_of(stream, 2)
+    # Rows 4 to 7 hold row 6, which row 2 decides; rows 8 to 11 hold row 9, which row 5 decides.
+    assert not undecided([join], 2, {})
+    assert undecided([join], 3, {})
+    assert not undecided([join], 3, {0: 2})
+    assert undecided([join], 4, {0: 2})
+    assert not undecided([join], 4, {0: 5})
+    assert not undecided([join_of(replace(stream, displaced=NEVER), 2)], 3, {})
+
+
 settings_of_displaced = st.builds(
     Displaced,
     st.none() | st.integers(1, 12),
     st.integers(0, 9),
     st.booleans(),
     st.booleans(),
-    st.sampled_from(["shift", "step"]),
+    context_refresh=st.sampled_from(["shift", "step"]),
 )
 
 
@@ -184,6 +240,7 @@ def test_the_context_is_refreshed_as_asked() -> None:
     [
         ({"resync_every_steps": 0}, r"displaced.resync_every_steps=0: 1 \(every step\) or more"),
         ({"exact_steps": -1}, "displaced.exact_steps=-1: 0 or more"),
+        ({"adaptive": 0.0}, "displaced.adaptive=0.0: must be above 0"),
         ({"context_refresh": "never"}, "displaced.context_refresh=never: must be shift or step"),
     ],
 )

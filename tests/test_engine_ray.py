@@ -12,11 +12,13 @@ import pytest
 import torch
 from helpers import reference_chunks, tiny_model, tiny_stream
 
+from pavdm_dist.denoiser import StreamDenoiser
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.partition import Costs, partition
 from pavdm_dist.engine.placement import fits
 from pavdm_dist.engine.renderer import RayEngine
 from pavdm_dist.errors import ConfigError, EngineError
+from pavdm_dist.sampler import sample
 from pavdm_dist.schedule import Mode, PlanRow
 from pavdm_dist.stream import Stream
 from pavdm_dist.units import WHOLE, Displaced
@@ -106,6 +108,24 @@ def test_snapshot_goes_on_bitwise(ray_cluster: None, folder: Path, mode: Mode) -
     assert [c.index for c in rest] == [2, 3]
     for again, before in zip(rest, whole[2:], strict=True):
         assert torch.equal(again.latents, before.latents)
+
+
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_adaptive_resync_is_the_samplers(ray_cluster: None, folder: Path, num_stages: int) -> None:
+    adaptive = Displaced(None, exact_growing=False, adaptive=0.2)
+    plan = {"num_inference_steps": 9, "mode": "displaced", "displaced": adaptive}
+    streams = [tiny_stream(i, seed=i, num_chunks=8 + i, **plan) for i in range(3)]
+    chunks: dict[int, list] = {stream.id: [] for stream in streams}
+    with RayEngine(str(folder), _cut(num_stages), EngineOptions(num_stages)) as engine:
+        for finished in engine.run(streams, 2):
+            chunks[finished.stream].append(finished.clean)
+        rows = [engine.exact_rows(stream.id) for stream in streams]
+    for stream, exact in zip(streams, rows, strict=True):
+        denoiser = StreamDenoiser(tiny_model(), stream)
+        expected = list(sample(stream.window(), denoiser, stream.guidance_scale))
+        assert exact and set(exact) == denoiser.batches.exact_rows
+        for clean, reference in zip(chunks[stream.id], expected, strict=True):
+            assert torch.equal(clean.latents, reference.latents)
 
 
 @pytest.mark.parametrize("victim", [0, 1])

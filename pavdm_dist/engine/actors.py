@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import os
 import queue
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pavdm_dist.engine.order import Join
+from pavdm_dist.engine.order import Join, Unit
 from pavdm_dist.engine.runner import EpochFeed, Links, RunReport, StageRunner
 from pavdm_dist.engine.stage import RowDone, Stage
 from pavdm_dist.engine.transport import LocalLink, TorchLink, warm_up
@@ -94,9 +94,9 @@ class StageActor:
         """Takes a stream in; must be acknowledged by all stages before its join is sealed."""
         self._stage.prepare(stream)
 
-    def seal(self, epoch: int, joins: Sequence[Join]) -> None:
+    def seal(self, epoch: int, joins: Sequence[Join], exact: Mapping[int, frozenset[int]] | None = None) -> None:
         """Fixes an epoch's log entries."""
-        self._feed.seal(epoch, joins)
+        self._feed.seal(epoch, joins, exact)
 
     def stop(self, epoch: int) -> None:
         """Lets the loop end before ``epoch``."""
@@ -119,7 +119,7 @@ class StageActor:
     def take(self, wait_s: float = 1.0) -> list[tuple]:
         """Last stage: events since the last call, waiting up to ``wait_s`` seconds for the first.
 
-        ``("epoch", e)`` or ``("chunk", stream, index, latents, snapshot)``.
+        ``("epoch", e)``, ``("change", stream, row, change)`` or ``("chunk", stream, index, latents, snapshot)``.
         """
         events: list[tuple] = []
         try:
@@ -129,10 +129,11 @@ class StageActor:
         except queue.Empty:
             return events
 
-    def _emit(self, stream: int, done: RowDone) -> None:
-        assert done.clean is not None
-        assert done.snapshot is not None
-        self._events.put(("chunk", stream, done.clean.index, done.clean.latents.cpu(), done.snapshot))
+    def _emit(self, unit: Unit, done: RowDone) -> None:
+        if done.change is not None:
+            self._events.put(("change", unit.stream, unit.row, done.change))
+        if done.clean is not None:
+            self._events.put(("chunk", unit.stream, done.clean.index, done.clean.latents.cpu(), done.snapshot))
 
 
 class DecodeActor:

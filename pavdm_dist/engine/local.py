@@ -8,6 +8,7 @@ from pavdm_dist.engine.order import Join, Unit, epochs, join_of
 from pavdm_dist.engine.stage import RowDone, Stage
 from pavdm_dist.models.base import Activation
 from pavdm_dist.stream import Stream
+from pavdm_dist.units import MicroBatches
 from pavdm_dist.window import CleanChunk
 
 
@@ -24,6 +25,7 @@ class LocalEngine:
     def run(self, streams: Iterable[Stream], streams_in_flight: int = 1) -> Iterator[tuple[int, CleanChunk]]:
         """Samples all streams, at most ``streams_in_flight`` at a time; yields ``(stream id, clean chunk)``."""
         waiting = iter(streams)
+        batches, exact = dict[int, MicroBatches](), dict[int, frozenset[int]]()
 
         def enter(epoch: int) -> Join | None:
             stream = next(waiting, None)
@@ -31,15 +33,20 @@ class LocalEngine:
                 return None
             for stage in self._stages:
                 stage.prepare(stream)
+            batches[stream.id] = stream.batches
+            exact.pop(stream.id, None)
             return join_of(stream, epoch)
 
-        for units in epochs(enter, streams_in_flight):
+        for units in epochs(enter, streams_in_flight, exact):
             for unit in units:
-                clean = self._run_unit(unit)
-                if clean is not None:
-                    yield unit.stream, clean
+                done = self._run_unit(unit)
+                if done is not None and done.change is not None:
+                    batches[unit.stream] = batches[unit.stream].reported(unit.row, done.change)
+                    exact[unit.stream] = batches[unit.stream].exact_rows
+                if done is not None and done.clean is not None:
+                    yield unit.stream, done.clean
 
-    def _run_unit(self, unit: Unit) -> CleanChunk | None:
+    def _run_unit(self, unit: Unit) -> RowDone | None:
         activation: Activation | None = None
         for stage in self._stages:
             result = stage.run(unit, activation)
@@ -48,4 +55,4 @@ class LocalEngine:
             return None
         if result.latents is not None:
             self._stages[0].feed(unit.stream, unit.row + 1, unit.chunk, result.latents)
-        return result.clean
+        return result

@@ -8,8 +8,8 @@ branch of all streams before the other costs 18-34 % of the pipeline's throughpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from pavdm_dist.stream import Stream
 from pavdm_dist.units import WHOLE, MicroBatches
@@ -125,12 +125,46 @@ def _fed(chunk: int, first: int, arriving: tuple[int, ...]) -> tuple[int, ...]:
     return (chunk,) if chunk in arriving else ()
 
 
-def epochs(enter: Callable[[int], Join | None], streams_in_flight: int) -> Iterator[list[Unit]]:
+def with_exact(log: Sequence[Join], rows: Mapping[int, frozenset[int]]) -> list[Join]:
+    """The log with the rows that adaptive re-sync has made exact, by stream."""
+    return [
+        replace(join, batches=replace(join.batches, exact_rows=rows[join.stream]))
+        if join.batches is not None and join.stream in rows
+        else join
+        for join in log
+    ]
+
+
+def undecided(log: Sequence[Join], epoch: int, reported: Mapping[int, int]) -> bool:
+    """Whether ``epoch`` holds a row of which adaptive re-sync has not yet said whether it is exact.
+
+    Args:
+        log: streams in flight.
+        epoch: which one.
+        reported: by stream, the last row whose report is there.
+    """
+    for join in log:
+        if join.batches is None or not join.batches.adaptive:
+            continue
+        first = join.first_row + (epoch - join.epoch) * ROWS_PER_EPOCH
+        for row in range(first, min(first + ROWS_PER_EPOCH, join.end_row)):
+            needed = join.batches.decided_by(row)
+            if needed is not None and reported.get(join.stream, -1) < needed:
+                return True
+    return False
+
+
+def epochs(
+    enter: Callable[[int], Join | None],
+    streams_in_flight: int,
+    exact: Mapping[int, frozenset[int]] | None = None,
+) -> Iterator[list[Unit]]:
     """Units of all epochs, with streams taken as places become free.
 
     Args:
         enter: called with an epoch; the next stream's join at that epoch, None when there is none left.
         streams_in_flight: places.
+        exact: rows that adaptive re-sync has made exact, by stream; read anew at every epoch.
     """
     log, epoch, order = list[Join](), 0, 0
     while True:
@@ -139,6 +173,7 @@ def epochs(enter: Callable[[int], Join | None], streams_in_flight: int) -> Itera
             log.append(join)
         if not log:
             return
+        log = with_exact(log, exact or {})
         units = epoch_units(log, epoch, order)
         yield units
         epoch, order = epoch + 1, order + len(units)

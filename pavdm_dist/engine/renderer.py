@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.engine.order import Join, is_active, join_of
+from pavdm_dist.engine.order import Join, is_active, join_of, undecided
 from pavdm_dist.engine.placement import connect, place
 from pavdm_dist.engine.runner import RunReport
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
 from pavdm_dist.stream import Stream
+from pavdm_dist.units import MicroBatches
 from pavdm_dist.window import CleanChunk, WindowSnapshot
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,9 @@ class RayEngine:
         self._epoch = 0
         self._exhausted = False
         self._last_chunk: dict[int, int] = {}
+        # Of adaptive streams: how their rows are cut so far, and the last row whose report is there.
+        self._batches: dict[int, MicroBatches] = {}
+        self._reported: dict[int, int] = {}
         self._owns_ray = connect(options)
         try:
             self._group = place(options)
@@ -109,7 +113,7 @@ class RayEngine:
         if streams_in_flight < 1:
             raise ConfigError(f"streams={streams_in_flight}: at least 1")
 
-        waiting, active = iter(streams), list[Join]()
+        waiting, active, undecided_epoch = iter(streams), list[Join](), False
         decoding: deque[tuple[int, CleanChunk, Any]] = deque()
         self._exhausted, done = False, self._epoch - 1
         # A waiting `take` outlives a run: its events belong to whoever reads next.
@@ -118,11 +122,14 @@ class RayEngine:
             while True:
                 while len(decoding) < DECODE_BACKLOG and self._epoch <= done + SEALED_AHEAD:
                     active = [join for join in active if is_active(join, self._epoch)]
+                    undecided_epoch = undecided(active, self._epoch, self._reported)
+                    if undecided_epoch:
+                        break
                     active += self._admit(waiting, streams_in_flight - len(active))
                     if not active:
                         break
-                    self._seal([join for join in active if join.epoch == self._epoch])
-                if self._exhausted and done == self._epoch - 1 and not decoding:
+                    self._seal(active)
+                if self._exhausted and not undecided_epoch and done == self._epoch - 1 and not decoding:
                     return
                 watched = [self._taking, *self._loops, *(ref for _, _, ref in list(decoding)[:1])]
                 ready, _ = ray.wait(watched, timeout=1.0)
@@ -133,6 +140,9 @@ class RayEngine:
                     for kind, *event in events:
                         if kind == "epoch":
                             done = event[0]
+                            continue
+                        if kind == "change":
+                            self._report(*event)
                             continue
                         stream_id, index, latents, snapshot = event
                         if on_snapshot is not None:
@@ -167,11 +177,25 @@ class RayEngine:
                 self._last_chunk[stream.id] = stream.plan.num_chunks - 1
             self._call(calls)
             joins.append(join_of(stream, self._epoch))
+            self._reported.pop(stream.id, None)
+            if stream.batches.adaptive:
+                self._batches[stream.id] = stream.batches
         return joins
 
-    def _seal(self, joins: list[Join]) -> None:
+    def _report(self, stream: int, row: int, change: float) -> None:
+        """A shift of an adaptive stream is over: what follows from it enters the log with the next epoch."""
+        self._batches[stream] = self._batches[stream].reported(row, change)
+        self._reported[stream] = row
+
+    def exact_rows(self, stream: int) -> tuple[int, ...]:
+        """Rows that adaptive re-sync has made exact so far."""
+        return tuple(sorted(self._batches[stream].exact_rows)) if stream in self._batches else ()
+
+    def _seal(self, active: list[Join]) -> None:
+        joins = [join for join in active if join.epoch == self._epoch]
+        exact = {join.stream: self._batches[join.stream].exact_rows for join in active if join.stream in self._batches}
         for actor in self._actors:
-            actor.seal.remote(self._epoch, joins)
+            actor.seal.remote(self._epoch, joins, exact)
         self._epoch += 1
 
     def finish(self) -> list[RunReport]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pavdm_dist.engine.messages import ACTIVATION, LATENTS, Header, Layout
-from pavdm_dist.engine.order import Join, Unit, epoch_units, is_active
+from pavdm_dist.engine.order import Join, Unit, epoch_units, is_active, with_exact
 from pavdm_dist.engine.stage import RowDone, Stage
 from pavdm_dist.engine.transport import Link
 from pavdm_dist.models.base import Activation
@@ -25,17 +25,20 @@ class EpochFeed:
     """
 
     def __init__(self) -> None:
-        self._sealed: dict[int, Sequence[Join]] = {}
+        self._sealed: dict[int, tuple[Sequence[Join], Mapping[int, frozenset[int]]]] = {}
         self._log: list[Join] = []
         self._stop_at: int | None = None
         self._changed = threading.Condition()
         self.epoch = 0
         self._order = 0
 
-    def seal(self, epoch: int, joins: Sequence[Join]) -> None:
-        """Fixes the joins that take effect at ``epoch``; epochs may be sealed in any order of arrival."""
+    def seal(self, epoch: int, joins: Sequence[Join], exact: Mapping[int, frozenset[int]] | None = None) -> None:
+        """Fixes the joins that take effect at ``epoch``, and the rows that adaptive re-sync has made exact so far.
+
+        Epochs may be sealed in any order of arrival.
+        """
         with self._changed:
-            self._sealed[epoch] = joins
+            self._sealed[epoch] = joins, exact or {}
             self._changed.notify_all()
 
     def stop(self, epoch: int) -> None:
@@ -52,7 +55,8 @@ class EpochFeed:
                     return None
                 self._changed.wait()
             self._log = [join for join in self._log if is_active(join, self.epoch)]
-            self._log += self._sealed.pop(self.epoch)
+            joins, exact = self._sealed.pop(self.epoch)
+            self._log = with_exact([*self._log, *joins], exact)
             units = epoch_units(self._log, self.epoch, self._order)
             self.epoch += 1
             self._order += len(units)
@@ -95,7 +99,7 @@ class RunReport:
     trace: list[Span] = field(default_factory=list)
 
 
-Emit = Callable[[int, RowDone], None]
+Emit = Callable[[Unit, RowDone], None]
 
 
 class StageRunner:
@@ -106,7 +110,8 @@ class StageRunner:
         links: how it is connected.
         feed: the order.
         generation: stamped on and demanded of every message.
-        emit: called on the last stage with (stream id, result) after every row that made a chunk clean.
+        emit: called on the last stage with (unit, result) after every row that made a chunk clean, and after every
+            shift of an adaptive stream.
         epoch_done: called with the epoch after its last unit.
         trace: keep a :class:`Span` per unit (unbounded memory: for measurements only).
     """
@@ -208,8 +213,8 @@ class StageRunner:
                 assert back is not None
                 header = self._header(LATENTS, unit, unit.order, back.numel, branch=0)
                 self._feedback().send(header, [result.latents], back)
-            if result.clean is not None:
-                self._emit(unit.stream, result)
+            if result.clean is not None or result.change is not None:
+                self._emit(unit, result)
 
     def _header(self, kind: int, unit: Unit, order: int, numel: int, branch: int | None = None) -> Header:
         branch = unit.branch if branch is None else branch

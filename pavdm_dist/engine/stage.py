@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pavdm_dist.denoiser import TextBank, memories_of, unit_context
+from pavdm_dist.denoiser import TextBank, change_of, memories_of, unit_context
 from pavdm_dist.engine.messages import Layout
 from pavdm_dist.engine.order import Unit
 from pavdm_dist.models.base import Activation, Backbone, BlockContext, Grid
@@ -30,11 +30,13 @@ class RowDone:
         latents: its input at the next row, ``[1, C, F, h, w]`` float32; None where there is none.
         clean: after a row's last micro-batch, the chunk that became clean, if any.
         snapshot: state after the row, taken whenever a chunk became clean (a shift).
+        change: after a shift of an adaptive stream, by how much its keys changed.
     """
 
     latents: Tensor | None
     clean: CleanChunk | None
     snapshot: WindowSnapshot | None
+    change: float | None = None
 
 
 class Stage:
@@ -68,7 +70,7 @@ class Stage:
             window = self._windows.get(stream.id) or stream.window(self.device)
             row = stream.plan.row(stream.first_row)
             self._inputs[stream.id] = {chunk: window.chunk(chunk) for chunk in row.window}
-        self._memories[stream.id] = memories_of(stream)
+        self._memories[stream.id] = memories_of(stream, self.model.spec)
         self._streams[stream.id] = stream
 
     def feed(self, stream: int, row: int, chunk: int, latents: Tensor) -> None:
@@ -152,20 +154,23 @@ class Stage:
         window = self._windows[unit.stream]
         velocity = guide(self._velocities[unit.stream], stream.guidance_scale)
         self._velocities[unit.stream] = []
-        clean = None
+        clean, change = None, None
         if unit.chunk == WHOLE:
             clean = window.update(row, velocity)
         else:
             window.advance(row, unit.chunk, velocity)
             if unit.chunk == row.chunks[-1]:
                 clean = window.close(row)
+        ends_row = unit.chunk in (WHOLE, row.chunks[-1])
+        if ends_row and stream.batches.adaptive and stream.batches.closes_shift(row.index):
+            change = change_of(self._memories[unit.stream])
         latents = None
         if unit.feeds:
             following = stream.plan.row(unit.row + 1)
             latents = window.inputs(following)[0] if unit.chunk == WHOLE else window.chunk(unit.chunk)
         snapshot = window.snapshot() if clean is not None else None
         self._forget(unit)
-        return RowDone(latents, clean, snapshot)
+        return RowDone(latents, clean, snapshot, change)
 
     def _chunks(self, stream: Stream, row: int, chunk: int) -> int:
         return len(stream.plan.row(row).window) if chunk == WHOLE else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -71,9 +72,13 @@ class DisplacedMemory:
 
     What a whole window leaves is exact. A newborn chunk has left nothing yet, so cleaner ones do not see it in its
     first row. Keys are kept unturned, because a chunk's place changes with every shift.
+
+    Args:
+        probe: the block at which the change of keys is watched.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, probe: int | None = None) -> None:
+        self._probe, self._changed, self._size = probe, 0.0, 0.0
         self._pairs: dict[int, dict[int, Pair]] = {}
         self._window: tuple[int, ...] = ()
         self._chunk: int | None = None
@@ -92,12 +97,22 @@ class DisplacedMemory:
             # Copies: a view would keep the queries alive, too.
             pairs.update((index, (k.clone(), v.clone())) for index, (k, v) in zip(self._window, parts, strict=True))
             return turn(keys, first), values
+        if block == self._probe and self._chunk in pairs:
+            before = pairs[self._chunk][0]
+            self._changed += float((keys - before).square().sum())
+            self._size += float(before.square().sum())
         pairs[self._chunk] = keys.clone(), values.clone()
         seen = [index for index in self._window if index in pairs]
         if seen != list(self._window[: len(seen)]):
             raise ValueError(f"chunks {seen} of window {self._window} left keys: only the newest may be missing")
         all_keys, all_values = _joined([pairs[index] for index in seen])
         return turn(all_keys, 0), all_values
+
+    def take_change(self) -> float:
+        """Relative L2 by which the probe's keys changed from row to row since the last call; 0 if nothing was run."""
+        change = math.sqrt(self._changed / self._size) if self._size else 0.0
+        self._changed = self._size = 0.0
+        return change
 
 
 def _joined(pairs: list[Pair]) -> Pair:
