@@ -167,7 +167,9 @@ class _Job:
         kept = 0
         if mode != "window":
             temporal = sum(index % 2 for index in range(*blocks))
-            kept = 2 * streams * self.branches * self.full * self.size * tokens * dim * temporal
+            # Mode displaced keeps keys twice: as they are and turned to their place.
+            copies = 3 if mode == "displaced" else 2
+            kept = copies * streams * self.branches * self.full * self.size * tokens * dim * temporal
         hidden = unit_frames * tokens * dim
         return BYTES * (weights + text + kept + (ACTIVATION_COPIES + 4) * hidden)
 

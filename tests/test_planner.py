@@ -71,20 +71,17 @@ def test_a_stage_needs_about_the_memory_that_is_predicted() -> None:
     stream = build_stream(VideoRequest("a red three drifting up", 0, 300), 0, params, checkpoint)
     denoiser, window = StreamDenoiser(checkpoint.backbone, stream), stream.window()
     for row in stream.plan.rows():
-        if row.index == 8:
+        if row.index == 9:
             break
         x, levels = window.inputs(row)
         velocity = [denoiser(x, levels, row, branch) for branch in range(stream.branches)]
         window.update(row, velocity[0])
-    kept = sum(
-        tensor.numel() * 4
-        for memory in denoiser._memories
-        for pairs in memory._pairs.values()  # type: ignore[union-attr]
-        for pair in pairs.values()
-        for tensor in pair
-    )
+    kept = 0
+    for memory in denoiser._memories:
+        kept += sum(4 * t.numel() for kept in memory._pairs.values() for pair in kept.values() for t in pair)
+        kept += sum(4 * t.numel() for kept in memory._turned.values() for _, t in kept.values())
     blocks, dim = checkpoint.backbone.spec.num_blocks, checkpoint.backbone.spec.hidden_size
-    assert kept == 4 * 2 * 2 * 35 * 16 * dim * (blocks // 2)
+    assert kept == 4 * 3 * 2 * 35 * 16 * dim * (blocks // 2)
 
 
 def test_costs_are_those_of_the_rows() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -71,7 +71,8 @@ class DisplacedMemory:
     """Mode displaced: a chunk reads the whole window, noisier chunks as they were at the row before.
 
     What a whole window leaves is exact. A newborn chunk has left nothing yet, so cleaner ones do not see it in its
-    first row. Keys are kept unturned, because a chunk's place changes with every shift.
+    first row. Keys are kept unturned, because a chunk's place changes with every shift, and turned for the place
+    they have now, because every chunk of a row reads them.
 
     Args:
         probe: the block at which the change of keys is watched.
@@ -80,18 +81,21 @@ class DisplacedMemory:
     def __init__(self, probe: int | None = None) -> None:
         self._probe, self._changed, self._size = probe, 0.0, 0.0
         self._pairs: dict[int, dict[int, Pair]] = {}
+        self._turned: dict[int, dict[int, tuple[int, Tensor]]] = {}  # by block and chunk: place, keys
         self._window: tuple[int, ...] = ()
         self._chunk: int | None = None
 
     def begin(self, window: tuple[int, ...], chunk: int | None, is_context: bool, opens_row: bool) -> None:
         self._window, self._chunk = window, chunk
-        for pairs in self._pairs.values():
-            for gone in [index for index in pairs if index not in window]:
-                del pairs[gone]
+        kept: list[dict[int, Any]] = [*self._pairs.values(), *self._turned.values()]
+        for by_chunk in kept:
+            for gone in [index for index in by_chunk if index not in window]:
+                del by_chunk[gone]
 
     def attend(self, block: int, keys: Tensor, values: Tensor, first: int, turn: Turn) -> Pair:
-        pairs = self._pairs.setdefault(block, {})
+        pairs, turned = self._pairs.setdefault(block, {}), self._turned.setdefault(block, {})
         if self._chunk is None:
+            turned.clear()
             size = keys.shape[-2] // len(self._window)
             parts = zip(keys.split(size, dim=-2), values.split(size, dim=-2), strict=True)
             # Copies: a view would keep the queries alive, too.
@@ -102,11 +106,15 @@ class DisplacedMemory:
             self._changed += float((keys - before).square().sum())
             self._size += float(before.square().sum())
         pairs[self._chunk] = keys.clone(), values.clone()
+        turned.pop(self._chunk, None)
         seen = [index for index in self._window if index in pairs]
         if seen != list(self._window[: len(seen)]):
             raise ValueError(f"chunks {seen} of window {self._window} left keys: only the newest may be missing")
-        all_keys, all_values = _joined([pairs[index] for index in seen])
-        return turn(all_keys, 0), all_values
+        size = keys.shape[-2]
+        for position, index in enumerate(seen):
+            if turned.get(index, (None,))[0] != position * size:
+                turned[index] = position * size, turn(pairs[index][0], position * size)
+        return _joined([(turned[index][1], pairs[index][1]) for index in seen])
 
     def take_change(self) -> float:
         """Relative L2 by which the probe's keys changed from row to row since the last call; 0 if nothing was run."""
