@@ -70,7 +70,7 @@ def sample(arguments: argparse.Namespace) -> None:
     """Render one prompt, or a file of prompts, to mp4."""
     from pavdm_dist.config import SampleConfig
 
-    config = _run_config(SampleConfig, arguments.words, needs_prompt=not arguments.print_config)
+    config = run_config(SampleConfig, arguments.words, needs_prompt=not arguments.print_config)
     if arguments.print_config:
         _print_config(config)
     elif arguments.dry_run:
@@ -91,7 +91,7 @@ def plan(arguments: argparse.Namespace) -> None:
     from pavdm_dist.config import PlanConfig
 
     words = [word for word in arguments.words if not word.startswith("chunks=")]
-    config = _run_config(PlanConfig, words, needs_prompt=False)
+    config = run_config(PlanConfig, words, needs_prompt=False)
     if arguments.print_config:
         return _print_config(config)
     chunks = None
@@ -155,7 +155,8 @@ def env(arguments: argparse.Namespace) -> None:
     _print_report(environment(), arguments.json)
 
 
-def _run_config(cls: type[R], words: Sequence[str], needs_prompt: bool) -> R:
+def run_config(cls: type[R], words: Sequence[str], needs_prompt: bool) -> R:
+    """The checked configuration that a verb's words (prompt, config file, overrides) make."""
     from pavdm_dist.config import load_config
     from pavdm_dist.validate import validate_sample
 

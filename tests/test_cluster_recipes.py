@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from pavdm_dist import __version__
-from pavdm_dist.cli import _sample_config
+from pavdm_dist.cli import run_config
+from pavdm_dist.config import SampleConfig
 
 ROOT = Path(__file__).parent.parent
 MANIFEST = ROOT / "cluster" / "kuberay" / "rayjob.yaml"
@@ -99,7 +100,7 @@ def test_the_rayjob_runs_images_that_the_dockerfile_builds() -> None:
 def test_the_rayjob_entrypoint_is_a_command_that_fits_its_cluster() -> None:
     program, verb, *words = shlex.split(manifest()["spec"]["entrypoint"])
     assert (program, verb) == ("pavdm", "sample")
-    config = _sample_config([word for word in words if not word.startswith("--")], needs_prompt=True)
+    config = run_config(SampleConfig, [word for word in words if not word.startswith("--")], needs_prompt=True)
     cpu = manifest()["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     per_pod = int(cpu["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"])
     assert 0 < config.num_stages * config.cpus_per_stage <= per_pod * cpu["replicas"]
@@ -149,7 +150,7 @@ def test_submit_sends_the_working_tree_and_names_the_interpreter(recorder: Path,
     assert options[options.index("--working-dir") + 1] == str(ROOT)
     assert ".venv" in json.loads(options[options.index("--runtime-env-json") + 1])["excludes"]
     assert entrypoint[:4] == [str(recorder), "-m", "pavdm_dist", "sample"]
-    config = _sample_config([word for word in entrypoint[4:] if not word.startswith("--")], needs_prompt=True)
+    config = run_config(SampleConfig, [word for word in entrypoint[4:] if not word.startswith("--")], needs_prompt=True)
     assert (config.output, config.seed, config.num_stages) == (str(output), 7, 2)
 
 
