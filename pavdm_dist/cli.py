@@ -122,7 +122,8 @@ def simulate(arguments: argparse.Namespace) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """Train the codec or the model of a config file; run again to go on where it stopped."""
-    from pavdm_dist.config import TrainConfig, load_config
+    from pavdm_dist.config import load_config
+    from pavdm_dist.train.config import TrainConfig
 
     prompt, config_file, overrides = _sort_words(arguments.words)
     if prompt is not None:

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from pavdm_dist import cli
-from pavdm_dist.config import SampleConfig, TrainConfig, load_config
+from pavdm_dist.config import SampleConfig, load_config
 from pavdm_dist.errors import EngineError
 from pavdm_dist.observe import ChunkProgress
+from pavdm_dist.train.config import TrainConfig
 
 PLAN = {"model_calls": 135, "chunks": 22, "layer_split": [6, 6], "stages": [{"stage": 0, "ms": 1.5}], "cost": {"a": 2}}
 

@@ -12,17 +12,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from training import TINY, write_clips
+from training import TINY, start, write_clips
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.wan import WanCodec
-from pavdm_dist.config import TrainConfig, load_config
+from pavdm_dist.config import load_config
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.train.average import Average
 from pavdm_dist.train.batches import still_batch
-from pavdm_dist.train.checkpoint import Average
+from pavdm_dist.train.config import TrainConfig
 from pavdm_dist.train.data import LatentClips, cache_clips
-from pavdm_dist.train.loop import TextToVideo, Trainer, train_command
-from pavdm_dist.train.loss import Objective
+from pavdm_dist.train.loop import INFO, WORLD_PROMPTS, train_command
+from pavdm_dist.train.model import Text, filled
+from pavdm_dist.train.objective import Objective
+from pavdm_dist.train.trainer import Trainer
 from pavdm_dist.train.world import VOCABULARY, render, sample_scene
 
 
@@ -46,16 +49,17 @@ def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {**trainer.engine.module.state_dict(), **{f"average.{k}": v for k, v in trainer.average.values.items()}}
+    parts = {f"average.{name}": part for name, (_, part) in trainer.average.parts.items()}
+    return {**trainer.engine.module.state_dict(), **parts}
 
 
 def test_five_and_five_steps_are_ten_to_the_bit(tmp_path: Path, clips: LatentClips) -> None:
-    whole = Trainer(settings(tmp_path), Path("unused"), clips)
+    whole = start(settings(tmp_path), clips)
     losses = [whole.train_step()["loss"] for _ in range(10)]
-    first = Trainer(settings(tmp_path), Path("unused"), clips)
+    first = start(settings(tmp_path), clips)
     halves = [first.train_step()["loss"] for _ in range(5)]
     first.save()
-    second = Trainer(settings(tmp_path, "resume=must"), Path("unused"), clips)
+    second = start(settings(tmp_path, "resume=must"), clips)
     assert second.step == 5
     halves += [second.train_step()["loss"] for _ in range(5)]
     assert halves == losses
@@ -64,22 +68,22 @@ def test_five_and_five_steps_are_ten_to_the_bit(tmp_path: Path, clips: LatentCli
 
 
 def test_training_lowers_the_loss(tmp_path: Path, clips: LatentClips) -> None:
-    trainer = Trainer(settings(tmp_path, "optimizer.total_steps=60"), Path("unused"), clips)
+    trainer = start(settings(tmp_path, "optimizer.total_steps=60"), clips)
     losses = [trainer.train_step()["loss"] for _ in range(60)]
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
 
 
 def test_stills_come_first_then_windows(tmp_path: Path, clips: LatentClips) -> None:
-    trainer = Trainer(settings(tmp_path, "data.still_steps=3", "data.still_batch_size=5"), Path("unused"), clips)
+    trainer = start(settings(tmp_path, "data.still_steps=3", "data.still_batch_size=5"), clips)
     frames = [trainer.train_step()["frames"] for _ in range(6)]
     assert frames[:3] == [1, 1, 1] and min(frames[3:]) >= 2
 
 
 def test_stills_can_go_on_among_the_windows(tmp_path: Path, clips: LatentClips) -> None:
-    trainer = Trainer(settings(tmp_path, "data.still_share=0.4"), Path("unused"), clips)
+    trainer = start(settings(tmp_path, "data.still_share=0.4"), clips)
     frames = [trainer.train_step()["frames"] for _ in range(40)]
     assert 8 <= frames.count(1) <= 24
-    again = Trainer(settings(tmp_path, "data.still_share=0.4"), Path("unused"), clips)
+    again = start(settings(tmp_path, "data.still_share=0.4"), clips)
     assert [again.train_step()["frames"] for _ in range(10)] == frames[:10]
 
 
@@ -87,19 +91,19 @@ def test_stills_are_single_latents_of_their_prompts_at_levels_of_their_own(clips
     objective = Objective(prompt_dropout=0.3)
     batch = still_batch(clips, objective, 2000, (1, 2))
     clean = batch.x + batch.levels[:, None, :, None, None] * batch.target
-    for sample, prompt in zip(clean[:20, :, 0], batch.prompts, strict=False):
+    for sample, prompt in zip(clean[:20, :, 0], batch.text.prompts, strict=False):
         of_prompt = [latents for latents, text in zip(clips.latents, clips.prompts, strict=True) if text == prompt]
         assert min((latents.float() - sample[:, None]).abs().amax((0, 2, 3)).min() for latents in of_prompt) < 1e-5
     assert len(set(batch.levels.flatten().tolist())) > 1990
     assert batch.levels.mean() == pytest.approx(0.5, abs=0.03) and 0 <= batch.levels.min() < batch.levels.max() <= 1
     assert np.mean(batch.dropped) == pytest.approx(0.3, abs=0.04)
     again = still_batch(clips, objective, 2000, (1, 2))
-    assert torch.equal(batch.x, again.x) and batch.prompts == again.prompts
+    assert torch.equal(batch.x, again.x) and batch.text == again.text
     assert not torch.equal(batch.x, still_batch(clips, objective, 2000, (1, 3)).x)
 
 
 def test_a_torn_checkpoint_is_never_the_latest(tmp_path: Path, clips: LatentClips) -> None:
-    trainer = Trainer(settings(tmp_path), Path("unused"), clips)
+    trainer = start(settings(tmp_path), clips)
     trainer.train_step()
     trainer.save()
     trainer.train_step()
@@ -112,7 +116,7 @@ def test_a_torn_checkpoint_is_never_the_latest(tmp_path: Path, clips: LatentClip
     with pytest.raises(KeyboardInterrupt):
         trainer.save()
     trainer.engine.save_checkpoint = whole
-    assert Trainer(settings(tmp_path), Path("unused"), clips).step == 1
+    assert start(settings(tmp_path), clips).step == 1
     for _ in range(3):
         trainer.train_step()
         trainer.save()
@@ -130,23 +134,23 @@ def test_a_torn_checkpoint_is_never_the_latest(tmp_path: Path, clips: LatentClip
 def test_a_checkpoint_of_another_run_is_refused_by_name(
     tmp_path: Path, clips: LatentClips, overrides: list[str], message: str
 ) -> None:
-    Trainer(settings(tmp_path), Path("unused"), clips).save()
+    start(settings(tmp_path), clips).save()
     with pytest.raises(ConfigError, match=message):
-        Trainer(settings(tmp_path, *overrides), Path("unused"), clips)
+        start(settings(tmp_path, *overrides), clips)
 
 
 def test_another_world_is_refused(tmp_path: Path, clips: LatentClips, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pavdm_dist.train import loop
+    from pavdm_dist.train import trainer
 
-    Trainer(settings(tmp_path), Path("unused"), clips).save()
-    monkeypatch.setattr(loop, "WORLD_SETTINGS", {**loop.WORLD_SETTINGS, "fps": 12})
+    start(settings(tmp_path), clips).save()
+    monkeypatch.setattr(trainer, "WORLD_SETTINGS", {**trainer.WORLD_SETTINGS, "fps": 12})
     with pytest.raises(ConfigError, match=r"world\.fps=24, this run has 12"):
-        Trainer(settings(tmp_path), Path("unused"), clips)
+        start(settings(tmp_path), clips)
 
 
 def test_resume_must_refuses_an_empty_folder(tmp_path: Path, clips: LatentClips) -> None:
     with pytest.raises(ConfigError, match="resume=must"):
-        Trainer(settings(tmp_path, "resume=must"), Path("unused"), clips)
+        start(settings(tmp_path, "resume=must"), clips)
 
 
 def test_the_average_is_the_exact_recursion() -> None:
@@ -158,31 +162,25 @@ def test_the_average_is_the_exact_recursion() -> None:
         average.update(module)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * module.weight.detach()
-        torch.testing.assert_close(average.values["weight"], expected)
+        torch.testing.assert_close(average.parts["weight"][1].view(2, 2), expected)
 
 
 def test_a_dropped_prompt_is_the_null_text_and_padding_is_not_read(tmp_path: Path, clips: LatentClips) -> None:
-    trainer = Trainer(settings(tmp_path, "optimizer.total_steps=100"), Path("unused"), clips)
+    trainer = start(settings(tmp_path, "optimizer.total_steps=100"), clips)
     for _ in range(8):
         trainer.train_step()
-    model: TextToVideo = trainer.averaged()
+    model = filled(trainer.config, 4, trainer.whole_weights())
     x, levels = torch.randn(1, 4, 4, 4, 4).expand(2, -1, -1, -1, -1), torch.full((2, 4), 0.5)
     short, long = "a red three drifting up", "a blue seven bouncing fast, a cyan one bouncing"
     with torch.no_grad():
-        one = model(x[:1], levels[:1], [short], [False], None)
-        two = model(x, levels, [short, long], [False, False], None)
-        dropped = model(x, levels, [short, long], [True, True], None)
-        null = model.transformer(x[:1], levels[:1], model.transformer.null_text()[None], trainer_info())
+        one = model(x[:1], levels[:1], Text([short]), [False], INFO, None)
+        two = model(x, levels, Text([short, long]), [False, False], INFO, None)
+        dropped = model(x, levels, Text([short, long]), [True, True], INFO, None)
+        null = model.transformer(x[:1], levels[:1], model.transformer.null_text()[None], INFO)
     torch.testing.assert_close(two[:1], one, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(two[0], two[1], atol=1e-3)
     assert torch.equal(dropped[0], dropped[1])
     torch.testing.assert_close(dropped[:1], null, atol=1e-5, rtol=1e-4)
-
-
-def trainer_info() -> object:
-    from pavdm_dist.train.loop import INFO
-
-    return INFO
 
 
 def test_clips_are_cached_in_slices_and_are_what_the_codec_encodes(tmp_path: Path, codec: Path) -> None:
@@ -209,17 +207,17 @@ def test_command_trains_and_exports_a_model_that_opens(tmp_path: Path, codec: Pa
     assert opened.text_encoder.unknown_words("a red three") == []
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and lines[0]["loss"] == pytest.approx(2, rel=0.7)
-    Trainer(replace(config, resume="must"), codec, LatentClips(tmp_path / "run/clips")).sheet()
+    start(replace(config, resume="must"), LatentClips(tmp_path / "run/clips"), codec, WORLD_PROMPTS[:2]).sheet()
     assert (tmp_path / "run/sheets/step0000002.png").exists()
 
 
 PROBE = """
 import sys
-from pathlib import Path
-from pavdm_dist.config import TrainConfig, load_config
+from training import start
+from pavdm_dist.config import load_config
+from pavdm_dist.train.config import TrainConfig
 from pavdm_dist.train.data import LatentClips
-from pavdm_dist.train.loop import Trainer
-Trainer(load_config(TrainConfig, None, sys.argv[2:]), Path("unused"), LatentClips(sys.argv[1])).train_step()
+start(load_config(TrainConfig, None, sys.argv[2:]), LatentClips(sys.argv[1])).train_step()
 print("ray" in sys.modules)
 """
 

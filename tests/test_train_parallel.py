@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from training import TINY, write_clips
+from training import TINY, start, write_clips
 
-from pavdm_dist.config import TrainConfig, load_config
+from pavdm_dist.config import load_config
+from pavdm_dist.train.config import TrainConfig
 from pavdm_dist.train.data import LatentClips
-from pavdm_dist.train.loop import Trainer
 
 STEPS = 6
 SETTINGS = [
@@ -26,21 +27,27 @@ SETTINGS = [
 PROGRAM = """
 import sys
 from pathlib import Path
-from pavdm_dist.config import TrainConfig, load_config
+from training import start
+from pavdm_dist.config import load_config
+from pavdm_dist.train.config import TrainConfig
 from pavdm_dist.train.data import LatentClips
-from pavdm_dist.train.loop import Trainer
-run = Path(sys.argv[1])
 config = load_config(TrainConfig, None, sys.argv[2:])
-trainer = Trainer(config, run / "vae", LatentClips(run / "clips"))
+trainer = start(config, LatentClips(Path(sys.argv[1]) / "clips"))
 assert trainer.run(float("inf"))
 """
 
 
 def launch(arguments: list[str]) -> list[subprocess.Popen[str]]:
     """Two processes, set up as torchrun does."""
-    from pavdm_dist.train.backend import _free_port
+    from pavdm_dist.train.processes import free_port
 
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_PORT": str(_free_port())}
+    shared = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": ":".join(sys.path),
+        "WORLD_SIZE": "2",
+        "MASTER_PORT": str(free_port()),
+    }
     return [
         subprocess.Popen(
             [sys.executable, *arguments],
@@ -67,18 +74,20 @@ def test_two_processes_train_as_one_and_leave_one_checkpoint(run: Path) -> None:
     assert len((run / "log.jsonl").read_text().splitlines()) == STEPS
 
     clips = LatentClips(run / "clips")
-    alone = Trainer(load_config(TrainConfig, None, [*SETTINGS, f"run_dir={run / 'alone'}"]), run, clips)
+    alone = start(load_config(TrainConfig, None, [*SETTINGS, f"run_dir={run / 'alone'}"]), clips)
     before = {name: value.detach().clone() for name, value in alone.engine.module.named_parameters()}
-    for _ in range(STEPS):
-        alone.train_step()
-    together = Trainer(load_config(TrainConfig, None, [*SETTINGS, f"run_dir={run}", "resume=must"]), run, clips)
+    losses = [alone.train_step()["loss"] for _ in range(STEPS)]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-3)
+    together = start(load_config(TrainConfig, None, [*SETTINGS, f"run_dir={run}", "resume=must"]), clips)
     assert together.step == STEPS
-    expected = dict(alone.engine.module.named_parameters())
-    for name, value in together.engine.module.named_parameters():
-        # Means of halves round differently, which Muon's bfloat16 products enlarge.
-        for got, want in ((value, expected[name]), (together.average.values[name], alone.average.values[name])):
-            moved = (want - before[name]).norm()
-            assert moved > 0 and (got - want).norm() < 0.05 * moved, name
+    # Means of halves round differently, and Muon lifts a matrix whose gradient is mostly rounding to full size: a
+    # branch that is still silent may differ, the model as a whole must not.
+    for averaged in (False, True):
+        got, want = together.whole_weights(averaged), alone.whole_weights(averaged)
+        apart = sum(float((got[name] - want[name]).square().sum()) for name in before)
+        moved = sum(float((want[name] - before[name]).square().sum()) for name in before)
+        assert moved > 0 and apart**0.5 < 0.03 * moved**0.5
 
 
 @pytest.mark.timeout(180)
@@ -88,5 +97,5 @@ def test_a_batch_that_does_not_divide_is_refused_by_every_process(run: Path) -> 
     for process in processes:
         output = process.communicate(timeout=150)[0]
         assert process.returncode == 2
-        assert "data.still_batch_size=5 does not divide among 2 processes: use a multiple of 2." in output
+        assert "data.still_batch_size=5 does not divide among 2 processes: use 4 or 6" in output
     assert not (run / "checkpoints").exists()

@@ -8,12 +8,27 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from pavdm_dist.train.batches import WorldBatches
+from pavdm_dist.train.config import TrainConfig
+from pavdm_dist.train.data import LatentClips
+from pavdm_dist.train.export import Parts
+from pavdm_dist.train.loop import INFO
+from pavdm_dist.train.trainer import Trainer
+
 TINY = [
     "threads=1", "data.clips=32", "data.num_latents=10", "data.batch_size=2",
     "model.depth=1", "model.hidden_size=16", "model.num_heads=2", "model.caption_channels=16", "model.text_depth=1",
     "objective.num_inference_steps=6", "objective.window_chunks=3", "objective.latent_chunk_size=2",
     "optimizer.total_steps=8", "optimizer.warmup_steps=2", "optimizer.lr=0.01", "log_every_steps=1",
 ]  # fmt: skip
+
+
+def start(
+    config: TrainConfig, clips: LatentClips, codec: Path = Path("unused"), prompts: tuple[str, ...] = ()
+) -> Trainer:
+    """A trainer on moving digits."""
+    batches = WorldBatches(clips, config.objective, config.data, config.seed)
+    return Trainer(config, batches, Parts(codec, None, INFO, prompts))
 
 
 def write_clips(folder: Path, clips: int) -> Path:

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pavdm_dist.errors import CheckpointError
@@ -161,8 +160,12 @@ def check_module(
         raise CheckpointError(f"{path}: tensor {unknown[0]} ({len(unknown)} in all) is not part of this model")
 
 
-def save_module(module: nn.Module, folder: str | Path, config: Mapping[str, Any], dtype: torch.dtype | None) -> None:
-    """Writes ``config.json`` and one safetensors file."""
+def save_module(
+    module: nn.Module, folder: str | Path, config: Mapping[str, Any], dtype: torch.dtype | None, shard: str = "5GB"
+) -> None:
+    """Writes ``config.json`` and one safetensors file, or several of at most ``shard`` with an index."""
+    from huggingface_hub import save_torch_state_dict
+
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     # Buffers are tables (rotary angles, the null text): rounding them would move every position.
@@ -171,7 +174,8 @@ def save_module(module: nn.Module, folder: str | Path, config: Mapping[str, Any]
         key: value.detach().to("cpu", dtype if key in converted else value.dtype).contiguous()
         for key, value in module.state_dict().items()
     }
-    save_file(state, path / WEIGHT_NAMES[0], metadata={"format": "pt"})
+    pattern = WEIGHT_NAMES[0].replace(".safetensors", "{suffix}.safetensors")
+    save_torch_state_dict(state, path, filename_pattern=pattern, max_shard_size=shard, metadata={"format": "pt"})
     (path / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
 
 

@@ -6,7 +6,9 @@ spatial block i, ``2 i + 1`` is temporal block i. Only temporal attention mixes 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -259,27 +261,34 @@ class STDiT3(nn.Module):
         config = {"_class_name": "STDiT3", **asdict(self.config)}
         save_module(self, folder, config, dtype)
 
-    def init_weights(self) -> None:
-        """Initial weights for training from scratch: quiet residual branches, zero output."""
+    def init_weights(self, whole: Callable[[list[nn.Parameter]], AbstractContextManager[Any]] | None = None) -> None:
+        """Initial weights for training from scratch: quiet residual branches, zero output.
 
-        def linear(module: nn.Module) -> None:
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        Args:
+            whole: entered around the filling of one module's own parameters; where the weights are sharded, it makes
+                these few whole and shards them again.
+        """
+        for name, module in self.named_modules():
+            own = list(module.parameters(recurse=False))
+            if isinstance(module, nn.Linear | nn.Conv3d):
+                with whole(own) if whole else nullcontext():
+                    _init_map(name, module)
 
-        self.apply(linear)
-        for sequential in (self.t_embedder.mlp, self.fps_embedder.mlp, self.t_block):
-            for layer in sequential:
-                if isinstance(layer, nn.Linear):
-                    nn.init.normal_(layer.weight, std=0.02)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        for block in self.modules():
-            if isinstance(block, STDiT3Block):
-                nn.init.zeros_(block.cross_attn.proj.weight)
-                if block.temporal:
-                    nn.init.zeros_(block.attn.proj.weight)
-                    nn.init.zeros_(block.mlp.fc2.weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
+
+# Residual branches that start silent: text everywhere, attention and MLP over time.
+_SILENT = re.compile(r"cross_attn\.proj|temporal_blocks\.\d+\.(attn\.proj|mlp\.fc2)|final_layer\.linear")
+_NARROW = re.compile(r"(t_embedder|fps_embedder)\.mlp\.|t_block\.")
+
+
+def _init_map(name: str, module: nn.Linear | nn.Conv3d) -> None:
+    if _SILENT.search(name):
+        nn.init.zeros_(module.weight)
+    elif _NARROW.match(name):
+        nn.init.normal_(module.weight, std=0.02)
+    else:
+        nn.init.xavier_uniform_(module.weight.flatten(1))
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
 
 
 def _chunk_causal_mask(context: BlockContext, device: torch.device) -> Tensor | None:

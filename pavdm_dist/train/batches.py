@@ -1,44 +1,106 @@
-"""Batches for the model: single latent frames for the first steps, then windows as sampling meets them."""
+"""Batches for the model; every one is a function of (seed, step), which is what makes resumed runs exact."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pavdm_dist.models.base import FrameInfo
+from pavdm_dist.train.config import DataConfig
 from pavdm_dist.train.data import LatentClips
-from pavdm_dist.train.loss import Objective, draw_window, noised, window_levels
+from pavdm_dist.train.loss import noised
+from pavdm_dist.train.model import Text
+from pavdm_dist.train.objective import Objective, draw_levels, draw_window
+from pavdm_dist.train.world import FPS, SIZE
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one optimizer step sees.
+    """What one optimizer step sees, or one process' share of it.
 
     Attributes:
         x, target: noisy latents and their velocity, ``[b, C, F, h, w]``.
         levels: ``[b, F]``.
-        prompts: one per sample.
+        text: one prompt per sample.
         dropped: which samples see the null text.
         context: clean latent frames at the front, which carry no loss.
         chunk_causal: chunk size when the mask is chunk-causal.
+        info: size in pixels and frames per second.
+        ids: which clips, for messages.
     """
 
     x: Tensor
     target: Tensor
     levels: Tensor
-    prompts: list[str]
+    text: Text
     dropped: list[bool]
     context: int
     chunk_causal: int | None
+    info: FrameInfo
+    ids: list[str]
 
-    def share(self, rank: int, size: int) -> Batch:
-        """The samples of process ``rank`` of ``size``: all draw the same batch and take turns, so that their mean
-        gradient is that of one process. The batch must divide by ``size``."""
-        part = slice(rank, None, size)
-        x, target, levels = self.x[part], self.target[part], self.levels[part]
-        return replace(self, x=x, target=target, levels=levels, prompts=self.prompts[part], dropped=self.dropped[part])
+    def part(self, rows: slice) -> Batch:
+        """Some of the samples."""
+        return replace(
+            self,
+            x=self.x[rows],
+            target=self.target[rows],
+            levels=self.levels[rows],
+            text=self.text.part(rows),
+            dropped=self.dropped[rows],
+            ids=self.ids[rows],
+        )
+
+    def parts(self, count: int) -> list[Batch]:
+        """``count`` equal parts, worked off one after another."""
+        return [self.part(slice(number, None, count)) for number in range(count)]
+
+    def to(self, device: torch.device) -> Batch:
+        """On another device."""
+        x, target, levels = (value.to(device) for value in (self.x, self.target, self.levels))
+        return replace(self, x=x, target=target, levels=levels, text=self.text.to(device))
+
+
+class Batches(Protocol):
+    """Where batches come from."""
+
+    channels: int
+
+    def batch(self, step: int, rank: int, size: int) -> Batch:
+        """Process ``rank``'s share of step ``step``'s batch: every ``size``-th sample, so that the processes' mean
+        gradient is that of one process."""
+
+
+class WorldBatches:
+    """Moving digits: single latent frames at first, then windows as sampling meets them.
+
+    Args:
+        clips: cached latents.
+        objective: what windows.
+        data: batch sizes and how many single frames.
+        seed: of the run.
+    """
+
+    def __init__(self, clips: LatentClips, objective: Objective, data: DataConfig, seed: int) -> None:
+        self.clips, self.data, self.seed = clips, data, seed
+        self.kinds = [(share, kind.at_size(SIZE, SIZE)) for share, kind in objective.kinds()]
+        self.channels = clips.latents.shape[1]
+
+    def batch(self, step: int, rank: int, size: int) -> Batch:
+        """See :class:`Batches`; all processes draw the whole batch, which costs little."""
+        seed, d = (self.seed, 11, step), self.data
+        rng = np.random.default_rng((self.seed, 12, step))
+        still = step < d.still_steps or rng.random() < d.still_share
+        objective = drawn_kind(self.kinds, rng)
+        if still:
+            whole = still_batch(self.clips, objective, d.still_batch_size, seed)
+        else:
+            whole = window_batch(self.clips, objective, d.batch_size, seed)
+        return whole.part(slice(rank, None, size))
 
 
 def still_batch(clips: LatentClips, objective: Objective, size: int, seed: tuple[int, ...]) -> Batch:
@@ -51,21 +113,34 @@ def still_batch(clips: LatentClips, objective: Objective, size: int, seed: tuple
     clean, prompts = clips.stills(rng, size)
     levels = torch.rand(size, 1, generator=generator)
     x, target = noised(clean, levels, 0, 0.0, generator)
-    return Batch(x, target, levels, prompts, _dropped(rng, objective, size), 0, None)
+    return _world_batch(x, target, levels, prompts, dropped_prompts(rng, objective, size), 0, None)
 
 
 def window_batch(clips: LatentClips, objective: Objective, size: int, seed: tuple[int, ...]) -> Batch:
-    """One kind of window over ``size`` clips, its levels shifted at random per sample (``linear-shift``)."""
+    """One kind of window over ``size`` clips."""
     rng, generator = _random(seed)
     chunk = objective.latent_chunk_size
     window = draw_window(rng, objective, clips.latents.shape[2] // chunk)
     clean, prompts = clips.batch(rng, size, window.offset * chunk, window.num_chunks * chunk)
-    shifts = objective.shift_scale * torch.randn(size, generator=generator)
-    levels = window_levels(window, objective, shifts)
+    levels = draw_levels(window, objective, size, generator)
     context = len(window.row.context) * chunk
     x, target = noised(clean, levels, context, objective.context_noise, generator)
-    dropped = _dropped(rng, objective, size)
-    return Batch(x, target, levels, prompts, dropped, context, chunk if window.causal else None)
+    dropped = dropped_prompts(rng, objective, size)
+    return _world_batch(x, target, levels, prompts, dropped, context, chunk if window.causal else None)
+
+
+def _world_batch(
+    x: Tensor, target: Tensor, levels: Tensor, prompts: list[str], dropped: list[bool], context: int, causal: int | None
+) -> Batch:
+    info = FrameInfo(SIZE, SIZE, FPS)
+    return Batch(x, target, levels, Text(prompts), dropped, context, causal, info, prompts)
+
+
+def drawn_kind(kinds: list[tuple[float, Objective]], rng: np.random.Generator) -> Objective:
+    """One of a mixture's objectives."""
+    if len(kinds) == 1:
+        return kinds[0][1]
+    return kinds[rng.choice(len(kinds), p=[share for share, _ in kinds])][1]
 
 
 def _random(seed: tuple[int, ...]) -> tuple[np.random.Generator, torch.Generator]:
@@ -73,5 +148,6 @@ def _random(seed: tuple[int, ...]) -> tuple[np.random.Generator, torch.Generator
     return rng, torch.Generator().manual_seed(int(rng.integers(2**62)))
 
 
-def _dropped(rng: np.random.Generator, objective: Objective, size: int) -> list[bool]:
+def dropped_prompts(rng: np.random.Generator, objective: Objective, size: int) -> list[bool]:
+    """Which samples see the null text."""
     return (rng.random(size) < objective.prompt_dropout).tolist()

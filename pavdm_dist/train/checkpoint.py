@@ -1,132 +1,259 @@
-"""Checkpoints of a training run that cannot tear, and the export of its averaged weights.
+"""Checkpoints of a training run that cannot tear, and that another number of processes can go on from.
 
-DeepSpeed names a checkpoint ``latest`` before it is complete; here a checkpoint appears under its name in one
-rename after everything is written, and only then does ``latest`` point to it.
+DeepSpeed names a checkpoint ``latest`` before it is complete, and writes no hashes. Here every process writes under a
+temporary name; when all are done, a manifest with sizes and hashes is added, the folder gets its name in one rename,
+and only then does ``latest`` point to it. A checkpoint that was damaged later is passed over for an older one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.train.average import Average
+from pavdm_dist.train.processes import World
+
+logger = logging.getLogger(__name__)
 
 LATEST = "latest"
-IDENTITY = "identity.json"
-KEEP = 2
+MANIFEST = "complete.json"
+PARTIAL = ".partial"
+UNIVERSAL = "-universal"
 
 
-class Average:
-    """Exponential moving average of a module's parameters, float32.
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint's tensors lie: what must fit for a plain load.
 
-    Args:
-        module: whose parameters are followed.
-        decay: weight of the past; smaller in the first steps.
+    Attributes:
+        zero_stage: DeepSpeed's.
+        processes: that hold a part each.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay, self.steps = decay, 0
-        self.values = {name: parameter.detach().float().clone() for name, parameter in module.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Takes in the parameters after one optimizer step."""
-        self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        for name, parameter in module.named_parameters():
-            self.values[name].lerp_(parameter.detach().float(), 1 - decay)
-
-    def state(self) -> dict[str, Any]:
-        """For the checkpoint."""
-        return {"steps": self.steps, "values": self.values}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a checkpoint."""
-        self.steps = state["steps"]
-        for name, value in state["values"].items():
-            self.values[name].copy_(value)
+    zero_stage: int
+    processes: int
 
 
-def save(engine: Any, root: str | Path, step: int, identity: Mapping[str, Any], client_state: dict[str, Any]) -> None:
-    """Writes checkpoint ``step`` under a temporary name, publishes it, and drops all but the last two.
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint to go on from.
+
+    Attributes:
+        tag: its name in the folder of checkpoints.
+        convert: whether it must be laid out anew for this run's number of processes.
+    """
+
+    tag: str
+    convert: bool
+
+
+def save(
+    engine: Any,
+    average: Average,
+    root: str | Path,
+    step: int,
+    identity: Mapping[str, Any],
+    layout: Layout,
+    world: World,
+    keep_last: int = 2,
+    keep_every: int = 0,
+) -> None:
+    """Writes checkpoint ``step``, publishes it, and drops old ones; every process must call it.
 
     Args:
         engine: the DeepSpeed engine.
+        average: averaged weights.
         root: folder of checkpoints.
         step: number of optimizer steps done.
-        identity: settings (parts of names and values) that :func:`load` insists on.
-        client_state: what :func:`load` returns.
+        identity: settings (parts of names and values) that :func:`find` insists on.
+        layout: of this run.
+        world: all processes.
+        keep_last: how many stay.
+        keep_every: those at multiples of it stay for good; 0 = none.
     """
     folder = Path(root)
-    tag, partial = f"step{step:07d}", f"step{step:07d}.partial"
-    if (folder / tag).exists():  # nothing happened since
+    tag = f"step{step:07d}"
+    if world.agree((folder / tag / MANIFEST).exists()):  # nothing happened since
         return
-    engine.save_checkpoint(str(folder), tag=partial, client_state=client_state, save_latest=False)
-    if torch.distributed.get_rank() == 0:
-        _publish(folder, tag, partial, identity)
-    torch.distributed.barrier()
+    partial = folder / f"{tag}{PARTIAL}"
+    if world.first:
+        shutil.rmtree(partial, ignore_errors=True)
+    world.wait()
+    engine.save_checkpoint(str(folder), tag=partial.name, client_state={"step": step}, save_latest=False)
+    average.save(partial, world.rank, world.size)
+    world.wait()
+    files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+    mine = {name: _fingerprint(partial / name, flush=True) for name in files[world.rank :: world.size]}
+    hashes = {name: value for part in world.gather(mine) for name, value in part.items()}  # type: ignore[attr-defined]
+    if world.first:
+        manifest = {"step": step, "layout": asdict(layout), "identity": identity, "files": hashes}
+        _publish(folder, tag, partial, manifest)
+        _drop(folder, tag, keep_last, keep_every)
+    world.wait()
 
 
-def _publish(folder: Path, tag: str, partial: str, identity: Mapping[str, Any]) -> None:
-    (folder / partial / IDENTITY).write_text(json.dumps(identity))
-    os.replace(folder / partial, folder / tag)
-    pointer = folder / f"{LATEST}.partial"
-    with open(pointer, "w") as file:
-        file.write(tag)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(pointer, folder / LATEST)
-    kept = sorted(path for path in folder.glob("step*") if path.suffix != ".partial")
-    for old in [*kept[:-KEEP], *folder.glob("*.partial")]:
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
-
-
-def load(engine: Any, root: str | Path, identity: Mapping[str, Any], resume: str) -> dict[str, Any] | None:
-    """Goes on from the newest checkpoint.
+def find(root: str | Path, identity: Mapping[str, Any], layout: Layout, resume: str, world: World) -> Found | None:
+    """The newest whole checkpoint that this run may go on from; every process must call it.
 
     Args:
-        engine: the DeepSpeed engine to fill.
         root: folder of checkpoints.
         identity: settings that must equal the checkpoint's.
+        layout: of this run.
         resume: ``auto`` starts afresh where there is none, ``must`` refuses to, ``never`` refuses to go on.
+        world: all processes.
 
     Returns:
-        The client state, or None for a fresh start.
+        None for a fresh start.
 
     Raises:
-        ConfigError: nothing to resume, or something that must not be; another world, model or objective.
-        CheckpointError: the newest checkpoint cannot be read.
+        ConfigError: nothing to resume, or something that must not be; another world, model, objective or ZeRO stage.
+        CheckpointError: there are checkpoints, and none is whole.
     """
-    pointer = Path(root) / LATEST
-    if not pointer.exists():
+    tags = _tags(Path(root))
+    if not tags:
         if resume == "must":
             raise ConfigError(f"resume=must: {root} holds no checkpoint; resume=auto starts afresh")
         return None
     if resume == "never":
         raise ConfigError(f"resume=never: {root} holds a checkpoint; choose another run_dir or resume=auto")
-    tag = pointer.read_text().strip()
+    for tag in tags:
+        manifest, fault = _checked(Path(root) / tag, world)
+        faults = [text for text in world.gather(fault) if text]
+        if manifest is None or faults:
+            logger.warning("%s/%s is passed over: %s", root, tag, faults[0])
+            continue
+        _compare(str(root), manifest["identity"], identity)
+        theirs = Layout(**manifest["layout"])
+        if theirs.zero_stage != layout.zero_stage:
+            raise ConfigError(
+                f"{root} was trained with zero.stage={theirs.zero_stage}, this run has {layout.zero_stage}: go on with "
+                f"{theirs.zero_stage}, or start a new run from the exported model (model.pretrained)"
+            )
+        return Found(tag, theirs.zero_stage > 0 and theirs.processes != layout.processes)
+    raise CheckpointError(f"{root}: no checkpoint is whole; the newest is {tags[0]}")
+
+
+def load(engine: Any, average: Average, root: str | Path, found: Found, world: World) -> int:
+    """Fills the engine and the average; returns the number of steps done. Every process must call it.
+
+    Args:
+        engine: started with ``load_universal`` when the checkpoint must be converted.
+        average: of the engine's module.
+        root: folder of checkpoints.
+        found: which one.
+        world: all processes.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    tag = found.tag
+    if found.convert:
+        tag = f"{found.tag}{UNIVERSAL}"
+        fault = _convert(Path(root), found.tag, tag) if world.first else None
+        faults = [text for text in world.gather(fault) if text]
+        if faults:
+            raise CheckpointError(f"{root}/{found.tag} could not be laid out for {world.size} processes: {faults[0]}")
+    path, state = engine.load_checkpoint(str(root), tag=tag)
+    if path is None:
+        raise CheckpointError(f"{root}/{found.tag} could not be loaded")
+    average.restore(Path(root) / found.tag)
+    world.wait()
+    if found.convert:
+        # Saving in this mode loses files at stage 3; the next checkpoint is an ordinary one again.
+        engine._config.load_universal_checkpoint = False
+        if world.first:
+            shutil.rmtree(Path(root) / tag)
+            (Path(root) / "latest_universal").unlink(missing_ok=True)
+    return int(state["step"])
+
+
+def _tags(root: Path) -> list[str]:
+    """Names of published checkpoints, the one ``latest`` names first, then from the newest on."""
+    names = sorted((path.name for path in root.glob("step*") if path.name[4:].isdecimal()), reverse=True)
+    pointer = root / LATEST
+    if pointer.exists() and (named := pointer.read_text().strip()) in names:
+        names.remove(named)
+        names.insert(0, named)
+    return names
+
+
+def _checked(folder: Path, world: World) -> tuple[dict[str, Any] | None, str | None]:
+    """The manifest, and what is wrong; every process reads its share of the files."""
     try:
-        theirs = json.loads((Path(root) / tag / IDENTITY).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{root}/{tag} is incomplete: {error}") from error
-    for part, values in json.loads(json.dumps(identity)).items():
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return None, f"its {MANIFEST} is missing or broken ({type(error).__name__})"
+    for name in sorted(files)[world.rank :: world.size]:
+        try:
+            if _fingerprint(folder / name) != files[name]:
+                return manifest, f"{name} is not what was written"
+        except OSError as error:
+            return manifest, f"{name}: {error.strerror}"
+    return manifest, None
+
+
+def _compare(root: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    for part, values in json.loads(json.dumps(ours)).items():
         for name, value in values.items():
             found = theirs.get(part, {}).get(name)
             if found != value:
                 raise ConfigError(f"{root} was trained with {part}.{name}={found}, this run has {value}")
-    path, state = engine.load_checkpoint(str(root), tag=tag)
-    if path is None:
-        raise CheckpointError(f"{root}/{tag} could not be loaded")
-    return state
 
 
-def averaged(module: nn.Module, average: Average) -> dict[str, Tensor]:
-    """State dict of ``module`` with averaged parameters and its own buffers."""
-    return {**module.state_dict(), **average.values}
+def _fingerprint(path: Path, flush: bool = False) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        if flush:
+            os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
+
+
+def _publish(folder: Path, tag: str, partial: Path, manifest: dict[str, Any]) -> None:
+    _write(partial / MANIFEST, json.dumps(manifest, indent=1))
+    shutil.rmtree(folder / tag, ignore_errors=True)  # damaged, or it would not be written again
+    os.replace(partial, folder / tag)
+    _write(folder / f"{LATEST}{PARTIAL}", tag)
+    os.replace(folder / f"{LATEST}{PARTIAL}", folder / LATEST)
+
+
+def _write(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _drop(folder: Path, newest: str, keep_last: int, keep_every: int) -> None:
+    old = [tag for tag in sorted(_tags(folder), reverse=True) if tag != newest][max(keep_last - 1, 0) :]
+    for tag in old:
+        if not keep_every or int(tag[4:]) % keep_every:
+            shutil.rmtree(folder / tag)
+    for left in folder.glob(f"step*{PARTIAL}"):
+        shutil.rmtree(left)
+
+
+def _convert(root: Path, tag: str, target: str) -> str | None:
+    """Lays a checkpoint out for any number of processes; what went wrong, if anything did."""
+    shutil.rmtree(root / target, ignore_errors=True)
+    words = ["--input_folder", str(root / tag), "--output_folder", str(root / target), "--inject_missing_state"]
+    # The converter must not take itself for one of our processes.
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    done = subprocess.run(
+        [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *words],
+        env={**alone, "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]

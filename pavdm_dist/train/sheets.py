@@ -3,64 +3,56 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
+from torch import Tensor
 
+from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.denoiser import ModelDenoiser
-from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.sampler import sample
-from pavdm_dist.schedule import NoiseSchedule, WindowPlan
+from pavdm_dist.schedule import WindowPlan
 from pavdm_dist.stream import Conditioning, Stream
-from pavdm_dist.train.loss import Objective
-from pavdm_dist.train.world import FPS, SIZE
+from pavdm_dist.train.config import TrainConfig
+from pavdm_dist.train.export import Parts
+from pavdm_dist.train.model import filled
 
-if TYPE_CHECKING:
-    from pavdm_dist.train.loop import TextToVideo
-
-PROMPTS = (
-    "a red three drifting up and to the left, a blue seven bouncing fast",
-    "a green five drifting to the right",
-    "a yellow zero bouncing slowly",
-    "a white four drifting down, a cyan two drifting up and to the right",
-)
 FRAMES_SHOWN = 8
 
 
 def draw_sheet(
-    model: TextToVideo, codec_folder: Path, objective: Objective, path: Path, chunks: int = 6, guidance: float = 2.0
+    config: TrainConfig,
+    weights: dict[str, Tensor],
+    channels: int,
+    parts: Parts,
+    path: Path,
+    chunks: int = 6,
+    guidance: float = 2.0,
 ) -> None:
     """Samples one video per prompt and writes evenly spaced frames, a row each, with the prompts beside it.
 
     Args:
-        model: with the weights to look at.
-        codec_folder: the codec.
-        objective: gives the plan.
+        config: of the run; its objective gives the plan.
+        weights: to look at.
+        channels: of the latents.
+        parts: codec, text encoder, size and prompts.
         path: PNG to write.
         chunks: length of the videos.
         guidance: guidance scale.
     """
     from PIL import Image
 
-    codec = WanCodec.from_pretrained(codec_folder)
-    o = objective
+    codec, model, info = WanCodec.from_pretrained(parts.vae), filled(config, channels, weights), parts.info
+    encoder = model.text_encoder or WordTextEncoder.from_pretrained(str(parts.text_encoder))
+    o = config.objective.kinds()[0][1].at_size(info.height, info.width)
     plan = WindowPlan(o.num_inference_steps, o.window_chunks, o.latent_chunk_size, o.context_chunks, num_chunks=chunks)
-    height, width = codec.latent_size(SIZE, SIZE)
+    height, width = codec.latent_size(info.height, info.width)
     rows = []
-    for number, prompt in enumerate(PROMPTS):
-        text = Conditioning.build([(0, model.text_encoder.encode(prompt))], model.transformer.null_text())
-        stream = Stream(
-            number,
-            plan,
-            NoiseSchedule(o.num_inference_steps, o.time_shift),
-            number,
-            (codec.spec.latent_channels, height, width),
-            text,
-            FrameInfo(SIZE, SIZE, FPS),
-            guidance,
-        )
+    for number, prompt in enumerate(parts.prompts):
+        text = Conditioning.build([(0, encoder.encode(prompt))], model.transformer.null_text())
+        shape = (channels, height, width)
+        stream = Stream(number, plan, o.schedule, number, shape, text, info, guidance)
         decoder = codec.decoder()
         chunks_of = sample(stream.window(), ModelDenoiser(model.transformer, stream), guidance)
         frames = torch.cat([decoder.decode(clean.latents) for clean in chunks_of])
@@ -69,4 +61,4 @@ def draw_sheet(
     sheet = torch.cat(rows).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet).resize((sheet.shape[1] * 2, sheet.shape[0] * 2), 0).save(path)
-    path.with_suffix(".txt").write_text("\n".join(PROMPTS) + "\n")
+    path.with_suffix(".txt").write_text("\n".join(parts.prompts) + "\n")

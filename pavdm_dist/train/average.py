@@ -1,0 +1,138 @@
+"""The moving average of the weights, sharded as ZeRO shards the float32 masters.
+
+Each process averages the part of every parameter whose master it holds, so the average costs no communication and
+1/N of its memory, and equals that of one process: averaging is element by element. Files name parameters and places
+in them, so that any number of processes can read what any other wrote.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pavdm_dist.errors import CheckpointError
+from pavdm_dist.train.processes import World
+
+FILE = "average-{rank:05d}-of-{size:05d}.safetensors"
+
+
+def local_part(parameter: nn.Parameter) -> tuple[int, Tensor]:
+    """This process' part of a parameter's float32 master: where it starts in the flattened parameter, and a view.
+
+    Stage 0 has no other master than the parameter, which is whole everywhere.
+    """
+    if hasattr(parameter, "ds_id"):  # stage 3
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        part = safe_get_local_fp32_param(parameter).flatten()
+        start = torch.distributed.get_rank() * part.numel()
+        return start, part[: max(min(part.numel(), shape_of(parameter).numel() - start), 0)]
+    if hasattr(parameter, "_hp_mapping"):  # stages 1 and 2
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return 0, torch.empty(0, device=parameter.device)
+        return mapping.lp_fragment_address.start, mapping.get_hp_fragment()
+    return 0, parameter.detach().flatten()
+
+
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """Of the whole parameter, also where only a part of it is here."""
+    return parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape
+
+
+class Average:
+    """Exponential moving average of a module's trained parameters, float32.
+
+    Args:
+        module: whose parameters are followed.
+        decay: weight of the past; smaller in the first steps.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay, self.steps = decay, 0
+        self.parts: dict[str, tuple[int, Tensor]] = {}
+        for name, parameter in _trained(module):
+            start, part = local_part(parameter)
+            self.parts[name] = (start, part.detach().float().clone())
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Takes in the parameters after one optimizer step."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for name, parameter in _trained(module):
+            self.parts[name][1].lerp_(local_part(parameter)[1].float(), 1 - decay)
+
+    def save(self, folder: Path, rank: int, size: int) -> None:
+        """Writes this process' parts."""
+        starts = {name: start for name, (start, _) in self.parts.items()}
+        tensors = {name: part.cpu() for name, (_, part) in self.parts.items()}
+        meta = {"starts": json.dumps(starts), "steps": str(self.steps)}
+        save_file(tensors, folder / FILE.format(rank=rank, size=size), metadata=meta)
+
+    def restore(self, folder: Path) -> None:
+        """Reads this process' parts from whatever files there are.
+
+        Raises:
+            CheckpointError: some part is in none of them.
+        """
+        missing = {name: part.numel() for name, (_, part) in self.parts.items()}
+        for file in sorted(folder.glob("average-*.safetensors")):
+            with safe_open(file, framework="pt") as reader:
+                meta = reader.metadata()
+                self.steps = int(meta["steps"])
+                for name, theirs in json.loads(meta["starts"]).items():
+                    missing[name] -= self._take(name, theirs, reader.get_slice(name))
+            if not any(count > 0 for count in missing.values()):
+                return
+        lost = next((name for name, count in missing.items() if count > 0), None)
+        if lost is not None:
+            raise CheckpointError(f"{folder} lacks a part of the averaged {lost}")
+
+    def _take(self, name: str, theirs: int, stored: Any) -> int:
+        start, part = self.parts[name]
+        first, last = max(start, theirs), min(start + part.numel(), theirs + stored.get_shape()[0])
+        if first >= last:
+            return 0
+        part[first - start : last - start] = stored[first - theirs : last - theirs]
+        return last - first
+
+
+def whole_tensors(
+    module: nn.Module, world: World, average: Average | None = None, keep: bool = True
+) -> dict[str, Tensor]:
+    """A state dict of whole tensors in main memory: averaged or current float32 parameters, and the buffers.
+
+    Every process must call it.
+
+    Args:
+        module: the trained module.
+        world: all processes.
+        average: None = the current weights.
+        keep: False on processes that only take part; they get an empty dict.
+    """
+    found = {name: value.detach().cpu().clone() for name, value in module.named_buffers()}
+    found |= {name: value.detach().cpu() for name, value in module.named_parameters() if not value.requires_grad}
+    for name, parameter in _trained(module):
+        start, part = local_part(parameter) if average is None else average.parts[name]
+        shape = shape_of(parameter)
+        if part.numel() == shape.numel():
+            whole = part.float()
+        else:
+            whole = torch.zeros(shape.numel(), device=world.device)
+            whole[start : start + part.numel()] = part
+            torch.distributed.all_reduce(whole)  # the others hold zeros there: exact
+        if keep:
+            found[name] = whole.cpu().clone().view(shape)
+    return found if keep else {}
+
+
+def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)

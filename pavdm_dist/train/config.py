@@ -1,0 +1,136 @@
+"""Settings of ``pavdm train``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pavdm_dist.train.objective import Objective
+
+
+@dataclass
+class CodecSettings:
+    """The small causal video VAE (AutoencoderKLWan layout); see ``train.codec.CodecTraining``."""
+
+    folder: str | None = None  # a trained codec; None trains one in run_dir
+    base_dim: int = 16
+    decoder_base_dim: int = 24
+    z_dim: int = 16
+    dim_mult: list[int] = field(default_factory=lambda: [1, 4, 4])
+    batch_size: int = 4
+    learning_rate: float = 2e-3
+    budget_seconds: float = 5400.0  # encoder and decoder together
+    decoder_seconds: float = 1500.0  # then the decoder alone
+    bfloat16: bool = True
+
+
+@dataclass
+class DataConfig:
+    """What is trained on: a prepared folder of real video, or clips of moving handwritten digits made here."""
+
+    folder: str | None = None  # of `pavdm data prepare`; None renders and encodes the digits once
+    batch_size: int = 8  # of all processes together, over all accumulated parts
+    batch_sizes: dict[str, int] = field(default_factory=dict)  # of single buckets, by their names
+    prefetch: int = 2  # batches loaded ahead, with a folder
+    clips: int = 640  # digits
+    num_latents: int = 40  # digits, per clip: 8 chunks of 5, 157 frames
+    still_steps: int = 0  # digits: steps on single latent frames before the first window
+    still_share: float = 0.0  # digits: share of the steps after them that see single latent frames too
+    still_batch_size: int = 128
+
+
+@dataclass
+class ModelConfig:
+    """STDiT3's sizes, named as in its ``config.json``, and the text encoder's depth."""
+
+    pretrained: str | None = None  # model folder to start from; its sizes count, not those below
+    depth: int = 4
+    hidden_size: int = 160
+    num_heads: int = 5
+    caption_channels: int = 96  # with data.folder: the width of its text
+    model_max_length: int = 32
+    patch_size: list[int] = field(default_factory=lambda: [1, 2, 2])
+    text_depth: int = 2
+
+
+@dataclass
+class OptimizerConfig:
+    """Linear warm-up, then cosine to ``final_ratio`` of the peak; average of the weights (EMA)."""
+
+    # muon: Muon for matrices, AdamW for the rest, needs zero.stage=0; adamw: torch's; deepspeed: the one that the
+    # "optimizer" block of `deepspeed` names.
+    name: Literal["muon", "adamw", "deepspeed"] = "muon"
+    lr: float = 1e-3
+    matrix_ratio: float = 2.0  # Muon's learning rate over AdamW's
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    accumulation: int = 1  # parts that a batch is worked off in
+    total_steps: int = 5000
+    warmup_steps: int = 200
+    final_ratio: float = 0.02
+    ema_decay: float = 0.999
+
+
+@dataclass
+class ZeroConfig:
+    """What DeepSpeed shards and where it keeps it.
+
+    Attributes:
+        stage: 0 shards nothing, 1 the optimizer's state, 2 gradients too, 3 weights too.
+        precision: float32; autocast = forward pass in bfloat16, weights float32; bfloat16 = weights in bfloat16 with
+            float32 masters (stages 1 to 3).
+        offload: keep the optimizer's state, or with stage 3 the weights too, in main memory.
+        init: build the model already sharded, for models that fit no single device (stage 3).
+        checkpoint_activations: recompute each block in the backward pass instead of keeping its insides.
+        bucket_elements: numbers per message of gradients (2e8 as in DeepSpeed: 0.8 GB of float32).
+    """
+
+    stage: int = 0
+    precision: Literal["float32", "autocast", "bfloat16"] = "float32"
+    offload: Literal["none", "optimizer", "all"] = "none"
+    init: bool = False
+    checkpoint_activations: bool = False
+    bucket_elements: int = 200_000_000
+
+
+@dataclass
+class LaunchConfig:
+    """Processes of this machine, or workers of a Ray cluster; ignored under a launcher that started several."""
+
+    processes: int = 1  # on this machine
+    ray_workers: int = 0  # on a Ray cluster, by Ray Train
+    ray_address: str | None = None  # None: RAY_ADDRESS, or a cluster on this machine
+    gpus_per_worker: float = 0.0
+    cpus_per_worker: float = 1.0
+    max_failures: int = 3  # restarts of the group after a worker died
+    timeout_seconds: float = 1800.0  # of a collective, before a missing process ends the run
+
+
+@dataclass
+class TrainConfig:
+    """Everything ``pavdm train`` knows."""
+
+    run_dir: str = "runs/embedded"
+    export: str | None = None  # folder for the finished model; None = run_dir/model
+    export_weights: Literal["average", "current"] = "average"
+    seed: int = 0
+    resume: Literal["auto", "must", "never"] = "auto"
+    max_seconds: float = 600.0  # length of one slice; run again to go on
+    threads: int = 2
+    checkpoint_every_seconds: float = 120.0
+    keep_last: int = 2  # checkpoints
+    keep_every_steps: int = 0  # checkpoints at multiples of this are kept for good; 0 = none
+    sheet_every_seconds: float = 300.0
+    log_every_steps: int = 20
+    sequence_parallel: int = 1  # processes that share every window, a part of its frames each
+    codec: CodecSettings = field(default_factory=CodecSettings)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: Objective = field(default_factory=Objective)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    sampling: dict[str, Any] = field(default_factory=dict)  # defaults stored with the exported model
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # further DeepSpeed settings
+    deepspeed_config: str | None = None  # the same as a JSON file

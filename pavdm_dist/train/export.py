@@ -1,0 +1,84 @@
+"""The trained model as a folder that ``pavdm sample model=FOLDER`` takes at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pavdm_dist.models.base import FrameInfo
+from pavdm_dist.train.config import TrainConfig
+from pavdm_dist.train.model import filled
+from pavdm_dist.train.world import WORLD_SETTINGS
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a whole model needs besides the trained modules.
+
+    Attributes:
+        vae: folder of the codec.
+        text_encoder: folder of the frozen text encoder; None when it is trained along.
+        info: size and rate of the videos, the defaults for sampling.
+        prompts: of contact sheets.
+    """
+
+    vae: Path
+    text_encoder: Path | None
+    info: FrameInfo
+    prompts: tuple[str, ...]
+
+
+def export_model(
+    config: TrainConfig, weights: dict[str, Tensor], channels: int, parts: Parts, folder: Path, step: int
+) -> None:
+    """Writes the folder; it appears whole or not at all.
+
+    Args:
+        config: of the run.
+        weights: state dict of the trained modules.
+        channels: of the latents.
+        parts: the other components.
+        folder: where; an earlier export there is replaced.
+        step: number of optimizer steps done.
+    """
+    model, o = filled(config, channels, weights), config.objective
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.transformer.save_pretrained(partial / "transformer", torch.float16)
+    if model.text_encoder is not None:
+        model.text_encoder.save_pretrained(partial / "text_encoder", torch.float16)
+    else:
+        assert parts.text_encoder is not None
+        shutil.copytree(parts.text_encoder, partial / "text_encoder")
+    shutil.copytree(parts.vae, partial / "vae")
+    sampling = {
+        "num_inference_steps": o.num_inference_steps,
+        "window_chunks": o.window_chunks,
+        "latent_chunk_size": o.latent_chunk_size,
+        "context_chunks": o.context_chunks,
+        "time_shift": o.time_shift,
+        "guidance_scale": 3.0,
+        **asdict(parts.info),
+        **config.sampling,
+    }
+    index = {
+        "_class_name": "PAVDMPipeline",
+        "transformer": ["pavdm_dist", "STDiT3"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+        "text_encoder": ["pavdm_dist", "WordTextEncoder"],
+        "sampling": sampling,
+        "training": {"steps": step, "world": WORLD_SETTINGS if config.data.folder is None else {}},
+    }
+    (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)

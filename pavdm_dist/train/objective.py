@@ -1,0 +1,234 @@
+"""The noise levels that training windows have: those that sampling shows the model (paper 3.5; METHOD of levels).
+
+Windows are rows of a real :class:`~pavdm_dist.schedule.WindowPlan`, so training and sampling share one
+implementation of the levels: growing from text or from a clean chunk, full, and draining windows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.schedule import NoiseSchedule, PlanRow, Start, WindowPlan, time_shift_ratio
+
+# linear-shift: the sampler's staircase, moved as a whole, per sample. linear: every latent frame a level of its own,
+# evenly spaced up to 1; -variance moves each of them, -variance-shift all of a sample as well. random: every chunk a
+# level of its own, uniform (diffusion forcing).
+Pattern = Literal["linear-shift", "linear", "linear-variance", "linear-variance-shift", "random"]
+
+
+@dataclass
+class WindowKind:
+    """One kind of windows in a mixture; None = as the objective says.
+
+    Attributes:
+        share: weight among the kinds.
+        pattern, num_inference_steps, window_chunks, latent_chunk_size: as in :class:`Objective`.
+    """
+
+    share: float = 1.0
+    pattern: Pattern | None = None
+    num_inference_steps: int | None = None
+    window_chunks: int | None = None
+    latent_chunk_size: int | None = None
+
+
+@dataclass
+class Objective:
+    """What windows the model is trained on.
+
+    Attributes:
+        num_inference_steps, window_chunks, latent_chunk_size, context_chunks: as in sampling.
+        time_shift: as in sampling; None = the resolution-dependent ratio of each bucket.
+        pattern: how the levels of a window lie.
+        full_share, growing_share: share of full windows and of growing ones; the rest drains.
+        text_share: share of the growing windows that start from text alone; the others follow a clean chunk. Only
+            where no clean chunk shows the answer does the model have to read the prompt.
+        shift_scale: deviation of a sample's random shift, in steps of the grid.
+        variance_scale: deviation of each frame's own shift in the ``-variance`` patterns, in steps of their grid.
+        causal_share: share of batches with the chunk-causal mask.
+        prompt_dropout: share of samples that see the null text, for guidance.
+        context_noise: deviation of noise added to the clean context at most; a model that only ever saw perfect
+            context drifts on its own.
+        mixture: kinds of windows that take turns at random; empty = the one described above.
+    """
+
+    num_inference_steps: int = 30
+    window_chunks: int = 6
+    latent_chunk_size: int = 5
+    context_chunks: int = 1
+    time_shift: float | None = 1.0
+    pattern: Pattern = "linear-shift"
+    full_share: float = 0.45
+    growing_share: float = 0.45
+    text_share: float = 0.8
+    shift_scale: float = 0.4
+    variance_scale: float = 0.1
+    causal_share: float = 0.5
+    prompt_dropout: float = 0.1
+    context_noise: float = 0.1
+    mixture: list[WindowKind] = field(default_factory=list)
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The grid of levels.
+
+        Raises:
+            ConfigError: the time shift depends on the bucket and :meth:`at_size` was not called.
+        """
+        if self.time_shift is None:
+            raise ConfigError("objective.time_shift=null: the ratio depends on the bucket's size")
+        return NoiseSchedule(self.num_inference_steps, self.time_shift)
+
+    @property
+    def window_latents(self) -> int:
+        """Latent frames of a full window, context included."""
+        return (self.window_chunks + self.context_chunks) * self.latent_chunk_size
+
+    def kinds(self) -> list[tuple[float, Objective]]:
+        """The mixture's shares (which sum to 1) and objectives; one when there is no mixture.
+
+        Raises:
+            ConfigError: a share or a window that cannot be.
+        """
+        total = sum(kind.share for kind in self.mixture)
+        found = []
+        for number, kind in enumerate(self.mixture):
+            if not kind.share > 0:
+                raise ConfigError(f"objective.mixture[{number}].share={kind.share}: must be above 0")
+            names = ("pattern", "num_inference_steps", "window_chunks", "latent_chunk_size")
+            changes = {name: value for name in names if (value := getattr(kind, name)) is not None}
+            found.append((kind.share / total, replace(self, mixture=[], **changes)))
+        kinds = found or [(1.0, self)]
+        for _, objective in kinds:
+            _plan(objective, "noise", 1)  # refuses what does not divide
+        return kinds
+
+    def at_size(self, height: int, width: int) -> Objective:
+        """With the time shift of videos of this size in pixels, where it depends on it."""
+        if self.time_shift is not None:
+            return self
+        return replace(self, time_shift=time_shift_ratio(height, width, self.window_latents))
+
+
+@dataclass(frozen=True)
+class TrainingWindow:
+    """One batch's window: a row of a plan, laid over a clip from chunk ``offset`` on.
+
+    ``offset`` 0 is the start of a video, whose first latent is a single frame.
+    """
+
+    row: PlanRow
+    offset: int
+    causal: bool
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.row.window)
+
+
+def draw_window(rng: np.random.Generator, objective: Objective, clip_chunks: int) -> TrainingWindow:
+    """A random window as sampling meets it: from the start of a video or its middle, with and without context.
+
+    Args:
+        rng: the batch's generator.
+        objective: shares of the kinds of windows.
+        clip_chunks: chunks in a training clip. Where a window would be longer, another is drawn: short clips train
+            the ends of the staircase, as in the paper (App. E).
+
+    Raises:
+        ConfigError: no window fits into such a clip.
+    """
+    o = objective
+    if clip_chunks < 1:
+        raise ConfigError(f"a clip of {clip_chunks} chunks: it must hold at least one chunk of {o.latent_chunk_size}")
+    growth = o.num_inference_steps
+    while True:
+        kind, start = rng.random(), _start(o)
+        if kind < o.full_share:
+            plan, rows = _plan(o, start, 4 * o.window_chunks), (growth, growth + o.num_inference_steps)
+        elif kind < o.full_share + o.growing_share:
+            if rng.random() < o.text_share:
+                start = "noise"
+            plan, rows = _plan(o, start, 4 * o.window_chunks), (0, growth)
+        else:
+            plan = _plan(o, start, 2 * o.window_chunks)
+            rows = (plan.num_rows - growth + plan.steps_per_shift, plan.num_rows)
+        row = plan.row(int(rng.integers(*rows)))
+        spare = clip_chunks - len(row.window)
+        if spare >= 0:
+            break
+        if o.full_share >= 1:
+            raise ConfigError(
+                f"objective.full_share={o.full_share} asks for windows of {len(row.window)} chunks only, a clip has "
+                f"{clip_chunks}: use longer clips or let windows grow and drain (objective.growing_share)"
+            )
+        if clip_chunks < 1 + o.context_chunks:  # only the first chunk of a video fits
+            row, start, spare = _plan(o, "noise", 1).row(int(rng.integers(growth))), "noise", 0
+            break
+    from_text = start == "noise" and row.window[0] == 0
+    offset = 0 if from_text or spare == 0 else int(rng.integers(0, spare + 1))
+    return TrainingWindow(row, offset, bool(rng.random() < o.causal_share))
+
+
+def draw_levels(window: TrainingWindow, objective: Objective, size: int, generator: torch.Generator) -> Tensor:
+    """Levels ``[size, F]`` of a batch in the objective's pattern, float32 in 0..1; context 0.
+
+    Args:
+        window: which row.
+        objective: pattern, T, c and the time shift.
+        size: samples.
+        generator: of the random shifts.
+    """
+    o, chunk = objective, objective.latent_chunk_size
+    if o.pattern == "linear-shift":
+        shifts = o.shift_scale * torch.randn(size, generator=generator)
+        return window_levels(window, o, shifts)
+    noisy = len(window.row.chunks) * chunk
+    if o.pattern == "random":
+        steps = o.num_inference_steps * torch.rand(size, len(window.row.chunks), generator=generator)
+        return _levels(steps.double().repeat_interleave(chunk, dim=1), window, o)
+    grid = o.num_inference_steps / noisy
+    steps = grid * torch.arange(1, noisy + 1, dtype=torch.float64).expand(size, -1)
+    if o.pattern in ("linear-variance", "linear-variance-shift"):
+        steps = steps + grid * o.variance_scale * torch.randn(size, noisy, generator=generator)
+    if o.pattern == "linear-variance-shift":
+        steps = steps + grid * o.shift_scale * torch.randn(size, 1, generator=generator)
+    return _levels(steps, window, o)
+
+
+def window_levels(window: TrainingWindow, objective: Objective, shifts: Tensor) -> Tensor:
+    """Levels ``[b, F]``: the row's steps left, moved by each sample's shift, through the time shift; context 0.
+
+    Args:
+        window: which row.
+        objective: T, c and the time shift.
+        shifts: ``[b]``, in steps of the grid.
+    """
+    left = torch.tensor(window.row.steps_left, dtype=torch.float64)
+    steps = left[None, :] + shifts[:, None].double()
+    return _levels(steps.repeat_interleave(objective.latent_chunk_size, dim=1), window, objective)
+
+
+def _levels(steps: Tensor, window: TrainingWindow, objective: Objective) -> Tensor:
+    """Steps left ``[b, noisy frames]`` -> levels of the whole window."""
+    schedule, clamped = objective.schedule, steps.clamp(0, objective.num_inference_steps)
+    noisy = torch.tensor([[schedule.level(value) for value in row] for row in clamped.tolist()])
+    clean = torch.zeros(len(steps), len(window.row.context) * objective.latent_chunk_size)
+    return torch.cat([clean, noisy], dim=1)
+
+
+def _start(objective: Objective) -> Start:
+    return "chunk" if objective.context_chunks else "noise"
+
+
+def _plan(objective: Objective, start: Start, chunks: int) -> WindowPlan:
+    o = objective
+    return WindowPlan(
+        o.num_inference_steps, o.window_chunks, o.latent_chunk_size, o.context_chunks, start, "drain", chunks
+    )

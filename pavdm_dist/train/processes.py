@@ -1,0 +1,92 @@
+"""The processes that train together, set up so that DeepSpeed compiles nothing."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes as ``torchrun``, DeepSpeed's launcher or Ray Train started them; one without any of these.
+
+    Attributes:
+        rank, size: this process and how many there are.
+        device: where this process computes.
+    """
+
+    rank: int
+    size: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    def agree(self, value: int) -> int:
+        """The first process' ``value``, on every process: what the clock decides must be decided once."""
+        if self.size == 1:
+            return value
+        told = torch.tensor(value, device=self.device)
+        torch.distributed.broadcast(told, 0)
+        return int(told)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The processes' mean of ``values``, on every process."""
+        if self.size > 1:
+            torch.distributed.all_reduce(values)
+        return values / self.size
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
+    def gather(self, value: object) -> list[object]:
+        """Every process' ``value`` by rank, on every process."""
+        found: list[object] = [None] * self.size
+        torch.distributed.all_gather_object(found, value)
+        return found
+
+
+def launched_size() -> int:
+    """How many processes a launcher says it started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_world(timeout_seconds: float = 1800.0) -> World:
+    """Starts ``torch.distributed`` through DeepSpeed, or takes over the group that is there.
+
+    Args:
+        timeout_seconds: of a collective; a process that is gone ends the others after this long.
+    """
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, str(value))
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # On CPUs DeepSpeed would compile a shared-memory collective at start-up (a minute, needs a compiler).
+    operations = getattr(getattr(deepspeed, "ops", None), "__compatible_ops__", None)
+    if operations is not None and not cuda:
+        operations["deepspeed_shm_comm"] = False
+    if not torch.distributed.is_initialized() or not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(seconds=timeout_seconds))
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,218 @@
+"""The training run: steps, checkpoints that it goes on from, and the model that comes out.
+
+One or more processes under the DeepSpeed engine. Every batch is a function of (seed, step), so a resumed run sees
+the data an unbroken one would, whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pavdm_dist.config import to_dict
+from pavdm_dist.errors import EngineError
+from pavdm_dist.train import checkpoint
+from pavdm_dist.train.average import Average, whole_tensors
+from pavdm_dist.train.batches import Batch, Batches
+from pavdm_dist.train.config import TrainConfig
+from pavdm_dist.train.export import Parts, export_model
+from pavdm_dist.train.loss import velocity_loss
+from pavdm_dist.train.processes import World, join_world
+from pavdm_dist.train.world import WORLD_SETTINGS
+from pavdm_dist.train.zero import check_settings, start_engine
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """The model's training run.
+
+    Args:
+        config: settings.
+        batches: the data.
+        parts: what the exported model needs besides the trained modules.
+        world: all processes.
+
+    Raises:
+        ConfigError: impossible settings, or a run folder that was made with others.
+    """
+
+    def __init__(self, config: TrainConfig, batches: Batches, parts: Parts, world: World | None = None) -> None:
+        self.config, self.batches, self.parts = config, batches, parts
+        self.world = world or join_world(config.launch.timeout_seconds)
+        check_settings(config, self.world.size)
+        self.run_dir = Path(config.run_dir)
+        self.layout = checkpoint.Layout(config.zero.stage, self.world.size)
+        folder = self.run_dir / "checkpoints"
+        found = checkpoint.find(folder, self._identity(), self.layout, config.resume, self.world)
+        self.engine = start_engine(config, batches.channels, self.world, found is not None and found.convert)
+        self.average = Average(self.engine.module, config.optimizer.ema_decay)
+        self.step = 0
+        if found is not None:
+            self.step = checkpoint.load(self.engine, self.average, folder, found, self.world)
+            logger.info("going on at step %d", self.step)
+
+    def run(self, end: float) -> bool:
+        """Trains until ``end`` (monotonic clock) or the last step; True when all steps are done."""
+        config = self.config
+        saved = drawn = time.monotonic()
+        while self.step < config.optimizer.total_steps and self.world.agree(time.monotonic() < end):
+            metrics = self.train_step()
+            if self.step % config.log_every_steps == 0 and self.world.first:
+                self._log(metrics)
+            if self.world.agree(time.monotonic() - saved > config.checkpoint_every_seconds):
+                self.save()
+                saved = time.monotonic()
+            if self.world.agree(time.monotonic() - drawn > config.sheet_every_seconds):
+                self.sheet()
+                drawn = time.monotonic()
+        self.save()
+        return self.step >= config.optimizer.total_steps
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimizer step on one batch.
+
+        Returns:
+            What the log shows; losses are means over all processes.
+
+        Raises:
+            EngineError: the loss is no number, or the device's memory is full; the last checkpoint is kept.
+        """
+        started, o = time.monotonic(), self.config.optimizer
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = o.lr * self._rate()
+        batch = self.batches.batch(self.step, self.world.rank, self.world.size)
+        loaded = time.monotonic() - started
+        try:
+            sums = sum(self._backward(part, o.accumulation) for part in batch.parts(o.accumulation))
+        except torch.OutOfMemoryError as error:
+            raise EngineError(_memory_advice(self.config, self.step)) from error
+        assert isinstance(sums, Tensor)
+        mean = self.world.mean(sums).cpu()
+        self.average.update(self.engine.module)
+        self.step += 1
+        per_level = [None if count == 0 else value / count for value, count in mean[1:].view(2, 5).T.tolist()]
+        return {
+            "loss": mean[0].item(),
+            "per_level": per_level,
+            "causal": batch.chunk_causal is not None,
+            "frames": batch.levels.shape[1],
+            "size": [batch.info.height, batch.info.width],
+            "grad_norm": self._grad_norm(),
+            "lr": self.engine.optimizer.param_groups[0]["lr"],
+            "samples_per_second": self.world.size * len(batch.dropped) / (time.monotonic() - started),
+            "loading_seconds": loaded,
+        }
+
+    def _backward(self, batch: Batch, parts: int) -> Tensor:
+        """Forward and backward pass of one part: ``[loss, summed error of five bands of levels, their counts]``."""
+        batch = batch.to(self.world.device)
+        # At a few dozen tokens on a CPU the plain products beat the fused kernel, whose backward pass took a fifth.
+        kernels = [SDPBackend.MATH] if self.world.device.type == "cpu" else _FUSED
+        with sdpa_kernel(kernels):
+            velocity = self.engine(batch.x, batch.levels, batch.text, batch.dropped, batch.info, batch.chunk_causal)
+            loss, sums, counts = velocity_loss(velocity.float(), batch.target, batch.levels, batch.context)
+            self._refuse_nan(loss, batch)
+            self.engine.backward(loss)
+        self.engine.step()
+        return torch.cat([loss.detach()[None] / parts, sums, counts])
+
+    def _refuse_nan(self, loss: Tensor, batch: Batch) -> None:
+        """Ends every process when any loss is no number, before it reaches the weights."""
+        bad = (~torch.isfinite(loss.detach())).float()[None]
+        if self.world.mean(bad) == 0:
+            return
+        mine = batch.ids if not torch.isfinite(loss) else []
+        every = self.world.gather(mine) if self.world.size > 1 else [mine]
+        ids = [name for part in every for name in part]  # type: ignore[attr-defined]
+        raise EngineError(
+            f"the loss is no number at step {self.step}, in a batch with {ids}; the last checkpoint is kept: "
+            "look at these clips, or lower optimizer.lr"
+        )
+
+    def save(self) -> None:
+        """Writes a checkpoint; every process must call it."""
+        config = self.config
+        folder, keep = self.run_dir / "checkpoints", (config.keep_last, config.keep_every_steps)
+        checkpoint.save(self.engine, self.average, folder, self.step, self._identity(), self.layout, self.world, *keep)
+
+    def whole_weights(self, averaged: bool = True) -> dict[str, Tensor]:
+        """State dict of whole tensors on the first process, empty on the others; every process must call it."""
+        average = self.average if averaged else None
+        return whole_tensors(self.engine.module, self.world, average, keep=self.world.first)
+
+    def export(self, folder: Path) -> None:
+        """Writes a whole model folder with averaged weights, readable by ``pavdm sample model=FOLDER``.
+
+        Every process must call it.
+        """
+        weights = self.whole_weights(self.config.export_weights == "average")
+        if self.world.first:
+            export_model(self.config, weights, self.batches.channels, self.parts, folder, self.step)
+        self.world.wait()
+
+    def sheet(self) -> None:
+        """Draws a contact sheet of sampled videos with the averaged weights; every process must call it."""
+        from pavdm_dist.train.sheets import draw_sheet
+
+        weights = self.whole_weights()
+        if self.world.first:
+            path = self.run_dir / "sheets" / f"step{self.step:07d}.png"
+            draw_sheet(self.config, weights, self.batches.channels, self.parts, path)
+        self.world.wait()
+
+    def _grad_norm(self) -> float | None:
+        norm = self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def _log(self, metrics: dict[str, Any]) -> None:
+        line = {"step": self.step, **metrics}
+        with open(self.run_dir / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        logger.info("step %d: loss %.4f, %.1f clips/s", self.step, metrics["loss"], metrics["samples_per_second"])
+
+    def _rate(self) -> float:
+        """Linear warm-up, then cosine to ``final_ratio``."""
+        o = self.config.optimizer
+        if self.step < o.warmup_steps:
+            return (self.step + 1) / o.warmup_steps
+        share = (self.step - o.warmup_steps) / max(o.total_steps - o.warmup_steps, 1)
+        return o.final_ratio + (1 - o.final_ratio) * 0.5 * (1 + math.cos(math.pi * min(share, 1)))
+
+    def _identity(self) -> dict[str, Any]:
+        """What a run must not change on the way: the data and its order, the model and the objective."""
+        settings = to_dict(self.config)
+        data = {name: settings["data"][name] for name in ("folder", "batch_size", "batch_sizes")}
+        world = {} if self.config.data.folder is not None else WORLD_SETTINGS
+        return {
+            "world": world,
+            "data": data,
+            "model": settings["model"],
+            "objective": settings["objective"],
+            "optimizer": {"name": self.config.optimizer.name},
+        }
+
+
+_FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def _memory_advice(config: TrainConfig, step: int) -> str:
+    z, found = config.zero, []
+    if not z.checkpoint_activations:
+        found.append("zero.checkpoint_activations=true frees the insides of the blocks")
+    if config.data.batch_size > 1:
+        found.append(f"optimizer.accumulation={2 * config.optimizer.accumulation} halves the activations")
+    if z.stage < 3:
+        freed = {0: "the optimizer's state", 1: "gradients", 2: "weights"}[z.stage]
+        found.append(f"zero.stage={z.stage + 1} shards {freed} too")
+    if z.offload == "none":
+        found.append("zero.offload=optimizer keeps the optimizer's state in main memory")
+    return f"the device's memory is full at step {step}; the last checkpoint is kept: {'; '.join(found)}"

@@ -1,0 +1,225 @@
+"""DeepSpeed's engine: its settings from ours, with contradictions refused by name before anything starts."""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.train.config import TrainConfig
+from pavdm_dist.train.model import TextToVideo, build
+from pavdm_dist.train.optimizer import MuonAdamW
+from pavdm_dist.train.processes import World
+
+# Weight matrices between hidden states; tables, embeddings, the first and the last layer are no such maps.
+INNER = re.compile(r"(blocks\.|layers\.|t_block\.).*weight$")
+
+# DeepSpeed's name of what our settings already say -> our name.
+OURS = {
+    "train_batch_size": "data.batch_size",
+    "train_micro_batch_size_per_gpu": "data.batch_size / (processes x optimizer.accumulation)",
+    "gradient_accumulation_steps": "optimizer.accumulation",
+    "gradient_clipping": "optimizer.grad_clip",
+    "zero_optimization.stage": "zero.stage",
+    "zero_optimization.reduce_bucket_size": "zero.bucket_elements",
+    "bf16.enabled": "zero.precision",
+    "fp16.enabled": "zero.precision",
+    "zero_optimization.offload_optimizer.device": "zero.offload",
+    "zero_optimization.offload_param.device": "zero.offload",
+}
+
+
+def check_settings(config: TrainConfig, size: int) -> None:
+    """Refuses what cannot train, before any process does anything.
+
+    Args:
+        config: settings.
+        size: how many processes there are.
+
+    Raises:
+        ConfigError: naming the field, its value and the nearest legal ones.
+    """
+    z, o, d = config.zero, config.optimizer, config.data
+    if z.stage not in (0, 1, 2, 3):
+        raise ConfigError(f"zero.stage={z.stage}: must be 0, 1, 2 or 3")
+    if z.precision == "bfloat16" and z.stage == 0:
+        raise ConfigError(
+            "zero.precision=bfloat16 with zero.stage=0: DeepSpeed starts Adam one step late there and trains wrongly; "
+            "use zero.stage=1, or zero.precision=autocast"
+        )
+    if o.name == "muon" and z.stage > 0:
+        raise ConfigError(
+            f"optimizer.name=muon with zero.stage={z.stage}: Muon needs whole matrices, which ZeRO cuts up; "
+            "use optimizer.name=adamw, or zero.stage=0"
+        )
+    if o.name == "deepspeed" and "optimizer" not in deepspeed_json(config):
+        raise ConfigError('optimizer.name=deepspeed: the DeepSpeed settings have no "optimizer" block')
+    if z.offload != "none" and z.stage == 0:
+        raise ConfigError(f"zero.offload={z.offload} with zero.stage=0: nothing is sharded; use zero.stage=1, 2 or 3")
+    if z.offload == "all" and z.stage != 3:
+        raise ConfigError(f"zero.offload=all with zero.stage={z.stage}: weights can leave the device at stage 3 only")
+    if z.init and z.stage != 3:
+        raise ConfigError(f"zero.init=true with zero.stage={z.stage}: weights are sharded at stage 3 only")
+    if o.accumulation < 1:
+        raise ConfigError(f"optimizer.accumulation={o.accumulation}: at least 1 is needed")
+    if config.sequence_parallel < 1 or size % config.sequence_parallel:
+        legal = " or ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+        raise ConfigError(
+            f"sequence_parallel={config.sequence_parallel} does not divide the {size} processes: use {legal}"
+        )
+    unit = size // config.sequence_parallel * o.accumulation
+    sizes = {"data.batch_size": d.batch_size, **{f"data.batch_sizes.{k}": v for k, v in d.batch_sizes.items()}}
+    if d.folder is None:
+        sizes["data.still_batch_size"] = d.still_batch_size
+    for name, value in sizes.items():
+        if value < 1 or value % unit:
+            among = f"{size // config.sequence_parallel} processes" + (
+                f" x {o.accumulation} accumulated parts" if o.accumulation > 1 else ""
+            )
+            below, above = value - value % unit, value - value % unit + unit
+            legal = " or ".join(str(number) for number in (below, above) if number > 0)
+            raise ConfigError(f"{name}={value} does not divide among {among}: use {legal}")
+    engine_settings(config, size)
+
+
+def deepspeed_json(config: TrainConfig) -> dict[str, Any]:
+    """The DeepSpeed settings a user gave, the file's below those in the config.
+
+    Raises:
+        ConfigError: the file is missing or no JSON object.
+    """
+    found: dict[str, Any] = {}
+    if config.deepspeed_config is not None:
+        path = Path(config.deepspeed_config)
+        try:
+            found = json.loads(path.read_text())
+        except OSError as error:
+            raise ConfigError(f"deepspeed_config={path}: cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise ConfigError(f"deepspeed_config={path}: not valid JSON ({error})") from error
+        if not isinstance(found, dict):
+            raise ConfigError(f"deepspeed_config={path}: must hold a JSON object")
+    return _merged(found, config.deepspeed)
+
+
+def engine_settings(config: TrainConfig, size: int) -> dict[str, Any]:
+    """DeepSpeed's settings: ours, and what the user added.
+
+    Raises:
+        ConfigError: the two contradict each other.
+    """
+    z, o = config.zero, config.optimizer
+    data_parallel = size // config.sequence_parallel
+    zero: dict[str, Any] = {"stage": z.stage}
+    if z.stage:
+        zero["reduce_bucket_size"] = z.bucket_elements
+    if z.stage == 3:
+        zero["stage3_prefetch_bucket_size"] = z.bucket_elements
+    if z.offload != "none":
+        # torch's own AdamW: DeepSpeed's would be compiled at start-up.
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if z.offload == "all":
+        zero["offload_param"] = {"device": "cpu"}
+    batch = config.data.batch_size
+    ours: dict[str, Any] = {
+        # With sequence parallelism every process counts as data-parallel here: ZeRO then shards over all of them.
+        "train_micro_batch_size_per_gpu": max(batch // (data_parallel * o.accumulation), 1),
+        "gradient_accumulation_steps": o.accumulation,
+        "gradient_clipping": o.grad_clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "zero_optimization": zero,
+        "bf16": {"enabled": z.precision == "bfloat16"},
+    }
+    theirs = deepspeed_json(config)
+    if "scheduler" in theirs:
+        raise ConfigError('deepspeed: "scheduler" is not used; optimizer.lr and warmup_steps give the rate')
+    if "optimizer" in theirs and o.name != "deepspeed":
+        raise ConfigError(f'deepspeed: "optimizer" contradicts optimizer.name={o.name}; use optimizer.name=deepspeed')
+    said = {**_flat(ours), "train_batch_size": batch, "fp16.enabled": False}
+    for name, value in _flat(theirs).items():
+        if name in OURS and value != "auto" and value != said.get(name, "none"):
+            raise ConfigError(
+                f"deepspeed: {name}={value} contradicts {OURS[name]}, which makes it {said.get(name, 'none')}; give one"
+            )
+    merged = _merged(_without_auto(theirs), ours)
+    merged.pop("train_batch_size", None)  # follows from the other two
+    return merged
+
+
+def start_engine(config: TrainConfig, channels: int, world: World, load_universal: bool = False) -> Any:
+    """Builds the model and its DeepSpeed engine over ``world``.
+
+    Args:
+        config: settings.
+        channels: of the latents.
+        world: all processes.
+        load_universal: the coming checkpoint was converted for another number of processes.
+    """
+    import deepspeed
+
+    settings = engine_settings(config, world.size)
+    if load_universal:
+        settings = _merged(settings, {"checkpoint": {"load_universal": True}})
+    torch.manual_seed(config.seed)
+    if config.zero.init:
+
+        def whole(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+            return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0) if parameters else nullcontext()
+
+        with deepspeed.zero.Init(config_dict_or_path=settings):
+            model = build(config, channels, whole)
+    else:
+        model = build(config, channels)
+    model.to(world.device)
+    optimizer = None if config.optimizer.name == "deepspeed" else _optimizer(model, config)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        model_parameters=None if optimizer is not None else [p for p in model.parameters() if p.requires_grad],
+        config=settings,
+    )
+    return engine
+
+
+def _optimizer(model: TextToVideo, config: TrainConfig) -> torch.optim.Optimizer:
+    o, named = config.optimizer, dict(model.named_parameters())
+    betas = (o.betas[0], o.betas[1])
+    if o.name == "adamw":
+        return torch.optim.AdamW(named.values(), o.lr, betas, weight_decay=o.weight_decay)
+    matrices = {name for name, value in named.items() if value.ndim == 2 and INNER.search(name)}
+    return MuonAdamW(
+        [named[name] for name in named if name in matrices],
+        [named[name] for name in named if name not in matrices],
+        o.lr,
+        betas,
+        o.weight_decay,
+        o.matrix_ratio,
+    )
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for name, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merged(merged[name], value) if both else value
+    return merged
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _without_auto(values: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: _without_auto(value) if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: value for name, value in kept.items() if value != "auto"}
