@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from training import TINY, start, write_clips
+from training import TINY, launch, processes_of, start, write_clips
 
 from pavdm_dist.config import load_config
 from pavdm_dist.train.config import TrainConfig
@@ -37,29 +34,6 @@ assert trainer.run(float("inf"))
 """
 
 
-def launch(arguments: list[str]) -> list[subprocess.Popen[str]]:
-    """Two processes, set up as torchrun does."""
-    from pavdm_dist.train.processes import free_port
-
-    shared = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": ":".join(sys.path),
-        "WORLD_SIZE": "2",
-        "MASTER_PORT": str(free_port()),
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env={**shared, "MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     write_clips(tmp_path / "run" / "clips", 4)
@@ -68,9 +42,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.mark.timeout(180)
 def test_two_processes_train_as_one_and_leave_one_checkpoint(run: Path) -> None:
-    processes = launch(["-c", PROGRAM, str(run), *SETTINGS, f"run_dir={run}"])
-    outputs = [process.communicate(timeout=150)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    launch(["-c", PROGRAM, str(run), *SETTINGS, f"run_dir={run}"])
     assert len((run / "log.jsonl").read_text().splitlines()) == STEPS
 
     clips = LatentClips(run / "clips")
@@ -93,7 +65,7 @@ def test_two_processes_train_as_one_and_leave_one_checkpoint(run: Path) -> None:
 @pytest.mark.timeout(180)
 def test_a_batch_that_does_not_divide_is_refused_by_every_process(run: Path) -> None:
     arguments = ["-m", "pavdm_dist", "train", *SETTINGS, "data.still_batch_size=5", f"run_dir={run}"]
-    processes = launch(arguments)
+    processes = processes_of(arguments)
     for process in processes:
         output = process.communicate(timeout=150)[0]
         assert process.returncode == 2

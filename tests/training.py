@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -13,6 +16,7 @@ from pavdm_dist.train.config import TrainConfig
 from pavdm_dist.train.data import LatentClips
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.loop import INFO
+from pavdm_dist.train.processes import free_port
 from pavdm_dist.train.trainer import Trainer
 
 TINY = [
@@ -29,6 +33,40 @@ def start(
     """A trainer on moving digits."""
     batches = WorldBatches(clips, config.objective, config.data, config.seed)
     return Trainer(config, batches, Parts(codec, None, INFO, prompts))
+
+
+def processes_of(arguments: list[str], size: int = 2) -> list[subprocess.Popen[str]]:
+    """``size`` processes of this interpreter, set up as torchrun does."""
+    shared = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": ":".join(sys.path),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def launch(arguments: list[str], size: int = 2, timeout: float = 200) -> list[str]:
+    """What the processes printed; all must end well."""
+    processes = processes_of(arguments, size)
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(text[-3000:] for text in outputs)
+    return outputs
 
 
 def write_clips(folder: Path, clips: int) -> Path:

@@ -123,7 +123,7 @@ def whole_tensors(
     for name, parameter in _trained(module):
         start, part = local_part(parameter) if average is None else average.parts[name]
         shape = shape_of(parameter)
-        if part.numel() == shape.numel():
+        if not (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")):  # whole everywhere
             whole = part.float()
         else:
             whole = torch.zeros(shape.numel(), device=world.device)

@@ -83,8 +83,6 @@ def save(
     """
     folder = Path(root)
     tag = f"step{step:07d}"
-    if world.agree((folder / tag / MANIFEST).exists()):  # nothing happened since
-        return
     partial = folder / f"{tag}{PARTIAL}"
     if world.first:
         shutil.rmtree(partial, ignore_errors=True)

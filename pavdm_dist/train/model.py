@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -128,22 +128,28 @@ def shape_of(config: TrainConfig, channels: int) -> STDiT3Config:
     )
 
 
-def build(config: TrainConfig, channels: int, whole: Whole | None = None) -> TextToVideo:
+def build(
+    config: TrainConfig,
+    channels: int,
+    whole: Whole | None = None,
+    sharding: AbstractContextManager[Any] | None = None,
+) -> TextToVideo:
     """The model with its initial or pretrained weights, float32.
 
     Args:
         config: settings; seed the generator first, fresh weights come from it.
         channels: of the latents.
         whole: given when the weights are sharded as they are made.
+        sharding: the context that does so; only around the backbone, a text encoder is small and fills itself.
     """
-    model, m = _modules(config, channels), config.model
+    model, m = _modules(config, channels, sharding), config.model
     if m.pretrained is None:
         model.transformer.init_weights(whole)
     else:
         folder = Checkpoint.open(m.pretrained)
         _fill(model.transformer, read_tensors(folder.transformer), whole)
         if model.text_encoder is not None:
-            _fill(model.text_encoder, read_tensors(folder.folder / "text_encoder"), whole)
+            _fill(model.text_encoder, read_tensors(folder.folder / "text_encoder"), None)
     return model
 
 
@@ -155,9 +161,11 @@ def filled(config: TrainConfig, channels: int, weights: dict[str, Tensor]) -> Te
     return model.eval().requires_grad_(False)
 
 
-def _modules(config: TrainConfig, channels: int) -> TextToVideo:
+def _modules(config: TrainConfig, channels: int, sharding: AbstractContextManager[Any] | None = None) -> TextToVideo:
+    with sharding or nullcontext():
+        transformer = STDiT3(shape_of(config, channels))
     encoder = None if config.data.folder is not None else _text_encoder(config.model)
-    return TextToVideo(STDiT3(shape_of(config, channels)), encoder, config.zero.precision == "autocast")
+    return TextToVideo(transformer, encoder, config.zero.precision == "autocast")
 
 
 def _text_encoder(m: ModelConfig) -> WordTextEncoder:

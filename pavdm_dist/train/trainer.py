@@ -55,9 +55,9 @@ class Trainer:
         found = checkpoint.find(folder, self._identity(), self.layout, config.resume, self.world)
         self.engine = start_engine(config, batches.channels, self.world, found is not None and found.convert)
         self.average = Average(self.engine.module, config.optimizer.ema_decay)
-        self.step = 0
+        self.step, self.saved = 0, -1
         if found is not None:
-            self.step = checkpoint.load(self.engine, self.average, folder, found, self.world)
+            self.step = self.saved = checkpoint.load(self.engine, self.average, folder, found, self.world)
             logger.info("going on at step %d", self.step)
 
     def run(self, end: float) -> bool:
@@ -141,8 +141,11 @@ class Trainer:
     def save(self) -> None:
         """Writes a checkpoint; every process must call it."""
         config = self.config
+        if self.step == self.saved:  # nothing happened since
+            return
         folder, keep = self.run_dir / "checkpoints", (config.keep_last, config.keep_every_steps)
         checkpoint.save(self.engine, self.average, folder, self.step, self._identity(), self.layout, self.world, *keep)
+        self.saved = self.step
 
     def whole_weights(self, averaged: bool = True) -> dict[str, Tensor]:
         """State dict of whole tensors on the first process, empty on the others; every process must call it."""

@@ -174,8 +174,7 @@ def start_engine(config: TrainConfig, channels: int, world: World, load_universa
         def whole(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
             return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0) if parameters else nullcontext()
 
-        with deepspeed.zero.Init(config_dict_or_path=settings):
-            model = build(config, channels, whole)
+        model = build(config, channels, whole, deepspeed.zero.Init(config_dict_or_path=settings))
     else:
         model = build(config, channels)
     model.to(world.device)

@@ -1,0 +1,202 @@
+"""DeepSpeed ZeRO over two processes takes the steps that plain torch takes in one."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import TINY, launch, write_clips
+
+from pavdm_dist.config import load_config
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.train.batches import WorldBatches
+from pavdm_dist.train.config import TrainConfig
+from pavdm_dist.train.data import LatentClips
+from pavdm_dist.train.loss import velocity_loss
+from pavdm_dist.train.model import build
+from pavdm_dist.train.zero import check_settings, engine_settings
+
+STEPS = 20
+SETTINGS = [
+    *TINY,
+    "data.batch_size=4",
+    "optimizer.name=adamw",
+    "optimizer.lr=0.001",
+    "optimizer.weight_decay=0.01",
+    f"optimizer.total_steps={STEPS}",
+    "zero.bucket_elements=20000",
+]
+# Small parameters would otherwise stay whole on every process, and nothing would be tested.
+SHARD_ALL = "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
+PROGRAM = str(Path(__file__).parent / "zero_program.py")
+
+
+def plain_torch(clips: LatentClips, settings: list[str], steps: int = STEPS) -> dict[str, Any]:
+    """The same training without DeepSpeed, sharding, accumulation or our trainer."""
+    config = load_config(TrainConfig, None, settings)
+    batches = WorldBatches(clips, config.objective, config.data, config.seed)
+    torch.manual_seed(config.seed)
+    model, o = build(config, batches.channels), config.optimizer
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, o.lr, (o.betas[0], o.betas[1]), weight_decay=o.weight_decay)
+    average = {name: value.detach().clone() for name, value in model.named_parameters()}
+    losses, norms = [], []
+    for step in range(steps):
+        warm = (step + 1) / o.warmup_steps
+        done = (step - o.warmup_steps) / (o.total_steps - o.warmup_steps)
+        cosine = o.final_ratio + (1 - o.final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+        optimizer.param_groups[0]["lr"] = o.lr * (warm if step < o.warmup_steps else cosine)
+        b = batches.batch(step, 0, 1)
+        velocity = model(b.x, b.levels, b.text, b.dropped, b.info, b.chunk_causal)
+        loss, *_ = velocity_loss(velocity, b.target, b.levels, b.context)
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, o.grad_clip)))
+        optimizer.step()
+        losses.append(loss.item())
+        decay = min(o.ema_decay, (2 + step) / (11 + step))
+        for name, value in model.named_parameters():
+            average[name].lerp_(value.detach(), 1 - decay)
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    return {"loss": losses, "grad_norm": norms, "weights": weights, "average": average}
+
+
+def run(folder: Path, clips: Path, cases: dict[str, Any], size: int = 2) -> list[dict[str, Any]]:
+    """What every process found in every case."""
+    for name, case in cases.items():
+        case["settings"] = [*SETTINGS, f"run_dir={folder / name}", *case["settings"]]
+    launch([PROGRAM, str(folder), str(clips), json.dumps(cases)], size)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(size)]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clips(tmp_path_factory.mktemp("clips"), 6)
+
+
+STAGES = {f"stage{stage}": {"settings": [f"zero.stage={stage}", SHARD_ALL], "steps": STEPS} for stage in range(4)}
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> list[dict[str, Any]]:
+    return run(tmp_path_factory.mktemp("stages"), clips, STAGES)
+
+
+@pytest.fixture(scope="module")
+def plain(clips: Path) -> dict[str, Any]:
+    return plain_torch(LatentClips(clips), SETTINGS)
+
+
+def apart(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    return max(float((found[name] - value).detach().abs().max()) for name, value in expected.items())
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_trains_as_plain_torch(stages: list[dict[str, Any]], plain: dict[str, Any], name: str) -> None:
+    found = stages[0][name]
+    assert found["loss"] == pytest.approx(plain["loss"], abs=1e-5)
+    assert stages[1][name]["loss"] == found["loss"], "the mean over all processes, on every process"
+    if name != "stage0":
+        assert found["grad_norm"] == pytest.approx(plain["grad_norm"], abs=1e-4)
+    assert apart(found["weights"], plain["weights"]) < 1e-4
+    assert apart(found["average"], plain["average"]) < 1e-4
+    assert stages[1][name]["weights"] == {} == stages[1][name]["average"], "whole tensors on the first process only"
+
+
+def test_each_process_holds_its_share(stages: list[dict[str, Any]], plain: dict[str, Any]) -> None:
+    numbers = sum(value.numel() for value in plain["weights"].values())
+    assert all(rank["stage0"]["optimizer_bytes"] == 8 * numbers for rank in stages)
+    for name in ("stage1", "stage2", "stage3"):
+        # Padding makes the shards of all processes equal: per group (1, 2) or per parameter (3).
+        padding = len(plain["weights"]) if name == "stage3" else 8
+        for rank in stages:
+            assert 0 <= rank[name]["optimizer_bytes"] - 8 * numbers / 2 <= 8 * padding
+        assert sum(rank[name]["average_numbers"] for rank in stages) == numbers, "of the average, without padding"
+    for rank in stages:
+        assert rank["stage2"]["shard_numbers"] == numbers
+        assert 0 <= rank["stage3"]["shard_numbers"] - numbers / 2 <= len(plain["weights"])
+
+
+@pytest.mark.timeout(240)
+def test_accumulation_clipping_precision_and_sharded_building(tmp_path: Path, clips: Path) -> None:
+    bite = ["optimizer.accumulation=2", "optimizer.grad_clip=0.05"]
+    cases: dict[str, Any] = {
+        "parts1": {"settings": ["zero.stage=1", *bite], "steps": 5},
+        "parts2": {"settings": ["zero.stage=2", *bite], "steps": 5},
+        "parts3": {"settings": ["zero.stage=3", SHARD_ALL, *bite], "steps": 5},
+        "init": {"settings": ["zero.stage=3", SHARD_ALL, "zero.init=true"], "steps": 5},
+        "bf16": {"settings": ["zero.stage=1", "zero.precision=bfloat16"], "steps": 5},
+        "bf16_3": {"settings": ["zero.stage=3", SHARD_ALL, "zero.precision=bfloat16"], "steps": 5},
+        "autocast": {"settings": ["zero.stage=2", "zero.precision=autocast"], "steps": 5},
+        "offload2": {"settings": ["zero.stage=2", "zero.offload=optimizer"], "steps": 5},
+        "offload3": {"settings": ["zero.stage=3", SHARD_ALL, "zero.offload=all"], "steps": 5},
+        "theirs": {
+            "settings": [
+                "zero.stage=2",
+                "optimizer.name=deepspeed",
+                "deepspeed.optimizer={type: AdamW, params: {torch_adam: true, lr: 0.001, betas: [0.9, 0.99], "
+                "weight_decay: 0.01}}",
+            ],
+            "steps": 5,
+        },
+    }
+    found, _ = run(tmp_path, clips, cases)
+    cached = LatentClips(clips)
+    clipped = plain_torch(cached, [*SETTINGS, *bite], 5)
+    assert max(clipped["grad_norm"]) > 0.05
+    usual = plain_torch(cached, SETTINGS, 5)
+    for name in ("parts1", "parts2", "parts3"):
+        assert found[name]["loss"] == pytest.approx(clipped["loss"], abs=1e-5)
+        assert apart(found[name]["weights"], clipped["weights"]) < 1e-4
+    for name in ("init", "offload2", "offload3", "theirs"):
+        assert found[name]["loss"] == pytest.approx(usual["loss"], abs=1e-5), name
+        assert apart(found[name]["average"], usual["average"]) < 1e-4
+    for name in ("bf16", "bf16_3", "autocast"):
+        assert found[name]["loss"] == pytest.approx(usual["loss"], rel=0.05)
+        assert found[name]["loss"] != pytest.approx(usual["loss"], rel=1e-6)
+
+
+REFUSED = [
+    (["zero.stage=4"], r"zero\.stage=4: must be 0, 1, 2 or 3"),
+    (["zero.precision=bfloat16"], r"zero\.precision=bfloat16 with zero\.stage=0: .* use zero\.stage=1"),
+    (["optimizer.name=muon", "zero.stage=2"], r"optimizer\.name=muon with zero\.stage=2: .* optimizer\.name=adamw"),
+    (["optimizer.name=deepspeed"], 'no "optimizer" block'),
+    (["zero.offload=optimizer"], r"zero\.offload=optimizer with zero\.stage=0"),
+    (["zero.stage=2", "zero.offload=all"], r"zero\.offload=all with zero\.stage=2"),
+    (["zero.stage=1", "zero.init=true"], r"zero\.init=true with zero\.stage=1"),
+    (["data.batch_size=5"], r"data\.batch_size=5 does not divide among 2 processes: use 4 or 6"),
+    (
+        ["optimizer.accumulation=4"],
+        r"data\.batch_size=4 does not divide among 2 processes x 4 accumulated parts: use 8",
+    ),
+    (["sequence_parallel=3"], r"sequence_parallel=3 does not divide the 2 processes: use 1 or 2"),
+    (["deepspeed.train_batch_size=32"], r"train_batch_size=32 contradicts data\.batch_size, which makes it 4"),
+    (["deepspeed.zero_optimization.stage=3"], r"zero_optimization\.stage=3 contradicts zero\.stage, which makes it 0"),
+    (["deepspeed.bf16.enabled=true"], r"bf16\.enabled=True contradicts zero\.precision"),
+    (["deepspeed.scheduler={type: WarmupLR}"], '"scheduler" is not used'),
+    (["deepspeed.optimizer={type: Adam}"], r"contradicts optimizer\.name=adamw"),
+    (["deepspeed_config=nowhere.json"], r"deepspeed_config=nowhere\.json: cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_what_cannot_train_is_refused_by_name(settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_settings(load_config(TrainConfig, None, [*SETTINGS, *settings]), 2)
+
+
+def test_a_deepspeed_file_adds_to_the_settings_and_auto_means_ours(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": "auto", "overlap_comm": True}, "train_batch_size": 4}))
+    config = load_config(TrainConfig, None, [*SETTINGS, "zero.stage=2", f"deepspeed_config={file}"])
+    settings = engine_settings(config, 2)
+    assert settings["zero_optimization"]["stage"] == 2 and settings["zero_optimization"]["overlap_comm"] is True
+    assert settings["train_micro_batch_size_per_gpu"] == 2 and "train_batch_size" not in settings
+    file.write_text("[1]")
+    with pytest.raises(ConfigError, match="must hold a JSON object"):
+        check_settings(config, 2)
