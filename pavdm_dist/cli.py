@@ -131,9 +131,9 @@ def train(arguments: argparse.Namespace) -> None:
     config = load_config(TrainConfig, config_file, overrides)
     if arguments.print_config:
         return _print_config(config)
-    from pavdm_dist.train.loop import train_command
+    from pavdm_dist.train.launch import launch
 
-    train_command(config)
+    launch(config, arguments.words)
 
 
 def configs(arguments: argparse.Namespace) -> None:

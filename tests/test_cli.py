@@ -48,6 +48,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     pipeline.__dict__.update(render_command=render_command, plan_report=plan_report)
     loop = types.ModuleType("pavdm_dist.train.loop")
     loop.__dict__.update(train_command=lambda config: seen.append(("train", config)))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)  # left by a training test of this process
     monkeypatch.setitem(sys.modules, "pavdm_dist.render", pipeline)
     monkeypatch.setitem(sys.modules, "pavdm_dist.train.loop", loop)
     return seen

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from training import TINY, start, write_clips
+from training import TINY, start, tiny_codec, write_clips
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.wan import WanCodec
@@ -40,11 +40,8 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> LatentClips:
 
 @pytest.fixture(scope="module")
 def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from pavdm_dist.train.clips import build_vae, public_vae
-
     folder = tmp_path_factory.mktemp("codec") / "vae"
-    torch.manual_seed(0)
-    WanCodec(public_vae(build_vae(4, 4, (1, 1, 1)))).save_pretrained(folder)
+    tiny_codec(folder)
     return folder
 
 

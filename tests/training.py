@@ -69,6 +69,15 @@ def launch(arguments: list[str], size: int = 2, timeout: float = 200) -> list[st
     return outputs
 
 
+def tiny_codec(folder: Path) -> None:
+    """An untrained codec of four channels."""
+    from pavdm_dist.codecs.wan import WanCodec
+    from pavdm_dist.train.clips import build_vae, public_vae
+
+    torch.manual_seed(0)
+    WanCodec(public_vae(build_vae(4, 4, (1, 1, 1)))).save_pretrained(folder)
+
+
 def write_clips(folder: Path, clips: int) -> Path:
     """``folder`` with one shard of random latents ``[clips, 4, 10, 4, 4]``; prompts of one and of two digits."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -117,13 +117,8 @@ def find(root: str | Path, identity: Mapping[str, Any], layout: Layout, resume: 
         ConfigError: nothing to resume, or something that must not be; another world, model, objective or ZeRO stage.
         CheckpointError: there are checkpoints, and none is whole.
     """
+    check_resume(root, resume)
     tags = _tags(Path(root))
-    if not tags:
-        if resume == "must":
-            raise ConfigError(f"resume=must: {root} holds no checkpoint; resume=auto starts afresh")
-        return None
-    if resume == "never":
-        raise ConfigError(f"resume=never: {root} holds a checkpoint; choose another run_dir or resume=auto")
     for tag in tags:
         manifest, fault = _checked(Path(root) / tag, world)
         faults = [text for text in world.gather(fault) if text]
@@ -138,7 +133,22 @@ def find(root: str | Path, identity: Mapping[str, Any], layout: Layout, resume: 
                 f"{theirs.zero_stage}, or start a new run from the exported model (model.pretrained)"
             )
         return Found(tag, theirs.zero_stage > 0 and theirs.processes != layout.processes)
-    raise CheckpointError(f"{root}: no checkpoint is whole; the newest is {tags[0]}")
+    if tags:
+        raise CheckpointError(f"{root}: no checkpoint is whole; the newest is {tags[0]}")
+    return None
+
+
+def check_resume(root: str | Path, resume: str) -> None:
+    """Refuses to start afresh where a run must go on, and the other way round.
+
+    Raises:
+        ConfigError: ``resume=must`` without a checkpoint, or ``never`` with one.
+    """
+    found = bool(_tags(Path(root)))
+    if resume == "must" and not found:
+        raise ConfigError(f"resume=must: {root} holds no checkpoint; resume=auto starts afresh")
+    if resume == "never" and found:
+        raise ConfigError(f"resume=never: {root} holds a checkpoint; choose another run_dir or resume=auto")
 
 
 def load(engine: Any, average: Average, root: str | Path, found: Found, world: World) -> int:

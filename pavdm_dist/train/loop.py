@@ -6,7 +6,11 @@ Launcher-neutral: the same function runs in one process, under torchrun, DeepSpe
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +23,7 @@ from pavdm_dist.train.config import TrainConfig
 from pavdm_dist.train.data import LatentClips, cache_clips
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.processes import World, join_world
-from pavdm_dist.train.trainer import Trainer
+from pavdm_dist.train.trainer import Report, Trainer
 from pavdm_dist.train.world import FPS, SIZE
 from pavdm_dist.train.zero import check_settings
 
@@ -35,8 +39,14 @@ WORLD_PROMPTS = (
 )
 
 
-def train_command(config: TrainConfig) -> None:
+def train_command(config: TrainConfig, report: Report | None = None) -> None:
     """Runs one slice of ``config.max_seconds``; call again until it says that all steps are done.
+
+    SIGTERM (a preempted job) ends the slice early, with a checkpoint.
+
+    Args:
+        config: settings.
+        report: called on every process with the metrics of each logged step.
 
     Raises:
         ConfigError: impossible settings, a run folder that was made with others (named), or missing extras.
@@ -48,12 +58,25 @@ def train_command(config: TrainConfig) -> None:
     found = _world_data(config, world, end)
     if found is None:
         return
-    trainer = Trainer(config, *found, world)
-    finished = trainer.run(end)
+    trainer = Trainer(config, *found, world, report)
+    with _stopped_by_sigterm(trainer):
+        finished = trainer.run(end)
     target = Path(config.export or Path(config.run_dir) / "model")
     trainer.export(target)
     if world.first:
         logger.info("%s; weights in %s", "all steps done" if finished else "slice over, run again", target)
+
+
+@contextmanager
+def _stopped_by_sigterm(trainer: Trainer) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # a Ray worker: Ray tells it otherwise
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: trainer.stop())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _world_data(config: TrainConfig, world: World, end: float) -> tuple[Batches, Parts] | None:

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from pavdm_dist.train.processes import World, join_world
 from pavdm_dist.train.world import WORLD_SETTINGS
 from pavdm_dist.train.zero import check_settings, start_engine
 
+# Takes the metrics of a logged step.
+Report = Callable[[dict[str, Any]], None]
+
 logger = logging.getLogger(__name__)
 
 
@@ -40,13 +44,22 @@ class Trainer:
         batches: the data.
         parts: what the exported model needs besides the trained modules.
         world: all processes.
+        report: called on every process with the metrics of each logged step.
 
     Raises:
         ConfigError: impossible settings, or a run folder that was made with others.
     """
 
-    def __init__(self, config: TrainConfig, batches: Batches, parts: Parts, world: World | None = None) -> None:
-        self.config, self.batches, self.parts = config, batches, parts
+    def __init__(
+        self,
+        config: TrainConfig,
+        batches: Batches,
+        parts: Parts,
+        world: World | None = None,
+        report: Report | None = None,
+    ) -> None:
+        self.config, self.batches, self.parts, self.report = config, batches, parts, report
+        self.stopping = False
         self.world = world or join_world(config.launch.timeout_seconds)
         check_settings(config, self.world.size)
         self.run_dir = Path(config.run_dir)
@@ -64,9 +77,9 @@ class Trainer:
         """Trains until ``end`` (monotonic clock) or the last step; True when all steps are done."""
         config = self.config
         saved = drawn = time.monotonic()
-        while self.step < config.optimizer.total_steps and self.world.agree(time.monotonic() < end):
+        while self.step < config.optimizer.total_steps and self._goes_on(end):
             metrics = self.train_step()
-            if self.step % config.log_every_steps == 0 and self.world.first:
+            if self.step % config.log_every_steps == 0:
                 self._log(metrics)
             if self.world.agree(time.monotonic() - saved > config.checkpoint_every_seconds):
                 self.save()
@@ -76,6 +89,15 @@ class Trainer:
                 drawn = time.monotonic()
         self.save()
         return self.step >= config.optimizer.total_steps
+
+    def stop(self) -> None:
+        """Ends :meth:`run` after the step that is under way; any process may be told."""
+        self.stopping = True
+
+    def _goes_on(self, end: float) -> bool:
+        """Whether the first process' clock says so, and nobody was told to stop."""
+        stop = torch.tensor([float(self.stopping or (self.world.first and time.monotonic() >= end))])
+        return float(self.world.mean(stop.to(self.world.device))) == 0
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step on one batch.
@@ -178,6 +200,10 @@ class Trainer:
 
     def _log(self, metrics: dict[str, Any]) -> None:
         line = {"step": self.step, **metrics}
+        if self.report is not None:
+            self.report(line)
+        if not self.world.first:
+            return
         with open(self.run_dir / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         logger.info("step %d: loss %.4f, %.1f clips/s", self.step, metrics["loss"], metrics["samples_per_second"])

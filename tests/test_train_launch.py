@@ -1,0 +1,197 @@
+"""Every launcher runs the same loop: local processes, torchrun on several nodes, Ray Train; and what ends a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from training import TINY, start, tiny_codec, write_clips
+
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.config import load_config
+from pavdm_dist.errors import EngineError
+from pavdm_dist.train.config import TrainConfig
+from pavdm_dist.train.data import LatentClips, cache_clips
+from pavdm_dist.train.processes import free_port
+
+STEPS = 6
+SETTINGS = [
+    *TINY,
+    "data.batch_size=4",
+    "data.still_batch_size=4",
+    "optimizer.name=adamw",
+    "zero.stage=2",
+    f"optimizer.total_steps={STEPS}",
+    "max_seconds=100",
+]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a codec and cached clips."""
+    folder = tmp_path_factory.mktemp("prepared")
+    tiny_codec(folder / "vae")
+    cache_clips(folder / "vae", folder / "clips", 32, 10, max_seconds=100)
+    return folder
+
+
+@pytest.fixture
+def run_dir(prepared: Path, tmp_path: Path) -> Path:
+    shutil.copytree(prepared, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def words(run_dir: Path, *settings: str) -> list[str]:
+    return ["train", *SETTINGS, f"run_dir={run_dir}", f"codec.folder={run_dir / 'vae'}", *settings]
+
+
+def alone() -> dict[str, str]:
+    """The environment of somebody's shell: no launcher's variables."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    path = ":".join(entry for entry in sys.path if entry)
+    kept = {key: value for key, value in os.environ.items() if key not in launcher}
+    return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def pavdm(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pavdm_dist", *arguments]
+    return subprocess.run(command, env=alone(), capture_output=True, text=True, timeout=150, check=False)
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run_dir / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def expected(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of one process."""
+    config = load_config(TrainConfig, None, [*SETTINGS, f"run_dir={tmp_path_factory.mktemp('one')}"])
+    trainer = start(config, LatentClips(prepared / "clips"))
+    return [trainer.train_step()["loss"] for _ in range(STEPS)]
+
+
+@pytest.mark.timeout(180)
+def test_two_local_processes_train_and_export(run_dir: Path, expected: list[float]) -> None:
+    done = pavdm(words(run_dir, "launch.processes=2"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(run_dir) == pytest.approx(expected, abs=1e-4)
+    assert Checkpoint.open(run_dir / "model").backbone.config.depth == 1
+
+
+@pytest.mark.timeout(180)
+def test_torchrun_on_two_nodes(run_dir: Path, expected: list[float]) -> None:
+    port = free_port()
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}", "--nproc-per-node=1",
+             "--master-addr=127.0.0.1", f"--master-port={port}", "-m", "pavdm_dist", *words(run_dir)],
+            env=alone(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    outputs = [node.communicate(timeout=150)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert losses(run_dir) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.timeout(180)
+def test_sigterm_saves_and_ends_well(run_dir: Path) -> None:
+    command = [sys.executable, "-m", "pavdm_dist", *words(run_dir, "optimizer.total_steps=100000")]
+    process = subprocess.Popen(command, env=alone(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (run_dir / "log.jsonl").exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 0 and "slice over, run again" in output
+    step = int((run_dir / "checkpoints" / "latest").read_text()[4:])
+    assert len(losses(run_dir)) == step > 0
+
+
+def test_bad_settings_start_nothing(run_dir: Path) -> None:
+    done = pavdm(words(run_dir, "launch.processes=3"))
+    assert done.returncode == 2
+    assert done.stderr.count("data.batch_size=4 does not divide among 3 processes: use 3 or 6") == 1
+    done = pavdm(words(run_dir, "launch.processes=2", "launch.ray_workers=2"))
+    assert done.returncode == 2 and "choose one of the two" in done.stderr
+    assert not (run_dir / "checkpoints").exists()
+
+
+@pytest.mark.timeout(180)
+def test_a_loss_that_is_no_number_ends_every_process_and_names_the_clips(run_dir: Path) -> None:
+    shard = run_dir / "clips" / "clips-00000.safetensors"
+    with safe_open(shard, framework="pt") as reader:
+        latents, meta = reader.get_tensor("latents"), reader.metadata()
+    assert pavdm(words(run_dir, "optimizer.total_steps=2")).returncode == 0
+    spoilt = latents.clone()
+    spoilt[7] = torch.nan
+    save_file({"latents": spoilt}, shard, metadata=meta)
+    prompt = json.loads(meta["prompts"])[7]
+    done = pavdm(words(run_dir, "optimizer.total_steps=60", "launch.processes=2"))
+    assert done.returncode != 0
+    assert "the loss is no number at step" in done.stderr and prompt in done.stderr
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step0000002"
+
+
+def test_a_full_memory_says_what_frees_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips = LatentClips(write_clips(tmp_path / "clips", 6))
+    trainer = start(load_config(TrainConfig, None, [*TINY, f"run_dir={tmp_path}"]), clips)
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer.engine, "backward", full)
+    with pytest.raises(EngineError, match=r"full at step 0.*checkpoint_activations.*accumulation=2.*zero\.stage=1"):
+        trainer.train_step()
+
+
+RAY_PROGRAM = """
+import sys, threading, time
+from pathlib import Path
+import psutil
+import ray
+from pavdm_dist.cli import main
+
+run, kill = Path(sys.argv[1]), sys.argv[2] == "kill"
+ray.init(num_cpus=2, include_dashboard=False)
+
+def shoot():
+    while not (run / "checkpoints" / "latest").exists():
+        time.sleep(0.05)
+    named = [(process, " ".join(process.cmdline())) for process in psutil.process_iter()]
+    group = [process for process, name in named if name.startswith("ray::RayTrainWorker")]
+    group[-1].kill()
+    print("killed one of", len(group), flush=True)
+
+if kill:
+    threading.Thread(target=shoot, daemon=True).start()
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kill", ["kill", "leave"])
+def test_ray_train_gives_the_same_losses_also_after_a_worker_was_killed(
+    run_dir: Path, expected: list[float], kill: str
+) -> None:
+    more = ["launch.ray_workers=2", "checkpoint_every_seconds=0", "max_seconds=200"]
+    command = [sys.executable, "-c", RAY_PROGRAM, str(run_dir), kill, *words(run_dir, *more)]
+    done = subprocess.run(command, env=alone(), capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert ("killed" in done.stdout) == (kill == "kill")
+    by_step: dict[int, Any] = {}
+    for line in map(json.loads, (run_dir / "log.jsonl").read_text().splitlines()):
+        assert by_step.setdefault(line["step"], line["loss"]) == line["loss"], "done again: the same to the bit"
+    assert [by_step[step] for step in sorted(by_step)] == pytest.approx(expected, abs=1e-4)
+    assert Checkpoint.open(run_dir / "model").backbone.config.depth == 1
