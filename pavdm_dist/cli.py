@@ -136,6 +136,24 @@ def train(arguments: argparse.Namespace) -> None:
     launch(config, arguments.words)
 
 
+def data(arguments: argparse.Namespace) -> None:
+    """Prepare training clips from videos and captions; run again to go on where it stopped."""
+    from pavdm_dist.config import load_config
+    from pavdm_dist.data.prepare import PrepareConfig, prepare_command
+
+    overrides = [word for word in arguments.words if _OVERRIDE.match(word)]
+    files = [word for word in arguments.words if word.endswith((".yaml", ".yml")) and word not in overrides]
+    if len(files) > 1:
+        raise ConfigError(f"two config files, {files[0]} and {files[1]}: give one")
+    sources = [word for word in arguments.words if word not in overrides and word not in files]
+    if sources:
+        overrides.insert(0, f"source={json.dumps(sources)}")
+    config = load_config(PrepareConfig, files[0] if files else None, overrides)
+    if arguments.print_config:
+        return _print_config(config)
+    _print_report(prepare_command(config), arguments.json)
+
+
 def configs(arguments: argparse.Namespace) -> None:
     """List the shipped config files, or copy one to edit."""
     from pavdm_dist.shipped import copy_config, describe_configs
@@ -268,6 +286,13 @@ def _parser() -> argparse.ArgumentParser:
     verb = add(train, "pavdm train CONFIG.yaml [key=value ...] [flags]")
     verb.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value")
     verb.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
+
+    verb = add(data)
+    actions = verb.add_subparsers(dest="action", required=True, metavar="ACTION")
+    prepare = actions.add_parser("prepare", help="cut videos into clips and cache their latents", allow_abbrev=False)
+    prepare.add_argument("words", nargs="*", metavar="SOURCE | CONFIG.yaml | key=value")
+    prepare.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
+    prepare.add_argument("--json", action="store_true", help="print one JSON object")
 
     verb = add(configs)
     actions = verb.add_subparsers(dest="action", required=True, metavar="ACTION")

@@ -7,6 +7,8 @@ streams may interleave on one module and memory does not grow with the length of
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from pavdm_dist.codecs.base import CodecSpec
 from pavdm_dist.errors import CheckpointError, ConfigError
-from pavdm_dist.models.loading import load_config, load_module, local_folder, save_module
+from pavdm_dist.models.loading import load_config, load_module, local_folder, read_tensors, save_module
 
 # Frames per latent that AutoencoderKLWan's encoder is written for.
 _TEMPORAL_STRIDE = 4
@@ -64,6 +66,16 @@ def decode_flop(folder: str | Path, latent_height: int, latent_width: int, **hub
             places *= 4
             total += 9 * places * frames * width**2 / (1 if config.get("is_residual") else 2)
     return 2 * (total + 27 * places * frames * widths[-1] * config.get("out_channels", 3))
+
+
+def encoder_identity(folder: str | Path) -> str:
+    """Hash of what latents depend on: the encoder and the statistics; a decoder may be refined later."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    digest = hashlib.sha256(json.dumps([config["latents_mean"], config["latents_std"]]).encode())
+    tensors = read_tensors(Path(folder), lambda key: key.startswith(("encoder.", "quant_conv.")))
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class WanCodec:

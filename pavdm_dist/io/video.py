@@ -16,7 +16,17 @@ from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.io.encode import as_rate, export_to_video
 from pavdm_dist.io.storage import exists, is_remote, open_read
 
-__all__ = ["ClipInfo", "export_to_video", "probe", "read_clip"]
+__all__ = [
+    "ClipInfo",
+    "average_rate",
+    "decoded_frames",
+    "export_to_video",
+    "open_video",
+    "picture",
+    "probe",
+    "quarter_turns",
+    "read_clip",
+]
 
 # FFmpeg plays any text file as an animated terminal.
 _NOT_VIDEO = ("tty",)
@@ -46,13 +56,13 @@ def probe(path: str | Path) -> ClipInfo:
     Raises:
         MediaError: missing, not a video, audio only, or without a readable frame.
     """
-    with _open(path) as (container, stream):
-        _, first = next(_frames(path, container, stream))
+    with open_video(path) as (container, stream):
+        _, first = next(decoded_frames(path, container, stream))
         height, width = first.height, first.width
-        if _quarter_turns(first) % 2:
+        if quarter_turns(first) % 2:
             height, width = width, height
         seconds = container.duration / 1_000_000 if container.duration else None
-        return ClipInfo(height, width, float(_rate(stream)), stream.frames or None, seconds)
+        return ClipInfo(height, width, float(average_rate(stream)), stream.frames or None, seconds)
 
 
 def read_clip(
@@ -88,12 +98,12 @@ def read_clip(
         raise ConfigError(f"num_frames={num_frames}: must be at least 1")
     size = None if height is None or width is None else (height, width)
     pictures: deque[np.ndarray] = deque(maxlen=num_frames)
-    with _open(path) as (container, stream):
-        frames = _frames(path, container, stream)
+    with open_video(path) as (container, stream):
+        frames = decoded_frames(path, container, stream)
         rate = None if fps is None else as_rate(fps)
         aspect = Fraction(stream.sample_aspect_ratio or 1)
-        for frame in _resample(frames, rate, 1 / _rate(stream)):
-            pictures.append(_picture(frame, size, aspect))
+        for frame in _resample(frames, rate, 1 / average_rate(stream)):
+            pictures.append(picture(frame, size, aspect))
             if keep == "first" and len(pictures) == num_frames:
                 break
     found = len(pictures)
@@ -108,8 +118,12 @@ def read_clip(
 
 
 @contextmanager
-def _open(path: str | Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its first real video stream."""
+def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
+    """The container and its first real video stream.
+
+    Raises:
+        MediaError: missing, not a video, or audio only.
+    """
     import av
 
     if not exists(path) or (not is_remote(path) and not Path(path).is_file()):
@@ -139,12 +153,16 @@ def _video_stream(path: str | Path, container: Any) -> Any:
     raise MediaError(f"{path} has no video, only {' and '.join(kinds) or 'no stream at all'}")
 
 
-def _frames(path: str | Path, container: Any, stream: Any) -> Iterator[tuple[Fraction, Any]]:
-    """(time in seconds, decoded frame) in showing order; at the end a check that nothing is missing."""
+def decoded_frames(path: str | Path, container: Any, stream: Any) -> Iterator[tuple[Fraction, Any]]:
+    """(time in seconds, decoded frame) in showing order; at the end a check that nothing is missing.
+
+    Raises:
+        MediaError: corrupt, truncated, or without a frame.
+    """
     import av
 
     count = 0
-    step = 1 / _rate(stream)
+    step = 1 / average_rate(stream)
     first = end = Fraction(0)
     try:
         for packet in container.demux(stream):
@@ -195,9 +213,9 @@ def _resample(frames: Iterator[tuple[Fraction, Any]], rate: Fraction | None, ste
         k += 1
 
 
-def _picture(frame: Any, size: tuple[int, int] | None, aspect: Fraction) -> np.ndarray:
+def picture(frame: Any, size: tuple[int, int] | None, aspect: Fraction) -> np.ndarray:
     """Upright RGB ``[H, W, 3]`` of ``size``; ``aspect``: width over height of a stored pixel."""
-    turns = _quarter_turns(frame)
+    turns = quarter_turns(frame)
     if size is None:
         return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
     height, width = size if turns % 2 == 0 else size[::-1]
@@ -210,10 +228,11 @@ def _picture(frame: Any, size: tuple[int, int] | None, aspect: Fraction) -> np.n
     return np.ascontiguousarray(np.rot90(cut, turns))
 
 
-def _quarter_turns(frame: Any) -> int:
+def quarter_turns(frame: Any) -> int:
     """Quarter turns, counter-clockwise, that set a frame upright (phones store pictures lying)."""
     return round(frame.rotation / 90) % 4
 
 
-def _rate(stream: Any) -> Fraction:
+def average_rate(stream: Any) -> Fraction:
+    """Frames per second as the container tells, 25 where it does not."""
     return Fraction(stream.average_rate or stream.guessed_rate or 25)

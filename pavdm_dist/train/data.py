@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -16,9 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pavdm_dist.codecs.wan import WanCodec
+from pavdm_dist.codecs.wan import WanCodec, encoder_identity
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.models.loading import read_tensors
 from pavdm_dist.train.world import WORLD_SETTINGS, render, sample_scene, scene_prompt
 
 logger = logging.getLogger(__name__)
@@ -122,16 +120,6 @@ def _whole_clip_encoder(codec_folder: str | Path) -> Encoder:
     return encode
 
 
-def _encoder_identity(codec_folder: str | Path) -> str:
-    """Hash of what latents depend on: the encoder and the statistics; a decoder may be refined later."""
-    config = json.loads((Path(codec_folder) / "config.json").read_text())
-    digest = hashlib.sha256(json.dumps([config["latents_mean"], config["latents_std"]]).encode())
-    tensors = read_tensors(Path(codec_folder), lambda key: key.startswith(("encoder.", "quant_conv.")))
-    for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _drop_empty_taps(vae: nn.Module) -> None:
     """Replaces 3x3x3 convolutions that only look at the current frame by 3x3 ones: a third of the work."""
     from pavdm_dist.train.clips import FrameConv
@@ -145,7 +133,7 @@ def _drop_empty_taps(vae: nn.Module) -> None:
 
 
 def _check_identity(path: Path, codec_folder: str | Path, num_latents: int) -> None:
-    identity = {"world": WORLD_SETTINGS, "num_latents": num_latents, "encoder": _encoder_identity(codec_folder)}
+    identity = {"world": WORLD_SETTINGS, "num_latents": num_latents, "encoder": encoder_identity(codec_folder)}
     file = path / "identity.json"
     if not file.exists():
         file.write_text(json.dumps(identity))

@@ -1,0 +1,284 @@
+"""What training reads: clips of one bucket a batch, from cached latents or from the videos, in an order that depends
+on the seed and the step alone, so that a step number is the whole position of the sampler."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.base import TextEncoder, VideoCodec
+from pavdm_dist.codecs.wan import encoder_identity
+from pavdm_dist.data.buckets import Bucket
+from pavdm_dist.data.clips import read_frames
+from pavdm_dist.data.index import locate
+from pavdm_dist.data.shards import ClipList, clips_file, open_shard, pad_texts, read_index, shard_file
+from pavdm_dist.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Clips:
+    """One batch of clips of one bucket.
+
+    Attributes:
+        latents: normalised, float32, ``[b, C, f, h, w]``; every clip is encoded as the start of a video.
+        captions: one per clip.
+        text: embeddings, float32, ``[b, L, D]``, zeros behind each; L is the longest of the batch. None = not known.
+        text_mask: ``[b, L]``, True = a token.
+        ids: of the clips, ``path#first frame``.
+    """
+
+    latents: Tensor
+    captions: list[str]
+    text: Tensor | None
+    text_mask: Tensor | None
+    ids: list[str]
+
+
+class CachedClips:
+    """Latents and embeddings of a data set that was prepared with ``encode=true``, read as they are needed.
+
+    Args:
+        folder: of ``pavdm data prepare``.
+        model: whose codec and text encoder the latents and embeddings must come from; None = not checked.
+
+    Attributes:
+        buckets: shapes of clips; empty ones included, so that positions are those of the settings.
+        counts: clips per bucket.
+
+    Raises:
+        ConfigError: not a complete data set, one without latents, or one of another codec or text encoder.
+    """
+
+    def __init__(self, folder: str | Path, model: Checkpoint | None = None) -> None:
+        self._folder = Path(folder)
+        index = read_index(folder)
+        if not any(bucket["shards"] for bucket in index["buckets"]):
+            raise ConfigError(f"data={folder} was prepared with encode=false: read its pixels, or prepare it again")
+        if model is not None:
+            _check_identities(folder, index["identities"], model)
+        self.buckets, self.counts = _buckets(index)
+        self._shard_clips: int = index["shard_clips"]
+
+    def load(self, bucket: int, indices: Sequence[int]) -> Clips:
+        """Reads clips by number, in the order asked for; only their part of a shard is read.
+
+        Raises:
+            MediaError: a shard is missing or damaged.
+            IndexError: no such bucket or clip.
+        """
+        _check_numbers(self.counts, bucket, indices)
+        found: dict[int, tuple[Tensor, Tensor, str, str]] = {}
+        by_shard: dict[int, list[int]] = {}
+        for number in indices:
+            by_shard.setdefault(number // self._shard_clips, []).append(number)
+        for shard, numbers in by_shard.items():
+            with open_shard(shard_file(self._folder, bucket, shard)) as reader:
+                listed = json.loads(reader.metadata()["pavdm"])["clips"]
+                latents, text, mask = (reader.get_slice(name) for name in ("latents", "text", "text_mask"))
+                for number in numbers:
+                    row = number % self._shard_clips
+                    entry = listed[row]
+                    tokens = text[row : row + 1][0][mask[row : row + 1][0]].float()
+                    name = f"{entry['video']}#{entry['first']}"
+                    found[number] = latents[row : row + 1][0].float(), tokens, entry["caption"], name
+        samples = [found[number] for number in indices]
+        padded, token_mask = pad_texts([tokens for _, tokens, _, _ in samples])
+        stacked = torch.stack([latents for latents, *_ in samples])
+        return Clips(stacked, [s[2] for s in samples], padded, token_mask, [s[3] for s in samples])
+
+
+class PixelClips:
+    """As :class:`CachedClips`, decoded from the videos and encoded when a batch is asked for.
+
+    Args:
+        folder: of ``pavdm data prepare``, with or without latents.
+        codec: encodes the frames.
+        text_encoder: None = batches hold captions only.
+        root: folder that the videos lie in; None = where they were when the data set was prepared.
+
+    Raises:
+        ConfigError: not a complete data set, or buckets that this codec cannot encode.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        codec: VideoCodec,
+        text_encoder: TextEncoder | None = None,
+        root: str | Path | None = None,
+    ) -> None:
+        index = read_index(folder)
+        self.buckets, self.counts = _buckets(index)
+        for bucket in self.buckets:
+            bucket.check(codec.spec)
+        self._codec, self._text_encoder = codec, text_encoder
+        self._root: str = index["root"] if root is None else str(root)
+        self._clips = [ClipList(clips_file(Path(folder), number)) for number in range(len(self.buckets))]
+
+    def load(self, bucket: int, indices: Sequence[int]) -> Clips:
+        """Reads and encodes clips by number, in the order asked for.
+
+        Raises:
+            MediaError: a video is missing, unreadable, or not the one that was prepared.
+            IndexError: no such bucket or clip.
+        """
+        _check_numbers(self.counts, bucket, indices)
+        clips = self._clips[bucket].read(indices)
+        shape = self.buckets[bucket]
+        latents = []
+        for clip in clips:
+            frames = read_frames(locate(self._root, clip.video), clip, shape, shape.num_frames(self._codec.spec))
+            latents.append(self._codec.encode(torch.from_numpy(frames)).float())
+        text = mask = None
+        if self._text_encoder is not None:
+            text, mask = pad_texts([self._text_encoder.encode(clip.caption) for clip in clips])
+        return Clips(torch.stack(latents), [clip.caption for clip in clips], text, mask, [clip.id for clip in clips])
+
+
+class BatchOrder:
+    """Which clips batch ``step`` holds: a pure function of the seed and the step.
+
+    Every bucket is an endless row of shuffled passes over its clips, cut into batches without a gap: a pass gives
+    every clip once, and a batch at its end is filled from the next pass. The buckets take turns in shuffled rounds,
+    each in proportion to its clips.
+
+    Args:
+        counts: clips per bucket.
+        batch_sizes: clips per batch of each bucket; larger than the bucket is legal, the batch then holds clips twice.
+        seed: 0 or more.
+
+    Raises:
+        ConfigError: no clips, a batch size below 1, or another number of sizes than of buckets.
+    """
+
+    def __init__(self, counts: Sequence[int], batch_sizes: Sequence[int], seed: int) -> None:
+        if len(counts) != len(batch_sizes):
+            raise ConfigError(f"batch_sizes={list(batch_sizes)}: {len(counts)} buckets need as many entries")
+        if min(batch_sizes, default=1) < 1:
+            raise ConfigError(f"batch_sizes={list(batch_sizes)}: must be at least 1 each")
+        if not any(counts):
+            raise ConfigError(f"counts={list(counts)}: there is no clip to train on")
+        if seed < 0:
+            raise ConfigError(f"seed={seed}: must be 0 or more")
+        self._counts, self._sizes, self._seed = list(counts), list(batch_sizes), seed
+        # Batches of each bucket in a round, which is about one pass over everything.
+        turns = [max(1, round(n / size)) if n else 0 for n, size in zip(counts, batch_sizes, strict=True)]
+        self._turns = np.array(turns)
+        # A batch touches the ends of two passes.
+        self._permutation = lru_cache(maxsize=2 * len(turns))(self._shuffle)
+        self._round = lru_cache(maxsize=2)(self._draw_round)
+
+    def batch(self, step: int) -> tuple[int, list[int]]:
+        """Bucket and clip numbers of batch ``step``, 0 or more; steps may be asked for in any order."""
+        round_number, place = divmod(step, int(self._turns.sum()))
+        buckets, turn = self._round(round_number)
+        bucket = int(buckets[place])
+        size, count = self._sizes[bucket], self._counts[bucket]
+        first = (round_number * int(self._turns[bucket]) + int(turn[place])) * size
+        rows = (divmod(position, count) for position in range(first, first + size))
+        return bucket, [int(self._permutation(bucket, epoch)[row]) for epoch, row in rows]
+
+    def _shuffle(self, bucket: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self._seed, 1, bucket, epoch)).permutation(self._counts[bucket])
+
+    def _draw_round(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The buckets of a round's batches, and how many batches of the same bucket came before in the round."""
+        buckets = np.repeat(np.arange(len(self._turns)), self._turns)
+        np.random.default_rng((self._seed, 2, number)).shuffle(buckets)
+        turn = np.empty_like(buckets)
+        for bucket, turns in enumerate(self._turns):
+            turn[buckets == bucket] = np.arange(turns)
+        return buckets, turn
+
+
+class Prefetch(Generic[T]):
+    """Loads steps ahead of their use, in a thread; iterating gives ``load(first)``, ``load(first + 1)``, ...
+
+    Use it as a context manager or call :meth:`close`; leaving waits for the load under way.
+
+    Args:
+        load: batch of a step; what it raises is raised where that step is asked for, and ends the iteration.
+        first: step to begin with.
+        depth: batches that wait at most, 1 or more.
+    """
+
+    def __init__(self, load: Callable[[int], T], first: int = 0, depth: int = 2) -> None:
+        if depth < 1:
+            raise ConfigError(f"depth={depth}: must be at least 1")
+        self._load = load
+        self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue()
+        self._room = threading.Semaphore(depth)
+        self._stop = threading.Event()
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, args=(first,), name="pavdm-prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._ended or self._stop.is_set():
+            raise StopIteration
+        item, error = self._ready.get()
+        self._room.release()
+        if error is not None:
+            self._ended = True
+            raise error
+        return item  # type: ignore[return-value]  # None is what a load may give
+
+    def __enter__(self) -> Prefetch[T]:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the thread; harmless when called twice."""
+        self._stop.set()
+        self._room.release()
+        self._thread.join()
+
+    def _run(self, step: int) -> None:
+        while True:
+            self._room.acquire()
+            if self._stop.is_set():
+                return
+            try:
+                self._ready.put((self._load(step), None))
+            except BaseException as error:  # the consumer's to handle, whatever it is
+                self._ready.put((None, error))
+                return
+            step += 1
+
+
+def _buckets(index: dict) -> tuple[list[Bucket], list[int]]:
+    entries = index["buckets"]
+    return [Bucket.parse(entry["bucket"]) for entry in entries], [entry["clips"] for entry in entries]
+
+
+def _check_numbers(counts: Sequence[int], bucket: int, indices: Sequence[int]) -> None:
+    if not 0 <= bucket < len(counts) or not indices or not all(0 <= number < counts[bucket] for number in indices):
+        raise IndexError(f"bucket {bucket}, clips {list(indices)}: the buckets hold {list(counts)} clips")
+
+
+def _check_identities(folder: str | Path, found: dict[str, str], model: Checkpoint) -> None:
+    wanted = {"codec": encoder_identity(model.vae), "text_encoder": model.text_encoder.identity}
+    for name, identity in wanted.items():
+        if found.get(name) != identity:
+            raise ConfigError(
+                f"data={folder} was prepared with {name} {found.get(name)}, model={model.folder} has {identity}: "
+                "prepare it again with that model"
+            )

@@ -1,0 +1,285 @@
+"""``pavdm data prepare``: videos and captions -> clips, and their latents and text embeddings on disk.
+
+First every video is looked at (parts of ``scan/``), then the clips of every bucket are listed, then they are encoded
+shard by shard; ``index.json`` comes last. Every file is a function of the settings and the videos and appears whole, so
+a run that was killed is gone on with by running it again, and ends with the bytes of an unbroken one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.wan import encoder_identity
+from pavdm_dist.data.buckets import Bucket, parse_buckets
+from pavdm_dist.data.clips import ClipRef
+from pavdm_dist.data.index import Captions, Sources, locate, read_sources
+from pavdm_dist.data.shards import INDEX, SETTINGS, VERSION, clips_file, shard_file, write_clips, write_json
+from pavdm_dist.data.work import Job, encode_shard, read_scan, scan_file, scan_part
+from pavdm_dist.data.workers import Run, workers
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.io.storage import is_remote, remove
+
+logger = logging.getLogger(__name__)
+
+# Videos a worker looks at before it writes what it found: what a kill can cost, and files per million videos.
+PART_VIDEOS = 8
+
+
+@dataclass
+class PrepareConfig:
+    """Everything ``pavdm data prepare`` knows."""
+
+    source: list[str] = field(default_factory=list)  # folders, videos, .csv and .jsonl files
+    output: str = "prepared"  # folder of the data set
+    model: str = "embedded"  # whose codec and text encoder are used
+    buckets: list[str] = field(default_factory=list)  # HEIGHTxWIDTHxLATENTS@FPS; [] = one, as the model samples
+    fps: float | None = None  # of buckets without @FPS; None = the model's
+    captions: Captions = "required"  # of a video without one: an error, the file's name, or the video is left out
+    scene_cuts: bool = True  # look for cuts; false = every video is one shot
+    upscale: bool = False  # enlarge videos that are smaller than a bucket
+    encode: bool = True  # false = list the clips only; training then reads pixels
+    shard_clips: int = 32  # clips per shard
+    strict: bool = False  # an unreadable video ends the run
+    processes: int = 1  # workers on this machine
+    threads: int = 1  # of torch in each worker; part of what the latents' last bits depend on
+    device: Literal["cpu", "cuda"] = "cpu"  # where the codec runs
+    ray_address: str | None = None  # cluster that takes the place of processes; sources and output are shared folders
+
+
+def prepare_command(config: PrepareConfig) -> dict[str, Any]:
+    """Prepares a data set, or goes on with one.
+
+    Returns:
+        What to print: videos, clips per bucket, skipped videos with reasons, frames read per second.
+
+    Raises:
+        ConfigError: impossible settings, unusable sources, a folder made with other settings, no usable clip, or with
+            ``strict`` an unreadable video.
+        EngineError: a worker died, or the cluster cannot be reached.
+    """
+    _check(config)
+    checkpoint = Checkpoint.open(config.model)
+    job = _job(config, checkpoint, sources := read_sources(config.source, config.captions))
+    job.output.mkdir(parents=True, exist_ok=True)
+    with _locked(job.output), workers(config.processes, config.ray_address, config.device == "cuda") as run:
+        _settle(job, config, sources)
+        try:
+            return _prepare(job, config, sources, run)
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(f"what is done is in {job.output}; run again to go on") from interrupt
+
+
+def _prepare(job: Job, config: PrepareConfig, sources: Sources, run: Run) -> dict[str, Any]:
+    began = time.monotonic()
+    index = _read_complete(job.output)
+    frames = 0
+    scanned = 1.0
+    if index is None:
+        parts = range(-(-len(sources.videos) // PART_VIDEOS))
+        missing = [part for part in parts if not scan_file(job.output, part).exists()]
+        units = ((job, p, sources.videos[p * PART_VIDEOS : (p + 1) * PART_VIDEOS]) for p in missing)
+        for number, read in enumerate(run(scan_part, units), 1):
+            frames += read
+            logger.info("looked at %d of %d parts of the videos, %d frames", number, len(missing), frames)
+        scanned = time.monotonic() - began
+        index = _list_clips(job, config, sources, len(parts))
+        if config.encode:
+            _encode(job, index, run)
+        write_json(job.output / INDEX, index)
+    remove(job.output / "scan")
+    return {
+        "output": str(job.output),
+        "videos": index["videos"],
+        "clips": {bucket["bucket"]: bucket["clips"] for bucket in index["buckets"]},
+        "shards": sum(len(bucket["shards"]) for bucket in index["buckets"]),
+        "short_scenes": index["short_scenes"],
+        "captions_with_unknown_words": index["captions_with_unknown_words"],
+        "frames_read": frames,
+        "frames_per_second": frames / scanned,
+        "seconds": time.monotonic() - began,
+        "skipped": index["skipped"],
+    }
+
+
+def _list_clips(job: Job, config: PrepareConfig, sources: Sources, parts: int) -> dict[str, Any]:
+    """The clip lists on disk, and the index that will complete the data set."""
+    skipped: list[dict[str, str]] = []
+    totals: Counter[str] = Counter()
+    for entry in (entry for part in range(parts) for entry in read_scan(job.output, part)):
+        totals["short_scenes"] += entry["short_scenes"]
+        totals["unknown"] += entry.get("unknown_words", False)
+        totals["clips"] += len(entry["clips"])
+        if "skipped" in entry:
+            skipped.append({name: entry[name] for name in ("video", "skipped", "reason")})
+    for entry in skipped:
+        logger.warning("skipped %s: %s", entry["video"], entry["reason"])
+    unreadable = [entry for entry in skipped if entry["skipped"] == "unreadable"]
+    if config.strict and unreadable:
+        raise ConfigError(
+            f"{len(unreadable)} of {len(sources.videos)} videos cannot be read, the first: {unreadable[0]['reason']}; "
+            "strict=false skips them"
+        )
+    if not totals["clips"]:
+        # Nothing is kept, so that other settings may be tried in the same folder.
+        for path in (job.output / "scan", job.output / SETTINGS):
+            remove(path)
+        reasons = "; ".join(f"{entry['video']}: {entry['reason']}" for entry in skipped[:3])
+        raise ConfigError(f"none of {len(sources.videos)} videos gives a clip: {reasons}")
+    buckets = []
+    for number, bucket in enumerate(job.buckets):
+        count = write_clips(clips_file(job.output, number), _clips_of(job.output, parts, number))
+        shards = -(-count // job.shard_clips) if config.encode else 0
+        names = [shard_file(job.output, number, shard).name for shard in range(shards)]
+        buckets.append({"bucket": str(bucket), "clips": count, "shards": names})
+    return {
+        "version": VERSION,
+        "root": sources.root,
+        "videos": len(sources.videos),
+        "short_scenes": totals["short_scenes"],
+        "captions_with_unknown_words": totals["unknown"],
+        "shard_clips": job.shard_clips,
+        "identities": dict(job.identities),
+        "buckets": buckets,
+        "skipped": skipped,
+    }
+
+
+def _clips_of(output: Path, parts: int, bucket: int) -> Iterator[ClipRef]:
+    for entry in (entry for part in range(parts) for entry in read_scan(output, part)):
+        for clip in entry["clips"]:
+            if clip.pop("bucket") == bucket:
+                yield ClipRef.from_json(clip)
+
+
+def _encode(job: Job, index: dict[str, Any], run: Run) -> None:
+    shards = [(b, n) for b, bucket in enumerate(index["buckets"]) for n in range(len(bucket["shards"]))]
+    missing = [(job, b, n) for b, n in shards if not shard_file(job.output, b, n).exists()]
+    clips = 0
+    began = time.monotonic()
+    for number, done in enumerate(run(encode_shard, missing), 1):
+        clips += done
+        rate = clips / (time.monotonic() - began)
+        logger.info("encoded %d of %d shards, %.2f clips/s", len(shards) - len(missing) + number, len(shards), rate)
+
+
+def _check(config: PrepareConfig) -> None:
+    for name in ("shard_clips", "processes", "threads"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name}={getattr(config, name)}: must be at least 1")
+    if is_remote(config.output):
+        raise ConfigError(
+            f"output={config.output}: must be a folder, since shards are read by memory map; copy it after"
+        )
+    if Path(config.output).exists() and not Path(config.output).is_dir():
+        raise ConfigError(f"output={config.output} is a file; name a folder")
+    if config.device == "cuda":
+        import torch
+
+        if config.ray_address is None and not torch.cuda.is_available():
+            raise ConfigError("device=cuda: there is no CUDA device here; nearest legal: cpu")
+    if config.scene_cuts:
+        from pavdm_dist.data.scenes import CutFinder
+
+        CutFinder()
+
+
+def _job(config: PrepareConfig, checkpoint: Checkpoint, sources: Sources) -> Job:
+    return Job(
+        output=Path(config.output).absolute(),
+        root=sources.root,
+        model=str(checkpoint.folder.absolute()),
+        buckets=tuple(_buckets(config, checkpoint)),
+        scene_cuts=config.scene_cuts,
+        upscale=config.upscale,
+        shard_clips=config.shard_clips,
+        device=config.device,
+        threads=config.threads,
+        identities=(
+            ("codec", encoder_identity(checkpoint.vae)),
+            ("text_encoder", checkpoint.text_encoder.identity),
+        )
+        if config.encode
+        else (),
+    )
+
+
+def _buckets(config: PrepareConfig, checkpoint: Checkpoint) -> list[Bucket]:
+    defaults = checkpoint.defaults
+    fps = defaults.fps if config.fps is None else config.fps
+    window = defaults.latent_chunk_size * (defaults.window_chunks + defaults.context_chunks)
+    texts = config.buckets or [f"{defaults.height}x{defaults.width}x{window}"]
+    return parse_buckets(texts, fps, checkpoint.codec_spec)
+
+
+def _settle(job: Job, config: PrepareConfig, sources: Sources) -> None:
+    """Compares the folder's settings with this run's, or writes them into an empty folder."""
+    wanted = {
+        "version": VERSION,
+        "source": _digest(sources),
+        "buckets": [str(bucket) for bucket in job.buckets],
+        "scene_cuts": job.scene_cuts,
+        "upscale": job.upscale,
+        "encode": config.encode,
+        "shard_clips": job.shard_clips,
+        "threads": job.threads,
+        "device": job.device,
+        **dict(job.identities),
+    }
+    path = job.output / SETTINGS
+    if not path.exists():
+        others = [name for name in os.listdir(job.output) if name != _LOCK]
+        if others:
+            raise ConfigError(f"output={config.output} holds {sorted(others)[0]} and no data set: name an empty folder")
+        write_json(path, wanted)
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for name in (*wanted, *(found.keys() - wanted.keys())):
+        if found.get(name) != wanted.get(name):
+            both = f"{name}={found.get(name)}, this run has {wanted.get(name)}"
+            said = "other videos or captions (source)" if name == "source" else both
+            raise ConfigError(
+                f"output={config.output} was made with {said}: name another output, or delete that folder"
+            )
+    for leftover in job.output.rglob(".*.tmp"):  # of a run that was killed
+        remove(leftover)
+
+
+def _digest(sources: Sources) -> str:
+    """Hash of names, captions and sizes: cheap, and enough to notice a video that was replaced or added."""
+    digest = hashlib.sha256()
+    for video in sources.videos:
+        place = locate(sources.root, video.path)
+        size = os.path.getsize(place) if os.path.isfile(place) else -1
+        digest.update(json.dumps([video.path, video.caption, size]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _read_complete(output: Path) -> dict[str, Any] | None:
+    path = output / INDEX
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+_LOCK = ".lock"
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """One run at a time in a folder; the lock ends with the process."""
+    with open(output / _LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"output={output}: another run is preparing this folder") from error
+        yield

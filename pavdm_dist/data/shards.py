@@ -1,0 +1,138 @@
+"""The files of a prepared data set: settings, clip lists, shards of latents, and the index that completes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pavdm_dist.data.clips import ClipRef
+from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.io.storage import atomic_path, atomic_write
+
+SETTINGS = "settings.json"
+INDEX = "index.json"
+VERSION = 1
+
+
+def clips_file(folder: Path, bucket: int) -> Path:
+    """The clips of a bucket, one JSON object a line; line i is sample i."""
+    return folder / f"clips-{bucket}.jsonl"
+
+
+def shard_file(folder: Path, bucket: int, number: int) -> Path:
+    """Shard ``number`` of a bucket holds the samples from ``number * shard_clips`` on."""
+    return folder / f"bucket-{bucket}-{number:05d}.safetensors"
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file in one move; equal content gives equal bytes."""
+    with atomic_write(path, "w") as file:
+        file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_index(folder: str | Path) -> dict[str, Any]:
+    """``index.json`` of a complete data set.
+
+    Raises:
+        ConfigError: no such folder, not complete, or written by another version.
+    """
+    path = Path(folder)
+    try:
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        state = "is not complete: run `pavdm data prepare` again" if (path / SETTINGS).exists() else "holds no data set"
+        raise ConfigError(f"data={folder} {state} ({INDEX} is missing)") from error
+    except ValueError as error:
+        raise ConfigError(f"data={folder}: {INDEX} is not valid JSON: {error}") from error
+    if index.get("version") != VERSION:
+        raise ConfigError(f"data={folder} has format version {index.get('version')}, this package reads {VERSION}")
+    return index
+
+
+class ClipList:
+    """A bucket's clips on disk: eight bytes of memory each.
+
+    Raises:
+        ConfigError: the file is missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            with open(path, "rb") as file:
+                ends = np.cumsum([0, *(len(line) for line in file)], dtype=np.int64)
+        except FileNotFoundError as error:
+            raise ConfigError(f"{path} is missing: the data set is damaged") from error
+        self._starts = ends[:-1]
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def read(self, numbers: Sequence[int]) -> list[ClipRef]:
+        """Clips by number, in the order asked for."""
+        found = []
+        with open(self._path, "rb") as file:
+            for number in numbers:
+                file.seek(int(self._starts[number]))
+                found.append(ClipRef.from_json(json.loads(file.readline())))
+        return found
+
+
+def write_clips(path: Path, clips: Iterable[ClipRef]) -> int:
+    """Writes a clip list in one move; returns its length."""
+    count = 0
+    with atomic_write(path, "w") as file:
+        for clip in clips:
+            file.write(json.dumps(clip.as_json(), ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def pad_texts(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Embeddings ``[L_i, D]`` -> ``[b, L, D]`` with zeros behind each, and mask ``[b, L]``, True = a token."""
+    padded = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
+    lengths = torch.tensor([len(text) for text in texts])
+    return padded, torch.arange(padded.shape[1]) < lengths[:, None]
+
+
+def write_shard(
+    path: Path, latents: Sequence[Tensor], texts: Sequence[Tensor], clips: Sequence[ClipRef], about: dict[str, str]
+) -> None:
+    """Writes a shard; it appears whole or not at all.
+
+    Args:
+        path: the file.
+        latents: normalised ``[C, f, h, w]`` per clip; stored as fp16 ``latents [n, C, f, h, w]``.
+        texts: ``[L_i, D]`` per clip; stored as fp16 ``text [n, L, D]`` and bool ``text_mask [n, L]``.
+        clips: what they are.
+        about: bucket and identities; stored in the header with the clips, as JSON under ``pavdm``.
+    """
+    text, mask = pad_texts(texts)
+    tensors = {"latents": torch.stack(list(latents)).half().cpu(), "text": text.half().cpu(), "text_mask": mask}
+    # One entry: the order of several is random in safetensors, and equal data must give equal bytes.
+    header = json.dumps({**about, "clips": [clip.as_json() for clip in clips]}, ensure_ascii=False)
+    with atomic_path(path) as staged:
+        save_file(tensors, staged, metadata={"pavdm": header})
+
+
+@contextmanager
+def open_shard(path: Path) -> Iterator[Any]:
+    """A reader of a shard's tensors and header.
+
+    Raises:
+        MediaError: missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as reader:
+            yield reader
+    except (OSError, SafetensorError) as error:
+        raise MediaError(f"{path} is missing or damaged ({error}); delete it and run `pavdm data prepare`") from error

@@ -1,0 +1,161 @@
+"""What a worker does: look at a few videos, or encode one shard. Each result is a file that appears in one move."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.wan import WanCodec
+from pavdm_dist.data.buckets import Bucket, smallest
+from pavdm_dist.data.clips import plan_clips, read_frames, scan_video
+from pavdm_dist.data.index import SourceVideo, locate
+from pavdm_dist.data.shards import ClipList, clips_file, shard_file, write_json, write_shard
+from pavdm_dist.errors import ConfigError, MediaError
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all units of a run share.
+
+    Attributes:
+        output: the data set's folder, reachable by every worker.
+        root: of the sources.
+        model: folder with codec and text encoder.
+        buckets: shapes of clips.
+        scene_cuts, upscale, shard_clips, device, threads: as in ``PrepareConfig``.
+        identities: of codec and text encoder, for the shards' headers.
+    """
+
+    output: Path
+    root: str
+    model: str
+    buckets: tuple[Bucket, ...]
+    scene_cuts: bool
+    upscale: bool
+    shard_clips: int
+    device: str
+    threads: int
+    identities: tuple[tuple[str, str], ...]
+
+
+def scan_file(output: Path, part: int) -> Path:
+    """What was found in part ``part`` of the videos."""
+    return output / "scan" / f"{part:06d}.json"
+
+
+def scan_part(job: Job, part: int, videos: Sequence[SourceVideo]) -> int:
+    """Looks at some videos and writes their clips, or why there are none; returns the frames decoded."""
+    found = [_scan(job, video) for video in videos]
+    write_json(scan_file(job.output, part), {"videos": found})
+    return sum(entry["frames"] for entry in found)
+
+
+def encode_shard(job: Job, bucket: int, number: int) -> int:
+    """Encodes one shard; returns its clips.
+
+    Raises:
+        MediaError: a video is not what it was when it was scanned.
+    """
+    codec, checkpoint = _encoders(job.model, job.device, os.getpid())
+    clips_on_disk = ClipList(clips_file(job.output, bucket))
+    first = number * job.shard_clips
+    clips = clips_on_disk.read(range(first, min(first + job.shard_clips, len(clips_on_disk))))
+    shape = job.buckets[bucket]
+    latents, texts = [], list[Tensor]()
+    with _threads(job.threads), _quiet():
+        for clip in clips:
+            frames = read_frames(locate(job.root, clip.video), clip, shape, shape.num_frames(codec.spec))
+            latents.append(codec.encode(torch.from_numpy(frames)).half())
+            texts.append(checkpoint.text_encoder.encode(clip.caption))
+    about = {"bucket": str(shape), **dict(job.identities)}
+    write_shard(shard_file(job.output, bucket, number), latents, texts, clips, about)
+    return len(clips)
+
+
+def _scan(job: Job, video: SourceVideo) -> dict[str, Any]:
+    entry: dict[str, Any] = {"video": video.path, "frames": 0, "short_scenes": 0, "clips": []}
+    if video.caption is None:
+        return {**entry, "skipped": "caption", "reason": "it has no caption"}
+    checkpoint = _checkpoint(job.model)
+    try:
+        with _quiet():
+            checkpoint.text_encoder.encode(video.caption)
+    except ConfigError as error:
+        return {**entry, "skipped": "caption", "reason": str(error)}
+    entry["unknown_words"] = bool(checkpoint.text_encoder.unknown_words(video.caption))
+    try:
+        scan = scan_video(locate(job.root, video.path), job.scene_cuts)
+    except MediaError as error:
+        return {**entry, "skipped": "unreadable", "reason": str(error)}
+    spec = checkpoint.codec_spec
+    clips, short = plan_clips(video.path, video.caption, scan, job.buckets, spec, job.upscale)
+    listed = [{"bucket": bucket, **clip.as_json()} for bucket, clip in clips]
+    entry = {**entry, "frames": len(scan.times), "short_scenes": short, "clips": listed}
+    if clips:
+        return entry
+    size = f"{scan.height}x{scan.width}"
+    if not job.upscale and all(b.height > scan.height or b.width > scan.width for b in job.buckets):
+        least = smallest(job.buckets)
+        reason = f"{size} is smaller than every bucket (smallest {least}); upscale=true enlarges it"
+        return {**entry, "skipped": "small", "reason": reason}
+    seconds = float(min(bucket.seconds(spec) for bucket in job.buckets))
+    longest = float(max(b - a for a, b in _scenes(scan.times, scan.cuts, scan.end)))
+    reason = f"its longest scene has {longest:.2f} s, no bucket for its shape is that short (shortest {seconds:.2f} s)"
+    return {**entry, "skipped": "short", "reason": reason}
+
+
+def _scenes(times: Sequence[Any], cuts: Sequence[int], end: Any) -> Iterator[tuple[Any, Any]]:
+    begins = [times[first] for first in (0, *cuts)]
+    yield from zip(begins, [*begins[1:], end], strict=True)
+
+
+@lru_cache(maxsize=1)
+def _checkpoint(model: str) -> Checkpoint:
+    return Checkpoint.open(model)
+
+
+@lru_cache(maxsize=1)
+def _encoders(model: str, device: str, worker: int) -> tuple[WanCodec, Checkpoint]:
+    """Loaded once per process; the processes of a machine share its GPUs in turn."""
+    checkpoint = _checkpoint(model)
+    if device == "cuda":
+        device = f"cuda:{worker % torch.cuda.device_count()}"
+    return WanCodec.from_pretrained(checkpoint.vae, device), checkpoint
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Torch's threads of this process: the last bits of the latents depend on them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a warning per caption: unknown words are counted and reported once."""
+    logger = logging.getLogger("pavdm_dist.codecs.text")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def read_scan(output: Path, part: int) -> list[dict[str, Any]]:
+    """What :func:`scan_part` wrote."""
+    return json.loads(scan_file(output, part).read_text(encoding="utf-8"))["videos"]

@@ -1,0 +1,120 @@
+"""Units of work in this process, in several, or on a Ray cluster; results come back as they are ready."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from multiprocessing.connection import wait as wait_for_end
+from typing import Any
+
+from pavdm_dist.errors import EngineError
+
+# Units under way per worker: one that runs and one that waits, so that none is idle.
+_AHEAD = 2
+
+Function = Callable[..., int]
+Unit = tuple[Any, ...]
+Run = Callable[[Function, Iterable[Unit]], Iterator[int]]
+
+
+@contextmanager
+def workers(processes: int, ray_address: str | None, gpu: bool) -> Iterator[Run]:
+    """A function that calls ``function(*unit)`` for every unit and yields the results as they are ready.
+
+    ``function`` must be importable by name. What it raises ends the run; units that were not begun are dropped.
+
+    Args:
+        processes: how many units at a time; 1 = in this process, one after the other.
+        ray_address: cluster to use instead; it decides how many run at a time.
+        gpu: whether a unit needs a GPU of the cluster.
+
+    Raises:
+        EngineError: a worker died, or the cluster cannot be reached.
+    """
+    if ray_address is not None:
+        with _ray(ray_address, gpu) as run:
+            yield run
+    elif processes == 1:
+        yield lambda function, units: (function(*unit) for unit in units)
+    else:
+        # spawn: forking a process that holds threads (torch, FFmpeg) can lock up.
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(processes, context, initializer=_follow_parent)
+        try:
+            yield partial(_in_processes, pool, processes)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _in_processes(
+    pool: ProcessPoolExecutor, processes: int, function: Function, units: Iterable[Unit]
+) -> Iterator[int]:
+    waiting = iter(units)
+    pending: set[Future[int]] = set()
+    try:
+        while True:
+            pending |= {pool.submit(function, *unit) for unit in islice(waiting, _AHEAD * processes - len(pending))}
+            if not pending:
+                return
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+    except BrokenProcessPool as error:
+        raise EngineError(
+            "a worker process died, perhaps for lack of memory; run again to go on (processes=1 shows where)"
+        ) from error
+
+
+def _follow_parent() -> None:
+    """Ends this worker with its parent, even a killed one; an interrupt is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        wait_for_end([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _ray(address: str, gpu: bool) -> Iterator[Run]:
+    import ray
+
+    from pavdm_dist.engine.options import EngineOptions
+    from pavdm_dist.engine.placement import connect
+
+    connect(EngineOptions(1, ray_address=address))
+    pending: list[Any] = []
+
+    def run(function: Function, units: Iterable[Unit]) -> Iterator[int]:
+        call = ray.remote(num_cpus=1, num_gpus=int(gpu))(function)
+        waiting = iter(units)
+        while True:
+            # Asked each time: a cluster may grow.
+            at_once = _AHEAD * max(1, int(ray.cluster_resources().get("GPU" if gpu else "CPU", 1)))
+            pending.extend(call.remote(*unit) for unit in islice(waiting, max(0, at_once - len(pending))))
+            if not pending:
+                return
+            done, pending[:] = ray.wait(pending)
+            yield from ray.get(done)
+
+    try:
+        yield run
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        raise EngineError(f"ray_address={address!r}: {str(error).splitlines()[0]}; run again to go on") from error
+    finally:
+        for reference in pending:
+            ray.cancel(reference)
