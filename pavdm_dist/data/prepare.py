@@ -15,7 +15,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -72,7 +72,6 @@ def prepare_command(config: PrepareConfig) -> dict[str, Any]:
     _check(config)
     checkpoint = Checkpoint.open(config.model)
     job = _job(config, checkpoint, sources := read_sources(config.source, config.captions))
-    job.output.mkdir(parents=True, exist_ok=True)
     with _locked(job.output), workers(config.processes, config.ray_address, config.device == "cuda") as run:
         _settle(job, config, sources)
         try:
@@ -239,9 +238,9 @@ def _settle(job: Job, config: PrepareConfig, sources: Sources) -> None:
     }
     path = job.output / SETTINGS
     if not path.exists():
-        others = [name for name in os.listdir(job.output) if name != _LOCK]
+        others = sorted(os.listdir(job.output))
         if others:
-            raise ConfigError(f"output={config.output} holds {sorted(others)[0]} and no data set: name an empty folder")
+            raise ConfigError(f"output={config.output} holds {others[0]} and no data set: name an empty folder")
         write_json(path, wanted)
         return
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -271,15 +270,17 @@ def _read_complete(output: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-_LOCK = ".lock"
-
-
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
-    """One run at a time in a folder; the lock ends with the process."""
-    with open(output / _LOCK, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"output={output}: another run is preparing this folder") from error
+    """Makes the folder and keeps other runs out of it; a run that was refused leaves no empty one behind."""
+    output.mkdir(parents=True, exist_ok=True)
+    folder = os.open(output, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    except BlockingIOError as error:
+        raise ConfigError(f"output={output}: another run is preparing this folder") from error
+    finally:
+        os.close(folder)
+        with suppress(OSError):
+            output.rmdir()

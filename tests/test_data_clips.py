@@ -1,0 +1,150 @@
+"""Cuts, rates and exact reading of clips, on generated and on real videos."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pavdm_dist.codecs.base import CodecSpec
+from pavdm_dist.data import clips as clips_module
+from pavdm_dist.data.buckets import Bucket, parse_buckets
+from pavdm_dist.data.clips import ClipRef, plan_clips, read_frames, scan_video
+from pavdm_dist.errors import ConfigError, MediaError
+from videos import numbered, numbers, shipped_videos, shots, write_video
+
+SPEC = CodecSpec(16, 8)
+
+
+def planned(path: Path, *buckets: str, scene_cuts: bool = True) -> tuple[list[Bucket], list[tuple[int, ClipRef]], int]:
+    shapes = parse_buckets(buckets, 24, SPEC)
+    clips, short = plan_clips("v", "a video", scan_video(str(path), scene_cuts), shapes, SPEC, upscale=False)
+    return shapes, clips, short
+
+
+def read(path: Path, bucket: Bucket, clip: ClipRef) -> np.ndarray:
+    return read_frames(str(path), clip, bucket, bucket.num_frames(SPEC))
+
+
+def test_cuts_are_found_where_they_are(tmp_path: Path) -> None:
+    # The second and the last shot are shorter than any window of a detector.
+    path = write_video(tmp_path / "shots.mp4", shots([20, 2, 30, 40, 1]))
+    scan = scan_video(str(path), scene_cuts=True)
+    assert scan.cuts == [20, 22, 52, 92]
+    assert (scan.height, scan.width, len(scan.times), scan.end) == (64, 96, 93, Fraction(93, 24))
+
+
+def test_no_clip_crosses_a_cut_and_no_frame_is_in_two(tmp_path: Path) -> None:
+    frames = shots([20, 31, 6, 40])
+    path = write_video(tmp_path / "shots.mp4", frames)
+    shapes, clips, short = planned(path, "64x96x4@24", "64x96x2@24")
+    assert [(bucket, clip.first, clip.frames, clip.scene) for bucket, clip in clips] == [
+        (0, 0, 13, (0, 20)), (1, 13, 5, (0, 20)),
+        (0, 20, 13, (20, 51)), (0, 33, 13, (20, 51)), (1, 46, 5, (20, 51)),
+        (1, 51, 5, (51, 57)),
+        (0, 57, 13, (57, 97)), (0, 70, 13, (57, 97)), (0, 83, 13, (57, 97)),
+    ]  # fmt: skip
+    assert short == 0
+    for bucket, clip in clips:
+        found = read(path, shapes[bucket], clip).astype(int)
+        assert np.abs(found - frames[clip.first]).mean() < 6, "all of one shot"
+    _, whole, _ = planned(path, "64x96x4@24", scene_cuts=False)
+    assert [clip.first for _, clip in whole] == [0, 13, 26, 39, 52, 65, 78]
+
+
+def test_real_cuts_and_short_scenes() -> None:
+    path = shipped_videos()["bikes"]
+    assert scan_video(str(path), scene_cuts=True).cuts == [30, 76, 137, 187, 242]
+    shapes, clips, short = planned(path, "128x304x9@24")
+    assert [clip.scene for _, clip in clips] == [(30, 76), (76, 137), (137, 187), (187, 242)]
+    assert short == 2
+    for _, clip in clips:
+        assert clip.scene[0] <= clip.first and clip.first + clip.frames <= clip.scene[1]
+        assert clip.frames == 34, "33 frames at 24 fps last as long as 34 at 25"
+    assert read(path, shapes[0], clips[0][1]).shape == (33, 128, 304, 3)
+
+
+def test_real_videos_read_the_same_by_jump_and_from_the_beginning() -> None:
+    for name in ("carphone_pristine", "bikes"):
+        path = str(shipped_videos()[name])
+        shapes, clips, _ = planned(Path(path), "128x144x3@12")
+        bucket, clip = clips[-1]
+        jumped = clips_module._read(path, clip, shapes[bucket], 9, seek=True)
+        assert np.array_equal(jumped, clips_module._read(path, clip, shapes[bucket], 9, seek=False))
+
+
+@pytest.mark.parametrize(
+    ("source_fps", "fps", "expected"),
+    [
+        (24, 24, list(range(17))),
+        (48, 24, list(range(0, 34, 2))),
+        (12, 24, [i // 2 for i in range(17)]),  # halfway between two frames the earlier one counts
+        (30, 24, [0, 1, 2, 4, 5, 6, 7, 9, 10, 11, 12, 14, 15, 16, 17, 19, 20]),
+        (25, 8, [0, 3, 6, 9, 12, 16, 19, 22, 25, 28, 31, 34, 37, 41, 44, 47, 50]),
+    ],
+)
+def test_rates_are_converted_by_time(tmp_path: Path, source_fps: float, fps: float, expected: list[int]) -> None:
+    path = write_video(tmp_path / "n.mp4", numbered(60), source_fps)
+    shapes, clips, _ = planned(path, f"64x96x5@{fps}")
+    found = read(path, shapes[0], clips[0][1])
+    assert numbers(found) == expected
+    if len(clips) > 1:
+        second = numbers(read(path, shapes[0], clips[1][1]))
+        assert second[0] == expected[-1] + 1
+        assert np.array_equal(np.diff(second), np.diff(expected))
+
+
+def test_a_variable_rate_is_followed_by_its_timestamps(tmp_path: Path) -> None:
+    # 10 frames every 20 ms, then 10 every 100 ms.
+    times = [*range(0, 200, 20), *range(200, 1200, 100)]
+    path = write_video(tmp_path / "v.mp4", numbered(20), 50, times)
+    shapes, clips, _ = planned(path, "64x96x3@10", scene_cuts=False)
+    assert numbers(read(path, shapes[0], clips[0][1])) == [0, 5, 10, 11, 12, 13, 14, 15, 16]
+
+
+def test_pictures_are_scaled_to_cover_and_cut_to_the_centre(tmp_path: Path) -> None:
+    frames = np.zeros((9, 96, 192, 3), np.uint8)
+    frames[:, :, 48:144] = 200  # exactly what a square crop keeps
+    path = write_video(tmp_path / "wide.mp4", frames)
+    shapes, clips, _ = planned(path, "48x48x3@24", scene_cuts=False)
+    inner = read(path, shapes[0], clips[0][1])[:, :, 3:-3]
+    assert np.abs(inner.astype(int) - 200).max() <= 8
+    fine = np.zeros((9, 96, 96, 3), np.uint8)
+    fine[:, :, ::2] = 240  # stripes finer than the bucket can show must not alias
+    path = write_video(tmp_path / "fine.mp4", fine)
+    shapes, clips, _ = planned(path, "32x32x3@24", scene_cuts=False)
+    assert np.abs(read(path, shapes[0], clips[0][1])[:, 4:-4, 4:-4].astype(int) - 120).max() <= 16
+
+
+def test_small_and_short_videos_give_no_clip(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "n.mp4", numbered(10))
+    assert planned(path, "64x96x4@24")[1:] == ([], 1)
+    assert planned(path, "128x96x2@24")[1:] == ([], 1)
+    scan = scan_video(str(path), False)
+    clips, _ = plan_clips("v", "", scan, parse_buckets(["128x96x2@24"], 24, SPEC), SPEC, upscale=True)
+    assert len(clips) == 2
+
+
+def test_a_replaced_video_is_noticed(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "n.mp4", numbered(40))
+    shapes, clips, _ = planned(path, "64x96x3@24")
+    write_video(path, numbered(40), 30)
+    with pytest.raises(MediaError, match=r"n\.mp4 is not the video that was scanned: frames 9 to 18"):
+        read(path, shapes[0], clips[1][1])
+    write_video(path, numbered(12))
+    with pytest.raises(MediaError, match="is not the video that was scanned"):
+        read(path, shapes[0], clips[1][1])
+
+
+def test_clips_go_through_json_exactly() -> None:
+    clip = ClipRef("a.mp4", "Ü", 3, 9, Fraction(1001, 30000), Fraction(1, 3), (0, 40))
+    assert ClipRef.from_json(clip.as_json()) == clip
+    assert clip.id == "a.mp4#3"
+
+
+def test_a_missing_detector_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "scenedetect", None)
+    with pytest.raises(ConfigError, match=r"pip install 'pavdm-dist\[data\]' \(or set scene_cuts=false"):
+        scan_video(str(write_video(tmp_path / "n.mp4", numbered(3))), scene_cuts=True)
