@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from videos import numbered, numbers, shipped_videos, shots, write_video
 
 from pavdm_dist.codecs.base import CodecSpec
 from pavdm_dist.data import clips as clips_module
 from pavdm_dist.data.buckets import Bucket, parse_buckets
 from pavdm_dist.data.clips import ClipRef, plan_clips, read_frames, scan_video
 from pavdm_dist.errors import ConfigError, MediaError
-from videos import numbered, numbers, shipped_videos, shots, write_video
 
 SPEC = CodecSpec(16, 8)
 

@@ -26,7 +26,7 @@ from pavdm_dist.data.prepare import PrepareConfig, prepare_command
 from pavdm_dist.data.shards import open_shard
 from pavdm_dist.errors import ConfigError, EngineError, MediaError
 
-BUCKETS = ["32x48x3@24", "32x48x2@12", "48x32x2@24"]
+BUCKETS = ["32x48x3@24", "32x48x2@24", "48x32x2@24", "16x96x2@24"]
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +71,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_report_and_files(plain: tuple[Path, dict[str, Any]]) -> None:
     output, report = plain
-    assert report["clips"] == {"32x48x3@24": 8, "32x48x2@12": 0, "48x32x2@24": 2}
-    assert (report["videos"], report["shards"], report["frames_read"]) == (8, 5, 141)
+    assert report["clips"] == {"32x48x3@24": 7, "32x48x2@24": 2, "48x32x2@24": 2, "16x96x2@24": 0}
+    assert (report["videos"], report["shards"], report["frames_read"]) == (8, 6, 121)
     assert report["captions_with_unknown_words"] == 1
     skipped = {entry["video"]: (entry["skipped"], entry["reason"]) for entry in report["skipped"]}
     assert {name: kind for name, (kind, _) in skipped.items()} == {
@@ -82,8 +82,8 @@ def test_report_and_files(plain: tuple[Path, dict[str, Any]]) -> None:
     assert "longest scene has 0.12 s" in skipped["short.mp4"][1] and "(shortest 0.21 s)" in skipped["short.mp4"][1]
     assert "16x32 is smaller than every bucket" in skipped["small.mp4"][1]
     assert set(contents(output)) == {
-        "settings.json", "index.json", "clips-0.jsonl", "clips-1.jsonl", "clips-2.jsonl",
-        *(f"bucket-0-0000{i}.safetensors" for i in range(4)), "bucket-2-00000.safetensors",
+        "settings.json", "index.json", *(f"clips-{i}.jsonl" for i in range(4)),
+        *(f"bucket-{b}-0000{i}.safetensors" for b, i in ((0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (2, 0))),
     }  # fmt: skip
     with open_shard(output / "bucket-0-00000.safetensors") as reader:
         shapes = {name: (reader.get_tensor(name).dtype, reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
@@ -137,12 +137,11 @@ def test_a_fault_in_a_ray_worker_is_its_own_sentence(
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_goes_on_to_the_same_bytes(
-    plain: tuple[Path, dict[str, Any]], config: PrepareConfig, tmp_path: Path, processes: int
+    plain: tuple[Path, dict[str, Any]], config: PrepareConfig, tmp_path: Path
 ) -> None:
     output = tmp_path / "set"
-    settings = replace(config, output=str(output), processes=processes)
+    settings = replace(config, output=str(output), processes=2)
     # Shards are slowed down so that the kill falls between two of them on any machine.
     script = (
         "import sys, time, pavdm_dist.data.work as work\n"
@@ -162,9 +161,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
         run.send_signal(signal.SIGKILL)
         run.wait()
     # Two workers have written two shards at most; they end with their parent.
-    time.sleep(0.7 * (processes - 1))
+    time.sleep(0.7)
     done = contents(output)
-    assert "index.json" not in done and len([name for name in done if name.endswith(".safetensors")]) < 5
+    assert "index.json" not in done and len([name for name in done if name.endswith(".safetensors")]) < 6
     (output / ".bucket-0-00003.safetensors.12345678.tmp").write_bytes(b"half a shard")
     kept = {path.name: path.stat().st_mtime_ns for path in output.glob("*.safetensors")}
     prepare_command(replace(settings, processes=1))
@@ -199,7 +198,7 @@ def test_cached_latents_are_those_of_the_pixels(plain: tuple[Path, dict[str, Any
     checkpoint = Checkpoint.open(model)
     cached = CachedClips(plain[0], checkpoint)
     pixels = PixelClips(plain[0], checkpoint.codec, checkpoint.text_encoder)
-    assert cached.buckets == pixels.buckets and cached.counts == pixels.counts == [8, 0, 2]
+    assert cached.buckets == pixels.buckets and cached.counts == pixels.counts == [7, 2, 2, 0]
     for bucket, indices in ((0, [5, 0, 3, 5]), (2, [1])):
         one, other = cached.load(bucket, indices), pixels.load(bucket, indices)
         assert one.ids == other.ids and one.captions == other.captions
@@ -209,7 +208,7 @@ def test_cached_latents_are_those_of_the_pixels(plain: tuple[Path, dict[str, Any
         assert other.text_mask is not None and torch.equal(one.text_mask, other.text_mask)
         torch.testing.assert_close(one.text, other.text, rtol=1e-3, atol=1e-3)
     assert cached.load(0, [5]).ids == ["b.mp4#11"]
-    for bucket, indices in ((1, [0]), (0, [8]), (0, []), (3, [0])):
+    for bucket, indices in ((3, [0]), (0, [7]), (0, []), (4, [0])):
         with pytest.raises(IndexError, match="the buckets hold"):
             cached.load(bucket, indices)
 
@@ -347,7 +346,7 @@ def test_a_dead_worker_is_reported(config: PrepareConfig, tmp_path: Path) -> Non
     from pavdm_dist.data.workers import workers
 
     with (
-        pytest.raises(EngineError, match="a worker process died.*run again to go on"),
+        pytest.raises(EngineError, match=r"a worker process died.*run again to go on"),
         workers(2, None, gpu=False) as run,
     ):
         list(run(os._exit, [(1,)]))
@@ -367,7 +366,7 @@ def test_the_command_line(source: Path, model: Path, tmp_path: Path, capsys: pyt
     assert cli.main(["data", "prepare", str(source), str(file), "shard_clips=4", "--print-config"]) == 0
     assert f"source:\n- {source}\n" in (shown := capsys.readouterr().out) and "shard_clips: 4" in shown
     assert cli.main(["data", "prepare", str(source), str(file), f"output={tmp_path / 'set'}"]) == 0
-    assert "32x48x3@24  8" in capsys.readouterr().out.replace("9", "8")
+    assert "32x48x3@24  8" in capsys.readouterr().out
     for words in (["x", "processes=0"], [], ["a.yaml", "b.yaml"], ["x", "bucket=[]"]):
         assert cli.main(["data", "prepare", *words]) == 2
         assert capsys.readouterr().err.count("\n") == 1

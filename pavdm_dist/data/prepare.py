@@ -179,7 +179,7 @@ def _check(config: PrepareConfig) -> None:
             raise ConfigError(f"{name}={getattr(config, name)}: must be at least 1")
     if is_remote(config.output):
         raise ConfigError(
-            f"output={config.output}: must be a folder, since shards are read by memory map; copy it after"
+            f"output={config.output}: must be a local folder, shards are memory-mapped; copy it afterwards"
         )
     if Path(config.output).exists() and not Path(config.output).is_dir():
         raise ConfigError(f"output={config.output} is a file; name a folder")
