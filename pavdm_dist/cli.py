@@ -33,6 +33,7 @@ Settings are dataclass defaults <- CONFIG.yaml <- key=value. `pavdm sample --pri
   pavdm plan configs/sample/opensora-240p.yaml chunks=22 num_stages=4 --json
   pavdm plan seconds=60 cluster.devices=8 cluster.videos=3 cluster.chart=plan.png
   pavdm train configs/train/embedded.yaml max_seconds=600
+  pavdm data prepare videos/ 'buckets=[240x424x35@24]' output=prepared processes=8
 """
 
 

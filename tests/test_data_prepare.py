@@ -121,8 +121,16 @@ def test_two_processes_give_the_same_bytes(
 
 @pytest.mark.timeout(120)
 def test_a_ray_cluster_gives_the_same_bytes(
-    ray_cluster: None, plain: tuple[Path, dict[str, Any]], config: PrepareConfig, tmp_path: Path
+    ray_cluster: None,
+    plain: tuple[Path, dict[str, Any]],
+    config: PrepareConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    import ray
+
+    # Two units at a time: each new worker pays for its imports, and the machine may have two cores.
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
     prepare_command(replace(config, output=str(tmp_path / "set"), ray_address="auto"))
     assert contents(tmp_path / "set") == contents(plain[0])
 
@@ -347,7 +355,7 @@ def test_a_dead_worker_is_reported(config: PrepareConfig, tmp_path: Path) -> Non
 
     with (
         pytest.raises(EngineError, match=r"a worker process died.*run again to go on"),
-        workers(2, None, gpu=False) as run,
+        workers(2, None, cpus=1, gpu=False) as run,
     ):
         list(run(os._exit, [(1,)]))
 

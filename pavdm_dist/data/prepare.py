@@ -72,7 +72,8 @@ def prepare_command(config: PrepareConfig) -> dict[str, Any]:
     _check(config)
     checkpoint = Checkpoint.open(config.model)
     job = _job(config, checkpoint, sources := read_sources(config.source, config.captions))
-    with _locked(job.output), workers(config.processes, config.ray_address, config.device == "cuda") as run:
+    gpu = config.device == "cuda"
+    with _locked(job.output), workers(config.processes, config.ray_address, config.threads, gpu) as run:
         _settle(job, config, sources)
         try:
             return _prepare(job, config, sources, run)
@@ -198,7 +199,8 @@ def _job(config: PrepareConfig, checkpoint: Checkpoint, sources: Sources) -> Job
     return Job(
         output=Path(config.output).absolute(),
         root=sources.root,
-        model=str(checkpoint.folder.absolute()),
+        # A name is resolved by every worker, whose package may lie elsewhere.
+        model=str(Path(config.model).absolute()) if Path(config.model).is_dir() else config.model,
         buckets=tuple(_buckets(config, checkpoint)),
         scene_cuts=config.scene_cuts,
         upscale=config.upscale,

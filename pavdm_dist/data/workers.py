@@ -26,7 +26,7 @@ Run = Callable[[Function, Iterable[Unit]], Iterator[int]]
 
 
 @contextmanager
-def workers(processes: int, ray_address: str | None, gpu: bool) -> Iterator[Run]:
+def workers(processes: int, ray_address: str | None, cpus: int, gpu: bool) -> Iterator[Run]:
     """A function that calls ``function(*unit)`` for every unit and yields the results as they are ready.
 
     ``function`` must be importable by name. What it raises ends the run; units that were not begun are dropped.
@@ -34,13 +34,13 @@ def workers(processes: int, ray_address: str | None, gpu: bool) -> Iterator[Run]
     Args:
         processes: how many units at a time; 1 = in this process, one after the other.
         ray_address: cluster to use instead; it decides how many run at a time.
-        gpu: whether a unit needs a GPU of the cluster.
+        cpus, gpu: what a unit takes of the cluster.
 
     Raises:
         EngineError: a worker died, or the cluster cannot be reached.
     """
     if ray_address is not None:
-        with _ray(ray_address, gpu) as run:
+        with _ray(ray_address, cpus, gpu) as run:
             yield run
     elif processes == 1:
         yield lambda function, units: (function(*unit) for unit in units)
@@ -88,7 +88,7 @@ def _follow_parent() -> None:
 
 
 @contextmanager
-def _ray(address: str, gpu: bool) -> Iterator[Run]:
+def _ray(address: str, cpus: int, gpu: bool) -> Iterator[Run]:
     import ray
 
     from pavdm_dist.engine.options import EngineOptions
@@ -98,11 +98,12 @@ def _ray(address: str, gpu: bool) -> Iterator[Run]:
     pending: list[Any] = []
 
     def run(function: Function, units: Iterable[Unit]) -> Iterator[int]:
-        call = ray.remote(num_cpus=1, num_gpus=int(gpu))(function)
+        call = ray.remote(num_cpus=cpus, num_gpus=int(gpu))(function)
         waiting = iter(units)
         while True:
             # Asked each time: a cluster may grow.
-            at_once = _AHEAD * max(1, int(ray.cluster_resources().get("GPU" if gpu else "CPU", 1)))
+            found = ray.cluster_resources()
+            at_once = _AHEAD * max(1, int(found.get("GPU", 1) if gpu else found.get("CPU", 1) // cpus))
             pending.extend(call.remote(*unit) for unit in islice(waiting, max(0, at_once - len(pending))))
             if not pending:
                 return
