@@ -74,6 +74,9 @@ class Batches(Protocol):
         """Process ``rank``'s share of step ``step``'s batch: every ``size``-th sample, so that the processes' mean
         gradient is that of one process."""
 
+    def close(self) -> None:
+        """Ends what loads ahead."""
+
 
 class WorldBatches:
     """Moving digits: single latent frames at first, then windows as sampling meets them.
@@ -95,12 +98,15 @@ class WorldBatches:
         seed, d = (self.seed, 11, step), self.data
         rng = np.random.default_rng((self.seed, 12, step))
         still = step < d.still_steps or rng.random() < d.still_share
-        objective = drawn_kind(self.kinds, rng)
+        objective = draw_kind(self.kinds, rng)
         if still:
             whole = still_batch(self.clips, objective, d.still_batch_size, seed)
         else:
             whole = window_batch(self.clips, objective, d.batch_size, seed)
         return whole.part(slice(rank, None, size))
+
+    def close(self) -> None:
+        """Nothing loads ahead here."""
 
 
 def still_batch(clips: LatentClips, objective: Objective, size: int, seed: tuple[int, ...]) -> Batch:
@@ -113,7 +119,7 @@ def still_batch(clips: LatentClips, objective: Objective, size: int, seed: tuple
     clean, prompts = clips.stills(rng, size)
     levels = torch.rand(size, 1, generator=generator)
     x, target = noised(clean, levels, 0, 0.0, generator)
-    return _world_batch(x, target, levels, prompts, dropped_prompts(rng, objective, size), 0, None)
+    return _world_batch(x, target, levels, prompts, draw_prompts(rng, objective, size), 0, None)
 
 
 def window_batch(clips: LatentClips, objective: Objective, size: int, seed: tuple[int, ...]) -> Batch:
@@ -125,7 +131,7 @@ def window_batch(clips: LatentClips, objective: Objective, size: int, seed: tupl
     levels = draw_levels(window, objective, size, generator)
     context = len(window.row.context) * chunk
     x, target = noised(clean, levels, context, objective.context_noise, generator)
-    dropped = dropped_prompts(rng, objective, size)
+    dropped = draw_prompts(rng, objective, size)
     return _world_batch(x, target, levels, prompts, dropped, context, chunk if window.causal else None)
 
 
@@ -136,7 +142,7 @@ def _world_batch(
     return Batch(x, target, levels, Text(prompts), dropped, context, causal, info, prompts)
 
 
-def drawn_kind(kinds: list[tuple[float, Objective]], rng: np.random.Generator) -> Objective:
+def draw_kind(kinds: list[tuple[float, Objective]], rng: np.random.Generator) -> Objective:
     """One of a mixture's objectives."""
     if len(kinds) == 1:
         return kinds[0][1]
@@ -148,6 +154,6 @@ def _random(seed: tuple[int, ...]) -> tuple[np.random.Generator, torch.Generator
     return rng, torch.Generator().manual_seed(int(rng.integers(2**62)))
 
 
-def dropped_prompts(rng: np.random.Generator, objective: Objective, size: int) -> list[bool]:
+def draw_prompts(rng: np.random.Generator, objective: Objective, size: int) -> list[bool]:
     """Which samples see the null text."""
     return (rng.random(size) < objective.prompt_dropout).tolist()

@@ -24,6 +24,7 @@ from pavdm_dist.train.data import LatentClips, cache_clips
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.processes import World, join_world
 from pavdm_dist.train.trainer import Report, Trainer
+from pavdm_dist.train.video import video_data
 from pavdm_dist.train.world import FPS, SIZE
 from pavdm_dist.train.zero import check_settings
 
@@ -55,12 +56,16 @@ def train_command(config: TrainConfig, report: Report | None = None) -> None:
     end = time.monotonic() + config.max_seconds
     world = join_world(config.launch.timeout_seconds)
     check_settings(config, world.size)
-    found = _world_data(config, world, end)
+    found = _world_data(config, world, end) if config.data.folder is None else video_data(config)
     if found is None:
         return
-    trainer = Trainer(config, *found, world, report)
-    with _stopped_by_sigterm(trainer):
-        finished = trainer.run(end)
+    batches, parts = found
+    try:
+        trainer = Trainer(config, batches, parts, world, report)
+        with _stopped_by_sigterm(trainer):
+            finished = trainer.run(end)
+    finally:
+        batches.close()
     target = Path(config.export or Path(config.run_dir) / "model")
     trainer.export(target)
     if world.first:

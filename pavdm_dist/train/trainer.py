@@ -63,6 +63,7 @@ class Trainer:
         self.world = world or join_world(config.launch.timeout_seconds)
         check_settings(config, self.world.size)
         self.run_dir = Path(config.run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
         self.layout = checkpoint.Layout(config.zero.stage, self.world.size)
         folder = self.run_dir / "checkpoints"
         found = checkpoint.find(folder, self._identity(), self.layout, config.resume, self.world)
@@ -219,7 +220,7 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What a run must not change on the way: the data and its order, the model and the objective."""
         settings = to_dict(self.config)
-        data = {name: settings["data"][name] for name in ("folder", "batch_size", "batch_sizes")}
+        data = {name: settings["data"][name] for name in ("folder", "pixels", "batch_size", "batch_sizes")}
         world = {} if self.config.data.folder is not None else WORLD_SETTINGS
         return {
             "world": world,
