@@ -304,6 +304,8 @@ def test_strict_ends_with_the_first_corrupt_file_and_keeps_what_was_seen(config:
         prepare_command(strict)
     assert not (tmp_path / "set" / "index.json").exists()
     assert prepare_command(replace(strict, strict=False))["frames_read"] == 0, "the look at the videos is kept"
+    with pytest.raises(ConfigError, match="2 of 8 videos cannot be read"):
+        prepare_command(strict)
 
 
 def test_missing_videos_and_impossible_captions_are_skipped_by_name(

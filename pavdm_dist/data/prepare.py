@@ -99,6 +99,7 @@ def _prepare(job: Job, config: PrepareConfig, sources: Sources, run: Run) -> dic
             _encode(job, index, run)
         write_json(job.output / INDEX, index)
     remove(job.output / "scan")
+    _check_readable(config, index["skipped"], index["videos"])
     return {
         "output": str(job.output),
         "videos": index["videos"],
@@ -125,12 +126,7 @@ def _list_clips(job: Job, config: PrepareConfig, sources: Sources, parts: int) -
             skipped.append({name: entry[name] for name in ("video", "skipped", "reason")})
     for entry in skipped:
         logger.warning("skipped %s: %s", entry["video"], entry["reason"])
-    unreadable = [entry for entry in skipped if entry["skipped"] == "unreadable"]
-    if config.strict and unreadable:
-        raise ConfigError(
-            f"{len(unreadable)} of {len(sources.videos)} videos cannot be read, the first: {unreadable[0]['reason']}; "
-            "strict=false skips them"
-        )
+    _check_readable(config, skipped, len(sources.videos))
     if not totals["clips"]:
         # Nothing is kept, so that other settings may be tried in the same folder.
         for path in (job.output / "scan", job.output / SETTINGS):
@@ -154,6 +150,15 @@ def _list_clips(job: Job, config: PrepareConfig, sources: Sources, parts: int) -
         "buckets": buckets,
         "skipped": skipped,
     }
+
+
+def _check_readable(config: PrepareConfig, skipped: list[dict[str, str]], videos: int) -> None:
+    unreadable = [entry for entry in skipped if entry["skipped"] == "unreadable"]
+    if config.strict and unreadable:
+        raise ConfigError(
+            f"{len(unreadable)} of {videos} videos cannot be read, the first: {unreadable[0]['reason']}; "
+            "strict=false skips them"
+        )
 
 
 def _clips_of(output: Path, parts: int, bucket: int) -> Iterator[ClipRef]:
