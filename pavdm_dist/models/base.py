@@ -132,6 +132,7 @@ class BlockContext:
         chunk_causal: chunk size in latent frames for the chunk-causal mask, None for full attention.
         text_cache: where cross-attention keys/values are kept between calls, or None.
         first_frame: place of the micro-batch's first frame in the window.
+        window_frames: frames of the whole window where this process holds only some of them; behind these, padding.
         memory: what chunks leave for each other; None when nothing is left and nothing read.
     """
 
@@ -140,6 +141,7 @@ class BlockContext:
     chunk_causal: int | None = None
     text_cache: TextCache | None = field(default=None, repr=False)
     first_frame: int = 0
+    window_frames: int | None = None
     memory: Memory | None = field(default=None, repr=False)
 
 

@@ -32,19 +32,34 @@ def noised(
     return x, clean - noise
 
 
-def velocity_loss(velocity: Tensor, target: Tensor, levels: Tensor, context: int) -> tuple[Tensor, Tensor, Tensor]:
+def velocity_loss(
+    velocity: Tensor,
+    target: Tensor,
+    levels: Tensor,
+    context: int,
+    first_frame: int = 0,
+    window_frames: int | None = None,
+    shared_by: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean squared error over the noisy frames, unweighted; the clean context is masked out.
 
     Args:
         velocity, target: ``[b, C, F, h, w]``.
         levels: ``[b, F]``.
-        context: latent frames of context, at the front.
+        context: latent frames of context, at the front of the window.
+        first_frame, window_frames: where these frames lie in a window that ``shared_by`` processes hold, and how many
+            it has; those behind are padding.
+        shared_by: the mean over all processes' losses and gradients is then that of whole windows.
 
     Returns:
         The loss; the summed error and the number of frames in each fifth of the level range, ``[5]`` each, which add
         up over processes.
     """
-    error = (velocity - target).square().mean(dim=(1, 3, 4))[:, context:]
-    bands = (levels[:, context:] * BANDS).clamp(max=BANDS - 1e-3).long().flatten()
+    frames = levels.shape[1]
+    last = frames if window_frames is None else window_frames
+    noisy = slice(max(context - first_frame, 0), max(last - first_frame, 0))
+    error = (velocity - target).square().mean(dim=(1, 3, 4))[:, noisy]
+    bands = (levels[:, noisy] * BANDS).clamp(max=BANDS - 1e-3).long().flatten()
     sums = torch.zeros(BANDS, device=error.device).index_add_(0, bands, error.detach().float().flatten())
-    return error.mean(), sums, torch.bincount(bands, minlength=BANDS).float()
+    loss = error.sum() * (shared_by / (error.shape[0] * (last - context)))
+    return loss, sums, torch.bincount(bands, minlength=BANDS).float()

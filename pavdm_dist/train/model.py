@@ -62,7 +62,15 @@ class TextToVideo(nn.Module):
         self.transformer, self.text_encoder, self.autocast = transformer, text_encoder, autocast
 
     def forward(
-        self, x: Tensor, levels: Tensor, text: Text, dropped: list[bool], info: FrameInfo, chunk_causal: int | None
+        self,
+        x: Tensor,
+        levels: Tensor,
+        text: Text,
+        dropped: list[bool],
+        info: FrameInfo,
+        chunk_causal: int | None,
+        first_frame: int = 0,
+        window_frames: int | None = None,
     ) -> Tensor:
         """Velocity ``[b, C, F, h, w]``, float32; ``dropped`` prompts are replaced by the model's null text.
 
@@ -73,14 +81,16 @@ class TextToVideo(nn.Module):
             dropped: which samples see the null text.
             info: size in pixels and frames per second.
             chunk_causal: chunk size when the mask is chunk-causal.
+            first_frame, window_frames: as in :class:`~pavdm_dist.models.base.BlockContext`.
         """
         # Not around the engine: DeepSpeed turns off what it did not turn on itself.
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
-            return self._velocity(x, levels, text, dropped, info, chunk_causal)
+            tokens, mask = self._tokens(x, text, dropped)
+            out = self.transformer(x, levels, tokens, info, mask, chunk_causal, first_frame, window_frames)
+            return self.transformer.to_velocity(out, x, levels)
 
-    def _velocity(
-        self, x: Tensor, levels: Tensor, text: Text, dropped: list[bool], info: FrameInfo, chunk_causal: int | None
-    ) -> Tensor:
+    def _tokens(self, x: Tensor, text: Text, dropped: list[bool]) -> tuple[Tensor, Tensor]:
+        """Text ``[b, L, D]`` and its mask ``[b, L]``."""
         if text.embeddings is None:
             if self.text_encoder is None:
                 raise ConfigError("the batch brings no text embeddings, and no text encoder is trained")
@@ -94,9 +104,7 @@ class TextToVideo(nn.Module):
         tokens = nn.functional.pad(tokens, (0, 0, 0, grow))
         mask = nn.functional.pad(mask, (0, grow))
         rows = torch.tensor(dropped, device=x.device)
-        tokens = torch.where(rows[:, None, None], null, tokens)
-        out = self.transformer(x, levels, tokens, info, mask | rows[:, None], chunk_causal)
-        return self.transformer.to_velocity(out, x, levels)
+        return torch.where(rows[:, None, None], null, tokens), mask | rows[:, None]
 
 
 def shape_of(config: TrainConfig, channels: int) -> STDiT3Config:

@@ -112,7 +112,11 @@ class Trainer:
         started, o = time.monotonic(), self.config.optimizer
         for group in self.engine.optimizer.param_groups:
             group["lr"] = o.lr * self._rate()
-        batch = self.batches.batch(self.step, self.world.rank, self.world.size)
+        shared = self.config.sequence_parallel
+        batch = self.batches.batch(self.step, self.world.rank // shared, self.world.size // shared)
+        frames = batch.levels.shape[1]
+        if shared > 1:
+            batch = batch.frames_part(self.world.rank % shared, shared)
         loaded = time.monotonic() - started
         try:
             sums = sum(self._backward(part, o.accumulation) for part in batch.parts(o.accumulation))
@@ -127,11 +131,11 @@ class Trainer:
             "loss": mean[0].item(),
             "per_level": per_level,
             "causal": batch.chunk_causal is not None,
-            "frames": batch.levels.shape[1],
+            "frames": frames,
             "size": [batch.info.height, batch.info.width],
             "grad_norm": self._grad_norm(),
             "lr": self.engine.optimizer.param_groups[0]["lr"],
-            "samples_per_second": self.world.size * len(batch.dropped) / (time.monotonic() - started),
+            "samples_per_second": self.world.size // shared * len(batch.dropped) / (time.monotonic() - started),
             "loading_seconds": loaded,
         }
 
@@ -141,8 +145,11 @@ class Trainer:
         # At a few dozen tokens on a CPU the plain products beat the fused kernel, whose backward pass took a fifth.
         kernels = [SDPBackend.MATH] if self.world.device.type == "cpu" else _FUSED
         with sdpa_kernel(kernels):
-            velocity = self.engine(batch.x, batch.levels, batch.text, batch.dropped, batch.info, batch.chunk_causal)
-            loss, sums, counts = velocity_loss(velocity.float(), batch.target, batch.levels, batch.context)
+            place = (batch.first_frame, batch.window_frames)
+            given = (batch.text, batch.dropped, batch.info, batch.chunk_causal, *place)
+            velocity = self.engine(batch.x, batch.levels, *given)
+            about = (batch.levels, batch.context, *place, self.config.sequence_parallel)
+            loss, sums, counts = velocity_loss(velocity.float(), batch.target, *about)
             self._refuse_nan(loss, batch)
             self.engine.backward(loss)
         self.engine.step()

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.models.base import Activation, BlockContext
+from pavdm_dist.models.stdit3 import STDiT3
 from pavdm_dist.train.config import TrainConfig
 from pavdm_dist.train.model import TextToVideo, build
 from pavdm_dist.train.optimizer import MuonAdamW
 from pavdm_dist.train.processes import World
+from pavdm_dist.train.sequence import share_windows
 
 # Weight matrices between hidden states; tables, embeddings, the first and the last layer are no such maps.
 INNER = re.compile(r"(blocks\.|layers\.|t_block\.).*weight$")
@@ -177,6 +181,10 @@ def start_engine(config: TrainConfig, channels: int, world: World, load_universa
         model = build(config, channels, whole, deepspeed.zero.Init(config_dict_or_path=settings))
     else:
         model = build(config, channels)
+    if config.zero.checkpoint_activations:
+        checkpoint_activations(model.transformer)
+    if config.sequence_parallel > 1:
+        share_windows(model.transformer, world, config.sequence_parallel)
     model.to(world.device)
     optimizer = None if config.optimizer.name == "deepspeed" else _optimizer(model, config)
     engine, *_ = deepspeed.initialize(
@@ -186,6 +194,20 @@ def start_engine(config: TrainConfig, channels: int, world: World, load_universa
         config=settings,
     )
     return engine
+
+
+def checkpoint_activations(model: STDiT3) -> None:
+    """Lets the backward pass compute every block again instead of keeping its insides."""
+    plain = model.block
+
+    def block(index: int, activation: Activation, context: BlockContext) -> Activation:
+        def hidden(*parts: Tensor) -> Tensor:
+            return plain(index, Activation(*parts), context).hidden
+
+        given = (activation.hidden, activation.modulation, activation.time)
+        return Activation(checkpoint(hidden, *given, use_reentrant=False), *given[1:])
+
+    model.block = block  # type: ignore[method-assign]
 
 
 def _optimizer(model: TextToVideo, config: TrainConfig) -> torch.optim.Optimizer:
