@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from pavdm_dist.schedule import WindowPlan
+from pavdm_dist.config import load_config
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.schedule import NoiseSchedule, WindowPlan
+from pavdm_dist.train.batches import draw_kind
 from pavdm_dist.train.loss import noised, velocity_loss
-from pavdm_dist.train.objective import Objective, TrainingWindow, draw_window, window_levels
+from pavdm_dist.train.objective import Objective, TrainingWindow, draw_levels, draw_window, window_levels
 from pavdm_dist.window import row_levels
 
 OFFICIAL = Objective()  # T = 30, W = 6, c = 5, one context chunk
@@ -123,3 +128,86 @@ def test_noising_is_the_straight_path_and_context_noise_stays_small_under_label_
 def test_bands_add_up_and_say_where_no_frame_fell() -> None:
     _, sums, counts = velocity_loss(torch.zeros(1, 1, 5, 1, 1), torch.ones(1, 1, 5, 1, 1), torch.ones(1, 5), 0)
     assert counts.tolist() == sums.tolist() == [0, 0, 0, 0, 5]
+
+
+def levels_of(pattern: str, size: int = 4000, **changes: object) -> torch.Tensor:
+    objective = replace(OFFICIAL, pattern=pattern, **changes)  # type: ignore[arg-type]
+    return draw_levels(full_window(), objective, size, torch.Generator().manual_seed(0))
+
+
+def test_linear_levels_are_evenly_spaced_up_to_noise_whatever_the_chunks() -> None:
+    levels = levels_of("linear", 2)
+    assert torch.equal(levels[0], levels[1]) and levels[0, :5].eq(0).all()
+    torch.testing.assert_close(levels[0, 5:], torch.arange(1, 31) / 30)
+    # What c = 1, S = 1 samples with: the staircase whose chunks are single frames.
+    plan = WindowPlan(30, 30, 1, 1, "chunk", num_chunks=60)
+    assert torch.equal(levels[0, 4:], row_levels(plan.row(30), NoiseSchedule(30).levels, 1))
+
+
+def test_variance_moves_frames_and_shift_moves_samples() -> None:
+    grid = torch.arange(1, 31) / 30
+    moved = (levels_of("linear-variance") - levels_of("linear"))[:, 10:30]
+    assert moved.std().item() == pytest.approx(0.1 / 30, rel=0.02)
+    assert torch.corrcoef(moved.T)[0, 1].abs() < 0.06, "every frame for itself"
+    both = levels_of("linear-variance-shift")[:, 10:30] - grid[5:25]
+    assert both.std().item() == pytest.approx((0.1**2 + 0.4**2) ** 0.5 / 30, rel=0.02)
+    assert torch.corrcoef(both.T)[0, 1] > 0.9, "the shift is shared"
+    clamped = levels_of("linear-variance-shift", variance_scale=30.0)
+    assert clamped.min() == 0 and clamped.max() == 1
+
+
+def test_random_levels_are_uniform_and_independent_per_chunk() -> None:
+    levels = levels_of("random")[:, 5:].unflatten(1, (6, 5))
+    assert levels.eq(levels[..., :1]).all()
+    chunks = levels[..., 0]
+    assert chunks.mean().item() == pytest.approx(0.5, abs=0.01) and chunks.std().item() == pytest.approx(
+        12**-0.5, rel=0.02
+    )
+    assert torch.corrcoef(chunks.T).sub(torch.eye(6)).abs().max() < 0.06
+
+
+@pytest.mark.parametrize("pattern", ["linear", "linear-shift"])
+def test_the_time_shift_of_a_bucket_bends_every_pattern(pattern: str) -> None:
+    objective = replace(OFFICIAL, pattern=pattern, time_shift=None, shift_scale=0.0)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"objective\.time_shift=null"):
+        _ = objective.schedule
+    window = full_window()
+    bent = draw_levels(window, objective.at_size(240, 426), 3, torch.Generator())
+    plain = draw_levels(window, replace(objective, time_shift=1.0), 3, torch.Generator())
+    r = 3.6947  # METHOD: 240x426, 119 frames, 35 latents
+    torch.testing.assert_close(bent, r * plain / (1 + (r - 1) * plain), atol=1e-4, rtol=1e-4)
+
+
+def test_a_mixture_draws_its_kinds_by_share_and_refuses_what_cannot_be() -> None:
+    objective = load_config(
+        Objective, None, ["mixture=[{share: 3, num_inference_steps: 12, window_chunks: 4}, {pattern: random}]"]
+    )
+    kinds = objective.kinds()
+    assert [(share, kind.num_inference_steps, kind.pattern) for share, kind in kinds] == [
+        (0.75, 12, "linear-shift"),
+        (0.25, 30, "random"),
+    ]
+    rng = np.random.default_rng(0)
+    drawn = [draw_kind(kinds, rng).num_inference_steps for _ in range(1000)]
+    assert drawn.count(12) == pytest.approx(750, abs=50)
+    for text, message in (
+        ("{window_chunks: 7}", "window_chunks=7 does not divide num_inference_steps=30"),
+        ("{share: 0}", r"objective\.mixture\[0\]\.share=0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(Objective, None, [f"mixture=[{text}]"]).kinds()
+
+
+@pytest.mark.parametrize("clip_chunks", [1, 2, 4])
+def test_short_clips_train_the_ends_of_the_staircase(clip_chunks: int) -> None:
+    rng = np.random.default_rng(0)
+    windows = [draw_window(rng, OFFICIAL, clip_chunks) for _ in range(300)]
+    assert max(window.num_chunks + window.offset for window in windows) == clip_chunks
+    sampled = {
+        (row.steps_left, len(row.context))
+        for start in ("noise", "chunk")
+        for row in WindowPlan(30, 6, 5, 1, start, num_chunks=24).rows()  # type: ignore[arg-type]
+    } | {(row.steps_left, len(row.context)) for row in WindowPlan(30, 6, 5, 1, "noise", num_chunks=1).rows()}
+    assert {(window.row.steps_left, len(window.row.context)) for window in windows} <= sampled
+    with pytest.raises(ConfigError, match=r"full_share=1\.0 asks for windows of 7 chunks only, a clip has"):
+        draw_window(rng, replace(OFFICIAL, full_share=1.0, growing_share=0.0), clip_chunks)
