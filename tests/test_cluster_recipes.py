@@ -18,7 +18,8 @@ import yaml
 
 from pavdm_dist import __version__
 from pavdm_dist.cli import run_config
-from pavdm_dist.config import SampleConfig
+from pavdm_dist.config import SampleConfig, load_config
+from pavdm_dist.train.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 MANIFEST = ROOT / "cluster" / "kuberay" / "rayjob.yaml"
@@ -178,3 +179,29 @@ def test_submit_refuses_an_output_that_would_vanish(recorder: Path) -> None:
     done = submit(recorder, OUTPUT="demo.mp4")
     assert done.returncode == 2
     assert "must be absolute" in done.stderr
+
+
+def test_slurm_starts_one_torchrun_per_node_with_a_command_that_reads(tmp_path: Path) -> None:
+    for name, answer in (("scontrol", "echo node07; echo node08"), ("srun", 'printf "%s\\n" "$@"')):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{answer}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", ROOT / "cluster" / "slurm" / "train.sbatch", "configs/train/embedded.yaml", "run_dir=/shared/a b"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+        env={
+            "PATH": f"{tmp_path}:/usr/bin:/bin",
+            "SLURM_JOB_NODELIST": "node[07-08]",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_JOB_ID": "77",
+            "SLURM_GPUS_ON_NODE": "8",
+        },
+    )
+    words = done.stdout.splitlines()
+    assert {"--nnodes=2", "--nproc-per-node=8", "--rdzv-id=77", "--rdzv-endpoint=node07:29500"} <= set(words)
+    verb = words.index("train")
+    assert words[verb - 2 : verb] == ["-m", "pavdm_dist"]
+    config = load_config(TrainConfig, ROOT / words[verb + 1], words[verb + 2 :])
+    assert config.run_dir == "/shared/a b"

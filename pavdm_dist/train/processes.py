@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -77,6 +78,8 @@ def join_world(timeout_seconds: float = 1800.0) -> World:
     operations = getattr(getattr(deepspeed, "ops", None), "__compatible_ops__", None)
     if operations is not None and not cuda:
         operations["deepspeed_shm_comm"] = False
+    # DeepSpeed calls them by names that torch has just renamed, at every step.
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     if not torch.distributed.is_initialized() or not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(seconds=timeout_seconds))
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
