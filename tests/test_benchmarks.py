@@ -156,3 +156,22 @@ def test_long_run_keeps_its_memory() -> None:
     found = report("long_run.py", "--chunks", "300")
     check_long_run(found, 300)
     assert found["resident"]["end_over_after_24"] <= 1.02
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_training_equals_plain_torch_and_shards_its_bytes() -> None:
+    found = report("training.py", "--quick")
+    check_machine(found)
+    assert found["zero_stage"].keys() == {"0", "1", "2", "3"} and found["parameters"] > 35e6
+    for stage, part in found["zero_stage"].items():
+        assert part["max_loss_difference"] < 1e-5 and part["throughput_vs_ddp"] > 0
+        # Stage 3 pads every parameter, 1 and 2 every group.
+        assert part["optimizer_bytes_share"] == pytest.approx(1.0 if stage == "0" else 0.5, abs=2e-3)
+    assert 0 <= found["waiting_share_2_ahead"] <= found["waiting_share_0_ahead"] + 0.02
+
+
+def test_masks_compares_models_on_the_same_windows() -> None:
+    found = report("masks.py", "embedded", "--clips", "1", "--windows", "2")
+    assert found["models"].keys() == {"embedded"}
+    assert 0.05 < found["models"]["embedded"]["full"] < 1 and 0.05 < found["models"]["embedded"]["causal"] < 1
