@@ -161,6 +161,50 @@ def test_accumulation_clipping_precision_and_sharded_building(tmp_path: Path, cl
         assert found[name]["loss"] != pytest.approx(usual["loss"], rel=1e-6)
 
 
+# Chunks of five frames divide among neither two nor four processes.
+ODD = ["objective.latent_chunk_size=5", "objective.text_share=0.5", "model.num_heads=4", "data.still_share=0.2"]
+SHARED_STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def plain_odd(clips: Path) -> dict[str, Any]:
+    return plain_torch(LatentClips(clips), [*SETTINGS, *ODD], SHARED_STEPS)
+
+
+@pytest.mark.timeout(240)
+def test_two_processes_share_windows(clips: Path, plain_odd: dict[str, Any], tmp_path: Path) -> None:
+    shared = [*ODD, "sequence_parallel=2", SHARD_ALL]
+    cases: dict[str, Any] = {
+        f"stage{stage}": {"settings": [*shared, f"zero.stage={stage}"], "steps": SHARED_STEPS} for stage in (0, 1, 3)
+    }
+    again = ["zero.stage=3", "zero.checkpoint_activations=true"]
+    cases["recomputed"] = {"settings": [*shared, *again], "steps": SHARED_STEPS}
+    cases["recomputed alone"] = {"settings": [*ODD, SHARD_ALL, *again], "steps": SHARED_STEPS}
+    found, _ = run(tmp_path, clips, cases)
+    for name, case in found.items():
+        assert case["loss"] == pytest.approx(plain_odd["loss"], abs=1e-5), name
+        assert apart(case["weights"], plain_odd["weights"]) < 1e-4, name
+        if name != "stage0":
+            assert case["grad_norm"] == pytest.approx(plain_odd["grad_norm"], abs=1e-4), name
+    numbers = sum(value.numel() for value in plain_odd["weights"].values())
+    assert found["stage1"]["optimizer_bytes"] < 8 * numbers * 0.51, "ZeRO shards over all processes"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_four_processes_share_windows_by_twos_and_by_fours(
+    clips: Path, plain_odd: dict[str, Any], tmp_path: Path
+) -> None:
+    cases: dict[str, Any] = {
+        f"shared{size}": {"settings": [*ODD, f"sequence_parallel={size}", "zero.stage=2"], "steps": SHARED_STEPS}
+        for size in (2, 4)
+    }
+    found = run(tmp_path, clips, cases, size=4)[0]
+    for case in found.values():
+        assert case["loss"] == pytest.approx(plain_odd["loss"], abs=1e-5)
+        assert apart(case["weights"], plain_odd["weights"]) < 1e-4
+
+
 REFUSED = [
     (["zero.stage=4"], r"zero\.stage=4: must be 0, 1, 2 or 3"),
     (["zero.precision=bfloat16"], r"zero\.precision=bfloat16 with zero\.stage=0: .* use zero\.stage=1"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from pavdm_dist.models.memory import Memory
 
@@ -70,6 +71,31 @@ class FrameInfo:
     height: int
     width: int
     fps: float
+
+
+class Attention(Protocol):
+    """Softmax attention, as torch's ``scaled_dot_product_attention``; replaced where some tokens are held elsewhere."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """``[..., heads, tokens, head_dim]`` each -> the shape of ``query``.
+
+        The mask is that of all tokens, wherever they are held: a row per query, True where it may read a key.
+        """
+
+
+@dataclass(frozen=True)
+class WindowSlice:
+    """Consecutive latent frames of a window whose other frames are held elsewhere, by other processes in training.
+
+    Attributes:
+        first_frame: place of the slice's first frame in the window.
+        window_frames: latent frames of the whole window.
+        attend: attention that mixes frames, over the whole window.
+    """
+
+    first_frame: int
+    window_frames: int
+    attend: Attention
 
 
 @dataclass(frozen=True)
@@ -132,8 +158,9 @@ class BlockContext:
         chunk_causal: chunk size in latent frames for the chunk-causal mask, None for full attention.
         text_cache: where cross-attention keys/values are kept between calls, or None.
         first_frame: place of the micro-batch's first frame in the window.
-        window_frames: frames of the whole window where this process holds only some of them; behind these, padding.
         memory: what chunks leave for each other; None when nothing is left and nothing read.
+        window_frames: latent frames that ``attend`` mixes, which the mask is for; None for those of the micro-batch.
+        attend: attention that mixes frames.
     """
 
     grid: Grid
@@ -141,8 +168,9 @@ class BlockContext:
     chunk_causal: int | None = None
     text_cache: TextCache | None = field(default=None, repr=False)
     first_frame: int = 0
-    window_frames: int | None = None
     memory: Memory | None = field(default=None, repr=False)
+    window_frames: int | None = None
+    attend: Attention = field(default=F.scaled_dot_product_attention, repr=False)
 
 
 class Backbone(Protocol):

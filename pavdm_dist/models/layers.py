@@ -7,7 +7,6 @@ temporal attention mixes the F frames at a place; cross-attention and the MLP ac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from einops import rearrange
@@ -85,15 +84,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), NORM_EPS)
 
 
-# Queries, keys, values [b, S, heads, frames, head_dim], mask [F, F] and context -> what every query reads.
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, BlockContext], Tensor]
-
-
-def attend_here(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, context: BlockContext) -> Tensor:
-    """Attention over the frames at hand."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
 class SelfAttention(nn.Module):
     """Multi-head attention with normalised queries and keys; the caller chooses which axis it mixes."""
 
@@ -104,8 +94,6 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
-        # Where a window's frames are spread over processes, training puts another function here.
-        self.attend: Attend = attend_here
 
     def spatial(self, x: Tensor) -> Tensor:
         """``x [b, F, S, D]``: every frame attends to its own tokens."""
@@ -119,9 +107,9 @@ class SelfAttention(nn.Module):
         Args:
             x: tokens.
             rope: rotary embedding.
-            mask: ``[F, F]``, True where attention is allowed.
+            mask: over the frames that ``context.attend`` mixes, True where attention is allowed.
             block: this block's number, for the memory.
-            context: place of the first frame; the memory, if any.
+            context: place of the first frame; the attention; the memory, if any.
         """
         q, k, v = rearrange(self.qkv(x), "b f s (three n d) -> three b s n f d", three=3, n=self.num_heads)
         first = context.first_frame
@@ -130,7 +118,7 @@ class SelfAttention(nn.Module):
             k = rope.turn(k, first)
         else:
             k, v = context.memory.attend(block, k, v, first, rope.turn)
-        out = self.attend(q, k, v, mask, context)
+        out = context.attend(q, k, v, attn_mask=mask)
         return self.proj(rearrange(out, "b s n f d -> b f s (n d)"))
 
 

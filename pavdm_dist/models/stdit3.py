@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from pavdm_dist.models.base import (
     Grid,
     LevelSupport,
     TextRun,
+    WindowSlice,
 )
 from pavdm_dist.models.layers import (
     MLP,
@@ -175,7 +176,7 @@ class STDiT3(nn.Module):
         """Half-block ``index`` in 0 .. 2 * depth - 1: even spatial, odd temporal."""
         modulation = activation.modulation.unflatten(-1, (6, -1))
         blocks = self.temporal_blocks if index % 2 else self.spatial_blocks
-        mask = window_mask(context, context.grid.frames, activation.hidden.device) if index % 2 else None
+        mask = _chunk_causal_mask(context, activation.hidden.device) if index % 2 else None
         hidden = blocks[index // 2](activation.hidden, modulation, index, context, self.rope, mask)
         return Activation(hidden, activation.modulation, activation.time)
 
@@ -210,8 +211,7 @@ class STDiT3(nn.Module):
         info: FrameInfo,
         text_mask: Tensor | None = None,
         chunk_causal: int | None = None,
-        first_frame: int = 0,
-        window_frames: int | None = None,
+        window: WindowSlice | None = None,
     ) -> Tensor:
         """Raw prediction ``[b, C_out, F, h, w]`` for latents, per-frame levels and one text per batch row.
 
@@ -222,11 +222,15 @@ class STDiT3(nn.Module):
             info: picture size and rate.
             text_mask: ``[b, L]`` bool, True = real token; None when all are.
             chunk_causal: chunk size for the chunk-causal mask; None attends over the whole window.
-            first_frame, window_frames: as in :class:`~pavdm_dist.models.base.BlockContext`.
+            window: of which window ``x`` and ``levels`` are a slice; None when they are all of it.
         """
         grid = self.grid(*x.shape[2:])
         run = TextRun(0, grid.frames, self.project_text(text), text_mask)
-        context = BlockContext(grid, [run], chunk_causal, first_frame=first_frame, window_frames=window_frames)
+        context = BlockContext(grid, [run], chunk_causal)
+        if window is not None:
+            context = replace(
+                context, first_frame=window.first_frame, window_frames=window.window_frames, attend=window.attend
+            )
         activation = self.embed(x, levels, info)
         for index in range(self.spec.num_blocks):
             activation = self.block(index, activation, context)
@@ -294,16 +298,10 @@ def _init_map(name: str, module: nn.Linear | nn.Conv3d) -> None:
         nn.init.zeros_(module.bias)
 
 
-def window_mask(context: BlockContext, frames: int, device: torch.device) -> Tensor | None:
-    """``[frames, frames]``, True where a frame (row) may read a frame (column); None = everywhere.
-
-    With the chunk-causal mask that is its own chunk and cleaner ones; nobody reads padding.
-    """
-    real, mask = context.window_frames, None
-    if context.chunk_causal is not None:
-        chunk = torch.arange(frames, device=device) // context.chunk_causal
-        mask = chunk[:, None] >= chunk[None, :]
-    if real is not None and real < frames:
-        seen = (torch.arange(frames, device=device) < real).expand(frames, -1)
-        mask = seen if mask is None else mask & seen
-    return mask
+def _chunk_causal_mask(context: BlockContext, device: torch.device) -> Tensor | None:
+    """``[F, F]``, F all frames of the window; True where a frame (row) may read a frame (column): its own chunk and
+    cleaner ones."""
+    if context.chunk_causal is None:
+        return None
+    chunk = torch.arange(context.window_frames or context.grid.frames, device=device) // context.chunk_causal
+    return chunk[:, None] >= chunk[None, :]

@@ -7,9 +7,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pavdm_dist.models.base import FrameInfo
+from pavdm_dist.models.base import FrameInfo, WindowSlice
 from pavdm_dist.train.config import DataConfig
 from pavdm_dist.train.data import LatentClips
 from pavdm_dist.train.loss import noised
@@ -31,8 +31,7 @@ class Batch:
         chunk_causal: chunk size when the mask is chunk-causal.
         info: size in pixels and frames per second.
         ids: which clips, for messages.
-        first_frame: place of the first frame here in the window.
-        window_frames: frames of the whole window, where processes share it; None = all are here.
+        window: of which window these frames are a slice; None when they are all of it.
     """
 
     x: Tensor
@@ -44,8 +43,7 @@ class Batch:
     chunk_causal: int | None
     info: FrameInfo
     ids: list[str]
-    first_frame: int = 0
-    window_frames: int | None = None
+    window: WindowSlice | None = None
 
     def part(self, rows: slice) -> Batch:
         """Some of the samples."""
@@ -62,21 +60,6 @@ class Batch:
     def parts(self, count: int) -> list[Batch]:
         """``count`` equal parts, worked off one after another."""
         return [self.part(slice(number, None, count)) for number in range(count)]
-
-    def frames_part(self, place: int, size: int) -> Batch:
-        """The frames of process ``place`` of ``size`` that share the window, padded so that all hold equally many."""
-        frames = self.levels.shape[1]
-        each = -(-frames // size)
-        mine, grow = slice(place * each, (place + 1) * each), each * size - frames
-        pad = nn.functional.pad
-        return replace(
-            self,
-            x=pad(self.x, (0, 0, 0, 0, 0, grow))[:, :, mine],
-            target=pad(self.target, (0, 0, 0, 0, 0, grow))[:, :, mine],
-            levels=pad(self.levels, (0, grow), value=1.0)[:, mine],
-            first_frame=place * each,
-            window_frames=frames,
-        )
 
     def to(self, device: torch.device) -> Batch:
         """On another device."""

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.train.batches import Batches, WorldBatches
 from pavdm_dist.train.codec import CodecTraining, export_codec, train_codec
@@ -109,8 +111,10 @@ def _prepare(config: TrainConfig, run: Path, end: float) -> bool:
 def _train_codec(config: TrainConfig, run: Path, end: float) -> bool:
     """Trains a codec for the rest of the slice when there is none; whether there is one now."""
     folder = _codec_folder(config, run)
-    if config.codec.folder is not None or (folder / "config.json").exists():
+    if (folder / "config.json").exists():
         return True
+    if folder != run / "vae":
+        raise ConfigError(f"codec.folder={folder}: holds no codec (no config.json)")
     settings = {name: value for name, value in asdict(config.codec).items() if name != "folder"}
     settings["dim_mult"] = tuple(settings["dim_mult"])
     training = CodecTraining(seed=config.seed, **settings)
@@ -121,4 +125,7 @@ def _train_codec(config: TrainConfig, run: Path, end: float) -> bool:
 
 
 def _codec_folder(config: TrainConfig, run: Path) -> Path:
-    return run / "vae" if config.codec.folder is None else Path(config.codec.folder)
+    """The given codec, else that of the model to start from, else the run's own."""
+    if config.codec.folder is not None:
+        return Path(config.codec.folder)
+    return run / "vae" if config.model.pretrained is None else Checkpoint.open(config.model.pretrained).vae

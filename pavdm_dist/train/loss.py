@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pavdm_dist.models.base import WindowSlice
+
 BANDS = 5  # of levels, in the log
 
 
@@ -37,8 +39,7 @@ def velocity_loss(
     target: Tensor,
     levels: Tensor,
     context: int,
-    first_frame: int = 0,
-    window_frames: int | None = None,
+    window: WindowSlice | None = None,
     shared_by: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean squared error over the noisy frames, unweighted; the clean context is masked out.
@@ -47,19 +48,22 @@ def velocity_loss(
         velocity, target: ``[b, C, F, h, w]``.
         levels: ``[b, F]``.
         context: latent frames of context, at the front of the window.
-        first_frame, window_frames: where these frames lie in a window that ``shared_by`` processes hold, and how many
-            it has; those behind are padding.
-        shared_by: the mean over all processes' losses and gradients is then that of whole windows.
+        window: where these frames lie in a window that several processes hold.
+        shared_by: how many these are; the mean over all processes' losses, and of their gradients, is then that of
+            whole windows, since the exchanges of attention carry each one's loss to the others' frames.
 
     Returns:
         The loss; the summed error and the number of frames in each fifth of the level range, ``[5]`` each, which add
         up over processes.
     """
     frames = levels.shape[1]
-    last = frames if window_frames is None else window_frames
-    noisy = slice(max(context - first_frame, 0), max(last - first_frame, 0))
-    error = (velocity - target).square().mean(dim=(1, 3, 4))[:, noisy]
-    bands = (levels[:, noisy] * BANDS).clamp(max=BANDS - 1e-3).long().flatten()
+    mine = context if window is None else max(context - window.first_frame, 0)
+    error = (velocity - target).square().mean(dim=(1, 3, 4))[:, mine:]
+    bands = (levels[:, mine:] * BANDS).clamp(max=BANDS - 1e-3).long().flatten()
     sums = torch.zeros(BANDS, device=error.device).index_add_(0, bands, error.detach().float().flatten())
-    loss = error.sum() * (shared_by / (error.shape[0] * (last - context)))
+    if window is not None:
+        frames, parts = window.window_frames, shared_by
+    else:
+        parts = 1
+    loss = error.sum() * (parts / (error.shape[0] * (frames - context)))
     return loss, sums, torch.bincount(bands, minlength=BANDS).float()

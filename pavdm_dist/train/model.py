@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.models.base import FrameInfo
+from pavdm_dist.models.base import FrameInfo, WindowSlice
 from pavdm_dist.models.loading import load_config, read_tensors
 from pavdm_dist.models.stdit3 import OPTIONAL_TENSORS, STDiT3, STDiT3Config
 from pavdm_dist.train.config import ModelConfig, TrainConfig
@@ -69,8 +69,7 @@ class TextToVideo(nn.Module):
         dropped: list[bool],
         info: FrameInfo,
         chunk_causal: int | None,
-        first_frame: int = 0,
-        window_frames: int | None = None,
+        window: WindowSlice | None = None,
     ) -> Tensor:
         """Velocity ``[b, C, F, h, w]``, float32; ``dropped`` prompts are replaced by the model's null text.
 
@@ -81,12 +80,12 @@ class TextToVideo(nn.Module):
             dropped: which samples see the null text.
             info: size in pixels and frames per second.
             chunk_causal: chunk size when the mask is chunk-causal.
-            first_frame, window_frames: as in :class:`~pavdm_dist.models.base.BlockContext`.
+            window: of which window ``x`` and ``levels`` are a slice; None when they are all of it.
         """
         # Not around the engine: DeepSpeed turns off what it did not turn on itself.
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
             tokens, mask = self._tokens(x, text, dropped)
-            out = self.transformer(x, levels, tokens, info, mask, chunk_causal, first_frame, window_frames)
+            out = self.transformer(x, levels, tokens, info, mask, chunk_causal, window)
             return self.transformer.to_velocity(out, x, levels)
 
     def _tokens(self, x: Tensor, text: Text, dropped: list[bool]) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,16 @@
-"""Sequence parallelism for long windows: every process of a group holds some frames of the same window (Ulysses).
+"""Sequence parallelism for long windows: the latent frames of a window lie on several processes (DeepSpeed-Ulysses).
 
-Only temporal attention mixes frames. There an all-to-all turns "my frames, all heads" into "all frames, my heads" and
-back (DeepSpeed's ``DistributedAttention``); everything else in the model works on the frames at hand. Frames that pad
-the window to a multiple of the group are hidden from attention and carry no loss.
+Only attention over frames mixes them, so everything else in the model runs on a process' own frames. Around that
+attention two all-to-all exchanges swap frames for heads: each process sees the whole window for its share of the
+heads (Jacobs et al., 2023; ``deepspeed.sequence.layer``). Weights are not split: to ZeRO all processes are
+data-parallel ones, so it shards over all of them, and the loss is scaled to its averaging of gradients. DeepSpeed's
+own ``sequence_parallel_size`` is not used: with it, version 0.19.8 departs from plain torch at stages 0 to 2.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,57 +18,144 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.models.base import BlockContext
-from pavdm_dist.models.layers import SelfAttention
-from pavdm_dist.models.stdit3 import STDiT3, window_mask
+from pavdm_dist.models.base import WindowSlice
+from pavdm_dist.train.batches import Batch
 from pavdm_dist.train.processes import World
 
 
-class SharedAttention:
-    """Takes the place of ``SelfAttention.attend``: queries, keys and values of this process' frames.
+@dataclass(frozen=True)
+class SequenceGroup:
+    """The ``size`` consecutive processes of the world that hold one window together.
 
-    Args:
-        group: processes that share a window, by place.
+    Attributes:
+        world: all processes, ``data_size * size``.
+        size: processes a window is cut among; 1 cuts nothing.
+        group: their ``torch.distributed`` process group; None when ``size`` is 1.
     """
 
-    def __init__(self, group: Any) -> None:
-        from deepspeed.sequence.layer import DistributedAttention
+    world: World
+    size: int
+    group: Any = None
 
-        self._distributed = DistributedAttention(_attend, group, scatter_idx=2, gather_idx=1)
+    @property
+    def rank(self) -> int:
+        """Which of the window's processes this is."""
+        return self.world.rank % self.size
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, context: BlockContext) -> Tensor:
-        """``[b, S, heads, frames here, head_dim]``, mixed over the frames of all processes; ``mask`` is not looked at:
-        it covers this process' frames only."""
-        b = q.shape[0]
-        # [sequences, frames, heads, head_dim], as DistributedAttention wants them.
-        parts = (x.flatten(0, 1).transpose(1, 2).contiguous() for x in (q, k, v))
-        out = self._distributed(*parts, 0, None, context)
-        return out.transpose(1, 2).unflatten(0, (b, -1))
+    @property
+    def data_rank(self) -> int:
+        """Which share of a batch's samples this process' group has."""
+        return self.world.rank // self.size
+
+    @property
+    def data_size(self) -> int:
+        """Shares that a batch's samples are cut into."""
+        return self.world.size // self.size
+
+    def cut(self, batch: Batch) -> Batch:
+        """This process' frames of its group's samples; single frames have nothing to cut, and share samples instead.
+
+        Raises:
+            ConfigError: fewer latent frames than processes, or single frames that do not divide.
+        """
+        frames = batch.levels.shape[1]
+        if self.size == 1:
+            return batch
+        if frames == 1:
+            if len(batch.dropped) % self.size:
+                count = len(batch.dropped) * self.data_size
+                raise ConfigError(
+                    f"sequence_parallel={self.size}: a batch of {count} single frames does not divide among "
+                    f"{self.world.size} processes: use a multiple of {self.world.size}"
+                )
+            return batch.part(slice(self.rank, None, self.size))
+        if frames < self.size:
+            raise ConfigError(
+                f"sequence_parallel={self.size}: a window of {frames} latent frames cannot be cut among {self.size} "
+                f"processes: use at most {frames}"
+            )
+        lengths = [len(part) for part in torch.arange(frames).tensor_split(self.size)]
+        first = sum(lengths[: self.rank])
+        mine = slice(first, first + lengths[self.rank])
+        return replace(
+            batch,
+            x=batch.x[:, :, mine],
+            target=batch.target[:, :, mine],
+            levels=batch.levels[:, mine],
+            window=WindowSlice(first, frames, Ulysses(self.group, lengths)),
+        )
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:
-    mask = window_mask(context, q.shape[1], q.device)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).contiguous()
-
-
-def share_windows(model: STDiT3, world: World, size: int) -> None:
-    """Makes the model work on a part of each window; every process must call it.
+def join_sequence(world: World, size: int, num_heads: int, shortest_window: int) -> SequenceGroup:
+    """Makes groups of ``size`` consecutive processes of the world; every process must call it.
 
     Args:
-        model: its temporal attention is changed.
-        world: ``size`` neighbours share windows; the others train on other ones.
-        size: divides ``world.size`` and the attention heads.
+        world: all processes.
+        size: processes a window is cut among.
+        num_heads: attention heads of the model.
+        shortest_window: latent frames of the shortest window in training, single frames apart.
 
     Raises:
-        ConfigError: it does not divide the heads.
+        ConfigError: ``size`` does not divide the processes and the heads, or a window has fewer frames.
     """
-    heads = model.config.num_heads
-    if heads % size:
-        legal = " or ".join(str(n) for n in range(1, world.size + 1) if heads % n == 0 and world.size % n == 0)
-        raise ConfigError(f"sequence_parallel={size} does not divide the model's {heads} attention heads: use {legal}")
-    groups = [torch.distributed.new_group(range(first, first + size)) for first in range(0, world.size, size)]
-    attend = SharedAttention(groups[world.rank // size])
-    for module in model.temporal_blocks.modules():
-        if isinstance(module, SelfAttention):
-            module.attend = attend
+    legal = [n for n in range(1, shortest_window + 1) if world.size % n == 0 and num_heads % n == 0]
+    if size not in legal:
+        nearest = [n for n in legal if n < size][-1:] + [n for n in legal if n > size][:1]
+        raise ConfigError(
+            f"sequence_parallel={size} must divide the {world.size} processes and the model's {num_heads} attention "
+            f"heads, and the shortest window has {shortest_window} latent frames to cut: use "
+            f"{' or '.join(str(n) for n in nearest)}"
+        )
+    if size == 1:
+        return SequenceGroup(world, size)
+    starts = range(0, world.size, size)
+    # Every process takes part in making every group, in one order.
+    groups = [torch.distributed.new_group(list(range(start, start + size))) for start in starts]
+    return SequenceGroup(world, size, groups[world.rank // size])
+
+
+class Ulysses:
+    """Attention over a sequence whose consecutive parts lie on the processes of a group, a share of heads on each.
+
+    An :class:`~pavdm_dist.models.base.Attention` for any model whose queries, keys and values are cut alike: over the
+    frames at a place, or over all tokens jointly, when ``lengths`` counts those. Parts may differ in length: they are
+    padded for the exchange, which moves equal parts only, and the padding is gone before the attention. Heads must
+    divide by the number of processes. DeepSpeed must have been initialised.
+
+    Args:
+        group: the processes.
+        lengths: tokens on each of them, in order.
+    """
+
+    def __init__(self, group: Any, lengths: Sequence[int]) -> None:
+        from deepspeed.sequence.layer import DistributedAttention
+
+        self._distributed = DistributedAttention(_attend_whole, group, scatter_idx=2, gather_idx=1)
+        self._length, self._longest = lengths[torch.distributed.get_rank(group)], max(lengths)
+        # Places of the tokens among the padded ones; None where nothing is padded.
+        self._real: Tensor | None = None
+        if min(lengths) < self._longest:
+            starts = range(0, len(lengths) * self._longest, self._longest)
+            self._real = torch.cat([start + torch.arange(n) for start, n in zip(starts, lengths, strict=True)])
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """``[..., heads, tokens, head_dim]`` of this process' tokens -> the same; the mask is of the whole sequence."""
+        if self._real is not None:
+            self._real = self._real.to(query.device)
+        spread = [self._spread(tensor) for tensor in (query, key, value)]
+        out = self._distributed(*spread, 0, None, attn_mask, self._real)
+        return out[:, : self._length].transpose(1, 2).unflatten(0, query.shape[:-3])
+
+    def _spread(self, tensor: Tensor) -> Tensor:
+        """The layout of DeepSpeed's exchange, ``[rows, tokens, heads, head_dim]``."""
+        tensor = tensor.flatten(0, -4).transpose(1, 2)
+        missing = self._longest - self._length
+        return F.pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor
+
+
+def _attend_whole(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, real: Tensor | None) -> Tensor:
+    """Attention of some heads over the gathered sequence ``[rows, tokens, heads, head_dim]``; zeros at the padding."""
+    parts = (query, key, value) if real is None else (part.index_select(1, real) for part in (query, key, value))
+    q, k, v = (part.transpose(1, 2) for part in parts)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    return out if real is None else out.new_zeros(query.shape).index_copy(1, real, out)

@@ -26,7 +26,9 @@ from pavdm_dist.train.batches import Batch, Batches
 from pavdm_dist.train.config import TrainConfig
 from pavdm_dist.train.export import Parts, export_model
 from pavdm_dist.train.loss import velocity_loss
+from pavdm_dist.train.model import shape_of
 from pavdm_dist.train.processes import World, join_world
+from pavdm_dist.train.sequence import join_sequence
 from pavdm_dist.train.world import WORLD_SETTINGS
 from pavdm_dist.train.zero import check_settings, start_engine
 
@@ -67,6 +69,9 @@ class Trainer:
         self.layout = checkpoint.Layout(config.zero.stage, self.world.size)
         folder = self.run_dir / "checkpoints"
         found = checkpoint.find(folder, self._identity(), self.layout, config.resume, self.world)
+        shortest = min(kind.latent_chunk_size for _, kind in config.objective.kinds())
+        heads = shape_of(config, batches.channels).num_heads
+        self.sequence = join_sequence(self.world, config.sequence_parallel, heads, shortest)
         self.engine = start_engine(config, batches.channels, self.world, found is not None and found.convert)
         self.average = Average(self.engine.module, config.optimizer.ema_decay)
         self.step, self.saved = 0, -1
@@ -112,11 +117,10 @@ class Trainer:
         started, o = time.monotonic(), self.config.optimizer
         for group in self.engine.optimizer.param_groups:
             group["lr"] = o.lr * self._rate()
-        shared = self.config.sequence_parallel
-        batch = self.batches.batch(self.step, self.world.rank // shared, self.world.size // shared)
-        frames = batch.levels.shape[1]
-        if shared > 1:
-            batch = batch.frames_part(self.world.rank % shared, shared)
+        group = self.sequence
+        batch = self.batches.batch(self.step, group.data_rank, group.data_size)
+        samples, frames = group.data_size * len(batch.dropped), batch.levels.shape[1]
+        batch = group.cut(batch)
         loaded = time.monotonic() - started
         try:
             sums = sum(self._backward(part, o.accumulation) for part in batch.parts(o.accumulation))
@@ -135,7 +139,7 @@ class Trainer:
             "size": [batch.info.height, batch.info.width],
             "grad_norm": self._grad_norm(),
             "lr": self.engine.optimizer.param_groups[0]["lr"],
-            "samples_per_second": self.world.size // shared * len(batch.dropped) / (time.monotonic() - started),
+            "samples_per_second": samples / (time.monotonic() - started),
             "loading_seconds": loaded,
         }
 
@@ -145,10 +149,9 @@ class Trainer:
         # At a few dozen tokens on a CPU the plain products beat the fused kernel, whose backward pass took a fifth.
         kernels = [SDPBackend.MATH] if self.world.device.type == "cpu" else _FUSED
         with sdpa_kernel(kernels):
-            place = (batch.first_frame, batch.window_frames)
-            given = (batch.text, batch.dropped, batch.info, batch.chunk_causal, *place)
+            given = (batch.text, batch.dropped, batch.info, batch.chunk_causal, batch.window)
             velocity = self.engine(batch.x, batch.levels, *given)
-            about = (batch.levels, batch.context, *place, self.config.sequence_parallel)
+            about = (batch.levels, batch.context, batch.window, self.sequence.size)
             loss, sums, counts = velocity_loss(velocity.float(), batch.target, *about)
             self._refuse_nan(loss, batch)
             self.engine.backward(loss)

@@ -19,7 +19,6 @@ from pavdm_dist.train.config import TrainConfig
 from pavdm_dist.train.model import TextToVideo, build
 from pavdm_dist.train.optimizer import MuonAdamW
 from pavdm_dist.train.processes import World
-from pavdm_dist.train.sequence import share_windows
 
 # Weight matrices between hidden states; tables, embeddings, the first and the last layer are no such maps.
 INNER = re.compile(r"(blocks\.|layers\.|t_block\.).*weight$")
@@ -183,8 +182,6 @@ def start_engine(config: TrainConfig, channels: int, world: World, load_universa
         model = build(config, channels)
     if config.zero.checkpoint_activations:
         checkpoint_activations(model.transformer)
-    if config.sequence_parallel > 1:
-        share_windows(model.transformer, world, config.sequence_parallel)
     model.to(world.device)
     optimizer = None if config.optimizer.name == "deepspeed" else _optimizer(model, config)
     engine, *_ = deepspeed.initialize(
