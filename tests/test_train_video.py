@@ -176,3 +176,15 @@ def test_data_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         video_data(load_config(TrainConfig, None, settings(folder, model, tmp_path, *more)))
+
+
+def test_cached_text_and_latents_train_in_bfloat16(folder: Path, model: Path, tmp_path: Path) -> None:
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        more = ["zero.stage=1", f"zero.precision={precision}"]
+        config = load_config(TrainConfig, None, settings(folder, model, tmp_path / precision, *more))
+        batches, parts = video_data(config)
+        trainer = Trainer(config, batches, parts)
+        losses[precision] = [trainer.train_step()["loss"] for _ in range(3)]
+        batches.close()
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)

@@ -156,6 +156,10 @@ def test_accumulation_clipping_precision_and_sharded_building(tmp_path: Path, cl
     for name in ("init", "offload2", "offload3", "theirs"):
         assert found[name]["loss"] == pytest.approx(usual["loss"], abs=1e-5), name
         assert apart(found[name]["average"], usual["average"]) < 1e-4
+    for name in ("bf16", "bf16_3"):
+        assert found[name]["tables"].keys() == found["init"]["tables"].keys()
+        for table, value in found[name]["tables"].items():
+            assert torch.equal(value, found["init"]["tables"][table]), f"{table} is rounded"
     for name in ("bf16", "bf16_3", "autocast"):
         assert found[name]["loss"] == pytest.approx(usual["loss"], rel=0.05)
         assert found[name]["loss"] != pytest.approx(usual["loss"], rel=1e-6)

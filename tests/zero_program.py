@@ -65,6 +65,7 @@ def run_case(case: dict[str, Any], clips: LatentClips) -> dict[str, Any]:
         "grad_norm": [line["grad_norm"] for line in metrics],
         "optimizer_bytes": optimizer_bytes(trainer),
         "shard_numbers": shard_numbers(trainer),
+        "tables": {name: value.clone() for name, value in trainer.engine.module.named_buffers()},
         "average_numbers": sum(part.numel() for _, part in trainer.average.parts.values()),
         "weights": trainer.whole_weights(averaged=False),
         "average": trainer.whole_weights(averaged=True),

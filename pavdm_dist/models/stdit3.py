@@ -151,7 +151,7 @@ class STDiT3(nn.Module):
 
     def project_text(self, text: Tensor) -> Tensor:
         """``[b, L, caption_channels]`` -> ``[b, L, D]``."""
-        return self.y_embedder.y_proj(text)
+        return self.y_embedder.y_proj(text.to(self.y_embedder.y_proj.fc1.weight.dtype))
 
     def null_text(self) -> Tensor:
         """The learned null text of classifier-free guidance, ``[model_max_length, caption_channels]``."""

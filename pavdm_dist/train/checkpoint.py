@@ -117,8 +117,9 @@ def find(root: str | Path, identity: Mapping[str, Any], layout: Layout, resume: 
         ConfigError: nothing to resume, or something that must not be; another world, model, objective or ZeRO stage.
         CheckpointError: there are checkpoints, and none is whole.
     """
-    check_resume(root, resume)
-    tags = _tags(Path(root))
+    # One process looks: a shared folder need not show all of them the same at the same moment.
+    tags = [str(tag) for tag in world.gather(_tags(Path(root)) if world.first else None)[0]]  # type: ignore[attr-defined]
+    check_resume(root, resume, tags)
     for tag in tags:
         manifest, fault = _checked(Path(root) / tag, world)
         faults = [text for text in world.gather(fault) if text]
@@ -138,13 +139,18 @@ def find(root: str | Path, identity: Mapping[str, Any], layout: Layout, resume: 
     return None
 
 
-def check_resume(root: str | Path, resume: str) -> None:
+def check_resume(root: str | Path, resume: str, tags: list[str] | None = None) -> None:
     """Refuses to start afresh where a run must go on, and the other way round.
+
+    Args:
+        root: folder of checkpoints.
+        resume: as in :func:`find`.
+        tags: what is there; None looks.
 
     Raises:
         ConfigError: ``resume=must`` without a checkpoint, or ``never`` with one.
     """
-    found = bool(_tags(Path(root)))
+    found = bool(_tags(Path(root)) if tags is None else tags)
     if resume == "must" and not found:
         raise ConfigError(f"resume=must: {root} holds no checkpoint; resume=auto starts afresh")
     if resume == "never" and found:

@@ -78,6 +78,8 @@ def join_world(timeout_seconds: float = 1800.0) -> World:
     operations = getattr(getattr(deepspeed, "ops", None), "__compatible_ops__", None)
     if operations is not None and not cuda:
         operations["deepspeed_shm_comm"] = False
+    if cuda:  # before any collective, which would take the first device in every process
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     # DeepSpeed calls them by names that torch has just renamed, at every step.
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     if not torch.distributed.is_initialized() or not deepspeed.comm.is_initialized():

@@ -184,12 +184,16 @@ def start_engine(config: TrainConfig, channels: int, world: World, load_universa
         checkpoint_activations(model.transformer)
     model.to(world.device)
     optimizer = None if config.optimizer.name == "deepspeed" else _optimizer(model, config)
+    tables = {name: value.clone() for name, value in model.named_buffers()}
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
         model_parameters=None if optimizer is not None else [p for p in model.parameters() if p.requires_grad],
         config=settings,
     )
+    # In bfloat16 DeepSpeed rounds these too, which would move every position and the null text.
+    for name, value in model.named_buffers():
+        value.data = tables[name].to(value.device)
     return engine
 
 
