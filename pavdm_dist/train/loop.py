@@ -89,6 +89,8 @@ def _stopped_by_sigterm(trainer: Trainer) -> Iterator[None]:
 def _world_data(config: TrainConfig, world: World, end: float) -> tuple[Batches, Parts] | None:
     """The moving digits, made where they are missing; None when the slice was over before."""
     run = Path(config.run_dir)
+    if world.size > 1:  # the others wait, and must not take the first process for lost
+        end = min(end, time.monotonic() + 0.8 * config.launch.timeout_seconds)
     if not world.agree(world.first and _prepare(config, run, end)):
         return None
     batches = WorldBatches(LatentClips(run / "clips"), config.objective, config.data, config.seed)
