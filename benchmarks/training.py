@@ -37,6 +37,7 @@ from pavdm_dist.train.processes import World, free_port, join_world
 from pavdm_dist.train.trainer import Trainer
 
 CHANNELS = 8
+PHASES = ("forward", "backward", "optimizer", "average")
 STAGES = (0, 1, 2, 3)
 BUCKET = 5_000_000  # numbers per message; DistributedDataParallel's usual 25 MB are 6.5 million
 TINY = ["model.depth=1", "model.hidden_size=32", "model.num_heads=4", "model.caption_channels=32"]
@@ -79,7 +80,7 @@ def trainer_of(stage: int, folder: str, shape: list[str], batches: RandomBatches
     return Trainer(config, batches, Parts(Path("unused"), None, FrameInfo(64, 64, 24), ()), world)
 
 
-def plain_step(config: TrainConfig, batches: RandomBatches, world: World, parallel: bool) -> Callable[[int], float]:
+def plain_step(config: TrainConfig, batches: RandomBatches, world: World, parallel: bool) -> Callable[..., float]:
     """One step of plain torch, alone or under DistributedDataParallel: the whole job of the trainer's step."""
     torch.manual_seed(config.seed)
     model: Any = build(config, CHANNELS)
@@ -88,21 +89,43 @@ def plain_step(config: TrainConfig, batches: RandomBatches, world: World, parall
     o = config.optimizer
     optimizer = torch.optim.AdamW(model.parameters(), o.lr, (o.betas[0], o.betas[1]), weight_decay=o.weight_decay)
 
-    def step(number: int) -> float:
+    def step(number: int, phases: dict[str, float] | None = None) -> float:
+        marks = [time.perf_counter()]
         b = batches.batch(number, world.rank, world.size) if parallel else batches.batch(number, 0, 1)
         velocity = wrapped(b.x, b.levels, b.text, b.dropped, b.info, b.chunk_causal)
         loss, *_ = velocity_loss(velocity, b.target, b.levels, b.context)
+        marks.append(time.perf_counter())
         optimizer.zero_grad()
         loss.backward()
+        marks.append(time.perf_counter())
         torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
         optimizer.step()
+        marks.append(time.perf_counter())
         decay = min(o.ema_decay, (2 + number) / (11 + number))
         with torch.no_grad():
             for name, value in model.named_parameters():
                 average[name].lerp_(value, 1 - decay)
+        marks.append(time.perf_counter())
+        for phase, first, last in zip(PHASES, marks, marks[1:], strict=False):
+            if phases is not None:
+                phases[phase] = phases.get(phase, 0.0) + last - first
         return float(world.mean(loss.detach())) if parallel else loss.item()
 
     return step
+
+
+def timed(owner: Any, name: str, phase: str, seconds: dict[str, float]) -> None:
+    """Adds up what the calls of ``owner.name`` take."""
+    plain = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - began
+
+    setattr(owner, name, call)
 
 
 def optimizer_bytes(trainer: Trainer) -> int:
@@ -138,15 +161,22 @@ def throughput(folder: str, world: World, rounds: int, steps: int) -> dict[str, 
     """Seconds per step of all kinds, taking turns."""
     batches = RandomBatches(10, 16)
     config = configured(folder, *LARGE)
-    kinds: dict[str, Callable[[int], Any]] = {"ddp": plain_step(config, batches, world, parallel=True)}
+    phases: dict[str, dict[str, float]] = {name: {} for name in ("ddp", *map(str, STAGES))}
+    plain = plain_step(config, batches, world, parallel=True)
+    kinds: dict[str, Callable[[int], Any]] = {"ddp": lambda number: plain(number, phases["ddp"])}
     for stage in STAGES:
         trainer = trainer_of(stage, f"{folder}/large{stage}", LARGE, batches, world)
         kinds[str(stage)] = lambda number, trainer=trainer: trainer.train_step()
+        calls = ((trainer.engine, "forward"), (trainer.engine, "backward"), (trainer.engine, "step"))
+        for phase, (owner, name) in zip(PHASES, (*calls, (trainer.average, "update")), strict=True):
+            timed(owner, name, phase, phases[str(stage)])
     numbers = sum(value.numel() for value in build(config, CHANNELS).parameters())
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for turn in range(rounds + 1):  # the first one warms up
         for name, step in kinds.items():
             took = []
+            if turn == 1:
+                phases[name].clear()
             for number in range(steps):
                 world.wait()
                 began = time.perf_counter()
@@ -155,7 +185,14 @@ def throughput(folder: str, world: World, rounds: int, steps: int) -> dict[str, 
                 took.append(time.perf_counter() - began)
             if turn:
                 seconds[name].append(statistics.median(took))
-    return {"parameters": numbers, "bucket_elements": BUCKET, "seconds_per_step": seconds}
+    return {
+        "parameters": numbers,
+        "bucket_elements": BUCKET,
+        "seconds_per_step": seconds,
+        "phases": {
+            name: {phase: spent / (rounds * steps) for phase, spent in part.items()} for name, part in phases.items()
+        },
+    }
 
 
 def waiting(folder: str, steps: int) -> dict[str, float]:
@@ -232,13 +269,14 @@ def main() -> None:
         found = two_processes(folder, args.rounds or (1 if args.quick else 7), args.steps or (1 if args.quick else 3))
         make_videos(Path(folder), 4 if args.quick else 16)
         wait = waiting(folder, 4 if args.quick else 20)
-    seconds = found["throughput"].pop("seconds_per_step")
+    seconds, phases = (found["throughput"].pop(name) for name in ("seconds_per_step", "phases"))
     stages = {}
     for stage in map(str, STAGES):
         ratios = [ddp / own for ddp, own in zip(seconds["ddp"], seconds[stage], strict=True)]
         stages[stage] = {
             **found["parity"][stage],
             "seconds_per_step": statistics.median(seconds[stage]),
+            "phases": phases[stage],
             "throughput_vs_ddp": statistics.median(ratios),
             "throughput_vs_ddp_range": [min(ratios), max(ratios)],
         }
@@ -247,6 +285,7 @@ def main() -> None:
         "processes": 2,
         **found["throughput"],
         "ddp_seconds_per_step": statistics.median(seconds["ddp"]),
+        "ddp_phases": phases["ddp"],
         "zero_stage": stages,
         **wait,
     }
@@ -266,6 +305,9 @@ def text(result: dict[str, Any]) -> str:
             f"{stage:>5}  {s['max_loss_difference']:>23.1e}  {s['optimizer_bytes_share']:>15.4f}  "
             f"{s['seconds_per_step']:>10.2f}  {s['throughput_vs_ddp']:.3f} ({low:.3f} to {high:.3f})"
         )
+    lines.append("mean seconds of a step: " + ", ".join(PHASES))
+    for name, part in [("ddp", result["ddp_phases"]), *((k, s["phases"]) for k, s in result["zero_stage"].items())]:
+        lines.append(f"{name:>5}  " + "  ".join(f"{part[phase]:.3f}" for phase in PHASES))
     for ahead in (0, 2):
         lines.append(f"waiting for data, {ahead} batches ahead: {result[f'waiting_share_{ahead}_ahead']:.4f} of a step")
     return "\n".join(lines)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from training import TINY, start, tiny_codec, write_clips
+from training import TINY, launch, start, tiny_codec, write_clips
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.config import load_config
@@ -153,6 +153,31 @@ def test_a_full_memory_says_what_frees_some(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(trainer.engine, "backward", full)
     with pytest.raises(EngineError, match=r"full at step 0.*checkpoint_activations.*accumulation=2.*zero\.stage=1"):
         trainer.train_step()
+
+
+SHEETS_PROGRAM = """
+import sys
+from pathlib import Path
+from training import start
+from pavdm_dist.config import load_config
+from pavdm_dist.train.config import TrainConfig
+from pavdm_dist.train.data import LatentClips
+run = Path(sys.argv[1])
+for stage in range(4):
+    config = load_config(TrainConfig, None, [*sys.argv[2:], f"zero.stage={stage}", f"run_dir={run / str(stage)}"])
+    trainer = start(config, LatentClips(run / "clips"), run / "vae", ("a red three drifting",))
+    trainer.train_step()
+    trainer.sheet()
+    trainer.train_step()
+    trainer.engine.destroy()
+"""
+
+
+@pytest.mark.timeout(200)
+def test_sheets_are_drawn_under_every_stage_and_no_process_hangs(run_dir: Path) -> None:
+    launch(["-c", SHEETS_PROGRAM, str(run_dir), *SETTINGS], timeout=180)
+    sheets = [(run_dir / str(stage) / "sheets" / "step0000001.png").read_bytes() for stage in range(4)]
+    assert all(len(sheet) > 100 for sheet in sheets)
 
 
 RAY_PROGRAM = """

@@ -69,7 +69,10 @@ def run(folder: Path, clips: Path, cases: dict[str, Any], size: int = 2) -> list
     """What every process found in every case."""
     for name, case in cases.items():
         case["settings"] = [*SETTINGS, f"run_dir={folder / name}", *case["settings"]]
-    launch([PROGRAM, str(folder), str(clips), json.dumps(cases)], size)
+    built = folder / "extensions"
+    built.mkdir()
+    launch([PROGRAM, str(folder), str(clips), json.dumps(cases)], size, TORCH_EXTENSIONS_DIR=str(built))
+    assert not list(built.iterdir()), "nothing is compiled"
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(size)]
 
 

@@ -35,8 +35,8 @@ def start(
     return Trainer(config, batches, Parts(codec, None, INFO, prompts))
 
 
-def processes_of(arguments: list[str], size: int = 2) -> list[subprocess.Popen[str]]:
-    """``size`` processes of this interpreter, set up as torchrun does."""
+def processes_of(arguments: list[str], size: int = 2, **more: str) -> list[subprocess.Popen[str]]:
+    """``size`` processes of this interpreter, set up as torchrun does; ``more`` environment."""
     shared = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -44,6 +44,7 @@ def processes_of(arguments: list[str], size: int = 2) -> list[subprocess.Popen[s
         "WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
+        **more,
     }
     return [
         subprocess.Popen(
@@ -57,9 +58,9 @@ def processes_of(arguments: list[str], size: int = 2) -> list[subprocess.Popen[s
     ]
 
 
-def launch(arguments: list[str], size: int = 2, timeout: float = 200) -> list[str]:
+def launch(arguments: list[str], size: int = 2, timeout: float = 200, **more: str) -> list[str]:
     """What the processes printed; all must end well."""
-    processes = processes_of(arguments, size)
+    processes = processes_of(arguments, size, **more)
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
