@@ -27,9 +27,8 @@ def units_in_flight(params: SamplingParams, streams: int) -> int:
 
 
 def useful_stages(params: SamplingParams, streams: int) -> int:
-    """Stages beyond which another one brings next to nothing: M B in mode window, M W where units are chunks."""
-    per_video = num_branches(params.guidance_scale) if params.mode == "window" else params.window_chunks
-    return per_video * streams
+    """Stages beyond which another one brings next to nothing: M B in mode window, M W B where units are chunks."""
+    return units_in_flight(params, streams)
 
 
 def layer_split(checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -66,7 +66,13 @@ class SamplingParams:
             shift = time_shift_ratio(values["height"], values["width"], latents)
         words = {"start": "noise", "end": "drain", "mode": "window"}
         values |= {name: chosen.get(name) or default for name, default in words.items()}
+        if values["mode"] not in get_args(Mode):
+            raise ConfigError(
+                f"mode={values['mode']!r}: must be {', '.join(get_args(Mode)[:-1])} or {get_args(Mode)[-1]}"
+            )
         displaced = chosen.get("displaced") or Displaced()
+        if not isinstance(displaced, Displaced):
+            raise ConfigError(f"displaced={displaced!r}: must be a pavdm_dist.units.Displaced")
         params = cls(time_shift=shift, displaced=displaced, **values)
         if params.mode != "displaced" and displaced != Displaced():
             name = next(f.name for f in fields(Displaced) if getattr(displaced, f.name) != getattr(Displaced(), f.name))

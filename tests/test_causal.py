@@ -16,6 +16,7 @@ from pavdm_dist.denoiser import ModelDenoiser, StreamDenoiser
 from pavdm_dist.engine.local import LocalEngine
 from pavdm_dist.engine.order import epochs, join_of
 from pavdm_dist.engine.stage import Stage
+from pavdm_dist.models.memory import ChunkMemory
 from pavdm_dist.sampler import guide, sample
 from pavdm_dist.schedule import PlanRow, WindowPlan
 from pavdm_dist.stream import Stream
@@ -139,3 +140,13 @@ def test_parts_of_a_row_cover_it_once(plan: WindowPlan) -> None:
         assert met >= set(row.context)
     middle = plan.num_rows // 2
     assert [part[0] for part in MicroBatches(plan, "causal", middle).parts(middle)] == list(plan.row(middle).window)
+
+
+def test_what_is_kept_keeps_nothing_else_alive() -> None:
+    memory = ChunkMemory()
+    keys, values = torch.randn(3, 1, 2, 4, 2, 8)[1:]
+    memory.begin((0,), 0, is_context=False, opens_row=True)
+    memory.attend(1, keys, values, 0, lambda tensor, first: tensor + 1)
+    ((kept_keys, kept_values),) = memory._row[1]
+    stored = sum(tensor.untyped_storage().nbytes() for tensor in (kept_keys, kept_values))
+    assert stored == 2 * 4 * keys.numel()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from helpers import TINY, tiny_checkpoint
 
-from pavdm_dist.balance import layer_split
+from pavdm_dist.balance import layer_split, useful_stages
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.engine import profile
 from pavdm_dist.engine.options import EngineOptions
@@ -81,3 +81,29 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, monkeypatch: pytest.
     options = EngineOptions(2, balance="measured", gpus_per_stage=1)
     with pytest.raises(ConfigError, match="balance=measured: this process has no GPU"):
         layer_split(checkpoint, SamplingParams.resolve(checkpoint), options)
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert profile.kept("blocks", {"a": 1}, lambda: {"b": 2}) == {"b": 2}
+    assert "the measured costs cannot be kept" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("mode", "guidance", "streams", "useful"),
+    [("window", 3.0, 2, 4), ("window", 1.0, 2, 2), ("causal", 3.0, 1, 12), ("causal", 1.0, 3, 18)],
+)
+def test_as_many_stages_are_useful_as_units_are_under_way(
+    mode: str, guidance: float, streams: int, useful: int
+) -> None:
+    params = SamplingParams.resolve(Checkpoint.open(), mode=mode, guidance_scale=guidance)
+    assert useful_stages(params, streams) == useful
+
+
+@pytest.mark.parametrize("chosen", [{"mode": "casual"}, {"mode": "displaced", "displaced": {"adaptive": 0.1}}])
+def test_modes_that_do_not_exist_are_refused(chosen: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"mode='casual': must be window, causal or displaced|displaced=\{'adaptive'"):
+        SamplingParams.resolve(Checkpoint.open(), **chosen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from pavdm_dist.engine.partition import Costs, measure_costs
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
 from pavdm_dist.observe import cpu_model
+
+logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
@@ -67,9 +70,12 @@ def kept(kind: str, facts: dict[str, Any], measure: Callable[[], dict[str, Any]]
     except (OSError, ValueError, KeyError, TypeError):
         pass
     found = measure()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside and renamed, because several runs may measure at once.
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as aside:
-        json.dump({"facts": facts, "found": found}, aside)
-    os.replace(aside.name, file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Written aside and renamed, because several runs may measure at once.
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as aside:
+            json.dump({"facts": facts, "found": found}, aside)
+        os.replace(aside.name, file)
+    except OSError as error:
+        logger.warning("%s: the measured costs cannot be kept (%s)", file.parent, error.strerror)
     return found

@@ -178,6 +178,7 @@ class RayEngine:
             self._call(calls)
             joins.append(join_of(stream, self._epoch))
             self._reported.pop(stream.id, None)
+            self._batches.pop(stream.id, None)  # an earlier run's stream may have had this number
             if stream.batches.adaptive:
                 self._batches[stream.id] = stream.batches
         return joins

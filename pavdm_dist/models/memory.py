@@ -58,7 +58,8 @@ class ChunkMemory:
             self._row = {}
 
     def attend(self, block: int, keys: Tensor, values: Tensor, first: int, turn: Turn) -> Pair:
-        keys = turn(keys, first)
+        # A view of the values would keep the queries alive.
+        keys, values = turn(keys, first), values.clone()
         if self._filling_context:
             self._context[block] = keys, values
             return keys, values
