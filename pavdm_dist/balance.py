@@ -13,22 +13,33 @@ from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.partition import estimate_costs, partition, with_codec
 from pavdm_dist.engine.profile import kept, profiled_costs
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.forecast import Unit, makespan, rows_of, work
 from pavdm_dist.models.loading import check_module, load_config
 from pavdm_dist.models.stdit3 import OPTIONAL_TENSORS, STDiT3
 from pavdm_dist.observe import cpu_model
 from pavdm_dist.requests import SamplingParams
 from pavdm_dist.sampler import num_branches
-
-
-def units_in_flight(params: SamplingParams, streams: int) -> int:
-    """Micro-batches that can be under way at a time in a full window."""
-    chunks = 1 if params.mode == "window" else params.window_chunks
-    return num_branches(params.guidance_scale) * chunks * streams
+from pavdm_dist.schedule import WindowPlan
 
 
 def useful_stages(params: SamplingParams, streams: int) -> int:
-    """Stages beyond which another one brings next to nothing: M B in mode window, M W B where units are chunks."""
-    return units_in_flight(params, streams)
+    """Stages beyond which another one brings next to nothing: the micro-batches under way at a time in full windows.
+
+    That is M B in mode window (and displaced with every step exact), M W B where a micro-batch is a chunk, for M
+    guidance branches and B ``streams``.
+    """
+    whole = params.mode == "window" or (params.mode == "displaced" and params.displaced.resync_every_steps == 1)
+    return num_branches(params.guidance_scale) * (1 if whole else params.window_chunks) * streams
+
+
+def pipeline_utilisation(params: SamplingParams, plan: WindowPlan, stages: int, streams: int) -> float:
+    """Share of the time that equal stages compute, 0..1, for ``streams`` videos of one plan side by side."""
+    rows, branches = rows_of(plan, params.mode, params.displaced), num_branches(params.guidance_scale)
+
+    def unit(chunks: int) -> Unit:
+        return Unit((float(chunks),) * stages)
+
+    return work(rows, branches, streams, unit) / (stages * makespan(rows, branches, streams, streams, unit))
 
 
 def layer_split(checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions) -> list[tuple[int, int]]:

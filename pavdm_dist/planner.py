@@ -1,13 +1,13 @@
 """Which replicas, stages, videos in flight and mode suit a job on given devices; from shapes alone, no weights.
 
-Costs are FLOP over the devices' sustained rate, utilisation is the pipeline's closed form times the balance of the
-stages; the chosen set-up is then run through the simulator, with links.
+Costs are FLOP over the devices' sustained rate, times are the pipeline's closed form (:mod:`pavdm_dist.forecast`);
+the beginning of the chosen set-up is then run through the simulator.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -19,18 +19,21 @@ from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.config import ClusterConfig
 from pavdm_dist.engine.partition import Costs, estimate_costs, partition
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.forecast import Row, Unit, makespan, rows_of, work
 from pavdm_dist.models.stdit3 import STDiT3
 from pavdm_dist.requests import SamplingParams
 from pavdm_dist.sampler import num_branches
 from pavdm_dist.schedule import Mode, WindowPlan
 from pavdm_dist.simulate import MAX_STAGES, Machine, bars, simulate
-from pavdm_dist.units import MicroBatches
 
 GIB = 2**30
 BYTES = 4  # stages compute in float32
 # Tokens-by-width buffers alive at once inside a block: input, modulated copy, queries, keys and values, their normed
-# and turned copies, attention's output, and the MLP's fourfold inner width twice (before and after GELU).
-ACTIVATION_COPIES = 16
+# and turned copies, attention's output, and the MLP's fourfold inner width twice (before and after GELU). Counted in
+# running stages: 13.6 to 14.6.
+ACTIVATION_COPIES = 14
+# Hidden states under way at a time: two received ahead and two being sent.
+MESSAGES = 4
 MAX_VIDEOS_IN_FLIGHT = 8
 # Units times stages that are simulated at most (some seconds), and units of a stage that are drawn.
 SIMULATED, DRAWN = 60_000, 150
@@ -125,19 +128,13 @@ class _Job:
 
     def setup(self, mode: Mode, stages: int, cluster: ClusterConfig) -> Setup:
         """The set-up with so many stages and as many replicas as the devices and videos allow."""
-        devices = cluster.devices or 1
-        replicas = max(1, min(devices // stages, cluster.videos))
-        per_replica = math.ceil(cluster.videos / replicas)
-        costs = self.costs(1 if mode != "window" else self.full)
-        ranges = partition(costs, stages)
-        streams = self._streams(mode, stages, ranges, per_replica, cluster)
-        balance = costs.stage(0, len(costs.blocks)) / (stages * max(costs.stage(*blocks) for blocks in ranges))
-        units = self.branches * streams * (1 if mode == "window" else self.params.window_chunks)
-        filled = min(1.0, units / (self.branches + stages - 1))
-        rate = stages * balance * filled * cluster.tflops * 1e12
-        work = self.branches * sum(self._flop(chunks) * count for chunks, count in self._units(mode).items())
-        seconds = per_replica * work / rate
-        used = replicas * stages
+        replicas = max(1, min((cluster.devices or 1) // stages, cluster.videos))
+        videos = math.ceil(cluster.videos / replicas)
+        ranges = partition(self.costs(1 if mode != "window" else self.full), stages)
+        rows, unit = rows_of(self.plan, mode, self.params.displaced), self.units(ranges, cluster)
+        fitting = self._fitting(mode, ranges, videos, cluster)
+        streams = self._streams(rows, unit, fitting, videos)
+        seconds = makespan(rows, self.branches, streams, videos, unit)
         return Setup(
             mode=mode,
             replicas=replicas,
@@ -146,10 +143,23 @@ class _Job:
             layers_per_stage=tuple(last - first for first, last in ranges),
             memory_gib=tuple(self.memory(mode, blocks, streams) / GIB for blocks in ranges),
             seconds=seconds,
-            seconds_per_video=seconds * streams / per_replica,
-            utilisation=balance * filled,
-            device_hours=used * seconds / 3600,
+            seconds_per_video=makespan(rows, self.branches, streams, streams, unit),
+            utilisation=work(rows, self.branches, videos, unit) / (stages * seconds),
+            device_hours=replicas * stages * seconds / 3600,
         )
+
+    def units(self, ranges: Sequence[tuple[int, int]], cluster: ClusterConfig) -> Callable[[int], Unit]:
+        """Seconds of a micro-batch by the chunks it holds."""
+        rate, latency = cluster.tflops * 1e12, cluster.link_latency_ms / 1000
+        tokens = self.size * self.model.grid(self.size, *self.cells).tokens_per_frame
+        link = BYTES * tokens * self.model.spec.hidden_size / (cluster.link_gib_per_s * GIB)
+
+        def unit(chunks: int) -> Unit:
+            costs = self.costs(chunks)
+            stages = tuple(costs.stage(*blocks) / rate for blocks in ranges)
+            return Unit(stages, chunks * link, latency)
+
+        return unit
 
     def costs(self, chunks: int) -> Costs:
         """FLOP of a unit of so many chunks."""
@@ -162,16 +172,19 @@ class _Job:
         want = self.model.keys(*blocks, first=first, last=last)
         weights = sum(value.numel() for name, value in self.model.state_dict().items() if want(name))
         dim, tokens = self.model.spec.hidden_size, self.model.grid(self.size, *self.cells).tokens_per_frame
-        unit_frames = self.size * (self.full if mode == "window" else 1)
+        chunk = self.size * tokens * dim
         text = 2 * self.branches * streams * self.model.spec.text_len * dim * (blocks[1] - blocks[0])
-        kept = 0
-        if mode != "window":
-            temporal = sum(index % 2 for index in range(*blocks))
-            # Mode displaced keeps keys twice: as they are and turned to their place.
-            copies = 3 if mode == "displaced" else 2
-            kept = copies * streams * self.branches * self.full * self.size * tokens * dim * temporal
-        hidden = unit_frames * tokens * dim
-        return BYTES * (weights + text + kept + (ACTIVATION_COPIES + 4) * hidden)
+        whole = ACTIVATION_COPIES * self.full * chunk
+        if mode == "window":
+            return BYTES * (weights + text + whole + MESSAGES * self.full * chunk)
+        temporal = sum(index % 2 for index in range(*blocks))
+        # Mode displaced keeps keys twice: as they are and turned to their place.
+        kept = (3 if mode == "displaced" else 2) * streams * self.branches * self.full * chunk * temporal
+        # For one block at a time, all that a chunk attends to is put together.
+        running = ACTIVATION_COPIES * chunk + 2 * self.full * chunk
+        if mode == "causal":
+            return BYTES * (weights + text + kept + running + MESSAGES * chunk)
+        return BYTES * (weights + text + kept + max(running, whole) + MESSAGES * self.full * chunk)
 
     def draw(self, setup: Setup, cluster: ClusterConfig) -> float:
         """Simulates one replica with its videos in flight and draws the beginning; returns its utilisation."""
@@ -179,17 +192,16 @@ class _Job:
         per_chunk *= 1 if setup.mode == "window" else self.params.window_chunks
         short = replace(self.plan, num_chunks=min(self.plan.num_chunks or 1, max(1, SIMULATED // per_chunk)))
         ends = [sum(setup.layers_per_stage[:i]) for i in range(setup.num_stages + 1)]
-        costs = self.costs(1)
-        seconds = tuple(costs.stage(a, b) / (cluster.tflops * 1e12) for a, b in pairwise(ends))
-        hidden = self.size * self.model.grid(self.size, *self.cells).tokens_per_frame * self.model.spec.hidden_size
+        unit = self.units(list(pairwise(ends)), cluster)
+        one = unit(1)
         machine = Machine(
-            seconds,
-            link_latency_s=cluster.link_latency_ms / 1000,
-            link_chunk_s=BYTES * hidden / (cluster.link_gib_per_s * GIB),
+            tuple(one.stages),
+            link_latency_s=one.latency,
+            link_chunk_s=one.link,
             unit_seconds={
-                (stage, chunks): self.costs(chunks).stage(a, b) / (cluster.tflops * 1e12)
+                (stage, chunks): seconds
                 for chunks in range(1, self.full + 1)
-                for stage, (a, b) in enumerate(pairwise(ends))
+                for stage, seconds in enumerate(unit(chunks).stages)
             },
         )
         streams = setup.streams
@@ -199,32 +211,17 @@ class _Job:
             draw_chart(cluster.chart, setup.num_stages, bars(found)[: DRAWN * setup.num_stages], title)
         return round(found.utilisation, 4)
 
-    def _streams(
-        self, mode: Mode, stages: int, ranges: Sequence[tuple[int, int]], videos: int, cluster: ClusterConfig
-    ) -> int:
-        """Videos in flight that fill the pipeline, as far as there are videos and memory."""
-        per_video = self.branches * (1 if mode == "window" else self.params.window_chunks)
-        needed = math.ceil((self.branches + stages - 1) / per_video)
-        # Another one hides the ends of short videos.
-        wanted = max(1, min(needed if mode == "window" else needed + 1, videos, MAX_VIDEOS_IN_FLIGHT))
-        if stages == 1:
-            wanted = 1
-        while wanted > 1 and max(self.memory(mode, blocks, wanted) for blocks in ranges) > cluster.memory_gib * GIB:
-            wanted -= 1
-        return wanted
+    def _fitting(self, mode: Mode, ranges: Sequence[tuple[int, int]], videos: int, cluster: ClusterConfig) -> int:
+        """Videos in flight that memory holds, at least one; on one device one keeps it busy."""
+        most = 1 if len(ranges) == 1 else min(videos, MAX_VIDEOS_IN_FLIGHT)
+        while most > 1 and max(self.memory(mode, blocks, most) for blocks in ranges) > cluster.memory_gib * GIB:
+            most -= 1
+        return most
 
-    def _units(self, mode: Mode) -> dict[int, int]:
-        """Micro-batches of one branch of a whole video by the chunks they hold."""
-        batches, counts = MicroBatches(self.plan, mode, 0, self.params.displaced), dict[int, int]()
-        for row in self.plan.rows():
-            parts = batches.parts(row.index)
-            held = 1 if len(parts) > 1 or parts[0][0] in row.window else len(row.window)
-            counts[held] = counts.get(held, 0) + len(parts)
-        return counts
-
-    def _flop(self, chunks: int) -> float:
-        costs = self.costs(chunks)
-        return costs.stage(0, len(costs.blocks))
+    def _streams(self, rows: Sequence[Row], unit: Callable[[int], Unit], most: int, videos: int) -> int:
+        """Fewest videos in flight that are about as fast as any number up to ``most``."""
+        seconds = {n: makespan(rows, self.branches, n, videos, unit) for n in range(1, most + 1)}
+        return next(n for n in seconds if seconds[n] <= min(seconds.values()) * WORTH)
 
 
 def _check(cluster: ClusterConfig) -> None:

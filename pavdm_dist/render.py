@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist import planner
-from pavdm_dist.balance import layer_split, units_in_flight, useful_stages
+from pavdm_dist.balance import layer_split, pipeline_utilisation, useful_stages
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.config import PlanConfig, SampleConfig, to_dict
 from pavdm_dist.engine.options import EngineOptions
@@ -126,7 +126,7 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
     split = [(0, blocks)]
     if config.num_stages:
         split = layer_split(checkpoint, params, _options(config))
-    units, stages = units_in_flight(params, config.streams), max(config.num_stages, 1)
+    utilisation = pipeline_utilisation(params, plan, max(config.num_stages, 1), config.streams)
     cluster = config.cluster if isinstance(config, PlanConfig) and config.cluster.devices is not None else None
     return {
         "chunks": chunks,
@@ -141,7 +141,7 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
         "window_latents": (params.window_chunks + params.context_chunks) * size,
         "levels": [round(level, 6) for level in reversed(params.schedule.levels)],
         "layer_split": [list(blocks) for blocks in split],
-        "pipeline_utilisation": round(min(1.0, units / (branches + stages - 1)), 4),
+        "pipeline_utilisation": round(utilisation, 4),
         "useful_stages": useful_stages(params, config.streams),
         "sampling": asdict(params),
         **({} if cluster is None else {"cluster": planner.report(checkpoint, params, plan, cluster)}),

@@ -1,0 +1,72 @@
+"""The closed form of a pipeline's time is what the simulator finds, whatever the mode, length, stages and links."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plans import many
+
+from pavdm_dist.forecast import Unit, makespan, rows_of, work
+from pavdm_dist.schedule import Mode, WindowPlan
+from pavdm_dist.simulate import Machine, simulate
+from pavdm_dist.units import Displaced
+
+NEVER = Displaced(None, exact_growing=False)
+
+
+def both(
+    mode: Mode, chunks: int, branches: int, streams: int, videos: int, machine: Machine, displaced: Displaced | None
+) -> tuple[float, float, float]:
+    """Makespan of the simulator, and makespan and utilisation of the closed form."""
+    plan = WindowPlan(30, 6, 1, 1, num_chunks=chunks)
+    found = simulate([plan] * videos, mode, branches, streams, machine, displaced)
+
+    def unit(held: int) -> Unit:
+        stages = tuple(seconds * held for seconds in machine.stage_seconds)
+        return Unit(stages, machine.link_chunk_s * held, machine.link_latency_s)
+
+    rows = rows_of(plan, mode, displaced)
+    seconds = makespan(rows, branches, streams, videos, unit)
+    busy = work(rows, branches, videos, unit)
+    assert busy == pytest.approx(sum(part.end - part.start for part in found.busy))
+    return found.makespan, seconds, busy / (len(machine.stage_seconds) * seconds)
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 6, 30])
+@pytest.mark.parametrize("stages", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("mode", "displaced"),
+    [("window", None), ("causal", None), ("displaced", Displaced(1)), ("displaced", Displaced()), ("displaced", NEVER)],
+)
+def test_equal_stages(chunks: int, stages: int, mode: Mode, displaced: Displaced | None) -> None:
+    machine = Machine((1.0,) * stages)
+    for branches, streams, videos in ((1, 1, 1), (2, 1, 2), (2, 2, 3), (1, 4, 4)):
+        found, predicted, utilisation = both(mode, chunks, branches, streams, videos, machine, displaced)
+        assert predicted == pytest.approx(found, rel=0.04)
+        assert 0 < utilisation <= 1
+
+
+@given(
+    st.sampled_from(["window", "causal", "displaced"]),
+    st.integers(1, 12),
+    st.lists(st.floats(0.5, 2.0), min_size=1, max_size=5),
+    st.integers(1, 2),
+    st.integers(1, 3),
+    st.floats(0.0, 0.5),
+    st.floats(0.0, 0.3),
+)
+@many(60)
+def test_unequal_stages_and_links(
+    mode: Mode, chunks: int, stages: list[float], branches: int, streams: int, latency: float, link: float
+) -> None:
+    machine = Machine(tuple(stages), link_latency_s=latency, link_chunk_s=link, outstanding=8)
+    found, predicted, _ = both(mode, chunks, branches, streams, streams, machine, Displaced(10))
+    assert predicted == pytest.approx(found, rel=0.12)
+
+
+def test_one_device_is_never_idle() -> None:
+    for mode in ("window", "causal", "displaced"):
+        found, predicted, utilisation = both(mode, 5, 2, 1, 3, Machine((0.3,)), NEVER)  # type: ignore[arg-type]
+        assert predicted == pytest.approx(found)
+        assert utilisation == pytest.approx(1)
