@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.engine.order import ROWS_PER_EPOCH
+from pavdm_dist.engine.order import check_adaptive
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.schedule import End, Mode, NoiseSchedule, Start, WindowPlan, time_shift_ratio
 from pavdm_dist.stream import Conditioning, Stream
-from pavdm_dist.units import Displaced
+from pavdm_dist.units import Displaced, MicroBatches
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,7 @@ class SamplingParams:
             name = next(f.name for f in fields(Displaced) if getattr(displaced, f.name) != getattr(Displaced(), f.name))
             value = getattr(displaced, name)
             raise ConfigError(f"displaced.{name}={value}: mode={params.mode} does not read it; set mode=displaced")
-        if displaced.adaptive is not None and params.plan(None).steps_per_shift < ROWS_PER_EPOCH - 1:
-            # A decision must be there before the epoch in which it takes effect is sealed.
-            raise ConfigError(
-                f"displaced.adaptive={displaced.adaptive}: needs at least {ROWS_PER_EPOCH - 1} steps per shift, and"
-                f" num_inference_steps={params.num_inference_steps} over window_chunks={params.window_chunks} are fewer"
-            )
+        check_adaptive(MicroBatches(params.plan(None), params.mode, 0, displaced))
         if params.mode == "causal":
             _check_causal(params, checkpoint, allow_untrained_causal)
         checkpoint.codec_spec.latent_size(params.height, params.width)

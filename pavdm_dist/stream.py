@@ -112,7 +112,8 @@ class Stream:
     @property
     def batches(self) -> MicroBatches:
         """How its rows are cut into micro-batches."""
-        return MicroBatches(self.plan, self.mode, self.first_row, self.displaced)
+        exact = frozenset[int]() if self.snapshot is None else self.snapshot.exact_rows
+        return MicroBatches(self.plan, self.mode, self.first_row, self.displaced, exact)
 
     def noise(self, index: int, device: torch.device | str = "cpu") -> Tensor:
         """Noise ``[C, c, h, w]`` that chunk ``index`` is born from."""

@@ -21,7 +21,8 @@ class Displaced:
     stream's first row is always exact.
 
     Attributes:
-        resync_every_steps: rows whose index it divides are exact; 1 = all, None = none.
+        resync_every_steps: rows whose index it divides are exact; 1 = all, None = none. A run can be restored where a
+            shift begins with an exact row, so a multiple of the steps per shift gives most such places.
         exact_steps: so many rows at the start of the video are exact.
         exact_growing: rows are exact while the window grows.
         exact_draining: rows are exact while it drains.
@@ -122,6 +123,17 @@ class MicroBatches:
         if not self.adaptive or n % self.plan.steps_per_shift or row < self.first_row:
             return None
         return row
+
+    def durable(self, n: int) -> bool:
+        """Whether a run that is restored before row ``n`` goes on bit for bit, from the latents alone.
+
+        In mode displaced only where row ``n`` reads nothing that earlier ones left.
+        """
+        return self.mode != "displaced" or n == self.plan.num_rows or self._is_exact(n)
+
+    def exact_from(self, n: int) -> frozenset[int]:
+        """Rows from ``n`` on that adaptive re-sync has made exact so far."""
+        return frozenset(row for row in self.exact_rows if row >= n)
 
     def _is_exact(self, n: int) -> bool:
         return n in self.exact_rows or self.displaced.is_exact(self.plan, n, self.first_row)

@@ -40,10 +40,17 @@ class CleanChunk:
 
 @dataclass(frozen=True)
 class WindowSnapshot:
-    """All that is needed to go on: the next row and the latents (noisy and context) by chunk index."""
+    """All that is needed to go on.
+
+    Attributes:
+        row: the next one.
+        latents: noisy ones and context, by chunk index.
+        exact_rows: of mode displaced, rows from ``row`` on that adaptive re-sync has already made exact.
+    """
 
     row: int
     latents: dict[int, Tensor]
+    exact_rows: frozenset[int] = frozenset()
 
 
 class Window:

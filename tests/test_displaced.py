@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import reference_chunks, tiny_model, tiny_stream
+from helpers import TINY, reference_chunks, tiny_model, tiny_stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import legal_plans, many
@@ -118,7 +118,7 @@ def test_a_newborn_chunk_is_unseen_by_cleaner_ones_for_one_row() -> None:
 
 def test_a_chunk_that_sees_no_stale_one_is_exact() -> None:
     """The noisiest chunk reads fresh keys of all others: with one block that mixes frames it is exact."""
-    (stream, row, x), model = frozen(), tiny_model()
+    (stream, row, x), model = frozen(), tiny_model(config=replace(TINY, depth=1))
     with torch.inference_mode():
         (memory,) = memories_of(stream, model.spec)
         run_parts(model, stream, row, [(WHOLE, False)], memory, x + 1)
@@ -127,7 +127,8 @@ def test_a_chunk_that_sees_no_stale_one_is_exact() -> None:
         stale = run_parts(model, stream, row, chunks, memory, x)
     size = stream.plan.latent_chunk_size
     per_chunk = [distance(stale[:, :, i : i + size], reference[:, :, i : i + size]) for i in range(0, x.shape[2], size)]
-    assert per_chunk[-1] < per_chunk[0]
+    assert per_chunk[-1] < 1e-5
+    assert min(per_chunk[:-1]) > 1e-3
 
 
 ADAPTIVE = Displaced(None, exact_growing=False, adaptive=0.2)

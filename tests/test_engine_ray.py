@@ -22,6 +22,7 @@ from pavdm_dist.sampler import sample
 from pavdm_dist.schedule import Mode, PlanRow
 from pavdm_dist.stream import Stream
 from pavdm_dist.units import WHOLE, Displaced
+from pavdm_dist.window import WindowSnapshot
 
 pytestmark = pytest.mark.timeout(120)
 BLOCKS = 4
@@ -64,7 +65,9 @@ def test_actors_equal_the_sampler(ray_cluster: None, folder: Path, num_stages: i
         assert [c.index for c in chunks[stream.id]] == [c.index for c in expected]
         for clean, reference in zip(chunks[stream.id], expected, strict=True):
             assert torch.equal(clean.latents, reference.latents)
-        assert len(snapshots[stream.id]) == stream.plan.num_chunks
+        ends = [row.index + 1 for row in stream.plan.rows() if row.emit is not None]
+        exact = [row for row in ends if row == stream.plan.num_rows or row % 7 == 0]
+        assert [snapshot.row for snapshot in snapshots[stream.id]] == (exact if mode == "displaced" else ends)
     units = sum(stream.branches * len(_frames(stream, row)) for stream in streams for row in stream.plan.rows())
     orders = [[span.unit for span in report.trace] for report in reports]
     assert all(order == orders[0] for order in orders) and len(orders[0]) == units
@@ -96,27 +99,51 @@ def _check_bytes(streams: list, reports: list, num_stages: int) -> None:
     assert [report.bytes_feedback for report in reports] == [0] * (num_stages - 1) + [back]
 
 
-@pytest.mark.parametrize("mode", ["window", "causal", "displaced"])
+@pytest.mark.parametrize("mode", ["window", "causal"])
 def test_snapshot_goes_on_bitwise(ray_cluster: None, folder: Path, mode: Mode) -> None:
-    # Mode displaced goes on bit for bit only just before an exact step, as row 8 is here.
-    stream = tiny_stream(0, seed=5, mode=mode, displaced=Displaced(8, exact_growing=False))
-    snapshots = []
+    stream = tiny_stream(0, seed=5, mode=mode)
+    _check_every_snapshot(folder, stream, expected=[6, 8, 10, 12])
+
+
+def test_displaced_goes_on_bitwise_from_every_exact_row(ray_cluster: None, folder: Path) -> None:
+    displaced = Displaced(5, exact_growing=False, exact_draining=False)
+    stream = tiny_stream(0, seed=5, mode="displaced", displaced=displaced, num_chunks=8)
+    # Shifts end every two rows from row 6 on; of these, rows 10 and 20 are exact, and the video ends at 20.
+    _check_every_snapshot(folder, stream, expected=[10, 20])
+
+
+def test_adaptive_goes_on_bitwise_with_what_was_decided(ray_cluster: None, folder: Path) -> None:
+    adaptive = Displaced(None, exact_growing=False, adaptive=0.2)
+    stream = tiny_stream(0, num_chunks=8, num_inference_steps=9, mode="displaced", displaced=adaptive)
+    snapshots = _check_every_snapshot(folder, stream)
+    assert any(len(snapshot.exact_rows) > 1 for snapshot in snapshots), "a decision about the shift after the next"
+
+
+def _check_every_snapshot(folder: Path, stream: Stream, expected: list[int] | None = None) -> list[WindowSnapshot]:
+    snapshots: list[WindowSnapshot] = []
     with RayEngine(str(folder), _cut(2), EngineOptions(2)) as engine:
         whole = [f.clean for f in engine.run([stream], on_snapshot=lambda _, snap: snapshots.append(snap))]
-        rest = [f.clean for f in engine.run([replace(stream, id=1, snapshot=snapshots[1])])]
-    assert snapshots[1].row == 8
-    assert [c.index for c in rest] == [2, 3]
-    for again, before in zip(rest, whole[2:], strict=True):
-        assert torch.equal(again.latents, before.latents)
+        rows, exact = [snapshot.row for snapshot in snapshots], engine.exact_rows(0)
+        assert rows == expected or (expected is None and set(rows[:-1]) == {r for r in exact if r >= 9})
+        assert rows[-1] == stream.plan.num_rows
+        for snapshot in snapshots[:-1]:
+            rest = [f.clean for f in engine.run([replace(stream, id=1, snapshot=snapshot)])]
+            assert rest[-1].index == whole[-1].index
+            assert engine.exact_rows(1) == tuple(row for row in exact if row >= snapshot.row)
+            for again, before in zip(rest, whole[-len(rest) :], strict=True):
+                assert torch.equal(again.latents, before.latents)
+    return snapshots
 
 
-@pytest.mark.parametrize("num_stages", [1, 3])
-def test_adaptive_resync_is_the_samplers(ray_cluster: None, folder: Path, num_stages: int) -> None:
+@pytest.mark.parametrize(("num_stages", "steps"), [(1, 6), (2, 6), (3, 9)])
+def test_adaptive_resync_is_the_samplers(ray_cluster: None, folder: Path, num_stages: int, steps: int) -> None:
     adaptive = Displaced(None, exact_growing=False, adaptive=0.2)
-    plan = {"num_inference_steps": 9, "mode": "displaced", "displaced": adaptive}
+    plan = {"num_inference_steps": steps, "mode": "displaced", "displaced": adaptive}
     streams = [tiny_stream(i, seed=i, num_chunks=8 + i, **plan) for i in range(3)]
     chunks: dict[int, list] = {stream.id: [] for stream in streams}
     with RayEngine(str(folder), _cut(num_stages), EngineOptions(num_stages)) as engine:
+        with pytest.raises(ConfigError, match=r"adaptive=0.2: needs at least 2 steps per shift"):
+            next(engine.run([replace(streams[0], plan=replace(streams[0].plan, num_inference_steps=3))]))
         for finished in engine.run(streams, 2):
             chunks[finished.stream].append(finished.clean)
         rows = [engine.exact_rows(stream.id) for stream in streams]

@@ -103,8 +103,11 @@ def test_displaced_needs_no_training_and_its_knobs_no_other_mode(
     sampling = read_sidecar(tmp_path / "2.mp4")["extra"]["sampling"]
     assert (sampling["mode"], sampling["displaced"]["resync_every_steps"]) == ("displaced", 25)
     settings |= {"num_frames": 60, "displaced": DisplacedConfig(None, exact_growing=False, adaptive=1e-6)}
-    with pytest.raises(ConfigError, match=r"displaced.adaptive=1e-06: needs at least 3 steps per shift"):
-        _render(model, tmp_path / "refused.mp4", **settings)
+    with pytest.raises(
+        ConfigError,
+        match=r"displaced.adaptive=1e-06: needs at least 2 steps per shift, .* use num_inference_steps=6 or more",
+    ):
+        _render(model, tmp_path / "refused.mp4", num_inference_steps=3, **settings)
     for stages in (0, 2):
         _render(model, tmp_path / f"adaptive{stages}.mp4", num_stages=stages, num_inference_steps=9, **settings)
         assert read_sidecar(tmp_path / f"adaptive{stages}.mp4")["extra"]["resyncs"][:3] == [6, 9, 12]

@@ -31,11 +31,12 @@ class LocalEngine:
             stream = next(waiting, None)
             if stream is None:
                 return None
+            join = join_of(stream, epoch)
             for stage in self._stages:
                 stage.prepare(stream)
             batches[stream.id] = stream.batches
             exact.pop(stream.id, None)
-            return join_of(stream, epoch)
+            return join
 
         for units in epochs(enter, streams_in_flight, exact):
             for unit in units:

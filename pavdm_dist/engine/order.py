@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from pavdm_dist.errors import ConfigError
 from pavdm_dist.stream import Stream
 from pavdm_dist.units import WHOLE, MicroBatches
 
@@ -33,6 +34,10 @@ class Join:
     end_row: int
     branches: int
     batches: MicroBatches | None = None
+
+    def row_at(self, epoch: int) -> int:
+        """The stream's row that is the first one of ``epoch``; past ``end_row`` once it has left."""
+        return self.first_row + (epoch - self.epoch) * ROWS_PER_EPOCH
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def epoch_units(log: Sequence[Join], epoch: int, first_order: int) -> list[Unit]
 def _slots(log: Sequence[Join], epoch: int) -> Iterator[tuple[Join, int, _Part, int]]:
     for tick in range(ROWS_PER_EPOCH):
         for join in log:
-            row = join.first_row + (epoch - join.epoch) * ROWS_PER_EPOCH + tick
+            row = join.row_at(epoch) + tick
             if join.epoch <= epoch and row < join.end_row:
                 for part in _parts(join, row):
                     for branch in range(join.branches):
@@ -146,7 +151,7 @@ def undecided(log: Sequence[Join], epoch: int, reported: Mapping[int, int]) -> b
     for join in log:
         if join.batches is None or not join.batches.adaptive:
             continue
-        first = join.first_row + (epoch - join.epoch) * ROWS_PER_EPOCH
+        first = join.row_at(epoch)
         for row in range(first, min(first + ROWS_PER_EPOCH, join.end_row)):
             needed = join.batches.decided_by(row)
             if needed is not None and reported.get(join.stream, -1) < needed:
@@ -181,9 +186,29 @@ def epochs(
 
 def is_active(join: Join, epoch: int) -> bool:
     """Whether a stream still has units in ``epoch``."""
-    return join.first_row + (epoch - join.epoch) * ROWS_PER_EPOCH < join.end_row
+    return join.row_at(epoch) < join.end_row
+
+
+def check_adaptive(batches: MicroBatches) -> None:
+    """Refuses adaptive re-sync where a row's report would be awaited within the row's own epoch, forever.
+
+    Raises:
+        ConfigError: too few steps per shift.
+    """
+    plan, least = batches.plan, ROWS_PER_EPOCH // 2
+    if batches.adaptive and plan.steps_per_shift < least:
+        raise ConfigError(
+            f"displaced.adaptive={batches.displaced.adaptive}: needs at least {least} steps per shift, and"
+            f" num_inference_steps={plan.num_inference_steps} over window_chunks={plan.window_chunks} are"
+            f" {plan.steps_per_shift}; use num_inference_steps={least * plan.window_chunks} or more, or adaptive=null"
+        )
 
 
 def join_of(stream: Stream, epoch: int) -> Join:
-    """A stream's entry at the first row of ``epoch``."""
+    """A stream's entry at the first row of ``epoch``.
+
+    Raises:
+        ConfigError: see :func:`check_adaptive`.
+    """
+    check_adaptive(stream.batches)
     return Join(stream.id, epoch, stream.first_row, stream.plan.num_rows, stream.branches, stream.batches)

@@ -10,7 +10,7 @@ import logging
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ class RayEngine:
         self._epoch = 0
         self._exhausted = False
         self._last_chunk: dict[int, int] = {}
-        # Of adaptive streams: how their rows are cut so far, and the last row whose report is there.
+        # How streams' rows are cut so far, and of adaptive ones the last row whose report is there.
         self._batches: dict[int, MicroBatches] = {}
         self._reported: dict[int, int] = {}
         self._owns_ray = connect(options)
@@ -102,7 +102,8 @@ class RayEngine:
         Args:
             streams: taken one by one as places become free.
             streams_in_flight: videos in the pipeline at a time.
-            on_snapshot: called with (stream id, snapshot) at every shift.
+            on_snapshot: called with (stream id, snapshot) at every shift from which a run can go on bit for bit: in
+                mode displaced, those that begin with an exact row.
 
         Raises:
             EngineError: an actor died or a link timed out; the gang is torn down.
@@ -145,8 +146,9 @@ class RayEngine:
                             self._report(*event)
                             continue
                         stream_id, index, latents, snapshot = event
-                        if on_snapshot is not None:
-                            on_snapshot(stream_id, snapshot)
+                        batches = self._batches[stream_id]
+                        if on_snapshot is not None and batches.durable(snapshot.row):
+                            on_snapshot(stream_id, replace(snapshot, exact_rows=batches.exact_from(snapshot.row)))
                         clean = CleanChunk(index, latents)
                         if self.decoder is None:
                             yield Finished(stream_id, clean, None)
@@ -170,17 +172,16 @@ class RayEngine:
             if stream is None:
                 self._exhausted = True
                 break
+            join = join_of(stream, self._epoch)
             calls = [actor.prepare.remote(stream) for actor in self._actors]
             if self.decoder is not None:
                 calls.append(self.decoder.open.remote(stream.id, stream.warm))
                 assert stream.plan.num_chunks is not None
                 self._last_chunk[stream.id] = stream.plan.num_chunks - 1
             self._call(calls)
-            joins.append(join_of(stream, self._epoch))
-            self._reported.pop(stream.id, None)
-            self._batches.pop(stream.id, None)  # an earlier run's stream may have had this number
-            if stream.batches.adaptive:
-                self._batches[stream.id] = stream.batches
+            joins.append(join)
+            self._reported.pop(stream.id, None)  # an earlier run's stream may have had this number
+            self._batches[stream.id] = stream.batches
         return joins
 
     def _report(self, stream: int, row: int, change: float) -> None:
@@ -194,7 +195,12 @@ class RayEngine:
 
     def _seal(self, active: list[Join]) -> None:
         joins = [join for join in active if join.epoch == self._epoch]
-        exact = {join.stream: self._batches[join.stream].exact_rows for join in active if join.stream in self._batches}
+        # The row before this epoch's first one says which latents are on their way back.
+        exact = {
+            join.stream: self._batches[join.stream].exact_from(join.row_at(self._epoch) - 1)
+            for join in active
+            if self._batches[join.stream].adaptive
+        }
         for actor in self._actors:
             actor.seal.remote(self._epoch, joins, exact)
         self._epoch += 1

@@ -29,7 +29,8 @@ class RowDone:
     Attributes:
         latents: its input at the next row, ``[1, C, F, h, w]`` float32; None where there is none.
         clean: after a row's last micro-batch, the chunk that became clean, if any.
-        snapshot: state after the row, taken whenever a chunk became clean (a shift).
+        snapshot: state after the row, taken whenever a chunk became clean (a shift); the driver, which knows what
+            adaptive re-sync has decided, completes it.
         change: after a shift of an adaptive stream, by how much its keys changed.
     """
 
