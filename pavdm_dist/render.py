@@ -66,6 +66,10 @@ def render_command(config: SampleConfig, overwrite: bool, progress: Callable[...
             raise ConfigError(f"output={output}: its sidecar {sidecar_path(output)} exists; pass --overwrite")
         if config.save_latents and not overwrite and exists(_latents_path(output)):
             raise ConfigError(f"output={output}: its latents {_latents_path(output)} exist; pass --overwrite")
+    if config.trace is not None:
+        check_output(config.trace, overwrite, field="trace")
+        if any(str(config.trace) in (sidecar_path(output), output) for output in outputs):
+            raise ConfigError(f"trace={config.trace}: is the name of a video's sidecar; choose another")
     writers: dict[int, _VideoWriter] = {}
     identity = weights_identity(pipeline.checkpoint.folder)
     bar = progress(requests[0].num_frames, params.fps, len(requests))

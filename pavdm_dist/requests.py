@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
@@ -14,7 +14,7 @@ from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.schedule import End, Mode, NoiseSchedule, Start, WindowPlan, time_shift_ratio
 from pavdm_dist.stream import Conditioning, Stream
-from pavdm_dist.units import Displaced, MicroBatches
+from pavdm_dist.units import Displaced, MicroBatches, check_displaced
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,7 @@ class SamplingParams:
         if not isinstance(displaced, Displaced):
             raise ConfigError(f"displaced={displaced!r}: must be a pavdm_dist.units.Displaced")
         params = cls(time_shift=shift, displaced=displaced, **values)
-        if params.mode != "displaced" and displaced != Displaced():
-            name = next(f.name for f in fields(Displaced) if getattr(displaced, f.name) != getattr(Displaced(), f.name))
-            value = getattr(displaced, name)
-            raise ConfigError(f"displaced.{name}={value}: mode={params.mode} does not read it; set mode=displaced")
+        check_displaced(params.mode, displaced)
         check_adaptive(MicroBatches(params.plan(None), params.mode, 0, displaced))
         if params.mode == "causal":
             _check_causal(params, checkpoint, allow_untrained_causal)

@@ -7,7 +7,7 @@ pipeline scheduling; with given stage times it shows what unequal stages, links 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from pavdm_dist.chart import Bar, draw_chart
@@ -16,7 +16,7 @@ from pavdm_dist.engine.order import Join, Unit, epochs
 from pavdm_dist.engine.trace import read_trace
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.schedule import Mode, WindowPlan
-from pavdm_dist.units import WHOLE, Displaced, MicroBatches
+from pavdm_dist.units import WHOLE, Displaced, MicroBatches, check_displaced
 
 Key = tuple[int, int, int]
 MAX_STAGES = 64
@@ -158,6 +158,10 @@ def simulate_report(config: SimulateConfig) -> dict[str, Any]:
     if config.chart is not None and not config.chart.endswith(".png"):
         raise ConfigError(f"chart={config.chart}: must end in .png")
     if config.trace is not None:
+        for setting in fields(SimulateConfig):
+            value = getattr(config, setting.name)
+            if setting.name not in ("trace", "chart") and value != getattr(SimulateConfig(), setting.name):
+                raise ConfigError(f"{setting.name}={value}: a trace says what was; give it chart=FILE.png or nothing")
         result = of_trace(config.trace)
         return {"trace": config.trace, **_report(result, config.chart)}
     stages = config.num_stages
@@ -170,8 +174,15 @@ def simulate_report(config: SimulateConfig) -> dict[str, Any]:
     )
     videos = config.streams if config.videos is None else config.videos
     displaced = Displaced(**asdict(config.displaced))
+    check_displaced(config.mode, displaced)
+    if displaced.adaptive is not None:
+        raise ConfigError(
+            f"displaced.adaptive={displaced.adaptive}: depends on what the model computes; give"
+            " displaced.resync_every_steps as often as you expect it"
+        )
     result = simulate([plan] * videos, config.mode, config.branches, config.streams, machine, displaced)
-    return {"mode": config.mode, "videos": videos, **_report(result, config.chart)}
+    settings = {"mode": config.mode, "context": config.context, "unit_cost": config.unit_cost, "videos": videos}
+    return {**settings, **_report(result, config.chart)}
 
 
 def of_trace(path: str) -> Result:
@@ -184,6 +195,8 @@ def of_trace(path: str) -> Result:
     found = [Busy(stage, span.unit, span.start, span.end) for stage, spans in enumerate(stages) for span in spans]
     if not found:
         raise ConfigError(f"trace={path}: holds no units")
+    if len({len(spans) for spans in stages}) > 1 or max(p.end for p in found) == min(p.start for p in found):
+        raise ConfigError(f"trace={path}: is damaged (stages of different units, or no time at all)")
     begin = min(part.start for part in found)
     busy = sorted((replace(p, start=p.start - begin, end=p.end - begin) for p in found), key=lambda part: part.end)
     return Result(len(stages), busy[-1].end, None, busy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from pavdm_dist.errors import ConfigError
@@ -60,6 +60,18 @@ class Displaced:
         chunks = plan.row(n).chunks
         partial = len(chunks) < plan.window_chunks
         return partial and (self.exact_growing if chunks[0] == 0 else self.exact_draining)
+
+
+def check_displaced(mode: Mode, displaced: Displaced) -> None:
+    """Refuses settings of mode displaced that another mode would not read.
+
+    Raises:
+        ConfigError: naming the first of them.
+    """
+    for setting in fields(Displaced) if mode != "displaced" else ():
+        value = getattr(displaced, setting.name)
+        if value != getattr(Displaced(), setting.name):
+            raise ConfigError(f"displaced.{setting.name}={value}: mode={mode} does not read it; set mode=displaced")
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,10 @@ def _check_stages(config: SampleConfig) -> None:
     split = config.layers_per_stage
     if config.trace is not None and not config.num_stages:
         raise ConfigError(f"trace={config.trace}: there are no stages to trace with num_stages=0")
+    if config.trace is not None and not config.trace.endswith(".json"):
+        raise ConfigError(f"trace={config.trace}: must end in .json")
+    if config.balance == "measured" and not config.num_stages:
+        raise ConfigError("balance=measured: there is nothing to balance with num_stages=0")
     if split is None:
         return
     if config.num_stages and len(split) != config.num_stages:

@@ -119,6 +119,13 @@ def test_a_traced_run_can_be_drawn_and_is_the_order(ray_cluster: None, model: Pa
     settings = {"num_frames": 23, "mode": "displaced"}
     with pytest.raises(ConfigError, match=r"trace=.*: there are no stages to trace with num_stages=0"):
         validate_sample(SampleConfig(prompt="a three", trace=str(file)))
+    with pytest.raises(ConfigError, match=r"trace=.*a.txt: must end in .json"):
+        validate_sample(SampleConfig(prompt="a three", num_stages=1, trace="a.txt"))
+    file.write_text("mine")
+    for name, sentence in ((file, "exists"), (tmp_path / "a.json", "is the name of a video's sidecar")):
+        with pytest.raises(ConfigError, match=f"trace={name}.*{sentence}"):
+            _render(model, tmp_path / "a.mp4", num_stages=2, trace=str(name), **settings)
+    file.unlink()
     _render(model, tmp_path / "a.mp4", num_stages=2, trace=str(file), **settings)
     found = of_trace(str(file))
     params = PAVDMPipeline.from_pretrained(model).params(mode="displaced")

@@ -159,14 +159,33 @@ def test_displaced_without_exact_rows_costs_what_causal_does() -> None:
     assert by_resync[-1] == simulate([one], "window", 2, 1, machine).makespan
 
 
+def traced(span: str, more: str = "") -> str:
+    return '{"version": 1, "stages": [[' + span + "]" + more + "]}"
+
+
+SPAN = (
+    '{"unit": {"order": 0, "stream": 0, "row": 3, "branch": 0, "opens": true, "closes": true, "fed": [],'
+    ' "feeds": false, "ends_stream": true}, "ready": 0, "start": 1, "end": 2}'
+)
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
         (None, "No such file or directory"),
         ("{", "is no JSON"),
-        ("[]", "is of version None, this package reads version 1"),
+        ("[]", "is no trace; pavdm sample"),
+        ('{"version": "1"}', "is no trace; pavdm sample"),
         ('{"version": 7, "stages": []}', "is of version 7, this package reads version 1"),
         ('{"version": 1, "stages": [[{"unit": {}}]]}', "is damaged"),
+        (traced(SPAN.replace('"end": 2', '"end": 0.5')), "is damaged (times 0, 1, 0.5)"),
+        (traced(SPAN.replace('"end": 2', '"end": "2"')), "is damaged"),
+        (traced(SPAN.replace('"end": 2', '"end": NaN')), "is damaged"),
+        (traced(SPAN.replace('"row": 3', '"row": "x"')), "is damaged (row='x' of a unit)"),
+        (traced(SPAN.replace('"fed": []', '"fed": ["x"]')), "is damaged"),
+        (traced(SPAN.replace('"end": 2', '"end": 1')), "is damaged (stages of"),
+        (traced(SPAN, ", []"), "is damaged (stages of"),
+        ('{"version": 1, "stages": 3}', "is damaged"),
         ('{"version": 1, "stages": [[]]}', "holds no units"),
     ],
 )
@@ -190,7 +209,7 @@ def test_the_command_prints_one_object_and_draws(tmp_path: Path, capsys: pytest.
     words = ["mode=causal", "num_stages=8", "num_inference_steps=30", "window_chunks=6", "chunks=84", "branches=1"]
     assert main(["simulate", "--json", *words, "streams=1", "unit_cost=true", "context=false"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["makespan"] == 3643
+    assert found["makespan"] == 3643 and found["unit_cost"] and not found["context"]
     assert found["utilisation"] == pytest.approx(84 * 30 / 3643)
     chart = tmp_path / "chart.png"
     assert main(["simulate", "mode=causal", "num_stages=3", "chunks=4", f"chart={chart}"]) == 0
@@ -212,6 +231,9 @@ def test_the_command_prints_one_object_and_draws(tmp_path: Path, capsys: pytest.
         (["streams=0"], "streams=0"),
         (["chart=picture.jpg"], "chart=picture.jpg: must end in .png"),
         (["window_chunks=7"], "window_chunks=7 does not divide"),
+        (["mode=causal", "displaced.exact_steps=3"], "displaced.exact_steps=3: mode=causal does not read it"),
+        (["mode=displaced", "displaced.adaptive=0.1"], "displaced.adaptive=0.1: depends on what the model computes"),
+        (["trace=a.json", "chunks=3"], "chunks=3: a trace says what was"),
     ],
 )
 def test_bad_settings_are_one_sentence(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

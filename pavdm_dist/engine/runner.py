@@ -91,8 +91,12 @@ class Span:
 
 @dataclass
 class RunReport:
-    """What a stage did: units, bytes handed to links, and the trace when it was asked for."""
+    """What a stage did: units, bytes handed to links, and the trace when it was asked for.
 
+    ``clock`` added to a span's times makes them seconds of the time of day, comparable between machines.
+    """
+
+    clock: float
     units: int = 0
     bytes_forward: int = 0
     bytes_feedback: int = 0
@@ -135,7 +139,7 @@ class StageRunner:
 
     def run(self) -> RunReport:
         """Blocks until the feed stops; raises what the stage or a link raises."""
-        report, epoch = RunReport(), 0
+        report, epoch = RunReport(time.time() - time.monotonic()), 0
         while self._refill():
             unit = self._pending.popleft()
             ready = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,28 +11,39 @@ from typing import Any
 
 from pavdm_dist.engine.order import Unit
 from pavdm_dist.engine.runner import RunReport, Span
-from pavdm_dist.errors import ConfigError
+from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.io.storage import atomic_write
 
 # Raised whenever what a file holds changes its meaning.
 VERSION = 1
 
 
 def write_trace(path: str | Path, reports: Sequence[RunReport]) -> None:
-    """Writes the spans of all stages; times are seconds from the first span on."""
-    zero = min((span.ready for report in reports for span in report.trace), default=0.0)
+    """Writes the spans of all stages, all or nothing; times are seconds from the first span on.
+
+    Stages on several machines are comparable as far as these agree on the time of day.
+
+    Raises:
+        MediaError: it cannot be written.
+    """
+    zero = min((report.clock + span.ready for report in reports for span in report.trace), default=0.0)
     stages = [
         [
             {
                 "unit": asdict(span.unit),
-                "ready": round(span.ready - zero, 6),
-                "start": round(span.start - zero, 6),
-                "end": round(span.end - zero, 6),
+                "ready": round(report.clock + span.ready - zero, 6),
+                "start": round(report.clock + span.start - zero, 6),
+                "end": round(report.clock + span.end - zero, 6),
             }
             for span in report.trace
         ]
         for report in reports
     ]
-    Path(path).write_text(json.dumps({"version": VERSION, "stages": stages}))
+    try:
+        with atomic_write(path, "w") as file:
+            json.dump({"version": VERSION, "stages": stages}, file)
+    except OSError as error:
+        raise MediaError(f"trace={path}: cannot be written ({error.strerror}); the videos are complete") from error
 
 
 def read_trace(path: str | Path) -> list[list[Span]]:
@@ -46,14 +58,21 @@ def read_trace(path: str | Path) -> list[list[Span]]:
         raise ConfigError(f"trace={path}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"trace={path}: is no JSON") from error
-    found = content.get("version") if isinstance(content, dict) else None
-    if found != VERSION:
-        raise ConfigError(f"trace={path}: is of version {found}, this package reads version {VERSION}")
+    if not isinstance(content, dict) or not {"version", "stages"} <= set(content):
+        raise ConfigError(f"trace={path}: is no trace; pavdm sample ... num_stages=2 trace=FILE writes one")
+    if content["version"] != VERSION:
+        raise ConfigError(f"trace={path}: is of version {content['version']}, this package reads version {VERSION}")
     try:
         return [[_span(**entry) for entry in spans] for spans in content["stages"]]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"trace={path}: is damaged ({error})") from error
 
 
 def _span(unit: dict[str, Any], ready: float, start: float, end: float) -> Span:
-    return Span(Unit(**{**unit, "fed": tuple(unit["fed"])}), ready, start, end)
+    read = Unit(**{**unit, "fed": tuple(int(chunk) for chunk in unit["fed"])})
+    for name in ("order", "stream", "row", "branch", "chunk"):
+        if not isinstance(getattr(read, name), int):
+            raise ValueError(f"{name}={getattr(read, name)!r} of a unit")
+    if not 0 <= ready <= start <= end < math.inf:
+        raise ValueError(f"times {ready}, {start}, {end}")
+    return Span(read, float(ready), float(start), float(end))

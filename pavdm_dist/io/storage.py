@@ -117,23 +117,28 @@ def commit(staged: Path, path: str | Path) -> None:
     _fsync(Path(path).parent)
 
 
-def check_output(path: str | Path, overwrite: bool = False) -> None:
+def check_output(path: str | Path, overwrite: bool = False, field: str = "output") -> None:
     """Refuses an output that would be lost or can't be written, before any work is done.
 
     Looks at the file, its sidecar and the segments of an interrupted run. Changes nothing.
+
+    Args:
+        path: of the file.
+        overwrite: it may be replaced.
+        field: the setting that names it.
 
     Raises:
         ConfigError: something is there and ``overwrite`` is false; a folder of that name; no right to write.
     """
     if not is_remote(path):
-        _check_local(Path(path))
+        _check_local(Path(path), field)
     if overwrite:
         return
     if exists(path):
-        raise ConfigError(f"output={path} exists; choose another name or pass --overwrite")
+        raise ConfigError(f"{field}={path} exists; choose another name or pass --overwrite")
     if list_names(parts_folder(path)):
         raise ConfigError(
-            f"output={path}: {parts_folder(path)} holds the segments of an interrupted run; "
+            f"{field}={path}: {parts_folder(path)} holds the segments of an interrupted run; "
             "choose another name or pass --overwrite"
         )
 
@@ -152,16 +157,16 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _check_local(path: Path) -> None:
+def _check_local(path: Path, field: str) -> None:
     if path.is_dir():
-        raise ConfigError(f"output={path} is a folder; name a file in it, such as {path / 'video.mp4'}")
+        raise ConfigError(f"{field}={path} is a folder; name a file in it")
     folder = path.absolute().parent
     while not os.path.lexists(folder):
         folder = folder.parent
     if not folder.is_dir():
-        raise ConfigError(f"output={path}: {folder} is a file, not a folder")
+        raise ConfigError(f"{field}={path}: {folder} is a file, not a folder")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"output={path}: no right to write in {folder}")
+        raise ConfigError(f"{field}={path}: no right to write in {folder}")
 
 
 def _filesystem(path: str | Path) -> tuple[Any, str]:
