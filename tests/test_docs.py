@@ -1,0 +1,25 @@
+"""What the documents point at is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted(
+    [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("cluster/**/*.md")]
+)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_files_are_there(document: Path) -> None:
+    text = document.read_text()
+    assert "@@" not in text, "a figure that was to be filled in"
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        assert target.startswith("http") or (document.parent / target).exists(), target
+    for name in re.findall(
+        r"(?<![\w/.-])(?:docs|configs|benchmarks|cluster|tests)/[\w./-]*\w\.(?:md|yaml|py|png|sh)", text
+    ):
+        assert (ROOT / name).exists(), name
