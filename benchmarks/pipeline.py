@@ -6,7 +6,7 @@ For two stages, latents only, with guidance: 1 and 2 videos in mode window, 1 in
 
 * busy time over (P x makespan) against the closed form min(1, M B / (M + P - 1)), M W for M where units are chunks,
   and against the simulator with equal unit costs, which knows the ends;
-* makespan against the simulator with this run's own median unit costs, on one stage and on two;
+* makespan against the simulator with this run's own mean unit costs, on one stage and on two;
 * waiting on links beyond the simulator's idle time, and control cost (from a unit's end to asking for the next input);
 * wall-clock speed-up over one stage actor, beside what two independent one-stage engines reach together in the same
   round (the machine's own ceiling); bytes per hop against the formula.

@@ -43,9 +43,10 @@ def pipeline_utilisation(params: SamplingParams, plan: WindowPlan, stages: int, 
 
 
 def layer_split(checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions) -> list[tuple[int, int]]:
-    """Half-block range of each stage for a run's full window; reads shapes only, no weights.
+    """Half-block range of each stage for a run's full window; reads shapes only, no weights of the backbone.
 
-    A decoder without CPUs of its own shares the last stage's, so its cost counts there.
+    With ``balance=measured`` some seconds are spent on timing a block with random weights, and the codec, where that
+    has not been done before. A decoder without CPUs of its own shares the last stage's, so its cost counts there.
 
     Raises:
         ConfigError: more stages than half-blocks, or ``layers_per_stage`` that does not add up.
@@ -64,8 +65,9 @@ def layer_split(checkpoint: Checkpoint, params: SamplingParams, options: EngineO
         if options.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("balance=measured: this process has no GPU to time blocks on; use balance=estimated")
         costs = profiled_costs(
-            checkpoint.transformer_config, frames, cells, params.info, options.threads_per_stage, options.device
-        )
+            checkpoint.transformer_config, params.plan(None), cells, params.info, options.threads_per_stage,
+            options.device, params.mode,
+        )  # fmt: skip
         decode = profiled_decode(checkpoint, size, cells, options.threads_per_stage)
     else:
         costs = estimate_costs(model.spec, model.grid(frames, *cells), model.spec.text_len)

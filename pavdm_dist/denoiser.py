@@ -153,8 +153,9 @@ def memories_of(stream: Stream, spec: BackboneSpec) -> list[Memory | None]:
         return [None] * stream.branches
     if stream.mode == "causal":
         return [ChunkMemory() for _ in range(stream.branches)]
-    # The last block is on the last stage, however many there are.
-    return [DisplacedMemory(probe=spec.num_blocks - 1) for _ in range(stream.branches)]
+    # The last block is on the last stage, however many there are; one branch tells.
+    probe = spec.num_blocks - 1 if stream.batches.adaptive else None
+    return [DisplacedMemory(probe if branch == 0 else None) for branch in range(stream.branches)]
 
 
 def change_of(memories: list[Memory | None]) -> float:

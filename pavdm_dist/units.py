@@ -25,7 +25,7 @@ class Displaced:
             shift begins with an exact row, so a multiple of the steps per shift gives most such places.
         exact_steps: so many rows at the start of the video are exact.
         exact_growing: rows are exact while the window grows.
-        exact_draining: rows are exact while it drains.
+        exact_draining: rows are exact while it drains: after the last chunk was born, without a full window.
         adaptive: a shift in which keys of the last block that mixes frames change by more than this from row to row
             (relative L2, over all chunks) makes the first row of the next shift but one exact; None = never.
         context_refresh: the clean chunk's keys and values, which in a bidirectional model depend on its noisy
@@ -59,7 +59,8 @@ class Displaced:
             return True
         chunks = plan.row(n).chunks
         partial = len(chunks) < plan.window_chunks
-        return partial and (self.exact_growing if chunks[0] == 0 else self.exact_draining)
+        growing = plan.num_chunks is None or chunks[-1] + 1 < plan.num_born
+        return partial and (self.exact_growing if growing else self.exact_draining)
 
 
 def check_displaced(mode: Mode, displaced: Displaced) -> None:

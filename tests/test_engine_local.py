@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from pavdm_dist.engine.local import LocalEngine
 from pavdm_dist.engine.messages import ACTIVATION, Header, Layout, pack, unpack
 from pavdm_dist.engine.order import ROWS_PER_EPOCH, Join, epoch_units, is_active
-from pavdm_dist.engine.partition import Costs, estimate_costs, measure_costs, partition, with_codec
+from pavdm_dist.engine.partition import Costs, estimate_costs, partition, with_codec
+from pavdm_dist.engine.profile import measure_costs
 from pavdm_dist.engine.stage import Stage
 from pavdm_dist.errors import ConfigError, EngineError
-from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.schedule import Mode
 from pavdm_dist.units import WHOLE
 
@@ -141,7 +141,7 @@ def test_costs_measured_and_estimated() -> None:
     model = tiny_model()
     grid = model.grid(8, 4, 6)
     estimated = estimate_costs(model.spec, grid, text_len=5)
-    measured = measure_costs(model, grid, 5, FrameInfo(32, 48, 24), repeats=2)
+    measured = measure_costs(model, tiny_stream(), repeats=2)
     for costs in (estimated, measured):
         assert len(costs.blocks) == model.spec.num_blocks == 2 * TINY.depth
         assert min(costs.blocks) > 0 and costs.embed > 0 and costs.head > 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import TINY, tiny_checkpoint
+from helpers import TINY, tiny_checkpoint, tiny_model, tiny_stream
 
 from pavdm_dist.balance import layer_split, useful_stages
 from pavdm_dist.checkpoint import Checkpoint
@@ -16,7 +17,10 @@ from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.partition import Costs
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import FrameInfo
+from pavdm_dist.models.memory import ChunkMemory, DisplacedMemory
 from pavdm_dist.requests import SamplingParams
+from pavdm_dist.schedule import Mode, WindowPlan
+from pavdm_dist.stream import Stream
 
 INFO = FrameInfo(32, 48, 24)
 
@@ -27,28 +31,53 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "pavdm_dist" / "costs"
 
 
+PLAN = WindowPlan(6, 3, 2, 1)
+
+
 def test_measured_once_per_shape(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
+    calls: list[tuple[int, str]] = []
     measure = profile.measure_costs
 
-    def counting(model: Any, grid: Any, *rest: Any) -> Costs:
-        calls.append(grid.frames)
-        return measure(model, grid, *rest)
+    def counting(model: Any, stream: Stream, *rest: Any) -> Costs:
+        calls.append((stream.plan.latent_chunk_size, stream.mode))
+        return measure(model, stream, *rest)
 
     monkeypatch.setattr(profile, "measure_costs", counting)
-    first = profile.profiled_costs(TINY, 8, (4, 6), INFO, 1)
+    first = profile.profiled_costs(TINY, PLAN, (4, 6), INFO, 1)
     assert len(first.blocks) == 2 * TINY.depth and first.blocks[:2] * TINY.depth == first.blocks
     assert min(*first.blocks, first.embed, first.head) > 0
-    assert profile.profiled_costs(TINY, 8, (4, 6), INFO, 1) == first
-    assert calls == [8]
-    profile.profiled_costs(TINY, 6, (4, 6), INFO, 1)
-    profile.profiled_costs(replace(TINY, hidden_size=64), 8, (4, 6), INFO, 1)
-    assert calls == [8, 6, 8]
+    # Neither the length of the video nor its start matters.
+    assert profile.profiled_costs(TINY, replace(PLAN, num_chunks=9, start="chunk"), (4, 6), INFO, 1) == first
+    assert calls == [(2, "window")]
+    profile.profiled_costs(TINY, replace(PLAN, latent_chunk_size=3), (4, 6), INFO, 1)
+    profile.profiled_costs(replace(TINY, hidden_size=64), PLAN, (4, 6), INFO, 1)
+    profile.profiled_costs(TINY, PLAN, (4, 6), INFO, 1, mode="causal")
+    assert calls == [(2, "window"), (3, "window"), (2, "window"), (2, "causal")]
     for file in cache.iterdir():
         file.write_text("{")
-    assert profile.profiled_costs(TINY, 8, (4, 6), INFO, 1).blocks[0] > 0  # damaged: measured again
-    assert calls == [8, 6, 8, 8]
+    assert profile.profiled_costs(TINY, PLAN, (4, 6), INFO, 1).blocks[0] > 0  # damaged: measured again
+    assert calls[4:] == [(2, "window")]
     assert not list(cache.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(("mode", "frames"), [("causal", [4, 6, 8]), ("displaced", [8, 8, 8])])
+def test_what_is_timed_attends_to_what_a_running_video_has_left(
+    mode: Mode, frames: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    kind = {"causal": ChunkMemory, "displaced": DisplacedMemory}[mode]
+    attend = kind.attend
+
+    def counting(memory: Any, block: int, keys: Any, values: Any, first: int, turn: Any) -> Any:
+        found = attend(memory, block, keys, values, first, turn)
+        if block == 1:
+            seen.append(found[0].shape[-2])
+        return found
+
+    monkeypatch.setattr(kind, "attend", counting)
+    profile.measure_costs(tiny_model(), tiny_stream(mode=mode), repeats=1)
+    # Of one row: the clean chunk, or the whole window, and three chunks of two frames; the first row is not timed.
+    assert seen == [2 if mode == "causal" else 8, *frames] * 2
 
 
 def test_the_cut_follows_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,10 +96,14 @@ def test_the_cut_follows_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
     assert layer_split(checkpoint, params, options) == [(0, 3), (3, 4)]
 
 
-def test_decoding_is_timed_too(tmp_path: Path) -> None:
+def test_decoding_is_timed_too(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path / "model"))
+    free = {"spatial": 1e-9, "temporal": 1e-9, "embed": 0.0, "head": 0.0}
+    monkeypatch.setattr(profile, "kept", lambda kind, facts, measure: free)
     split = layer_split(checkpoint, SamplingParams.resolve(checkpoint), EngineOptions(2, balance="measured"))
-    assert [split[0][0], split[1][1]] == [0, 4]
+    assert split == [(0, 3), (3, 4)]
+    (file,) = cache.iterdir()
+    assert 1e-5 < json.loads(file.read_text())["found"]["seconds"] < 10
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate, pairwise
 
-import torch
-
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.models.base import Backbone, BackboneSpec, BlockContext, FrameInfo, Grid, TextRun
+from pavdm_dist.models.base import BackboneSpec, Grid
 
 
 @dataclass(frozen=True)
@@ -45,32 +41,6 @@ def estimate_costs(spec: BackboneSpec, grid: Grid, text_len: int) -> Costs:
     embed = 2 * tokens * patch_values * dim + 2 * frames * dim * (256 + 7 * dim)
     head = 2 * tokens * dim * 2 * patch_values
     return Costs(tuple(temporal if i % 2 else spatial for i in range(spec.num_blocks)), embed, head)
-
-
-@torch.inference_mode()
-def measure_costs(model: Backbone, grid: Grid, text_len: int, info: FrameInfo, repeats: int = 5) -> Costs:
-    """Median seconds of embed, every block and head on the model's device, for one window.
-
-    The model must be wholly loaded. Set the thread count to the stages' before calling.
-    """
-    device = next(model.parameters()).device  # type: ignore[attr-defined]
-    latents = (1, model.spec.latent_channels, grid.frames, grid.latent_height, grid.latent_width)
-    x, levels = torch.randn(latents, device=device), torch.linspace(0, 1, grid.frames, device=device)[None]
-    text = model.project_text(torch.randn(1, text_len, model.spec.text_dim, device=device))
-    context = BlockContext(grid, [TextRun(0, grid.frames, text)])
-    rounds: list[list[float]] = []
-    for _ in range(repeats + 1):
-        marks = [_now(device)]
-        activation = model.embed(x, levels, info)
-        marks.append(_now(device))
-        for index in range(model.spec.num_blocks):
-            activation = model.block(index, activation, context)
-            marks.append(_now(device))
-        model.head(activation, grid)
-        marks.append(_now(device))
-        rounds.append([b - a for a, b in pairwise(marks)])
-    embed, *blocks, head = (statistics.median(column) for column in zip(*rounds[1:], strict=True))
-    return Costs(tuple(blocks), embed, head)
 
 
 def partition(costs: Costs, num_stages: int, layers_per_stage: Sequence[int] | None = None) -> list[tuple[int, int]]:
@@ -117,9 +87,3 @@ def partition(costs: Costs, num_stages: int, layers_per_stage: Sequence[int] | N
 def with_codec(costs: Costs, codec: float) -> Costs:
     """The same costs with a decoder on the last stage's device."""
     return replace(costs, codec=codec)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

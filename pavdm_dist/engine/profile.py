@@ -6,18 +6,25 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pavdm_dist.engine.partition import Costs, measure_costs
+from pavdm_dist.denoiser import TextBank, memories_of, unit_context
+from pavdm_dist.engine.partition import Costs
+from pavdm_dist.io.storage import atomic_write
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
 from pavdm_dist.observe import cpu_model
+from pavdm_dist.schedule import Mode, NoiseSchedule, WindowPlan
+from pavdm_dist.stream import Conditioning, Stream
+from pavdm_dist.units import WHOLE
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +35,13 @@ def cache_folder() -> Path:
 
 
 def profiled_costs(
-    config: STDiT3Config, frames: int, cells: tuple[int, int], info: FrameInfo, threads: int, device: str = "cpu"
+    config: STDiT3Config,
+    plan: WindowPlan,
+    cells: tuple[int, int],
+    info: FrameInfo,
+    threads: int,
+    device: str = "cpu",
+    mode: Mode = "window",
 ) -> Costs:
     """Costs of a micro-batch in seconds, from the cache or measured now (some seconds).
 
@@ -36,13 +49,19 @@ def profiled_costs(
 
     Args:
         config: shape of the model.
-        frames, cells: latent frames and latent height and width of a micro-batch.
+        plan: of the run; a full window is timed.
+        cells: latent height and width.
         info: picture size and rate.
         threads: intra-op threads of a stage.
         device: ``cpu`` or ``cuda``.
+        mode: a micro-batch is a window, or a chunk that attends to what others left.
     """
     where = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_model()}, {threads} threads"
-    facts = {"model": asdict(config), "frames": frames, "cells": cells, "device": where, "torch": torch.__version__}
+    window = (plan.window_chunks, plan.context_chunks, plan.latent_chunk_size)
+    facts = {
+        "model": asdict(config), "window": window, "mode": mode, "cells": cells, "device": where,
+        "torch": torch.__version__,
+    }  # fmt: skip
 
     def measure() -> dict[str, Any]:
         before = torch.get_num_threads()
@@ -50,13 +69,75 @@ def profiled_costs(
         try:
             with torch.random.fork_rng():
                 model = STDiT3(replace(config, depth=1)).eval().requires_grad_(False).to(device)
-            costs = measure_costs(model, model.grid(frames, *cells), model.spec.text_len, info)
+            shape = (config.in_channels, *cells)
+            costs = measure_costs(model, _stream(model, plan, shape, info, mode))
         finally:
             torch.set_num_threads(before)
         return {"spatial": costs.blocks[0], "temporal": costs.blocks[1], "embed": costs.embed, "head": costs.head}
 
     found = kept("blocks", facts, measure)
     return Costs((found["spatial"], found["temporal"]) * config.depth, found["embed"], found["head"])
+
+
+@torch.inference_mode()
+def measure_costs(model: STDiT3, stream: Stream, repeats: int = 5) -> Costs:
+    """Seconds of embed, every block and head on the model's device for one micro-batch of a full window.
+
+    Median over the repeats of the mean over a row's noisy micro-batches, which attend to more or less.
+
+    Args:
+        model: wholly loaded.
+        stream: its plan must reach a full window; mode displaced is timed between two exact rows.
+        repeats: rows that are timed, after one that is not.
+    """
+    plan, device = stream.plan, next(model.parameters()).device
+    full = plan.window_chunks + plan.context_chunks
+    row = next(row for row in plan.rows() if len(row.window) == full)
+    units = [(WHOLE, False)] if stream.mode == "window" else [(chunk, False) for chunk in row.chunks]
+    # What a running video has left for them.
+    left = {"window": [], "causal": [(chunk, True) for chunk in row.context], "displaced": [(WHOLE, False)]}
+    (memory, *_), texts = memories_of(stream, model.spec), TextBank(model, device)
+    texts.add(stream)
+    x, levels = (part.to(device) for part in stream.window().inputs(row))
+
+    def run(chunk: int, is_context: bool) -> list[float]:
+        context = unit_context(model, stream, row, chunk, 0, texts, memory, is_context)
+        frames = slice(context.first_frame, context.first_frame + context.grid.frames)
+        part, part_levels = x[:, :, frames].contiguous(), levels[:, frames]
+        marks = [_now(device)]
+        activation = model.embed(part, part_levels, stream.info)
+        marks.append(_now(device))
+        for index in range(model.spec.num_blocks):
+            activation = model.block(index, activation, context)
+            marks.append(_now(device))
+        model.head(activation, context.grid)
+        marks.append(_now(device))
+        return [b - a for a, b in pairwise(marks)]
+
+    rounds: list[list[float]] = []
+    for _ in range(repeats + 1):
+        for chunk, is_context in left[stream.mode]:
+            run(chunk, is_context)
+        rounds.append([statistics.fmean(column) for column in zip(*(run(*unit) for unit in units), strict=True)])
+    embed, *blocks, head = (statistics.median(column) for column in zip(*rounds[1:], strict=True))
+    return Costs(tuple(blocks), embed, head)
+
+
+def _stream(model: STDiT3, plan: WindowPlan, shape: tuple[int, int, int], info: FrameInfo, mode: Mode) -> Stream:
+    """A stream of noise and a full-length text, long enough for a full window, from text alone."""
+    long_enough = plan.window_chunks + plan.context_chunks + 1
+    plan = replace(plan, start="noise", end="drain", num_chunks=long_enough)
+    text = torch.zeros(model.spec.text_len, model.spec.text_dim)
+    return Stream(
+        id=0, plan=plan, schedule=NoiseSchedule(plan.num_inference_steps, 1.0), seed=0, latent_shape=shape,
+        conditioning=Conditioning.build([(0, text)], None), info=info, mode=mode,
+    )  # fmt: skip
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def kept(kind: str, facts: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -71,11 +152,8 @@ def kept(kind: str, facts: dict[str, Any], measure: Callable[[], dict[str, Any]]
         pass
     found = measure()
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed, because several runs may measure at once.
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as aside:
+        with atomic_write(file, "w") as aside:  # several runs may measure at once
             json.dump({"facts": facts, "found": found}, aside)
-        os.replace(aside.name, file)
     except OSError as error:
         logger.warning("%s: the measured costs cannot be kept (%s)", file.parent, error.strerror)
     return found
