@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from common import machine, machine_line, parser
@@ -53,6 +53,7 @@ class RandomBatches:
     """The same few windows of random latents again and again: reading costs nothing."""
 
     channels = CHANNELS
+    identity: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, frames: int, size: int) -> None:
         generator = torch.Generator().manual_seed(0)

@@ -99,6 +99,7 @@ class ModelDenoiser:
         grid = model.grid(x.shape[2], x.shape[3], x.shape[4])
         texts = self._texts.runs(self._stream, row, branch)
         context = BlockContext(grid, texts, self._chunk_causal, text_cache=self._texts.cache)
+        levels = levels.to(x.device)
         activation = model.embed(x, levels, self._stream.info)
         for index in range(model.spec.num_blocks):
             activation = model.block(index, activation, context)
@@ -130,7 +131,7 @@ class StreamDenoiser:
     @torch.inference_mode()
     def __call__(self, x: Tensor, levels: Tensor, row: PlanRow, branch: int) -> Tensor:
         """``x [1, C, F, h, w]``, ``levels [1, F]`` -> velocity ``[1, C, F, h, w]``, float32; 0 for a clean chunk."""
-        model = self._backbone
+        model, levels = self._backbone, levels.to(x.device)
         velocity = torch.zeros_like(x)
         for chunk, is_context in self.batches.parts(row.index):
             memory = self._memories[branch]

@@ -148,3 +148,47 @@ def test_a_missing_detector_is_named_with_its_remedy(tmp_path: Path, monkeypatch
     monkeypatch.setitem(__import__("sys").modules, "scenedetect", None)
     with pytest.raises(ConfigError, match=r"pip install 'pavdm-dist\[data\]' \(or set scene_cuts=false"):
         scan_video(str(write_video(tmp_path / "n.mp4", numbered(3))), scene_cuts=True)
+
+
+def test_the_last_frame_of_a_variable_rate_is_as_long_as_it_says(tmp_path: Path) -> None:
+    """A screen recording: a frame every two seconds, then a second at 25 frames per second."""
+    times = [2000 * i for i in range(20)] + [40_000 + 40 * i for i in range(25)]
+    path = write_video(tmp_path / "screen.mp4", numbered(45), 25, times)
+    scan = scan_video(str(path), scene_cuts=False)
+    assert scan.end == Fraction(41)
+    shapes, clips, _ = planned(path, "64x96x5@24", scene_cuts=False)
+    last = numbers(read(path, shapes[0], clips[-1][1]))
+    assert max(last.count(number) for number in last) <= 2, "no frame is held longer than it was shown"
+
+
+def test_time_that_runs_backwards_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "joined.ts"
+    packets = bytearray()
+    for number in range(2):
+        packets += write_video(tmp_path / f"{number}.ts", numbered(30, start=10 * number), 24).read_bytes()
+    counters: dict[int, int] = {}
+    for at in range(0, len(packets), 188):  # counted on, as a recorder that joins them would
+        stream = packets[at + 1] % 32 * 256 + packets[at + 2]
+        counters[stream] = (counters.get(stream, -1) + bool(packets[at + 3] & 16)) % 16
+        packets[at + 3] = packets[at + 3] & 0xF0 | counters[stream]
+    path.write_bytes(packets)
+    with pytest.raises(MediaError, match=r"joined\.ts: time runs backwards at frame 30, from .* s to .* s"):
+        scan_video(str(path), scene_cuts=False)
+
+
+def test_transport_streams_are_read_by_jumping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "long.ts", numbered(78).repeat(4, axis=0), 24)
+    shapes, clips, _ = planned(path, "64x96x3@24", scene_cuts=False)
+    seeks: list[Fraction | None] = []
+    whole = clips_module._read
+
+    def counted(location: str, clip: ClipRef, bucket: Bucket, frames: int, seek: Fraction | None) -> np.ndarray:
+        found = whole(location, clip, bucket, frames, seek)
+        seeks.append(seek)
+        return found
+
+    monkeypatch.setattr(clips_module, "_read", counted)
+    for bucket, clip in clips:
+        jumped = read(path, shapes[bucket], clip)
+        np.testing.assert_array_equal(jumped, whole(str(path), clip, shapes[bucket], 9, None))
+    assert None not in seeks[6:], "behind the first seconds nothing is read from the beginning"

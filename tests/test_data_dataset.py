@@ -62,6 +62,23 @@ def test_buckets_take_turns_in_proportion_to_their_clips() -> None:
     assert 1 in first[:20], "mixed, not one bucket after the other"
 
 
+@pytest.mark.parametrize(
+    ("counts", "sizes"), [([10_000, 1], [64, 64]), ([6000, 96], [64, 64]), ([40, 3, 0], [4, 7, 2]), ([5], [64])]
+)
+def test_small_buckets_come_in_proportion_too(counts: list[int], sizes: list[int]) -> None:
+    order, steps = BatchOrder(counts, sizes, 0), 70 * 160
+    seen, clips = Counter[int](), dict[int, list[int]]()
+    for step in range(steps):
+        bucket, numbers_of = order.batch(step)
+        seen[bucket] += len(numbers_of)
+        clips.setdefault(bucket, []).extend(numbers_of)
+    for bucket, count in enumerate(counts):
+        share = count / sum(counts)
+        assert seen[bucket] == pytest.approx(share * sum(seen.values()), rel=0.01, abs=2 * sizes[bucket])
+        whole = clips.get(bucket, [])[: seen[bucket] // max(count, 1) * count]
+        assert Counter(whole) == dict.fromkeys(range(count), len(whole) // max(count, 1)), "every clip once a pass"
+
+
 def test_seeds_and_passes_differ() -> None:
     once, other = BatchOrder([50], [50], 0), BatchOrder([50], [50], 1)
     assert len({tuple(order.batch(step)[1]) for order in (once, other) for step in range(3)}) == 6

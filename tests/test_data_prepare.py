@@ -24,6 +24,7 @@ from pavdm_dist.data import prepare as prepare_module
 from pavdm_dist.data.dataset import CachedClips, PixelClips
 from pavdm_dist.data.prepare import PrepareConfig, prepare_command
 from pavdm_dist.data.shards import open_shard
+from pavdm_dist.data.workers import worker_number, workers
 from pavdm_dist.errors import ConfigError, EngineError, MediaError
 
 BUCKETS = ["32x48x3@24", "32x48x2@24", "48x32x2@24", "16x96x2@24"]
@@ -82,7 +83,7 @@ def test_report_and_files(plain: tuple[Path, dict[str, Any]]) -> None:
     assert "longest scene has 0.12 s" in skipped["short.mp4"][1] and "(shortest 0.21 s)" in skipped["short.mp4"][1]
     assert "16x32 is smaller than every bucket" in skipped["small.mp4"][1]
     assert set(contents(output)) == {
-        "settings.json", "index.json", *(f"clips-{i}.jsonl" for i in range(4)),
+        "settings.json", "sizes.json", "index.json", *(f"clips-{i}.jsonl" for i in range(4)),
         *(f"bucket-{b}-0000{i}.safetensors" for b, i in ((0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (2, 0))),
     }  # fmt: skip
     with open_shard(output / "bucket-0-00000.safetensors") as reader:
@@ -113,8 +114,9 @@ def test_a_complete_set_is_left_alone(
 
 @pytest.mark.timeout(120)
 def test_two_processes_give_the_same_bytes(
-    plain: tuple[Path, dict[str, Any]], config: PrepareConfig, tmp_path: Path
+    plain: tuple[Path, dict[str, Any]], config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(prepare_module, "PART_VIDEOS", 1)  # eight parts for two workers
     prepare_command(replace(config, output=str(tmp_path / "set"), processes=2))
     assert contents(tmp_path / "set") == contents(plain[0])
 
@@ -131,6 +133,7 @@ def test_a_ray_cluster_gives_the_same_bytes(
 
     # Two units at a time: each new worker pays for its imports, and the machine may have two cores.
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(prepare_module, "PART_VIDEOS", 3)
     prepare_command(replace(config, output=str(tmp_path / "set"), ray_address="auto"))
     assert contents(tmp_path / "set") == contents(plain[0])
 
@@ -259,7 +262,10 @@ def test_real_videos_end_to_end(model: Path, tmp_path: Path, capsys: pytest.Capt
         ({"upscale": True}, "made with upscale=False, this run has True"),
         ({"encode": False}, "made with encode=True, this run has False"),
         ({"threads": 2}, "made with threads=1, this run has 2"),
-        ({"captions": "stem", "source": None}, r"made with other videos or captions \(source\)"),
+        (
+            {"captions": "stem", "source": None},
+            r"made with other videos \(.*is gone, \d+ such; put them back to go on\)",
+        ),
         ({"model": "embedded"}, "made with codec="),
     ],
 )
@@ -283,6 +289,7 @@ def test_bad_settings_write_nothing(config: PrepareConfig, source: Path, tmp_pat
         ({"threads": 0}, "threads=0: must be at least 1"),
         ({"output": "s3://bucket/set"}, "must be a local folder"),
         ({"output": str(tmp_path / "file")}, "file is a file; name a folder"),
+        ({"output": str(tmp_path / "file" / "sub")}, "sub: cannot be made: Not a directory"),
         ({"output": str(tmp_path)}, "holds file and no data set: name an empty folder"),
         ({"source": [str(source / "text.mp4")]}, r"none of 1 videos gives a clip: text\.mp4: .*is not a video"),
         ({"buckets": ["32x48x90@24"]}, "none of 8 videos gives a clip: a.mp4: its longest scene has 1.04 s"),
@@ -341,7 +348,9 @@ def test_latents_of_another_model_are_refused(plain: tuple[Path, dict[str, Any]]
         CachedClips(tmp_path)
 
 
-def test_a_damaged_shard_is_named(plain: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_a_damaged_shard_is_named_and_made_again(
+    plain: tuple[Path, dict[str, Any]], config: PrepareConfig, tmp_path: Path
+) -> None:
     shutil.copytree(plain[0], tmp_path / "set")
     shard = tmp_path / "set" / "bucket-0-00001.safetensors"
     os.truncate(shard, shard.stat().st_size // 2)
@@ -349,12 +358,73 @@ def test_a_damaged_shard_is_named(plain: tuple[Path, dict[str, Any]], tmp_path: 
     clips.load(0, [0, 1])
     with pytest.raises(MediaError, match=r"bucket-0-00001\.safetensors is missing or damaged.*delete it and run"):
         clips.load(0, [2])
+    shard.unlink()
+    prepare_command(replace(config, output=str(tmp_path / "set")))
+    assert contents(tmp_path / "set") == contents(plain[0]), "the advice helps"
+
+
+def test_videos_that_moved_are_found_where_they_are(
+    plain: tuple[Path, dict[str, Any]], config: PrepareConfig, source: Path, model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(plain[0], tmp_path / "set")
+    shutil.copytree(source, tmp_path / "moved")
+    moved = replace(config, output=str(tmp_path / "set"), source=[str(tmp_path / "moved")])
+    prepare_command(moved)
+    assert json.loads((tmp_path / "set" / "index.json").read_text())["root"] == str(tmp_path / "moved")
+    PixelClips(tmp_path / "set", Checkpoint.open(model).codec).load(2, [0])
+
+
+def test_a_video_that_vanished_or_changed_is_named_and_what_is_done_is_kept(
+    config: PrepareConfig, source: Path, tmp_path: Path
+) -> None:
+    settings = _scanned_then_replaced(config, source, tmp_path)
+    video, other = tmp_path / "videos" / "b.mp4", tmp_path / "videos" / "a.mp4"
+    shutil.copy(source / "b.mp4", video)
+    other.rename(tmp_path / "away.mp4")
+    with pytest.raises(ConfigError, match=r"made with other videos \(a\.mp4 is gone, 1 such; put them back"):
+        prepare_command(settings)
+    other.symlink_to(tmp_path / "nowhere.mp4")  # listed still
+    with pytest.raises(MediaError, match=r"a\.mp4: no such file; its clips are listed: put the video back"):
+        prepare_command(settings)
+    other.unlink()
+    (tmp_path / "away.mp4").rename(other)
+    video.write_bytes(video.read_bytes() + bytes(8))
+    with pytest.raises(ConfigError, match=r"b\.mp4 had \d+ bytes when the data set was begun .* put it back"):
+        prepare_command(settings)
+    shutil.copy(source / "b.mp4", video)
+    assert prepare_command(settings)["shards"] == 6
+
+
+def test_a_kill_at_the_first_write_is_gone_on_from(config: PrepareConfig, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for name in ("sizes.json", ".settings.json.12345678.tmp"):
+        (tmp_path / "set" / name).write_text("{")
+    prepare_command(replace(config, output=str(tmp_path / "set"), encode=False))
+    prepare_command(replace(config, output=str(tmp_path / "set"), encode=False))
+    assert not list((tmp_path / "set").glob(".*.tmp"))
+
+
+@pytest.mark.timeout(60)
+def test_what_no_node_has_is_refused(ray_cluster: None) -> None:
+    for cpus, gpu, sentence in ((10_000, False, "threads=10000: no node"), (1, True, "threads=1 with device=cuda: no")):
+        with pytest.raises(ConfigError, match=sentence), workers(1, "auto", cpus, gpu):
+            pass
+
+
+@pytest.mark.timeout(60)
+def test_workers_are_numbered(tmp_path: Path) -> None:
+    with workers(3, None, 1, False) as run:
+        found = set(run(_number_after_a_while, [()] * 30))
+    assert found == {0, 1, 2}
+
+
+def _number_after_a_while() -> int:
+    time.sleep(0.2)  # so that every worker gets something to do
+    return worker_number()
 
 
 @pytest.mark.timeout(120)
 def test_a_dead_worker_is_reported(config: PrepareConfig, tmp_path: Path) -> None:
-    from pavdm_dist.data.workers import workers
-
     with (
         pytest.raises(EngineError, match=r"a worker process died.*run again to go on"),
         workers(2, None, cpus=1, gpu=False) as run,

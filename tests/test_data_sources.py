@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,9 @@ def test_videos_without_captions(tmp_path: Path) -> None:
         ("a.csv", "path,title\nx.mp4,y\n", r"a\.csv:2: has no column caption or text or prompt; it has path, title"),
         ("a.csv", "path,caption\nx.mp4,y,z\n", r"a\.csv:2: has more fields than the header; quote commas"),
         ("a.csv", "path,caption\n", "names no video"),
+        ("a.csv", 'path,caption\na.mp4,"a dog\nb.mp4,a cat\n', "not readable as csv"),
+        ("a.csv", 'path,caption\na.mp4,"a dog\nb.mp4,a "big" cat\n', "not readable as csv"),
+        ("a.jsonl", '{"path": "x.mp4", "caption": "\\ud83d"}\n', r"a\.jsonl:1': '\\ud83d' is not valid Unicode"),
         ("a.csv", "path,caption\n,seven\n", r"a\.csv:2: the path is empty"),
         ("a.csv", "path,caption\nx.mp4, \n", r"1 of 1 videos have no caption: .*a\.csv:2"),
         ("a.csv", "path,caption\nx.mp4,a\n./x.mp4,b\n", r"x\.mp4 is named twice, at .*a\.csv:2 and .*a\.csv:3"),
@@ -105,6 +109,42 @@ def test_sources_that_are_nothing(tmp_path: Path) -> None:
     (tmp_path / "latin.csv").write_bytes(b"path,caption\nx.mp4,\xe9\n")
     with pytest.raises(ConfigError, match="not readable as csv in UTF-8"):
         read_sources([str(tmp_path / "latin.csv")])
+
+
+def test_linked_folders_are_searched_once_and_dangling_links_are_reported_later(tmp_path: Path) -> None:
+    touch(tmp_path / "disk", b="two")
+    touch(tmp_path / "in", a="one", gone="three")
+    (tmp_path / "in" / "gone.mp4").unlink()
+    (tmp_path / "in" / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    (tmp_path / "in" / "part").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "round").symlink_to(tmp_path / "in")
+    found = read_sources([str(tmp_path / "in")])
+    assert [(video.path, video.caption) for video in found.videos] == [
+        ("a.mp4", "one"),
+        ("gone.mp4", "three"),
+        ("part/b.mp4", "two"),
+    ]
+
+
+def test_a_linked_source_folder_leads_to_the_videos(tmp_path: Path) -> None:
+    touch(tmp_path / "raw", a="one")
+    (tmp_path / "far" / "off").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "off")
+    (tmp_path / "link" / "list.csv").write_text(f"path,caption\n{tmp_path / 'raw' / 'a.mp4'},one\n")
+    found = read_sources([str(tmp_path / "link" / "list.csv")])
+    assert Path(locate(found.root, found.videos[0].path)).exists()
+
+
+def test_a_byte_order_mark_is_no_caption(tmp_path: Path) -> None:
+    touch(tmp_path, a="\ufeff", b="\ufeffa seven")
+    assert [video.caption for video in read_sources([str(tmp_path)], "skip").videos] == [None, "a seven"]
+
+
+def test_names_that_are_no_unicode_are_refused(tmp_path: Path) -> None:
+    touch(tmp_path, a="one")
+    (tmp_path / "a.mp4").rename(tmp_path / os.fsdecode(b"caf\xe9.mp4"))
+    with pytest.raises(ConfigError, match=r"caf.udce9\.mp4' is not valid Unicode; rename it"):
+        read_sources([str(tmp_path)], "stem")
 
 
 def test_bucket_texts() -> None:

@@ -15,7 +15,8 @@ from test_zero import run as run_cases
 from training import launch, processes_of, start, write_clips
 
 from pavdm_dist.config import load_config
-from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.errors import CheckpointError, ConfigError, EngineError
+from pavdm_dist.train import checkpoint
 from pavdm_dist.train.config import TrainConfig
 from pavdm_dist.train.data import LatentClips
 from pavdm_dist.train.trainer import Trainer
@@ -164,3 +165,41 @@ def test_the_last_ones_and_round_numbers_are_kept(tmp_path: Path, clips: Path) -
         trainer.save()
     kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step*"))
     assert kept == ["step0000003", "step0000006", "step0000007", "step0000008"]
+
+
+def test_round_numbers_are_kept_by_a_run_that_saves_by_the_clock(tmp_path: Path, clips: Path) -> None:
+    one(tmp_path, clips, "keep_last=1", "keep_every_steps=3", "optimizer.total_steps=8").run(time.monotonic() + 100)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step*"))
+    assert kept == ["step0000003", "step0000006", "step0000008"]
+
+
+def test_what_was_passed_over_does_not_push_out_what_is_whole(tmp_path: Path, clips: Path) -> None:
+    trainer = one(tmp_path, clips, "keep_last=2")
+    for _ in range(3):
+        trainer.train_step()
+        trainer.save()
+    (tmp_path / "checkpoints" / "step0000003" / "complete.json").unlink()
+    (tmp_path / "checkpoints" / "step0000001-universal").mkdir()
+    trainer = one(tmp_path, clips, "keep_last=2")
+    assert trainer.step == 2
+    checkpoint.save(
+        trainer.engine, trainer.average, tmp_path / "checkpoints", 2, trainer._identity(), trainer.layout,
+        trainer.world, 2,
+    )  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step*")) == ["step0000002"]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_gradient_that_is_no_number_reaches_neither_weights_nor_checkpoints(
+    tmp_path: Path, clips: Path, number: int
+) -> None:
+    trainer = one(tmp_path, clips, f"zero.stage={number}")
+    trainer.train_step()
+    trainer.save()
+    before = trainer.whole_weights(averaged=False)
+    spoil = trainer.engine.module.transformer.final_layer.linear.weight.register_hook(lambda g: g * torch.nan)
+    with pytest.raises(EngineError, match=r"the gradient is no number at step 1 .* the last checkpoint is kept"):
+        trainer.train_step()
+    spoil.remove()
+    assert apart(trainer.whole_weights(averaged=False), before) == 0
+    assert one(tmp_path, clips, f"zero.stage={number}").train_step()["loss"] > 0

@@ -20,10 +20,11 @@ from training import TINY, launch, start, tiny_codec, write_clips
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.config import load_config
-from pavdm_dist.errors import EngineError
+from pavdm_dist.errors import ConfigError, EngineError
+from pavdm_dist.train.checks import check_settings, memory_advice
 from pavdm_dist.train.config import TrainConfig
 from pavdm_dist.train.data import LatentClips, cache_clips
-from pavdm_dist.train.processes import free_port
+from pavdm_dist.train.processes import free_port, join_world
 
 STEPS = 6
 SETTINGS = [
@@ -106,16 +107,25 @@ def test_torchrun_on_two_nodes(run_dir: Path, expected: list[float]) -> None:
 
 
 @pytest.mark.timeout(180)
-def test_sigterm_saves_and_ends_well(run_dir: Path) -> None:
-    command = [sys.executable, "-m", "pavdm_dist", *words(run_dir, "optimizer.total_steps=100000")]
+@pytest.mark.parametrize(
+    ("more", "number", "code", "said"),
+    [
+        ([], signal.SIGTERM, 0, "slice over, run again"),
+        ([], signal.SIGINT, 130, "interrupted: saved at step"),
+        (["launch.processes=2"], signal.SIGTERM, 2, "stopped by SIGTERM"),
+    ],
+)
+def test_a_signal_saves_and_ends_well(run_dir: Path, more: list[str], number: int, code: int, said: str) -> None:
+    command = [sys.executable, "-m", "pavdm_dist", *words(run_dir, "optimizer.total_steps=100000", *more)]
     process = subprocess.Popen(command, env=alone(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not (run_dir / "log.jsonl").exists() and process.poll() is None:
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output = process.communicate(timeout=100)[0]
-    assert process.returncode == 0 and "slice over, run again" in output
+    assert process.returncode == code and said in output
     step = int((run_dir / "checkpoints" / "latest").read_text()[4:])
     assert len(losses(run_dir)) == step > 0
+    assert Checkpoint.open(run_dir / "model").backbone.config.depth == 1
 
 
 def test_bad_settings_start_nothing(run_dir: Path) -> None:
@@ -151,8 +161,67 @@ def test_a_full_memory_says_what_frees_some(tmp_path: Path, monkeypatch: pytest.
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(trainer.engine, "backward", full)
-    with pytest.raises(EngineError, match=r"full at step 0.*checkpoint_activations.*accumulation=2.*zero\.stage=1"):
+    with pytest.raises(EngineError, match=r"full at step 0.*checkpoint_activations.*accumulation=2.*name=adamw"):
         trainer.train_step()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "size", "advised"),
+    [
+        ([], 1, ["zero.checkpoint_activations=true", "optimizer.accumulation=2", "optimizer.name=adamw zero.stage=1"]),
+        (["optimizer.name=adamw", "data.batch_size=16", "data.still_batch_size=16", "optimizer.accumulation=2"], 8,
+         ["zero.checkpoint_activations=true", "zero.stage=1"]),
+        (["optimizer.name=adamw", "zero.stage=3", "zero.offload=all", "zero.checkpoint_activations=true"], 1,
+         ["optimizer.accumulation=2"]),
+    ],
+)  # fmt: skip
+def test_what_is_advised_is_allowed(chosen: list[str], size: int, advised: list[str]) -> None:
+    config = load_config(TrainConfig, None, [*TINY, *chosen])
+    said = memory_advice(config, 3, size).partition("is kept: ")[2]
+    for words_of, idea in zip(said.split("; "), advised, strict=False):
+        assert words_of.startswith(idea)
+    for idea in advised:
+        assert idea in said
+        parts = idea.split()
+        check_settings(load_config(TrainConfig, None, [*TINY, *chosen, *parts]), size)
+
+
+FAULT_PROGRAM = """
+import sys
+from pathlib import Path
+from training import start
+from pavdm_dist.config import load_config
+from pavdm_dist.errors import MediaError
+from pavdm_dist.train.config import TrainConfig
+from pavdm_dist.train.data import LatentClips
+trainer = start(load_config(TrainConfig, None, sys.argv[2:]), LatentClips(Path(sys.argv[1]) / "clips"))
+load = trainer.batches.batch
+def broken(step, rank, size):
+    if step == 2 and rank == 1:
+        raise MediaError("videos/7.mp4: cannot be read")
+    return load(step, rank, size)
+trainer.batches.batch = broken
+try:
+    for _ in range(4):
+        trainer.train_step()
+except Exception as error:
+    print(trainer.world.rank, type(error).__name__, error, "at", trainer.step)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_a_batch_that_one_process_cannot_load_ends_all_with_a_sentence(run_dir: Path) -> None:
+    one, two = launch(["-c", FAULT_PROGRAM, str(run_dir), *SETTINGS, f"run_dir={run_dir}"], timeout=100)
+    assert "0 EngineError process 1 cannot load step 2 (MediaError: videos/7.mp4: cannot be read) at 2" in one
+    assert "1 MediaError videos/7.mp4: cannot be read at 2" in two
+
+
+def test_a_launcher_that_sets_half_of_its_variables_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(ConfigError, match="MASTER_PORT is not set although WORLD_SIZE=2"):
+        join_world()
 
 
 SHEETS_PROGRAM = """

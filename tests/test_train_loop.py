@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from training import TINY, start, tiny_codec, write_clips
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.config import load_config
-from pavdm_dist.errors import ConfigError
+from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.train.average import Average
 from pavdm_dist.train.batches import still_batch
 from pavdm_dist.train.config import TrainConfig
@@ -137,10 +138,10 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(
 
 
 def test_another_world_is_refused(tmp_path: Path, clips: LatentClips, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pavdm_dist.train import trainer
+    from pavdm_dist.train import batches
 
     start(settings(tmp_path), clips).save()
-    monkeypatch.setattr(trainer, "WORLD_SETTINGS", {**trainer.WORLD_SETTINGS, "fps": 12})
+    monkeypatch.setattr(batches, "WORLD_SETTINGS", {**batches.WORLD_SETTINGS, "fps": 12})
     with pytest.raises(ConfigError, match=r"world\.fps=24, this run has 12"):
         start(settings(tmp_path), clips)
 
@@ -206,6 +207,51 @@ def test_command_trains_and_exports_a_model_that_opens(tmp_path: Path, codec: Pa
     assert [line["step"] for line in lines] == [1, 2] and lines[0]["loss"] == pytest.approx(2, rel=0.7)
     start(replace(config, resume="must"), LatentClips(tmp_path / "run/clips"), codec, WORLD_PROMPTS[:2]).sheet()
     assert (tmp_path / "run/sheets/step0000002.png").exists()
+
+
+def test_a_folder_that_is_no_export_is_never_replaced(tmp_path: Path, codec: Path, clips: LatentClips) -> None:
+    (tmp_path / "models" / "other").mkdir(parents=True)
+    for target, message in ((tmp_path / "models", "holds other and no model"), (codec / "config.json", "is a file")):
+        with pytest.raises(ConfigError, match=f"export={target}: .*{message}"):
+            train_command(settings(tmp_path, f"export={target}"))
+        with pytest.raises(ConfigError, match=message):
+            start(settings(tmp_path), clips, codec).export(target)
+    assert (tmp_path / "models" / "other").is_dir()
+
+
+def test_a_sheet_never_ends_a_run(
+    tmp_path: Path, clips: LatentClips, codec: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pavdm_dist.train import sheets
+
+    trainer = start(settings(tmp_path, "sheet_every_seconds=1e-9"), clips, tmp_path / "no codec", WORLD_PROMPTS[:1])
+    assert trainer.run(time.monotonic() + 100)
+    assert "no contact sheet at step 1" in caplog.text
+    path, weights = tmp_path / "sheet.png", trainer.whole_weights()
+    about = (trainer.config, weights, 4, replace(trainer.parts, vae=codec), path)
+    sheets.draw_sheet(*about, seconds=0)
+    assert "the contact sheet has 0 of 1 prompts" in caplog.text and not path.exists()
+    monkeypatch.setattr(Trainer, "sheet", lambda _: pytest.fail("0 is none"))
+    start(settings(tmp_path / "none", "sheet_every_seconds=0"), clips).run(time.monotonic() + 100)
+
+
+@pytest.mark.parametrize(("change", "message"), [("lose", "is missing"), ("cut", r"is \[3\], not"), ("add", "no part")])
+def test_a_model_to_start_from_that_does_not_fit_is_named(
+    tmp_path: Path, clips: LatentClips, codec: Path, change: str, message: str
+) -> None:
+    trainer = start(settings(tmp_path), clips, codec)
+    trainer.export(tmp_path / "model")
+    file = next((tmp_path / "model" / "transformer").glob("*.safetensors"))
+    tensors = load_file(file)
+    if change == "lose":
+        del tensors["t_block.1.bias"]
+    elif change == "cut":
+        tensors["t_block.1.bias"] = tensors["t_block.1.bias"][:3].clone()
+    else:
+        tensors["more"] = torch.zeros(1)
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=f"model.pretrained=.*{message}"):
+        start(settings(tmp_path / "next", f"model.pretrained={tmp_path / 'model'}"), clips, codec)
 
 
 PROBE = """

@@ -125,23 +125,54 @@ import sys
 from pavdm_dist.config import load_config
 from pavdm_dist.train.config import TrainConfig
 from pavdm_dist.train.loop import train_command
-train_command(load_config(TrainConfig, None, sys.argv[1:]))
+from pavdm_dist.train.trainer import Trainer
+step = Trainer.train_step
+def counted(trainer):
+    found = step(trainer)
+    if trainer.step == int(sys.argv[1]):
+        trainer.stop()
+    return found
+Trainer.train_step = counted
+train_command(load_config(TrainConfig, None, sys.argv[2:]))
 """
 
 
 @pytest.mark.timeout(240)
 def test_two_processes_with_a_pause_train_as_one_and_export_a_model(folder: Path, model: Path, tmp_path: Path) -> None:
-    train_command(load_config(TrainConfig, None, settings(folder, model, tmp_path / "one", "sheet_every_seconds=0")))
+    train_command(load_config(TrainConfig, None, settings(folder, model, tmp_path / "one", "sheet_every_seconds=1e-9")))
     losses = [json.loads(line)["loss"] for line in (tmp_path / "one/log.jsonl").read_text().splitlines()]
     assert len(losses) == 6 and (tmp_path / "one/sheets/step0000006.png").exists()
     exported = Checkpoint.open(tmp_path / "one/model")
     assert exported.defaults.time_shift is None and exported.text_encoder.encode("a red three").shape[0] == 3
 
     two = settings(folder, model, tmp_path / "two", "zero.stage=2")
-    launch(["-c", PROGRAM, *two, "max_seconds=0"])  # nothing but a checkpoint at step 0
-    launch(["-c", PROGRAM, *two, "resume=must"])
-    found = [json.loads(line)["loss"] for line in (tmp_path / "two/log.jsonl").read_text().splitlines()]
-    assert found == pytest.approx(losses, abs=1e-5)
+    launch(["-c", PROGRAM, "3", *two])
+    launch(["-c", PROGRAM, "6", *two, "resume=must"])
+    lines = [json.loads(line) for line in (tmp_path / "two/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in lines] == pytest.approx(losses, abs=1e-5)
+
+
+def test_another_data_set_seed_or_codec_is_not_gone_on_with(folder: Path, model: Path, tmp_path: Path) -> None:
+    def begin(*more: str) -> Trainer:
+        config = load_config(TrainConfig, None, settings(folder, model, tmp_path, *more))
+        batches, parts = video_data(config)
+        batches.identity["data_set"] |= changed
+        return Trainer(config, batches, parts)
+
+    changed: dict[str, str] = {}
+    trainer = begin()
+    trainer.train_step()
+    trainer.save()
+    trainer.batches.close()
+    with pytest.raises(ConfigError, match=r"run\.seed=0, this run has 7"):
+        begin("seed=7")
+    for name in ("clips", "codec", "text_encoder"):
+        changed = {name: "other"}
+        with pytest.raises(ConfigError, match=rf"data_set\.{name}=\w+, this run has other"):
+            begin()
+    changed = {}
+    assert begin().step == 1
 
 
 def test_a_pretrained_model_is_finetuned(folder: Path, model: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ every frame is in one clip at most, and no clip leaves its scene.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice, pairwise
@@ -23,6 +24,9 @@ from pavdm_dist.errors import MediaError
 from pavdm_dist.io.video import average_rate, decoded_frames, open_video, picture, quarter_turns
 
 T = TypeVar("T")
+
+# Seconds before a clip that a reader jumps to, one after the other: in transport streams a jump lands late.
+_SEEK_EARLIER = (0, 1, 4)
 
 
 @dataclass(frozen=True)
@@ -101,10 +105,16 @@ def scan_video(location: str, scene_cuts: bool) -> Scan:
                 height, width = frame.height, round(frame.width * aspect)
                 if quarter_turns(frame) % 2:
                     height, width = width, height
+            elif time < times[-1]:
+                raise MediaError(
+                    f"{location}: time runs backwards at frame {len(times)}, from {float(times[-1]):.2f} s to"
+                    f" {float(time):.2f} s; cut it there, or write it anew with ffmpeg"
+                )
             times.append(time)
             if finder is not None:
                 finder.add(frame)
-        end = times[-1] + 1 / average_rate(stream)
+        # In a variable-rate video the average rate says nothing about its last frame.
+        end = times[-1] + (frame.duration * frame.time_base if frame.duration else 1 / average_rate(stream))
     return Scan(height, width, times, end, finder.cuts() if finder is not None else [])
 
 
@@ -163,7 +173,7 @@ def at_instants(frames: Iterable[tuple[Fraction, T]], rate: Fraction, number: in
 
 
 def read_frames(location: str, clip: ClipRef, bucket: Bucket, num_frames: int) -> np.ndarray:
-    """Reads one clip; other frames of the video are decoded at most from the key frame before it.
+    """Reads one clip; other frames of the video are decoded from the key frame before it, or some seconds before.
 
     Args:
         location: the video's file or address.
@@ -177,27 +187,26 @@ def read_frames(location: str, clip: ClipRef, bucket: Bucket, num_frames: int) -
     Raises:
         MediaError: missing or unreadable, or no longer the video that was scanned.
     """
-    try:
-        if clip.first:
-            return _read(location, clip, bucket, num_frames, seek=True)
-    except MediaError:
-        pass  # no index, no timestamps, or an open group of pictures: the way from the beginning is always right
-    return _read(location, clip, bucket, num_frames, seek=False)
+    for earlier in _SEEK_EARLIER if clip.first else ():
+        # No index, no timestamps, or an open group of pictures: the way from the beginning is always right.
+        with suppress(MediaError):
+            return _read(location, clip, bucket, num_frames, clip.start - earlier)
+    return _read(location, clip, bucket, num_frames, None)
 
 
-def _read(location: str, clip: ClipRef, bucket: Bucket, num_frames: int, seek: bool) -> np.ndarray:
+def _read(location: str, clip: ClipRef, bucket: Bucket, num_frames: int, seek: Fraction | None) -> np.ndarray:
     import av
 
     pictures: list[np.ndarray] = []
     with open_video(location) as (container, stream):
-        if seek:
+        if seek is not None:
             try:
-                container.seek(int(clip.start / stream.time_base), stream=stream, backward=True)
+                container.seek(int(seek / stream.time_base), stream=stream, backward=True)
             except av.FFmpegError as error:
                 raise MediaError(f"{location}: no way to {float(clip.start):.2f} s") from error
         aspect = Fraction(stream.sample_aspect_ratio or 1)
         size = bucket.height, bucket.width
-        frames = _wanted(location, clip, decoded_frames(location, container, stream), seek)
+        frames = _wanted(location, clip, decoded_frames(location, container, stream), seek is not None)
         shown: Any = None
         for frame in at_instants(frames, bucket.rate, num_frames):
             pictures.append(pictures[-1] if frame is shown else picture(frame, size, aspect))

@@ -3,11 +3,14 @@ on the seed and the step alone, so that a step number is the whole position of t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import queue
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -24,6 +27,7 @@ from pavdm_dist.data.clips import read_frames
 from pavdm_dist.data.index import locate
 from pavdm_dist.data.shards import ClipList, clips_file, open_shard, pad_texts, read_index, shard_file
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.io.storage import sha256_file
 
 T = TypeVar("T")
 
@@ -57,6 +61,7 @@ class CachedClips:
     Attributes:
         buckets: shapes of clips; empty ones included, so that positions are those of the settings.
         counts: clips per bucket.
+        identity: hash of the list of clips, wherever the folder lies.
 
     Raises:
         ConfigError: not a complete data set, one without latents, or one of another codec or text encoder.
@@ -70,6 +75,7 @@ class CachedClips:
         if model is not None:
             _check_identities(folder, index["identities"], model)
         self.buckets, self.counts = _buckets(index)
+        self.identity = _identity(self._folder, index)
         self._shard_clips: int = index["shard_clips"]
 
     def load(self, bucket: int, indices: Sequence[int]) -> Clips:
@@ -126,6 +132,7 @@ class PixelClips:
             bucket.check(codec.spec)
         self._codec, self._text_encoder = codec, text_encoder
         self._root: str = index["root"] if root is None else str(root)
+        self.identity = _identity(Path(folder), index)
         self._clips = [ClipList(clips_file(Path(folder), number)) for number in range(len(self.buckets))]
 
     def load(self, bucket: int, indices: Sequence[int]) -> Clips:
@@ -174,33 +181,40 @@ class BatchOrder:
         if seed < 0:
             raise ConfigError(f"seed={seed}: must be 0 or more")
         self._counts, self._sizes, self._seed = list(counts), list(batch_sizes), seed
-        # Batches of each bucket in a round, which is about one pass over everything.
-        turns = [max(1, round(n / size)) if n else 0 for n, size in zip(counts, batch_sizes, strict=True)]
-        self._turns = np.array(turns)
+        # Batches of each bucket in a round, which is one pass over everything; a part of one comes round now and then.
+        self._share = [Fraction(n, size) for n, size in zip(counts, batch_sizes, strict=True)]
         # A batch touches the ends of two passes.
-        self._permutation = lru_cache(maxsize=2 * len(turns))(self._shuffle)
+        self._permutation = lru_cache(maxsize=2 * len(self._share))(self._shuffle)
         self._round = lru_cache(maxsize=2)(self._draw_round)
 
     def batch(self, step: int) -> tuple[int, list[int]]:
         """Bucket and clip numbers of batch ``step``, 0 or more; steps may be asked for in any order."""
-        round_number, place = divmod(step, int(self._turns.sum()))
-        buckets, turn = self._round(round_number)
+        # The last round that begins at this step or before; rounds without a batch begin where the next one does.
+        first_round, behind = int(step / sum(self._share)), int((step + len(self._share)) / sum(self._share)) + 2
+        number = bisect_right(range(first_round, behind), step, key=self._begin) + first_round - 1
+        buckets, turn = self._round(number)
+        place = step - self._begin(number)
         bucket = int(buckets[place])
         size, count = self._sizes[bucket], self._counts[bucket]
-        first = (round_number * int(self._turns[bucket]) + int(turn[place])) * size
+        first = int(turn[place]) * size
         rows = (divmod(position, count) for position in range(first, first + size))
         return bucket, [int(self._permutation(bucket, epoch)[row]) for epoch, row in rows]
 
     def _shuffle(self, bucket: int, epoch: int) -> np.ndarray:
         return np.random.default_rng((self._seed, 1, bucket, epoch)).permutation(self._counts[bucket])
 
+    def _begin(self, number: int) -> int:
+        """The first step of a round."""
+        return sum(int(number * share) for share in self._share)
+
     def _draw_round(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The buckets of a round's batches, and how many batches of the same bucket came before in the round."""
-        buckets = np.repeat(np.arange(len(self._turns)), self._turns)
+        """The buckets of a round's batches, and how many batches of the same bucket came before."""
+        before, after = ([int(n * share) for share in self._share] for n in (number, number + 1))
+        buckets = np.repeat(np.arange(len(self._share)), np.subtract(after, before))
         np.random.default_rng((self._seed, 2, number)).shuffle(buckets)
         turn = np.empty_like(buckets)
-        for bucket, turns in enumerate(self._turns):
-            turn[buckets == bucket] = np.arange(turns)
+        for bucket, (first, behind) in enumerate(zip(before, after, strict=True)):
+            turn[buckets == bucket] = np.arange(first, behind)
         return buckets, turn
 
 
@@ -267,6 +281,13 @@ class Prefetch(Generic[T]):
 def _buckets(index: dict) -> tuple[list[Bucket], list[int]]:
     entries = index["buckets"]
     return [Bucket.parse(entry["bucket"]) for entry in entries], [entry["clips"] for entry in entries]
+
+
+def _identity(folder: Path, index: dict) -> str:
+    digest = hashlib.sha256()
+    for number, bucket in enumerate(index["buckets"]):
+        digest.update(f"{bucket['bucket']} {sha256_file(clips_file(folder, number))}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _check_numbers(counts: Sequence[int], bucket: int, indices: Sequence[int]) -> None:

@@ -83,9 +83,9 @@ def read_sources(sources: Sequence[str], captions: Captions = "required") -> Sou
         path = Path(source)
         if not path.exists():
             raise ConfigError(f"source={source}: no such file or folder")
-        folders.append(str(path.absolute() if path.is_dir() else path.absolute().parent))
+        folders.append(os.path.realpath(path if path.is_dir() else path.absolute().parent))
         entries += _read(path)
-    root = os.path.commonpath([os.path.normpath(folder) for folder in folders])
+    root = os.path.commonpath(folders)
     bare = [entry for entry in entries if not entry.caption]
     if bare and captions == "required":
         raise ConfigError(
@@ -94,6 +94,9 @@ def read_sources(sources: Sequence[str], captions: Captions = "required") -> Sou
         )
     videos, seen = [], dict[str, str]()
     for entry in entries:
+        for text in (entry.location, entry.caption):
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ConfigError(f"{entry.place!a}: {text!a} is not valid Unicode; rename it or correct the caption")
         name = entry.location if is_remote(entry.location) else os.path.relpath(entry.location, root)
         if name in seen:
             raise ConfigError(f"{name} is named twice, at {seen[name]} and {entry.place}: one clip would count double")
@@ -105,13 +108,13 @@ def read_sources(sources: Sequence[str], captions: Captions = "required") -> Sou
 
 def _read(source: Path) -> list[_Entry]:
     if source.is_dir():
-        found = sorted(path for path in source.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
+        found = sorted(_videos_in(os.path.realpath(source)))
         if not found:
             raise ConfigError(f"source={source}: holds no video ({', '.join(VIDEO_SUFFIXES)})")
         return [_with_sidecar(path) for path in found]
     suffix = source.suffix.lower()
     if suffix in VIDEO_SUFFIXES:
-        return [_with_sidecar(source)]
+        return [_with_sidecar(Path(_physical(source)))]
     if suffix not in INDEX_SUFFIXES:
         raise ConfigError(
             f"source={source}: must be a folder, a video ({', '.join(VIDEO_SUFFIXES)}) or an index "
@@ -127,19 +130,38 @@ def _read(source: Path) -> list[_Entry]:
     return entries
 
 
+def _videos_in(folder: str) -> Iterator[Path]:
+    """All videos of a folder and its subfolders, linked ones too; links that lead nowhere are reported when read."""
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(f"source={folder}: {error.filename} cannot be read: {error.strerror}") from error
+
+    seen = {folder}
+    for place, subfolders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        real = {name: os.path.realpath(os.path.join(place, name)) for name in subfolders}
+        subfolders[:] = [name for name in subfolders if real[name] not in seen]
+        seen.update(real.values())
+        yield from (Path(place, name) for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES)
+
+
 def _with_sidecar(path: Path) -> _Entry:
     sidecar = path.with_suffix(".txt")
     try:
-        caption = sidecar.read_text(encoding="utf-8").strip() if sidecar.is_file() else ""
+        caption = sidecar.read_text(encoding="utf-8-sig").strip() if sidecar.is_file() else ""
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{sidecar}: not readable as UTF-8 text: {error}") from error
     place = f"{sidecar} ({'empty' if sidecar.is_file() else 'missing'})" if not caption else str(path)
-    return _Entry(str(path.absolute()), " ".join(caption.split()), place)
+    return _Entry(str(path), " ".join(caption.split()), place)
+
+
+def _physical(path: Path) -> str:
+    """The path through its real folder, so that ``..`` in a relative one leads where it seems to."""
+    return os.path.join(os.path.realpath(path.absolute().parent), path.name)
 
 
 def _csv_rows(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with open(source, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(file, strict=True)  # else a quote that is never closed swallows the rows behind it
         for row in reader:
             if None in row:
                 raise ConfigError(f"{source}:{reader.line_num}: has more fields than the header; quote commas")
@@ -167,7 +189,7 @@ def _from_row(source: Path, line: int, row: dict[str, Any]) -> _Entry:
     caption = _column(row, CAPTION_COLUMNS, place)
     if not path:
         raise ConfigError(f"{place}: the path is empty")
-    location = path if is_remote(path) else os.path.normpath(source.absolute().parent / path)
+    location = path if is_remote(path) else _physical(source.parent / path)
     return _Entry(location, " ".join(caption.split()), place)
 
 

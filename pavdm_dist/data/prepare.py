@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from pavdm_dist.codecs.wan import encoder_identity
 from pavdm_dist.data.buckets import Bucket, parse_buckets
 from pavdm_dist.data.clips import ClipRef
 from pavdm_dist.data.index import Captions, Sources, locate, read_sources
-from pavdm_dist.data.shards import INDEX, SETTINGS, VERSION, clips_file, shard_file, write_clips, write_json
+from pavdm_dist.data.shards import INDEX, SETTINGS, SIZES, VERSION, clips_file, shard_file, write_clips, write_json
 from pavdm_dist.data.work import Job, encode_shard, read_scan, scan_file, scan_part
 from pavdm_dist.data.workers import Run, workers
 from pavdm_dist.errors import ConfigError
@@ -95,9 +95,11 @@ def _prepare(job: Job, config: PrepareConfig, sources: Sources, run: Run) -> dic
             logger.info("looked at %d of %d parts of the videos, %d frames", number, len(missing), frames)
         scanned = time.monotonic() - began
         index = _list_clips(job, config, sources, len(parts))
-        if config.encode:
-            _encode(job, index, run)
-        write_json(job.output / INDEX, index)
+    complete = (job.output / INDEX).exists() and index["root"] == sources.root
+    if config.encode:
+        _encode(job, index, run)  # only shards that are missing
+    if not complete:
+        write_json(job.output / INDEX, {**index, "root": sources.root})
     remove(job.output / "scan")
     _check_readable(config, index["skipped"], index["videos"])
     return {
@@ -129,7 +131,7 @@ def _list_clips(job: Job, config: PrepareConfig, sources: Sources, parts: int) -
     _check_readable(config, skipped, len(sources.videos))
     if not totals["clips"]:
         # Nothing is kept, so that other settings may be tried in the same folder.
-        for path in (job.output / "scan", job.output / SETTINGS):
+        for path in (job.output / "scan", job.output / SETTINGS, job.output / SIZES):
             remove(path)
         reasons = "; ".join(f"{entry['video']}: {entry['reason']}" for entry in skipped[:3])
         raise ConfigError(f"none of {len(sources.videos)} videos gives a clip: {reasons}")
@@ -245,31 +247,53 @@ def _settle(job: Job, config: PrepareConfig, sources: Sources) -> None:
     }
     path = job.output / SETTINGS
     if not path.exists():
-        others = sorted(os.listdir(job.output))
+        # What a run leaves that was killed at its very first writes.
+        ours = (SIZES, f".{SIZES}.", f".{SETTINGS}.")
+        others = sorted(name for name in os.listdir(job.output) if not name.startswith(ours))
         if others:
             raise ConfigError(f"output={config.output} holds {others[0]} and no data set: name an empty folder")
+        write_json(job.output / SIZES, _sizes(sources))
         write_json(path, wanted)
         return
+    before, now = json.loads((job.output / SIZES).read_text(encoding="utf-8")), _sizes(sources)
     found = json.loads(path.read_text(encoding="utf-8"))
     for name in (*wanted, *(found.keys() - wanted.keys())):
         if found.get(name) != wanted.get(name):
             both = f"{name}={found.get(name)}, this run has {wanted.get(name)}"
-            said = "other videos or captions (source)" if name == "source" else both
+            said = _other_videos(before, now) if name == "source" else both
             raise ConfigError(
                 f"output={config.output} was made with {said}: name another output, or delete that folder"
             )
     for leftover in job.output.rglob(".*.tmp"):  # of a run that was killed
         remove(leftover)
+    # A video that is gone is missed where its clips are read, if any are still to be.
+    changed = [name for name, size in now.items() if None not in (size, before[name]) and size != before[name]]
+    if changed:
+        raise ConfigError(
+            f"output={config.output}: {changed[0]} had {before[changed[0]]} bytes when the data set was begun and has"
+            f" {now[changed[0]]} ({len(changed)} such videos): put it back, or name another output"
+        )
+
+
+def _other_videos(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    for names, what in ((before.keys() - now.keys(), "is gone"), (now.keys() - before.keys(), "is new")):
+        if names:
+            return f"other videos ({min(names)} {what}, {len(names)} such; put them back to go on)"
+    return "other captions, or videos in another order"
 
 
 def _digest(sources: Sources) -> str:
-    """Hash of names, captions and sizes: cheap, and enough to notice a video that was replaced or added."""
+    """Hash of names and captions."""
     digest = hashlib.sha256()
     for video in sources.videos:
-        place = locate(sources.root, video.path)
-        size = os.path.getsize(place) if os.path.isfile(place) else -1
-        digest.update(json.dumps([video.path, video.caption, size]).encode())
+        digest.update(json.dumps([video.path, video.caption]).encode())
     return digest.hexdigest()[:16]
+
+
+def _sizes(sources: Sources) -> dict[str, int | None]:
+    """Bytes of every video that is a file here: cheap, and enough to notice one that was replaced."""
+    places = {video.path: locate(sources.root, video.path) for video in sources.videos}
+    return {name: os.path.getsize(place) if os.path.isfile(place) else None for name, place in places.items()}
 
 
 def _read_complete(output: Path) -> dict[str, Any] | None:
@@ -280,7 +304,10 @@ def _read_complete(output: Path) -> dict[str, Any] | None:
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
     """Makes the folder and keeps other runs out of it; a run that was refused leaves no empty one behind."""
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output={output}: cannot be made: {error.strerror}") from error
     folder = os.open(output, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)

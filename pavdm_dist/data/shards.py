@@ -19,6 +19,7 @@ from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.io.storage import atomic_path, atomic_write
 
 SETTINGS = "settings.json"
+SIZES = "sizes.json"
 INDEX = "index.json"
 VERSION = 1
 

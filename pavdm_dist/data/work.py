@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pavdm_dist.data.buckets import Bucket, smallest
 from pavdm_dist.data.clips import plan_clips, read_frames, scan_video
 from pavdm_dist.data.index import SourceVideo, locate
 from pavdm_dist.data.shards import ClipList, clips_file, shard_file, write_json, write_shard
+from pavdm_dist.data.workers import worker_number
 from pavdm_dist.errors import ConfigError, MediaError
 
 
@@ -67,7 +67,7 @@ def encode_shard(job: Job, bucket: int, number: int) -> int:
     Raises:
         MediaError: a video is not what it was when it was scanned.
     """
-    codec, checkpoint = _encoders(job.model, job.device, os.getpid())
+    codec, checkpoint = _encoders(job.model, job.device, worker_number())
     clips_on_disk = ClipList(clips_file(job.output, bucket))
     first = number * job.shard_clips
     clips = clips_on_disk.read(range(first, min(first + job.shard_clips, len(clips_on_disk))))
@@ -75,7 +75,13 @@ def encode_shard(job: Job, bucket: int, number: int) -> int:
     latents, texts = [], list[Tensor]()
     with _threads(job.threads), _quiet():
         for clip in clips:
-            frames = read_frames(locate(job.root, clip.video), clip, shape, shape.num_frames(codec.spec))
+            try:
+                frames = read_frames(locate(job.root, clip.video), clip, shape, shape.num_frames(codec.spec))
+            except MediaError as error:
+                raise MediaError(
+                    f"{error}; its clips are listed: put the video back and run again, or prepare another folder"
+                    " without it"
+                ) from error
             latents.append(codec.encode(torch.from_numpy(frames)).half())
             texts.append(checkpoint.text_encoder.encode(clip.caption))
     about = {"bucket": str(shape), **dict(job.identities)}

@@ -15,7 +15,7 @@ from itertools import islice
 from multiprocessing.connection import wait as wait_for_end
 from typing import Any
 
-from pavdm_dist.errors import EngineError
+from pavdm_dist.errors import ConfigError, EngineError
 
 # Units under way per worker: one that runs and one that waits, so that none is idle.
 _AHEAD = 2
@@ -47,7 +47,7 @@ def workers(processes: int, ray_address: str | None, cpus: int, gpu: bool) -> It
     else:
         # spawn: forking a process that holds threads (torch, FFmpeg) can lock up.
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(processes, context, initializer=_follow_parent)
+        pool = ProcessPoolExecutor(processes, context, _begin, (context.Value("i", 0),))
         try:
             yield partial(_in_processes, pool, processes)
         finally:
@@ -70,6 +70,22 @@ def _in_processes(
         raise EngineError(
             "a worker process died, perhaps for lack of memory; run again to go on (processes=1 shows where)"
         ) from error
+
+
+_number = 0
+
+
+def worker_number() -> int:
+    """Which of the processes this one is, from 0; 0 too in a process of its own and under Ray, which gives devices."""
+    return _number
+
+
+def _begin(counter: Any) -> None:
+    """Sets a worker process up."""
+    global _number
+    with counter.get_lock():
+        _number, counter.value = counter.value, counter.value + 1
+    _follow_parent()
 
 
 def _follow_parent() -> None:
@@ -95,6 +111,11 @@ def _ray(address: str, cpus: int, gpu: bool) -> Iterator[Run]:
     from pavdm_dist.engine.placement import connect
 
     connect(EngineOptions(1, ray_address=address))
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(node.get("CPU", 0) >= cpus and (not gpu or node.get("GPU", 0) >= 1) for node in resources):
+        most = int(max((node.get("CPU", 0) for node in resources), default=0))
+        wanted = f"threads={cpus}" + (" with device=cuda" if gpu else "")
+        raise ConfigError(f"{wanted}: no node of ray_address={address!r} has that; the largest has {most} CPUs")
     pending: list[Any] = []
 
     def run(function: Function, units: Iterable[Unit]) -> Iterator[int]:

@@ -126,9 +126,9 @@ def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
     """
     import av
 
-    if not exists(path) or (not is_remote(path) and not Path(path).is_file()):
-        raise MediaError(f"{path}: no such file")
     try:
+        if not exists(path) or (not is_remote(path) and not Path(path).is_file()):
+            raise MediaError(f"{path}: no such file")
         with open_read(path) as file:
             try:
                 container: Any = av.open(file, metadata_errors="replace")

@@ -53,14 +53,15 @@ class Average:
     Args:
         module: whose parameters are followed.
         decay: weight of the past; smaller in the first steps.
+        device: where it is kept; None = where the masters are.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float, device: torch.device | None = None) -> None:
         self.decay, self.steps = decay, 0
         self.parts: dict[str, tuple[int, Tensor]] = {}
         for name, parameter in _trained(module):
             start, part = local_part(parameter)
-            self.parts[name] = (start, part.detach().float().clone())
+            self.parts[name] = (start, part.detach().float().clone().to(device or part.device))
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
@@ -68,7 +69,8 @@ class Average:
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         for name, parameter in _trained(module):
-            self.parts[name][1].lerp_(local_part(parameter)[1].float(), 1 - decay)
+            mine = self.parts[name][1]
+            mine.lerp_(local_part(parameter)[1].to(mine.device, torch.float32), 1 - decay)
 
     def save(self, folder: Path, rank: int, size: int) -> None:
         """Writes this process' parts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from pavdm_dist.train.data import LatentClips
 from pavdm_dist.train.loss import noised
 from pavdm_dist.train.model import Text
 from pavdm_dist.train.objective import Objective, draw_levels, draw_window
-from pavdm_dist.train.world import FPS, SIZE
+from pavdm_dist.train.world import FPS, SIZE, WORLD_SETTINGS
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,15 @@ class Batch:
 
 
 class Batches(Protocol):
-    """Where batches come from."""
+    """Where batches come from.
+
+    Attributes:
+        channels: of the latents.
+        identity: what batches depend on besides the settings; a run must not go on with another one.
+    """
 
     channels: int
+    identity: dict[str, Any]
 
     def batch(self, step: int, rank: int, size: int) -> Batch:
         """Process ``rank``'s share of step ``step``'s batch: every ``size``-th sample, so that the processes' mean
@@ -94,6 +100,7 @@ class WorldBatches:
         self.clips, self.data, self.seed = clips, data, seed
         self.kinds = [(share, kind.at_size(SIZE, SIZE)) for share, kind in objective.kinds()]
         self.channels = clips.latents.shape[1]
+        self.identity = {"world": WORLD_SETTINGS}
 
     def batch(self, step: int, rank: int, size: int) -> Batch:
         """See :class:`Batches`; all processes draw the whole batch, which costs little."""

@@ -139,6 +139,11 @@ def find(root: str | Path, identity: Mapping[str, Any], layout: Layout, resume: 
     return None
 
 
+def any_there(root: str | Path) -> bool:
+    """Whether a folder holds a checkpoint, whole or not."""
+    return bool(_tags(Path(root)))
+
+
 def check_resume(root: str | Path, resume: str, tags: list[str] | None = None) -> None:
     """Refuses to start afresh where a run must go on, and the other way round.
 
@@ -249,11 +254,16 @@ def _write(path: Path, text: str) -> None:
 
 
 def _drop(folder: Path, newest: str, keep_last: int, keep_every: int) -> None:
-    old = [tag for tag in sorted(_tags(folder), reverse=True) if tag != newest][max(keep_last - 1, 0) :]
-    for tag in old:
-        if not keep_every or int(tag[4:]) % keep_every:
-            shutil.rmtree(folder / tag)
-    for left in folder.glob(f"step*{PARTIAL}"):
+    """Leaves ``keep_last`` checkpoints up to the newest, and those that are kept for good.
+
+    Later ones were damaged and passed over: the run has taken another way since.
+    """
+    tags = sorted(_tags(folder), reverse=True, key=lambda tag: int(tag[4:]))
+    abandoned = [tag for tag in tags if int(tag[4:]) > int(newest[4:])]
+    old = [tag for tag in tags if tag not in abandoned][max(keep_last, 1) :]
+    for tag in abandoned + [tag for tag in old if not keep_every or int(tag[4:]) % keep_every]:
+        shutil.rmtree(folder / tag)
+    for left in (*folder.glob(f"step*{PARTIAL}"), *folder.glob(f"step*{UNIVERSAL}")):
         shutil.rmtree(left)
 
 

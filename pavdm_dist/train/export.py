@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.train.config import TrainConfig
 from pavdm_dist.train.model import filled
@@ -34,6 +35,18 @@ class Parts:
     prompts: tuple[str, ...]
 
 
+def check_target(folder: Path) -> None:
+    """Refuses to replace what is no earlier export.
+
+    Raises:
+        ConfigError: a file, or a folder that holds something else.
+    """
+    if folder.is_file():
+        raise ConfigError(f"export={folder}: is a file; name a new folder, or one that holds an exported model")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "model_index.json").exists():
+        raise ConfigError(f"export={folder}: holds {next(folder.iterdir()).name} and no model; name a new folder")
+
+
 def export_model(
     config: TrainConfig, weights: dict[str, Tensor], channels: int, parts: Parts, folder: Path, step: int
 ) -> None:
@@ -46,7 +59,11 @@ def export_model(
         parts: the other components.
         folder: where; an earlier export there is replaced.
         step: number of optimizer steps done.
+
+    Raises:
+        ConfigError: see :func:`check_target`.
     """
+    check_target(folder)
     model, o = filled(config, channels, weights), config.objective
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from pavdm_dist.errors import ConfigError, EngineError
+from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.config import TrainConfig
 from pavdm_dist.train.processes import launched_size
-from pavdm_dist.train.zero import check_settings
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +66,25 @@ def launch(config: TrainConfig, words: Sequence[str]) -> None:
 def _launch_here(processes: int, words: Sequence[str]) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *torchrun, "-m", "pavdm_dist", "train", *words]
-    child = subprocess.Popen(command, env={"OMP_NUM_THREADS": "1", **os.environ})
+    # torchrun kills processes that take longer to save and export.
+    given = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1800"}
+    child = subprocess.Popen(command, env={**given, **os.environ})
+    told: list[int] = []
+
+    def forward(number: int, _: object) -> None:
+        told.append(number)
+        child.terminate()
+
+    before = signal.signal(signal.SIGTERM, forward)
     try:
         code = child.wait()
     except KeyboardInterrupt:  # the terminal told the processes too; they save and end
-        code = child.wait()
+        child.wait()
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if told:  # torchrun's own status is 1 then, however well its processes ended
+        raise EngineError("stopped by SIGTERM; the lines above say where the processes saved; run again to go on")
     if code:
         raise EngineError(f"a training process failed (exit status {code}); its message is above")
 
@@ -94,8 +108,7 @@ def _launch_ray(config: TrainConfig) -> None:
         ray.init(address=wanted.ray_address, log_to_driver=True)
     gpus = wanted.gpus_per_worker > 0
     resources = {"CPU": wanted.cpus_per_worker, **({"GPU": wanted.gpus_per_worker} if gpus else {})}
-    # A restarted worker goes on with what the run itself left, whatever the first start was to do.
-    settings = replace(config, run_dir=str(run), resume="auto")
+    settings = _anywhere(config, run)
     trainer = TorchTrainer(
         _ray_worker,
         train_loop_config={"config": settings, "deadline": time.time() + config.max_seconds},
@@ -110,6 +123,31 @@ def _launch_ray(config: TrainConfig) -> None:
     except TrainingFailedError as error:
         reasons = str(error).strip().splitlines() or [type(error).__name__]
         raise EngineError(f"training on Ray failed after {wanted.max_failures} restarts: {reasons[-1]}") from error
+
+
+def _anywhere(config: TrainConfig, run: Path) -> TrainConfig:
+    """The settings for workers, which start in folders of their own: with whole paths.
+
+    A restarted worker goes on with what the run itself left; one that does not see what is there must not start afresh.
+    """
+
+    def whole(path: str | None) -> str | None:
+        # A hub id or "embedded" is no path here.
+        return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
+
+    from pavdm_dist.train import checkpoint
+
+    export = None if config.export is None else str(Path(config.export).absolute())
+    return replace(
+        config,
+        run_dir=str(run),
+        export=export,
+        resume="must" if checkpoint.any_there(run / "checkpoints") else "auto",
+        deepspeed_config=whole(config.deepspeed_config),
+        data=replace(config.data, folder=whole(config.data.folder), model=whole(config.data.model)),
+        model=replace(config.model, pretrained=whole(config.model.pretrained)),
+        codec=replace(config.codec, folder=whole(config.codec.folder)),
+    )
 
 
 def _ray_worker(settings: dict[str, Any]) -> None:

@@ -20,15 +20,15 @@ from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.train.batches import Batches, WorldBatches
+from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.codec import CodecTraining, export_codec, train_codec
 from pavdm_dist.train.config import TrainConfig
 from pavdm_dist.train.data import LatentClips, cache_clips
-from pavdm_dist.train.export import Parts
+from pavdm_dist.train.export import Parts, check_target
 from pavdm_dist.train.processes import World, join_world
 from pavdm_dist.train.trainer import Report, Trainer
 from pavdm_dist.train.video import video_data
 from pavdm_dist.train.world import FPS, SIZE
-from pavdm_dist.train.zero import check_settings
 
 INFO = FrameInfo(SIZE, SIZE, FPS)
 
@@ -45,7 +45,8 @@ WORLD_PROMPTS = (
 def train_command(config: TrainConfig, report: Report | None = None) -> None:
     """Runs one slice of ``config.max_seconds``; call again until it says that all steps are done.
 
-    SIGTERM (a preempted job) ends the slice early, with a checkpoint.
+    SIGTERM (a preempted job) ends the slice early, with a checkpoint and the exported model; so does Ctrl-C, which a
+    second Ctrl-C cuts short.
 
     Args:
         config: settings.
@@ -53,7 +54,10 @@ def train_command(config: TrainConfig, report: Report | None = None) -> None:
 
     Raises:
         ConfigError: impossible settings, a run folder that was made with others (named), or missing extras.
+        KeyboardInterrupt: after Ctrl-C, saying where the weights are.
     """
+    target = Path(config.export or Path(config.run_dir) / "model")
+    check_target(target)
     torch.set_num_threads(config.threads)
     end = time.monotonic() + config.max_seconds
     world = join_world(config.launch.timeout_seconds)
@@ -64,26 +68,40 @@ def train_command(config: TrainConfig, report: Report | None = None) -> None:
     batches, parts = found
     try:
         trainer = Trainer(config, batches, parts, world, report)
-        with _stopped_by_sigterm(trainer):
+        with _stopped_by_signals(trainer) as interrupted:
             finished = trainer.run(end)
     finally:
         batches.close()
-    target = Path(config.export or Path(config.run_dir) / "model")
     trainer.export(target)
+    if interrupted:
+        raise KeyboardInterrupt(f"saved at step {trainer.step}, weights in {target}; run again to go on")
     if world.first:
         logger.info("%s; weights in %s", "all steps done" if finished else "slice over, run again", target)
 
 
 @contextmanager
-def _stopped_by_sigterm(trainer: Trainer) -> Iterator[None]:
+def _stopped_by_signals(trainer: Trainer) -> Iterator[list[int]]:
+    """Stops the trainer after its step; gives a list that is empty until Ctrl-C."""
+    interrupts: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # a Ray worker: Ray tells it otherwise
-        yield
+        yield interrupts
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: trainer.stop())
+
+    def interrupt(number: int, _: object) -> None:
+        if interrupts:
+            raise KeyboardInterrupt
+        interrupts.append(number)
+        trainer.stop()
+
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: trainer.stop()),
+        signal.SIGINT: signal.signal(signal.SIGINT, interrupt),
+    }
     try:
-        yield
+        yield interrupts
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _world_data(config: TrainConfig, world: World, end: float) -> tuple[Batches, Parts] | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.text import WordTextEncoder
-from pavdm_dist.errors import ConfigError
+from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.models.base import FrameInfo, WindowSlice
 from pavdm_dist.models.loading import load_config, read_tensors
 from pavdm_dist.models.stdit3 import OPTIONAL_TENSORS, STDiT3, STDiT3Config
@@ -154,9 +154,9 @@ def build(
         model.transformer.init_weights(whole)
     else:
         folder = Checkpoint.open(m.pretrained)
-        _fill(model.transformer, read_tensors(folder.transformer), whole)
+        _fill(model.transformer, read_tensors(folder.transformer), whole, m.pretrained)
         if model.text_encoder is not None:
-            _fill(model.text_encoder, read_tensors(folder.folder / "text_encoder"), None)
+            _fill(model.text_encoder, read_tensors(folder.folder / "text_encoder"), None, m.pretrained)
     return model
 
 
@@ -183,11 +183,21 @@ def _text_encoder(m: ModelConfig) -> WordTextEncoder:
 
 
 @torch.no_grad()
-def _fill(module: nn.Module, tensors: dict[str, Tensor], whole: Whole | None) -> None:
+def _fill(module: nn.Module, tensors: dict[str, Tensor], whole: Whole | None, source: str) -> None:
+    wanted = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, value in wanted.items():
+        if name not in tensors and name not in OPTIONAL_TENSORS:
+            raise CheckpointError(f"model.pretrained={source}: {name} is missing")
+        # A sharded parameter has its whole shape elsewhere.
+        shape = getattr(value, "ds_shape", value.shape)
+        if name in tensors and tensors[name].shape != shape:
+            raise CheckpointError(
+                f"model.pretrained={source}: {name} is {list(tensors[name].shape)}, not {list(shape)}"
+            )
+    for name in tensors.keys() - wanted.keys():
+        raise CheckpointError(f"model.pretrained={source}: {name} is no part of this model")
     if whole is None:
-        found = module.load_state_dict(tensors, strict=False)
-        missing = [name for name in found.missing_keys if name not in OPTIONAL_TENSORS]
-        assert not missing and not found.unexpected_keys, (missing, found.unexpected_keys)
+        module.load_state_dict(tensors, strict=False)
         return
     for name, parameter in module.named_parameters():
         with whole([parameter]):

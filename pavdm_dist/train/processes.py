@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pavdm_dist.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class World:
@@ -65,9 +67,17 @@ def join_world(timeout_seconds: float = 1800.0) -> World:
 
     Args:
         timeout_seconds: of a collective; a process that is gone ends the others after this long.
+
+    Raises:
+        ConfigError: a launcher set some of its variables and not all.
     """
-    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, str(value))
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    if launched_size() > 1:
+        for name in (*alone, "MASTER_PORT"):
+            if name not in os.environ:
+                raise ConfigError(f"{name} is not set although WORLD_SIZE={launched_size()}: launch with torchrun")
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", str(free_port()))
     cuda = torch.cuda.is_available()
     if not cuda:

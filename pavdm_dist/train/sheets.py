@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import time
 from pathlib import Path
 
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor
 
 from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.codecs.wan import WanCodec
-from pavdm_dist.denoiser import ModelDenoiser
+from pavdm_dist.denoiser import ModelDenoiser, TextBank
 from pavdm_dist.sampler import sample
 from pavdm_dist.schedule import WindowPlan
 from pavdm_dist.stream import Conditioning, Stream
@@ -20,6 +23,8 @@ from pavdm_dist.train.model import filled
 
 FRAMES_SHOWN = 8
 
+logger = logging.getLogger(__name__)
+
 
 def draw_sheet(
     config: TrainConfig,
@@ -27,10 +32,14 @@ def draw_sheet(
     channels: int,
     parts: Parts,
     path: Path,
+    device: torch.device | str = "cpu",
+    seconds: float = math.inf,
     chunks: int = 6,
     guidance: float = 2.0,
 ) -> None:
     """Samples one video per prompt and writes evenly spaced frames, a row each, with the prompts beside it.
+
+    Prompts that there is no time for are left out, with a warning.
 
     Args:
         config: of the run; its objective gives the plan.
@@ -38,27 +47,42 @@ def draw_sheet(
         channels: of the latents.
         parts: codec, text encoder, size and prompts.
         path: PNG to write.
+        device: where to sample; in bfloat16 on a GPU.
+        seconds: how long that may take.
         chunks: length of the videos.
         guidance: guidance scale.
     """
     from PIL import Image
 
-    codec, model, info = WanCodec.from_pretrained(parts.vae), filled(config, channels, weights), parts.info
+    device, end = torch.device(device), time.monotonic() + seconds
+    codec, model, info = WanCodec.from_pretrained(parts.vae, device), filled(config, channels, weights), parts.info
     encoder = model.text_encoder or WordTextEncoder.from_pretrained(str(parts.text_encoder))
     o = config.objective.kinds()[0][1].at_size(info.height, info.width)
     plan = WindowPlan(o.num_inference_steps, o.window_chunks, o.latent_chunk_size, o.context_chunks, num_chunks=chunks)
     height, width = codec.latent_size(info.height, info.width)
+    null = model.transformer.null_text()
+    model.transformer.to(device)
     rows = []
     for number, prompt in enumerate(parts.prompts):
-        text = Conditioning.build([(0, encoder.encode(prompt))], model.transformer.null_text())
+        text = Conditioning.build([(0, encoder.encode(prompt))], null)
         shape = (channels, height, width)
         stream = Stream(number, plan, o.schedule, number, shape, text, info, guidance)
-        decoder = codec.decoder()
-        chunks_of = sample(stream.window(), ModelDenoiser(model.transformer, stream), guidance)
-        frames = torch.cat([decoder.decode(clean.latents) for clean in chunks_of])
-        shown = torch.linspace(0, len(frames) - 1, FRAMES_SHOWN).long()
-        rows.append(rearrange(frames[shown], "t h w c -> h (t w) c"))
+        decoder, frames = codec.decoder(), list[Tensor]()
+        denoise = ModelDenoiser(model.transformer, stream, TextBank(model.transformer, device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            for clean in sample(stream.window(device), denoise, guidance):
+                frames.append(decoder.decode(clean.latents).cpu())
+                if time.monotonic() > end:
+                    break
+        if len(frames) < chunks:
+            logger.warning("the contact sheet has %d of %d prompts: no time for more", number, len(parts.prompts))
+            break
+        video = torch.cat(frames)
+        shown = torch.linspace(0, len(video) - 1, FRAMES_SHOWN).long()
+        rows.append(rearrange(video[shown], "t h w c -> h (t w) c"))
+    if not rows:
+        return
     sheet = torch.cat(rows).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet).resize((sheet.shape[1] * 2, sheet.shape[0] * 2), 0).save(path)
-    path.with_suffix(".txt").write_text("\n".join(parts.prompts) + "\n")
+    path.with_suffix(".txt").write_text("\n".join(parts.prompts[: len(rows)]) + "\n")

@@ -10,7 +10,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,14 @@ from pavdm_dist.errors import EngineError
 from pavdm_dist.train import checkpoint
 from pavdm_dist.train.average import Average, whole_tensors
 from pavdm_dist.train.batches import Batch, Batches
+from pavdm_dist.train.checks import check_settings, memory_advice
 from pavdm_dist.train.config import TrainConfig
 from pavdm_dist.train.export import Parts, export_model
 from pavdm_dist.train.loss import velocity_loss
 from pavdm_dist.train.model import shape_of
 from pavdm_dist.train.processes import World, join_world
 from pavdm_dist.train.sequence import join_sequence
-from pavdm_dist.train.world import WORLD_SETTINGS
-from pavdm_dist.train.zero import check_settings, start_engine
+from pavdm_dist.train.zero import start_engine
 
 # Takes the metrics of a logged step.
 Report = Callable[[dict[str, Any]], None]
@@ -62,6 +63,7 @@ class Trainer:
     ) -> None:
         self.config, self.batches, self.parts, self.report = config, batches, parts, report
         self.stopping = False
+        self._norm: float | None = None
         self.world = world or join_world(config.launch.timeout_seconds)
         check_settings(config, self.world.size)
         self.run_dir = Path(config.run_dir)
@@ -72,28 +74,33 @@ class Trainer:
         shortest = min(kind.latent_chunk_size for _, kind in config.objective.kinds())
         heads = shape_of(config, batches.channels).num_heads
         self.sequence = join_sequence(self.world, config.sequence_parallel, heads, shortest)
-        self.engine = start_engine(config, batches.channels, self.world, found is not None and found.convert)
-        self.average = Average(self.engine.module, config.optimizer.ema_decay)
         self.step, self.saved = 0, -1
-        if found is not None:
-            self.step = self.saved = checkpoint.load(self.engine, self.average, folder, found, self.world)
-            logger.info("going on at step %d", self.step)
+        home = torch.device("cpu") if config.zero.offload != "none" else None
+        with self._memory_advice():
+            self.engine = start_engine(config, batches.channels, self.world, found is not None and found.convert)
+            self.average = Average(self.engine.module, config.optimizer.ema_decay, home)
+            if found is not None:
+                self.step = self.saved = checkpoint.load(self.engine, self.average, folder, found, self.world)
+                logger.info("going on at step %d", self.step)
 
     def run(self, end: float) -> bool:
         """Trains until ``end`` (monotonic clock) or the last step; True when all steps are done."""
         config = self.config
         saved = drawn = time.monotonic()
-        while self.step < config.optimizer.total_steps and self._goes_on(end):
-            metrics = self.train_step()
-            if self.step % config.log_every_steps == 0:
-                self._log(metrics)
-            if self.world.agree(time.monotonic() - saved > config.checkpoint_every_seconds):
-                self.save()
-                saved = time.monotonic()
-            if self.world.agree(time.monotonic() - drawn > config.sheet_every_seconds):
-                self.sheet()
-                drawn = time.monotonic()
-        self.save()
+        with self._kernels():
+            while self.step < config.optimizer.total_steps and self._goes_on(end):
+                metrics = self.train_step()
+                if self.step % config.log_every_steps == 0:
+                    self._log(metrics)
+                kept = config.keep_every_steps and self.step % config.keep_every_steps == 0
+                if kept or self.world.agree(time.monotonic() - saved > config.checkpoint_every_seconds):
+                    self.save()
+                    saved = time.monotonic()
+                every = config.sheet_every_seconds
+                if every and self.world.agree(time.monotonic() - drawn > every):
+                    self.sheet()
+                    drawn = time.monotonic()
+            self.save()
         return self.step >= config.optimizer.total_steps
 
     def stop(self) -> None:
@@ -112,23 +119,24 @@ class Trainer:
             What the log shows; losses are means over all processes.
 
         Raises:
-            EngineError: the loss is no number, or the device's memory is full; the last checkpoint is kept.
+            EngineError: the loss or the gradient is no number, the device's memory is full, or another process cannot
+                load its part of the batch; the last checkpoint is kept.
+            PAVDMError: this process cannot.
         """
         started, o = time.monotonic(), self.config.optimizer
         for group in self.engine.optimizer.param_groups:
             group["lr"] = o.lr * self._rate()
         group = self.sequence
-        batch = self.batches.batch(self.step, group.data_rank, group.data_size)
+        batch = self._loaded()
         samples, frames = group.data_size * len(batch.dropped), batch.levels.shape[1]
         batch = group.cut(batch)
         loaded = time.monotonic() - started
-        try:
+        with self._kernels(), self._memory_advice():
             sums = sum(self._backward(part, o.accumulation) for part in batch.parts(o.accumulation))
-        except torch.OutOfMemoryError as error:
-            raise EngineError(_memory_advice(self.config, self.step)) from error
-        assert isinstance(sums, Tensor)
-        mean = self.world.mean(sums).cpu()
-        self.average.update(self.engine.module)
+            assert isinstance(sums, Tensor)
+            mean = self.world.mean(sums).cpu()
+            norm = self._refuse_gradient(self.engine.get_global_grad_norm())
+            self.average.update(self.engine.module)
         self.step += 1
         per_level = [None if count == 0 else value / count for value, count in mean[1:].view(2, 5).T.tolist()]
         return {
@@ -137,7 +145,7 @@ class Trainer:
             "causal": batch.chunk_causal is not None,
             "frames": frames,
             "size": [batch.info.height, batch.info.width],
-            "grad_norm": self._grad_norm(),
+            "grad_norm": self._norm if norm is None else norm,
             "lr": self.engine.optimizer.param_groups[0]["lr"],
             "samples_per_second": samples / (time.monotonic() - started),
             "loading_seconds": loaded,
@@ -146,17 +154,60 @@ class Trainer:
     def _backward(self, batch: Batch, parts: int) -> Tensor:
         """Forward and backward pass of one part: ``[loss, summed error of five bands of levels, their counts]``."""
         batch = batch.to(self.world.device)
-        # At a few dozen tokens on a CPU the plain products beat the fused kernel, whose backward pass took a fifth.
-        kernels = [SDPBackend.MATH] if self.world.device.type == "cpu" else _FUSED
-        with sdpa_kernel(kernels):
-            given = (batch.text, batch.dropped, batch.info, batch.chunk_causal, batch.window)
-            velocity = self.engine(batch.x, batch.levels, *given)
-            about = (batch.levels, batch.context, batch.window, self.sequence.size)
-            loss, sums, counts = velocity_loss(velocity.float(), batch.target, *about)
-            self._refuse_nan(loss, batch)
-            self.engine.backward(loss)
+        given = (batch.text, batch.dropped, batch.info, batch.chunk_causal, batch.window)
+        velocity = self.engine(batch.x, batch.levels, *given)
+        about = (batch.levels, batch.context, batch.window, self.sequence.size)
+        loss, sums, counts = velocity_loss(velocity.float(), batch.target, *about)
+        self._refuse_nan(loss, batch)
+        self.engine.backward(loss)
+        if self.config.zero.stage == 0 and self.engine.is_gradient_accumulation_boundary():
+            # DeepSpeed tells no norm at this stage, and would step with whatever is there.
+            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            self._norm = self._refuse_gradient(torch.nn.utils.get_total_norm(gradients))
         self.engine.step()
         return torch.cat([loss.detach()[None] / parts, sums, counts])
+
+    def _loaded(self) -> Batch:
+        """This process' part of the step's batch; where another cannot load its own, all end with a sentence."""
+        group = self.sequence
+        batch, fault = None, None
+        try:
+            batch = self.batches.batch(self.step, group.data_rank, group.data_size)
+        except Exception as error:  # whatever it is, the others must hear of it
+            fault = error
+        told = torch.tensor([float(fault is not None)], device=self.world.device)
+        if self.world.mean(told) > 0 and self.world.size > 1:
+            reasons = self.world.gather(None if fault is None else f"{type(fault).__name__}: {fault}")
+            first = next((rank, text) for rank, text in enumerate(reasons) if text is not None)
+            if fault is None:
+                raise EngineError(f"process {first[0]} cannot load step {self.step} ({first[1]})")
+        if fault is not None:
+            raise fault
+        assert batch is not None
+        return batch
+
+    def _refuse_gradient(self, norm: Tensor | float | None) -> float | None:
+        """Ends every process when the gradient, of which all know the norm, is no number."""
+        if norm is None:
+            return None
+        if not math.isfinite(norm := float(norm)):
+            raise EngineError(
+                f"the gradient is no number at step {self.step} although the loss is one; the last checkpoint is kept: "
+                "lower optimizer.lr, or set optimizer.grad_clip"
+            )
+        return norm
+
+    def _kernels(self) -> AbstractContextManager[None]:
+        """Attention's kernels. They are chosen for the whole process, so also for what loads ahead in a thread."""
+        # At a few dozen tokens on a CPU the plain products beat the fused kernel, whose backward pass took a fifth.
+        return sdpa_kernel([SDPBackend.MATH] if self.world.device.type == "cpu" else _FUSED)
+
+    @contextmanager
+    def _memory_advice(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise EngineError(memory_advice(self.config, self.step, self.world.size)) from error
 
     def _refuse_nan(self, loss: Tensor, batch: Batch) -> None:
         """Ends every process when any loss is no number, before it reaches the weights."""
@@ -202,12 +253,14 @@ class Trainer:
         weights = self.whole_weights()
         if self.world.first:
             path = self.run_dir / "sheets" / f"step{self.step:07d}.png"
-            draw_sheet(self.config, weights, self.batches.channels, self.parts, path)
+            # The others wait, and must not take this process for lost.
+            seconds = math.inf if self.world.size == 1 else 0.5 * self.config.launch.timeout_seconds
+            about = (self.config, weights, self.batches.channels, self.parts)
+            try:
+                draw_sheet(*about, path, self.world.device, seconds)
+            except Exception:  # a picture is not worth a run
+                logger.exception("no contact sheet at step %d", self.step)
         self.world.wait()
-
-    def _grad_norm(self) -> float | None:
-        norm = self.engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
 
     def _log(self, metrics: dict[str, Any]) -> None:
         line = {"step": self.step, **metrics}
@@ -231,9 +284,9 @@ class Trainer:
         """What a run must not change on the way: the data and its order, the model and the objective."""
         settings = to_dict(self.config)
         data = {name: settings["data"][name] for name in ("folder", "pixels", "batch_size", "batch_sizes")}
-        world = {} if self.config.data.folder is not None else WORLD_SETTINGS
         return {
-            "world": world,
+            **self.batches.identity,
+            "run": {"seed": self.config.seed},
             "data": data,
             "model": settings["model"],
             "objective": settings["objective"],
@@ -242,17 +295,3 @@ class Trainer:
 
 
 _FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-def _memory_advice(config: TrainConfig, step: int) -> str:
-    z, found = config.zero, []
-    if not z.checkpoint_activations:
-        found.append("zero.checkpoint_activations=true frees the insides of the blocks")
-    if config.data.batch_size > 1:
-        found.append(f"optimizer.accumulation={2 * config.optimizer.accumulation} halves the activations")
-    if z.stage < 3:
-        freed = {0: "the optimizer's state", 1: "gradients", 2: "weights"}[z.stage]
-        found.append(f"zero.stage={z.stage + 1} shards {freed} too")
-    if z.offload == "none":
-        found.append("zero.offload=optimizer keeps the optimizer's state in main memory")
-    return f"the device's memory is full at step {step}; the last checkpoint is kept: {'; '.join(found)}"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.wan import encoder_identity
 from pavdm_dist.data.dataset import BatchOrder, CachedClips, PixelClips, Prefetch
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import FrameInfo
@@ -41,6 +42,7 @@ class VideoBatches:
         self, clips: CachedClips | PixelClips, objective: Objective, data: DataConfig, seed: int, channels: int
     ) -> None:
         self.clips, self.data, self.seed, self.channels = clips, data, seed, channels
+        self.identity = {"data_set": {"clips": clips.identity}}
         names = [str(bucket) for bucket in clips.buckets]
         for name in data.batch_sizes:
             if name not in names:
@@ -132,6 +134,10 @@ def video_data(config: TrainConfig) -> tuple[VideoBatches, Parts]:
         )
     clips = PixelClips(d.folder, source.codec, source.text_encoder) if d.pixels else CachedClips(d.folder, source)
     batches = VideoBatches(clips, config.objective, d, config.seed, channels)
+    batches.identity["data_set"] |= {
+        "codec": encoder_identity(source.vae),
+        "text_encoder": source.text_encoder.identity,
+    }
     biggest = max(range(len(clips.counts)), key=lambda n: (clips.counts[n] > 0, clips.buckets[n].num_latents))
     bucket, few = clips.buckets[biggest], list(range(min(SHEET_PROMPTS, clips.counts[biggest])))
     prompts = tuple(clips.load(biggest, few).captions)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import Activation, BlockContext
 from pavdm_dist.models.stdit3 import STDiT3
-from pavdm_dist.train.config import TrainConfig
+from pavdm_dist.train.config import OptimizerConfig, TrainConfig
 from pavdm_dist.train.model import TextToVideo, build
 from pavdm_dist.train.optimizer import MuonAdamW
 from pavdm_dist.train.processes import World
@@ -36,59 +36,6 @@ OURS = {
     "zero_optimization.offload_optimizer.device": "zero.offload",
     "zero_optimization.offload_param.device": "zero.offload",
 }
-
-
-def check_settings(config: TrainConfig, size: int) -> None:
-    """Refuses what cannot train, before any process does anything.
-
-    Args:
-        config: settings.
-        size: how many processes there are.
-
-    Raises:
-        ConfigError: naming the field, its value and the nearest legal ones.
-    """
-    z, o, d = config.zero, config.optimizer, config.data
-    if z.stage not in (0, 1, 2, 3):
-        raise ConfigError(f"zero.stage={z.stage}: must be 0, 1, 2 or 3")
-    if z.precision == "bfloat16" and z.stage == 0:
-        raise ConfigError(
-            "zero.precision=bfloat16 with zero.stage=0: DeepSpeed starts Adam one step late there and trains wrongly; "
-            "use zero.stage=1, or zero.precision=autocast"
-        )
-    if o.name == "muon" and z.stage > 0:
-        raise ConfigError(
-            f"optimizer.name=muon with zero.stage={z.stage}: Muon needs whole matrices, which ZeRO cuts up; "
-            "use optimizer.name=adamw, or zero.stage=0"
-        )
-    if o.name == "deepspeed" and "optimizer" not in deepspeed_json(config):
-        raise ConfigError('optimizer.name=deepspeed: the DeepSpeed settings have no "optimizer" block')
-    if z.offload != "none" and z.stage == 0:
-        raise ConfigError(f"zero.offload={z.offload} with zero.stage=0: nothing is sharded; use zero.stage=1, 2 or 3")
-    if z.offload == "all" and z.stage != 3:
-        raise ConfigError(f"zero.offload=all with zero.stage={z.stage}: weights can leave the device at stage 3 only")
-    if z.init and z.stage != 3:
-        raise ConfigError(f"zero.init=true with zero.stage={z.stage}: weights are sharded at stage 3 only")
-    if o.accumulation < 1:
-        raise ConfigError(f"optimizer.accumulation={o.accumulation}: at least 1 is needed")
-    if config.sequence_parallel < 1 or size % config.sequence_parallel:
-        legal = " or ".join(str(n) for n in range(1, size + 1) if size % n == 0)
-        raise ConfigError(
-            f"sequence_parallel={config.sequence_parallel} does not divide the {size} processes: use {legal}"
-        )
-    unit = size // config.sequence_parallel * o.accumulation
-    sizes = {"data.batch_size": d.batch_size, **{f"data.batch_sizes.{k}": v for k, v in d.batch_sizes.items()}}
-    if d.folder is None:
-        sizes["data.still_batch_size"] = d.still_batch_size
-    for name, value in sizes.items():
-        if value < 1 or value % unit:
-            among = f"{size // config.sequence_parallel} processes" + (
-                f" x {o.accumulation} accumulated parts" if o.accumulation > 1 else ""
-            )
-            below, above = value - value % unit, value - value % unit + unit
-            legal = " or ".join(str(number) for number in (below, above) if number > 0)
-            raise ConfigError(f"{name}={value} does not divide among {among}: use {legal}")
-    engine_settings(config, size)
 
 
 def deepspeed_json(config: TrainConfig) -> dict[str, Any]:
@@ -148,13 +95,30 @@ def engine_settings(config: TrainConfig, size: int) -> dict[str, Any]:
         raise ConfigError(f'deepspeed: "optimizer" contradicts optimizer.name={o.name}; use optimizer.name=deepspeed')
     said = {**_flat(ours), "train_batch_size": batch, "fp16.enabled": False}
     for name, value in _flat(theirs).items():
-        if name in OURS and value != "auto" and value != said.get(name, "none"):
+        if (name in OURS or name in said) and value != "auto" and value != said.get(name, "none"):
+            which = OURS.get(name, "this package")
             raise ConfigError(
-                f"deepspeed: {name}={value} contradicts {OURS[name]}, which makes it {said.get(name, 'none')}; give one"
+                f"deepspeed: {name}={value} contradicts {which}, which makes it {said.get(name, 'none')}; give one"
             )
+    _check_their_optimizer(theirs.get("optimizer", {}).get("params", {}), o)
     merged = _merged(_without_auto(theirs), ours)
     merged.pop("train_batch_size", None)  # follows from the other two
     return merged
+
+
+def _check_their_optimizer(params: dict[str, Any], ours: OptimizerConfig) -> None:
+    """The rate is set at every step from ours; the rest of DeepSpeed's optimizer is what its own block says."""
+    if ours.name != "deepspeed":
+        return
+    rate = params.get("lr", "auto")
+    if rate not in ("auto", ours.lr):
+        raise ConfigError(f"deepspeed: optimizer.params.lr={rate} contradicts optimizer.lr={ours.lr}; give one")
+    for name in ("betas", "weight_decay"):
+        value = getattr(ours, name)
+        if value != getattr(OptimizerConfig(), name):
+            raise ConfigError(
+                f"optimizer.{name}={value} with optimizer.name=deepspeed: is not read; put it into the optimizer block"
+            )
 
 
 def start_engine(config: TrainConfig, channels: int, world: World, load_universal: bool = False) -> Any:

@@ -1,0 +1,132 @@
+"""Refuses settings that cannot train, before any process does anything; and says what would free memory."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from dataclasses import replace
+
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.train.config import TrainConfig
+from pavdm_dist.train.zero import deepspeed_json, engine_settings
+
+# Values from the first number on, up to the second; the third says whether the first is one of them.
+_POSITIVE, _FROM_0, _FROM_1, _SHARE = (0, math.inf, False), (0, math.inf, True), (1, math.inf, True), (0, 1, True)
+_LIMITS = {
+    "seed": _FROM_0, "threads": _FROM_1, "max_seconds": _FROM_0, "checkpoint_every_seconds": _FROM_0,
+    "keep_last": _FROM_1, "keep_every_steps": _FROM_0, "sheet_every_seconds": _FROM_0, "log_every_steps": _FROM_1,
+    "data.prefetch": _FROM_0, "data.still_share": _SHARE, "data.still_steps": _FROM_0,
+    "optimizer.lr": _FROM_0, "optimizer.matrix_ratio": _POSITIVE, "optimizer.weight_decay": _FROM_0,
+    "optimizer.grad_clip": _FROM_0, "optimizer.total_steps": _FROM_0, "optimizer.warmup_steps": _FROM_0,
+    "optimizer.final_ratio": _SHARE, "optimizer.ema_decay": _SHARE,
+    "objective.prompt_dropout": _SHARE, "objective.full_share": _SHARE, "objective.growing_share": _SHARE,
+    "objective.causal_share": _SHARE,
+    "zero.bucket_elements": _FROM_1, "launch.timeout_seconds": _POSITIVE,
+}  # fmt: skip
+
+
+def _check_values(config: TrainConfig) -> None:
+    for name, (low, high, inclusive) in _LIMITS.items():
+        value: float = config  # type: ignore[assignment]
+        for part in name.split("."):
+            value = getattr(value, part)
+        fits = math.isfinite(value) and (low <= value if inclusive else low < value) and value <= high
+        if not fits:
+            legal = f"{low} to {high}" if high < math.inf else f"{low} or more" if inclusive else f"above {low}"
+            raise ConfigError(f"{name}={value}: must be {legal}")
+    for name, values, count in (
+        ("optimizer.betas", config.optimizer.betas, 2),
+        ("model.patch_size", config.model.patch_size, 3),
+    ):
+        if len(values) != count:
+            raise ConfigError(f"{name}={values}: must have {count} entries")
+    if any(not 0 <= beta < 1 for beta in config.optimizer.betas):
+        raise ConfigError(f"optimizer.betas={config.optimizer.betas}: must be from 0 to below 1")
+    both = config.objective.full_share + config.objective.growing_share
+    if both > 1 + 1e-9:
+        raise ConfigError(
+            f"objective.full_share={config.objective.full_share} and growing_share={config.objective.growing_share}:"
+            " together at most 1, the rest is draining windows"
+        )
+
+
+def check_settings(config: TrainConfig, size: int) -> None:
+    """Refuses what cannot train, before any process does anything.
+
+    Args:
+        config: settings.
+        size: how many processes there are.
+
+    Raises:
+        ConfigError: naming the field, its value and the nearest legal ones.
+    """
+    _check_values(config)
+    z, o, d = config.zero, config.optimizer, config.data
+    if z.stage not in (0, 1, 2, 3):
+        raise ConfigError(f"zero.stage={z.stage}: must be 0, 1, 2 or 3")
+    if z.precision == "bfloat16" and z.stage == 0:
+        raise ConfigError(
+            "zero.precision=bfloat16 with zero.stage=0: DeepSpeed starts Adam one step late there and trains wrongly; "
+            "use zero.stage=1, or zero.precision=autocast"
+        )
+    if o.name == "muon" and z.stage > 0:
+        raise ConfigError(
+            f"optimizer.name=muon with zero.stage={z.stage}: Muon needs whole matrices, which ZeRO cuts up; "
+            "use optimizer.name=adamw, or zero.stage=0"
+        )
+    if o.name == "deepspeed" and "optimizer" not in deepspeed_json(config):
+        raise ConfigError('optimizer.name=deepspeed: the DeepSpeed settings have no "optimizer" block')
+    if z.offload != "none" and z.stage == 0:
+        raise ConfigError(f"zero.offload={z.offload} with zero.stage=0: nothing is sharded; use zero.stage=1, 2 or 3")
+    if z.offload == "all" and z.stage != 3:
+        raise ConfigError(f"zero.offload=all with zero.stage={z.stage}: weights can leave the device at stage 3 only")
+    if z.init and z.stage != 3:
+        raise ConfigError(f"zero.init=true with zero.stage={z.stage}: weights are sharded at stage 3 only")
+    if o.accumulation < 1:
+        raise ConfigError(f"optimizer.accumulation={o.accumulation}: at least 1 is needed")
+    if config.sequence_parallel < 1 or size % config.sequence_parallel:
+        legal = " or ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+        raise ConfigError(
+            f"sequence_parallel={config.sequence_parallel} does not divide the {size} processes: use {legal}"
+        )
+    sizes = {"data.batch_size": d.batch_size, **{f"data.batch_sizes.{k}": v for k, v in d.batch_sizes.items()}}
+    groups = dict.fromkeys(sizes, size // config.sequence_parallel)
+    for name in ("data.still_batch_size",) if d.folder is None else ():
+        # Single frames cannot be cut, so that the processes of a window share them out.
+        sizes[name], groups[name] = d.still_batch_size, size
+    for name, value in sizes.items():
+        unit = groups[name] * o.accumulation
+        if value < 1 or value % unit:
+            parts = f" x {o.accumulation} accumulated parts" if o.accumulation > 1 else ""
+            among = f"{groups[name]} processes{parts}"
+            below, above = value - value % unit, value - value % unit + unit
+            legal = " or ".join(str(number) for number in (below, above) if number > 0)
+            raise ConfigError(f"{name}={value} does not divide among {among}: use {legal}")
+    engine_settings(config, size)
+
+
+def memory_advice(config: TrainConfig, step: int, size: int) -> str:
+    """What frees memory, of what ``size`` processes may be told to do."""
+    z, o = config.zero, config.optimizer
+    freed = {0: "the optimizer's state", 1: "gradients", 2: "weights", 3: "nothing"}[z.stage]
+    ideas = {
+        "zero.checkpoint_activations=true frees the insides of the blocks": replace(
+            config, zero=replace(z, checkpoint_activations=True)
+        ),
+        f"optimizer.accumulation={2 * o.accumulation} halves the activations": replace(
+            config, optimizer=replace(o, accumulation=2 * o.accumulation)
+        ),
+        f"zero.stage={z.stage + 1} shards {freed} too": replace(config, zero=replace(z, stage=z.stage + 1)),
+        "zero.offload=optimizer keeps the optimizer's state in main memory": replace(
+            config, zero=replace(z, offload="optimizer")
+        ),
+    }
+    if o.name == "muon":
+        sharded = replace(config, optimizer=replace(o, name="adamw"), zero=replace(z, stage=1))
+        ideas["optimizer.name=adamw zero.stage=1 (a new run) shards the optimizer's state"] = sharded
+    found = []
+    for words, changed in ideas.items():
+        with suppress(ConfigError):
+            check_settings(changed, size)
+            found += [words] if changed != config else []
+    return f"the device's memory is full at step {step}; the last checkpoint is kept: {'; '.join(found)}"
