@@ -1,6 +1,6 @@
 """Training under DeepSpeed ZeRO beside plain torch and DistributedDataParallel, two processes on one machine.
 
-    python benchmarks/training.py [--quick] [--json] [--rounds N]
+    python benchmarks/training.py [--quick] [--json] [--rounds N] [--batch N]
 
 First, at a tiny size, 20 steps of every stage against one process of plain torch: largest difference of a loss, and
 the share of the optimizer's bytes that a process holds. Then step times at about 37 million parameters (bucket size
@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from common import machine, machine_line, parser
@@ -53,19 +53,21 @@ class RandomBatches:
     """The same few windows of random latents again and again: reading costs nothing."""
 
     channels = CHANNELS
-    identity: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, frames: int, size: int) -> None:
+    def __init__(self, frames: int, size: int, batch: int = 2) -> None:
+        self.identity: dict[str, Any] = {}
         generator = torch.Generator().manual_seed(0)
-        shape = (2, CHANNELS, frames, size, size)
+        shape = (batch, CHANNELS, frames, size, size)
         self._pairs = [torch.randn(2, *shape, generator=generator) for _ in range(4)]
-        self._levels = torch.linspace(0, 1, frames).expand(2, -1)
+        self._levels = torch.linspace(0, 1, frames).expand(batch, -1)
 
     def batch(self, step: int, rank: int, size: int) -> Batch:
         x, target = self._pairs[step % len(self._pairs)]
-        text = Text(["a red three drifting up", "a blue seven"])
+        count = x.shape[0]
+        text = Text(["a red three drifting up", "a blue seven"] * (count // 2))
         causal = 5 if step % 2 else None
-        whole = Batch(x, target, self._levels, text, [False, False], 5, causal, FrameInfo(64, 64, 24), ["a", "b"])
+        ids, dropped = [str(number) for number in range(count)], [False] * count
+        whole = Batch(x, target, self._levels, text, dropped, 5, causal, FrameInfo(64, 64, 24), ids)
         return whole.part(slice(rank, None, size))
 
     def close(self) -> None:
@@ -158,15 +160,15 @@ def parity(folder: str, world: World) -> dict[int, dict[str, float]]:
     return found
 
 
-def throughput(folder: str, world: World, rounds: int, steps: int) -> dict[str, Any]:
+def throughput(folder: str, world: World, rounds: int, steps: int, batch: int) -> dict[str, Any]:
     """Seconds per step of all kinds, taking turns."""
-    batches = RandomBatches(10, 16)
-    config = configured(folder, *LARGE)
+    batches, large = RandomBatches(10, 16, batch), [*LARGE, f"data.batch_size={batch}"]
+    config = configured(folder, *large)
     phases: dict[str, dict[str, float]] = {name: {} for name in ("ddp", *map(str, STAGES))}
     plain = plain_step(config, batches, world, parallel=True)
     kinds: dict[str, Callable[[int], Any]] = {"ddp": lambda number: plain(number, phases["ddp"])}
     for stage in STAGES:
-        trainer = trainer_of(stage, f"{folder}/large{stage}", LARGE, batches, world)
+        trainer = trainer_of(stage, f"{folder}/large{stage}", large, batches, world)
         kinds[str(stage)] = lambda number, trainer=trainer: trainer.train_step()
         calls = ((trainer.engine, "forward"), (trainer.engine, "backward"), (trainer.engine, "step"))
         for phase, (owner, name) in zip(PHASES, (*calls, (trainer.average, "update")), strict=True):
@@ -189,6 +191,7 @@ def throughput(folder: str, world: World, rounds: int, steps: int) -> dict[str, 
     return {
         "parameters": numbers,
         "bucket_elements": BUCKET,
+        "batch": batch,
         "seconds_per_step": seconds,
         "phases": {
             name: {phase: spent / (rounds * steps) for phase, spent in part.items()} for name, part in phases.items()
@@ -235,18 +238,18 @@ def make_videos(folder: Path, count: int) -> None:
     prepare_command(settings)
 
 
-def worker(out: str, rounds: int, steps: int) -> None:
+def worker(out: str, rounds: int, steps: int, batch: int) -> None:
     torch.set_num_threads(1)
     world = join_world()
-    found = {"parity": parity(out, world), "throughput": throughput(out, world, rounds, steps)}
+    found = {"parity": parity(out, world), "throughput": throughput(out, world, rounds, steps, batch)}
     if world.first:
         Path(out, "found.json").write_text(json.dumps(found))
 
 
-def two_processes(out: str, rounds: int, steps: int) -> dict[str, Any]:
+def two_processes(out: str, rounds: int, steps: int, batch: int) -> dict[str, Any]:
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     shared["MASTER_PORT"] = str(free_port())
-    command = [sys.executable, __file__, "--worker", out, str(rounds), str(steps)]
+    command = [sys.executable, __file__, "--worker", out, str(rounds), str(steps), str(batch)]
     processes = [
         subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.DEVNULL)
         for rank in range(2)
@@ -259,15 +262,17 @@ def two_processes(out: str, rounds: int, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
-        return worker(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+        return worker(sys.argv[2], *map(int, sys.argv[3:]))
     options = parser(__doc__)
     options.add_argument("--rounds", type=int, help="turns that each kind takes (7; 1 with --quick)")
     options.add_argument("--steps", type=int, help="steps per turn (3; 1 with --quick)")
+    options.add_argument("--batch", type=int, help="windows of a step, of both processes (4; 2 with --quick)")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     facts = machine()
     with tempfile.TemporaryDirectory() as folder:
-        found = two_processes(folder, args.rounds or (1 if args.quick else 7), args.steps or (1 if args.quick else 3))
+        rounds, steps, batch = (1, 1, 2) if args.quick else (7, 3, 4)
+        found = two_processes(folder, args.rounds or rounds, args.steps or steps, args.batch or batch)
         make_videos(Path(folder), 4 if args.quick else 16)
         wait = waiting(folder, 4 if args.quick else 20)
     seconds, phases = (found["throughput"].pop(name) for name in ("seconds_per_step", "phases"))
@@ -297,7 +302,7 @@ def text(result: dict[str, Any]) -> str:
     lines = [
         machine_line(result["machine"]),
         f"{result['parameters'] / 1e6:.1f} M parameters, buckets of {result['bucket_elements'] / 1e6:g} M numbers, "
-        f"DistributedDataParallel {result['ddp_seconds_per_step']:.2f} s per step",
+        f"{result['batch']} windows a step, DistributedDataParallel {result['ddp_seconds_per_step']:.2f} s per step",
         "stage  largest loss difference  optimizer bytes  s per step  throughput over DDP (range)",
     ]
     for stage, s in result["zero_stage"].items():
