@@ -86,7 +86,7 @@ def trainer_of(stage: int, folder: str, shape: list[str], batches: RandomBatches
 def plain_step(config: TrainConfig, batches: RandomBatches, world: World, parallel: bool) -> Callable[..., float]:
     """One step of plain torch, alone or under DistributedDataParallel: the whole job of the trainer's step."""
     torch.manual_seed(config.seed)
-    model: Any = build(config, CHANNELS)
+    model: Any = build(config, CHANNELS).to(world.device)
     average = {name: value.detach().clone() for name, value in model.named_parameters()}
     wrapped = DistributedDataParallel(model) if parallel else model
     o = config.optimizer
@@ -95,6 +95,7 @@ def plain_step(config: TrainConfig, batches: RandomBatches, world: World, parall
     def step(number: int, phases: dict[str, float] | None = None) -> float:
         marks = [time.perf_counter()]
         b = batches.batch(number, world.rank, world.size) if parallel else batches.batch(number, 0, 1)
+        b = b.to(world.device)
         velocity = wrapped(b.x, b.levels, b.text, b.dropped, b.info, b.chunk_causal)
         loss, *_ = velocity_loss(velocity, b.target, b.levels, b.context)
         marks.append(time.perf_counter())

@@ -147,9 +147,9 @@ def data(arguments: argparse.Namespace) -> None:
     if len(files) > 1:
         raise ConfigError(f"two config files, {files[0]} and {files[1]}: give one")
     sources = [word for word in arguments.words if word not in overrides and word not in files]
-    if sources:
-        overrides.insert(0, f"source={json.dumps(sources)}")
     config = load_config(PrepareConfig, files[0] if files else None, overrides)
+    if sources:
+        config.source = [*sources, *(config.source if any(word.startswith("source=") for word in overrides) else [])]
     if arguments.print_config:
         return _print_config(config)
     _print_report(prepare_command(config), arguments.json)

@@ -21,7 +21,10 @@ from videos import numbered, shipped_videos, shots, write_video
 from pavdm_dist import cli
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.data import prepare as prepare_module
+from pavdm_dist.data import work as work_module
+from pavdm_dist.data.clips import Scan
 from pavdm_dist.data.dataset import CachedClips, PixelClips
+from pavdm_dist.data.index import read_sources
 from pavdm_dist.data.prepare import PrepareConfig, prepare_command
 from pavdm_dist.data.shards import open_shard
 from pavdm_dist.data.workers import worker_number, workers
@@ -395,6 +398,54 @@ def test_a_video_that_vanished_or_changed_is_named_and_what_is_done_is_kept(
     assert prepare_command(settings)["shards"] == 6
 
 
+def test_what_could_not_be_read_is_looked_at_again(config: PrepareConfig, source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "videos")
+    broken = tmp_path / "videos" / "cut.mp4"
+    (tmp_path / "videos" / "text.mp4").unlink()
+    strict = replace(config, source=[str(tmp_path / "videos")], output=str(tmp_path / "set"), strict=True)
+    with pytest.raises(ConfigError, match=r"1 of 7 videos cannot be read"):
+        prepare_command(strict)
+    shutil.copy(source / "b.mp4", broken)
+    report = prepare_command(strict)
+    assert report["frames_read"] == 30, "the others are not looked at again"
+    assert report["skipped"] and not any(entry["skipped"] == "unreadable" for entry in report["skipped"])
+
+
+def test_what_cannot_be_written_is_one_sentence(
+    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(work_module, "write_shard", full)
+    with pytest.raises(MediaError, match=r"output=.*: cannot be written: .*No space left on device; run again"):
+        prepare_command(replace(config, output=str(tmp_path / "set")))
+
+
+def test_a_detector_s_own_fault_skips_one_video(
+    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan = work_module.scan_video
+
+    def failing(location: str, cuts: bool) -> Scan:
+        assert not location.endswith("b.mp4"), "a bug elsewhere"
+        return scan(location, cuts)
+
+    monkeypatch.setattr(work_module, "scan_video", failing)
+    report = prepare_command(replace(config, output=str(tmp_path / "set"), encode=False))
+    reasons = {entry["video"]: entry["reason"] for entry in report["skipped"]}
+    assert "b.mp4: AssertionError: a bug elsewhere" in reasons["b.mp4"] and report["clips"]["32x48x3@24"] > 0
+
+
+def test_a_machine_without_the_folders_takes_no_video_for_missing(config: PrepareConfig, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(config.model)
+    sources = read_sources(config.source)
+    job = prepare_module._job(replace(config, output=str(tmp_path)), checkpoint, sources)
+    for lost, said in ((replace(job, root=str(tmp_path / "gone")), "source: .*gone"), (job, "output: .*settings.json")):
+        with pytest.raises(ConfigError, match=rf"{said} is not there on .*; every machine must share it"):
+            work_module.scan_part(lost, 0, sources.videos)
+
+
 def test_a_kill_at_the_first_write_is_gone_on_from(config: PrepareConfig, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     for name in ("sizes.json", ".settings.json.12345678.tmp"):
@@ -445,7 +496,11 @@ def test_the_command_line(source: Path, model: Path, tmp_path: Path, capsys: pyt
     file.write_text(f"model: {model}\nbuckets: [32x48x3@24]\nencode: false\n")
     assert cli.main(["data", "prepare", str(source), str(file), "shard_clips=4", "--print-config"]) == 0
     assert f"source:\n- {source}\n" in (shown := capsys.readouterr().out) and "shard_clips: 4" in shown
-    assert cli.main(["data", "prepare", str(source), str(file), f"output={tmp_path / 'set'}"]) == 0
+    smile = source.rename(source.with_name("😀 videos"))  # beyond the basic plane
+    try:
+        assert cli.main(["data", "prepare", str(smile), str(file), f"output={tmp_path / 'set'}"]) == 0
+    finally:
+        smile.rename(source)
     assert "32x48x3@24  8" in capsys.readouterr().out
     for words in (["x", "processes=0"], [], ["a.yaml", "b.yaml"], ["x", "bucket=[]"]):
         assert cli.main(["data", "prepare", *words]) == 2

@@ -108,7 +108,7 @@ def scan_video(location: str, scene_cuts: bool) -> Scan:
             elif time < times[-1]:
                 raise MediaError(
                     f"{location}: time runs backwards at frame {len(times)}, from {float(times[-1]):.2f} s to"
-                    f" {float(time):.2f} s; cut it there, or write it anew with ffmpeg"
+                    f" {float(time):.2f} s (joined videos, or B-frames in AVI or WMV): write it anew with ffmpeg"
                 )
             times.append(time)
             if finder is not None:
@@ -206,12 +206,24 @@ def _read(location: str, clip: ClipRef, bucket: Bucket, num_frames: int, seek: F
                 raise MediaError(f"{location}: no way to {float(clip.start):.2f} s") from error
         aspect = Fraction(stream.sample_aspect_ratio or 1)
         size = bucket.height, bucket.width
-        frames = _wanted(location, clip, decoded_frames(location, container, stream), seek is not None)
+        decoded = decoded_frames(location, container, stream)
+        if seek is not None:
+            decoded = _from_key_frame(location, decoded)
+        frames = _wanted(location, clip, decoded, seek is not None)
         shown: Any = None
         for frame in at_instants(frames, bucket.rate, num_frames):
             pictures.append(pictures[-1] if frame is shown else picture(frame, size, aspect))
             shown = frame
     return np.stack(pictures)
+
+
+def _from_key_frame(location: str, frames: Iterator[tuple[Fraction, Any]]) -> Iterator[tuple[Fraction, Any]]:
+    """Behind a jump to where pictures are refreshed bit by bit, the first ones are half-built and do not say so."""
+    first = next(frames)
+    if not first[1].key_frame:
+        raise MediaError(f"{location}: no key frame behind the jump")
+    yield first
+    yield from frames
 
 
 def _wanted(

@@ -8,27 +8,29 @@ a run that was killed is gone on with by running it again, and ends with the byt
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
+
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.wan import encoder_identity
 from pavdm_dist.data.buckets import Bucket, parse_buckets
 from pavdm_dist.data.clips import ClipRef
-from pavdm_dist.data.index import Captions, Sources, locate, read_sources
+from pavdm_dist.data.index import Captions, Sources, read_sources
+from pavdm_dist.data.settled import settle, unreadable
 from pavdm_dist.data.shards import INDEX, SETTINGS, SIZES, VERSION, clips_file, shard_file, write_clips, write_json
 from pavdm_dist.data.work import Job, encode_shard, read_scan, scan_file, scan_part
 from pavdm_dist.data.workers import Run, workers
-from pavdm_dist.errors import ConfigError
+from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.io.storage import is_remote, remove
 
 logger = logging.getLogger(__name__)
@@ -74,11 +76,13 @@ def prepare_command(config: PrepareConfig) -> dict[str, Any]:
     job = _job(config, checkpoint, sources := read_sources(config.source, config.captions))
     gpu = config.device == "cuda"
     with _locked(job.output), workers(config.processes, config.ray_address, config.threads, gpu) as run:
-        _settle(job, config, sources)
         try:
+            settle(job, config.encode, config.output, sources)
             return _prepare(job, config, sources, run)
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(f"what is done is in {job.output}; run again to go on") from interrupt
+        except (OSError, SafetensorError) as error:  # a full disk, a share that went away
+            raise MediaError(f"output={config.output}: cannot be written: {error}; run again to go on") from error
 
 
 def _prepare(job: Job, config: PrepareConfig, sources: Sources, run: Run) -> dict[str, Any]:
@@ -88,7 +92,7 @@ def _prepare(job: Job, config: PrepareConfig, sources: Sources, run: Run) -> dic
     scanned = 1.0
     if index is None:
         parts = range(-(-len(sources.videos) // PART_VIDEOS))
-        missing = [part for part in parts if not scan_file(job.output, part).exists()]
+        missing = [part for part in parts if not scan_file(job.output, part).exists() or unreadable(job.output, part)]
         units = ((job, p, sources.videos[p * PART_VIDEOS : (p + 1) * PART_VIDEOS]) for p in missing)
         for number, read in enumerate(run(scan_part, units), 1):
             frames += read
@@ -155,10 +159,10 @@ def _list_clips(job: Job, config: PrepareConfig, sources: Sources, parts: int) -
 
 
 def _check_readable(config: PrepareConfig, skipped: list[dict[str, str]], videos: int) -> None:
-    unreadable = [entry for entry in skipped if entry["skipped"] == "unreadable"]
-    if config.strict and unreadable:
+    broken = [entry for entry in skipped if entry["skipped"] == "unreadable"]
+    if config.strict and broken:
         raise ConfigError(
-            f"{len(unreadable)} of {videos} videos cannot be read, the first: {unreadable[0]['reason']}; "
+            f"{len(broken)} of {videos} videos cannot be read, the first: {broken[0]['reason']}; "
             "strict=false skips them"
         )
 
@@ -229,71 +233,6 @@ def _buckets(config: PrepareConfig, checkpoint: Checkpoint) -> list[Bucket]:
     window = defaults.latent_chunk_size * (defaults.window_chunks + defaults.context_chunks)
     texts = config.buckets or [f"{defaults.height}x{defaults.width}x{window}"]
     return parse_buckets(texts, fps, checkpoint.codec_spec)
-
-
-def _settle(job: Job, config: PrepareConfig, sources: Sources) -> None:
-    """Compares the folder's settings with this run's, or writes them into an empty folder."""
-    wanted = {
-        "version": VERSION,
-        "source": _digest(sources),
-        "buckets": [str(bucket) for bucket in job.buckets],
-        "scene_cuts": job.scene_cuts,
-        "upscale": job.upscale,
-        "encode": config.encode,
-        "shard_clips": job.shard_clips,
-        "threads": job.threads,
-        "device": job.device,
-        **dict(job.identities),
-    }
-    path = job.output / SETTINGS
-    if not path.exists():
-        # What a run leaves that was killed at its very first writes.
-        ours = (SIZES, f".{SIZES}.", f".{SETTINGS}.")
-        others = sorted(name for name in os.listdir(job.output) if not name.startswith(ours))
-        if others:
-            raise ConfigError(f"output={config.output} holds {others[0]} and no data set: name an empty folder")
-        write_json(job.output / SIZES, _sizes(sources))
-        write_json(path, wanted)
-        return
-    before, now = json.loads((job.output / SIZES).read_text(encoding="utf-8")), _sizes(sources)
-    found = json.loads(path.read_text(encoding="utf-8"))
-    for name in (*wanted, *(found.keys() - wanted.keys())):
-        if found.get(name) != wanted.get(name):
-            both = f"{name}={found.get(name)}, this run has {wanted.get(name)}"
-            said = _other_videos(before, now) if name == "source" else both
-            raise ConfigError(
-                f"output={config.output} was made with {said}: name another output, or delete that folder"
-            )
-    for leftover in job.output.rglob(".*.tmp"):  # of a run that was killed
-        remove(leftover)
-    # A video that is gone is missed where its clips are read, if any are still to be.
-    changed = [name for name, size in now.items() if None not in (size, before[name]) and size != before[name]]
-    if changed:
-        raise ConfigError(
-            f"output={config.output}: {changed[0]} had {before[changed[0]]} bytes when the data set was begun and has"
-            f" {now[changed[0]]} ({len(changed)} such videos): put it back, or name another output"
-        )
-
-
-def _other_videos(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    for names, what in ((before.keys() - now.keys(), "is gone"), (now.keys() - before.keys(), "is new")):
-        if names:
-            return f"other videos ({min(names)} {what}, {len(names)} such; put them back to go on)"
-    return "other captions, or videos in another order"
-
-
-def _digest(sources: Sources) -> str:
-    """Hash of names and captions."""
-    digest = hashlib.sha256()
-    for video in sources.videos:
-        digest.update(json.dumps([video.path, video.caption]).encode())
-    return digest.hexdigest()[:16]
-
-
-def _sizes(sources: Sources) -> dict[str, int | None]:
-    """Bytes of every video that is a file here: cheap, and enough to notice one that was replaced."""
-    places = {video.path: locate(sources.root, video.path) for video in sources.videos}
-    return {name: os.path.getsize(place) if os.path.isfile(place) else None for name, place in places.items()}
 
 
 def _read_complete(output: Path) -> dict[str, Any] | None:

@@ -38,8 +38,9 @@ class CutFinder:
 
     def add(self, frame: Any) -> None:
         """The next decoded frame (PyAV)."""
-        height = max(2, round(frame.height * _WIDTH / frame.width))
-        small = frame.reformat(width=_WIDTH, height=height, format="bgr24", interpolation="AREA").to_ndarray()
+        if not self._count:  # a shape that changes on the way is a change like any other
+            self._height = max(2, round(frame.height * _WIDTH / frame.width))
+        small = frame.reformat(width=_WIDTH, height=self._height, format="bgr24", interpolation="AREA").to_ndarray()
         # Frames are counted here and timed elsewhere, so the rate that the detectors see does not matter.
         position = self._timecode(self._count, 25.0)
         for detector in self._detectors:

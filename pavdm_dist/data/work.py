@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.data.buckets import Bucket, smallest
 from pavdm_dist.data.clips import plan_clips, read_frames, scan_video
 from pavdm_dist.data.index import SourceVideo, locate
-from pavdm_dist.data.shards import ClipList, clips_file, shard_file, write_json, write_shard
+from pavdm_dist.data.shards import SETTINGS, ClipList, clips_file, shard_file, write_json, write_shard
 from pavdm_dist.data.workers import worker_number
-from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.errors import ConfigError, EngineError, MediaError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,16 @@ def scan_file(output: Path, part: int) -> Path:
 
 
 def scan_part(job: Job, part: int, videos: Sequence[SourceVideo]) -> int:
-    """Looks at some videos and writes their clips, or why there are none; returns the frames decoded."""
-    found = [_scan(job, video) for video in videos]
+    """Looks at some videos and writes their clips, or why there are none; returns the frames decoded.
+
+    What an earlier look could read is kept.
+    """
+    _check_folders(job)
+    entries = read_scan(job.output, part) if scan_file(job.output, part).exists() else []
+    before = {entry["video"]: entry for entry in entries if entry.get("skipped") != "unreadable"}
+    found = [before.get(video.path) or _scan(job, video) for video in videos]
     write_json(scan_file(job.output, part), {"videos": found})
-    return sum(entry["frames"] for entry in found)
+    return sum(entry["frames"] for entry in found if entry["video"] not in before)
 
 
 def encode_shard(job: Job, bucket: int, number: int) -> int:
@@ -67,13 +76,14 @@ def encode_shard(job: Job, bucket: int, number: int) -> int:
     Raises:
         MediaError: a video is not what it was when it was scanned.
     """
+    _check_folders(job)
     codec, checkpoint = _encoders(job.model, job.device, worker_number())
     clips_on_disk = ClipList(clips_file(job.output, bucket))
     first = number * job.shard_clips
     clips = clips_on_disk.read(range(first, min(first + job.shard_clips, len(clips_on_disk))))
     shape = job.buckets[bucket]
     latents, texts = [], list[Tensor]()
-    with _threads(job.threads), _quiet():
+    with _threads(job.threads), _quiet(), _memory_advice(shape):
         for clip in clips:
             try:
                 frames = read_frames(locate(job.root, clip.video), clip, shape, shape.num_frames(codec.spec))
@@ -87,6 +97,24 @@ def encode_shard(job: Job, bucket: int, number: int) -> int:
     about = {"bucket": str(shape), **dict(job.identities)}
     write_shard(shard_file(job.output, bucket, number), latents, texts, clips, about)
     return len(clips)
+
+
+def _check_folders(job: Job) -> None:
+    """A machine that does not share the folders must not take its videos for missing."""
+    for name, place in (("source", Path(job.root)), ("output", job.output / SETTINGS)):
+        if not place.exists():
+            raise ConfigError(f"{name}: {place} is not there on {platform.node()}; every machine must share it")
+
+
+@contextmanager
+def _memory_advice(bucket: Bucket) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EngineError(
+            f"the device's memory is full while encoding a clip of bucket {bucket}: use smaller buckets, fewer"
+            " processes per device, or device=cpu; run again to go on"
+        ) from error
 
 
 def _scan(job: Job, video: SourceVideo) -> dict[str, Any]:
@@ -104,6 +132,11 @@ def _scan(job: Job, video: SourceVideo) -> dict[str, Any]:
         scan = scan_video(locate(job.root, video.path), job.scene_cuts)
     except MediaError as error:
         return {**entry, "skipped": "unreadable", "reason": str(error)}
+    except (ConfigError, MemoryError):
+        raise
+    except Exception as error:  # a decoder's or detector's own; one video must not end a run over thousands
+        logger.exception("%s", video.path)
+        return {**entry, "skipped": "unreadable", "reason": f"{video.path}: {type(error).__name__}: {error}"}
     spec = checkpoint.codec_spec
     clips, short = plan_clips(video.path, video.caption, scan, job.buckets, spec, job.upscale)
     listed = [{"bucket": bucket, **clip.as_json()} for bucket, clip in clips]

@@ -183,10 +183,14 @@ def decoded_frames(path: str | Path, container: Any, stream: Any) -> Iterator[tu
         raise MediaError(f"{path} is corrupt or truncated {where}: {error.strerror}") from error
     if not count:
         raise MediaError(f"{path} has a video stream without frames")
-    # Containers without an index (Matroska) just end early. Sound may last a little longer than the pictures.
-    if container.duration and not stream.frames:
-        declared, found = Fraction(container.duration, 1_000_000), end - first
-        tolerance = Fraction(1, 2) if len(container.streams) == 1 else Fraction(1) + declared / 10
+    # Containers without an index (Matroska) just end early; a packet of sound at the break ends others without a word.
+    # Some durations count from 0 and some from the first frame. Sound may last a little longer than the pictures.
+    declared = Fraction(container.duration or 0, 1_000_000)
+    tolerance = Fraction(1, 2) if len(container.streams) == 1 else Fraction(1) + declared / 10
+    if stream.frames:  # the pictures' own duration is known; frames may be left out by an edit list
+        declared, tolerance = Fraction(stream.duration or 0) * stream.time_base, max(Fraction(1, 2), 2 * step)
+    if declared:
+        found = max(end - first, end)
         if declared - found > tolerance:
             raise MediaError(
                 f"{path} is truncated: {float(declared):.2f} s are announced, "

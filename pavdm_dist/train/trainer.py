@@ -283,7 +283,7 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What a run must not change on the way: the data and its order, the model and the objective."""
         settings = to_dict(self.config)
-        data = {name: settings["data"][name] for name in ("folder", "pixels", "batch_size", "batch_sizes")}
+        data = {name: settings["data"][name] for name in ("pixels", "batch_size", "batch_sizes")}
         return {
             **self.batches.identity,
             "run": {"seed": self.config.seed},

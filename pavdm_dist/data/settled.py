@@ -1,0 +1,106 @@
+"""What a prepared folder was made with, so that a run goes on with its own and refuses others by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pavdm_dist.data.index import Sources, locate
+from pavdm_dist.data.shards import SETTINGS, SIZES, VERSION, clips_file, write_json
+from pavdm_dist.data.work import Job, read_scan
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.io.storage import remove
+
+
+def settle(job: Job, encode: bool, output: str, sources: Sources) -> None:
+    """Compares the folder's settings with this run's, or writes them into an empty folder.
+
+    Args:
+        job: of this run.
+        encode: whether it makes latents.
+        output: the folder as the user named it.
+        sources: of this run.
+
+    Raises:
+        ConfigError: other settings, videos or captions than before, or a folder that holds something else.
+    """
+    wanted = {
+        "version": VERSION,
+        "source": _digest(sources),
+        "buckets": [str(bucket) for bucket in job.buckets],
+        "scene_cuts": job.scene_cuts,
+        "upscale": job.upscale,
+        "encode": encode,
+        "shard_clips": job.shard_clips,
+        "threads": job.threads,
+        "device": job.device,
+        **dict(job.identities),
+    }
+    path = job.output / SETTINGS
+    if not path.exists():
+        # What a run leaves that was killed at its very first writes.
+        ours = (SIZES, f".{SIZES}.", f".{SETTINGS}.")
+        others = sorted(name for name in os.listdir(job.output) if not name.startswith(ours))
+        if others:
+            raise ConfigError(f"output={output} holds {others[0]} and no data set: name an empty folder")
+        write_json(job.output / SIZES, _sizes(sources))
+        write_json(path, wanted)
+        return
+    before, now = json.loads((job.output / SIZES).read_text(encoding="utf-8")), _sizes(sources)
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for name in (*wanted, *(found.keys() - wanted.keys())):
+        if found.get(name) != wanted.get(name):
+            both = f"{name}={found.get(name)}, this run has {wanted.get(name)}"
+            said = _other_videos(before, now) if name == "source" else both
+            raise ConfigError(f"output={output} was made with {said}: name another output, or delete that folder")
+    for leftover in job.output.rglob(".*.tmp"):  # of a run that was killed
+        remove(leftover)
+    # A video that is gone is missed where its clips are read, if any are still to be.
+    again = {name for part in (job.output / "scan").glob("*.json") for name in unreadable(job.output, int(part.stem))}
+    changed = [
+        name
+        for name, size in now.items()
+        if None not in (size, before[name]) and size != before[name] and name not in again
+    ]
+    if changed:
+        raise ConfigError(
+            f"output={output}: {changed[0]} had {before[changed[0]]} bytes when the data set was begun and has"
+            f" {now[changed[0]]} ({len(changed)} such videos): put it back, or name another output"
+        )
+    if now != before:
+        write_json(job.output / SIZES, {name: size or before[name] for name, size in now.items()})
+
+
+def unreadable(output: Path, part: int) -> set[str]:
+    """Videos that could not be read when a part was looked at, and may have been repaired or delivered since.
+
+    None once the clips are listed: shards count on their numbers.
+    """
+    if clips_file(output, 0).exists():
+        return set()
+    return {entry["video"] for entry in read_scan(output, part) if entry.get("skipped") == "unreadable"}
+
+
+def _other_videos(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    for names, what in ((before.keys() - now.keys(), "is gone"), (now.keys() - before.keys(), "is new")):
+        if names:
+            return f"other videos ({min(names)} {what}, {len(names)} such; put them back to go on)"
+    return "other captions, or videos in another order"
+
+
+def _digest(sources: Sources) -> str:
+    """Hash of names and captions."""
+    digest = hashlib.sha256()
+    for video in sources.videos:
+        digest.update(json.dumps([video.path, video.caption]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _sizes(sources: Sources) -> dict[str, int | None]:
+    """Bytes of every video that is a file here: cheap, and enough to notice one that was replaced."""
+    places = {video.path: locate(sources.root, video.path) for video in sources.videos}
+    return {name: os.path.getsize(place) if os.path.isfile(place) else None for name, place in places.items()}
