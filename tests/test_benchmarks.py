@@ -175,3 +175,12 @@ def test_masks_compares_models_on_the_same_windows() -> None:
     found = report("masks.py", "embedded", "--clips", "1", "--windows", "2")
     assert found["models"].keys() == {"embedded"}
     assert 0.05 < found["models"]["embedded"]["full"] < 1 and 0.05 < found["models"]["embedded"]["causal"] < 1
+
+
+@pytest.mark.timeout(120)
+def test_the_gpu_measurement_runs_where_there_is_none() -> None:
+    found = report("gpu.py", "--quick", "--latents", "10")
+    check_machine(found)
+    assert found["sampling"]["window"]["pflop"] > found["sampling"]["causal"]["pflop"] > 0, "the context is kept"
+    for part in (*found["sampling"].values(), found["training"]):
+        assert 0 < part["share_of_peak"] < 1
