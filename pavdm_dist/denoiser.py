@@ -135,7 +135,7 @@ class StreamDenoiser:
         velocity = torch.zeros_like(x)
         for chunk, is_context in self.batches.parts(row.index):
             memory = self._memories[branch]
-            context = unit_context(model, self._stream, row, chunk, branch, self._texts, memory, is_context)
+            context = unit_context(model, self._stream, row, chunk, branch, self._texts, memory)
             frames = slice(context.first_frame, context.first_frame + context.grid.frames)
             part, part_levels = x[:, :, frames].contiguous(), levels[:, frames]
             activation = model.embed(part, part_levels, self._stream.info)
@@ -152,11 +152,13 @@ def memories_of(stream: Stream, spec: BackboneSpec) -> list[Memory | None]:
     """What the chunks of a stream leave for each other, per guidance branch; None in mode window."""
     if stream.mode == "window":
         return [None] * stream.branches
+    size = stream.plan.latent_chunk_size
+    frames = size * (stream.plan.window_chunks + stream.plan.context_chunks)
     if stream.mode == "causal":
-        return [ChunkMemory() for _ in range(stream.branches)]
+        return [ChunkMemory(frames) for _ in range(stream.branches)]
     # The last block is on the last stage, however many there are; one branch tells.
     probe = spec.num_blocks - 1 if stream.batches.adaptive else None
-    return [DisplacedMemory(probe if branch == 0 else None) for branch in range(stream.branches)]
+    return [DisplacedMemory(frames, size, probe if branch == 0 else None) for branch in range(stream.branches)]
 
 
 def change_of(memories: list[Memory | None]) -> float:
@@ -173,14 +175,13 @@ def unit_context(
     branch: int,
     texts: TextBank,
     memory: Memory | None,
-    is_context: bool,
 ) -> BlockContext:
     """What blocks read for one micro-batch of a row, ``chunk`` or ``WHOLE``; tells the ``memory`` that it begins."""
     size = stream.plan.latent_chunk_size
     _, height, width = stream.latent_shape
     only = None if chunk == WHOLE else chunk
     if memory is not None:
-        memory.begin(row.window, only, is_context, opens_row=only in (None, row.chunks[0]))
+        memory.begin(row.window, only)
     return BlockContext(
         backbone.grid(size * (len(row.window) if only is None else 1), height, width),
         texts.runs(stream, row, branch, only),

@@ -180,11 +180,9 @@ class _Job:
         temporal = sum(index % 2 for index in range(*blocks))
         # Mode displaced keeps keys twice: as they are and turned to their place.
         kept = (3 if mode == "displaced" else 2) * streams * self.branches * self.full * chunk * temporal
-        # For one block at a time, all that a chunk attends to is put together.
-        running = ACTIVATION_COPIES * chunk + 2 * self.full * chunk
         if mode == "causal":
-            return BYTES * (weights + text + kept + running + MESSAGES * chunk)
-        return BYTES * (weights + text + kept + max(running, whole) + MESSAGES * self.full * chunk)
+            return BYTES * (weights + text + kept + (ACTIVATION_COPIES + MESSAGES) * chunk)
+        return BYTES * (weights + text + kept + whole + MESSAGES * self.full * chunk)
 
     def draw(self, setup: Setup, cluster: ClusterConfig) -> float:
         """Simulates one replica with its videos in flight and draws the beginning; returns its utilisation."""

@@ -142,11 +142,18 @@ def test_parts_of_a_row_cover_it_once(plan: WindowPlan) -> None:
     assert [part[0] for part in MicroBatches(plan, "causal", middle).parts(middle)] == list(plan.row(middle).window)
 
 
-def test_what_is_kept_keeps_nothing_else_alive() -> None:
-    memory = ChunkMemory()
-    keys, values = torch.randn(3, 1, 2, 4, 2, 8)[1:]
-    memory.begin((0,), 0, is_context=False, opens_row=True)
-    memory.attend(1, keys, values, 0, lambda tensor, first: tensor + 1)
-    ((kept_keys, kept_values),) = memory._row[1]
+def test_a_stage_keeps_one_window_of_keys_and_values() -> None:
+    turn, memory = lambda tensor, first: tensor + first, ChunkMemory(6)
+    keys, values = torch.randn(2, 3, 1, 2, 4, 2, 8)
+    for row in range(3):
+        for place in range(row > 0, 3):  # the first chunk stays
+            memory.begin((0, 1, 2), place)
+            found = memory.attend(1, keys[place], values[place], 2 * place, turn)
+            expected = torch.cat([turn(keys[i], 2 * i) for i in range(place + 1)], dim=-2)
+            assert torch.equal(found[0], expected)
+            assert torch.equal(found[1], torch.cat(list(values[: place + 1]), dim=-2))
+    ((kept_keys, kept_values),) = memory._pairs.values()
     stored = sum(tensor.untyped_storage().nbytes() for tensor in (kept_keys, kept_values))
-    assert stored == 2 * 4 * keys.numel()
+    assert stored == 4 * (keys.numel() + values.numel())
+    # What was never left cannot be read unseen.
+    assert ChunkMemory(6).attend(1, keys[0], values[0], 2, turn)[0].isnan().any()

@@ -18,6 +18,7 @@ from pavdm_dist.engine.order import Join, epochs, join_of, undecided
 from pavdm_dist.engine.stage import Stage
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.memory import Memory
+from pavdm_dist.models.stdit3 import STDiT3
 from pavdm_dist.sampler import sample
 from pavdm_dist.schedule import PlanRow, WindowPlan
 from pavdm_dist.stream import Stream
@@ -38,14 +39,14 @@ def test_every_step_exact_is_mode_window() -> None:
 
 
 def run_parts(
-    model, stream: Stream, row: PlanRow, parts: list[tuple[int, bool]], memory: Memory | None, x: Tensor
-) -> Tensor:  # type: ignore[no-untyped-def]
+    model: STDiT3, stream: Stream, row: PlanRow, parts: list[int], memory: Memory | None, x: Tensor
+) -> Tensor:
     """Velocity of the branch's micro-batches on frozen latents."""
     denoiser = StreamDenoiser(model, stream)
     levels = stream.window().levels(row)[None]
     velocity = torch.zeros_like(x)
-    for chunk, is_context in parts:
-        context = unit_context(model, stream, row, chunk, 0, denoiser._texts, memory, is_context)
+    for chunk in parts:
+        context = unit_context(model, stream, row, chunk, 0, denoiser._texts, memory)
         frames = slice(context.first_frame, context.first_frame + context.grid.frames)
         activation = model.embed(x[:, :, frames].contiguous(), levels[:, frames], stream.info)
         for index in range(model.spec.num_blocks):
@@ -70,21 +71,19 @@ def distance(found: Tensor, expected: Tensor) -> float:
 def test_after_an_exact_pass_a_displaced_one_is_exact() -> None:
     (stream, row, x), model = frozen(), tiny_model()
     (memory,) = memories_of(stream, model.spec)
-    exact = run_parts(model, stream, row, [(WHOLE, False)], memory, x)
-    assert torch.equal(exact, run_parts(model, stream, row, [(WHOLE, False)], None, x))
-    chunks = [(k, k in row.context) for k in row.window]
-    assert distance(run_parts(model, stream, row, chunks, memory, x), exact) < 1e-5
+    exact = run_parts(model, stream, row, [WHOLE], memory, x)
+    assert torch.equal(exact, run_parts(model, stream, row, [WHOLE], None, x))
+    assert distance(run_parts(model, stream, row, list(row.window), memory, x), exact) < 1e-5
 
 
 @torch.inference_mode()
 def test_frozen_latents_converge_in_as_many_sweeps_as_layers_mix_frames() -> None:
     (stream, row, x), model = frozen(), tiny_model()
     (memory,) = memories_of(stream, model.spec)
-    exact = run_parts(model, stream, row, [(WHOLE, False)], None, x)
+    exact = run_parts(model, stream, row, [WHOLE], None, x)
     # The bank starts from other latents, so that every block's keys are stale.
-    run_parts(model, stream, row, [(WHOLE, False)], memory, x + 1)
-    chunks = [(k, k in row.context) for k in row.window]
-    errors = [distance(run_parts(model, stream, row, chunks, memory, x), exact) for _ in range(3)]
+    run_parts(model, stream, row, [WHOLE], memory, x + 1)
+    errors = [distance(run_parts(model, stream, row, list(row.window), memory, x), exact) for _ in range(3)]
     assert errors[0] > 1e-3
     assert errors[model.config.depth] < 1e-5
 
@@ -121,10 +120,9 @@ def test_a_chunk_that_sees_no_stale_one_is_exact() -> None:
     (stream, row, x), model = frozen(), tiny_model(config=replace(TINY, depth=1))
     with torch.inference_mode():
         (memory,) = memories_of(stream, model.spec)
-        run_parts(model, stream, row, [(WHOLE, False)], memory, x + 1)
+        run_parts(model, stream, row, [WHOLE], memory, x + 1)
         reference = ModelDenoiser(model, stream)(x, stream.window().levels(row)[None], row, 0)
-        chunks = [(k, k in row.context) for k in row.window]
-        stale = run_parts(model, stream, row, chunks, memory, x)
+        stale = run_parts(model, stream, row, list(row.window), memory, x)
     size = stream.plan.latent_chunk_size
     per_chunk = [distance(stale[:, :, i : i + size], reference[:, :, i : i + size]) for i in range(0, x.shape[2], size)]
     assert per_chunk[-1] < 1e-5

@@ -11,6 +11,7 @@ import torch
 from helpers import TINY, tiny_model
 from scalar_stdit3 import ScalarTimeSTDiT3
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pavdm_dist.errors import CheckpointError
 from pavdm_dist.models.base import Activation, BlockContext, FrameInfo, TextCache, TextRun
@@ -37,6 +38,18 @@ def run_blocks(model: STDiT3, blocks: range, activation: Activation, context: Bl
     for index in blocks:
         activation = model.block(index, activation, context)
     return activation
+
+
+@pytest.mark.parametrize("chunk_causal", [None, 2])
+def test_attention_runs_in_fused_kernels(chunk_causal: int | None) -> None:
+    """Which hold no scores; torch has none for more than one axis before the heads and would multiply plainly."""
+    model, x, text = tiny_model(), random(2, 4, 6, 6, 8), random(2, 5, TINY.caption_channels, seed=1)
+    levels = staircase(6, 2)
+    plain = model(x, levels, text, INFO, chunk_causal=chunk_causal)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # an error where it cannot serve
+        assert relative(model(x, levels, text, INFO, chunk_causal=chunk_causal), plain) < 1e-6
+    with sdpa_kernel(SDPBackend.MATH):
+        assert relative(model(x, levels, text, INFO, chunk_causal=chunk_causal), plain) < 1e-5
 
 
 # --- levels ----------------------------------------------------------------------------------------------

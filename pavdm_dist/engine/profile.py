@@ -93,15 +93,15 @@ def measure_costs(model: STDiT3, stream: Stream, repeats: int = 5) -> Costs:
     plan, device = stream.plan, next(model.parameters()).device
     full = plan.window_chunks + plan.context_chunks
     row = next(row for row in plan.rows() if len(row.window) == full)
-    units = [(WHOLE, False)] if stream.mode == "window" else [(chunk, False) for chunk in row.chunks]
+    units = [WHOLE] if stream.mode == "window" else list(row.chunks)
     # What a running video has left for them.
-    left = {"window": [], "causal": [(chunk, True) for chunk in row.context], "displaced": [(WHOLE, False)]}
+    left = {"window": [], "causal": list(row.context), "displaced": [WHOLE]}
     (memory, *_), texts = memories_of(stream, model.spec), TextBank(model, device)
     texts.add(stream)
     x, levels = (part.to(device) for part in stream.window().inputs(row))
 
-    def run(chunk: int, is_context: bool) -> list[float]:
-        context = unit_context(model, stream, row, chunk, 0, texts, memory, is_context)
+    def run(chunk: int) -> list[float]:
+        context = unit_context(model, stream, row, chunk, 0, texts, memory)
         frames = slice(context.first_frame, context.first_frame + context.grid.frames)
         part, part_levels = x[:, :, frames].contiguous(), levels[:, frames]
         marks = [_now(device)]
@@ -116,9 +116,9 @@ def measure_costs(model: STDiT3, stream: Stream, repeats: int = 5) -> Costs:
 
     rounds: list[list[float]] = []
     for _ in range(repeats + 1):
-        for chunk, is_context in left[stream.mode]:
-            run(chunk, is_context)
-        rounds.append([statistics.fmean(column) for column in zip(*(run(*unit) for unit in units), strict=True)])
+        for chunk in left[stream.mode]:
+            run(chunk)
+        rounds.append([statistics.fmean(column) for column in zip(*(run(unit) for unit in units), strict=True)])
     embed, *blocks, head = (statistics.median(column) for column in zip(*rounds[1:], strict=True))
     return Costs(tuple(blocks), embed, head)
 

@@ -127,7 +127,7 @@ class Stage:
 
     def _context(self, stream: Stream, row: PlanRow, unit: Unit) -> BlockContext:
         memory = self._memories[unit.stream][unit.branch]
-        return unit_context(self.model, stream, row, unit.chunk, unit.branch, self._texts, memory, unit.context)
+        return unit_context(self.model, stream, row, unit.chunk, unit.branch, self._texts, memory)
 
     def _levels(self, stream: Stream, row: PlanRow, unit: Unit) -> Tensor:
         size = stream.plan.latent_chunk_size

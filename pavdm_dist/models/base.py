@@ -83,6 +83,15 @@ class Attention(Protocol):
         """
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """An :class:`Attention` where all tokens are here.
+
+    Torch's fused kernels take one axis before the heads; with more it would multiply plainly and hold all scores.
+    """
+    q, k, v = (tensor.flatten(0, -4) for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).unflatten(0, query.shape[:-3])
+
+
 @dataclass(frozen=True)
 class WindowSlice:
     """Consecutive latent frames of a window whose other frames are held elsewhere, by other processes in training.
@@ -170,7 +179,7 @@ class BlockContext:
     first_frame: int = 0
     memory: Memory | None = field(default=None, repr=False)
     window_frames: int | None = None
-    attend: Attention = field(default=F.scaled_dot_product_attention, repr=False)
+    attend: Attention = field(default=attention, repr=False)
 
 
 class Backbone(Protocol):

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pavdm_dist.models.base import BlockContext, TextRun
+from pavdm_dist.models.base import BlockContext, TextRun, attention
 
 ROPE_BASE = 10000.0
 NORM_EPS = 1e-6
@@ -98,7 +98,7 @@ class SelfAttention(nn.Module):
     def spatial(self, x: Tensor) -> Tensor:
         """``x [b, F, S, D]``: every frame attends to its own tokens."""
         q, k, v = rearrange(self.qkv(x), "b f s (three n d) -> three b f n s d", three=3, n=self.num_heads)
-        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        out = attention(self.q_norm(q), self.k_norm(k), v)
         return self.proj(rearrange(out, "b f n s d -> b f s (n d)"))
 
     def temporal(self, x: Tensor, rope: RotaryTable, mask: Tensor | None, block: int, context: BlockContext) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,20 +16,23 @@ Turn = Callable[[Tensor, int], Tensor]
 
 
 class Memory(Protocol):
-    """Temporal attention asks it what a micro-batch may read; one per stream and guidance branch."""
+    """Temporal attention asks it what a micro-batch may read; one per stream and guidance branch.
 
-    def begin(self, window: tuple[int, ...], chunk: int | None, is_context: bool, opens_row: bool) -> None:
+    What is kept lies in order of time, so that what is read is a part of it and nothing is put together for a call.
+    """
+
+    def begin(self, window: tuple[int, ...], chunk: int | None) -> None:
         """A micro-batch starts.
 
         Args:
             window: chunks of its row, context first.
             chunk: which of them it is; None for all at once.
-            is_context: it is clean.
-            opens_row: it is the row's first noisy one, or all.
         """
 
     def attend(self, block: int, keys: Tensor, values: Tensor, first: int, turn: Turn) -> Pair:
         """Keeps a micro-batch's pair and returns all that it attends to, in order of time, keys turned.
+
+        What is returned holds until the next call for this block.
 
         Args:
             block: which.
@@ -39,33 +43,62 @@ class Memory(Protocol):
 
 
 class ChunkMemory:
-    """Mode causal: a chunk reads itself, the row's cleaner chunks and the clean context.
+    """Mode causal: a chunk reads itself, the row's cleaner chunks and the clean context: all places up to its own.
 
-    Pairs of the context stay for a shift, those of a row's chunks until the next row begins. Keys are kept turned: the
-    context always sits at the window's first places.
+    A row's chunks come cleanest first, so that each finds those before it just written; what the context left at the
+    first places stays for a shift. Keys are kept turned.
+
+    Args:
+        frames: latent frames of a full window, context included.
     """
 
-    def __init__(self) -> None:
-        self._context: dict[int, Pair] = {}
-        self._row: dict[int, list[Pair]] = {}
-        self._filling_context = False
+    def __init__(self, frames: int) -> None:
+        self._frames = frames
+        self._pairs: dict[int, Pair] = {}
 
-    def begin(self, window: tuple[int, ...], chunk: int | None, is_context: bool, opens_row: bool) -> None:
-        self._filling_context = is_context
-        if is_context:
-            self._context = {}
-        elif opens_row:
-            self._row = {}
+    def begin(self, window: tuple[int, ...], chunk: int | None) -> None:
+        """Places alone say what is read."""
 
     def attend(self, block: int, keys: Tensor, values: Tensor, first: int, turn: Turn) -> Pair:
-        # A view of the values would keep the queries alive.
-        keys, values = turn(keys, first), values.clone()
-        if self._filling_context:
-            self._context[block] = keys, values
-            return keys, values
-        row = self._row.setdefault(block, [])
-        row.append((keys, values))
-        return _joined([self._context[block], *row] if block in self._context else row)
+        if block not in self._pairs:
+            self._pairs[block] = _empty(keys, self._frames), _empty(values, self._frames)
+        last = first + keys.shape[-2]
+        kept_keys, kept_values = self._pairs[block]
+        kept_keys[..., first:last, :] = turn(keys, first)
+        kept_values[..., first:last, :] = values
+        return kept_keys[..., :last, :], kept_values[..., :last, :]
+
+
+@dataclass
+class _Bank:
+    """One block's keys as they are, keys turned, and values, at the window's places; the first ``held`` are written."""
+
+    keys: Tensor
+    turned: Tensor
+    values: Tensor
+    held: int = 0
+    placed: bool = True  # whether keys were turned for the places they have now
+
+    def write(self, keys: Tensor, values: Tensor, first: int, turn: Turn) -> Pair:
+        last = first + keys.shape[-2]
+        if first > self.held:
+            raise ValueError(
+                f"frame {first} of the window follows {self.held} that left keys: only the newest may lack"
+            )
+        self.keys[..., first:last, :], self.values[..., first:last, :] = keys, values
+        self.held = max(self.held, last)
+        if self.placed:
+            self.turned[..., first:last, :] = turn(keys, first)
+        else:
+            self.turned[..., : self.held, :] = turn(self.keys[..., : self.held, :], 0)
+            self.placed = True
+        return self.turned[..., : self.held, :], self.values[..., : self.held, :]
+
+    def leave(self, frames: int) -> None:
+        """The window's first ``frames`` are gone; the others move up."""
+        for kept in (self.keys, self.values):
+            kept[..., : self.held - frames, :] = kept[..., frames : self.held, :].clone()
+        self.held, self.placed = self.held - frames, False
 
 
 class DisplacedMemory:
@@ -76,46 +109,35 @@ class DisplacedMemory:
     they have now, because every chunk of a row reads them.
 
     Args:
+        frames: latent frames of a full window, context included.
+        chunk_frames: those of a chunk.
         probe: the block at which the change of keys is watched.
     """
 
-    def __init__(self, probe: int | None = None) -> None:
+    def __init__(self, frames: int, chunk_frames: int, probe: int | None = None) -> None:
+        self._frames, self._chunk_frames = frames, chunk_frames
         self._probe, self._changed, self._size = probe, 0.0, 0.0
-        self._pairs: dict[int, dict[int, Pair]] = {}
-        self._turned: dict[int, dict[int, tuple[int, Tensor]]] = {}  # by block and chunk: place, keys
+        self._banks: dict[int, _Bank] = {}
         self._window: tuple[int, ...] = ()
-        self._chunk: int | None = None
+        self._is_whole = False
 
-    def begin(self, window: tuple[int, ...], chunk: int | None, is_context: bool, opens_row: bool) -> None:
-        self._window, self._chunk = window, chunk
-        kept: list[dict[int, Any]] = [*self._pairs.values(), *self._turned.values()]
-        for by_chunk in kept:
-            for gone in [index for index in by_chunk if index not in window]:
-                del by_chunk[gone]
+    def begin(self, window: tuple[int, ...], chunk: int | None) -> None:
+        if self._window and (gone := self._window.index(window[0])):
+            for bank in self._banks.values():
+                bank.leave(gone * self._chunk_frames)
+        self._window, self._is_whole = window, chunk is None
 
     def attend(self, block: int, keys: Tensor, values: Tensor, first: int, turn: Turn) -> Pair:
-        pairs, turned = self._pairs.setdefault(block, {}), self._turned.setdefault(block, {})
-        if self._chunk is None:
-            turned.clear()
-            size = keys.shape[-2] // len(self._window)
-            parts = zip(keys.split(size, dim=-2), values.split(size, dim=-2), strict=True)
-            # Copies: a view would keep the queries alive, too.
-            pairs.update((index, (k.clone(), v.clone())) for index, (k, v) in zip(self._window, parts, strict=True))
-            return turn(keys, first), values
-        if block == self._probe and self._chunk in pairs:
-            before = pairs[self._chunk][0]
+        bank = self._banks.get(block)
+        if bank is None:
+            as_they_are, turned, kept_values = (_empty(tensor, self._frames) for tensor in (keys, keys, values))
+            bank = self._banks[block] = _Bank(as_they_are, turned, kept_values)
+        last = first + keys.shape[-2]
+        if block == self._probe and not self._is_whole and last <= bank.held:
+            before = bank.keys[..., first:last, :]
             self._changed += float((keys - before).square().sum())
             self._size += float(before.square().sum())
-        pairs[self._chunk] = keys.clone(), values.clone()
-        turned.pop(self._chunk, None)
-        seen = [index for index in self._window if index in pairs]
-        if seen != list(self._window[: len(seen)]):
-            raise ValueError(f"chunks {seen} of window {self._window} left keys: only the newest may be missing")
-        size = keys.shape[-2]
-        for position, index in enumerate(seen):
-            if turned.get(index, (None,))[0] != position * size:
-                turned[index] = position * size, turn(pairs[index][0], position * size)
-        return _joined([(turned[index][1], pairs[index][1]) for index in seen])
+        return bank.write(keys, values, first, turn)
 
     def take_change(self) -> float:
         """Relative L2 by which the probe's keys changed from row to row since the last call; 0 if nothing was run."""
@@ -124,8 +146,6 @@ class DisplacedMemory:
         return change
 
 
-def _joined(pairs: list[Pair]) -> Pair:
-    if len(pairs) == 1:
-        return pairs[0]
-    keys, values = zip(*pairs, strict=True)
-    return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
+def _empty(like: Tensor, frames: int) -> Tensor:
+    """Room for ``frames`` frames; reading what was not written would show."""
+    return torch.full((*like.shape[:-2], frames, like.shape[-1]), math.nan, dtype=like.dtype, device=like.device)

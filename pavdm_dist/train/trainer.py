@@ -11,13 +11,12 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pavdm_dist.config import to_dict
 from pavdm_dist.errors import EngineError
@@ -87,20 +86,19 @@ class Trainer:
         """Trains until ``end`` (monotonic clock) or the last step; True when all steps are done."""
         config = self.config
         saved = drawn = time.monotonic()
-        with self._kernels():
-            while self.step < config.optimizer.total_steps and self._goes_on(end):
-                metrics = self.train_step()
-                if self.step % config.log_every_steps == 0:
-                    self._log(metrics)
-                kept = config.keep_every_steps and self.step % config.keep_every_steps == 0
-                if kept or self.world.agree(time.monotonic() - saved > config.checkpoint_every_seconds):
-                    self.save()
-                    saved = time.monotonic()
-                every = config.sheet_every_seconds
-                if every and self.world.agree(time.monotonic() - drawn > every):
-                    self.sheet()
-                    drawn = time.monotonic()
-            self.save()
+        while self.step < config.optimizer.total_steps and self._goes_on(end):
+            metrics = self.train_step()
+            if self.step % config.log_every_steps == 0:
+                self._log(metrics)
+            kept = config.keep_every_steps and self.step % config.keep_every_steps == 0
+            if kept or self.world.agree(time.monotonic() - saved > config.checkpoint_every_seconds):
+                self.save()
+                saved = time.monotonic()
+            every = config.sheet_every_seconds
+            if every and self.world.agree(time.monotonic() - drawn > every):
+                self.sheet()
+                drawn = time.monotonic()
+        self.save()
         return self.step >= config.optimizer.total_steps
 
     def stop(self) -> None:
@@ -131,7 +129,7 @@ class Trainer:
         samples, frames = group.data_size * len(batch.dropped), batch.levels.shape[1]
         batch = group.cut(batch)
         loaded = time.monotonic() - started
-        with self._kernels(), self._memory_advice():
+        with self._memory_advice():
             sums = sum(self._backward(part, o.accumulation) for part in batch.parts(o.accumulation))
             assert isinstance(sums, Tensor)
             mean = self.world.mean(sums).cpu()
@@ -196,11 +194,6 @@ class Trainer:
                 "lower optimizer.lr, or set optimizer.grad_clip"
             )
         return norm
-
-    def _kernels(self) -> AbstractContextManager[None]:
-        """Attention's kernels. They are chosen for the whole process, so also for what loads ahead in a thread."""
-        # At a few dozen tokens on a CPU the plain products beat the fused kernel, whose backward pass took a fifth.
-        return sdpa_kernel([SDPBackend.MATH] if self.world.device.type == "cpu" else _FUSED)
 
     @contextmanager
     def _memory_advice(self) -> Iterator[None]:
@@ -292,6 +285,3 @@ class Trainer:
             "objective": settings["objective"],
             "optimizer": {"name": self.config.optimizer.name},
         }
-
-
-_FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
