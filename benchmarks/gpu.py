@@ -1,6 +1,6 @@
 """STDiT3-XL/2 at 240x424 on one GPU, random weights, bfloat16, one process, without Ray: sampling and training.
 
-    python benchmarks/gpu.py [--quick] [--json] [--part sampling|training] [--latents N] [--peak-tflops X]
+    python benchmarks/gpu.py [--quick] [--json] [--part sampling|training] [--compile] [--latents N] [--peak-tflops X]
 
 Sampling: window of 35 latents (W = 6, c = 5, one clean chunk), guidance 7, T = 30, in modes window and causal by the
 engine that runs stages in one process; seconds for 425 latents (60 s of video at 24 frames per second with the 1.2
@@ -42,6 +42,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--part", choices=("sampling", "training"), help="only this one")
     options.add_argument("--latents", type=int, help="of the video (425; 15 with --quick)")
+    options.add_argument("--compile", action="store_true", help="run compiled blocks")
     options.add_argument("--steps", type=int, help="training steps that are timed (5; 2 with --quick)")
     options.add_argument("--peak-tflops", type=float, default=989.0, help="of dense bfloat16 products (H100 SXM: 989)")
     args = options.parse_args()
@@ -55,23 +56,34 @@ def main() -> None:
     if args.part != "training":
         latents = args.latents or (15 if args.quick else 425)
         report["sampling"] = {
-            mode: sampling(config, cells, latents, mode, device, args.peak_tflops) for mode in MODES
+            mode: sampling(config, cells, latents, mode, device, args.peak_tflops, args.compile) for mode in MODES
         }  # fmt: skip
     if args.part != "sampling":
-        report["training"] = training(config, cells, args.steps or (2 if args.quick else 5), args.peak_tflops)
+        report["training"] = training(
+            config, cells, args.steps or (2 if args.quick else 5), args.peak_tflops, args.compile
+        )
     print(json.dumps(report) if args.json else text(report))
 
 
 def sampling(
-    config: STDiT3Config, cells: tuple[int, int], latents: int, mode: Mode, device: torch.device, peak: float
+    config: STDiT3Config,
+    cells: tuple[int, int],
+    latents: int,
+    mode: Mode,
+    device: torch.device,
+    peak: float,
+    compiled: bool,
 ) -> dict[str, float]:
-    """Seconds of a whole video, behind one of a single chunk that warms up."""
+    """Seconds of a whole video, behind a short one that warms up."""
     torch.manual_seed(0)
     with torch.device(device):
         model = STDiT3(config).to(torch.bfloat16).eval().requires_grad_(False)
+    if compiled:
+        model.compile_repeated_blocks()
     engine = LocalEngine([Stage(model, (0, model.spec.num_blocks), device)])
     seconds = []
-    for number, chunks in enumerate((1, latents // CHUNK)):
+    # Seven chunks: until the window is full and has its clean chunk.
+    for number, chunks in enumerate((min(7, latents // CHUNK), latents // CHUNK)):
         stream = _stream(model, cells, chunks, mode, number)
         _settle(device)
         began = time.perf_counter()
@@ -98,7 +110,9 @@ def _stream(model: STDiT3, cells: tuple[int, int], chunks: int, mode: Mode, numb
     )  # fmt: skip
 
 
-def training(config: STDiT3Config, cells: tuple[int, int], steps: int, peak: float) -> dict[str, float | None]:
+def training(
+    config: STDiT3Config, cells: tuple[int, int], steps: int, peak: float, compiled: bool
+) -> dict[str, float | None]:
     """Seconds of a step on one window of random latents."""
     from pavdm_dist.train.batches import Batch
     from pavdm_dist.train.config import TrainConfig
@@ -133,7 +147,7 @@ def training(config: STDiT3Config, cells: tuple[int, int], steps: int, peak: flo
             f"model.depth={config.depth}", f"model.hidden_size={config.hidden_size}",
             f"model.num_heads={config.num_heads}", f"model.caption_channels={config.caption_channels}",
             f"model.model_max_length={config.model_max_length}", "zero.stage=1", "zero.precision=bfloat16",
-            "zero.checkpoint_activations=true",
+            "zero.checkpoint_activations=true", f"compile={compiled}",
         ]  # fmt: skip
         world = join_world()
         parts = Parts(Path("unused"), None, info, ())

@@ -15,6 +15,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
+from pavdm_dist.models.base import attention
 from pavdm_dist.models.layers import NORM_EPS, CrossAttention, STDiT3Block, rotate
 from pavdm_dist.models.stdit3 import STDiT3
 from pavdm_dist.stream import Stream
@@ -140,7 +141,7 @@ class StraightforwardLoop:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self._savings.attention:
-            return F.scaled_dot_product_attention(q, k, v)
+            return attention(q, k, v)
         return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
 
     def _text_pair(

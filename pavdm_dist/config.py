@@ -84,6 +84,7 @@ class SampleConfig:
     layers_per_stage: list[int] | None = None  # half-blocks of each stage; None = balanced by cost
     balance: Literal["estimated", "measured"] = "estimated"  # cost by FLOP, or timed once here and kept
     backend: Literal["auto", "gloo", "nccl"] = "auto"
+    compile: bool = False  # stages compile their blocks first (torch.compile; GPUs, long videos); other last bits
     cpus_per_stage: float = 1.0  # Ray's logical CPUs
     cpus_per_decoder: float = 0.0
     gpus_per_stage: float = 0.0

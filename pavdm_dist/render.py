@@ -238,6 +238,7 @@ def _options(config: SampleConfig) -> EngineOptions:
         num_stages=config.num_stages,
         layers_per_stage=config.layers_per_stage,
         balance=config.balance,
+        compile=config.compile,
         threads_per_stage=config.threads_per_stage,
         cpus_per_stage=config.cpus_per_stage,
         gpus_per_stage=config.gpus_per_stage,

@@ -118,6 +118,10 @@ def _check_stages(config: SampleConfig) -> None:
         raise ConfigError(f"trace={config.trace}: must end in .json")
     if config.balance == "measured" and not config.num_stages:
         raise ConfigError("balance=measured: there is nothing to balance with num_stages=0")
+    if config.compile and not config.num_stages:
+        raise ConfigError(
+            "compile=true: there are no stages to compile for with num_stages=0; set num_stages=1 or more"
+        )
     if split is None:
         return
     if config.num_stages and len(split) != config.num_stages:

@@ -32,14 +32,17 @@ class StageActor:
         blocks: half-block range.
         device: ``cpu`` or ``cuda``.
         threads: intra-op threads.
+        compiled: whether blocks are compiled.
     """
 
-    def __init__(self, folder: str, blocks: tuple[int, int], device: str, threads: int) -> None:
+    def __init__(self, folder: str, blocks: tuple[int, int], device: str, threads: int, compiled: bool) -> None:
         self._threads = threads
         torch.set_num_threads(threads)
         model = STDiT3.from_pretrained(folder, blocks)
         if device != "cpu":
             model = _to_device(model, device)
+        if compiled:
+            model.compile_repeated_blocks()
         self._stage = Stage(model, blocks, device)
         self._feed = EpochFeed()
         self._events: queue.SimpleQueue[tuple] = queue.SimpleQueue()

@@ -23,6 +23,8 @@ class EngineOptions:
         link_timeout_s: longest silence on a link; must exceed the slowest unit.
         placement_timeout_s: longest wait for resources that the cluster has but are busy.
         ray_address: cluster to join; None = the one this process is in, else a local one is started.
+        compile: stages run compiled blocks (``STDiT3.compile_repeated_blocks``): the same bits on any number of
+            stages, but not those of uncompiled ones. Must be done within ``link_timeout_s``.
         trace: keep start and end of every unit.
         trace_file: where a finished run writes them; sets ``trace``.
     """
@@ -38,6 +40,7 @@ class EngineOptions:
     link_timeout_s: float = 300
     placement_timeout_s: float = 60
     ray_address: str | None = None
+    compile: bool = False
     trace: bool = False
     trace_file: str | None = None
 

@@ -248,7 +248,8 @@ class RayEngine:
             actor(StageActor, i, options.cpus_per_stage, options.gpus_per_stage, CONCURRENT_CALLS) for i in range(world)
         ]
         for make, blocks in zip(stage, self._blocks, strict=True):
-            self._actors.append(make.remote(folder, blocks, options.device, options.threads_per_stage))
+            settings = (options.device, options.threads_per_stage, options.compile)
+            self._actors.append(make.remote(folder, blocks, *settings))
         if codec_folder is not None:
             own_bundle = world if options.cpus_per_decoder else world - 1
             make = actor(DecodeActor, own_bundle, options.cpus_per_decoder, 0, 1)

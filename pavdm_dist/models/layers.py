@@ -7,6 +7,9 @@ temporal attention mixes the F frames at a place; cross-attention and the MLP ac
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -50,6 +53,7 @@ class RotaryTable(nn.Module):
     """Rotary angles over the frame index, interleaved pairs; ``freqs`` is part of the checkpoint."""
 
     freqs: Tensor
+    compiled = False
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
@@ -64,7 +68,12 @@ class RotaryTable(nn.Module):
 
     def turn(self, x: Tensor, first: int) -> Tensor:
         """Queries or keys ``[..., frames, head_dim]`` of places ``first`` and on, turned; in their own type."""
-        return rotate(x, *self(x.shape[-2], first)).type_as(x)
+        turned = _compiled(_turned) if self.compiled else _turned
+        return turned(x, *self(x.shape[-2], first))
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return rotate(x, cos, sin).type_as(x)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -95,31 +104,37 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def spatial(self, x: Tensor) -> Tensor:
-        """``x [b, F, S, D]``: every frame attends to its own tokens."""
-        q, k, v = rearrange(self.qkv(x), "b f s (three n d) -> three b f n s d", three=3, n=self.num_heads)
-        out = attention(self.q_norm(q), self.k_norm(k), v)
-        return self.proj(rearrange(out, "b f n s d -> b f s (n d)"))
+    def project(self, x: Tensor, places: str) -> tuple[Tensor, Tensor, Tensor]:
+        """``x [b, F, S, D]`` -> normalised queries and keys, and values, whose axes are ``places``."""
+        q, k, v = rearrange(self.qkv(x), f"b f s (three n d) -> three {places}", three=3, n=self.num_heads)
+        return self.q_norm(q), self.k_norm(k), v
 
-    def temporal(self, x: Tensor, rope: RotaryTable, mask: Tensor | None, block: int, context: BlockContext) -> Tensor:
-        """``x [b, F, S, D]``: every place attends over frames, also over those in the context's memory.
+    def temporal(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: RotaryTable,
+        mask: Tensor | None,
+        block: int,
+        context: BlockContext,
+    ) -> Tensor:
+        """Every place attends over frames, also over those in the context's memory.
 
         Args:
-            x: tokens.
+            q, k, v: ``[b, S, heads, F, head_dim]``, not yet turned.
             rope: rotary embedding.
             mask: over the frames that ``context.attend`` mixes, True where attention is allowed.
             block: this block's number, for the memory.
             context: place of the first frame; the attention; the memory, if any.
         """
-        q, k, v = rearrange(self.qkv(x), "b f s (three n d) -> three b s n f d", three=3, n=self.num_heads)
         first = context.first_frame
-        q, k = rope.turn(self.q_norm(q), first), self.k_norm(k)
+        q = rope.turn(q, first)
         if context.memory is None:
             k = rope.turn(k, first)
         else:
             k, v = context.memory.attend(block, k, v, first, rope.turn)
-        out = context.attend(q, k, v, attn_mask=mask)
-        return self.proj(rearrange(out, "b s n f d -> b f s (n d)"))
+        return context.attend(q, k, v, attn_mask=mask)
 
 
 class CrossAttention(nn.Module):
@@ -183,11 +198,17 @@ class STDiT3Block(nn.Module):
 
     The six modulation parts, shift, scale and gate of the attention and then of the MLP, differ per frame; that
     is the only change progressive noise levels ask of the published block (paper App. E.1).
+
+    Attributes:
+        compiled: what surrounds the attentions runs as functions that torch has compiled, one for all blocks.
     """
+
+    compiled = False
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool, temporal: bool) -> None:
         super().__init__()
         self.temporal = temporal
+        self.places = "b s n f d" if temporal else "b f n s d"
         self.attn = SelfAttention(dim, num_heads, qk_norm)
         self.cross_attn = CrossAttention(dim, num_heads)
         self.mlp = MLP(dim, int(dim * mlp_ratio), dim)
@@ -203,13 +224,35 @@ class STDiT3Block(nn.Module):
         mask: Tensor | None,
     ) -> Tensor:
         """``x [b, F, S, D]``, ``modulation [b, F, 6, D]`` -> the same shape as ``x``."""
+        enter, leave, mlp = map(_compiled, _PARTS) if self.compiled else _PARTS
         parts = (self.scale_shift_table + modulation).unsqueeze(-2).unbind(dim=2)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
-        y = modulate(x, shift_attn, scale_attn)
-        y = self.attn.temporal(y, rope, mask, index, context) if self.temporal else self.attn.spatial(y)
-        x = torch.addcmul(x, gate_attn, y)
+        q, k, v = enter(self, x, shift_attn, scale_attn)
+        y = self.attn.temporal(q, k, v, rope, mask, index, context) if self.temporal else attention(q, k, v)
+        x = leave(self, x, y, gate_attn)
         x = x + self.cross_attn(x, index, context)
-        return torch.addcmul(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp)))
+        return mlp(self, x, shift_mlp, scale_mlp, gate_mlp)
+
+
+def _enter(block: STDiT3Block, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return block.attn.project(modulate(x, shift, scale), block.places)
+
+
+def _leave(block: STDiT3Block, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return torch.addcmul(x, gate, block.attn.proj(rearrange(y, f"{block.places} -> b f s (n d)")))
+
+
+def _mlp(block: STDiT3Block, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+    return torch.addcmul(x, gate, block.mlp(modulate(x, shift, scale)))
+
+
+_PARTS = (_enter, _leave, _mlp)
+
+
+@cache
+def _compiled(part: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled at its first call per kind of block; sizes that change are compiled once more, for all sizes."""
+    return torch.compile(part)
 
 
 class FinalLayer(nn.Module):

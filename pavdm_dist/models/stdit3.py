@@ -142,6 +142,16 @@ class STDiT3(nn.Module):
             level_support=config.level_support,
         )
 
+    def compile_repeated_blocks(self) -> None:
+        """Runs blocks as compiled functions from now on (diffusers' name for it): fewer passes over memory, other bits.
+
+        One block of each kind is compiled, at its first call, so that it takes as long for any depth. Attention, texts
+        and what chunks leave for each other stay outside.
+        """
+        for module in self.modules():
+            if isinstance(module, STDiT3Block | RotaryTable):
+                module.compiled = True
+
     # --- the backbone contract -------------------------------------------------------------------------
 
     def grid(self, frames: int, latent_height: int, latent_width: int) -> Grid:

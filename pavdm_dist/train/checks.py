@@ -82,6 +82,11 @@ def check_settings(config: TrainConfig, size: int) -> None:
         raise ConfigError(f"zero.offload=all with zero.stage={z.stage}: weights can leave the device at stage 3 only")
     if z.init and z.stage != 3:
         raise ConfigError(f"zero.init=true with zero.stage={z.stage}: weights are sharded at stage 3 only")
+    if config.compile and z.stage == 3:
+        raise ConfigError(
+            "compile=true with zero.stage=3: compiled functions would read weights that are sharded; use zero.stage=2, "
+            "or compile=false"
+        )
     if o.accumulation < 1:
         raise ConfigError(f"optimizer.accumulation={o.accumulation}: at least 1 is needed")
     if config.sequence_parallel < 1 or size % config.sequence_parallel:

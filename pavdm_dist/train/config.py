@@ -125,6 +125,7 @@ class TrainConfig:
     keep_every_steps: int = 0  # checkpoints at multiples of this are kept for good; 0 = none
     sheet_every_seconds: float = 300.0
     log_every_steps: int = 20
+    compile: bool = False  # blocks run as compiled functions (torch.compile), for GPUs; zero.stage 0 to 2
     sequence_parallel: int = 1  # processes that share every window, a part of its frames each
     codec: CodecSettings = field(default_factory=CodecSettings)
     data: DataConfig = field(default_factory=DataConfig)

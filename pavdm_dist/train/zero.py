@@ -144,6 +144,8 @@ def start_engine(config: TrainConfig, channels: int, world: World, load_universa
         model = build(config, channels, whole, deepspeed.zero.Init(config_dict_or_path=settings))
     else:
         model = build(config, channels)
+    if config.compile:
+        model.transformer.compile_repeated_blocks()
     if config.zero.checkpoint_activations:
         checkpoint_activations(model.transformer)
     model.to(world.device)
