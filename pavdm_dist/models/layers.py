@@ -104,37 +104,10 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def project(self, x: Tensor, places: str) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, places: str) -> list[Tensor]:
         """``x [b, F, S, D]`` -> normalised queries and keys, and values, whose axes are ``places``."""
         q, k, v = rearrange(self.qkv(x), f"b f s (three n d) -> three {places}", three=3, n=self.num_heads)
-        return self.q_norm(q), self.k_norm(k), v
-
-    def temporal(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rope: RotaryTable,
-        mask: Tensor | None,
-        block: int,
-        context: BlockContext,
-    ) -> Tensor:
-        """Every place attends over frames, also over those in the context's memory.
-
-        Args:
-            q, k, v: ``[b, S, heads, F, head_dim]``, not yet turned.
-            rope: rotary embedding.
-            mask: over the frames that ``context.attend`` mixes, True where attention is allowed.
-            block: this block's number, for the memory.
-            context: place of the first frame; the attention; the memory, if any.
-        """
-        first = context.first_frame
-        q = rope.turn(q, first)
-        if context.memory is None:
-            k = rope.turn(k, first)
-        else:
-            k, v = context.memory.attend(block, k, v, first, rope.turn)
-        return context.attend(q, k, v, attn_mask=mask)
+        return [self.q_norm(q), self.k_norm(k), v]
 
 
 class CrossAttention(nn.Module):
@@ -223,18 +196,43 @@ class STDiT3Block(nn.Module):
         rope: RotaryTable,
         mask: Tensor | None,
     ) -> Tensor:
-        """``x [b, F, S, D]``, ``modulation [b, F, 6, D]`` -> the same shape as ``x``."""
+        """``x [b, F, S, D]``, ``modulation [b, F, 6, D]`` -> the same shape as ``x``.
+
+        Args:
+            x: tokens.
+            modulation: of every frame.
+            index: this block's number, for memory and texts.
+            context: place of the first frame; the attention over frames; the memory, if any.
+            rope: rotary embedding.
+            mask: over the frames that ``context.attend`` mixes, True where attention is allowed.
+        """
         enter, leave, mlp = map(_compiled, _PARTS) if self.compiled else _PARTS
         parts = (self.scale_shift_table + modulation).unsqueeze(-2).unbind(dim=2)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
-        q, k, v = enter(self, x, shift_attn, scale_attn)
-        y = self.attn.temporal(q, k, v, rope, mask, index, context) if self.temporal else attention(q, k, v)
-        x = leave(self, x, y, gate_attn)
+        x = leave(self, x, self._mixed(enter(self, x, shift_attn, scale_attn), index, context, rope, mask), gate_attn)
         x = x + self.cross_attn(x, index, context)
         return mlp(self, x, shift_mlp, scale_mlp, gate_mlp)
 
+    def _mixed(
+        self, projected: list[Tensor], index: int, context: BlockContext, rope: RotaryTable, mask: Tensor | None
+    ) -> Tensor:
+        """Attention among the tokens of a frame, or of every place over frames, also over those in the memory.
 
-def _enter(block: STDiT3Block, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        Takes queries, keys and values off the list ``projected``, so that they are gone as soon as they were read.
+        """
+        v, k, q = projected.pop(), projected.pop(), projected.pop()
+        if not self.temporal:
+            return attention(q, k, v)
+        first = context.first_frame
+        q = rope.turn(q, first)
+        if context.memory is None:
+            k = rope.turn(k, first)
+        else:
+            k, v = context.memory.attend(index, k, v, first, rope.turn)
+        return context.attend(q, k, v, attn_mask=mask)
+
+
+def _enter(block: STDiT3Block, x: Tensor, shift: Tensor, scale: Tensor) -> list[Tensor]:
     return block.attn.project(modulate(x, shift, scale), block.places)
 
 
