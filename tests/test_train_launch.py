@@ -224,6 +224,22 @@ def test_a_launcher_that_sets_half_of_its_variables_is_refused(monkeypatch: pyte
         join_world()
 
 
+LEAVING_PROGRAM = """
+import atexit
+import torch
+# What is registered first runs last.
+atexit.register(lambda: print("in the group:", torch.distributed.is_initialized()))
+from pavdm_dist.train.processes import join_world
+print("mean", float(join_world().mean(torch.tensor(3.0))))
+"""
+
+
+@pytest.mark.timeout(120)
+def test_processes_leave_the_group_before_the_interpreter_ends() -> None:
+    for text in launch(["-c", LEAVING_PROGRAM], timeout=100):
+        assert "mean 3.0" in text and "in the group: False" in text
+
+
 SHEETS_PROGRAM = """
 import sys
 from pathlib import Path

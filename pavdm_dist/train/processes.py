@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
 import warnings
@@ -94,8 +95,17 @@ def join_world(timeout_seconds: float = 1800.0) -> World:
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     if not torch.distributed.is_initialized() or not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(seconds=timeout_seconds))
+        if not cuda:
+            # Gloo's threads may still hold tensors of Python's. If the interpreter ends under them the process aborts
+            # although all went well (pytorch/pytorch#179291).
+            atexit.register(_leave_world)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def _leave_world() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def free_port() -> int:
