@@ -25,17 +25,17 @@ import torch
 from common import machine, machine_line, parser
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.denoiser import StreamDenoiser
+from pavdm_dist.digits.judge import Judge
+from pavdm_dist.digits.prompts import parse_prompt
+from pavdm_dist.digits.scores import ChunkScore, score_chunks, summarise
+from pavdm_dist.digits.world import FPS, SIZE, render, sample_scene, scene_prompt
 from pavdm_dist.errors import PAVDMError
-from pavdm_dist.evaluate.judge import Judge
-from pavdm_dist.evaluate.prompts import parse_prompt
-from pavdm_dist.evaluate.scores import ChunkScore, score_chunks, summarise
 from pavdm_dist.io.metadata import read_sidecar
 from pavdm_dist.io.video import read_clip
-from pavdm_dist.requests import SamplingParams, VideoRequest, build_stream
-from pavdm_dist.sampler import sample
-from pavdm_dist.schedule import Mode
-from pavdm_dist.train.world import FPS, SIZE, render, sample_scene, scene_prompt
+from pavdm_dist.method.denoiser import StreamDenoiser
+from pavdm_dist.method.sampler import sample
+from pavdm_dist.method.schedule import Mode
+from pavdm_dist.request import SamplingParams, VideoRequest, build_stream
 
 CHUNK_FRAMES = 20
 EDGE_CHUNKS = 6  # five seconds
@@ -158,7 +158,7 @@ def generate(checkpoint: Checkpoint, prompt: str, job: Job) -> np.ndarray:
 
 def codec_psnr(model: str) -> float:
     """Foreground PSNR, dB, of 32 held-out clips of 17 frames; masks of the digits grown by two pixels."""
-    from pavdm_dist.train.clips import foreground_psnr, grown, sample_clips
+    from pavdm_dist.digits.clip_vae import foreground_psnr, grown, sample_clips
 
     codec = Checkpoint.open(model).codec
     clips, masks = sample_clips(np.random.default_rng(1), "heldout", 32, 17)

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from pavdm_dist.config import load_config
 from pavdm_dist.engine.local import LocalEngine
-from pavdm_dist.engine.partition import estimate_costs
 from pavdm_dist.engine.stage import Stage
+from pavdm_dist.method.schedule import Mode, NoiseSchedule, WindowPlan
+from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
-from pavdm_dist.schedule import Mode, NoiseSchedule, WindowPlan
-from pavdm_dist.stream import Conditioning, Stream
+from pavdm_dist.planning.partition import estimate_costs
 
 XL = STDiT3Config(pred_sigma=False)
 TINY = STDiT3Config(depth=2, hidden_size=64, num_heads=4, caption_channels=32, model_max_length=8, pred_sigma=False)
@@ -115,10 +115,10 @@ def training(
 ) -> dict[str, float | None]:
     """Seconds of a step on one window of random latents."""
     from pavdm_dist.train.batches import Batch
-    from pavdm_dist.train.config import TrainConfig
     from pavdm_dist.train.export import Parts
     from pavdm_dist.train.model import Text
     from pavdm_dist.train.processes import join_world
+    from pavdm_dist.train.settings import TrainConfig
     from pavdm_dist.train.trainer import Trainer
 
     frames, info = 30, FrameInfo(8 * cells[0], 8 * cells[1], 24)

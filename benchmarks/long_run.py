@@ -23,11 +23,11 @@ import torch
 from common import endless_stream, machine, machine_line, parser, random_model
 
 from pavdm_dist.codecs.wan import WanCodec
-from pavdm_dist.denoiser import ModelDenoiser
 from pavdm_dist.io.segments import SegmentWriter
+from pavdm_dist.method.denoiser import ModelDenoiser
+from pavdm_dist.method.sampler import sample
+from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.models.stdit3 import STDiT3Config
-from pavdm_dist.sampler import sample
-from pavdm_dist.schedule import WindowPlan
 
 WARM_UP, GROUP = 24, 12
 MODEL = STDiT3Config(

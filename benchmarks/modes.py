@@ -25,15 +25,15 @@ from common import machine, machine_line, parser
 from embedded import CHUNK_FRAMES, EDGE_CHUNKS, FPS, opened, reader
 from torch import Tensor
 
-from pavdm_dist.denoiser import ModelDenoiser, StreamDenoiser
-from pavdm_dist.evaluate.prompts import parse_prompt
-from pavdm_dist.evaluate.scores import score_chunks, summarise
-from pavdm_dist.requests import SamplingParams, VideoRequest, build_stream
-from pavdm_dist.sampler import sample
-from pavdm_dist.schedule import Mode, PlanRow
-from pavdm_dist.stream import Stream
-from pavdm_dist.train.world import sample_scene, scene_prompt
-from pavdm_dist.units import Displaced
+from pavdm_dist.digits.prompts import parse_prompt
+from pavdm_dist.digits.scores import score_chunks, summarise
+from pavdm_dist.digits.world import sample_scene, scene_prompt
+from pavdm_dist.method.denoiser import ModelDenoiser, StreamDenoiser
+from pavdm_dist.method.microbatches import Displaced
+from pavdm_dist.method.sampler import sample
+from pavdm_dist.method.schedule import Mode, PlanRow
+from pavdm_dist.method.stream import Stream
+from pavdm_dist.request import SamplingParams, VideoRequest, build_stream
 
 PERIODS: tuple[int | None, ...] = (1, 5, 10, 25, 50, None)
 COMPARED_EVERY = 7
@@ -127,7 +127,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _row(name: str, videos: list[dict[str, Any]], window: list[dict[str, Any]]) -> dict[str, Any]:
-    from pavdm_dist.evaluate.scores import ChunkScore
+    from pavdm_dist.digits.scores import ChunkScore
 
     errors: list[float | None] = []
     for level in range(10):

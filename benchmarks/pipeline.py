@@ -32,20 +32,20 @@ from typing import Any
 import torch
 from common import machine, machine_line, parser, random_model, small_config
 
-from pavdm_dist.denoiser import StreamDenoiser
+from pavdm_dist.engine.loop import Span
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.order import Unit
-from pavdm_dist.engine.partition import estimate_costs, partition
 from pavdm_dist.engine.renderer import RayEngine
-from pavdm_dist.engine.runner import Span
+from pavdm_dist.method.denoiser import StreamDenoiser
+from pavdm_dist.method.microbatches import WHOLE, Displaced, MicroBatches
+from pavdm_dist.method.sampler import sample
+from pavdm_dist.method.schedule import Mode, NoiseSchedule, WindowPlan
+from pavdm_dist.method.stream import Conditioning, Stream
+from pavdm_dist.method.window import CleanChunk
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3
-from pavdm_dist.sampler import sample
-from pavdm_dist.schedule import Mode, NoiseSchedule, WindowPlan
-from pavdm_dist.simulate import Machine, Result, simulate
-from pavdm_dist.stream import Conditioning, Stream
-from pavdm_dist.units import WHOLE, Displaced, MicroBatches
-from pavdm_dist.window import CleanChunk
+from pavdm_dist.planning.partition import estimate_costs, partition
+from pavdm_dist.planning.simulate import Machine, Result, simulate
 
 BRANCHES, STAGES, TEXT_LEN = 2, 2, 16
 # Depth, width, heads, latent height and width.

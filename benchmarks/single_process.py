@@ -23,11 +23,11 @@ from common import endless_stream, machine, machine_line, parser, random_model, 
 from straightforward import Savings, StraightforwardLoop
 from torch import Tensor
 
-from pavdm_dist.denoiser import ModelDenoiser
+from pavdm_dist.method.denoiser import ModelDenoiser
+from pavdm_dist.method.sampler import guide
+from pavdm_dist.method.schedule import WindowPlan
+from pavdm_dist.method.stream import Stream
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
-from pavdm_dist.sampler import guide
-from pavdm_dist.schedule import WindowPlan
-from pavdm_dist.stream import Stream
 
 BRANCHES = 2
 PLAN = WindowPlan(num_inference_steps=30, window_chunks=6, latent_chunk_size=5, context_chunks=1, start="clip")

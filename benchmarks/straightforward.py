@@ -15,11 +15,11 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
+from pavdm_dist.method.stream import Stream
+from pavdm_dist.method.window import chunk_noise
 from pavdm_dist.models.base import attention
 from pavdm_dist.models.layers import NORM_EPS, CrossAttention, STDiT3Block, rotate
 from pavdm_dist.models.stdit3 import STDiT3
-from pavdm_dist.stream import Stream
-from pavdm_dist.window import chunk_noise
 
 
 @dataclass(frozen=True)

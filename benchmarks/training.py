@@ -29,11 +29,11 @@ from torch.nn.parallel import DistributedDataParallel
 from pavdm_dist.config import load_config
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.train.batches import Batch
-from pavdm_dist.train.config import TrainConfig
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.loss import velocity_loss
 from pavdm_dist.train.model import Text, build
 from pavdm_dist.train.processes import World, free_port, join_world
+from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
 
 CHANNELS = 8
@@ -226,8 +226,8 @@ def make_videos(folder: Path, count: int) -> None:
     import numpy as np
 
     from pavdm_dist.data.prepare import PrepareConfig, prepare_command
+    from pavdm_dist.digits.world import FPS, render, sample_scene, scene_prompt
     from pavdm_dist.io.encode import export_to_video
-    from pavdm_dist.train.world import FPS, render, sample_scene, scene_prompt
 
     videos = folder / "videos"
     videos.mkdir()

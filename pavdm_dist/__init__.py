@@ -5,20 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pavdm_dist.method.schedule import NoiseSchedule, WindowPlan
     from pavdm_dist.pipeline import PAVDMPipeline
-    from pavdm_dist.requests import SamplingParams, VideoRequest
-    from pavdm_dist.schedule import NoiseSchedule, WindowPlan
+    from pavdm_dist.request import SamplingParams, VideoRequest
 
 __version__ = "0.1.0"
 
 __all__ = ["NoiseSchedule", "PAVDMPipeline", "SamplingParams", "VideoRequest", "WindowPlan", "__version__"]
 
 _ROOMS = {
-    "NoiseSchedule": "schedule",
+    "NoiseSchedule": "method.schedule",
     "PAVDMPipeline": "pipeline",
-    "SamplingParams": "requests",
-    "VideoRequest": "requests",
-    "WindowPlan": "schedule",
+    "SamplingParams": "request",
+    "VideoRequest": "request",
+    "WindowPlan": "method.schedule",
 }
 
 

@@ -27,7 +27,7 @@ class SamplingDefaults:
     """What a checkpoint was trained for; every value can be overridden per run.
 
     ``time_shift`` None means the resolution-dependent formula of
-    :func:`~pavdm_dist.schedule.time_shift_ratio`.
+    :func:`~pavdm_dist.method.schedule.time_shift_ratio`.
     """
 
     num_inference_steps: int = 30

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(flags or rest)} (settings are written key=value)")
         arguments.words += rest
     try:
-        from pavdm_dist.observe import setup_logging
+        from pavdm_dist.commands.progress import setup_logging
 
         setup_logging(arguments.verbose)
         arguments.run(arguments)
@@ -75,12 +75,12 @@ def sample(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         _print_config(config)
     elif arguments.dry_run:
-        from pavdm_dist.render import plan_report
+        from pavdm_dist.commands.sample import plan_report
 
         _print_report(plan_report(config), arguments.json)
     else:
-        from pavdm_dist.observe import ChunkProgress
-        from pavdm_dist.render import render_command
+        from pavdm_dist.commands.progress import ChunkProgress
+        from pavdm_dist.commands.sample import render_command
 
         result = render_command(config, overwrite=arguments.overwrite, progress=ChunkProgress)
         if arguments.json and result is not None:
@@ -102,7 +102,7 @@ def plan(arguments: argparse.Namespace) -> None:
         chunks = int(text)
     if chunks is not None and (config.num_frames is not None or config.seconds is not None):
         raise ConfigError(f"chunks={chunks}: stands for num_frames or seconds, give one of the three")
-    from pavdm_dist.render import plan_report
+    from pavdm_dist.commands.sample import plan_report
 
     _print_report(plan_report(config, chunks=chunks), arguments.json)
 
@@ -110,7 +110,7 @@ def plan(arguments: argparse.Namespace) -> None:
 def simulate(arguments: argparse.Namespace) -> None:
     """Model a pipeline of stages, links and queues: makespan, utilisation and a chart, without a cluster."""
     from pavdm_dist.config import load_config
-    from pavdm_dist.simulate import SimulateConfig, simulate_report
+    from pavdm_dist.planning.simulate import SimulateConfig, simulate_report
 
     prompt, config_file, overrides = _sort_words(arguments.words)
     if prompt is not None:
@@ -124,7 +124,7 @@ def simulate(arguments: argparse.Namespace) -> None:
 def train(arguments: argparse.Namespace) -> None:
     """Train the codec or the model of a config file; run again to go on where it stopped."""
     from pavdm_dist.config import load_config
-    from pavdm_dist.train.config import TrainConfig
+    from pavdm_dist.train.settings import TrainConfig
 
     prompt, config_file, overrides = _sort_words(arguments.words)
     if prompt is not None:
@@ -157,7 +157,7 @@ def data(arguments: argparse.Namespace) -> None:
 
 def configs(arguments: argparse.Namespace) -> None:
     """List the shipped config files, or copy one to edit."""
-    from pavdm_dist.shipped import copy_config, describe_configs
+    from pavdm_dist.commands.configs import copy_config, describe_configs
 
     if arguments.action == "ls":
         found = describe_configs()
@@ -170,7 +170,7 @@ def configs(arguments: argparse.Namespace) -> None:
 
 def env(arguments: argparse.Namespace) -> None:
     """Versions, processors and Ray's state, for bug reports; starts nothing."""
-    from pavdm_dist.observe import environment
+    from pavdm_dist.commands.progress import environment
 
     _print_report(environment(), arguments.json)
 

@@ -37,7 +37,7 @@ class PromptChange:
 
 @dataclass
 class DisplacedConfig:
-    """When mode displaced is exact; see ``units.Displaced``."""
+    """When mode displaced is exact; see ``method.microbatches.Displaced``."""
 
     resync_every_steps: int | None = 25  # exact every so many steps; 1 = always, null = never
     exact_steps: int = 0  # exact steps at the start

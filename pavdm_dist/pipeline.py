@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pavdm_dist.balance import layer_split, useful_stages
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.denoiser import StreamDenoiser
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.requests import SamplingParams, VideoRequest, build_stream
-from pavdm_dist.sampler import sample
-from pavdm_dist.schedule import PlanRow
-from pavdm_dist.stream import Stream
-from pavdm_dist.window import CleanChunk, Window
+from pavdm_dist.method.denoiser import StreamDenoiser
+from pavdm_dist.method.sampler import sample
+from pavdm_dist.method.schedule import PlanRow
+from pavdm_dist.method.stream import Stream
+from pavdm_dist.method.window import CleanChunk, Window
+from pavdm_dist.planning.balance import layer_split, useful_stages
+from pavdm_dist.request import SamplingParams, VideoRequest, build_stream
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pavdm_dist.config import DEFAULT_SECONDS, SampleConfig
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.schedule import WindowPlan
+from pavdm_dist.method.schedule import WindowPlan
 
 _POSITIVE = (
     "num_frames",

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from pavdm_dist.denoiser import StreamDenoiser
+from pavdm_dist.method.denoiser import StreamDenoiser
+from pavdm_dist.method.microbatches import Displaced
+from pavdm_dist.method.sampler import sample
+from pavdm_dist.method.schedule import Mode, NoiseSchedule, WindowPlan
+from pavdm_dist.method.stream import Conditioning, Stream
+from pavdm_dist.method.window import CleanChunk
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
-from pavdm_dist.sampler import sample
-from pavdm_dist.schedule import Mode, NoiseSchedule, WindowPlan
-from pavdm_dist.stream import Conditioning, Stream
-from pavdm_dist.units import Displaced
-from pavdm_dist.window import CleanChunk
 
 TINY = STDiT3Config(
     depth=2, hidden_size=32, num_heads=4, in_channels=4, caption_channels=12, model_max_length=5, patch_size=(1, 2, 2)

@@ -10,8 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pavdm_dist.schedule import PlanRow, WindowPlan
-from pavdm_dist.window import chunk_noise
+from pavdm_dist.method.schedule import PlanRow, WindowPlan
+from pavdm_dist.method.window import chunk_noise
 
 # A: one latent per chunk, no clean context. B: the paper's Open-Sora setting. M: the paper's second model.
 A = WindowPlan(30, 30, 1, context_chunks=0, start="noise", num_chunks=84)

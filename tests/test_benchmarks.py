@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pavdm_dist.digits.world import FPS, SIZE, render, sample_scene, scene_prompt
 from pavdm_dist.io.encode import export_to_video
 from pavdm_dist.io.metadata import Sidecar
 from pavdm_dist.models.stdit3 import STDiT3Config
-from pavdm_dist.train.world import FPS, SIZE, render, sample_scene, scene_prompt
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 SAVINGS = ("attention", "text", "window", "modulation")

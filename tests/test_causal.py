@@ -12,16 +12,16 @@ from hypothesis import given
 from plans import legal_plans, many
 from torch import Tensor
 
-from pavdm_dist.denoiser import ModelDenoiser, StreamDenoiser
 from pavdm_dist.engine.local import LocalEngine
 from pavdm_dist.engine.order import epochs, join_of
 from pavdm_dist.engine.stage import Stage
-from pavdm_dist.models.memory import ChunkMemory
-from pavdm_dist.sampler import guide, sample
-from pavdm_dist.schedule import PlanRow, WindowPlan
-from pavdm_dist.stream import Stream
-from pavdm_dist.units import MicroBatches
-from pavdm_dist.window import WindowSnapshot
+from pavdm_dist.method.denoiser import ModelDenoiser, StreamDenoiser
+from pavdm_dist.method.microbatches import MicroBatches
+from pavdm_dist.method.sampler import guide, sample
+from pavdm_dist.method.schedule import PlanRow, WindowPlan
+from pavdm_dist.method.stream import Stream
+from pavdm_dist.method.window import WindowSnapshot
+from pavdm_dist.models.kv_cache import ChunkMemory
 
 STARTS = {
     "noise": {},

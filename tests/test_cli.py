@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from pavdm_dist import cli
+from pavdm_dist.commands.progress import ChunkProgress
 from pavdm_dist.config import SampleConfig, load_config
 from pavdm_dist.errors import EngineError
-from pavdm_dist.observe import ChunkProgress
-from pavdm_dist.train.config import TrainConfig
+from pavdm_dist.train.settings import TrainConfig
 
 PLAN = {"model_calls": 135, "chunks": 22, "layer_split": [6, 6], "stages": [{"stage": 0, "ms": 1.5}], "cost": {"a": 2}}
 
@@ -44,13 +44,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         seen.append(("plan", config, chunks))
         return PLAN
 
-    pipeline = types.ModuleType("pavdm_dist.render")
+    pipeline = types.ModuleType("pavdm_dist.commands.sample")
     pipeline.__dict__.update(render_command=render_command, plan_report=plan_report)
-    loop = types.ModuleType("pavdm_dist.train.loop")
+    loop = types.ModuleType("pavdm_dist.train.run")
     loop.__dict__.update(train_command=lambda config: seen.append(("train", config)))
     monkeypatch.delenv("WORLD_SIZE", raising=False)  # left by a training test of this process
-    monkeypatch.setitem(sys.modules, "pavdm_dist.render", pipeline)
-    monkeypatch.setitem(sys.modules, "pavdm_dist.train.loop", loop)
+    monkeypatch.setitem(sys.modules, "pavdm_dist.commands.sample", pipeline)
+    monkeypatch.setitem(sys.modules, "pavdm_dist.train.run", loop)
     return seen
 
 
@@ -144,7 +144,7 @@ def test_failures_of_the_run(
     def fail(*_: Any, **__: Any) -> None:
         raise raised
 
-    monkeypatch.setattr(sys.modules["pavdm_dist.render"], "render_command", fail)
+    monkeypatch.setattr(sys.modules["pavdm_dist.commands.sample"], "render_command", fail)
     assert cli.main(["sample", "x"]) == status
     assert capsys.readouterr().err == line
 
@@ -152,7 +152,7 @@ def test_failures_of_the_run(
 def test_faults_of_the_package_keep_their_traceback(
     calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["pavdm_dist.render"], "plan_report", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(sys.modules["pavdm_dist.commands.sample"], "plan_report", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["plan"])
 

@@ -19,7 +19,7 @@ import yaml
 from pavdm_dist import __version__
 from pavdm_dist.cli import run_config
 from pavdm_dist.config import SampleConfig, load_config
-from pavdm_dist.train.config import TrainConfig
+from pavdm_dist.train.settings import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 MANIFEST = ROOT / "cluster" / "kuberay" / "rayjob.yaml"

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pavdm_dist.digits import clip_vae, codec_training
+from pavdm_dist.digits.codec_training import CodecTrainer, CodecTraining
 from pavdm_dist.errors import CheckpointError, ConfigError
-from pavdm_dist.train import clips, codec
-from pavdm_dist.train.codec import CodecTrainer, CodecTraining
 
 pytest.importorskip("sklearn")
 
@@ -33,20 +33,20 @@ TINY = CodecTraining(
 
 @pytest.fixture(scope="module")
 def clip() -> torch.Tensor:
-    return clips.sample_clips(np.random.default_rng(0), "train", 2, 17, 32)[0]
+    return clip_vae.sample_clips(np.random.default_rng(0), "train", 2, 17, 32)[0]
 
 
 @pytest.fixture(scope="module")
 def vae() -> Any:
     torch.manual_seed(3)
-    return clips.build_vae(6, 8, (1, 2, 2), num_res_blocks=2).eval()
+    return clip_vae.build_vae(6, 8, (1, 2, 2), num_res_blocks=2).eval()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("frames", [1, 5, 17])
 def test_encoding_a_whole_clip_equals_the_cached_path(vae: Any, clip: torch.Tensor, frames: int) -> None:
-    expected = clips.public_vae(vae).encode(clip[:, :, :frames]).latent_dist.parameters
-    moments = clips.encode_clip(vae, clip[:, :, :frames])
+    expected = clip_vae.public_vae(vae).encode(clip[:, :, :frames]).latent_dist.parameters
+    moments = clip_vae.encode_clip(vae, clip[:, :, :frames])
     assert moments.shape == (2, 12, (frames + 3) // 4, 4, 4)
     torch.testing.assert_close(moments, expected, atol=1e-5, rtol=0)
 
@@ -55,8 +55,8 @@ def test_encoding_a_whole_clip_equals_the_cached_path(vae: Any, clip: torch.Tens
 @pytest.mark.parametrize("latents", [1, 2, 5])
 def test_decoding_a_whole_clip_equals_the_cached_path(vae: Any, latents: int) -> None:
     z = torch.randn(2, 6, latents, 4, 6, generator=torch.Generator().manual_seed(1))
-    expected = clips.public_vae(vae).decode(z).sample
-    frames = clips.decode_clip(vae, z)
+    expected = clip_vae.public_vae(vae).decode(z).sample
+    frames = clip_vae.decode_clip(vae, z)
     assert frames.shape == (2, 3, 4 * latents - 3, 32, 48)
     assert frames.std() > 0.01
     torch.testing.assert_close(frames.clamp(-1, 1), expected, atol=1e-5, rtol=0)
@@ -64,17 +64,17 @@ def test_decoding_a_whole_clip_equals_the_cached_path(vae: Any, latents: int) ->
 
 @torch.no_grad()
 def test_latents_are_forgotten_soon() -> None:
-    vae = clips.build_vae(6, 8, (1, 2, 2)).eval()
+    vae = clip_vae.build_vae(6, 8, (1, 2, 2)).eval()
     z = torch.randn(1, 6, 9, 2, 2, generator=torch.Generator().manual_seed(1))
     other = torch.cat([-z[:, :, :4], z[:, :, 4:]], dim=2)
-    frames, changed = clips.decode_clip(vae, z), clips.decode_clip(vae, other)
+    frames, changed = clip_vae.decode_clip(vae, z), clip_vae.decode_clip(vae, other)
     assert not torch.equal(frames[:, :, 13:21], changed[:, :, 13:21])
     assert torch.equal(frames[:, :, 25:], changed[:, :, 25:]), "colours would depend on how long a stream has run"
 
 
 def test_crops_lie_on_digits_and_follow_the_generator() -> None:
-    x, mask = clips.sample_clips(np.random.default_rng(4), "train", 6, 9, 32)
-    again, _ = clips.sample_clips(np.random.default_rng(4), "train", 6, 9, 32)
+    x, mask = clip_vae.sample_clips(np.random.default_rng(4), "train", 6, 9, 32)
+    again, _ = clip_vae.sample_clips(np.random.default_rng(4), "train", 6, 9, 32)
     assert x.shape == (6, 3, 9, 32, 32)
     assert mask.shape == (6, 1, 9, 32, 32)
     assert torch.equal(x, again)
@@ -89,9 +89,9 @@ def test_errors_on_digits_cost_more_than_errors_elsewhere() -> None:
     mask[..., :4, :4] = 1
     on, off = x.clone(), x.clone()
     on[..., 1, 1] = off[..., 12, 12] = 0.5
-    on_loss, off_loss = (float(codec.reconstruction_loss(TINY, out, x, mask)) for out in (on, off))
+    on_loss, off_loss = (float(codec_training.reconstruction_loss(TINY, out, x, mask)) for out in (on, off))
     assert on_loss == pytest.approx((1 + TINY.foreground_weight) * off_loss, rel=1e-5)
-    assert codec.reconstruction_loss(TINY, x, x, mask) == 0
+    assert codec_training.reconstruction_loss(TINY, x, x, mask) == 0
 
 
 def test_foreground_psnr_looks_at_the_foreground_only() -> None:
@@ -101,7 +101,7 @@ def test_foreground_psnr_looks_at_the_foreground_only() -> None:
     out = x.clone()
     out[..., :4, :] = 0.2
     out[..., 4:, :] = 0.9
-    assert clips.foreground_psnr(out, x, mask) == pytest.approx(20.0, abs=1e-4)
+    assert clip_vae.foreground_psnr(out, x, mask) == pytest.approx(20.0, abs=1e-4)
 
 
 def test_training_lowers_the_loss() -> None:
@@ -148,15 +148,15 @@ def test_the_second_phase_moves_the_decoder_only() -> None:
 def test_a_slice_leaves_state_losses_and_a_sheet_and_the_next_one_goes_on(tmp_path: Path) -> None:
     from PIL import Image
 
-    assert codec.train_codec(TINY, tmp_path, max_seconds=0.5) is None
-    first = torch.load(tmp_path / codec.STATE, weights_only=True)
+    assert codec_training.train_codec(TINY, tmp_path, max_seconds=0.5) is None
+    first = torch.load(tmp_path / codec_training.STATE, weights_only=True)
     assert first["steps"] > 0
-    assert Image.open(tmp_path / codec.SHEET).size == (6 * 64 * 2, 12 * 64 * 2)
+    assert Image.open(tmp_path / codec_training.SHEET).size == (6 * 64 * 2, 12 * 64 * 2)
     short = CodecTraining(**{**TINY.__dict__, "budget_seconds": first["elapsed"] + 0.5, "decoder_seconds": 0.5})
-    psnr = codec.train_codec(short, tmp_path)
+    psnr = codec_training.train_codec(short, tmp_path)
     assert psnr is not None
     assert 0 < psnr < 60
-    second = torch.load(tmp_path / codec.STATE, weights_only=True)
+    second = torch.load(tmp_path / codec_training.STATE, weights_only=True)
     assert second["steps"] > first["steps"]
     assert second["elapsed"] >= short.budget_seconds + short.decoder_seconds
 
@@ -166,9 +166,9 @@ def test_another_network_or_world_cannot_be_continued(tmp_path: Path) -> None:
     trainer.save(tmp_path)
     with pytest.raises(CheckpointError, match="z_dim=4, base_dim=4"):
         CodecTrainer(CodecTraining(**{**TINY.__dict__, "z_dim": 5})).load(tmp_path)
-    state = torch.load(tmp_path / codec.STATE, weights_only=True)
+    state = torch.load(tmp_path / codec_training.STATE, weights_only=True)
     state["world"]["fps"] = 25
-    torch.save(state, tmp_path / codec.STATE)
+    torch.save(state, tmp_path / codec_training.STATE)
     with pytest.raises(CheckpointError, match="other world settings"):
         CodecTrainer(TINY).load(tmp_path)
 
@@ -177,14 +177,14 @@ def test_the_export_is_a_diffusers_vae_with_measured_statistics(tmp_path: Path) 
     from diffusers import AutoencoderKLWan
 
     CodecTrainer(TINY).save(tmp_path)
-    codec.export_codec(tmp_path, tmp_path / "vae", clips=8)
+    codec_training.export_codec(tmp_path, tmp_path / "vae", clips=8)
     config = json.loads((tmp_path / "vae" / "config.json").read_text())
     tensors = load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
     vae = AutoencoderKLWan.from_pretrained(tmp_path / "vae")
-    x, _ = clips.sample_clips(np.random.default_rng(9), "train", 16, 17)
+    x, _ = clip_vae.sample_clips(np.random.default_rng(9), "train", 16, 17)
     with torch.no_grad():
-        means = clips.encode_clip(vae, x).chunk(2, dim=1)[0]
+        means = clip_vae.encode_clip(vae, x).chunk(2, dim=1)[0]
     mean = torch.tensor(config["latents_mean"]).view(-1, 1, 1, 1)
     std = torch.tensor(config["latents_std"]).view(-1, 1, 1, 1)
     normalised = (means - mean) / std
@@ -194,7 +194,7 @@ def test_the_export_is_a_diffusers_vae_with_measured_statistics(tmp_path: Path) 
 
 def test_exporting_needs_a_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"state.pt does not exist: train the codec first"):
-        codec.export_codec(tmp_path, tmp_path / "vae")
+        codec_training.export_codec(tmp_path, tmp_path / "vae")
 
 
 @pytest.mark.parametrize(

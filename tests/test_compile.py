@@ -15,11 +15,11 @@ from pavdm_dist.config import SampleConfig, load_config
 from pavdm_dist.engine.local import LocalEngine
 from pavdm_dist.engine.stage import Stage
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.method.schedule import Mode
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3
-from pavdm_dist.schedule import Mode
 from pavdm_dist.train.checks import check_settings
-from pavdm_dist.train.config import TrainConfig
+from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.zero import checkpoint_activations
 from pavdm_dist.validate import validate_sample
 

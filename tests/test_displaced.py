@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 from plans import legal_plans, many
 from torch import Tensor
 
-from pavdm_dist.denoiser import ModelDenoiser, StreamDenoiser, memories_of, unit_context
 from pavdm_dist.engine.local import LocalEngine
 from pavdm_dist.engine.order import Join, epochs, join_of, undecided
 from pavdm_dist.engine.stage import Stage
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.models.memory import Memory
+from pavdm_dist.method.denoiser import ModelDenoiser, StreamDenoiser, memories_of, unit_context
+from pavdm_dist.method.microbatches import WHOLE, Displaced, MicroBatches
+from pavdm_dist.method.sampler import sample
+from pavdm_dist.method.schedule import PlanRow, WindowPlan
+from pavdm_dist.method.stream import Stream
+from pavdm_dist.method.window import CleanChunk
+from pavdm_dist.models.kv_cache import Memory
 from pavdm_dist.models.stdit3 import STDiT3
-from pavdm_dist.sampler import sample
-from pavdm_dist.schedule import PlanRow, WindowPlan
-from pavdm_dist.stream import Stream
-from pavdm_dist.units import WHOLE, Displaced, MicroBatches
-from pavdm_dist.window import CleanChunk
 
 NEVER = Displaced(None, exact_growing=False)
 

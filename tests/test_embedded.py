@@ -45,9 +45,9 @@ def test_words_outside_the_vocabulary_are_named(caplog: pytest.LogCaptureFixture
 @pytest.mark.parametrize(("prompt", "seed"), [("a yellow zero bouncing slowly", 1), ("a white four drifting down", 2)])
 def test_the_prompted_digit_is_read_back(prompt: str, seed: int) -> None:
     pytest.importorskip("sklearn")
-    from pavdm_dist.evaluate.judge import Judge
-    from pavdm_dist.evaluate.prompts import parse_prompt
-    from pavdm_dist.evaluate.scores import score_chunks, summarise
+    from pavdm_dist.digits.judge import Judge
+    from pavdm_dist.digits.prompts import parse_prompt
+    from pavdm_dist.digits.scores import score_chunks, summarise
 
     frames = (
         (PAVDMPipeline.from_pretrained()(prompt, num_frames=60, seed=seed).frames[0] * 255).round().astype(np.uint8)

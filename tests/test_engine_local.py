@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from pavdm_dist.engine.local import LocalEngine
 from pavdm_dist.engine.messages import ACTIVATION, Header, Layout, pack, unpack
 from pavdm_dist.engine.order import ROWS_PER_EPOCH, Join, epoch_units, is_active
-from pavdm_dist.engine.partition import Costs, estimate_costs, partition, with_codec
-from pavdm_dist.engine.profile import measure_costs
 from pavdm_dist.engine.stage import Stage
 from pavdm_dist.errors import ConfigError, EngineError
-from pavdm_dist.schedule import Mode
-from pavdm_dist.units import WHOLE
+from pavdm_dist.method.microbatches import WHOLE
+from pavdm_dist.method.schedule import Mode
+from pavdm_dist.planning.costs import measure_costs
+from pavdm_dist.planning.partition import Costs, estimate_costs, partition, with_codec
 
 CUTS = {1: [(0, 4)], 2: [(0, 1), (1, 4)], 3: [(0, 2), (2, 3), (3, 4)], 4: [(0, 1), (1, 2), (2, 3), (3, 4)]}
 

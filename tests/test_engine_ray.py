@@ -12,17 +12,17 @@ import pytest
 import torch
 from helpers import reference_chunks, tiny_model, tiny_stream
 
-from pavdm_dist.denoiser import StreamDenoiser
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.engine.partition import Costs, partition
 from pavdm_dist.engine.placement import fits
 from pavdm_dist.engine.renderer import RayEngine
 from pavdm_dist.errors import ConfigError, EngineError
-from pavdm_dist.sampler import sample
-from pavdm_dist.schedule import Mode, PlanRow
-from pavdm_dist.stream import Stream
-from pavdm_dist.units import WHOLE, Displaced
-from pavdm_dist.window import WindowSnapshot
+from pavdm_dist.method.denoiser import StreamDenoiser
+from pavdm_dist.method.microbatches import WHOLE, Displaced
+from pavdm_dist.method.sampler import sample
+from pavdm_dist.method.schedule import Mode, PlanRow
+from pavdm_dist.method.stream import Stream
+from pavdm_dist.method.window import WindowSnapshot
+from pavdm_dist.planning.partition import Costs, partition
 
 pytestmark = pytest.mark.timeout(120)
 BLOCKS = 4

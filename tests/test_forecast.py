@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plans import many
 
-from pavdm_dist.forecast import Unit, makespan, rows_of, work
-from pavdm_dist.schedule import Mode, WindowPlan
-from pavdm_dist.simulate import Machine, simulate
-from pavdm_dist.units import Displaced
+from pavdm_dist.method.microbatches import Displaced
+from pavdm_dist.method.schedule import Mode, WindowPlan
+from pavdm_dist.planning.forecast import Unit, makespan, rows_of, work
+from pavdm_dist.planning.simulate import Machine, simulate
 
 NEVER = Displaced(None, exact_growing=False)
 

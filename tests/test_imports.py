@@ -23,8 +23,8 @@ def loaded_after(code: str) -> set[str]:
     ("code", "absent"),
     [
         ("import pavdm_dist", (*HEAVY, "torch", "omegaconf")),
-        ("import pavdm_dist.schedule", (*HEAVY, "torch", "omegaconf", "numpy")),
-        ("import pavdm_dist.sampler, pavdm_dist.window, pavdm_dist.models", (*HEAVY, "omegaconf")),
+        ("import pavdm_dist.method.schedule", (*HEAVY, "torch", "omegaconf", "numpy")),
+        ("import pavdm_dist.method.sampler, pavdm_dist.method.window, pavdm_dist.models", (*HEAVY, "omegaconf")),
         ("import pavdm_dist.engine", (*HEAVY, "omegaconf")),
         ("import pavdm_dist.config, pavdm_dist.validate", (*HEAVY, "torch")),
         ("import pavdm_dist.cli", (*HEAVY, "torch", "omegaconf", "tqdm")),

@@ -19,18 +19,18 @@ from helpers import tiny_checkpoint
 from PIL import Image
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.commands.progress import ChunkProgress
+from pavdm_dist.commands.sample import plan_report, render_command
 from pavdm_dist.config import DisplacedConfig, SampleConfig
 from pavdm_dist.engine.order import Join, epochs
 from pavdm_dist.errors import CheckpointError, ConfigError, MediaError
 from pavdm_dist.io.latents import latents_sha256, read_latents
 from pavdm_dist.io.metadata import read_sidecar
 from pavdm_dist.io.video import export_to_video, read_clip
-from pavdm_dist.observe import ChunkProgress
+from pavdm_dist.method.microbatches import MicroBatches
 from pavdm_dist.pipeline import PAVDMPipeline
-from pavdm_dist.render import plan_report, render_command
-from pavdm_dist.requests import VideoRequest
-from pavdm_dist.simulate import SimulateConfig, of_trace, simulate_report
-from pavdm_dist.units import MicroBatches
+from pavdm_dist.planning.simulate import SimulateConfig, of_trace, simulate_report
+from pavdm_dist.request import VideoRequest
 from pavdm_dist.validate import validate_sample
 
 PROMPT = "a red three drifting up"

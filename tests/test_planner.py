@@ -21,12 +21,12 @@ from pavdm_dist.config import ClusterConfig
 from pavdm_dist.engine.order import epochs, join_of
 from pavdm_dist.engine.stage import RowDone, Stage
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.method.microbatches import Displaced
+from pavdm_dist.method.schedule import Mode
 from pavdm_dist.models.base import Activation
 from pavdm_dist.models.stdit3 import STDiT3
-from pavdm_dist.planner import MESSAGES, Setup, _Job, choose, report
-from pavdm_dist.requests import SamplingParams, VideoRequest, build_stream
-from pavdm_dist.schedule import Mode
-from pavdm_dist.units import Displaced
+from pavdm_dist.planning.planner import MESSAGES, Setup, _Job, choose, report
+from pavdm_dist.request import SamplingParams, VideoRequest, build_stream
 
 SMALL = ClusterConfig(devices=8, tflops=0.02)
 
@@ -126,7 +126,7 @@ def test_costs_are_those_of_the_rows() -> None:
     (one, *_), cluster = planned(SMALL, 4, guidance_scale=1.0)[1], SMALL
     with torch.device("meta"):
         model = STDiT3(checkpoint.transformer_config)
-    from pavdm_dist.engine.partition import estimate_costs
+    from pavdm_dist.planning.partition import estimate_costs
 
     flop = sum(
         estimate_costs(model.spec, model.grid(5 * len(row.window), 8, 8), model.spec.text_len).stage(0, 8)

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from plans import A, B, CountedNoise, M, given_latents, legal_plans, many
 from torch import Tensor
 
-from pavdm_dist.denoiser import ModelDenoiser
-from pavdm_dist.sampler import CONDITIONAL, UNCONDITIONAL, Denoiser, guide, num_branches, sample
-from pavdm_dist.schedule import NoiseSchedule, PlanRow, Start, WindowPlan
-from pavdm_dist.window import CleanChunk, Window, WindowSnapshot, chunk_noise
+from pavdm_dist.method.denoiser import ModelDenoiser
+from pavdm_dist.method.sampler import CONDITIONAL, UNCONDITIONAL, Denoiser, guide, num_branches, sample
+from pavdm_dist.method.schedule import NoiseSchedule, PlanRow, Start, WindowPlan
+from pavdm_dist.method.window import CleanChunk, Window, WindowSnapshot, chunk_noise
 
 
 def mixing(x: Tensor, levels: Tensor, row: PlanRow, branch: int) -> Tensor:

@@ -16,9 +16,9 @@ from plans import legal_plans, many
 from pavdm_dist.cli import main
 from pavdm_dist.engine.order import Join, epochs
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.schedule import WindowPlan
-from pavdm_dist.simulate import Machine, simulate
-from pavdm_dist.units import WHOLE, Displaced, MicroBatches
+from pavdm_dist.method.microbatches import WHOLE, Displaced, MicroBatches
+from pavdm_dist.method.schedule import WindowPlan
+from pavdm_dist.planning.simulate import Machine, simulate
 
 
 def plan(chunks: int, window: int = 6, shift: int = 5, context: int = 0) -> WindowPlan:

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pavdm_dist.errors import CheckpointError
+from pavdm_dist.method.schedule import NoiseSchedule
 from pavdm_dist.models.base import Activation, BlockContext, FrameInfo, TextCache, TextRun
 from pavdm_dist.models.stdit3 import STDiT3
-from pavdm_dist.schedule import NoiseSchedule
 
 INFO = FrameInfo(48, 64, 24.0)
 BLOCKS = range(2 * TINY.depth)

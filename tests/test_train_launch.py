@@ -20,11 +20,11 @@ from training import TINY, launch, start, tiny_codec, write_clips
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.config import load_config
+from pavdm_dist.digits.cache import LatentClips, cache_clips
 from pavdm_dist.errors import ConfigError, EngineError
 from pavdm_dist.train.checks import check_settings, memory_advice
-from pavdm_dist.train.config import TrainConfig
-from pavdm_dist.train.data import LatentClips, cache_clips
 from pavdm_dist.train.processes import free_port, join_world
+from pavdm_dist.train.settings import TrainConfig
 
 STEPS = 6
 SETTINGS = [
@@ -192,8 +192,8 @@ from pathlib import Path
 from training import start
 from pavdm_dist.config import load_config
 from pavdm_dist.errors import MediaError
-from pavdm_dist.train.config import TrainConfig
-from pavdm_dist.train.data import LatentClips
+from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.digits.cache import LatentClips
 trainer = start(load_config(TrainConfig, None, sys.argv[2:]), LatentClips(Path(sys.argv[1]) / "clips"))
 load = trainer.batches.batch
 def broken(step, rank, size):
@@ -245,8 +245,8 @@ import sys
 from pathlib import Path
 from training import start
 from pavdm_dist.config import load_config
-from pavdm_dist.train.config import TrainConfig
-from pavdm_dist.train.data import LatentClips
+from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.digits.cache import LatentClips
 run = Path(sys.argv[1])
 for stage in range(4):
     config = load_config(TrainConfig, None, [*sys.argv[2:], f"zero.stage={stage}", f"run_dir={run / str(stage)}"])

@@ -10,11 +10,11 @@ import torch
 
 from pavdm_dist.config import load_config
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.schedule import NoiseSchedule, WindowPlan
+from pavdm_dist.method.schedule import NoiseSchedule, WindowPlan
+from pavdm_dist.method.window import row_levels
 from pavdm_dist.train.batches import draw_kind
 from pavdm_dist.train.loss import noised, velocity_loss
 from pavdm_dist.train.objective import Objective, TrainingWindow, draw_levels, draw_window, window_levels
-from pavdm_dist.window import row_levels
 
 OFFICIAL = Objective()  # T = 30, W = 6, c = 5, one context chunk
 CLIP_CHUNKS = 8

@@ -18,9 +18,9 @@ from pavdm_dist.data.dataset import CachedClips
 from pavdm_dist.data.prepare import PrepareConfig, prepare_command
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.train.batches import Batch
-from pavdm_dist.train.config import DataConfig, TrainConfig
-from pavdm_dist.train.loop import train_command
 from pavdm_dist.train.objective import Objective
+from pavdm_dist.train.run import train_command
+from pavdm_dist.train.settings import DataConfig, TrainConfig
 from pavdm_dist.train.trainer import Trainer
 from pavdm_dist.train.video import VideoBatches, video_data
 
@@ -123,8 +123,8 @@ def test_pixels_give_the_batches_of_cached_latents(folder: Path, model: Path, tm
 PROGRAM = """
 import sys
 from pavdm_dist.config import load_config
-from pavdm_dist.train.config import TrainConfig
-from pavdm_dist.train.loop import train_command
+from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.run import train_command
 from pavdm_dist.train.trainer import Trainer
 step = Trainer.train_step
 def counted(trainer):

@@ -16,8 +16,8 @@ from test_schedule import B_TABLE
 from torch import Tensor
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.schedule import NoiseSchedule, PlanRow, WindowPlan
-from pavdm_dist.window import CleanChunk, Window, chunk_noise, row_levels
+from pavdm_dist.method.schedule import NoiseSchedule, PlanRow, WindowPlan
+from pavdm_dist.method.window import CleanChunk, Window, chunk_noise, row_levels
 
 
 def make(plan: WindowPlan, time_shift: float = 1.0, noise: Callable[[int], Tensor] | None = None) -> Window:

@@ -8,9 +8,9 @@ import time
 import numpy as np
 import pytest
 
+from pavdm_dist.digits import world
+from pavdm_dist.digits.world import COLOURS, DIRECTIONS, FPS, NUMBERS, SIZE, SPEEDS, Digit, Scene
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.train import world
-from pavdm_dist.train.world import COLOURS, DIRECTIONS, FPS, NUMBERS, SIZE, SPEEDS, Digit, Scene
 
 pytest.importorskip("sklearn")
 

@@ -12,13 +12,13 @@ import torch
 from training import TINY, launch, write_clips
 
 from pavdm_dist.config import load_config
+from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.train.batches import WorldBatches
 from pavdm_dist.train.checks import check_settings
-from pavdm_dist.train.config import TrainConfig
-from pavdm_dist.train.data import LatentClips
 from pavdm_dist.train.loss import velocity_loss
 from pavdm_dist.train.model import build
+from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.zero import engine_settings
 
 STEPS = 20

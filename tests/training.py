@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.train.batches import WorldBatches
-from pavdm_dist.train.config import TrainConfig
-from pavdm_dist.train.data import LatentClips
 from pavdm_dist.train.export import Parts
-from pavdm_dist.train.loop import INFO
 from pavdm_dist.train.processes import free_port
+from pavdm_dist.train.run import INFO
+from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
 
 TINY = [
@@ -73,7 +73,7 @@ def launch(arguments: list[str], size: int = 2, timeout: float = 200, **more: st
 def tiny_codec(folder: Path) -> None:
     """An untrained codec of four channels."""
     from pavdm_dist.codecs.wan import WanCodec
-    from pavdm_dist.train.clips import build_vae, public_vae
+    from pavdm_dist.digits.clip_vae import build_vae, public_vae
 
     torch.manual_seed(0)
     WanCodec(public_vae(build_vae(4, 4, (1, 1, 1)))).save_pretrained(folder)

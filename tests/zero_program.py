@@ -16,8 +16,8 @@ import torch
 from training import start
 
 from pavdm_dist.config import load_config
-from pavdm_dist.train.config import TrainConfig
-from pavdm_dist.train.data import LatentClips
+from pavdm_dist.digits.cache import LatentClips
+from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
 
 

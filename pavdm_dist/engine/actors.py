@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pavdm_dist.engine.loop import EpochFeed, Links, RunReport, StageRunner
 from pavdm_dist.engine.order import Join, Unit
-from pavdm_dist.engine.runner import EpochFeed, Links, RunReport, StageRunner
 from pavdm_dist.engine.stage import RowDone, Stage
 from pavdm_dist.engine.transport import LocalLink, TorchLink, warm_up
+from pavdm_dist.method.stream import Stream
 from pavdm_dist.models.stdit3 import STDiT3
-from pavdm_dist.stream import Stream
 
 # Calls an actor serves at once: its loop, one waiting `take`, and short control calls.
 CONCURRENT_CALLS = 4

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from pavdm_dist.engine.order import Join, Unit, epochs, join_of
 from pavdm_dist.engine.stage import RowDone, Stage
+from pavdm_dist.method.microbatches import MicroBatches
+from pavdm_dist.method.stream import Stream
+from pavdm_dist.method.window import CleanChunk
 from pavdm_dist.models.base import Activation
-from pavdm_dist.stream import Stream
-from pavdm_dist.units import MicroBatches
-from pavdm_dist.window import CleanChunk
 
 
 class LocalEngine:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.stream import Stream
-from pavdm_dist.units import WHOLE, MicroBatches
+from pavdm_dist.method.microbatches import WHOLE, MicroBatches
+from pavdm_dist.method.stream import Stream
 
 # Rows every stream advances in one epoch. A log entry takes effect at an epoch's first row; the driver seals
 # epochs ahead of the stages, so more rows mean fewer control messages and later joins.

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pavdm_dist.engine.loop import RunReport
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.order import Join, is_active, join_of, undecided
 from pavdm_dist.engine.placement import connect, place
-from pavdm_dist.engine.runner import RunReport
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
-from pavdm_dist.stream import Stream
-from pavdm_dist.units import MicroBatches
-from pavdm_dist.window import CleanChunk, WindowSnapshot
+from pavdm_dist.method.microbatches import MicroBatches
+from pavdm_dist.method.stream import Stream
+from pavdm_dist.method.window import CleanChunk, WindowSnapshot
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class RayEngine:
 
     Args:
         folder: backbone folder, readable on every node.
-        blocks: half-block range of each stage (:func:`~pavdm_dist.engine.partition.partition`).
+        blocks: half-block range of each stage (:func:`~pavdm_dist.planning.partition.partition`).
         options: resources and limits.
         codec_folder: codec for the decode actor; None makes none.
 

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pavdm_dist.denoiser import TextBank, change_of, memories_of, unit_context
 from pavdm_dist.engine.messages import Layout
 from pavdm_dist.engine.order import Unit
+from pavdm_dist.method.denoiser import TextBank, change_of, memories_of, unit_context
+from pavdm_dist.method.microbatches import WHOLE
+from pavdm_dist.method.sampler import guide
+from pavdm_dist.method.schedule import PlanRow
+from pavdm_dist.method.stream import Stream
+from pavdm_dist.method.window import CleanChunk, Window, WindowSnapshot, row_levels
 from pavdm_dist.models.base import Activation, Backbone, BlockContext, Grid
-from pavdm_dist.models.memory import Memory
-from pavdm_dist.sampler import guide
-from pavdm_dist.schedule import PlanRow
-from pavdm_dist.stream import Stream
-from pavdm_dist.units import WHOLE
-from pavdm_dist.window import CleanChunk, Window, WindowSnapshot, row_levels
+from pavdm_dist.models.kv_cache import Memory
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -29,8 +30,6 @@ def sidecar_path(output: str | Path) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python, this package and those that a result depends on; nothing is imported to find out."""
-    import platform
-
     found = {"python": platform.python_version(), "pavdm_dist": pavdm_dist.__version__}
     for name in _PACKAGES:
         try:
@@ -38,6 +37,14 @@ def versions() -> dict[str, str]:
         except packages.PackageNotFoundError:
             continue
     return found
+
+
+def cpu_model() -> str:
+    """Name of this machine's CPU type; the architecture where the system does not tell."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def weights_identity(folder: str | Path) -> str:

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 from torch.nn import functional as F
 
-from pavdm_dist.models.memory import Memory
+from pavdm_dist.models.kv_cache import Memory
 
 LevelSupport = Literal["staircase-trained", "mixed-trained", "accepts"]
 

@@ -1,1 +1,1 @@
-"""Training of the embedded model: the synthetic world, the video codec and the diffusion transformer."""
+"""Training of backbones: the progressive objective, the DeepSpeed trainer, its saves and launchers."""

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pavdm_dist.digits.cache import LatentClips
+from pavdm_dist.digits.world import FPS, SIZE, WORLD_SETTINGS
 from pavdm_dist.models.base import FrameInfo, WindowSlice
-from pavdm_dist.train.config import DataConfig
-from pavdm_dist.train.data import LatentClips
 from pavdm_dist.train.loss import noised
 from pavdm_dist.train.model import Text
 from pavdm_dist.train.objective import Objective, draw_levels, draw_window
-from pavdm_dist.train.world import FPS, SIZE, WORLD_SETTINGS
+from pavdm_dist.train.settings import DataConfig
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.train.config import TrainConfig
+from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.zero import deepspeed_json, engine_settings
 
 # Values from the first number on, up to the second; the third says whether the first is one of them.

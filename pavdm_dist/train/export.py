@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pavdm_dist.digits.world import WORLD_SETTINGS
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import FrameInfo
-from pavdm_dist.train.config import TrainConfig
 from pavdm_dist.train.model import filled
-from pavdm_dist.train.world import WORLD_SETTINGS
+from pavdm_dist.train.settings import TrainConfig
 
 
 @dataclass(frozen=True)

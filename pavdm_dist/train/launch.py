@@ -19,8 +19,8 @@ from typing import Any
 
 from pavdm_dist.errors import ConfigError, EngineError
 from pavdm_dist.train.checks import check_settings
-from pavdm_dist.train.config import TrainConfig
 from pavdm_dist.train.processes import launched_size
+from pavdm_dist.train.settings import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def launch(config: TrainConfig, words: Sequence[str]) -> None:
             f"launch.processes={wanted.processes} and launch.ray_workers={wanted.ray_workers}: choose one of the two"
         )
     if "WORLD_SIZE" in os.environ:
-        from pavdm_dist.train.loop import train_command
+        from pavdm_dist.train.run import train_command
 
         check_settings(config, launched_size())
         train_command(config)
@@ -57,7 +57,7 @@ def launch(config: TrainConfig, words: Sequence[str]) -> None:
         check_settings(config, wanted.processes)
         _launch_here(wanted.processes, words)
     else:
-        from pavdm_dist.train.loop import train_command
+        from pavdm_dist.train.run import train_command
 
         check_settings(config, 1)
         train_command(config)
@@ -100,10 +100,10 @@ def _launch_ray(config: TrainConfig) -> None:
             f"launch.ray_workers={config.launch.ray_workers} needs Ray Train: pip install 'pavdm-dist[cluster]'"
         ) from error
 
-    from pavdm_dist.train import checkpoint
+    from pavdm_dist.train import saves
 
     wanted, run = config.launch, Path(config.run_dir).absolute()
-    checkpoint.check_resume(run / "checkpoints", config.resume)
+    saves.check_resume(run / "checkpoints", config.resume)
     if not ray.is_initialized():
         ray.init(address=wanted.ray_address, log_to_driver=True)
     gpus = wanted.gpus_per_worker > 0
@@ -135,14 +135,14 @@ def _anywhere(config: TrainConfig, run: Path) -> TrainConfig:
         # A hub id or "embedded" is no path here.
         return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
 
-    from pavdm_dist.train import checkpoint
+    from pavdm_dist.train import saves
 
     export = None if config.export is None else str(Path(config.export).absolute())
     return replace(
         config,
         run_dir=str(run),
         export=export,
-        resume="must" if checkpoint.any_there(run / "checkpoints") else "auto",
+        resume="must" if saves.any_there(run / "checkpoints") else "auto",
         deepspeed_config=whole(config.deepspeed_config),
         data=replace(config.data, folder=whole(config.data.folder), model=whole(config.data.model)),
         model=replace(config.model, pretrained=whole(config.model.pretrained)),
@@ -154,7 +154,7 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     """One process of the group; Ray Train has set the five variables and joined the processes."""
     import ray.train
 
-    from pavdm_dist.train.loop import train_command
+    from pavdm_dist.train.run import train_command
 
     config: TrainConfig = settings["config"]
     left = max(settings["deadline"] - time.time(), 0)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.text import WordTextEncoder
+from pavdm_dist.digits.world import VOCABULARY
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.models.base import FrameInfo, WindowSlice
 from pavdm_dist.models.loading import load_config, read_tensors
 from pavdm_dist.models.stdit3 import OPTIONAL_TENSORS, STDiT3, STDiT3Config
-from pavdm_dist.train.config import ModelConfig, TrainConfig
-from pavdm_dist.train.world import VOCABULARY
+from pavdm_dist.train.settings import ModelConfig, TrainConfig
 
 # Makes the given parameters whole on every process, and shards what the first one wrote into them again.
 Whole = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]

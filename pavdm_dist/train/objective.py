@@ -1,6 +1,6 @@
 """The noise levels that training windows have: those that sampling shows the model (paper 3.5; METHOD of levels).
 
-Windows are rows of a real :class:`~pavdm_dist.schedule.WindowPlan`, so training and sampling share one
+Windows are rows of a real :class:`~pavdm_dist.method.schedule.WindowPlan`, so training and sampling share one
 implementation of the levels: growing from text or from a clean chunk, full, and draining windows.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.schedule import NoiseSchedule, PlanRow, Start, WindowPlan, time_shift_ratio
+from pavdm_dist.method.schedule import NoiseSchedule, PlanRow, Start, WindowPlan, time_shift_ratio
 
 # linear-shift: the sampler's staircase, moved as a whole, per sample. linear: every latent frame a level of its own,
 # evenly spaced up to 1; -variance moves each of them, -variance-shift all of a sample as well. random: every chunk a

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.codecs.wan import WanCodec
-from pavdm_dist.denoiser import ModelDenoiser, TextBank
-from pavdm_dist.sampler import sample
-from pavdm_dist.schedule import WindowPlan
-from pavdm_dist.stream import Conditioning, Stream
-from pavdm_dist.train.config import TrainConfig
+from pavdm_dist.method.denoiser import ModelDenoiser, TextBank
+from pavdm_dist.method.sampler import sample
+from pavdm_dist.method.schedule import WindowPlan
+from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.model import filled
+from pavdm_dist.train.settings import TrainConfig
 
 FRAMES_SHOWN = 8
 

@@ -20,16 +20,16 @@ from torch import Tensor
 
 from pavdm_dist.config import to_dict
 from pavdm_dist.errors import EngineError
-from pavdm_dist.train import checkpoint
+from pavdm_dist.train import saves
 from pavdm_dist.train.average import Average, whole_tensors
 from pavdm_dist.train.batches import Batch, Batches
 from pavdm_dist.train.checks import check_settings, memory_advice
-from pavdm_dist.train.config import TrainConfig
 from pavdm_dist.train.export import Parts, export_model
 from pavdm_dist.train.loss import velocity_loss
 from pavdm_dist.train.model import shape_of
 from pavdm_dist.train.processes import World, join_world
 from pavdm_dist.train.sequence import join_sequence
+from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.zero import start_engine
 
 # Takes the metrics of a logged step.
@@ -67,9 +67,9 @@ class Trainer:
         check_settings(config, self.world.size)
         self.run_dir = Path(config.run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.layout = checkpoint.Layout(config.zero.stage, self.world.size)
+        self.layout = saves.Layout(config.zero.stage, self.world.size)
         folder = self.run_dir / "checkpoints"
-        found = checkpoint.find(folder, self._identity(), self.layout, config.resume, self.world)
+        found = saves.find(folder, self._identity(), self.layout, config.resume, self.world)
         shortest = min(kind.latent_chunk_size for _, kind in config.objective.kinds())
         heads = shape_of(config, batches.channels).num_heads
         self.sequence = join_sequence(self.world, config.sequence_parallel, heads, shortest)
@@ -79,7 +79,7 @@ class Trainer:
             self.engine = start_engine(config, batches.channels, self.world, found is not None and found.convert)
             self.average = Average(self.engine.module, config.optimizer.ema_decay, home)
             if found is not None:
-                self.step = self.saved = checkpoint.load(self.engine, self.average, folder, found, self.world)
+                self.step = self.saved = saves.load(self.engine, self.average, folder, found, self.world)
                 logger.info("going on at step %d", self.step)
 
     def run(self, end: float) -> bool:
@@ -221,7 +221,7 @@ class Trainer:
         if self.step == self.saved:  # nothing happened since
             return
         folder, keep = self.run_dir / "checkpoints", (config.keep_last, config.keep_every_steps)
-        checkpoint.save(self.engine, self.average, folder, self.step, self._identity(), self.layout, self.world, *keep)
+        saves.save(self.engine, self.average, folder, self.step, self._identity(), self.layout, self.world, *keep)
         self.saved = self.step
 
     def whole_weights(self, averaged: bool = True) -> dict[str, Tensor]:

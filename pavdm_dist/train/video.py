@@ -12,11 +12,11 @@ from pavdm_dist.data.dataset import BatchOrder, CachedClips, PixelClips, Prefetc
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.train.batches import Batch, draw_kind, draw_prompts
-from pavdm_dist.train.config import DataConfig, TrainConfig
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.loss import noised
 from pavdm_dist.train.model import Text, shape_of
 from pavdm_dist.train.objective import Objective, draw_levels, draw_window
+from pavdm_dist.train.settings import DataConfig, TrainConfig
 
 SHEET_PROMPTS = 4
 

@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import Activation, BlockContext
 from pavdm_dist.models.stdit3 import STDiT3
-from pavdm_dist.train.config import OptimizerConfig, TrainConfig
 from pavdm_dist.train.model import TextToVideo, build
 from pavdm_dist.train.optimizer import MuonAdamW
 from pavdm_dist.train.processes import World
+from pavdm_dist.train.settings import OptimizerConfig, TrainConfig
 
 # Weight matrices between hidden states; tables, embeddings, the first and the last layer are no such maps.
 INNER = re.compile(r"(blocks\.|layers\.|t_block\.).*weight$")

@@ -17,18 +17,18 @@ from pathlib import Path
 import torch
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.digits.cache import LatentClips, cache_clips
+from pavdm_dist.digits.codec_training import CodecTraining, export_codec, train_codec
+from pavdm_dist.digits.world import FPS, SIZE
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.train.batches import Batches, WorldBatches
 from pavdm_dist.train.checks import check_settings
-from pavdm_dist.train.codec import CodecTraining, export_codec, train_codec
-from pavdm_dist.train.config import TrainConfig
-from pavdm_dist.train.data import LatentClips, cache_clips
 from pavdm_dist.train.export import Parts, check_target
 from pavdm_dist.train.processes import World, join_world
+from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.trainer import Report, Trainer
 from pavdm_dist.train.video import video_data
-from pavdm_dist.train.world import FPS, SIZE
 
 INFO = FrameInfo(SIZE, SIZE, FPS)
 

@@ -1,4 +1,4 @@
-"""From what a user asks for (prompt, frames, clip) to what the samplers run (:class:`~pavdm_dist.stream.Stream`)."""
+"""From what a user asks for (prompt, frames, clip) to what samplers run (:class:`~pavdm_dist.method.stream.Stream`)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.engine.order import check_adaptive
 from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.method.microbatches import Displaced, MicroBatches, check_displaced
+from pavdm_dist.method.schedule import End, Mode, NoiseSchedule, Start, WindowPlan, time_shift_ratio
+from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.models.base import FrameInfo
-from pavdm_dist.schedule import End, Mode, NoiseSchedule, Start, WindowPlan, time_shift_ratio
-from pavdm_dist.stream import Conditioning, Stream
-from pavdm_dist.units import Displaced, MicroBatches, check_displaced
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class SamplingParams:
 
     Attributes:
         num_inference_steps, window_chunks, latent_chunk_size, context_chunks: T, W, c and the clean chunks.
-        start, end: see :class:`~pavdm_dist.schedule.WindowPlan`.
+        start, end: see :class:`~pavdm_dist.method.schedule.WindowPlan`.
         guidance_scale: g; 1 = none.
-        time_shift: r of :func:`~pavdm_dist.schedule.shift_time`.
+        time_shift: r of :func:`~pavdm_dist.method.schedule.shift_time`.
         height, width, fps: of the frames.
-        mode: which chunks of a window see each other (:attr:`~pavdm_dist.stream.Stream.mode`).
+        mode: which chunks of a window see each other (:attr:`~pavdm_dist.method.stream.Stream.mode`).
         displaced: when mode displaced is exact.
     """
 
@@ -72,7 +72,7 @@ class SamplingParams:
             )
         displaced = chosen.get("displaced") or Displaced()
         if not isinstance(displaced, Displaced):
-            raise ConfigError(f"displaced={displaced!r}: must be a pavdm_dist.units.Displaced")
+            raise ConfigError(f"displaced={displaced!r}: must be a pavdm_dist.method.microbatches.Displaced")
         params = cls(time_shift=shift, displaced=displaced, **values)
         check_displaced(params.mode, displaced)
         check_adaptive(MicroBatches(params.plan(None), params.mode, 0, displaced))

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pavdm_dist.digits.prompts import AskedDigit
+from pavdm_dist.digits.world import COLOURS, SIZE, Digit, Scene, clear_images, load_glyphs, render
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.evaluate.prompts import AskedDigit
-from pavdm_dist.train.world import COLOURS, SIZE, Digit, Scene, clear_images, load_glyphs, render
 
 Floats = NDArray[np.float64]
 

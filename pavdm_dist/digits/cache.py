@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pavdm_dist.codecs.wan import WanCodec, encoder_identity
+from pavdm_dist.digits.world import WORLD_SETTINGS, render, sample_scene, scene_prompt
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.train.world import WORLD_SETTINGS, render, sample_scene, scene_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def write_shard(encode: Encoder, target: Path, shard: int, num_latents: int) -> 
 
 def _whole_clip_encoder(codec_folder: str | Path) -> Encoder:
     """Frames uint8 ``[t, H, W, 3]`` -> normalised latents ``[1, C, n, h, w]``, the whole clip in one pass."""
-    from pavdm_dist.train.clips import encode_clip
+    from pavdm_dist.digits.clip_vae import encode_clip
 
     codec = WanCodec.from_pretrained(codec_folder)
     mean, std = (torch.tensor(codec.vae.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
@@ -122,7 +122,7 @@ def _whole_clip_encoder(codec_folder: str | Path) -> Encoder:
 
 def _drop_empty_taps(vae: nn.Module) -> None:
     """Replaces 3x3x3 convolutions that only look at the current frame by 3x3 ones: a third of the work."""
-    from pavdm_dist.train.clips import FrameConv
+    from pavdm_dist.digits.clip_vae import FrameConv
 
     for module in list(vae.modules()):
         for name, child in module.named_children():

@@ -10,16 +10,16 @@ import torch
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.wan import decode_flop
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.engine.partition import estimate_costs, partition, with_codec
-from pavdm_dist.engine.profile import kept, profiled_costs
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.forecast import Unit, makespan, rows_of, work
+from pavdm_dist.io.metadata import cpu_model
+from pavdm_dist.method.sampler import num_branches
+from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.models.loading import check_module, load_config
 from pavdm_dist.models.stdit3 import OPTIONAL_TENSORS, STDiT3
-from pavdm_dist.observe import cpu_model
-from pavdm_dist.requests import SamplingParams
-from pavdm_dist.sampler import num_branches
-from pavdm_dist.schedule import WindowPlan
+from pavdm_dist.planning.costs import kept, profiled_costs
+from pavdm_dist.planning.forecast import Unit, makespan, rows_of, work
+from pavdm_dist.planning.partition import estimate_costs, partition, with_codec
+from pavdm_dist.request import SamplingParams
 
 
 def useful_stages(params: SamplingParams, streams: int) -> int:

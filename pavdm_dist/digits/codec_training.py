@@ -16,8 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from pavdm_dist.errors import CheckpointError, ConfigError
-from pavdm_dist.train.clips import (
+from pavdm_dist.digits.clip_vae import (
     build_vae,
     decode_clip,
     encode_clip,
@@ -26,8 +25,9 @@ from pavdm_dist.train.clips import (
     public_vae,
     sample_clips,
 )
+from pavdm_dist.digits.world import SIZE, WORLD_SETTINGS
+from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.train.optimizer import MuonAdamW
-from pavdm_dist.train.world import SIZE, WORLD_SETTINGS
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan

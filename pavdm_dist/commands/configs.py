@@ -11,7 +11,7 @@ from pavdm_dist.errors import ConfigError
 
 def configs_root() -> Path:
     """The folder of the shipped config files."""
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     installed = package / "_configs"
     return installed if installed.is_dir() else package.parent / "configs"
 

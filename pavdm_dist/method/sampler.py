@@ -7,8 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from pavdm_dist.schedule import PlanRow
-from pavdm_dist.window import CleanChunk, Window
+from pavdm_dist.method.schedule import PlanRow
+from pavdm_dist.method.window import CleanChunk, Window
 
 # Guidance branches, in the order in which they are evaluated. They are separate calls everywhere: a batch of
 # two is not bit-equal to two calls, and as separate micro-batches they fill a pipeline.

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from pavdm_dist.schedule import Mode, WindowPlan
-from pavdm_dist.units import Displaced, MicroBatches
+from pavdm_dist.method.microbatches import Displaced, MicroBatches
+from pavdm_dist.method.schedule import Mode, WindowPlan
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from test_zero import run as run_cases
 from training import launch, processes_of, start, write_clips
 
 from pavdm_dist.config import load_config
+from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import CheckpointError, ConfigError, EngineError
-from pavdm_dist.train import checkpoint
-from pavdm_dist.train.config import TrainConfig
-from pavdm_dist.train.data import LatentClips
+from pavdm_dist.train import saves
+from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
 
 
@@ -182,7 +182,7 @@ def test_what_was_passed_over_does_not_push_out_what_is_whole(tmp_path: Path, cl
     (tmp_path / "checkpoints" / "step0000001-universal").mkdir()
     trainer = one(tmp_path, clips, "keep_last=2")
     assert trainer.step == 2
-    checkpoint.save(
+    saves.save(
         trainer.engine, trainer.average, tmp_path / "checkpoints", 2, trainer._identity(), trainer.layout,
         trainer.world, 2,
     )  # fmt: skip

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from pavdm_dist.codecs.text import split_words
+from pavdm_dist.digits.world import COLOURS, DIRECTIONS, MOTIONS, NUMBERS, SPEEDS
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.train.world import COLOURS, DIRECTIONS, MOTIONS, NUMBERS, SPEEDS
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pavdm_dist.train.objective import Objective
 
 @dataclass
 class CodecSettings:
-    """The small causal video VAE (AutoencoderKLWan layout); see ``train.codec.CodecTraining``."""
+    """The small causal video VAE (AutoencoderKLWan layout); see ``digits.codec_training.CodecTraining``."""
 
     folder: str | None = None  # a trained codec; None trains one in run_dir
     base_dim: int = 16

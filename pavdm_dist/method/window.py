@@ -1,4 +1,4 @@
-"""The state of one stream: the latents in flight, moved by a :class:`~pavdm_dist.schedule.WindowPlan`."""
+"""The state of one stream: the latents in flight, moved by a :class:`~pavdm_dist.method.schedule.WindowPlan`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.schedule import NoiseSchedule, PlanRow, WindowPlan
+from pavdm_dist.method.schedule import NoiseSchedule, PlanRow, WindowPlan
 
 NoiseSource = Callable[[int], Tensor]
 

@@ -18,16 +18,16 @@ from training import TINY, start, tiny_codec, write_clips
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.config import load_config
+from pavdm_dist.digits.cache import LatentClips, cache_clips
+from pavdm_dist.digits.world import VOCABULARY, render, sample_scene
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.train.average import Average
 from pavdm_dist.train.batches import still_batch
-from pavdm_dist.train.config import TrainConfig
-from pavdm_dist.train.data import LatentClips, cache_clips
-from pavdm_dist.train.loop import INFO, WORLD_PROMPTS, train_command
 from pavdm_dist.train.model import Text, filled
 from pavdm_dist.train.objective import Objective
+from pavdm_dist.train.run import INFO, WORLD_PROMPTS, train_command
+from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
-from pavdm_dist.train.world import VOCABULARY, render, sample_scene
 
 
 def settings(folder: Path, *overrides: str) -> TrainConfig:
@@ -258,8 +258,8 @@ PROBE = """
 import sys
 from training import start
 from pavdm_dist.config import load_config
-from pavdm_dist.train.config import TrainConfig
-from pavdm_dist.train.data import LatentClips
+from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.digits.cache import LatentClips
 start(load_config(TrainConfig, None, sys.argv[2:]), LatentClips(sys.argv[1])).train_step()
 print("ray" in sys.modules)
 """

@@ -13,21 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pavdm_dist import planner
-from pavdm_dist.balance import layer_split, pipeline_utilisation, useful_stages
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.config import PlanConfig, SampleConfig, to_dict
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.io.encode import as_rate, check_size, require_libx264
 from pavdm_dist.io.latents import LatentsHash, LatentsWriter
-from pavdm_dist.io.metadata import Sidecar, sidecar_path, weights_identity
+from pavdm_dist.io.metadata import Sidecar, cpu_model, sidecar_path, weights_identity
 from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.io.storage import check_output, exists, join, remove
-from pavdm_dist.observe import cpu_model
+from pavdm_dist.method.microbatches import Displaced
 from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk
-from pavdm_dist.requests import SamplingParams, VideoRequest, check_prompts, clip_frames_needed, input_frames
-from pavdm_dist.units import Displaced
+from pavdm_dist.planning import planner
+from pavdm_dist.planning.balance import layer_split, pipeline_utilisation, useful_stages
+from pavdm_dist.request import SamplingParams, VideoRequest, check_prompts, clip_frames_needed, input_frames
 from pavdm_dist.validate import frames_wanted
 
 logger = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ def render_command(config: SampleConfig, overwrite: bool, progress: Callable[...
     Args:
         config: validated settings.
         overwrite: replace existing outputs.
-        progress: makes a :class:`~pavdm_dist.observe.ChunkProgress`-like object.
+        progress: makes a :class:`~pavdm_dist.commands.progress.ChunkProgress`-like object.
 
     Returns:
         ``videos`` (path, frames, latents_sha256 of each), ``seconds`` and ``frames_per_second``.
@@ -114,7 +113,7 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
         config: validated settings.
         chunks: new chunks, instead of a length in frames.
 
-    With ``cluster.devices`` the planner says how to use them (:mod:`pavdm_dist.planner`).
+    With ``cluster.devices`` the planner says how to use them (:mod:`pavdm_dist.planning.planner`).
     """
     checkpoint = Checkpoint.open(config.model)
     params = _params(config, checkpoint)

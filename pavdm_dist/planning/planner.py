@@ -1,7 +1,7 @@
 """Which replicas, stages, videos in flight and mode suit a job on given devices; from shapes alone, no weights.
 
-Costs are FLOP over the devices' sustained rate, times are the pipeline's closed form (:mod:`pavdm_dist.forecast`);
-the beginning of the chosen set-up is then run through the simulator.
+Costs are FLOP over the devices' sustained rate, times are the pipeline's closed form
+(:mod:`pavdm_dist.planning.forecast`); the beginning of the chosen set-up is then run through the simulator.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
-from pavdm_dist.chart import draw_chart
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.config import ClusterConfig
-from pavdm_dist.engine.partition import Costs, estimate_costs, partition
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.forecast import Row, Unit, makespan, rows_of, work
+from pavdm_dist.method.sampler import num_branches
+from pavdm_dist.method.schedule import Mode, WindowPlan
 from pavdm_dist.models.stdit3 import STDiT3
-from pavdm_dist.requests import SamplingParams
-from pavdm_dist.sampler import num_branches
-from pavdm_dist.schedule import Mode, WindowPlan
-from pavdm_dist.simulate import MAX_STAGES, Machine, bars, simulate
+from pavdm_dist.planning.chart import draw_chart
+from pavdm_dist.planning.forecast import Row, Unit, makespan, rows_of, work
+from pavdm_dist.planning.partition import Costs, estimate_costs, partition
+from pavdm_dist.planning.simulate import MAX_STAGES, Machine, bars, simulate
+from pavdm_dist.request import SamplingParams
 
 GIB = 2**30
 BYTES = 4  # stages compute in float32

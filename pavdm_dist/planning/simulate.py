@@ -10,13 +10,13 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from pavdm_dist.chart import Bar, draw_chart
 from pavdm_dist.config import DisplacedConfig
 from pavdm_dist.engine.order import Join, Unit, epochs
 from pavdm_dist.engine.trace import read_trace
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.schedule import Mode, WindowPlan
-from pavdm_dist.units import WHOLE, Displaced, MicroBatches, check_displaced
+from pavdm_dist.method.microbatches import WHOLE, Displaced, MicroBatches, check_displaced
+from pavdm_dist.method.schedule import Mode, WindowPlan
+from pavdm_dist.planning.chart import Bar, draw_chart
 
 Key = tuple[int, int, int]
 MAX_STAGES = 64

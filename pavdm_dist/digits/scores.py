@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pavdm_dist.evaluate.judge import Floats, Judge, on_torus
-from pavdm_dist.evaluate.prompts import AskedDigit
+from pavdm_dist.digits.judge import Floats, Judge, on_torus
+from pavdm_dist.digits.prompts import AskedDigit
 
 SPAN = 0.5  # seconds over which speed is measured
 LINE_FRAMES = 9  # frames of which a straight path is asked

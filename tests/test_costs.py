@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 from helpers import TINY, tiny_checkpoint, tiny_model, tiny_stream
 
-from pavdm_dist.balance import layer_split, useful_stages
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.engine import profile
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.engine.partition import Costs
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.method.schedule import Mode, WindowPlan
+from pavdm_dist.method.stream import Stream
 from pavdm_dist.models.base import FrameInfo
-from pavdm_dist.models.memory import ChunkMemory, DisplacedMemory
-from pavdm_dist.requests import SamplingParams
-from pavdm_dist.schedule import Mode, WindowPlan
-from pavdm_dist.stream import Stream
+from pavdm_dist.models.kv_cache import ChunkMemory, DisplacedMemory
+from pavdm_dist.planning import costs
+from pavdm_dist.planning.balance import layer_split, useful_stages
+from pavdm_dist.planning.partition import Costs
+from pavdm_dist.request import SamplingParams
 
 INFO = FrameInfo(32, 48, 24)
 
@@ -36,26 +36,26 @@ PLAN = WindowPlan(6, 3, 2, 1)
 
 def test_measured_once_per_shape(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, str]] = []
-    measure = profile.measure_costs
+    measure = costs.measure_costs
 
     def counting(model: Any, stream: Stream, *rest: Any) -> Costs:
         calls.append((stream.plan.latent_chunk_size, stream.mode))
         return measure(model, stream, *rest)
 
-    monkeypatch.setattr(profile, "measure_costs", counting)
-    first = profile.profiled_costs(TINY, PLAN, (4, 6), INFO, 1)
+    monkeypatch.setattr(costs, "measure_costs", counting)
+    first = costs.profiled_costs(TINY, PLAN, (4, 6), INFO, 1)
     assert len(first.blocks) == 2 * TINY.depth and first.blocks[:2] * TINY.depth == first.blocks
     assert min(*first.blocks, first.embed, first.head) > 0
     # Neither the length of the video nor its start matters.
-    assert profile.profiled_costs(TINY, replace(PLAN, num_chunks=9, start="chunk"), (4, 6), INFO, 1) == first
+    assert costs.profiled_costs(TINY, replace(PLAN, num_chunks=9, start="chunk"), (4, 6), INFO, 1) == first
     assert calls == [(2, "window")]
-    profile.profiled_costs(TINY, replace(PLAN, latent_chunk_size=3), (4, 6), INFO, 1)
-    profile.profiled_costs(replace(TINY, hidden_size=64), PLAN, (4, 6), INFO, 1)
-    profile.profiled_costs(TINY, PLAN, (4, 6), INFO, 1, mode="causal")
+    costs.profiled_costs(TINY, replace(PLAN, latent_chunk_size=3), (4, 6), INFO, 1)
+    costs.profiled_costs(replace(TINY, hidden_size=64), PLAN, (4, 6), INFO, 1)
+    costs.profiled_costs(TINY, PLAN, (4, 6), INFO, 1, mode="causal")
     assert calls == [(2, "window"), (3, "window"), (2, "window"), (2, "causal")]
     for file in cache.iterdir():
         file.write_text("{")
-    assert profile.profiled_costs(TINY, PLAN, (4, 6), INFO, 1).blocks[0] > 0  # damaged: measured again
+    assert costs.profiled_costs(TINY, PLAN, (4, 6), INFO, 1).blocks[0] > 0  # damaged: measured again
     assert calls[4:] == [(2, "window")]
     assert not list(cache.glob("*.tmp"))
 
@@ -75,7 +75,7 @@ def test_what_is_timed_attends_to_what_a_running_video_has_left(
         return found
 
     monkeypatch.setattr(kind, "attend", counting)
-    profile.measure_costs(tiny_model(), tiny_stream(mode=mode), repeats=1)
+    costs.measure_costs(tiny_model(), tiny_stream(mode=mode), repeats=1)
     # Of one row: the clean chunk, or the whole window, and three chunks of two frames; the first row is not timed.
     assert seen == [2 if mode == "causal" else 8, *frames] * 2
 
@@ -84,8 +84,8 @@ def test_the_cut_follows_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
     checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path / "model"))
     params = SamplingParams.resolve(checkpoint)
     times = {"blocks": {"spatial": 3.0, "temporal": 1.0, "embed": 0.0, "head": 0.0}, "decode": {"seconds": 24.0}}
-    monkeypatch.setattr(profile, "kept", lambda kind, facts, measure: times[kind])
-    monkeypatch.setattr("pavdm_dist.balance.kept", lambda kind, facts, measure: times[kind])
+    monkeypatch.setattr(costs, "kept", lambda kind, facts, measure: times[kind])
+    monkeypatch.setattr("pavdm_dist.planning.balance.kept", lambda kind, facts, measure: times[kind])
     options = EngineOptions(2, balance="measured", cpus_per_decoder=1)
     assert layer_split(checkpoint, params, options) == [(0, 2), (2, 4)]
     # A chunk is decoded once in two rows of two branches: six seconds of the last stage a unit.
@@ -99,7 +99,7 @@ def test_the_cut_follows_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
 def test_decoding_is_timed_too(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path / "model"))
     free = {"spatial": 1e-9, "temporal": 1e-9, "embed": 0.0, "head": 0.0}
-    monkeypatch.setattr(profile, "kept", lambda kind, facts, measure: free)
+    monkeypatch.setattr(costs, "kept", lambda kind, facts, measure: free)
     split = layer_split(checkpoint, SamplingParams.resolve(checkpoint), EngineOptions(2, balance="measured"))
     assert split == [(0, 3), (3, 4)]
     (file,) = cache.iterdir()
@@ -121,7 +121,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert profile.kept("blocks", {"a": 1}, lambda: {"b": 2}) == {"b": 2}
+    assert costs.kept("blocks", {"a": 1}, lambda: {"b": 2}) == {"b": 2}
     assert "the measured costs cannot be kept" in caplog.text
 
 

@@ -117,14 +117,6 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def cpu_model() -> str:
-    """Name of this machine's CPU type; the architecture where the system does not tell."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
 def environment() -> dict[str, Any]:
     """Versions, processors, memory in GiB, GPUs and what Ray would connect to; starts and connects nothing."""
     import torch

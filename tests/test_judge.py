@@ -9,12 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from pavdm_dist.digits import world
+from pavdm_dist.digits.judge import Judge, torus_centre
+from pavdm_dist.digits.prompts import AskedDigit, parse_prompt
+from pavdm_dist.digits.scores import ChunkScore, displacements, line_errors, score_chunks, summarise
+from pavdm_dist.digits.world import COLOURS, DIRECTIONS, FPS, SPEEDS, Digit, Scene
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.evaluate.judge import Judge, torus_centre
-from pavdm_dist.evaluate.prompts import AskedDigit, parse_prompt
-from pavdm_dist.evaluate.scores import ChunkScore, displacements, line_errors, score_chunks, summarise
-from pavdm_dist.train import world
-from pavdm_dist.train.world import COLOURS, DIRECTIONS, FPS, SPEEDS, Digit, Scene
 
 pytest.importorskip("sklearn")
 
@@ -151,7 +151,7 @@ def test_a_digit_that_jumps_leaves_its_path(judge: Judge) -> None:
 
 
 def test_the_reader_never_saw_a_generators_handwriting() -> None:
-    from pavdm_dist.evaluate import judge as module
+    from pavdm_dist.digits import judge as module
 
     crops, classes = module._unseen_handwriting(1, 0)
     used = sum(len(images) for images in world.clear_images("train").values())

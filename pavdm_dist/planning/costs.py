@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from pavdm_dist.denoiser import TextBank, memories_of, unit_context
-from pavdm_dist.engine.partition import Costs
+from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.io.storage import atomic_write
+from pavdm_dist.method.denoiser import TextBank, memories_of, unit_context
+from pavdm_dist.method.microbatches import WHOLE
+from pavdm_dist.method.schedule import Mode, NoiseSchedule, WindowPlan
+from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
-from pavdm_dist.observe import cpu_model
-from pavdm_dist.schedule import Mode, NoiseSchedule, WindowPlan
-from pavdm_dist.stream import Conditioning, Stream
-from pavdm_dist.units import WHOLE
+from pavdm_dist.planning.partition import Costs
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ import threading
 import torch
 from torch import Tensor
 
+from pavdm_dist.method.microbatches import WHOLE
+from pavdm_dist.method.schedule import PlanRow
+from pavdm_dist.method.stream import Stream
 from pavdm_dist.models.base import Backbone, BackboneSpec, BlockContext, TextCache, TextRun
-from pavdm_dist.models.memory import ChunkMemory, DisplacedMemory, Memory
-from pavdm_dist.schedule import PlanRow
-from pavdm_dist.stream import Stream
-from pavdm_dist.units import WHOLE
+from pavdm_dist.models.kv_cache import ChunkMemory, DisplacedMemory, Memory
 
 
 class TextBank:
@@ -76,7 +76,7 @@ class TextBank:
 
 
 class ModelDenoiser:
-    """Runs all blocks of a backbone for one stream (the sampler's :class:`~pavdm_dist.sampler.Denoiser`).
+    """Runs all blocks of a backbone for one stream (the sampler's :class:`~pavdm_dist.method.sampler.Denoiser`).
 
     Args:
         backbone: the whole model.

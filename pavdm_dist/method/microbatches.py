@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.schedule import Mode, WindowPlan
+from pavdm_dist.method.schedule import Mode, WindowPlan
 
 # The "chunk" of a micro-batch that is a whole window.
 WHOLE = -(2**31)

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pavdm_dist.method.microbatches import Displaced, MicroBatches
+from pavdm_dist.method.sampler import UNCONDITIONAL, num_branches
+from pavdm_dist.method.schedule import Mode, NoiseSchedule, PlanRow, WindowPlan
+from pavdm_dist.method.window import Window, WindowSnapshot, chunk_noise
 from pavdm_dist.models.base import FrameInfo
-from pavdm_dist.sampler import UNCONDITIONAL, num_branches
-from pavdm_dist.schedule import Mode, NoiseSchedule, PlanRow, WindowPlan
-from pavdm_dist.units import Displaced, MicroBatches
-from pavdm_dist.window import Window, WindowSnapshot, chunk_noise
 
 
 def text_key(text: Tensor) -> str:
@@ -78,7 +78,7 @@ class Stream:
         conditioning: texts per chunk.
         info: picture size and rate the model is told.
         guidance_scale: g; 1 = no unconditional branch.
-        given: input latents by chunk index (see :class:`~pavdm_dist.window.Window`).
+        given: input latents by chunk index (see :class:`~pavdm_dist.method.window.Window`).
         warm: latents ``[C, n, h, w]`` that come before chunk 0, which the decoder is warmed on; never sampled.
         snapshot: where to go on instead of at row 0.
         mode: ``window``: chunks of a row see each other; ``causal``: each sees itself and cleaner ones; ``displaced``:

@@ -1,0 +1,1 @@
+"""What the verbs of the command line do, and what people see while they work."""

@@ -1,1 +1,0 @@
-"""What videos show, read back from their pixels."""
