@@ -35,7 +35,7 @@ from common import machine, machine_line, parser, random_model, small_config
 from pavdm_dist.engine.loop import Span
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.order import Unit
-from pavdm_dist.engine.renderer import RayEngine
+from pavdm_dist.engine.ray_engine import RayEngine
 from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.microbatches import WHOLE, Displaced, MicroBatches
 from pavdm_dist.method.sampler import sample

@@ -21,5 +21,9 @@ class CheckpointError(ConfigError):
     """A checkpoint folder lacks a tensor, or holds one of the wrong size; the message names it."""
 
 
+class VideoError(PAVDMError, RuntimeError):
+    """One video cannot be finished: what was computed for it is unsound, or could not be decoded. Others go on."""
+
+
 class EngineError(PAVDMError, RuntimeError):
     """The distributed run ended: an actor died, a link timed out, or resources are missing."""

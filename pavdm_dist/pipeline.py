@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.engine.events import Decoded, Failed, Finished, Shift
+from pavdm_dist.engine.flight import Flight
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.errors import ConfigError
+from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
 from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.schedule import PlanRow
-from pavdm_dist.method.stream import Stream
+from pavdm_dist.method.stream import ResumePoint, Stream
 from pavdm_dist.method.window import CleanChunk, Window
 from pavdm_dist.planning.balance import layer_split, useful_stages
-from pavdm_dist.request import SamplingParams, VideoRequest, build_stream
+from pavdm_dist.request import SamplingParams, VideoRequest, build_stream, frames_left
+
+if TYPE_CHECKING:
+    from pavdm_dist.engine.ray_engine import RayEngine
 
 logger = logging.getLogger(__name__)
+
+OnFailed = Callable[[int, PAVDMError], None]
+OnGrown = Callable[[int, ResumePoint], None]
 
 # A whole video in memory larger than this is refused: long videos are streamed.
 MAX_RESULT_BYTES = 4 * 2**30
@@ -39,6 +48,8 @@ class VideoChunk:
         frames: uint8 ``[t, H, W, 3]``; the last chunk is trimmed to the frames asked for.
         latents: clean, normalised, float32 ``[C, c, h, w]``, never trimmed.
         last: whether the video is complete with it.
+        resume: from where the video goes on behind this chunk, bit for bit; None where it could not (mode displaced,
+            between exact rows). See :attr:`~pavdm_dist.request.VideoRequest.resume`.
     """
 
     video: int
@@ -46,6 +57,7 @@ class VideoChunk:
     frames: Tensor
     latents: Tensor
     last: bool
+    resume: ResumePoint | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,9 @@ class PAVDMPipelineOutput:
 
 class PAVDMPipeline:
     """Text (and a clip) to videos of any length.
+
+    With stages it owns them from the first call on, so that later calls find the weights loaded; :meth:`close` ends
+    them, and so does ``with pipeline:``.
 
     Args:
         checkpoint: the model.
@@ -79,6 +94,8 @@ class PAVDMPipeline:
         self.checkpoint, self.num_stages, self.threads_per_stage = checkpoint, num_stages, threads_per_stage
         self.engine: EngineOptions | None = None
         self.resyncs: dict[int, tuple[int, ...]] = {}
+        self._engine: RayEngine | None = None
+        self._stopping: set[int] = set()
         if num_stages:
             options = engine or EngineOptions(num_stages)
             self.engine = replace(options, num_stages=num_stages, threads_per_stage=threads_per_stage)
@@ -186,67 +203,144 @@ class PAVDMPipeline:
         params: SamplingParams,
         streams: int = 1,
         callback_on_step_end: Callable[[PAVDMPipeline, int, float, dict[str, Tensor]], Any] | None = None,
+        on_failed: OnFailed | None = None,
+        on_grown: OnGrown | None = None,
     ) -> Iterator[VideoChunk]:
         """Renders at constant memory: yields each video's chunks in order as they are decoded.
 
+        Abandoning the iterator takes its videos out of the pipeline; the stages stay up for the next call.
+
         Args:
-            requests: taken as places become free, so a generator of thousands is fine.
+            requests: taken as places become free, so a generator of thousands is fine; with stages in a thread of its
+                own, where texts and clips are encoded too.
             params: settings of the run.
             streams: videos in flight in the pipeline of stages; without stages one after another.
             callback_on_step_end: see :meth:`__call__`.
-        """
-        wanted: dict[int, int] = {}
-        self.resyncs.clear()
+            on_failed: called with (video, error) for a video that cannot be made or finished, while the others go on;
+                without it the error is raised.
+            on_grown: called with (video, resume point) for shifts that finish no chunk, while the first window grows.
 
-        def build() -> Iterator[Stream]:
+        Raises:
+            EngineError: the engine as a whole has ended.
+        """
+        wanted: dict[int, int | None] = {}
+        self.resyncs.clear()
+        self._stopping.clear()
+
+        def build() -> Iterator[Stream | Failed]:
             for number, request in enumerate(requests):
-                wanted[number] = request.num_frames
-                yield build_stream(request, number, params, self.checkpoint)
+                try:
+                    wanted[number] = frames_left(request, params, self.checkpoint)
+                    yield build_stream(request, number, params, self.checkpoint)
+                except PAVDMError as error:
+                    yield Failed(number, error)
 
         if self.engine is None:
-            finished = self._in_process(build(), callback_on_step_end)
+            finished = self._in_process(build(), callback_on_step_end, on_grown, on_failed)
         elif callback_on_step_end is not None:
             raise ConfigError("callback_on_step_end needs num_stages=0: steps end on the stages, not here")
         else:
-            finished = self._on_stages(build(), params, streams)
-        for number, clean, frames in finished:
-            frames = frames[: wanted[number]]
-            wanted[number] -= frames.shape[0]
-            yield VideoChunk(number, clean.index, frames, clean.latents, last=wanted[number] == 0)
+            finished = self._on_stages(build(), params, streams, on_grown, on_failed)
+        for chunk in finished:
+            assert chunk.frames is not None
+            self.resyncs[chunk.stream] = chunk.resyncs
+            left = wanted[chunk.stream]
+            frames = chunk.frames if left is None else chunk.frames[:left]
+            wanted[chunk.stream] = None if left is None else left - frames.shape[0]
+            yield VideoChunk(chunk.stream, chunk.clean.index, frames, chunk.clean.latents, chunk.last, chunk.resume)
+
+    def stop(self, video: int) -> None:
+        """Lets an endless video of the running :meth:`iter_chunks` end: what is in flight is finished."""
+        if self._engine is not None:
+            self._engine.stop(video)
+        self._stopping.add(video)
 
     def split(self, params: SamplingParams) -> list[tuple[int, int]]:
         """Half-block range of each stage, balanced by estimated cost for the run's full window."""
         assert self.engine is not None
         return layer_split(self.checkpoint, params, self.engine)
 
+    def close(self) -> None:
+        """Ends the stages and gives their resources back; the next call starts new ones. Safe to call twice."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            self._finalizer.detach()
+            engine.close()
+
+    def __enter__(self) -> PAVDMPipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _in_process(
-        self, streams: Iterator[Stream], on_step: Callable[..., Any] | None
-    ) -> Iterator[tuple[int, CleanChunk, Tensor]]:
+        self,
+        streams: Iterator[Stream | Failed],
+        on_step: Callable[..., Any] | None,
+        on_grown: OnGrown | None,
+        on_failed: OnFailed | None,
+    ) -> Iterator[Finished]:
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads_per_stage)
         try:
-            model, codec = self.checkpoint.backbone, self.checkpoint.codec
             for stream in streams:
-                decoder = codec.decoder()
-                if stream.warm is not None:
-                    decoder.warm(stream.warm)
-                callback = None if on_step is None else self._step_callback(stream, on_step)
-                denoise = StreamDenoiser(model, stream)
-                for clean in sample(stream.window(), denoise, stream.guidance_scale, callback):
-                    frames = decoder.decode(clean.latents)
-                    self.resyncs[stream.id] = tuple(sorted(denoise.batches.exact_rows))
-                    # The consumer's own thread count while it works; ours again, whatever it did, for the next row.
-                    torch.set_num_threads(before)
-                    yield stream.id, clean, frames
-                    before = torch.get_num_threads()
-                    torch.set_num_threads(self.threads_per_stage)
+                try:
+                    if isinstance(stream, Failed):
+                        raise stream.error
+                    for finished in self._sample(stream, on_step, on_grown):
+                        # The consumer's own thread count while it works; ours again, whatever it did, for the next row.
+                        torch.set_num_threads(before)
+                        yield finished
+                        before = torch.get_num_threads()
+                        torch.set_num_threads(self.threads_per_stage)
+                except PAVDMError as error:
+                    if on_failed is None:
+                        raise
+                    on_failed(stream.stream if isinstance(stream, Failed) else stream.id, error)
         finally:
             torch.set_num_threads(before)
 
+    def _sample(
+        self, stream: Stream, on_step: Callable[..., Any] | None, on_grown: OnGrown | None
+    ) -> Iterator[Finished]:
+        """One video in this process."""
+        codec, denoise = self.checkpoint.codec, StreamDenoiser(self.checkpoint.backbone, stream)
+        flight, decoder = Flight(stream, codec.receptive_latents()), codec.decoder()
+        if flight.past is not None:
+            decoder.warm(flight.past)
+        step = None if on_step is None else self._step_callback(stream, on_step)
+        ended: list[Shift] = []
+
+        def after(row: PlanRow, window: Window) -> None:
+            if step is not None:
+                step(row, window)
+            if stream.id in self._stopping and window.plan.num_chunks is None:
+                window.plan = window.plan.stopped(window.row)
+                flight.stopped(window.plan)
+                denoise.batches = replace(denoise.batches, plan=window.plan)
+            flight.batches = denoise.batches
+            if window.plan.closes_shift(row.index):
+                ended.append(Shift(stream.id, window.snapshot(), None))
+                if row.emit is None and (point := flight.shifted(ended.pop())[1]) is not None and on_grown is not None:
+                    on_grown(stream.id, point)
+
+        def finished(clean: CleanChunk) -> Finished:
+            return flight.finished(Decoded(stream.id, clean.index, decoder.decode(clean.latents)))
+
+        for clean, _ in list(flight.undecoded):
+            yield finished(clean)
+        for clean in sample(stream.window(), denoise, stream.guidance_scale, after):
+            flight.shifted(replace(ended.pop(), clean=clean))
+            yield finished(clean)
+
     def _on_stages(
-        self, streams: Iterator[Stream], params: SamplingParams, in_flight: int
-    ) -> Iterator[tuple[int, CleanChunk, Tensor]]:
-        from pavdm_dist.engine.renderer import RayEngine
+        self,
+        streams: Iterator[Stream | Failed],
+        params: SamplingParams,
+        in_flight: int,
+        on_grown: OnGrown | None,
+        on_failed: OnFailed | None,
+    ) -> Iterator[Finished]:
         from pavdm_dist.engine.trace import write_trace
 
         assert self.engine is not None
@@ -257,14 +351,30 @@ class PAVDMPipeline:
                 "num_stages=%d: with streams=%d and mode=%s at most %d are useful, the others will idle",
                 len(blocks), in_flight, params.mode, useful,
             )  # fmt: skip
-        folder, codec = str(self.checkpoint.transformer), str(self.checkpoint.vae)
-        with RayEngine(folder, blocks, self.engine, codec) as engine:
-            for finished in engine.run(streams, in_flight):
-                assert finished.frames is not None
-                self.resyncs[finished.stream] = engine.exact_rows(finished.stream)
-                yield finished.stream, finished.clean, finished.frames
+        engine = self._running(blocks)
+        try:
+            yield from engine.run(streams, in_flight, on_grown, on_failed)
             if self.engine.trace_file is not None:
-                write_trace(self.engine.trace_file, engine.finish())
+                reports = engine.finish()
+                self.close()
+                write_trace(self.engine.trace_file, reports)
+        except EngineError:  # the actors are gone
+            self.close()
+            raise
+
+    def _running(self, blocks: list[tuple[int, int]]) -> RayEngine:
+        """The engine of an earlier call where it is cut alike, with its weights loaded; else a new one."""
+        from pavdm_dist.engine.ray_engine import RayEngine
+
+        assert self.engine is not None
+        if self._engine is not None and self._engine.blocks != blocks:
+            self.close()
+        if self._engine is None:
+            folder, codec = str(self.checkpoint.transformer), str(self.checkpoint.vae)
+            self._engine = RayEngine(folder, blocks, self.engine, codec)
+            # Whoever forgets close(): the actors go with this object, or with the process.
+            self._finalizer = weakref.finalize(self, self._engine.close)
+        return self._engine
 
     def _step_callback(self, stream: Stream, on_step: Callable[..., Any]) -> Callable[[PlanRow, Window], None]:
         levels = stream.schedule.levels

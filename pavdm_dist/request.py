@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.engine.order import check_adaptive
 from pavdm_dist.errors import ConfigError, MediaError
-from pavdm_dist.method.microbatches import Displaced, MicroBatches, check_displaced
+from pavdm_dist.method.microbatches import Displaced, MicroBatches, check_adaptive, check_displaced
 from pavdm_dist.method.schedule import End, Mode, NoiseSchedule, Start, WindowPlan, time_shift_ratio
-from pavdm_dist.method.stream import Conditioning, Stream
+from pavdm_dist.method.stream import Conditioning, ResumePoint, Stream
 from pavdm_dist.models.base import FrameInfo
 
 
@@ -121,18 +120,20 @@ class VideoRequest:
     Attributes:
         prompt: text of the first chunk.
         seed: noise of chunk k is a function of (seed, k).
-        num_frames: new frames; the last chunk is trimmed.
+        num_frames: new frames; the last chunk is trimmed. None = endless, until it is stopped.
         negative_prompt: text of the unconditional branch; None = the model's learned null text.
         prompt_schedule: ``(first chunk, prompt)`` of later prompts.
         clip: conditioning frames, uint8 ``[t, H, W, 3]`` at the run's size and rate, t = 4 k + 1.
+        resume: where to go on instead of at the beginning; all else must be as it was.
     """
 
     prompt: str
     seed: int
-    num_frames: int
+    num_frames: int | None
     negative_prompt: str | None = None
     prompt_schedule: tuple[tuple[int, str], ...] = ()
     clip: Tensor | None = None
+    resume: ResumePoint | None = None
 
 
 def build_stream(request: VideoRequest, stream_id: int, params: SamplingParams, checkpoint: Checkpoint) -> Stream:
@@ -145,12 +146,14 @@ def build_stream(request: VideoRequest, stream_id: int, params: SamplingParams, 
         MediaError: the clip is too short.
     """
     size = params.latent_chunk_size
-    chunks = checkpoint.codec_spec.chunks_for_frames(request.num_frames, size, params.warm)
+    chunks: int | None = None
+    if request.num_frames is not None:
+        chunks = checkpoint.codec_spec.chunks_for_frames(request.num_frames, size, params.warm)
     height, width = checkpoint.codec_spec.latent_size(params.height, params.width)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        given, warm = _clip_latents(request, params, checkpoint)
+        given, warm = ({}, None) if request.resume else _clip_latents(request, params, checkpoint)
         conditioning = _conditioning(request, params, checkpoint)
     finally:
         torch.set_num_threads(threads)
@@ -165,9 +168,29 @@ def build_stream(request: VideoRequest, stream_id: int, params: SamplingParams, 
         guidance_scale=params.guidance_scale,
         given=given,
         warm=warm,
+        resume=request.resume,
         mode=params.mode,
         displaced=params.displaced,
     )
+
+
+def frames_left(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> int | None:
+    """Frames that a request is still to give, those of undecoded chunks included; None = endless.
+
+    Raises:
+        ConfigError: ``num_frames`` is below 1.
+    """
+    if request.num_frames is None:
+        return None
+    spec, size = checkpoint.codec_spec, params.latent_chunk_size
+    chunks = spec.chunks_for_frames(request.num_frames, size, params.warm)
+    if request.resume is None:
+        return request.num_frames
+    plan, row = params.plan(chunks), request.resume.snapshot.row
+    done = chunks if plan.is_over(row) else plan.row(row).chunks[0]
+    done -= len(request.resume.undecoded)
+    before = sum(spec.frames_in_chunk(size, first=index == 0 and not params.warm) for index in range(done))
+    return request.num_frames - before
 
 
 def _check_causal(params: SamplingParams, checkpoint: Checkpoint, allow_untrained: bool) -> None:

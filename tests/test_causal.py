@@ -19,7 +19,7 @@ from pavdm_dist.method.denoiser import ModelDenoiser, StreamDenoiser
 from pavdm_dist.method.microbatches import MicroBatches
 from pavdm_dist.method.sampler import guide, sample
 from pavdm_dist.method.schedule import PlanRow, WindowPlan
-from pavdm_dist.method.stream import Stream
+from pavdm_dist.method.stream import ResumePoint, Stream
 from pavdm_dist.method.window import WindowSnapshot
 from pavdm_dist.models.kv_cache import ChunkMemory
 
@@ -117,10 +117,10 @@ def test_a_run_restored_at_a_shift_goes_on_bit_for_bit(num_stages: int) -> None:
                 snapshots.append(done.snapshot)  # type: ignore[union-attr]
             if getattr(done, "latents", None) is not None:
                 stage.feed(unit.stream, unit.row + 1, unit.chunk, done.latents)  # type: ignore[union-attr]
-    assert len(snapshots) == 5
+    assert len(snapshots) == 7, "two shifts while the window grows, then one for every chunk"
     cuts = {1: [(0, 4)], 2: [(0, 3), (3, 4)]}[num_stages]
-    for done_chunks, snapshot in enumerate(snapshots[:-1], start=1):
-        rest = replace(stream, snapshot=snapshot)
+    for done_chunks, snapshot in zip((0, 0, 1, 2, 3, 4), snapshots[:-1], strict=True):
+        rest = replace(stream, resume=ResumePoint(snapshot))
         engine = LocalEngine([Stage(model, blocks) for blocks in cuts])
         for clean, reference in zip(engine.run([rest]), expected[done_chunks:], strict=True):
             assert clean[1].index == reference.index

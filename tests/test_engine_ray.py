@@ -14,14 +14,14 @@ from helpers import reference_chunks, tiny_model, tiny_stream
 
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.placement import fits
-from pavdm_dist.engine.renderer import RayEngine
+from pavdm_dist.engine.ray_engine import RayEngine
 from pavdm_dist.errors import ConfigError, EngineError
 from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.microbatches import WHOLE, Displaced
 from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.schedule import Mode, PlanRow
-from pavdm_dist.method.stream import Stream
-from pavdm_dist.method.window import WindowSnapshot
+from pavdm_dist.method.stream import ResumePoint, Stream
+from pavdm_dist.method.window import CleanChunk, WindowSnapshot
 from pavdm_dist.planning.partition import Costs, partition
 
 pytestmark = pytest.mark.timeout(120)
@@ -55,9 +55,11 @@ def test_actors_equal_the_sampler(ray_cluster: None, folder: Path, num_stages: i
     snapshots: dict[int, list] = {stream.id: [] for stream in streams}
     chunks: dict[int, list] = {stream.id: [] for stream in streams}
     with RayEngine(str(folder), _cut(num_stages), EngineOptions(num_stages, trace=True)) as engine:
-        run = engine.run(streams, in_flight, on_snapshot=lambda stream, snap: snapshots[stream].append(snap))
+        run = engine.run(streams, in_flight, on_grown=lambda stream, point: snapshots[stream].append(point.snapshot))
         for finished in run:
             chunks[finished.stream].append(finished.clean)
+            if finished.resume is not None:
+                snapshots[finished.stream].append(finished.resume.snapshot)
         reports = engine.finish()
     model = tiny_model()
     for stream in streams:
@@ -65,7 +67,7 @@ def test_actors_equal_the_sampler(ray_cluster: None, folder: Path, num_stages: i
         assert [c.index for c in chunks[stream.id]] == [c.index for c in expected]
         for clean, reference in zip(chunks[stream.id], expected, strict=True):
             assert torch.equal(clean.latents, reference.latents)
-        ends = [row.index + 1 for row in stream.plan.rows() if row.emit is not None]
+        ends = [row.index + 1 for row in stream.plan.rows() if stream.plan.closes_shift(row.index)]
         exact = [row for row in ends if row == stream.plan.num_rows or row % 7 == 0]
         assert [snapshot.row for snapshot in snapshots[stream.id]] == (exact if mode == "displaced" else ends)
     units = sum(stream.branches * len(_frames(stream, row)) for stream in streams for row in stream.plan.rows())
@@ -102,7 +104,7 @@ def _check_bytes(streams: list, reports: list, num_stages: int) -> None:
 @pytest.mark.parametrize("mode", ["window", "causal"])
 def test_snapshot_goes_on_bitwise(ray_cluster: None, folder: Path, mode: Mode) -> None:
     stream = tiny_stream(0, seed=5, mode=mode)
-    _check_every_snapshot(folder, stream, expected=[6, 8, 10, 12])
+    _check_every_snapshot(folder, stream, expected=[2, 4, 6, 8, 10, 12])
 
 
 def test_displaced_goes_on_bitwise_from_every_exact_row(ray_cluster: None, folder: Path) -> None:
@@ -121,13 +123,18 @@ def test_adaptive_goes_on_bitwise_with_what_was_decided(ray_cluster: None, folde
 
 def _check_every_snapshot(folder: Path, stream: Stream, expected: list[int] | None = None) -> list[WindowSnapshot]:
     snapshots: list[WindowSnapshot] = []
+    whole: list[CleanChunk] = []
     with RayEngine(str(folder), _cut(2), EngineOptions(2)) as engine:
-        whole = [f.clean for f in engine.run([stream], on_snapshot=lambda _, snap: snapshots.append(snap))]
+        for finished in engine.run([stream], on_grown=lambda _, point: snapshots.append(point.snapshot)):
+            whole.append(finished.clean)
+            if finished.resume is not None:
+                snapshots.append(finished.resume.snapshot)
         rows, exact = [snapshot.row for snapshot in snapshots], engine.exact_rows(0)
         assert rows == expected or (expected is None and set(rows[:-1]) == {r for r in exact if r >= 9})
         assert rows[-1] == stream.plan.num_rows
+        assert not list(engine.run([replace(stream, id=1, resume=ResumePoint(snapshots[-1]))])), "all is sampled"
         for snapshot in snapshots[:-1]:
-            rest = [f.clean for f in engine.run([replace(stream, id=1, snapshot=snapshot)])]
+            rest = [f.clean for f in engine.run([replace(stream, id=1, resume=ResumePoint(snapshot))])]
             assert rest[-1].index == whole[-1].index
             assert engine.exact_rows(1) == tuple(row for row in exact if row >= snapshot.row)
             for again, before in zip(rest, whole[-len(rest) :], strict=True):
@@ -161,7 +168,7 @@ def test_a_killed_stage_ends_the_run_quickly(ray_cluster: None, folder: Path, vi
     with RayEngine(str(folder), _cut(2), EngineOptions(2)) as engine:
         import ray
 
-        pid = ray.get(engine._actors[victim].where.remote())["pid"]
+        pid = ray.get(engine._gang._stages[victim].where.remote())["pid"]
         run = engine.run([stream])
         next(run)
         os.kill(pid, signal.SIGKILL)
@@ -177,7 +184,7 @@ def test_a_frozen_stage_is_noticed_by_its_peer(ray_cluster: None, folder: Path) 
     with RayEngine(str(folder), _cut(2), EngineOptions(2, link_timeout_s=3)) as engine:
         import ray
 
-        pid = ray.get(engine._actors[1].where.remote())["pid"]
+        pid = ray.get(engine._gang._stages[1].where.remote())["pid"]
         run = engine.run([stream])
         next(run)
         os.kill(pid, signal.SIGSTOP)

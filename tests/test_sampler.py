@@ -17,6 +17,7 @@ from torch import Tensor
 from pavdm_dist.method.denoiser import ModelDenoiser
 from pavdm_dist.method.sampler import CONDITIONAL, UNCONDITIONAL, Denoiser, guide, num_branches, sample
 from pavdm_dist.method.schedule import NoiseSchedule, PlanRow, Start, WindowPlan
+from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.method.window import CleanChunk, Window, WindowSnapshot, chunk_noise
 
 
@@ -300,7 +301,7 @@ def test_the_backbone_resumes_bit_for_bit_at_every_row(changes: dict) -> None:
     run = sample(stream.window(), denoise, stream.guidance_scale, save)
     expected = {chunk.index: chunk.latents for chunk in run}
     for snapshot in snapshots:
-        rest = reference_chunks(model, replace(stream, snapshot=snapshot))
+        rest = reference_chunks(model, replace(stream, resume=ResumePoint(snapshot)))
         assert [chunk.index for chunk in rest] == sorted(expected)[len(expected) - len(rest) :]
         assert all(torch.equal(chunk.latents, expected[chunk.index]) for chunk in rest)
     assert len(snapshots) == stream.plan.num_rows

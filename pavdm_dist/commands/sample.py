@@ -100,7 +100,7 @@ def render_command(config: SampleConfig, overwrite: bool, progress: Callable[...
     finally:
         bar.close()
     seconds = time.monotonic() - started
-    frames = sum(request.num_frames for request in requests)
+    frames = sum(request.num_frames or 0 for request in requests)
     for result in results:
         logger.info("wrote %s (%d frames)", result["output"], result["num_frames"])
     return {"videos": results, "seconds": round(seconds, 3), "frames_per_second": round(frames / seconds, 3)}

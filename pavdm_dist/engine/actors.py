@@ -6,16 +6,17 @@ from __future__ import annotations
 
 import os
 import queue
-from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pavdm_dist.engine.loop import EpochFeed, Links, RunReport, StageRunner
-from pavdm_dist.engine.order import Join, Unit
-from pavdm_dist.engine.stage import RowDone, Stage
+from pavdm_dist.engine.events import Event
+from pavdm_dist.engine.loop import EpochFeed, Links, RunReport, StageLoop
+from pavdm_dist.engine.order import LogEntry
+from pavdm_dist.engine.stage import Stage
 from pavdm_dist.engine.transport import LocalLink, TorchLink, warm_up
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.models.stdit3 import STDiT3
@@ -45,7 +46,8 @@ class StageActor:
             model.compile_repeated_blocks()
         self._stage = Stage(model, blocks, device)
         self._feed = EpochFeed()
-        self._events: queue.SimpleQueue[tuple] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._loop: StageLoop | None = None
         self._links = Links(None, None, LocalLink())
         self._generation = 0
         self._store: Any = None
@@ -97,9 +99,9 @@ class StageActor:
         """Takes a stream in; must be acknowledged by all stages before its join is sealed."""
         self._stage.prepare(stream)
 
-    def seal(self, epoch: int, joins: Sequence[Join], exact: Mapping[int, frozenset[int]] | None = None) -> None:
-        """Fixes an epoch's log entries."""
-        self._feed.seal(epoch, joins, exact)
+    def seal(self, epoch: int, entry: LogEntry) -> None:
+        """Fixes what changes at an epoch."""
+        self._feed.seal(epoch, entry)
 
     def stop(self, epoch: int) -> None:
         """Lets the loop end before ``epoch``."""
@@ -108,39 +110,31 @@ class StageActor:
     def run(self, trace: bool = False) -> RunReport:
         """The stage's loop; returns after :meth:`stop`, raises when a link or the stage fails."""
         torch.set_num_threads(self._threads)  # a property of the calling thread
-        runner = StageRunner(
+        self._loop = StageLoop(
             self._stage,
             self._links,
             self._feed,
             self._generation,
-            emit=self._emit,
-            epoch_done=lambda epoch: self._events.put(("epoch", epoch)),
+            tell=self._events.put if self._stage.last else _nobody,
             trace=trace,
         )
-        return runner.run()
+        return self._loop.run()
 
-    def take(self, wait_s: float = 1.0) -> list[tuple]:
-        """Last stage: events since the last call, waiting up to ``wait_s`` seconds for the first.
-
-        ``("epoch", e)``, ``("change", stream, row, change)`` or ``("chunk", stream, index, latents, snapshot)``.
-        """
-        events: list[tuple] = []
+    def take(self, wait_s: float = 1.0) -> tuple[list[Event], int]:
+        """Events since the last call, waiting up to ``wait_s`` seconds for the first; order index of the last unit."""
+        events: list[Event] = []
         try:
             events.append(self._events.get(timeout=wait_s))
             while True:
                 events.append(self._events.get_nowait())
         except queue.Empty:
-            return events
-
-    def _emit(self, unit: Unit, done: RowDone) -> None:
-        if done.change is not None:
-            self._events.put(("change", unit.stream, unit.row, done.change))
-        if done.clean is not None:
-            self._events.put(("chunk", unit.stream, done.clean.index, done.clean.latents.cpu(), done.snapshot))
+            return events, -1 if self._loop is None else self._loop.position
 
 
 class DecodeActor:
     """Decodes finished chunks of all streams while the stages go on sampling.
+
+    Calls of the default group run in the order in which they were made; those of the group ``control`` beside them.
 
     Args:
         folder: codec folder.
@@ -151,23 +145,52 @@ class DecodeActor:
     def __init__(self, folder: str, threads: int, device: str) -> None:
         from pavdm_dist.codecs.wan import WanCodec
 
+        self._threads = threads
         torch.set_num_threads(threads)
         self._codec = WanCodec.from_pretrained(folder, device=device)
         self._decoders: dict[int, Any] = {}
+        self._dropped: set[int] = set()
+        self._latents = 0
 
-    def open(self, stream: int, warm: Tensor | None) -> None:
-        """Starts a stream; ``warm`` are latents ``[C, n, h, w]`` that came before its first chunk."""
-        self._decoders[stream] = self._codec.decoder()
-        if warm is not None:
-            self._decoders[stream].warm(warm)
+    def facts(self) -> tuple[int, int]:
+        """Latents that a decoder is warmed on to go on with a stream, and frames per latent."""
+        return self._codec.receptive_latents(), self._codec.spec.temporal_stride
 
-    def decode(self, stream: int, latents: Tensor) -> Any:
-        """Latents ``[C, c, h, w]`` of the stream's next chunk -> frames, uint8 numpy ``[t, H, W, 3]``."""
-        return self._decoders[stream].decode(latents).numpy()
+    def open(self, key: int, warm: Tensor | None) -> None:
+        """Starts a stream; ``warm`` are latents ``[C, n, h, w]`` that came before its next chunk."""
+        torch.set_num_threads(self._threads)  # a property of the calling thread
+        if key not in self._dropped:
+            self._decoders[key] = self._codec.decoder()
+            if warm is not None:
+                self._decoders[key].warm(warm)
 
-    def close(self, stream: int) -> None:
-        """Drops a stream's cache."""
-        self._decoders.pop(stream, None)
+    def decode(self, key: int, latents: Tensor) -> Any:
+        """Latents ``[C, c, h, w]`` of the next chunk -> frames, uint8 numpy ``[t, H, W, 3]``; None if dropped."""
+        torch.set_num_threads(self._threads)
+        frames = []
+        for latent in latents.split(1, dim=1):  # one by one, so that it can be seen to work
+            if key in self._dropped:
+                return None
+            frames.append(self._decoders[key].decode(latent).numpy())
+            self._latents += 1
+        return np.concatenate(frames)
+
+    def close(self, key: int) -> None:
+        """Drops a stream's cache, behind all that was asked for it."""
+        self._decoders.pop(key, None)
+        self._dropped.discard(key)
+
+    def drop(self, key: int) -> None:
+        """Control: what waits for a stream is not worth decoding any more; :meth:`close` still follows."""
+        self._dropped.add(key)
+
+    def progress(self) -> int:
+        """Control: latents decoded so far, of all streams."""
+        return self._latents
+
+
+def _nobody(_: Event) -> None:
+    """Only the last stage's events are read."""
 
 
 def _to_device(model: STDiT3, device: str) -> STDiT3:

@@ -8,37 +8,46 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from pavdm_dist.engine.events import EpochDone, Event, KeysChanged, Shift
 from pavdm_dist.engine.messages import ACTIVATION, LATENTS, Header, Layout
-from pavdm_dist.engine.order import Join, Unit, epoch_units, is_active, with_exact
+from pavdm_dist.engine.order import Join, LogEntry, Unit, epoch_units
 from pavdm_dist.engine.stage import RowDone, Stage
 from pavdm_dist.engine.transport import Link
 from pavdm_dist.models.base import Activation
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """A sealed epoch: what changes at its beginning, and its units in order."""
+
+    number: int
+    entry: LogEntry
+    units: Sequence[Unit]
+
+
 class EpochFeed:
     """Sealed epochs, handed from the control thread to the stage's loop in order.
 
-    An epoch that is not sealed is never started: its log entries might still change.
+    An epoch that is not sealed is never started: its log entry might still change.
     """
 
     def __init__(self) -> None:
-        self._sealed: dict[int, tuple[Sequence[Join], Mapping[int, frozenset[int]]]] = {}
+        self._sealed: dict[int, LogEntry] = {}
         self._log: list[Join] = []
         self._stop_at: int | None = None
         self._changed = threading.Condition()
-        self.epoch = 0
+        self._epoch = 0
         self._order = 0
 
-    def seal(self, epoch: int, joins: Sequence[Join], exact: Mapping[int, frozenset[int]] | None = None) -> None:
-        """Fixes the joins that take effect at ``epoch``, and the rows that adaptive re-sync has made exact so far.
-
-        Epochs may be sealed in any order of arrival.
-        """
+    def seal(self, epoch: int, entry: LogEntry) -> None:
+        """Fixes what changes at ``epoch``; epochs may be sealed in any order of arrival."""
         with self._changed:
-            self._sealed[epoch] = joins, exact or {}
+            self._sealed[epoch] = entry
             self._changed.notify_all()
 
     def stop(self, epoch: int) -> None:
@@ -47,20 +56,19 @@ class EpochFeed:
             self._stop_at = epoch
             self._changed.notify_all()
 
-    def next(self, block: bool) -> list[Unit] | None:
-        """Units of the next epoch; None at the stop, or (without ``block``) when it is not sealed yet."""
+    def next(self, block: bool) -> Epoch | None:
+        """The next epoch; None at the stop, or (without ``block``) when it is not sealed yet."""
         with self._changed:
-            while self.epoch not in self._sealed:
-                if not block or self._stop_at == self.epoch:
+            while self._epoch not in self._sealed:
+                if not block or self._stop_at == self._epoch:
                     return None
                 self._changed.wait()
-            self._log = [join for join in self._log if is_active(join, self.epoch)]
-            joins, exact = self._sealed.pop(self.epoch)
-            self._log = with_exact([*self._log, *joins], exact)
-            units = epoch_units(self._log, self.epoch, self._order)
-            self.epoch += 1
+            number, entry = self._epoch, self._sealed.pop(self._epoch)
+            self._log = entry.applied(self._log, number)
+            units = epoch_units(self._log, number, self._order)
+            self._epoch += 1
             self._order += len(units)
-            return units
+            return Epoch(number, entry, units)
 
 
 @dataclass
@@ -103,10 +111,26 @@ class RunReport:
     trace: list[Span] = field(default_factory=list)
 
 
-Emit = Callable[[Unit, RowDone], None]
+def events_of(unit: Unit, done: RowDone) -> list[Event]:
+    """What the driver is told of a unit of the last stage: something at the end of a shift only."""
+    events: list[Event] = []
+    if done.change is not None:
+        events.append(KeysChanged(unit.stream, unit.row, done.change))
+    if done.snapshot is not None:
+        events.append(Shift(unit.stream, done.snapshot, done.clean, done.not_finite))
+    return events
 
 
-class StageRunner:
+@dataclass(frozen=True)
+class _Awaited:
+    """Latents on their way back to the first stage: which message its oldest posted receive will get."""
+
+    stream: int
+    header: Header
+    layout: Layout
+
+
+class StageLoop:
     """Runs a stage until its feed stops.
 
     Args:
@@ -114,10 +138,11 @@ class StageRunner:
         links: how it is connected.
         feed: the order.
         generation: stamped on and demanded of every message.
-        emit: called on the last stage with (unit, result) after every row that made a chunk clean, and after every
-            shift of an adaptive stream.
-        epoch_done: called with the epoch after its last unit.
+        tell: called with what has happened: the end of every epoch and, on the last stage, of every stream's shift.
         trace: keep a :class:`Span` per unit (unbounded memory: for measurements only).
+
+    Attributes:
+        position: order index of the last unit that was run; -1 before the first. Any thread may read it.
     """
 
     def __init__(
@@ -126,39 +151,30 @@ class StageRunner:
         links: Links,
         feed: EpochFeed,
         generation: int,
-        emit: Emit,
-        epoch_done: Callable[[int], None],
+        tell: Callable[[Event], None],
         trace: bool = False,
     ) -> None:
         self._stage, self._links, self._feed, self._generation = stage, links, feed, generation
-        self._emit, self._epoch_done, self._trace = emit, epoch_done, trace
-        self._pending: deque[Unit] = deque()
-        self._ends: deque[int] = deque()
+        self._tell, self._trace = tell, trace
+        self._ahead: Epoch | None = None
         self._posted_until = 0
-        self._closing_order: dict[tuple[int, int], int] = {}
+        self._awaited: deque[_Awaited] = deque()
+        self.position = -1
 
     def run(self) -> RunReport:
         """Blocks until the feed stops; raises what the stage or a link raises."""
-        report, epoch = RunReport(time.time() - time.monotonic()), 0
-        while self._refill():
-            unit = self._pending.popleft()
-            ready = time.monotonic()
-            incoming = self._receive(unit)
-            start = time.monotonic()
-            if self._stage.first and unit.feeds:
-                self._closing_order[unit.stream, unit.chunk] = unit.order
-                self._feedback().post(self._stage.latents_layout(unit.stream, unit.row + 1, unit.chunk))
-            layouts = self._layouts(unit)
-            result = self._stage.run(unit, incoming)
-            end = time.monotonic()
-            self._send(unit, result, layouts)
-            report.units += 1
-            if self._trace:
-                report.trace.append(Span(unit, ready, start, end))
-            if unit.order == self._ends[0]:
-                self._ends.popleft()
-                self._epoch_done(epoch)
-                epoch += 1
+        report = RunReport(time.time() - time.monotonic())
+        while (epoch := self._ahead or self._feed.next(block=True)) is not None:
+            self._ahead = None
+            for stream in epoch.entry.leaves:
+                self._stage.leave(stream)
+            for stream, plan in epoch.entry.stops.items():
+                self._stage.stop(stream, plan)
+            for position, unit in enumerate(epoch.units):
+                self._run_unit(unit, epoch.units[position + 1 :][:1] or self._first_of_next(), report)
+            self._tell(EpochDone(epoch.number))
+        while self._awaited:  # of streams that left: their latents were sent before anybody knew
+            self._take_back()
         for link in (self._links.downstream, self._links.feedback if self._stage.last else None):
             if link is not None:
                 link.close()
@@ -166,34 +182,51 @@ class StageRunner:
         report.bytes_feedback = self._links.feedback.bytes_sent if self._stage.last and self._links.feedback else 0
         return report
 
-    def _refill(self) -> bool:
-        """Keeps one unit of lookahead where the next epoch is already sealed; False at the stop."""
-        while len(self._pending) < 2:
-            units = self._feed.next(block=not self._pending)
-            if units is None:
-                break
-            self._pending.extend(units)
-            if units:
-                self._ends.append(units[-1].order)
-        return bool(self._pending)
+    def _first_of_next(self) -> Sequence[Unit]:
+        """The first unit of the next epoch where that is already sealed."""
+        self._ahead = self._ahead or self._feed.next(block=False)
+        return [] if self._ahead is None else self._ahead.units[:1]
 
-    def _receive(self, unit: Unit) -> Activation | None:
+    def _run_unit(self, unit: Unit, following: Sequence[Unit], report: RunReport) -> None:
+        ready = time.monotonic()
+        incoming = self._receive(unit, following)
+        start = time.monotonic()
+        if self._stage.first and unit.feeds:
+            layout = self._stage.latents_layout(unit.stream, unit.row + 1, unit.chunk)
+            self._awaited.append(_Awaited(unit.stream, self._header(LATENTS, unit, layout, branch=0), layout))
+            self._feedback().post(layout)
+        layouts = self._layouts(unit)
+        result = self._stage.run(unit, incoming)
+        end = time.monotonic()
+        self._send(unit, result, layouts)
+        self.position = unit.order
+        report.units += 1
+        if self._trace:
+            report.trace.append(Span(unit, ready, start, end))
+
+    def _receive(self, unit: Unit, following: Sequence[Unit]) -> Activation | None:
         upstream = self._links.upstream
         if upstream is not None:
-            for ahead in (unit, *list(self._pending)[:1]):
+            for ahead in (unit, *following):
                 if ahead.order >= self._posted_until:
                     upstream.post(self._stage.activation_layout(ahead))
                     self._posted_until = ahead.order + 1
             layout = self._stage.activation_layout(unit)
-            header = self._header(ACTIVATION, unit, unit.order, layout.numel)
-            return Activation(*upstream.receive(header, layout))
+            return Activation(*upstream.receive(self._header(ACTIVATION, unit, layout), layout))
         for chunk in unit.fed:
-            order = self._closing_order.pop((unit.stream, chunk))
-            layout = self._stage.latents_layout(unit.stream, unit.row, chunk)
-            header = self._header(LATENTS, replace(unit, row=unit.row - 1, chunk=chunk), order, layout.numel, branch=0)
-            (latents,) = self._feedback().receive(header, layout)
+            while True:
+                awaited, latents = self._take_back()
+                if awaited.stream == unit.stream:
+                    break  # others before it are of streams that left
+            assert awaited.header.chunk == chunk, "latents come back in the order in which they are awaited"
             self._stage.feed(unit.stream, unit.row, chunk, latents)
         return None
+
+    def _take_back(self) -> tuple[_Awaited, Tensor]:
+        """The oldest latents on their way back."""
+        awaited = self._awaited.popleft()
+        (latents,) = self._feedback().receive(awaited.header, awaited.layout)
+        return awaited, latents
 
     def _layouts(self, unit: Unit) -> tuple[Layout | None, Layout | None]:
         """What this unit may send, computed while the stage still knows the stream."""
@@ -211,18 +244,17 @@ class StageRunner:
             assert self._links.downstream is not None
             assert forward is not None
             tensors = (result.hidden, result.modulation, result.time)
-            self._links.downstream.send(self._header(ACTIVATION, unit, unit.order, forward.numel), tensors, forward)
+            self._links.downstream.send(self._header(ACTIVATION, unit, forward), tensors, forward)
         elif isinstance(result, RowDone):
             if result.latents is not None:
                 assert back is not None
-                header = self._header(LATENTS, unit, unit.order, back.numel, branch=0)
-                self._feedback().send(header, [result.latents], back)
-            if result.clean is not None or result.change is not None:
-                self._emit(unit, result)
+                self._feedback().send(self._header(LATENTS, unit, back, branch=0), [result.latents], back)
+            for event in events_of(unit, result):
+                self._tell(event)
 
-    def _header(self, kind: int, unit: Unit, order: int, numel: int, branch: int | None = None) -> Header:
+    def _header(self, kind: int, unit: Unit, layout: Layout, branch: int | None = None) -> Header:
         branch = unit.branch if branch is None else branch
-        return Header(self._generation, kind, order, unit.stream, unit.row, unit.chunk, branch, numel)
+        return Header(self._generation, kind, unit.order, unit.stream, unit.row, unit.chunk, branch, layout.numel)
 
     def _feedback(self) -> Link:
         assert self._links.feedback is not None, "only the first and last stage have a feedback link"

@@ -10,7 +10,7 @@ from pavdm_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Resources and limits of one renderer.
+    """Resources and limits of an engine.
 
     Attributes:
         num_stages: P, pipeline stages; each is one actor.
@@ -20,8 +20,11 @@ class EngineOptions:
         cpus_per_stage, gpus_per_stage: logical Ray resources one stage takes; fractions share a CPU.
         cpus_per_decoder: logical CPUs of the decode actor; 0 lets it share a stage's.
         backend: ``gloo``, ``nccl`` or ``auto`` (NCCL when stages have GPUs).
-        link_timeout_s: longest silence on a link; must exceed the slowest unit.
+        link_timeout_s: longest silence of a stage, of a link, or of the decoder over one latent; must exceed the
+            slowest unit.
+        start_timeout_s: longest wait for an actor to come up: its process, its part of the weights, its links.
         placement_timeout_s: longest wait for resources that the cluster has but are busy.
+        backlog_bytes: of frames that wait for the decoder or the consumer, before the stages get no more work.
         ray_address: cluster to join; None = the one this process is in, else a local one is started.
         compile: stages run compiled blocks (``STDiT3.compile_repeated_blocks``): the same bits on any number of
             stages, but not those of uncompiled ones. Must be done within ``link_timeout_s``.
@@ -38,7 +41,9 @@ class EngineOptions:
     cpus_per_decoder: float = 0
     backend: str = "auto"
     link_timeout_s: float = 300
+    start_timeout_s: float = 900
     placement_timeout_s: float = 60
+    backlog_bytes: int = 256 * 2**20
     ray_address: str | None = None
     compile: bool = False
     trace: bool = False
@@ -51,6 +56,9 @@ class EngineOptions:
             raise ConfigError(f"num_stages={self.num_stages}: at least 1 (0 runs in this process, without this engine)")
         if self.threads_per_stage < 1:
             raise ConfigError(f"threads_per_stage={self.threads_per_stage}: at least 1")
+        for name in ("link_timeout_s", "start_timeout_s", "placement_timeout_s", "backlog_bytes"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be above 0")
         if self.backend not in ("auto", "gloo", "nccl"):
             raise ConfigError(f"backend={self.backend!r}: must be auto, gloo or nccl")
         if self.balance not in ("estimated", "measured"):

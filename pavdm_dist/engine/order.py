@@ -1,7 +1,7 @@
 """The one order in which all stages work, computed and never communicated.
 
 A unit is one micro-batch of one (stream, guidance branch) at one row: its whole window, or a single chunk of it.
-Every stage derives the same list from an append-only log of joins, so no driver sits in the data path and no
+Every stage derives the same list from an append-only log of entries, so no driver sits in the data path and no
 message needs a tag. Oldest row first, then streams by age, chunks cleanest first, branches innermost: sending one
 branch of all streams before the other costs 18-34 % of the pipeline's throughput.
 """
@@ -9,35 +9,68 @@ branch of all streams before the other costs 18-34 % of the pipeline's throughpu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from pavdm_dist.errors import ConfigError
-from pavdm_dist.method.microbatches import WHOLE, MicroBatches
+from pavdm_dist.method.microbatches import LEAST_ADAPTIVE_STEPS, WHOLE, MicroBatches, check_adaptive
+from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.stream import Stream
 
 # Rows every stream advances in one epoch. A log entry takes effect at an epoch's first row; the driver seals
-# epochs ahead of the stages, so more rows mean fewer control messages and later joins.
-ROWS_PER_EPOCH = 4
+# epochs ahead of the stages, so more rows mean fewer control messages and later joins. A row's report of adaptive
+# re-sync must not be awaited within the row's own epoch.
+ROWS_PER_EPOCH = 2 * LEAST_ADAPTIVE_STEPS
 
 
 @dataclass(frozen=True)
 class Join:
     """A stream enters the pipeline: its row ``first_row`` is the first one of epoch ``epoch``.
 
-    ``end_row`` is one past its last row; it leaves by itself after that. ``batches`` cuts its rows into micro-batches;
-    without it each row is one whole window.
+    ``end_row`` is one past its last row, None while it is endless; it leaves by itself after that. ``batches`` cuts its
+    rows into micro-batches; without it each row is one whole window.
     """
 
     stream: int
     epoch: int
     first_row: int
-    end_row: int
+    end_row: int | None
     branches: int
     batches: MicroBatches | None = None
 
     def row_at(self, epoch: int) -> int:
         """The stream's row that is the first one of ``epoch``; past ``end_row`` once it has left."""
         return self.first_row + (epoch - self.epoch) * ROWS_PER_EPOCH
+
+    def has_row(self, row: int) -> bool:
+        """Whether ``row`` is before its end."""
+        return self.end_row is None or row < self.end_row
+
+    def stopped(self, plan: WindowPlan) -> Join:
+        """With the end that an endless stream was given."""
+        assert self.batches is not None, "only streams are stopped"
+        return replace(self, end_row=plan.num_rows, batches=replace(self.batches, plan=plan))
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """What changes at the first row of an epoch.
+
+    Attributes:
+        joins: streams that enter.
+        leaves: streams that end where they are: their units are gone from this epoch on, what stages hold of them too.
+        stops: endless streams whose end is known now, with the plan they follow from here.
+        exact: by stream, the rows that adaptive re-sync has made exact so far.
+    """
+
+    joins: tuple[Join, ...] = ()
+    leaves: tuple[int, ...] = ()
+    stops: Mapping[int, WindowPlan] = field(default_factory=dict)
+    exact: Mapping[int, frozenset[int]] = field(default_factory=dict)
+
+    def applied(self, log: Sequence[Join], epoch: int) -> list[Join]:
+        """The log of the streams that have units in ``epoch``, after this entry."""
+        kept = [join for join in log if is_active(join, epoch) and join.stream not in self.leaves]
+        changed = [join.stopped(self.stops[join.stream]) if join.stream in self.stops else join for join in kept]
+        return with_exact([*changed, *self.joins], self.exact)
 
 
 @dataclass(frozen=True)
@@ -82,7 +115,7 @@ def epoch_units(log: Sequence[Join], epoch: int, first_order: int) -> list[Unit]
     return [
         Unit(first_order + offset, join.stream, row, branch, branch == 0, branch == join.branches - 1,
              part.fed if branch == 0 else (), part.feeds and branch == join.branches - 1,
-             part.last and row == join.end_row - 1, part.chunk, part.context)
+             part.last and not join.has_row(row + 1), part.chunk, part.context)
         for offset, (join, row, part, branch) in enumerate(_slots(log, epoch))
     ]  # fmt: skip
 
@@ -91,7 +124,7 @@ def _slots(log: Sequence[Join], epoch: int) -> Iterator[tuple[Join, int, _Part, 
     for tick in range(ROWS_PER_EPOCH):
         for join in log:
             row = join.row_at(epoch) + tick
-            if join.epoch <= epoch and row < join.end_row:
+            if join.epoch <= epoch and join.has_row(row):
                 for part in _parts(join, row):
                     for branch in range(join.branches):
                         yield join, row, part, branch
@@ -109,7 +142,7 @@ class _Part:
 
 
 def _parts(join: Join, row: int) -> list[_Part]:
-    starts, ends, batches = row == join.first_row, row == join.end_row - 1, join.batches
+    starts, ends, batches = row == join.first_row, not join.has_row(row + 1), join.batches
     if batches is None:
         return [_Part(WHOLE, False, () if starts else (WHOLE,), not ends, True)]
     parts = batches.parts(row)
@@ -152,7 +185,7 @@ def undecided(log: Sequence[Join], epoch: int, reported: Mapping[int, int]) -> b
         if join.batches is None or not join.batches.adaptive:
             continue
         first = join.row_at(epoch)
-        for row in range(first, min(first + ROWS_PER_EPOCH, join.end_row)):
+        for row in filter(join.has_row, range(first, first + ROWS_PER_EPOCH)):
             needed = join.batches.decided_by(row)
             if needed is not None and reported.get(join.stream, -1) < needed:
                 return True
@@ -186,29 +219,15 @@ def epochs(
 
 def is_active(join: Join, epoch: int) -> bool:
     """Whether a stream still has units in ``epoch``."""
-    return join.row_at(epoch) < join.end_row
-
-
-def check_adaptive(batches: MicroBatches) -> None:
-    """Refuses adaptive re-sync where a row's report would be awaited within the row's own epoch, forever.
-
-    Raises:
-        ConfigError: too few steps per shift.
-    """
-    plan, least = batches.plan, ROWS_PER_EPOCH // 2
-    if batches.adaptive and plan.steps_per_shift < least:
-        raise ConfigError(
-            f"displaced.adaptive={batches.displaced.adaptive}: needs at least {least} steps per shift, and"
-            f" num_inference_steps={plan.num_inference_steps} over window_chunks={plan.window_chunks} are"
-            f" {plan.steps_per_shift}; use num_inference_steps={least * plan.window_chunks} or more, or adaptive=null"
-        )
+    return join.has_row(join.row_at(epoch))
 
 
 def join_of(stream: Stream, epoch: int) -> Join:
     """A stream's entry at the first row of ``epoch``.
 
     Raises:
-        ConfigError: see :func:`check_adaptive`.
+        ConfigError: see :func:`~pavdm_dist.method.microbatches.check_adaptive`.
     """
     check_adaptive(stream.batches)
-    return Join(stream.id, epoch, stream.first_row, stream.plan.num_rows, stream.branches, stream.batches)
+    end = None if stream.plan.num_chunks is None else stream.plan.num_rows
+    return Join(stream.id, epoch, stream.first_row, end, stream.branches, stream.batches)

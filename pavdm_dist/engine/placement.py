@@ -1,4 +1,4 @@
-"""Where the actors of one renderer run: one placement group, checked before it is asked for."""
+"""Where the actors of one gang run: one placement group, checked before it is asked for."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ The first stage embeds latents, the last one guides, takes the Euler step and ow
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from pavdm_dist.engine.order import Unit
 from pavdm_dist.method.denoiser import TextBank, change_of, memories_of, unit_context
 from pavdm_dist.method.microbatches import WHOLE
 from pavdm_dist.method.sampler import guide
-from pavdm_dist.method.schedule import PlanRow
+from pavdm_dist.method.schedule import PlanRow, WindowPlan
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import CleanChunk, Window, WindowSnapshot, row_levels
 from pavdm_dist.models.base import Activation, Backbone, BlockContext, Grid
@@ -28,15 +28,17 @@ class RowDone:
 
     Attributes:
         latents: its input at the next row, ``[1, C, F, h, w]`` float32; None where there is none.
-        clean: after a row's last micro-batch, the chunk that became clean, if any.
-        snapshot: state after the row, taken whenever a chunk became clean (a shift); the driver, which knows what
-            adaptive re-sync has decided, completes it.
-        change: after a shift of an adaptive stream, by how much its keys changed.
+        snapshot: at the end of a shift, the state after the row, in main memory; the driver, which knows what adaptive
+            re-sync has decided, completes it.
+        clean: at the end of a shift, the chunk that became clean, in main memory; None where none did.
+        not_finite: at the end of a shift, a chunk with values that are not finite.
+        change: at the end of a shift of an adaptive stream, by how much its keys changed.
     """
 
     latents: Tensor | None
-    clean: CleanChunk | None
-    snapshot: WindowSnapshot | None
+    snapshot: WindowSnapshot | None = None
+    clean: CleanChunk | None = None
+    not_finite: int | None = None
     change: float | None = None
 
 
@@ -73,6 +75,19 @@ class Stage:
             self._inputs[stream.id] = {chunk: window.chunk(chunk) for chunk in row.window}
         self._memories[stream.id] = memories_of(stream, self.model.spec)
         self._streams[stream.id] = stream
+
+    def leave(self, stream: int) -> None:
+        """Forgets all that is held of a stream; harmless where it has ended by itself or never came."""
+        if stream in self._streams:
+            self._texts.remove(self._streams.pop(stream))
+        for table in (self._windows, self._inputs, self._velocities, self._memories):
+            table.pop(stream, None)
+
+    def stop(self, stream: int, plan: WindowPlan) -> None:
+        """Gives an endless stream its end: ``plan`` is its own up to the row that comes next."""
+        self._streams[stream] = replace(self._streams[stream], plan=plan)
+        if stream in self._windows:
+            self._windows[stream].plan = plan
 
     def feed(self, stream: int, row: int, chunk: int, latents: Tensor) -> None:
         """First stage: latents ``[1, C, F, h, w]`` for ``row`` of a stream, of one chunk or of the whole window."""
@@ -162,16 +177,18 @@ class Stage:
             window.advance(row, unit.chunk, velocity)
             if unit.chunk == row.chunks[-1]:
                 clean = window.close(row)
-        ends_row = unit.chunk in (WHOLE, row.chunks[-1])
-        if ends_row and stream.batches.adaptive and stream.batches.closes_shift(row.index):
-            change = change_of(self._memories[unit.stream])
-        latents = None
+        latents, snapshot, not_finite = None, None, None
+        if unit.chunk in (WHOLE, row.chunks[-1]) and stream.plan.closes_shift(row.index):
+            snapshot, not_finite = window.snapshot(), window.not_finite(clean)
+            if clean is not None:
+                clean = CleanChunk(clean.index, clean.latents.cpu())
+            if stream.batches.adaptive:
+                change = change_of(self._memories[unit.stream])
         if unit.feeds:
             following = stream.plan.row(unit.row + 1)
             latents = window.inputs(following)[0] if unit.chunk == WHOLE else window.chunk(unit.chunk)
-        snapshot = window.snapshot() if clean is not None else None
         self._forget(unit)
-        return RowDone(latents, clean, snapshot, change)
+        return RowDone(latents, snapshot, clean, not_finite, change)
 
     def _chunks(self, stream: Stream, row: int, chunk: int) -> int:
         return len(stream.plan.row(row).window) if chunk == WHOLE else 1
@@ -182,6 +199,4 @@ class Stage:
 
     def _forget(self, unit: Unit) -> None:
         if unit.ends_stream and unit.closes:
-            self._texts.remove(self._streams.pop(unit.stream))
-            for table in (self._windows, self._inputs, self._velocities, self._memories):
-                table.pop(unit.stream, None)
+            self.leave(unit.stream)

@@ -143,7 +143,7 @@ class StreamDenoiser:
                 activation = model.block(index, activation, context)
             if not is_context:
                 velocity[:, :, frames] = model.to_velocity(model.head(activation, context.grid), part, part_levels)
-        if branch == self._stream.branches - 1 and self.batches.adaptive and self.batches.closes_shift(row.index):
+        if branch == self._stream.branches - 1 and self.batches.adaptive and self.batches.plan.closes_shift(row.index):
             self.batches = self.batches.reported(row.index, change_of(self._memories))
         return velocity
 

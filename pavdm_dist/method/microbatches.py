@@ -10,6 +10,9 @@ from pavdm_dist.method.schedule import Mode, WindowPlan
 
 # The "chunk" of a micro-batch that is a whole window.
 WHOLE = -(2**31)
+# Steps per shift from which adaptive re-sync can be decided before the rows it concerns are handed out, which the
+# distributed engine does in groups.
+LEAST_ADAPTIVE_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class MicroBatches:
 
     def sent(self, n: int) -> tuple[int, ...]:
         """Micro-batches of row ``n`` whose latents the last stage sends back to the first, for row ``n + 1``."""
-        if n + 1 == self.plan.num_rows:
+        if self.plan.is_over(n + 1):
             return ()
         after = self.plan.row(n + 1).window
         return tuple(k for k, is_context in self.parts(n) if k == WHOLE or (k in after and not is_context))
@@ -119,14 +122,10 @@ class MicroBatches:
         """Whether rows become exact while the stream runs."""
         return self.mode == "displaced" and self.displaced.adaptive is not None
 
-    def closes_shift(self, n: int) -> bool:
-        """Whether row ``n`` is the last of a shift, after which the keys' change over it is known."""
-        return (n + 1) % self.plan.steps_per_shift == 0
-
     def reported(self, n: int, change: float) -> MicroBatches:
         """After row ``n`` closed a shift in which keys changed by ``change``: with what follows from it."""
         row = n + 1 + self.plan.steps_per_shift
-        if not self.adaptive or change <= (self.displaced.adaptive or 0.0) or row >= self.plan.num_rows:
+        if not self.adaptive or change <= (self.displaced.adaptive or 0.0) or self.plan.is_over(row):
             return self
         return replace(self, exact_rows=self.exact_rows | {row})
 
@@ -142,7 +141,7 @@ class MicroBatches:
 
         In mode displaced only where row ``n`` reads nothing that earlier ones left.
         """
-        return self.mode != "displaced" or n == self.plan.num_rows or self._is_exact(n)
+        return self.mode != "displaced" or self.plan.is_over(n) or self._is_exact(n)
 
     def exact_from(self, n: int) -> frozenset[int]:
         """Rows from ``n`` on that adaptive re-sync has made exact so far."""
@@ -150,3 +149,18 @@ class MicroBatches:
 
     def _is_exact(self, n: int) -> bool:
         return n in self.exact_rows or self.displaced.is_exact(self.plan, n, self.first_row)
+
+
+def check_adaptive(batches: MicroBatches) -> None:
+    """Refuses adaptive re-sync where a row would be handed out before it is known whether it is exact.
+
+    Raises:
+        ConfigError: too few steps per shift.
+    """
+    plan, least = batches.plan, LEAST_ADAPTIVE_STEPS
+    if batches.adaptive and plan.steps_per_shift < least:
+        raise ConfigError(
+            f"displaced.adaptive={batches.displaced.adaptive}: needs at least {least} steps per shift, and"
+            f" num_inference_steps={plan.num_inference_steps} over window_chunks={plan.window_chunks} are"
+            f" {plan.steps_per_shift}; use num_inference_steps={least * plan.window_chunks} or more, or adaptive=null"
+        )

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from pavdm_dist.method.schedule import PlanRow
-from pavdm_dist.method.window import CleanChunk, Window
+from pavdm_dist.method.window import CleanChunk, Window, not_finite_error
 
 # Guidance branches, in the order in which they are evaluated. They are separate calls everywhere: a batch of
 # two is not bit-equal to two calls, and as separate micro-batches they fill a pipeline.
@@ -44,16 +44,22 @@ def sample(
     """Runs a window to the end of its plan and yields its chunks as they become clean.
 
     Args:
-        window: fresh, or restored from a snapshot.
+        window: fresh, or restored from a snapshot. An endless one ends when its ``plan`` is replaced by a stopped one.
         denoise: the model, called once per branch and row.
         guidance_scale: g; 1 evaluates the conditional branch only.
         callback: called after every row with the row and the window.
+
+    Raises:
+        VideoError: at the end of a shift latents are not finite.
     """
     branches = range(num_branches(guidance_scale))
-    for row in window.plan.rows(window.row):
+    while not window.plan.is_over(window.row):
+        row = window.plan.row(window.row)
         x, levels = window.inputs(row)
         velocity = guide([denoise(x, levels, row, branch) for branch in branches], guidance_scale)
         clean = window.update(row, velocity)
+        if window.plan.closes_shift(row.index) and (bad := window.not_finite(clean)) is not None:
+            raise not_finite_error(bad, row.index)
         if callback is not None:
             callback(row, window)
         if clean is not None:

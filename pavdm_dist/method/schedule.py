@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pavdm_dist.errors import ConfigError
@@ -255,6 +255,23 @@ class WindowPlan:
         while self.num_chunks is None or n < self.num_rows:
             yield self.row(n)
             n += 1
+
+    def closes_shift(self, n: int) -> bool:
+        """Whether the window moves after row ``n``: its front chunk, if it is old enough, is clean then."""
+        return (n + 1) % self.steps_per_shift == 0
+
+    def is_over(self, n: int) -> bool:
+        """Whether row ``n`` is past the last one; never, while the plan is endless."""
+        return self.num_chunks is not None and n >= self.num_rows
+
+    def stopped(self, n: int) -> WindowPlan:
+        """An endless plan's end, decided before row ``n``: nothing is born behind it, what is in flight ends.
+
+        Rows up to ``n`` stay what they were. With ``end="cut"`` the chunks that are noisy then are discarded as always.
+        """
+        born = self.row(n).chunks[-1] + 1
+        kept = born if self.end == "drain" else max(1, born - self.window_chunks + 1)
+        return replace(self, num_chunks=kept)
 
     def _birth(self, index: int) -> int:
         return (index - self.given_clip) * self.steps_per_shift

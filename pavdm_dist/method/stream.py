@@ -12,7 +12,7 @@ from torch import Tensor
 from pavdm_dist.method.microbatches import Displaced, MicroBatches
 from pavdm_dist.method.sampler import UNCONDITIONAL, num_branches
 from pavdm_dist.method.schedule import Mode, NoiseSchedule, PlanRow, WindowPlan
-from pavdm_dist.method.window import Window, WindowSnapshot, chunk_noise
+from pavdm_dist.method.window import CleanChunk, Window, WindowSnapshot, chunk_noise
 from pavdm_dist.models.base import FrameInfo
 
 
@@ -67,6 +67,21 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
+class ResumePoint:
+    """Where a video goes on instead of at its beginning: all that is no function of its settings.
+
+    Attributes:
+        snapshot: latents in flight, and the next row; past the plan's last one when only decoding is left.
+        warm: latents ``[C, n, h, w]`` right before the next chunk, which the decoder is warmed on; None = none.
+        undecoded: chunks that are clean already and follow ``warm``, whose frames are still to be made.
+    """
+
+    snapshot: WindowSnapshot
+    warm: Tensor | None = None
+    undecoded: tuple[CleanChunk, ...] = ()
+
+
+@dataclass(frozen=True)
 class Stream:
     """Everything that determines one video's latents.
 
@@ -80,7 +95,7 @@ class Stream:
         guidance_scale: g; 1 = no unconditional branch.
         given: input latents by chunk index (see :class:`~pavdm_dist.method.window.Window`).
         warm: latents ``[C, n, h, w]`` that come before chunk 0, which the decoder is warmed on; never sampled.
-        snapshot: where to go on instead of at row 0.
+        resume: where to go on instead of at row 0.
         mode: ``window``: chunks of a row see each other; ``causal``: each sees itself and cleaner ones; ``displaced``:
             noisier ones too, as they were a step ago.
         displaced: of mode displaced.
@@ -96,7 +111,7 @@ class Stream:
     guidance_scale: float = 1.0
     given: Mapping[int, Tensor] = field(default_factory=dict)
     warm: Tensor | None = None
-    snapshot: WindowSnapshot | None = None
+    resume: ResumePoint | None = None
     mode: Mode = "window"
     displaced: Displaced = field(default_factory=Displaced)
 
@@ -107,12 +122,22 @@ class Stream:
 
     @property
     def first_row(self) -> int:
-        return 0 if self.snapshot is None else self.snapshot.row
+        return 0 if self.resume is None else self.resume.snapshot.row
+
+    @property
+    def decoder_warm(self) -> Tensor | None:
+        """Latents ``[C, n, h, w]`` that a decoder must have seen before this stream's first chunk; None = none."""
+        return self.warm if self.resume is None else self.resume.warm
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether no row is left to run: it was resumed behind its last one."""
+        return self.plan.is_over(self.first_row)
 
     @property
     def batches(self) -> MicroBatches:
         """How its rows are cut into micro-batches."""
-        exact = frozenset[int]() if self.snapshot is None else self.snapshot.exact_rows
+        exact = frozenset[int]() if self.resume is None else self.resume.snapshot.exact_rows
         return MicroBatches(self.plan, self.mode, self.first_row, self.displaced, exact)
 
     def noise(self, index: int, device: torch.device | str = "cpu") -> Tensor:
@@ -126,8 +151,9 @@ class Stream:
         def noise(index: int) -> Tensor:
             return self.noise(index, device)
 
-        if self.snapshot is not None:
-            latents = {index: value.to(device) for index, value in self.snapshot.latents.items()}
-            return Window.restore(WindowSnapshot(self.snapshot.row, latents), self.plan, self.schedule, noise)
+        if self.resume is not None:
+            snapshot = self.resume.snapshot
+            latents = {index: value.to(device) for index, value in snapshot.latents.items()}
+            return Window.restore(WindowSnapshot(snapshot.row, latents), self.plan, self.schedule, noise)
         given = {index: value.to(device) for index, value in self.given.items()}
         return Window(self.plan, self.schedule, noise, given)

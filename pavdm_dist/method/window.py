@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pavdm_dist.errors import ConfigError
+from pavdm_dist.errors import ConfigError, VideoError
 from pavdm_dist.method.schedule import NoiseSchedule, PlanRow, WindowPlan
 
 NoiseSource = Callable[[int], Tensor]
@@ -36,6 +36,14 @@ class CleanChunk:
 
     index: int
     latents: Tensor
+
+
+def not_finite_error(chunk: int, row: int) -> VideoError:
+    """What ends a video in whose ``chunk`` values were found after ``row`` that are no finite numbers."""
+    return VideoError(
+        f"chunk {chunk} holds values that are not finite after step {row}: the weights, the precision or "
+        "guidance_scale drive the model out of its range"
+    )
 
 
 @dataclass(frozen=True)
@@ -107,8 +115,16 @@ class Window:
         return window
 
     def snapshot(self) -> WindowSnapshot:
-        """A copy of the state between two rows (kilobytes to a few megabytes)."""
-        return WindowSnapshot(self.row, {index: latents.clone() for index, latents in self._latents.items()})
+        """A copy of the state between two rows, in main memory (kilobytes to a few megabytes)."""
+        return WindowSnapshot(self.row, {index: held.to("cpu", copy=True) for index, held in self._latents.items()})
+
+    def not_finite(self, clean: CleanChunk | None = None) -> int | None:
+        """The first chunk with a value that is no finite number, of ``clean`` and those held; None where there is none.
+
+        Nothing sound comes out of a window again once it holds one: every chunk reads the others.
+        """
+        held = dict(self._latents) if clean is None else {clean.index: clean.latents, **self._latents}
+        return next((index for index, latents in sorted(held.items()) if not latents.isfinite().all()), None)
 
     def inputs(self, row: PlanRow) -> tuple[Tensor, Tensor]:
         """What the model sees at ``row``: latents ``[1, C, F, h, w]`` and levels ``[1, F]``, both float32.

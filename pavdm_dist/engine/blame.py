@@ -1,0 +1,103 @@
+"""What went wrong in an actor, in words: the cause first, its echoes not at all."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from pavdm_dist.engine.events import GangLost
+from pavdm_dist.errors import EngineError, PAVDMError, VideoError
+
+logger = logging.getLogger(__name__)
+
+# How long others' reports and answers are awaited after the first failure, so that the cause is named, not its echo.
+ANSWER_S = 2.0
+
+
+def control_results(refs: list[Any], timeout: float, who: str, what: str) -> list[Any]:
+    """Results of control calls on actors that are coming up or ending.
+
+    Raises:
+        PAVDMError: what an actor raised on purpose.
+        EngineError: a fault in an actor, whose traceback is logged; its death; or none did ``what`` in ``timeout``.
+    """
+    import ray
+
+    try:
+        return ray.get(refs, timeout=timeout)
+    except ray.exceptions.GetTimeoutError as error:
+        raise EngineError(f"{who} did not {what} within {timeout:g} s") from error
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, PAVDMError):
+            raise error.cause from error
+        logger.error("%s failed:\n%s", who, error)
+        raise EngineError(f"{who} failed: {last_line(error)}") from error
+    except ray.exceptions.RayError as error:
+        raise EngineError(f"an actor did not come up: {last_line(error)}") from error
+
+
+def lost(loops: Sequence[Any], places: Sequence[dict[str, Any]], seen: BaseException | None = None) -> GangLost:
+    """The loss, named after the stage that failed first: a dead actor before a stage whose neighbour died.
+
+    Args:
+        loops: running calls of the stages, in their order; at least one has ended, or the decode actor has.
+        places: node and process of each.
+        seen: what was noticed.
+    """
+    import ray
+
+    ended, _ = ray.wait(list(loops), num_returns=len(loops), timeout=ANSWER_S)
+    died: list[GangLost] = []
+    failed: list[GangLost] = []
+    for rank, loop in enumerate(loops):
+        if loop not in ended:
+            continue
+        try:
+            ray.get(loop)
+            failed.append(_loss(places, rank, "failed", "its loop ended early"))
+        except ray.exceptions.RayTaskError as error:
+            logger.error("stage %d failed:\n%s", rank, error)
+            echo = isinstance(error.cause, EngineError)
+            failed.insert(len(failed) if echo else 0, _loss(places, rank, "failed", last_line(error)))
+        except ray.exceptions.RayError as error:
+            died.append(_loss(places, rank, "died", last_line(error)))
+    for loss in (*died, *failed):
+        return loss
+    cause = "its log has the reason" if seen is None else last_line(seen)
+    return GangLost(f"the decode actor died although all stages are running: {cause}", cause=cause)
+
+
+def frozen(stages: Sequence[Any], places: Sequence[dict[str, Any]], what: str, limit: float) -> GangLost:
+    """The loss when nothing moves: names the stage that does not answer."""
+    import ray
+
+    answers = [stage.where.remote() for stage in stages]
+    there, _ = ray.wait(answers, num_returns=len(answers), timeout=ANSWER_S)
+    for rank, answer in enumerate(answers):
+        if answer not in there:
+            return _loss(places, rank, "does not answer", f"{what} (link_timeout_s={limit:g})")
+    return GangLost(
+        f"{what} although all stages answer; link_timeout_s={limit:g} must exceed the slowest unit", cause=what
+    )
+
+
+def _loss(places: Sequence[dict[str, Any]], rank: int, what: str, cause: str) -> GangLost:
+    place = places[rank]
+    where = f"stage {rank} of {len(places)} (node {place['node']}, pid {place['pid']})"
+    return GangLost(f"{where} {what}: {cause}", rank, place["node"], cause)
+
+
+def video_error(error: Any, what: str) -> PAVDMError:
+    """What one video is told of a fault in an actor; the traceback goes to the log."""
+    if isinstance(error.cause, PAVDMError):
+        return error.cause
+    logger.error("%s:\n%s", what, error)
+    return VideoError(f"{what}: {last_line(error)}")
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error's text, which of a remote traceback is the cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return re.sub(r"^pavdm_dist\.errors\.\w+: ", "", lines[-1]) if lines else type(error).__name__

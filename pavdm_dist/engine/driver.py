@@ -1,0 +1,312 @@
+"""Who decides: which streams enter the pipeline when, which epochs are sealed, what becomes of what comes back.
+
+A state machine without threads and without Ray: :meth:`Driver.step` seals what may be sealed, takes the gang's events
+and says what is new. It is not in the data path; as long as it seals ahead of the stages they never wait for it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from pavdm_dist.engine.events import (
+    Decoded,
+    EpochDone,
+    Event,
+    Failed,
+    Grown,
+    KeysChanged,
+    Output,
+    Prepared,
+    Shift,
+)
+from pavdm_dist.engine.flight import Flight, Stand
+from pavdm_dist.engine.order import Join, LogEntry, is_active, join_of, undecided
+from pavdm_dist.errors import PAVDMError
+from pavdm_dist.method.microbatches import check_adaptive
+from pavdm_dist.method.schedule import WindowPlan
+from pavdm_dist.method.stream import Stream
+from pavdm_dist.method.window import CleanChunk, not_finite_error
+
+# Epochs sealed beyond the last finished one. Two keep the stages from ever waiting for the driver.
+SEALED_AHEAD = 2
+
+
+class Gang(Protocol):
+    """Stages (and a decoder) that work together, from their making to the first loss. All calls return at once.
+
+    Every method may raise :class:`~pavdm_dist.engine.events.GangLost`.
+
+    Attributes:
+        decodes: whether there is a decoder.
+        keep: latents that a decoder is warmed on to go on with a video; 0 without one.
+        frames_per_latent: of the decoder, in the middle of a video.
+    """
+
+    keep: int
+    frames_per_latent: int
+
+    @property
+    def decodes(self) -> bool: ...
+
+    def prepare(self, stream: Stream, warm: Tensor | None) -> None:
+        """Lets the stages take a stream in, if rows of it are left, and the decoder; when they have: ``Prepared``.
+
+        Args:
+            stream: what is sampled.
+            warm: latents ``[C, n, h, w]`` that the decoder must have seen before the next chunk.
+        """
+
+    def seal(self, epoch: int, entry: LogEntry) -> None:
+        """Fixes what changes at an epoch; epochs are sealed in order."""
+
+    def decode(self, stream: int, clean: CleanChunk) -> None:
+        """Hands a stream's next chunk to the decoder; ``Decoded`` follows, in the order of these calls."""
+
+    def forget(self, stream: int) -> None:
+        """Drops what the decoder holds of a stream, also what waits for it; no ``Decoded`` of it follows."""
+
+    def poll(self, timeout: float) -> list[Event]:
+        """What has happened; waits up to ``timeout`` seconds for the first event."""
+
+
+class Driver:
+    """Takes streams through a gang.
+
+    Args:
+        gang: what computes.
+        places: streams in the pipeline at a time.
+        backlog_bytes: of frames that wait for the decoder or the consumer, before no more work is handed out. Something
+            is always handed out when nothing waits.
+    """
+
+    def __init__(self, gang: Gang, places: int = 1, backlog_bytes: int = 256 * 2**20) -> None:
+        self.places = places
+        self._gang, self._backlog_bytes = gang, backlog_bytes
+        self._flights: dict[int, Flight] = {}  # in order of submission
+        self._doomed: set[int] = set()  # cancelled while they were being prepared
+        self._leaves: list[int] = []
+        self._leaving: dict[int, int] = {}  # by stream, the epoch at which the stages forget it
+        self._epoch, self._done = 0, -1
+        self._outputs: list[Output] = []
+
+    # --- what is asked for ---------------------------------------------------------------------------------
+
+    def submit(self, stream: Stream) -> None:
+        """Queues a stream; ids are free again when a stream has ended.
+
+        Raises:
+            ConfigError: adaptive re-sync that could not be decided in time.
+            ValueError: a stream of this id is here.
+        """
+        if stream.id in self._flights:
+            raise ValueError(f"stream {stream.id} is here already")
+        check_adaptive(stream.batches)
+        self._flights[stream.id] = Flight(stream, self._gang.keep)
+
+    def cancel(self, stream: int) -> None:
+        """Ends a stream where it is; nothing more of it comes out. Unknown ids are ignored."""
+        if stream in self._flights:
+            self._drop(self._flights[stream])
+            self._outputs = [output for output in self._outputs if output.stream != stream]
+
+    def stop(self, stream: int) -> None:
+        """Lets an endless stream end: what is in flight is finished. Others are left alone."""
+        flight = self._flights.get(stream)
+        if flight is not None and flight.stream.plan.num_chunks is None:
+            flight.stopping = True
+
+    # --- what happens --------------------------------------------------------------------------------------
+
+    def step(self, timeout: float, held_bytes: int = 0) -> list[Output]:
+        """Hands out work, waits up to ``timeout`` seconds for something to happen, and says what is new.
+
+        Args:
+            timeout: seconds.
+            held_bytes: of earlier outputs that the consumer has not taken yet.
+
+        Raises:
+            GangLost: see :meth:`adopt`.
+        """
+        self._admit()
+        self._seal(held_bytes)
+        for event in self._gang.poll(0.0 if self._outputs else timeout):
+            self._take(event)
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def adopt(self, gang: Gang) -> None:
+        """Goes on in another gang after one was lost: every stream from its last shift; nothing is given out twice."""
+        self._gang = gang
+        self._epoch, self._done, self._leaving, self._leaves = 0, -1, {}, []
+        self._doomed.clear()
+        for flight in self._flights.values():
+            flight.restarted()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to do."""
+        return not (self._flights or self._outputs or self._leaves or self._doomed) and self._done == self._epoch - 1
+
+    @property
+    def streams(self) -> set[int]:
+        """Ids of the streams that are not over."""
+        return set(self._flights)
+
+    @property
+    def wants(self) -> int:
+        """How many streams more are of use: for the free places, and one in reserve."""
+        waiting = sum(flight.stand is Stand.WAITING for flight in self._flights.values())
+        return self.places - self._taken() + 1 - waiting
+
+    @property
+    def next_epoch(self) -> int:
+        """The first epoch that is not sealed."""
+        return self._epoch
+
+    def _admit(self) -> None:
+        """Streams for the free places, however much the decoder has to do."""
+        free = self.places - self._taken()
+        for flight in self._flights.values():
+            blocked = flight.id in self._leaving or flight.id in self._doomed  # an earlier stream of that id
+            if free > 0 and flight.stand is Stand.WAITING and not blocked:
+                flight.stand = Stand.PREPARING
+                self._gang.prepare(flight.stream, flight.past)
+                free -= 1
+
+    def _taken(self) -> int:
+        """Places that are taken in the epoch that is sealed next."""
+        coming = sum(flight.stand in (Stand.PREPARING, Stand.READY) for flight in self._flights.values())
+        return coming + len(self._active())
+
+    def _active(self) -> list[tuple[Flight, Join]]:
+        """Flights with rows in the epoch that is sealed next."""
+        return [
+            (flight, flight.join)
+            for flight in self._flights.values()
+            if flight.join is not None and is_active(flight.join, self._epoch)
+        ]
+
+    def _seal(self, held_bytes: int) -> None:
+        while self._epoch <= self._done + SEALED_AHEAD and self._has_room(held_bytes):
+            active = self._active()
+            reported = {flight.id: flight.reported for flight, _ in active}
+            if undecided([join for _, join in active], self._epoch, reported):
+                return
+            stops = {flight.id: self._stopped(flight, join) for flight, join in active if flight.stopping}
+            joins = self._join()
+            if not (active or joins or self._leaves):
+                return
+            # The row before this epoch's first one says which latents are on their way back.
+            exact = {
+                flight.id: flight.batches.exact_from(join.row_at(self._epoch) - 1)
+                for flight, join in self._active()
+                if flight.batches.adaptive
+            }
+            self._gang.seal(self._epoch, LogEntry(tuple(joins), tuple(self._leaves), stops, exact))
+            self._leaves = []
+            self._epoch += 1
+
+    def _stopped(self, flight: Flight, join: Join) -> WindowPlan:
+        plan = flight.stream.plan.stopped(join.row_at(self._epoch))
+        flight.stopped(plan)
+        return plan
+
+    def _has_room(self, held_bytes: int) -> bool:
+        waiting = held_bytes
+        for flight in self._flights.values():
+            info, frames = flight.stream.info, self._gang.frames_per_latent * flight.stream.plan.latent_chunk_size
+            waiting += len(flight.undecoded) * 3 * frames * info.height * info.width
+        return not waiting or waiting < self._backlog_bytes
+
+    def _join(self) -> list[Join]:
+        """Streams that enter at the epoch that is sealed next, in order of submission.
+
+        While the pipeline is empty all that are being prepared are awaited: what begins together stays in step.
+        """
+        flights = [flight for flight in self._flights.values() if flight.stand in (Stand.PREPARING, Stand.READY)]
+        late = any(flight.stand is Stand.PREPARING for flight in flights)
+        if late and not self._active():
+            return []
+        joins = []
+        for flight in flights:
+            if flight.stand is Stand.PREPARING:
+                break
+            flight.stand, flight.join = Stand.JOINED, join_of(flight.stream, self._epoch)
+            joins.append(flight.join)
+        return joins
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, EpochDone):
+            self._done = event.epoch
+            self._leaving = {stream: epoch for stream, epoch in self._leaving.items() if epoch > event.epoch}
+        elif isinstance(event, Prepared) and event.stream in self._doomed:
+            self._doomed.remove(event.stream)
+            self._leave(event.stream)
+        elif (flight := self._flights.get(event.stream)) is None or event.stream in self._leaving:
+            pass  # of a stream that was dropped meanwhile
+        elif isinstance(event, Prepared):
+            self._prepared(flight, event.error)
+        elif isinstance(event, KeysChanged):
+            flight.changed(event)
+        elif isinstance(event, Shift):
+            self._shifted(flight, event)
+        elif event.error is not None:
+            self._fail(flight, event.error)
+        else:
+            self._finish(flight, event)
+
+    def _prepared(self, flight: Flight, error: PAVDMError | None) -> None:
+        flight.stand = Stand.SAMPLED if flight.stream.is_sampled else Stand.READY
+        if error is not None:
+            self._fail(flight, error)
+            return
+        for clean, _ in list(flight.undecoded):
+            self._made(flight, clean)
+        self._end_if_over(flight)
+
+    def _shifted(self, flight: Flight, event: Shift) -> None:
+        if event.not_finite is not None:
+            self._fail(flight, not_finite_error(event.not_finite, event.snapshot.row - 1))
+            return
+        is_new, point = flight.shifted(event)
+        if is_new and event.clean is not None:
+            self._made(flight, event.clean)
+        elif point is not None:
+            self._outputs.append(Grown(flight.id, point))
+        self._end_if_over(flight)
+
+    def _made(self, flight: Flight, clean: CleanChunk) -> None:
+        """A chunk is clean: its frames are made, where somebody makes frames."""
+        if self._gang.decodes:
+            self._gang.decode(flight.id, clean)
+        else:
+            self._finish(flight, None)
+
+    def _finish(self, flight: Flight, decoded: Decoded | None) -> None:
+        self._outputs.append(flight.finished(decoded))
+        self._end_if_over(flight)
+
+    def _end_if_over(self, flight: Flight) -> None:
+        if flight.is_over and self._flights.pop(flight.id, None) is not None:
+            self._gang.forget(flight.id)
+
+    def _fail(self, flight: Flight, error: PAVDMError) -> None:
+        self._drop(flight)
+        self._outputs.append(Failed(flight.id, error))
+
+    def _drop(self, flight: Flight) -> None:
+        """Takes a stream out of the pipeline, at whatever point it is."""
+        del self._flights[flight.id]
+        if flight.stand is Stand.PREPARING:
+            self._doomed.add(flight.id)
+        elif flight.stand in (Stand.READY, Stand.JOINED):
+            self._leave(flight.id)
+        if flight.stand is not Stand.WAITING:
+            self._gang.forget(flight.id)
+
+    def _leave(self, stream: int) -> None:
+        """Stages forget a stream at the beginning of the epoch that is sealed next."""
+        self._leaves.append(stream)
+        self._leaving[stream] = self._epoch

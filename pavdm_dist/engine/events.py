@@ -1,0 +1,133 @@
+"""What the parts of the engine tell each other, as records: gangs to the driver, the driver to whoever consumes.
+
+Everything here lives in main memory and can be pickled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from pavdm_dist.errors import EngineError, PAVDMError
+from pavdm_dist.method.stream import ResumePoint
+from pavdm_dist.method.window import CleanChunk, WindowSnapshot
+
+# --- from a gang to the driver -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All stages, and the decoder if there is one, have taken a stream in; ``error`` says why they could not."""
+
+    stream: int
+    error: PAVDMError | None = None
+
+
+@dataclass(frozen=True)
+class EpochDone:
+    """The last stage has finished an epoch, and with it every other stage."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
+class KeysChanged:
+    """A shift of an adaptive stream ended with ``row``; its keys changed by so much (relative L2)."""
+
+    stream: int
+    row: int
+    change: float
+
+
+@dataclass(frozen=True)
+class Shift:
+    """The end of a shift of one stream.
+
+    Attributes:
+        stream: id.
+        snapshot: the state before the next row, without what adaptive re-sync has decided, which the driver knows.
+        clean: the chunk that became clean; None while the first window grows, and where the plan discards it.
+        not_finite: a chunk with values that are not finite; nothing of the stream is of use any more.
+    """
+
+    stream: int
+    snapshot: WindowSnapshot
+    clean: CleanChunk | None
+    not_finite: int | None = None
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Frames of a stream's oldest undecoded chunk, uint8 ``[t, H, W, 3]``; or why there are none."""
+
+    stream: int
+    chunk: int
+    frames: Tensor | None
+    error: PAVDMError | None = None
+
+
+Event = Prepared | EpochDone | KeysChanged | Shift | Decoded
+
+
+class GangLost(EngineError):
+    """A gang cannot go on: an actor died, is silent, or a fault ended its loop.
+
+    Attributes:
+        rank: the stage; None for the decode actor.
+        node: address of its machine, None where it is not known.
+        cause: in words.
+    """
+
+    def __init__(self, message: str, rank: int | None = None, node: str | None = None, cause: str = "") -> None:
+        super().__init__(message)
+        self.rank, self.node, self.cause = rank, node, cause
+
+
+# --- from the driver to a consumer ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A clean chunk of a stream.
+
+    Attributes:
+        stream: id.
+        clean: index and latents.
+        frames: uint8 ``[t, H, W, 3]``; None in an engine without a decoder.
+        last: nothing of the stream follows.
+        resume: where the stream goes on behind this chunk, bit for bit; None where it could not (mode displaced,
+            between exact rows).
+        resyncs: rows that adaptive re-sync has made exact so far.
+    """
+
+    stream: int
+    clean: CleanChunk
+    frames: Tensor | None
+    last: bool
+    resume: ResumePoint | None
+    resyncs: tuple[int, ...] = field(default=())
+
+    @property
+    def num_bytes(self) -> int:
+        """What it holds in memory, roughly: frames, or latents where there are none."""
+        return (self.clean.latents if self.frames is None else self.frames).nbytes
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A shift that finished no chunk, from which the stream goes on: its first window is growing."""
+
+    stream: int
+    resume: ResumePoint
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A stream that ends without its remaining chunks; the others go on."""
+
+    stream: int
+    error: PAVDMError
+
+
+Output = Finished | Grown | Failed

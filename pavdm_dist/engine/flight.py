@@ -1,0 +1,152 @@
+"""One video as the driver knows it: what it takes to go on with it in another gang of actors."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from pavdm_dist.engine.events import Decoded, Finished, KeysChanged, Shift
+from pavdm_dist.engine.order import Join
+from pavdm_dist.method.microbatches import MicroBatches
+from pavdm_dist.method.schedule import WindowPlan
+from pavdm_dist.method.stream import ResumePoint, Stream
+from pavdm_dist.method.window import CleanChunk, WindowSnapshot
+
+
+class Stand(Enum):
+    """How far a flight has come in its gang."""
+
+    WAITING = "waiting"  # for a place
+    PREPARING = "preparing"  # on all stages
+    READY = "ready"  # to join at the next epoch
+    JOINED = "joined"  # rows are being run
+    SAMPLED = "sampled"  # every chunk is clean
+
+
+@dataclass
+class Flight:
+    """State of one stream, outside any gang.
+
+    Attributes:
+        stream: what is sampled, with the place where it began.
+        keep: how many clean latents a decoder is warmed on.
+        stand: in the present gang.
+        join: its place in the present gang's order.
+        batches: how its rows are cut, with what adaptive re-sync has decided.
+        reported: of an adaptive stream, the last row whose report is there.
+        next_chunk: the first chunk that has not become clean.
+        undecoded: clean chunks whose frames are still to come, oldest first, with their resume points.
+        past: clean latents ``[C, n, h, w]`` right before the oldest of these, for a decoder that takes the stream over.
+        stopping: an endless stream's end is asked for.
+    """
+
+    stream: Stream
+    keep: int
+    stand: Stand = Stand.WAITING
+    join: Join | None = None
+    reported: int = -1
+    stopping: bool = False
+    batches: MicroBatches = field(init=False)
+    next_chunk: int = field(init=False)
+    undecoded: deque[tuple[CleanChunk, ResumePoint | None]] = field(default_factory=deque)
+    past: Tensor | None = field(init=False)
+    _latest: WindowSnapshot | None = None
+    _tail: Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        stream, resume = self.stream, self.stream.resume
+        self.batches = stream.batches
+        self._tail = self.past = stream.decoder_warm
+        self.next_chunk = 0
+        if resume is None:
+            return
+        self._latest, row = resume.snapshot, resume.snapshot.row
+        chunks = stream.plan.num_chunks
+        self.next_chunk = chunks if chunks is not None and stream.is_sampled else stream.plan.row(row).chunks[0]
+        for clean in resume.undecoded:
+            self._tail = self._behind(self._tail, clean)
+            self.undecoded.append((clean, None))
+        if self.undecoded:  # the resume point itself is behind all of them
+            self.undecoded[-1] = (self.undecoded[-1][0], self._point(resume.snapshot))
+
+    @property
+    def id(self) -> int:
+        return self.stream.id
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all frames have been given out."""
+        return self.stand is Stand.SAMPLED and not self.undecoded
+
+    @property
+    def resyncs(self) -> tuple[int, ...]:
+        """Rows that adaptive re-sync has made exact so far."""
+        return tuple(sorted(self.batches.exact_rows))
+
+    def shifted(self, shift: Shift) -> tuple[bool, ResumePoint | None]:
+        """Takes the end of a shift in.
+
+        Returns:
+            Whether it brought a chunk that is new (a gang that began at an earlier row repeats some), and where the
+            stream goes on; None where it could not, or where that is known already.
+        """
+        clean, is_new = shift.clean, False
+        if clean is not None and clean.index == self.next_chunk:
+            is_new = True
+            self.next_chunk += 1
+            self._tail = self._behind(self._tail, clean)
+        if self.stream.plan.is_over(shift.snapshot.row):
+            self.stand = Stand.SAMPLED
+        point = None
+        if self.batches.durable(shift.snapshot.row):
+            self._latest = replace(shift.snapshot, exact_rows=self.batches.exact_from(shift.snapshot.row))
+            point = self._point(self._latest)
+        if clean is None:
+            return False, point
+        if not is_new:
+            return False, None
+        self.undecoded.append((clean, point))
+        return True, point
+
+    def changed(self, event: KeysChanged) -> None:
+        """A shift of an adaptive stream is over: what follows from it enters the log with the next epoch."""
+        self.batches = self.batches.reported(event.row, event.change)
+        self.reported = event.row
+
+    def finished(self, decoded: Decoded | None) -> Finished:
+        """The oldest undecoded chunk, with its frames if there is a decoder."""
+        clean, point = self.undecoded.popleft()
+        self.past = self._behind(self.past, clean)
+        chunks = self.stream.plan.num_chunks
+        last = chunks is not None and clean.index == chunks - 1
+        return Finished(self.id, clean, decoded.frames if decoded else None, last, point, self.resyncs)
+
+    def stopped(self, plan: WindowPlan) -> None:
+        """An endless stream follows ``plan`` from now on."""
+        self.stream, self.stopping = replace(self.stream, plan=plan), False
+        self.batches = replace(self.batches, plan=plan)
+        if self.join is not None:
+            self.join = self.join.stopped(plan)
+
+    def restarted(self) -> None:
+        """For another gang: goes on at the last shift from which it goes on bit for bit, or at its beginning."""
+        if self.stand is not Stand.SAMPLED:
+            self.stand = Stand.WAITING
+        self.join, self.reported = None, -1
+        if self._latest is not None:
+            self.stream = replace(self.stream, resume=ResumePoint(self._latest))
+        self.batches = self.stream.batches
+
+    def _point(self, snapshot: WindowSnapshot) -> ResumePoint:
+        return ResumePoint(snapshot, self._tail)
+
+    def _behind(self, before: Tensor | None, clean: CleanChunk) -> Tensor | None:
+        """What a decoder must have seen behind ``clean``, which follows ``before``."""
+        if not self.keep:
+            return None
+        held = clean.latents if before is None else torch.cat([before, clean.latents], dim=1)
+        return held[:, max(0, held.shape[1] - self.keep) :].clone()

@@ -1,0 +1,217 @@
+"""One generation of actors on a Ray cluster: brought up together, watched, and lost together.
+
+Knows streams only as far as it hands them on; what becomes of them is the driver's.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from pavdm_dist.engine.blame import control_results, frozen, lost, video_error
+from pavdm_dist.engine.decoding import Decoding
+from pavdm_dist.engine.events import EpochDone, Event, Prepared
+from pavdm_dist.engine.loop import RunReport
+from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.engine.order import LogEntry
+from pavdm_dist.engine.placement import place
+from pavdm_dist.method.stream import Stream
+from pavdm_dist.method.window import CleanChunk
+
+logger = logging.getLogger(__name__)
+
+# Beyond the links' own timeout: a stage that waits for a frozen one should say so first.
+FREEZE_MARGIN_S = 3.0
+
+
+class RayGang:
+    """P stage actors and a decode actor (a driver's ``Gang``).
+
+    Args:
+        folder: backbone folder, readable on every node.
+        blocks: half-block range of each stage (:func:`~pavdm_dist.planning.partition.partition`).
+        options: resources and limits.
+        codec_folder: codec for the decode actor; None makes none.
+        generation: stamped on every message; higher than that of any gang before.
+
+    Raises:
+        EngineError: not enough resources, or an actor did not come up within ``start_timeout_s``.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        blocks: Sequence[tuple[int, int]],
+        options: EngineOptions,
+        codec_folder: str | None = None,
+        generation: int = 1,
+    ) -> None:
+        self._options, self._blocks, self._generation = options, list(blocks), generation
+        self._stages: list[Any] = []
+        self._loops: list[Any] = []
+        self._places: list[dict[str, Any]] = []
+        self._group: Any = None
+        self._decoding: Decoding | None = None
+        self.keep, self.frames_per_latent = 0, 1
+        self._preparing: dict[int, tuple[list[Any], float]] = {}
+        self._events: deque[Event] = deque()
+        self._sealed, self._done, self._position, self._moved = -1, -1, -1, time.monotonic()
+        try:
+            self._group = place(options)
+            self._start(folder, codec_folder)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def decodes(self) -> bool:
+        return self._decoding is not None
+
+    def prepare(self, stream: Stream, warm: Tensor | None) -> None:
+        import ray
+
+        if self._decoding is not None:
+            self._decoding.open(stream.id, warm)
+        if stream.is_sampled:
+            self._events.append(Prepared(stream.id))
+            return
+        shared = ray.put(stream)
+        self._preparing[stream.id] = [stage.prepare.remote(shared) for stage in self._stages], time.monotonic()
+
+    def seal(self, epoch: int, entry: LogEntry) -> None:
+        if self._done == self._sealed:
+            self._moved = time.monotonic()  # nothing was to be done so far
+        self._sealed = epoch
+        for stage in self._stages:
+            stage.seal.remote(epoch, entry)
+
+    def decode(self, stream: int, clean: CleanChunk) -> None:
+        assert self._decoding is not None
+        self._decoding.decode(stream, clean)
+
+    def forget(self, stream: int) -> None:
+        if self._decoding is not None:
+            self._decoding.forget(stream)
+
+    def poll(self, timeout: float) -> list[Event]:
+        import ray
+
+        if not self._events:
+            try:
+                self._collect(timeout)
+            except ray.exceptions.RayError as error:
+                raise lost(self._loops, self._places, error) from error
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def finish(self) -> list[RunReport]:
+        """Lets the loops end after the last sealed epoch and returns every stage's report, in stage order."""
+        for stage in self._stages:
+            stage.stop.remote(self._sealed + 1)
+        return control_results(self._loops, self._options.link_timeout_s, "a stage", "end")
+
+    def close(self) -> None:
+        """Ends all actors and gives the resources back; safe to call twice."""
+        import ray
+
+        if not ray.is_initialized():
+            return
+        for actor in (*self._stages, *([self._decoding.actor] if self._decoding else [])):
+            ray.kill(actor)
+        self._stages, self._loops, self._decoding = [], [], None
+        if self._group is not None:
+            from ray.util.placement_group import remove_placement_group
+
+            remove_placement_group(self._group)
+            self._group = None
+
+    def _start(self, folder: str, codec_folder: str | None) -> None:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        from pavdm_dist.engine.actors import CONCURRENT_CALLS, DecodeActor, StageActor
+
+        options, world = self._options, len(self._blocks)
+
+        def actor(cls: type, bundle: int, cpus: float, gpus: float, **more: Any) -> Any:
+            strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
+            resources = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "scheduling_strategy": strategy}
+            return ray.remote(**resources, **more)(cls)
+
+        settings = (options.device, options.threads_per_stage, options.compile)
+        per_stage = (options.cpus_per_stage, options.gpus_per_stage)
+        for bundle, blocks in enumerate(self._blocks):
+            make = actor(StageActor, bundle, *per_stage, max_concurrency=CONCURRENT_CALLS)
+            self._stages.append(make.remote(folder, blocks, *settings))
+        if codec_folder is not None:
+            own_bundle = world if options.cpus_per_decoder else world - 1
+            make = actor(DecodeActor, own_bundle, options.cpus_per_decoder, 0, concurrency_groups={"control": 1})
+            decoder = make.remote(codec_folder, options.threads_per_stage, "cpu")
+            self._decoding = Decoding(decoder, options.link_timeout_s)
+        limit = options.start_timeout_s
+        self._places = control_results([stage.where.remote() for stage in self._stages], limit, "a stage", "come up")
+        host, port = self._places[0]["node"], 0
+        if world > 1:
+            (port,) = control_results([self._stages[0].open_store.remote(host)], limit, "stage 0", "open its store")
+        link = (options.transport, options.link_timeout_s)
+        connects = [
+            stage.connect.remote(rank, world, host, port, self._generation, *link)
+            for rank, stage in enumerate(self._stages)
+        ]
+        control_results(connects, limit, "a stage", "connect to its neighbours")
+        if self._decoding is not None:  # a broken codec is said before anything is sampled
+            facts = self._decoding.actor.facts.remote()
+            ((self.keep, self.frames_per_latent),) = control_results([facts], limit, "the decode actor", "come up")
+        self._loops = [stage.run.remote(options.trace) for stage in self._stages]
+        self._taking = self._stages[-1].take.remote()
+        logger.info("stages up: %d, half-blocks %s", world, self._blocks)
+
+    def _collect(self, timeout: float) -> None:
+        """Waits for the first of: the last stage's events, a stage's having taken a stream in, frames, a loop's end."""
+        import ray
+
+        prepares = [ref for refs, _ in self._preparing.values() for ref in refs]
+        watched = [self._taking, *self._loops, *prepares, *(self._decoding.awaited if self._decoding else [])]
+        ray.wait(watched, timeout=timeout)
+        ready, _ = ray.wait(watched, num_returns=len(watched), timeout=0)
+        if any(loop in ready for loop in self._loops):
+            raise lost(self._loops, self._places)
+        for stream, (refs, _) in list(self._preparing.items()):
+            if all(ref in ready for ref in refs):
+                del self._preparing[stream]
+                self._events.append(self._prepared(stream, refs))
+        if self._taking in ready:
+            events, position = ray.get(self._taking)
+            self._taking = self._stages[-1].take.remote()
+            self._done = max([self._done, *(event.epoch for event in events if isinstance(event, EpochDone))])
+            if position != self._position:
+                self._position, self._moved = position, time.monotonic()
+            self._events.extend(events)
+        if self._decoding is not None:
+            self._events.extend(self._decoding.collect())
+        self._check_silence()
+
+    def _prepared(self, stream: int, refs: list[Any]) -> Prepared:
+        import ray
+
+        try:
+            ray.get(refs)
+            return Prepared(stream)
+        except ray.exceptions.RayTaskError as error:
+            return Prepared(stream, video_error(error, "a stage could not take the video in"))
+
+    def _check_silence(self) -> None:
+        """Notices what neither an ended loop nor a link's timeout tells: stages that stand still."""
+        limit, now = self._options.link_timeout_s, time.monotonic()
+        waiting = {"no unit was finished": self._moved} if self._done < self._sealed else {}
+        if self._preparing:
+            waiting["a stage did not take a video in"] = min(since for _, since in self._preparing.values())
+        for what, since in waiting.items():
+            if now - since > limit + FREEZE_MARGIN_S:
+                raise frozen(self._stages, self._places, f"{what} for {now - since:.0f} s", limit)

@@ -1,0 +1,330 @@
+"""The engine that a process holds: a gang, the thread that drives it, and what waits for whoever consumes.
+
+The driver's thread runs however slow its consumer is: an encoder, an upload or a callback that sleeps does not stop
+the stages until ``EngineOptions.backlog_bytes`` of frames wait.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
+
+from pavdm_dist.engine.driver import Driver
+from pavdm_dist.engine.events import Failed, Finished, Grown, Output
+from pavdm_dist.engine.gang import RayGang
+from pavdm_dist.engine.loop import RunReport
+from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.engine.placement import connect
+from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
+from pavdm_dist.method.stream import ResumePoint, Stream
+
+T = TypeVar("T")
+
+# Seconds the driver waits for events before it looks whether something else is to be done.
+POLL_S, EAGER_POLL_S = 1.0, 0.1
+
+
+class RayEngine:
+    """P stage actors (and a decode actor) on a Ray cluster; use as a context manager.
+
+    One thread drives them; :meth:`run` is called from any other, one run at a time.
+
+    Args:
+        folder: backbone folder, readable on every node.
+        blocks: half-block range of each stage (:func:`~pavdm_dist.planning.partition.partition`).
+        options: resources and limits.
+        codec_folder: codec for the decode actor; None makes none.
+
+    Raises:
+        EngineError: no cluster, not enough resources, or an actor did not come up.
+    """
+
+    def __init__(
+        self, folder: str, blocks: Sequence[tuple[int, int]], options: EngineOptions, codec_folder: str | None = None
+    ) -> None:
+        self.blocks = list(blocks)
+        self._owns_ray = connect(options)
+        try:
+            self._gang = RayGang(folder, blocks, options, codec_folder)
+        except BaseException:
+            self._leave_ray()
+            raise
+        self._driver = Driver(self._gang, backlog_bytes=options.backlog_bytes)
+        self._run: _Run | None = None
+        self._resyncs: dict[int, tuple[int, ...]] = {}
+        self._asked: deque[Callable[[], None]] = deque()
+        self._error: BaseException | None = None
+        self._closing = False
+        # Guards all of the above but the driver and its gang, which are the thread's alone.
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._drive, name="pavdm-driver", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> RayEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(
+        self,
+        streams: Iterable[Stream | Failed],
+        streams_in_flight: int = 1,
+        on_grown: Callable[[int, ResumePoint], None] | None = None,
+        on_failed: Callable[[int, PAVDMError], None] | None = None,
+    ) -> Iterator[Finished]:
+        """Samples (and decodes) all streams; yields each stream's chunks in order.
+
+        Abandoning the iterator (``close()``, or a new run) takes its streams out of the pipeline.
+
+        Args:
+            streams: taken one by one, one ahead of free places, in a thread of their own, so that building one holds
+                nothing up. A ``Failed`` stands for one that could not be built.
+            streams_in_flight: videos in the pipeline at a time.
+            on_grown: called with (stream id, resume point) for shifts that finish no chunk, while a window grows.
+            on_failed: called with (stream id, error) for a stream that ends early, while others go on; without it the
+                error is raised and ends the run.
+
+        Raises:
+            EngineError: an actor died or is silent; the gang is torn down.
+            ConfigError: ``streams_in_flight`` below 1.
+        """
+        if streams_in_flight < 1:
+            raise ConfigError(f"streams={streams_in_flight}: at least 1")
+        run = _Run(iter(streams), streams_in_flight)
+        self._begin(run)
+        try:
+            while (output := self._next(run)) is not None:
+                if isinstance(output, Finished):
+                    yield output
+                elif isinstance(output, Grown):
+                    if on_grown is not None:
+                        on_grown(output.stream, output.resume)
+                elif on_failed is None:
+                    raise output.error
+                else:
+                    on_failed(output.stream, output.error)
+        finally:
+            self._end(run)
+
+    def stop(self, stream: int) -> None:
+        """Lets an endless stream end: what is in flight is finished, then its last chunk comes."""
+        self._ask(partial(self._driver.stop, stream))
+
+    def exact_rows(self, stream: int) -> tuple[int, ...]:
+        """Rows of a stream of the latest run that adaptive re-sync has made exact, as of its last chunk."""
+        return self._resyncs.get(stream, ())
+
+    def finish(self) -> list[RunReport]:
+        """Ends the stages after what they were given, and returns every stage's report, in stage order."""
+        reports = self._asked_for(self._gang.finish)
+        self.close()
+        return reports
+
+    def close(self) -> None:
+        """Ends all actors and gives the resources back; safe to call twice."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._gang.close()
+        self._leave_ray()
+
+    # --- the consumer's side -------------------------------------------------------------------------------
+
+    def _begin(self, run: _Run) -> None:
+        with self._changed:
+            if self._run is not None:
+                self._run.over = True
+                self._asked.append(partial(self._abandon, self._run))
+            self._run, self._resyncs = run, {}
+            self._changed.notify_all()
+        threading.Thread(target=self._feed, args=(run,), name="pavdm-streams", daemon=True).start()
+
+    def _end(self, run: _Run) -> None:
+        with self._changed:
+            run.over = True
+            if self._run is run:
+                self._run = None
+                self._asked.append(partial(self._abandon, run))
+            self._changed.notify_all()
+
+    def _next(self, run: _Run) -> Output | None:
+        """The oldest output of a run; None when nothing follows."""
+        with self._changed:
+            while True:
+                if run.over:
+                    raise EngineError("this run was ended by a later one on the same engine")
+                if run.outputs:
+                    output = run.outputs.popleft()
+                    if isinstance(output, Finished):
+                        run.held_bytes -= output.num_bytes
+                        self._resyncs[output.stream] = output.resyncs
+                    self._changed.notify_all()
+                    return output
+                if run.error is not None:
+                    raise run.error
+                if self._over:
+                    raise self._error or EngineError("the engine is closed")
+                if run.exhausted and not run.open and not run.built:
+                    return None
+                self._changed.wait()
+
+    def _feed(self, run: _Run) -> None:
+        """Takes streams from the run's source as they are wanted; a thread of its own."""
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: run.wanted > len(run.built) or run.over or self._over)
+                    if run.over or self._over:
+                        return
+                stream = next(run.source, None)
+                with self._changed:
+                    if stream is None:
+                        run.exhausted = True
+                    elif isinstance(stream, Failed):
+                        run.outputs.append(stream)
+                    else:
+                        run.built.append(stream)
+                    self._changed.notify_all()
+                    if stream is None:
+                        return
+        except BaseException as error:  # whatever the source raises belongs to whoever consumes
+            with self._changed:
+                run.error = error
+                self._changed.notify_all()
+
+    # --- the thread's side ---------------------------------------------------------------------------------
+
+    def _drive(self) -> None:
+        try:
+            while self._prepare_step():
+                run = self._run
+                held = 0 if run is None else run.held_bytes
+                # Whoever waits for a free place, or for room, must not wait for the pipeline's next event.
+                eager = held > 0 or (run is not None and not run.exhausted)
+                self._give(self._driver.step(EAGER_POLL_S if eager else POLL_S, held))
+        except BaseException as error:
+            self._gang.close()
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _prepare_step(self) -> bool:
+        """Does what others asked for; waits while there is nothing to do; False at the end."""
+        with self._changed:
+            while True:
+                while self._asked:
+                    self._asked.popleft()()
+                if self._closing:
+                    return False
+                run = self._run
+                if run is not None:
+                    self._take_built(run)
+                if not self._driver.idle:
+                    return True
+                self._changed.wait()
+
+    def _take_built(self, run: _Run) -> None:
+        self._driver.places = run.places
+        while run.built:
+            stream = run.built.popleft()
+            try:
+                self._driver.submit(stream)
+                run.open.add(stream.id)
+            except PAVDMError as error:
+                run.outputs.append(Failed(stream.id, error))
+            self._changed.notify_all()
+        if (wanted := self._driver.wants) != run.wanted:
+            run.wanted = wanted
+            self._changed.notify_all()
+
+    def _give(self, outputs: Sequence[Output]) -> None:
+        with self._changed:
+            run = self._run
+            if run is None:
+                return
+            for output in outputs:
+                if output.stream not in run.open:
+                    continue  # of a run that was abandoned
+                run.outputs.append(output)
+                if isinstance(output, Finished):
+                    run.held_bytes += output.num_bytes
+            still = run.open & self._driver.streams
+            if outputs or still != run.open:
+                run.open = still
+                self._changed.notify_all()
+
+    def _abandon(self, run: _Run) -> None:
+        """Takes what is left of a run out of the pipeline."""
+        for stream in run.open:
+            self._driver.cancel(stream)
+        run.built.clear()
+        run.outputs.clear()
+
+    def _ask(self, what: Callable[[], None]) -> None:
+        with self._changed:
+            self._asked.append(what)
+            self._changed.notify_all()
+
+    def _asked_for(self, what: Callable[[], T]) -> T:
+        """The result of something that only the thread may do."""
+        done: list[T | BaseException] = []
+
+        def do() -> None:
+            try:
+                done.append(what())
+            except BaseException as error:
+                done.append(error)
+            self._changed.notify_all()
+
+        self._ask(do)
+        with self._changed:
+            self._changed.wait_for(lambda: done or self._over)
+        if not done:
+            raise self._error or EngineError("the engine is closed")
+        if isinstance(done[0], BaseException):
+            raise done[0]
+        return done[0]
+
+    @property
+    def _over(self) -> bool:
+        return self._error is not None or self._closing
+
+    def _leave_ray(self) -> None:
+        if self._owns_ray:
+            import ray
+
+            ray.shutdown()
+            self._owns_ray = False
+
+
+class _Run:
+    """One call of :meth:`RayEngine.run`: what is to come, what is under way, what waits for the consumer.
+
+    Attributes:
+        source: where streams come from.
+        places: videos in flight.
+        wanted: streams that the driver would take now.
+        built: taken from the source, not yet the driver's.
+        open: ids of the driver's streams that are not over.
+        outputs: oldest first.
+        held_bytes: of frames among them.
+        exhausted: the source has ended.
+        error: what the source raised.
+        over: nobody consumes it any more.
+    """
+
+    def __init__(self, source: Iterator[Stream | Failed], places: int) -> None:
+        self.source, self.places = source, places
+        self.wanted = 0
+        self.built: deque[Stream] = deque()
+        self.open: set[int] = set()
+        self.outputs: deque[Output] = deque()
+        self.held_bytes = 0
+        self.exhausted, self.over = False, False
+        self.error: BaseException | None = None
