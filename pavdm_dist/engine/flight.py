@@ -134,9 +134,7 @@ class Flight:
 
     def restarted(self) -> None:
         """For another gang: goes on at the last shift from which it goes on bit for bit, or at its beginning."""
-        if self.stand is not Stand.SAMPLED:
-            self.stand = Stand.WAITING
-        self.join, self.reported = None, -1
+        self.stand, self.join, self.reported = Stand.WAITING, None, -1
         if self._latest is not None:
             self.stream = replace(self.stream, resume=ResumePoint(self._latest))
         self.batches = self.stream.batches
