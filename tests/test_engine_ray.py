@@ -168,7 +168,7 @@ def test_a_killed_stage_ends_the_run_quickly(ray_cluster: None, folder: Path, vi
     with RayEngine(str(folder), _cut(2), EngineOptions(2)) as engine:
         import ray
 
-        pid = ray.get(engine._gang._stages[victim].where.remote())["pid"]
+        pid = ray.get(engine._gang._stages[victim].where.remote()).pid
         run = engine.run([stream])
         next(run)
         os.kill(pid, signal.SIGKILL)
@@ -184,7 +184,7 @@ def test_a_frozen_stage_is_noticed_by_its_peer(ray_cluster: None, folder: Path) 
     with RayEngine(str(folder), _cut(2), EngineOptions(2, link_timeout_s=3)) as engine:
         import ray
 
-        pid = ray.get(engine._gang._stages[1].where.remote())["pid"]
+        pid = ray.get(engine._gang._stages[1].where.remote()).pid
         run = engine.run([stream])
         next(run)
         os.kill(pid, signal.SIGSTOP)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pavdm_dist.engine.events import Event
+from pavdm_dist.engine.events import Event, Place
 from pavdm_dist.engine.loop import EpochFeed, Links, RunReport, StageLoop
 from pavdm_dist.engine.order import LogEntry
 from pavdm_dist.engine.stage import Stage
@@ -52,11 +52,9 @@ class StageActor:
         self._generation = 0
         self._store: Any = None
 
-    def where(self) -> dict[str, Any]:
-        """Node address and process, for placement checks and error messages."""
-        import ray
-
-        return {"node": ray.util.get_node_ip_address(), "pid": os.getpid()}
+    def where(self) -> Place:
+        """Node and process of the actor."""
+        return _here()
 
     def open_store(self, host: str) -> int:
         """Rank 0: opens the rendezvous store on a free port and returns it. The store lives as long as the actor."""
@@ -152,26 +150,33 @@ class DecodeActor:
         self._dropped: set[int] = set()
         self._latents = 0
 
-    def facts(self) -> tuple[int, int]:
-        """Latents that a decoder is warmed on to go on with a stream, and frames per latent."""
-        return self._codec.receptive_latents(), self._codec.spec.temporal_stride
+    def facts(self) -> tuple[int, int, Place]:
+        """Latents that a decoder is warmed on to go on with a stream; frames per latent; where the actor is."""
+        return self._codec.receptive_latents(), self._codec.spec.temporal_stride, _here()
 
     def open(self, key: int, warm: Tensor | None) -> None:
         """Starts a stream; ``warm`` are latents ``[C, n, h, w]`` that came before its next chunk."""
         torch.set_num_threads(self._threads)  # a property of the calling thread
-        if key not in self._dropped:
+        if key in self._dropped:
+            return
+        try:
             self._decoders[key] = self._codec.decoder()
             if warm is not None:
                 self._decoders[key].warm(warm)
+        except Exception as error:  # nobody waits for this call: the first chunk tells it
+            self._decoders[key] = error
 
     def decode(self, key: int, latents: Tensor) -> Any:
         """Latents ``[C, c, h, w]`` of the next chunk -> frames, uint8 numpy ``[t, H, W, 3]``; None if dropped."""
         torch.set_num_threads(self._threads)
-        frames = []
+        decoder, frames = self._decoders.get(key), []
+        if isinstance(decoder, Exception):
+            raise decoder
         for latent in latents.split(1, dim=1):  # one by one, so that it can be seen to work
             if key in self._dropped:
                 return None
-            frames.append(self._decoders[key].decode(latent).numpy())
+            assert decoder is not None, "open comes before decode"
+            frames.append(decoder.decode(latent).numpy())
             self._latents += 1
         return np.concatenate(frames)
 
@@ -187,6 +192,12 @@ class DecodeActor:
     def progress(self) -> int:
         """Control: latents decoded so far, of all streams."""
         return self._latents
+
+
+def _here() -> Place:
+    import ray
+
+    return Place(ray.util.get_node_ip_address(), os.getpid())
 
 
 def _nobody(_: Event) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pavdm_dist.engine.events import GangLost
+from pavdm_dist.engine.events import GangLost, Place
 from pavdm_dist.errors import EngineError, PAVDMError, VideoError
 
 logger = logging.getLogger(__name__)
@@ -38,12 +38,12 @@ def control_results(refs: list[Any], timeout: float, who: str, what: str) -> lis
         raise EngineError(f"an actor did not come up: {last_line(error)}") from error
 
 
-def lost(loops: Sequence[Any], places: Sequence[dict[str, Any]], seen: BaseException | None = None) -> GangLost:
+def lost(loops: Sequence[Any], places: Sequence[Place], seen: BaseException | None = None) -> GangLost:
     """The loss, named after the stage that failed first: a dead actor before a stage whose neighbour died.
 
     Args:
         loops: running calls of the stages, in their order; at least one has ended, or the decode actor has.
-        places: node and process of each.
+        places: of each.
         seen: what was noticed.
     """
     import ray
@@ -69,7 +69,7 @@ def lost(loops: Sequence[Any], places: Sequence[dict[str, Any]], seen: BaseExcep
     return GangLost(f"the decode actor died although all stages are running: {cause}", cause=cause)
 
 
-def frozen(stages: Sequence[Any], places: Sequence[dict[str, Any]], what: str, limit: float) -> GangLost:
+def frozen(stages: Sequence[Any], places: Sequence[Place], what: str, limit: float) -> GangLost:
     """The loss when nothing moves: names the stage that does not answer."""
     import ray
 
@@ -83,10 +83,9 @@ def frozen(stages: Sequence[Any], places: Sequence[dict[str, Any]], what: str, l
     )
 
 
-def _loss(places: Sequence[dict[str, Any]], rank: int, what: str, cause: str) -> GangLost:
-    place = places[rank]
-    where = f"stage {rank} of {len(places)} (node {place['node']}, pid {place['pid']})"
-    return GangLost(f"{where} {what}: {cause}", rank, place["node"], cause)
+def _loss(places: Sequence[Place], rank: int, what: str, cause: str) -> GangLost:
+    where = f"stage {rank} of {len(places)} ({places[rank]})"
+    return GangLost(f"{where} {what}: {cause}", rank, places[rank].node, cause)
 
 
 def video_error(error: Any, what: str) -> PAVDMError:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.engine.blame import ANSWER_S, video_error
-from pavdm_dist.engine.events import Decoded, GangLost
+from pavdm_dist.engine.events import Decoded, GangLost, Place
 from pavdm_dist.method.window import CleanChunk
 
 
@@ -32,10 +32,14 @@ class Decoding:
     Args:
         actor: a :class:`~pavdm_dist.engine.actors.DecodeActor`.
         limit_s: longest time for a latent.
+
+    Attributes:
+        place: of the actor, once it is up.
     """
 
     def __init__(self, actor: Any, limit_s: float) -> None:
         self.actor, self._limit = actor, limit_s
+        self.place: Place | None = None
         self._keys: dict[int, int] = {}
         self._opened = 0
         self._chunks: deque[_Chunk] = deque()
@@ -103,7 +107,8 @@ class Decoding:
             decoded = self._decoded
         if decoded == self._decoded:
             cause = f"it has decoded nothing for {self._limit:g} s (link_timeout_s)"
-            raise GangLost(f"the decode actor is frozen: {cause}", cause=cause)
+            node = None if self.place is None else self.place.node
+            raise GangLost(f"the decode actor ({self.place}) is frozen: {cause}", None, node, cause)
         self._decoded, self._chunks[0].since = decoded, time.monotonic()
 
     def _control(self, method: str, *arguments: Any) -> Any:

@@ -67,6 +67,17 @@ class Decoded:
     error: PAVDMError | None = None
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where an actor runs: address of its machine, process number."""
+
+    node: str
+    pid: int
+
+    def __str__(self) -> str:
+        return f"node {self.node}, pid {self.pid}"
+
+
 Event = Prepared | EpochDone | KeysChanged | Shift | Decoded
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pavdm_dist.engine.blame import control_results, frozen, lost, video_error
 from pavdm_dist.engine.decoding import Decoding
-from pavdm_dist.engine.events import EpochDone, Event, Prepared
+from pavdm_dist.engine.events import EpochDone, Event, Place, Prepared
 from pavdm_dist.engine.loop import RunReport
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.order import LogEntry
@@ -54,7 +54,7 @@ class RayGang:
         self._options, self._blocks, self._generation = options, list(blocks), generation
         self._stages: list[Any] = []
         self._loops: list[Any] = []
-        self._places: list[dict[str, Any]] = []
+        self._places: list[Place] = []
         self._group: Any = None
         self._decoding: Decoding | None = None
         self.keep, self.frames_per_latent = 0, 1
@@ -152,11 +152,12 @@ class RayGang:
         if codec_folder is not None:
             own_bundle = world if options.cpus_per_decoder else world - 1
             make = actor(DecodeActor, own_bundle, options.cpus_per_decoder, 0, concurrency_groups={"control": 1})
-            decoder = make.remote(codec_folder, options.threads_per_stage, "cpu")
-            self._decoding = Decoding(decoder, options.link_timeout_s)
+            self._decoding = Decoding(
+                make.remote(codec_folder, options.threads_per_stage, "cpu"), options.link_timeout_s
+            )
         limit = options.start_timeout_s
         self._places = control_results([stage.where.remote() for stage in self._stages], limit, "a stage", "come up")
-        host, port = self._places[0]["node"], 0
+        host, port = self._places[0].node, 0
         if world > 1:
             (port,) = control_results([self._stages[0].open_store.remote(host)], limit, "stage 0", "open its store")
         link = (options.transport, options.link_timeout_s)
@@ -167,7 +168,8 @@ class RayGang:
         control_results(connects, limit, "a stage", "connect to its neighbours")
         if self._decoding is not None:  # a broken codec is said before anything is sampled
             facts = self._decoding.actor.facts.remote()
-            ((self.keep, self.frames_per_latent),) = control_results([facts], limit, "the decode actor", "come up")
+            (found,) = control_results([facts], limit, "the decode actor", "come up")
+            self.keep, self.frames_per_latent, self._decoding.place = found
         self._loops = [stage.run.remote(options.trace) for stage in self._stages]
         self._taking = self._stages[-1].take.remote()
         logger.info("stages up: %d, half-blocks %s", world, self._blocks)

@@ -121,13 +121,16 @@ def events_of(unit: Unit, done: RowDone) -> list[Event]:
     return events
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Awaited:
-    """Latents on their way back to the first stage: which message its oldest posted receive will get."""
+    """Latents on their way back to the first stage: which message its oldest posted receive will get.
 
-    stream: int
+    Where the stream has left meanwhile, nobody wants them; its id may be another's by now.
+    """
+
     header: Header
     layout: Layout
+    wanted: bool = True
 
 
 class StageLoop:
@@ -167,7 +170,7 @@ class StageLoop:
         while (epoch := self._ahead or self._feed.next(block=True)) is not None:
             self._ahead = None
             for stream in epoch.entry.leaves:
-                self._stage.leave(stream)
+                self._leave(stream)
             for stream, plan in epoch.entry.stops.items():
                 self._stage.stop(stream, plan)
             for position, unit in enumerate(epoch.units):
@@ -182,6 +185,11 @@ class StageLoop:
         report.bytes_feedback = self._links.feedback.bytes_sent if self._stage.last and self._links.feedback else 0
         return report
 
+    def _leave(self, stream: int) -> None:
+        self._stage.leave(stream)
+        for awaited in self._awaited:
+            awaited.wanted = awaited.wanted and awaited.header.stream != stream
+
     def _first_of_next(self) -> Sequence[Unit]:
         """The first unit of the next epoch where that is already sealed."""
         self._ahead = self._ahead or self._feed.next(block=False)
@@ -193,7 +201,7 @@ class StageLoop:
         start = time.monotonic()
         if self._stage.first and unit.feeds:
             layout = self._stage.latents_layout(unit.stream, unit.row + 1, unit.chunk)
-            self._awaited.append(_Awaited(unit.stream, self._header(LATENTS, unit, layout, branch=0), layout))
+            self._awaited.append(_Awaited(self._header(LATENTS, unit, layout, branch=0), layout))
             self._feedback().post(layout)
         layouts = self._layouts(unit)
         result = self._stage.run(unit, incoming)
@@ -214,11 +222,11 @@ class StageLoop:
             layout = self._stage.activation_layout(unit)
             return Activation(*upstream.receive(self._header(ACTIVATION, unit, layout), layout))
         for chunk in unit.fed:
-            while True:
+            awaited, latents = self._take_back()
+            while not awaited.wanted:
                 awaited, latents = self._take_back()
-                if awaited.stream == unit.stream:
-                    break  # others before it are of streams that left
-            assert awaited.header.chunk == chunk, "latents come back in the order in which they are awaited"
+            found = awaited.header.stream, awaited.header.chunk
+            assert found == (unit.stream, chunk), "latents come back in the order in which they are awaited"
             self._stage.feed(unit.stream, unit.row, chunk, latents)
         return None
 
