@@ -13,7 +13,8 @@ For two stages, latents only, with guidance: 1 and 2 videos in mode window, 1 in
 
 With more stages than cores (3, 4) only the trace's order and its summed costs can be compared. ``efficiency``:
 busy time over the closed form; for displaced, its speed over causal. ``cached_context``: CPU time of mode causal
-in one process with the clean chunk's keys and values kept over a shift, over making them at every row.
+in one process with the clean chunk's keys and values kept over a shift, over making them at every row. ``decoded``:
+whole videos with decoder and writer (``decoded.py``).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any
 
 import torch
 from common import machine, machine_line, parser, random_model, small_config
+from decoded import decoded_rows
 
 from pavdm_dist.engine.loop import Span
 from pavdm_dist.engine.options import EngineOptions
@@ -103,6 +105,7 @@ def main() -> None:
         "rounds": rounds,
         "rows": rows,
         "more_stages_than_cores": more,
+        "decoded": decoded_rows(arguments.quick),
         "cached_context": _cached_context(
             replace(bench, chunks=2 if arguments.quick else 4), 1.0 if arguments.quick else 3.0
         ),
@@ -346,7 +349,7 @@ def _median(rounds: list[dict[str, float]]) -> dict[str, float]:
 
 def _table(report: dict[str, Any]) -> str:
     lines = [machine_line(report["machine"]), machine_line(report["shape"])]
-    for row in [*report["rows"], *report["more_stages_than_cores"], report["cached_context"]]:
+    for row in [*report["rows"], *report["more_stages_than_cores"], *report["decoded"], report["cached_context"]]:
         lines += ["", *(f"  {key:28} {value}" for key, value in row.items())]
     return "\n".join(lines)
 
