@@ -96,6 +96,7 @@ class PAVDMPipeline:
         self.resyncs: dict[int, tuple[int, ...]] = {}
         self._engine: RayEngine | None = None
         self._stopping: set[int] = set()
+        self._cancelled: set[int] = set()
         if num_stages:
             options = engine or EngineOptions(num_stages)
             self.engine = replace(options, num_stages=num_stages, threads_per_stage=threads_per_stage)
@@ -226,6 +227,7 @@ class PAVDMPipeline:
         wanted: dict[int, int | None] = {}
         self.resyncs.clear()
         self._stopping.clear()
+        self._cancelled.clear()
 
         def build() -> Iterator[Stream | Failed]:
             for number, request in enumerate(requests):
@@ -254,6 +256,12 @@ class PAVDMPipeline:
         if self._engine is not None:
             self._engine.stop(video)
         self._stopping.add(video)
+
+    def cancel(self, video: int) -> None:
+        """Ends a video of the running :meth:`iter_chunks` where it is; the others go on."""
+        if self._engine is not None:
+            self._engine.cancel(video)
+        self._cancelled.add(video)
 
     def split(self, params: SamplingParams) -> list[tuple[int, int]]:
         """Half-block range of each stage, balanced by estimated cost for the run's full window."""
@@ -331,6 +339,8 @@ class PAVDMPipeline:
             yield finished(clean)
         for clean in sample(stream.window(), denoise, stream.guidance_scale, after):
             flight.shifted(replace(ended.pop(), clean=clean))
+            if stream.id in self._cancelled:
+                return
             yield finished(clean)
 
     def _on_stages(

@@ -160,6 +160,17 @@ def test_an_endless_video_is_stopped(engine: RayEngine) -> None:
     _check(finished, replace(endless, plan=replace(plan, num_chunks=len(finished))))
 
 
+@pytest.mark.parametrize("num_stages", [0, 2])
+def test_one_video_is_cancelled_and_the_others_go_on(ray_cluster: None, model: Path, num_stages: int) -> None:
+    with PAVDMPipeline.from_pretrained(model, num_stages=num_stages) as pipeline:
+        requests, found = [VideoRequest(PROMPT, 0, 4000), VideoRequest(PROMPT, 1, 29)], list[int]()
+        for chunk in pipeline.iter_chunks(requests, pipeline.params(), 2):
+            found.append(chunk.video)
+            if found.count(0) == 2:
+                pipeline.cancel(0)
+        assert found.count(1) == 4 and found.count(0) < 40
+
+
 @contextmanager
 def _stopped(pid: int) -> Iterator[None]:
     os.kill(pid, signal.SIGSTOP)

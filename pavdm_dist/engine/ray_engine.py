@@ -114,6 +114,17 @@ class RayEngine:
         """Lets an endless stream end: what is in flight is finished, then its last chunk comes."""
         self._ask(partial(self._driver.stop, stream))
 
+    def cancel(self, stream: int) -> None:
+        """Ends a stream of the running :meth:`run` where it is; nothing more of it comes out. Others go on."""
+        with self._changed:
+            self._asked.append(partial(self._driver.cancel, stream))
+            if (run := self._run) is not None:
+                run.open.discard(stream)
+                run.built = deque(built for built in run.built if built.id != stream)
+                run.outputs = deque(output for output in run.outputs if output.stream != stream)
+                run.held_bytes = sum(output.num_bytes for output in run.outputs if isinstance(output, Finished))
+            self._changed.notify_all()
+
     def exact_rows(self, stream: int) -> tuple[int, ...]:
         """Rows of a stream of the latest run that adaptive re-sync has made exact, as of its last chunk."""
         return self._resyncs.get(stream, ())
