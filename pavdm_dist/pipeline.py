@@ -6,23 +6,23 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.engine.events import Decoded, Failed, Finished, Shift
-from pavdm_dist.engine.flight import Flight
+from pavdm_dist.engine.events import Failed, Finished
+from pavdm_dist.engine.inline import InlineEngine
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
-from pavdm_dist.method.denoiser import StreamDenoiser
-from pavdm_dist.method.sampler import sample
+from pavdm_dist.method.sampler import StepCallback
 from pavdm_dist.method.schedule import PlanRow
 from pavdm_dist.method.stream import ResumePoint, Stream
-from pavdm_dist.method.window import CleanChunk, Window
+from pavdm_dist.method.window import Window
 from pavdm_dist.planning.balance import layer_split, useful_stages
 from pavdm_dist.request import SamplingParams, VideoRequest, build_stream, frames_left
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+E = TypeVar("E", "RayEngine", InlineEngine)
 OnFailed = Callable[[int, PAVDMError], None]
 OnGrown = Callable[[int, ResumePoint], None]
 
@@ -94,9 +95,7 @@ class PAVDMPipeline:
         self.checkpoint, self.num_stages, self.threads_per_stage = checkpoint, num_stages, threads_per_stage
         self.engine: EngineOptions | None = None
         self.resyncs: dict[int, tuple[int, ...]] = {}
-        self._engine: RayEngine | None = None
-        self._stopping: set[int] = set()
-        self._cancelled: set[int] = set()
+        self._engine: RayEngine | InlineEngine | None = None
         if num_stages:
             options = engine or EngineOptions(num_stages)
             self.engine = replace(options, num_stages=num_stages, threads_per_stage=threads_per_stage)
@@ -226,8 +225,6 @@ class PAVDMPipeline:
         """
         wanted: dict[int, int | None] = {}
         self.resyncs.clear()
-        self._stopping.clear()
-        self._cancelled.clear()
 
         def build() -> Iterator[Stream | Failed]:
             for number, request in enumerate(requests):
@@ -238,7 +235,8 @@ class PAVDMPipeline:
                     yield Failed(number, error)
 
         if self.engine is None:
-            finished = self._in_process(build(), callback_on_step_end, on_grown, on_failed)
+            on_step = None if callback_on_step_end is None else partial(self._step_callback, callback_on_step_end)
+            finished = self._inline().run(build(), on_grown, on_failed, on_step)
         elif callback_on_step_end is not None:
             raise ConfigError("callback_on_step_end needs num_stages=0: steps end on the stages, not here")
         else:
@@ -255,13 +253,11 @@ class PAVDMPipeline:
         """Lets an endless video of the running :meth:`iter_chunks` end: what is in flight is finished."""
         if self._engine is not None:
             self._engine.stop(video)
-        self._stopping.add(video)
 
     def cancel(self, video: int) -> None:
         """Ends a video of the running :meth:`iter_chunks` where it is; the others go on."""
         if self._engine is not None:
             self._engine.cancel(video)
-        self._cancelled.add(video)
 
     def split(self, params: SamplingParams) -> list[tuple[int, int]]:
         """Half-block range of each stage, balanced by estimated cost for the run's full window."""
@@ -280,68 +276,6 @@ class PAVDMPipeline:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _in_process(
-        self,
-        streams: Iterator[Stream | Failed],
-        on_step: Callable[..., Any] | None,
-        on_grown: OnGrown | None,
-        on_failed: OnFailed | None,
-    ) -> Iterator[Finished]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads_per_stage)
-        try:
-            for stream in streams:
-                try:
-                    if isinstance(stream, Failed):
-                        raise stream.error
-                    for finished in self._sample(stream, on_step, on_grown):
-                        # The consumer's own thread count while it works; ours again, whatever it did, for the next row.
-                        torch.set_num_threads(before)
-                        yield finished
-                        before = torch.get_num_threads()
-                        torch.set_num_threads(self.threads_per_stage)
-                except PAVDMError as error:
-                    if on_failed is None:
-                        raise
-                    on_failed(stream.stream if isinstance(stream, Failed) else stream.id, error)
-        finally:
-            torch.set_num_threads(before)
-
-    def _sample(
-        self, stream: Stream, on_step: Callable[..., Any] | None, on_grown: OnGrown | None
-    ) -> Iterator[Finished]:
-        """One video in this process."""
-        codec, denoise = self.checkpoint.codec, StreamDenoiser(self.checkpoint.backbone, stream)
-        flight, decoder = Flight(stream, codec.receptive_latents()), codec.decoder()
-        if flight.past is not None:
-            decoder.warm(flight.past)
-        step = None if on_step is None else self._step_callback(stream, on_step)
-        ended: list[Shift] = []
-
-        def after(row: PlanRow, window: Window) -> None:
-            if step is not None:
-                step(row, window)
-            if stream.id in self._stopping and window.plan.num_chunks is None:
-                window.plan = window.plan.stopped(window.row)
-                flight.stopped(window.plan)
-                denoise.batches = replace(denoise.batches, plan=window.plan)
-            flight.batches = denoise.batches
-            if window.plan.closes_shift(row.index):
-                ended.append(Shift(stream.id, window.snapshot(), None))
-                if row.emit is None and (point := flight.shifted(ended.pop())[1]) is not None and on_grown is not None:
-                    on_grown(stream.id, point)
-
-        def finished(clean: CleanChunk) -> Finished:
-            return flight.finished(Decoded(stream.id, clean.index, decoder.decode(clean.latents)))
-
-        for clean, _ in list(flight.undecoded):
-            yield finished(clean)
-        for clean in sample(stream.window(), denoise, stream.guidance_scale, after):
-            flight.shifted(replace(ended.pop(), clean=clean))
-            if stream.id in self._cancelled:
-                return
-            yield finished(clean)
 
     def _on_stages(
         self,
@@ -377,21 +311,29 @@ class PAVDMPipeline:
         from pavdm_dist.engine.ray_engine import RayEngine
 
         assert self.engine is not None
-        if self._engine is not None and self._engine.blocks != blocks:
-            self.close()
-        if self._engine is None:
-            folder, codec = str(self.checkpoint.transformer), str(self.checkpoint.vae)
-            self._engine = RayEngine(folder, blocks, self.engine, codec)
-            # Whoever forgets close(): the actors go with this object, or with the process.
-            self._finalizer = weakref.finalize(self, self._engine.close)
-        return self._engine
+        if isinstance(self._engine, RayEngine) and self._engine.blocks == blocks:
+            return self._engine
+        self.close()
+        folder, codec = str(self.checkpoint.transformer), str(self.checkpoint.vae)
+        return self._hold(RayEngine(folder, blocks, self.engine, codec))
 
-    def _step_callback(self, stream: Stream, on_step: Callable[..., Any]) -> Callable[[PlanRow, Window], None]:
+    def _inline(self) -> InlineEngine:
+        if isinstance(self._engine, InlineEngine):
+            return self._engine
+        return self._hold(InlineEngine(self.checkpoint.backbone, self.checkpoint.codec, self.threads_per_stage))
+
+    def _hold(self, engine: E) -> E:
+        self._engine = engine
+        # Whoever forgets close(): the actors go with this object, or with the process.
+        self._finalizer = weakref.finalize(self, engine.close)
+        return engine
+
+    def _step_callback(self, on_step: Callable[..., Any], stream: Stream) -> StepCallback:
         levels = stream.schedule.levels
 
         def callback(row: PlanRow, window: Window) -> None:
-            last = row.index + 1 == stream.plan.num_rows
-            latents = {} if last else {"latents": window.inputs(stream.plan.row(row.index + 1))[0]}
+            over = window.plan.is_over(row.index + 1)
+            latents = {} if over else {"latents": window.inputs(window.plan.row(row.index + 1))[0]}
             on_step(self, row.index, levels[row.steps_left[-1]], latents)
 
         return callback

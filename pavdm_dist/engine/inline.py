@@ -1,0 +1,121 @@
+"""The engine for one process without Ray: video after video through the reference loop, decoded chunk by chunk.
+
+Gives what :class:`~pavdm_dist.engine.ray_engine.RayEngine` gives, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import torch
+
+from pavdm_dist.codecs.base import VideoCodec
+from pavdm_dist.engine.events import Decoded, Failed, Finished, Shift
+from pavdm_dist.engine.flight import Flight
+from pavdm_dist.errors import PAVDMError
+from pavdm_dist.method.denoiser import StreamDenoiser
+from pavdm_dist.method.sampler import StepCallback, sample
+from pavdm_dist.method.schedule import PlanRow
+from pavdm_dist.method.stream import ResumePoint, Stream
+from pavdm_dist.method.window import CleanChunk, Window
+from pavdm_dist.models.base import Backbone
+
+
+class InlineEngine:
+    """A whole backbone and a codec in this process.
+
+    Args:
+        model: wholly loaded.
+        codec: makes frames.
+        threads: intra-op threads while it computes; the caller's own number holds in between.
+    """
+
+    def __init__(self, model: Backbone, codec: VideoCodec, threads: int = 1) -> None:
+        self._model, self._codec, self._threads = model, codec, threads
+        self._stopping: set[int] = set()
+        self._cancelled: set[int] = set()
+
+    def run(
+        self,
+        streams: Iterable[Stream | Failed],
+        on_grown: Callable[[int, ResumePoint], None] | None = None,
+        on_failed: Callable[[int, PAVDMError], None] | None = None,
+        on_step: Callable[[Stream], StepCallback] | None = None,
+    ) -> Iterator[Finished]:
+        """Samples and decodes all streams, one after another; yields each stream's chunks in order.
+
+        Args:
+            streams: taken when the one before has ended.
+            on_grown, on_failed: see :meth:`RayEngine.run <pavdm_dist.engine.ray_engine.RayEngine.run>`.
+            on_step: makes what is called after every row of a stream.
+        """
+        self._stopping.clear()
+        self._cancelled.clear()
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            for stream in streams:
+                try:
+                    if isinstance(stream, Failed):
+                        raise stream.error
+                    for finished in self._sampled(stream, on_grown, None if on_step is None else on_step(stream)):
+                        # The consumer's own thread count while it works; ours again, whatever it did, for the next row.
+                        torch.set_num_threads(before)
+                        yield finished
+                        before = torch.get_num_threads()
+                        torch.set_num_threads(self._threads)
+                        if stream.id in self._cancelled:
+                            break
+                except PAVDMError as error:
+                    if on_failed is None:
+                        raise
+                    on_failed(stream.stream if isinstance(stream, Failed) else stream.id, error)
+        finally:
+            torch.set_num_threads(before)
+
+    def stop(self, stream: int) -> None:
+        """Lets an endless stream end after what is in flight."""
+        self._stopping.add(stream)
+
+    def cancel(self, stream: int) -> None:
+        """Ends a stream where it is."""
+        self._cancelled.add(stream)
+
+    def close(self) -> None:
+        """Nothing outlives a run."""
+
+    def _sampled(
+        self, stream: Stream, on_grown: Callable[[int, ResumePoint], None] | None, on_step: StepCallback | None
+    ) -> Iterator[Finished]:
+        denoise = StreamDenoiser(self._model, stream)
+        flight, decoder = Flight(stream, self._codec.receptive_latents()), self._codec.decoder()
+        if flight.past is not None:
+            decoder.warm(flight.past)
+        ended: list[Shift] = []
+
+        def after(row: PlanRow, window: Window) -> None:
+            if on_step is not None:
+                on_step(row, window)
+            if stream.id in self._stopping and window.plan.num_chunks is None:
+                window.plan = window.plan.stopped(window.row)
+                flight.stopped(window.plan)
+                denoise.batches = replace(denoise.batches, plan=window.plan)
+            flight.batches = denoise.batches
+            if not window.plan.closes_shift(row.index):
+                return
+            shift = Shift(stream.id, window.snapshot(), None)
+            if row.emit is not None:
+                ended.append(shift)  # its chunk is given out next
+            elif (point := flight.shifted(shift)[1]) is not None and on_grown is not None:
+                on_grown(stream.id, point)
+
+        def finished(clean: CleanChunk) -> Finished:
+            return flight.finished(Decoded(stream.id, clean.index, decoder.decode(clean.latents)))
+
+        for clean, _ in list(flight.undecoded):
+            yield finished(clean)
+        for clean in sample(stream.window(), denoise, stream.guidance_scale, after):
+            clean = CleanChunk(clean.index, clean.latents.cpu())
+            flight.shifted(replace(ended.pop(), clean=clean))
+            yield finished(clean)
