@@ -202,7 +202,7 @@ def throughput(folder: str, world: World, rounds: int, steps: int, batch: int) -
 
 def waiting(folder: str, steps: int) -> dict[str, float]:
     """Share of a step that waits for data, at the embedded model's shape, from cached latents; in one process."""
-    from pavdm_dist.train.video import video_data
+    from pavdm_dist.train.prepared import video_data
 
     found = {}
     for ahead in (0, 2):

@@ -18,14 +18,15 @@ from training import TINY, start, tiny_codec, write_clips
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.config import load_config
+from pavdm_dist.digits.batches import INFO, still_batch
 from pavdm_dist.digits.cache import LatentClips, cache_clips
+from pavdm_dist.digits.provider import WORLD_PROMPTS
 from pavdm_dist.digits.world import VOCABULARY, render, sample_scene
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.train.average import Average
-from pavdm_dist.train.batches import still_batch
 from pavdm_dist.train.model import Text, filled
 from pavdm_dist.train.objective import Objective
-from pavdm_dist.train.run import INFO, WORLD_PROMPTS, train_command
+from pavdm_dist.train.run import train_command
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
 
@@ -138,7 +139,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(
 
 
 def test_another_world_is_refused(tmp_path: Path, clips: LatentClips, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pavdm_dist.train import batches
+    from pavdm_dist.digits import batches
 
     start(settings(tmp_path), clips).save()
     monkeypatch.setattr(batches, "WORLD_SETTINGS", {**batches.WORLD_SETTINGS, "fps": 12})

@@ -19,10 +19,10 @@ from pavdm_dist.data.prepare import PrepareConfig, prepare_command
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.train.batches import Batch
 from pavdm_dist.train.objective import Objective
+from pavdm_dist.train.prepared import VideoBatches, video_data
 from pavdm_dist.train.run import train_command
 from pavdm_dist.train.settings import DataConfig, TrainConfig
 from pavdm_dist.train.trainer import Trainer
-from pavdm_dist.train.video import VideoBatches, video_data
 
 BUCKETS = ["32x48x8@24", "32x32x3@12", "32x32x1@24"]
 

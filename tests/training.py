@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from pavdm_dist.digits.batches import INFO, DigitBatches
 from pavdm_dist.digits.cache import LatentClips
-from pavdm_dist.train.batches import WorldBatches
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.processes import free_port
-from pavdm_dist.train.run import INFO
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
 
@@ -31,7 +30,7 @@ def start(
     config: TrainConfig, clips: LatentClips, codec: Path = Path("unused"), prompts: tuple[str, ...] = ()
 ) -> Trainer:
     """A trainer on moving digits."""
-    batches = WorldBatches(clips, config.objective, config.data, config.seed)
+    batches = DigitBatches(clips, config.objective, config.data, config.seed)
     return Trainer(config, batches, Parts(codec, None, INFO, prompts))
 
 
