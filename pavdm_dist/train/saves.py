@@ -32,7 +32,7 @@ UNIVERSAL = "-universal"
 
 
 @dataclass(frozen=True)
-class Layout:
+class SaveLayout:
     """How a checkpoint's tensors lie: what must fit for a plain load.
 
     Attributes:
@@ -63,7 +63,7 @@ def save(
     root: str | Path,
     step: int,
     identity: Mapping[str, Any],
-    layout: Layout,
+    layout: SaveLayout,
     world: World,
     keep_last: int = 2,
     keep_every: int = 0,
@@ -100,7 +100,7 @@ def save(
     world.wait()
 
 
-def find(root: str | Path, identity: Mapping[str, Any], layout: Layout, resume: str, world: World) -> Found | None:
+def find(root: str | Path, identity: Mapping[str, Any], layout: SaveLayout, resume: str, world: World) -> Found | None:
     """The newest whole checkpoint that this run may go on from; every process must call it.
 
     Args:
@@ -127,7 +127,7 @@ def find(root: str | Path, identity: Mapping[str, Any], layout: Layout, resume: 
             logger.warning("%s/%s is passed over: %s", root, tag, faults[0])
             continue
         _compare(str(root), manifest["identity"], identity)
-        theirs = Layout(**manifest["layout"])
+        theirs = SaveLayout(**manifest["layout"])
         if theirs.zero_stage != layout.zero_stage:
             raise ConfigError(
                 f"{root} was trained with zero.stage={theirs.zero_stage}, this run has {layout.zero_stage}: go on with "

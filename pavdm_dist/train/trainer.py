@@ -67,7 +67,7 @@ class Trainer:
         check_settings(config, self.world.size)
         self.run_dir = Path(config.run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.layout = saves.Layout(config.zero.stage, self.world.size)
+        self.layout = saves.SaveLayout(config.zero.stage, self.world.size)
         folder = self.run_dir / "checkpoints"
         found = saves.find(folder, self._identity(), self.layout, config.resume, self.world)
         shortest = min(kind.latent_chunk_size for _, kind in config.objective.kinds())
