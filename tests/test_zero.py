@@ -19,7 +19,7 @@ from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.loss import velocity_loss
 from pavdm_dist.train.model import build
 from pavdm_dist.train.settings import TrainConfig
-from pavdm_dist.train.zero import engine_settings
+from pavdm_dist.train.zero_settings import engine_settings
 
 STEPS = 20
 SETTINGS = [

@@ -30,7 +30,7 @@ from pavdm_dist.train.model import shape_of
 from pavdm_dist.train.processes import World, join_world
 from pavdm_dist.train.sequence import join_sequence
 from pavdm_dist.train.settings import TrainConfig
-from pavdm_dist.train.zero import start_engine
+from pavdm_dist.train.start import start_engine
 
 # Takes the metrics of a logged step.
 Report = Callable[[dict[str, Any]], None]

@@ -1,0 +1,94 @@
+"""The model with its optimizer under DeepSpeed's engine, as the settings ask for them."""
+
+from __future__ import annotations
+
+import re
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pavdm_dist.models.base import Activation, BlockContext
+from pavdm_dist.models.stdit3 import STDiT3
+from pavdm_dist.train.model import TextToVideo, build
+from pavdm_dist.train.optimizer import MuonAdamW
+from pavdm_dist.train.processes import World
+from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.zero_settings import engine_settings, merge
+
+# Weight matrices between hidden states; tables, embeddings, the first and the last layer are no such maps.
+INNER = re.compile(r"(blocks\.|layers\.|t_block\.).*weight$")
+
+
+def start_engine(config: TrainConfig, channels: int, world: World, load_universal: bool = False) -> Any:
+    """Builds the model and its DeepSpeed engine over ``world``.
+
+    Args:
+        config: settings.
+        channels: of the latents.
+        world: all processes.
+        load_universal: the coming checkpoint was converted for another number of processes.
+    """
+    import deepspeed
+
+    settings = engine_settings(config, world.size)
+    if load_universal:
+        settings = merge(settings, {"checkpoint": {"load_universal": True}})
+    torch.manual_seed(config.seed)
+    if config.zero.init:
+
+        def whole(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+            return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0) if parameters else nullcontext()
+
+        model = build(config, channels, whole, deepspeed.zero.Init(config_dict_or_path=settings))
+    else:
+        model = build(config, channels)
+    if config.compile:
+        model.transformer.compile_repeated_blocks()
+    if config.zero.checkpoint_activations:
+        checkpoint_activations(model.transformer)
+    model.to(world.device)
+    optimizer = None if config.optimizer.name == "deepspeed" else _optimizer(model, config)
+    tables = {name: value.clone() for name, value in model.named_buffers()}
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        model_parameters=None if optimizer is not None else [p for p in model.parameters() if p.requires_grad],
+        config=settings,
+    )
+    # In bfloat16 DeepSpeed rounds these too, which would move every position and the null text.
+    for name, value in model.named_buffers():
+        value.data = tables[name].to(value.device)
+    return engine
+
+
+def checkpoint_activations(model: STDiT3) -> None:
+    """Lets the backward pass compute every block again instead of keeping its insides."""
+    plain = model.block
+
+    def block(index: int, activation: Activation, context: BlockContext) -> Activation:
+        def hidden(*parts: Tensor) -> Tensor:
+            return plain(index, Activation(*parts), context).hidden
+
+        given = (activation.hidden, activation.modulation, activation.time)
+        return Activation(checkpoint(hidden, *given, use_reentrant=False), *given[1:])
+
+    model.block = block  # type: ignore[method-assign]
+
+
+def _optimizer(model: TextToVideo, config: TrainConfig) -> torch.optim.Optimizer:
+    o, named = config.optimizer, dict(model.named_parameters())
+    betas = (o.betas[0], o.betas[1])
+    if o.name == "adamw":
+        return torch.optim.AdamW(named.values(), o.lr, betas, weight_decay=o.weight_decay)
+    matrices = {name for name, value in named.items() if value.ndim == 2 and INNER.search(name)}
+    return MuonAdamW(
+        [named[name] for name in named if name in matrices],
+        [named[name] for name in named if name not in matrices],
+        o.lr,
+        betas,
+        o.weight_decay,
+        o.matrix_ratio,
+    )
