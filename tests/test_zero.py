@@ -14,6 +14,7 @@ from training import TINY, launch, write_clips
 from pavdm_dist.config import load_config
 from pavdm_dist.digits.batches import DigitBatches
 from pavdm_dist.digits.cache import LatentClips
+from pavdm_dist.digits.world import VOCABULARY
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.loss import velocity_loss
@@ -41,7 +42,7 @@ def plain_torch(clips: LatentClips, settings: list[str], steps: int = STEPS) -> 
     config = load_config(TrainConfig, None, settings)
     batches = DigitBatches(clips, config.objective, config.data, config.seed)
     torch.manual_seed(config.seed)
-    model, o = build(config, batches.channels), config.optimizer
+    model, o = build(config, batches.channels, VOCABULARY), config.optimizer
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, o.lr, (o.betas[0], o.betas[1]), weight_decay=o.weight_decay)
     average = {name: value.detach().clone() for name, value in model.named_parameters()}

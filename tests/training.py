@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from pavdm_dist.digits.batches import INFO, DigitBatches
 from pavdm_dist.digits.cache import LatentClips
+from pavdm_dist.digits.world import VOCABULARY, WORLD_SETTINGS
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.processes import free_port
 from pavdm_dist.train.settings import TrainConfig
@@ -31,7 +32,7 @@ def start(
 ) -> Trainer:
     """A trainer on moving digits."""
     batches = DigitBatches(clips, config.objective, config.data, config.seed)
-    return Trainer(config, batches, Parts(codec, None, INFO, prompts))
+    return Trainer(config, batches, Parts(codec, None, INFO, prompts, VOCABULARY, WORLD_SETTINGS))
 
 
 def processes_of(arguments: list[str], size: int = 2, **more: str) -> list[subprocess.Popen[str]]:

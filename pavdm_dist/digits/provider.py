@@ -11,6 +11,7 @@ from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.digits.batches import INFO, DigitBatches
 from pavdm_dist.digits.cache import LatentClips, cache_clips
 from pavdm_dist.digits.codec_training import CodecTraining, export_codec, train_codec
+from pavdm_dist.digits.world import VOCABULARY, WORLD_SETTINGS
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.train.batches import Batches
 from pavdm_dist.train.export import Parts
@@ -28,14 +29,27 @@ logger = logging.getLogger(__name__)
 
 
 def digit_data(config: TrainConfig, world: World, end: float) -> tuple[Batches, Parts] | None:
-    """The moving digits, made where they are missing; None when the slice was over before."""
+    """The moving digits, made where they are missing; None when the slice was over before.
+
+    Every process must call it; the first one makes them while the others wait.
+
+    Args:
+        config: settings; ``data.folder`` plays no part.
+        world: all processes.
+        end: of the slice, on the monotonic clock.
+
+    Raises:
+        ConfigError: ``codec.folder`` holds no codec, the run's folder has clips of another world, length or codec, or
+            scikit-learn is missing.
+        CheckpointError: the run's folder holds a codec in training of another shape or world.
+    """
     run = Path(config.run_dir)
     if world.size > 1:  # the others wait, and must not take the first process for lost
         end = min(end, time.monotonic() + 0.8 * config.launch.timeout_seconds)
     if not world.agree(world.first and _prepare(config, run, end)):
         return None
     batches = DigitBatches(LatentClips(run / "clips"), config.objective, config.data, config.seed)
-    return batches, Parts(_codec_folder(config, run), None, INFO, WORLD_PROMPTS)
+    return batches, Parts(_codec_folder(config, run), None, INFO, WORLD_PROMPTS, VOCABULARY, WORLD_SETTINGS)
 
 
 def _prepare(config: TrainConfig, run: Path, end: float) -> bool:

@@ -1,4 +1,4 @@
-"""``pavdm train``: data and codec where they are missing, then the model, in slices that resume.
+"""One slice of a training run: its data from the provider given, then steps, a checkpoint and the exported model.
 
 Launcher-neutral: the same function runs in one process, under torchrun, DeepSpeed's launcher, Slurm and Ray Train.
 """
@@ -9,24 +9,27 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from pavdm_dist.digits.provider import digit_data
+from pavdm_dist.train.batches import Batches
 from pavdm_dist.train.checks import check_settings
-from pavdm_dist.train.export import check_target
-from pavdm_dist.train.prepared import video_data
-from pavdm_dist.train.processes import join_world
+from pavdm_dist.train.export import Parts, check_target
+from pavdm_dist.train.processes import World, join_world
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.trainer import Report, Trainer
+
+# Makes a run's batches, and what its model needs besides the trained modules, until a moment of the monotonic clock;
+# None where that came first, and the next slice goes on. Every process calls it.
+Provider = Callable[[TrainConfig, World, float], tuple[Batches, Parts] | None]
 
 logger = logging.getLogger(__name__)
 
 
-def train_command(config: TrainConfig, report: Report | None = None) -> None:
+def train_slice(config: TrainConfig, provider: Provider, report: Report | None = None) -> None:
     """Runs one slice of ``config.max_seconds``; call again until it says that all steps are done.
 
     SIGTERM (a preempted job) ends the slice early, with a checkpoint and the exported model; so does Ctrl-C, which a
@@ -34,6 +37,7 @@ def train_command(config: TrainConfig, report: Report | None = None) -> None:
 
     Args:
         config: settings.
+        provider: of the data.
         report: called on every process with the metrics of each logged step.
 
     Raises:
@@ -46,7 +50,7 @@ def train_command(config: TrainConfig, report: Report | None = None) -> None:
     end = time.monotonic() + config.max_seconds
     world = join_world(config.launch.timeout_seconds)
     check_settings(config, world.size)
-    found = digit_data(config, world, end) if config.data.folder is None else video_data(config)
+    found = provider(config, world, end)
     if found is None:
         return
     batches, parts = found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -22,12 +23,15 @@ from pavdm_dist.train.zero_settings import engine_settings, merge
 INNER = re.compile(r"(blocks\.|layers\.|t_block\.).*weight$")
 
 
-def start_engine(config: TrainConfig, channels: int, world: World, load_universal: bool = False) -> Any:
+def start_engine(
+    config: TrainConfig, channels: int, vocabulary: Sequence[str] | None, world: World, load_universal: bool = False
+) -> Any:
     """Builds the model and its DeepSpeed engine over ``world``.
 
     Args:
         config: settings.
         channels: of the latents.
+        vocabulary: words of the text encoder that is trained along; None where none is trained.
         world: all processes.
         load_universal: the coming checkpoint was converted for another number of processes.
     """
@@ -42,9 +46,9 @@ def start_engine(config: TrainConfig, channels: int, world: World, load_universa
         def whole(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
             return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0) if parameters else nullcontext()
 
-        model = build(config, channels, whole, deepspeed.zero.Init(config_dict_or_path=settings))
+        model = build(config, channels, vocabulary, whole, deepspeed.zero.Init(config_dict_or_path=settings))
     else:
-        model = build(config, channels)
+        model = build(config, channels, vocabulary)
     if config.compile:
         model.transformer.compile_repeated_blocks()
     if config.zero.checkpoint_activations:

@@ -76,7 +76,8 @@ class Trainer:
         self.step, self.saved = 0, -1
         home = torch.device("cpu") if config.zero.offload != "none" else None
         with self._memory_advice():
-            self.engine = start_engine(config, batches.channels, self.world, found is not None and found.convert)
+            convert = found is not None and found.convert
+            self.engine = start_engine(config, batches.channels, parts.vocabulary, self.world, convert)
             self.average = Average(self.engine.module, config.optimizer.ema_decay, home)
             if found is not None:
                 self.step = self.saved = saves.load(self.engine, self.average, folder, found, self.world)
