@@ -107,14 +107,14 @@ def test_a_torn_checkpoint_is_never_the_latest(tmp_path: Path, clips: LatentClip
     trainer.save()
     trainer.train_step()
 
-    def torn(root: str, tag: str, **_: object) -> None:
-        (Path(root) / tag).mkdir()
+    def torn(root: Path, tag: str, _: int) -> None:
+        (root / tag).mkdir()
         raise KeyboardInterrupt
 
-    whole, trainer.engine.save_checkpoint = trainer.engine.save_checkpoint, torn
+    whole, trainer.engine.save = trainer.engine.save, torn
     with pytest.raises(KeyboardInterrupt):
         trainer.save()
-    trainer.engine.save_checkpoint = whole
+    trainer.engine.save = whole
     assert start(settings(tmp_path), clips).step == 1
     for _ in range(3):
         trainer.train_step()

@@ -17,6 +17,7 @@ from pavdm_dist.models.base import FrameInfo, WindowSlice
 from pavdm_dist.models.loading import load_config, read_tensors
 from pavdm_dist.models.stdit3 import OPTIONAL_TENSORS, STDiT3, STDiT3Config
 from pavdm_dist.train.settings import ModelConfig, TrainConfig
+from pavdm_dist.train.zero import whole_shape
 
 # Makes the given parameters whole on every process, and shards what the first one wrote into them again.
 Whole = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
@@ -197,8 +198,7 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], whole: Whole | None, so
     for name, value in wanted.items():
         if name not in tensors and name not in OPTIONAL_TENSORS:
             raise CheckpointError(f"model.pretrained={source}: {name} is missing")
-        # A sharded parameter has its whole shape elsewhere.
-        shape = getattr(value, "ds_shape", value.shape)
+        shape = whole_shape(value)
         if name in tensors and tensors[name].shape != shape:
             raise CheckpointError(
                 f"model.pretrained={source}: {name} is {list(tensors[name].shape)}, not {list(shape)}"

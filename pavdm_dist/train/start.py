@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pavdm_dist.models.base import Activation, BlockContext
@@ -17,7 +15,8 @@ from pavdm_dist.train.model import TextToVideo, build
 from pavdm_dist.train.optimizer import MuonAdamW
 from pavdm_dist.train.processes import World
 from pavdm_dist.train.settings import TrainConfig
-from pavdm_dist.train.zero_settings import engine_settings, merge
+from pavdm_dist.train.zero import ZeroEngine, gathered, loading_universal, sharded_building
+from pavdm_dist.train.zero_settings import engine_settings
 
 # Weight matrices between hidden states; tables, embeddings, the first and the last layer are no such maps.
 INNER = re.compile(r"(blocks\.|layers\.|t_block\.).*weight$")
@@ -25,7 +24,7 @@ INNER = re.compile(r"(blocks\.|layers\.|t_block\.).*weight$")
 
 def start_engine(
     config: TrainConfig, channels: int, vocabulary: Sequence[str] | None, world: World, load_universal: bool = False
-) -> Any:
+) -> ZeroEngine:
     """Builds the model and its DeepSpeed engine over ``world``.
 
     Args:
@@ -35,18 +34,12 @@ def start_engine(
         world: all processes.
         load_universal: the coming checkpoint was converted for another number of processes.
     """
-    import deepspeed
-
     settings = engine_settings(config, world.size)
     if load_universal:
-        settings = merge(settings, {"checkpoint": {"load_universal": True}})
+        settings = loading_universal(settings)
     torch.manual_seed(config.seed)
     if config.zero.init:
-
-        def whole(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-            return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0) if parameters else nullcontext()
-
-        model = build(config, channels, vocabulary, whole, deepspeed.zero.Init(config_dict_or_path=settings))
+        model = build(config, channels, vocabulary, gathered, sharded_building(settings))
     else:
         model = build(config, channels, vocabulary)
     if config.compile:
@@ -55,17 +48,7 @@ def start_engine(
         checkpoint_activations(model.transformer)
     model.to(world.device)
     optimizer = None if config.optimizer.name == "deepspeed" else _optimizer(model, config)
-    tables = {name: value.clone() for name, value in model.named_buffers()}
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        model_parameters=None if optimizer is not None else [p for p in model.parameters() if p.requires_grad],
-        config=settings,
-    )
-    # In bfloat16 DeepSpeed rounds these too, which would move every position and the null text.
-    for name, value in model.named_buffers():
-        value.data = tables[name].to(value.device)
-    return engine
+    return ZeroEngine(model, optimizer, settings)
 
 
 def checkpoint_activations(model: STDiT3) -> None:

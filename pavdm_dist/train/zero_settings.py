@@ -41,7 +41,7 @@ def deepspeed_json(config: TrainConfig) -> dict[str, Any]:
             raise ConfigError(f"deepspeed_config={path}: not valid JSON ({error})") from error
         if not isinstance(found, dict):
             raise ConfigError(f"deepspeed_config={path}: must hold a JSON object")
-    return merge(found, config.deepspeed)
+    return _merged(found, config.deepspeed)
 
 
 def engine_settings(config: TrainConfig, size: int) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def engine_settings(config: TrainConfig, size: int) -> dict[str, Any]:
                 f"deepspeed: {name}={value} contradicts {which}, which makes it {said.get(name, 'none')}; give one"
             )
     _check_their_optimizer(theirs.get("optimizer", {}).get("params", {}), o)
-    merged = merge(_without_auto(theirs), ours)
+    merged = _merged(_without_auto(theirs), ours)
     merged.pop("train_batch_size", None)  # follows from the other two
     return merged
 
@@ -107,12 +107,11 @@ def _check_their_optimizer(params: dict[str, Any], ours: OptimizerConfig) -> Non
             )
 
 
-def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Both, block by block; where both name a setting, ``above`` counts."""
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for name, value in above.items():
         both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = merge(merged[name], value) if both else value
+        merged[name] = _merged(merged[name], value) if both else value
     return merged
 
 

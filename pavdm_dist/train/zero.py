@@ -1,0 +1,199 @@
+"""All that is asked of the DeepSpeed package; nothing else imports it.
+
+Its engine with saves, the process group, sharded weights, and the exchange of heads for sequence parallelism.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def join_group(timeout_seconds: float, device_type: str) -> bool:
+    """Starts ``torch.distributed`` through DeepSpeed from the launcher's variables; nothing is compiled.
+
+    Args:
+        timeout_seconds: of a collective.
+        device_type: ``cuda`` or ``cpu``.
+
+    Returns:
+        Whether the group is new; False where it was there already.
+    """
+    if device_type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # On CPUs DeepSpeed would compile a shared-memory collective at start-up (a minute, needs a compiler).
+    operations = getattr(getattr(deepspeed, "ops", None), "__compatible_ops__", None)
+    if operations is not None and device_type == "cpu":
+        operations["deepspeed_shm_comm"] = False
+    # DeepSpeed calls them by names that torch has just renamed, at every step.
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
+    if torch.distributed.is_initialized() and deepspeed.comm.is_initialized():
+        return False
+    deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(seconds=timeout_seconds))
+    return True
+
+
+class ZeroEngine:
+    """A model and its optimizer under ZeRO.
+
+    Args:
+        model: on its device.
+        optimizer: over its parameters; None = the one that the settings' ``optimizer`` block names.
+        settings: DeepSpeed's.
+
+    Attributes:
+        module: the model.
+        optimizer: DeepSpeed's, around the given one.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, settings: Mapping[str, Any]) -> None:
+        import deepspeed
+
+        self._stage = settings["zero_optimization"]["stage"]
+        tables = {name: value.clone() for name, value in model.named_buffers()}
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=None if optimizer is not None else [p for p in model.parameters() if p.requires_grad],
+            config=settings,
+        )
+        # In bfloat16 DeepSpeed rounds these too, which would move every position and the null text.
+        for name, value in model.named_buffers():
+            value.data = tables[name].to(value.device)
+        self.module, self.optimizer = self._engine.module, self._engine.optimizer
+
+    def forward(self, *inputs: Any) -> Any:
+        """What the model gives for ``inputs``."""
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of one of the accumulated parts."""
+        self._engine.backward(loss)
+
+    def step(self) -> float | None:
+        """After every part's backward pass; the last part's takes the optimizer's step.
+
+        Returns:
+            After the last part the gradient's norm before clipping, over all processes; None after the others, and
+            where DeepSpeed was told not to compute it. With one that is no number no step is taken.
+        """
+        last, norm = self._engine.is_gradient_accumulation_boundary(), None
+        if last and self._stage == 0:
+            # DeepSpeed tells no norm at this stage, and would step with whatever is there.
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            if not math.isfinite(norm):
+                return norm
+        self._engine.step()
+        told = self._engine.get_global_grad_norm() if last else None
+        return norm if told is None else float(told)
+
+    def save(self, root: str | Path, tag: str, step: int) -> None:
+        """Writes ``root/tag``, without naming it the latest; every process must call it."""
+        self._engine.save_checkpoint(str(root), tag=tag, client_state={"step": step}, save_latest=False)
+
+    def load(self, root: str | Path, tag: str) -> int | None:
+        """Reads ``root/tag``; the number of steps done, None where nothing was read. Every process must call it."""
+        path, state = self._engine.load_checkpoint(str(root), tag=tag)
+        # Saving in this mode loses files at stage 3; the next checkpoint is an ordinary one again.
+        self._engine._config.load_universal_checkpoint = False
+        return None if path is None else int(state["step"])
+
+    def destroy(self) -> None:
+        """Takes DeepSpeed's hooks off the model; the engine is of no more use."""
+        self._engine.destroy()
+
+
+def loading_universal(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an engine that is to load what :func:`to_universal` wrote."""
+    return {**settings, "checkpoint": {**settings.get("checkpoint", {}), "load_universal": True}}
+
+
+def to_universal(root: Path, tag: str, target: str) -> str | None:
+    """Lays the checkpoint ``root/tag`` out for any number of processes; what went wrong, if anything did."""
+    shutil.rmtree(root / target, ignore_errors=True)
+    words = ["--input_folder", str(root / tag), "--output_folder", str(root / target), "--inject_missing_state"]
+    # The converter must not take itself for one of our processes.
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    done = subprocess.run(
+        [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *words],
+        env={**alone, "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]
+
+
+def sharded_building(settings: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    """Modules that are made inside are sharded as they are made (stage 3)."""
+    import deepspeed
+
+    return deepspeed.zero.Init(config_dict_or_path=settings)
+
+
+def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Makes sharded parameters whole on every process, and shards what the first one wrote into them again."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0) if parameters else nullcontext()
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether this process holds a part of the parameter's float32 master only."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def whole_shape(value: Tensor) -> torch.Size:
+    """Of a whole parameter or buffer, also where only a part of it is here."""
+    return getattr(value, "ds_shape", value.shape)
+
+
+def local_part(parameter: nn.Parameter) -> tuple[int, Tensor]:
+    """This process' part of a parameter's float32 master: where it starts in the flattened parameter, and a view.
+
+    Stage 0 has no other master than the parameter, which is whole everywhere.
+    """
+    if hasattr(parameter, "ds_id"):  # stage 3
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        part = safe_get_local_fp32_param(parameter).flatten()
+        start = torch.distributed.get_rank() * part.numel()
+        return start, part[: max(min(part.numel(), whole_shape(parameter).numel() - start), 0)]
+    if hasattr(parameter, "_hp_mapping"):  # stages 1 and 2
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return 0, torch.empty(0, device=parameter.device)
+        return mapping.lp_fragment_address.start, mapping.get_hp_fragment()
+    return 0, parameter.detach().flatten()
+
+
+def exchanging_heads(attend: Callable[..., Tensor], group: Any) -> Callable[..., Tensor]:
+    """DeepSpeed-Ulysses: ``attend`` over all tokens for a share of the heads, called with a share of the tokens.
+
+    Args:
+        attend: ``(query, key, value, *more)`` -> output, all but ``more`` ``[rows, tokens, heads, head_dim]``.
+        group: the processes that the tokens lie on, in equal parts; they divide the heads.
+
+    Returns:
+        The same for this process' tokens and all heads. Every process of the group must call it.
+    """
+    from deepspeed.sequence.layer import DistributedAttention
+
+    exchange = DistributedAttention(attend, group, scatter_idx=2, gather_idx=1)
+    rows_dim, rotary = 0, None
+    return lambda query, key, value, *more: exchange(query, key, value, rows_dim, rotary, *more)
