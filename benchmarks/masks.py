@@ -16,11 +16,11 @@ import torch
 from common import machine, machine_line, parser
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.digits.batches import INFO
 from pavdm_dist.digits.world import render, sample_scene, scene_prompt
 from pavdm_dist.train.loss import noised, velocity_loss
 from pavdm_dist.train.model import Text, TextToVideo
 from pavdm_dist.train.objective import Objective, draw_levels, draw_window
-from pavdm_dist.train.run import INFO
 
 LATENTS = 40
 FRAMES = 4 * (LATENTS - 1) + 1

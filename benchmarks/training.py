@@ -27,6 +27,7 @@ from common import machine, machine_line, parser
 from torch.nn.parallel import DistributedDataParallel
 
 from pavdm_dist.config import load_config
+from pavdm_dist.digits.world import VOCABULARY
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.train.batches import Batch
 from pavdm_dist.train.export import Parts
@@ -80,13 +81,13 @@ def configured(folder: str, *settings: str) -> TrainConfig:
 
 def trainer_of(stage: int, folder: str, shape: list[str], batches: RandomBatches, world: World) -> Trainer:
     config = configured(folder, f"zero.stage={stage}", *shape)
-    return Trainer(config, batches, Parts(Path("unused"), None, FrameInfo(64, 64, 24), ()), world)
+    return Trainer(config, batches, Parts(Path("unused"), None, FrameInfo(64, 64, 24), (), VOCABULARY), world)
 
 
 def plain_step(config: TrainConfig, batches: RandomBatches, world: World, parallel: bool) -> Callable[..., float]:
     """One step of plain torch, alone or under DistributedDataParallel: the whole job of the trainer's step."""
     torch.manual_seed(config.seed)
-    model: Any = build(config, CHANNELS).to(world.device)
+    model: Any = build(config, CHANNELS, VOCABULARY).to(world.device)
     average = {name: value.detach().clone() for name, value in model.named_parameters()}
     wrapped = DistributedDataParallel(model) if parallel else model
     o = config.optimizer
@@ -174,7 +175,7 @@ def throughput(folder: str, world: World, rounds: int, steps: int, batch: int) -
         calls = ((trainer.engine, "forward"), (trainer.engine, "backward"), (trainer.engine, "step"))
         for phase, (owner, name) in zip(PHASES, (*calls, (trainer.average, "update")), strict=True):
             timed(owner, name, phase, phases[str(stage)])
-    numbers = sum(value.numel() for value in build(config, CHANNELS).parameters())
+    numbers = sum(value.numel() for value in build(config, CHANNELS, VOCABULARY).parameters())
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for turn in range(rounds + 1):  # the first one warms up
         for name, step in kinds.items():
@@ -202,7 +203,7 @@ def throughput(folder: str, world: World, rounds: int, steps: int, batch: int) -
 
 def waiting(folder: str, steps: int) -> dict[str, float]:
     """Share of a step that waits for data, at the embedded model's shape, from cached latents; in one process."""
-    from pavdm_dist.train.video import video_data
+    from pavdm_dist.train.prepared import video_data
 
     found = {}
     for ahead in (0, 2):

@@ -132,9 +132,9 @@ def train(arguments: argparse.Namespace) -> None:
     config = load_config(TrainConfig, config_file, overrides)
     if arguments.print_config:
         return _print_config(config)
-    from pavdm_dist.train.launch import launch
+    from pavdm_dist.commands.train import train_command
 
-    launch(config, arguments.words)
+    train_command(config, arguments.words)
 
 
 def data(arguments: argparse.Namespace) -> None:

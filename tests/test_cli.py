@@ -46,11 +46,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     pipeline = types.ModuleType("pavdm_dist.commands.sample")
     pipeline.__dict__.update(render_command=render_command, plan_report=plan_report)
-    loop = types.ModuleType("pavdm_dist.train.run")
-    loop.__dict__.update(train_command=lambda config: seen.append(("train", config)))
+    run = types.ModuleType("pavdm_dist.train.run")
+    run.__dict__.update(train_slice=lambda config, provider: seen.append(("train", config)))
     monkeypatch.delenv("WORLD_SIZE", raising=False)  # left by a training test of this process
     monkeypatch.setitem(sys.modules, "pavdm_dist.commands.sample", pipeline)
-    monkeypatch.setitem(sys.modules, "pavdm_dist.train.run", loop)
+    monkeypatch.setitem(sys.modules, "pavdm_dist.train.run", run)
     return seen
 
 

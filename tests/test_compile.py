@@ -20,7 +20,7 @@ from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.settings import TrainConfig
-from pavdm_dist.train.zero import checkpoint_activations
+from pavdm_dist.train.start import checkpoint_activations
 from pavdm_dist.validate import validate_sample
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on CPUs")

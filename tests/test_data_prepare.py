@@ -134,7 +134,7 @@ def test_a_ray_cluster_gives_the_same_bytes(
 ) -> None:
     import ray
 
-    # Two units at a time: each new worker pays for its imports, and the machine may have two cores.
+    # Two tasks at a time: each new worker pays for its imports, and the machine may have two cores.
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
     monkeypatch.setattr(prepare_module, "PART_VIDEOS", 3)
     prepare_command(replace(config, output=str(tmp_path / "set"), ray_address="auto"))
@@ -191,11 +191,11 @@ def test_killed_while_looking_at_videos(
     monkeypatch.setattr(prepare_module, "PART_VIDEOS", 2)
     scan, seen = prepare_module.scan_part, []
 
-    def interrupted(*unit: Any) -> int:
+    def interrupted(*task: Any) -> int:
         if len(seen) == 2:
             raise KeyboardInterrupt
-        seen.append(unit[1])
-        return scan(*unit)
+        seen.append(task[1])
+        return scan(*task)
 
     monkeypatch.setattr(prepare_module, "scan_part", interrupted)
     settings = replace(config, output=str(tmp_path / "set"))

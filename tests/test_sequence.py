@@ -24,7 +24,7 @@ from pavdm_dist.train.loss import velocity_loss
 from pavdm_dist.train.model import Text
 from pavdm_dist.train.processes import World, free_port, join_world
 from pavdm_dist.train.sequence import SequenceGroup, Ulysses, join_sequence
-from pavdm_dist.train.zero import checkpoint_activations
+from pavdm_dist.train.start import checkpoint_activations
 
 INFO = FrameInfo(48, 64, 24.0)
 STEPS = 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from training import TINY, launch, start, tiny_codec, write_clips
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.commands.train import training_data
 from pavdm_dist.config import load_config
 from pavdm_dist.digits.cache import LatentClips, cache_clips
 from pavdm_dist.errors import ConfigError, EngineError
@@ -126,6 +128,10 @@ def test_a_signal_saves_and_ends_well(run_dir: Path, more: list[str], number: in
     step = int((run_dir / "checkpoints" / "latest").read_text()[4:])
     assert len(losses(run_dir)) == step > 0
     assert Checkpoint.open(run_dir / "model").backbone.config.depth == 1
+
+
+def test_the_provider_reaches_other_processes_by_name() -> None:
+    assert pickle.loads(pickle.dumps(training_data)) is training_data
 
 
 def test_bad_settings_start_nothing(run_dir: Path) -> None:

@@ -18,14 +18,15 @@ from training import TINY, start, tiny_codec, write_clips
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.config import load_config
+from pavdm_dist.digits.batches import INFO, still_batch
 from pavdm_dist.digits.cache import LatentClips, cache_clips
+from pavdm_dist.digits.provider import WORLD_PROMPTS, digit_data
 from pavdm_dist.digits.world import VOCABULARY, render, sample_scene
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.train.average import Average
-from pavdm_dist.train.batches import still_batch
 from pavdm_dist.train.model import Text, filled
 from pavdm_dist.train.objective import Objective
-from pavdm_dist.train.run import INFO, WORLD_PROMPTS, train_command
+from pavdm_dist.train.run import train_slice
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
 
@@ -106,14 +107,14 @@ def test_a_torn_checkpoint_is_never_the_latest(tmp_path: Path, clips: LatentClip
     trainer.save()
     trainer.train_step()
 
-    def torn(root: str, tag: str, **_: object) -> None:
-        (Path(root) / tag).mkdir()
+    def torn(root: Path, tag: str, _: int) -> None:
+        (root / tag).mkdir()
         raise KeyboardInterrupt
 
-    whole, trainer.engine.save_checkpoint = trainer.engine.save_checkpoint, torn
+    whole, trainer.engine.save = trainer.engine.save, torn
     with pytest.raises(KeyboardInterrupt):
         trainer.save()
-    trainer.engine.save_checkpoint = whole
+    trainer.engine.save = whole
     assert start(settings(tmp_path), clips).step == 1
     for _ in range(3):
         trainer.train_step()
@@ -138,7 +139,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(
 
 
 def test_another_world_is_refused(tmp_path: Path, clips: LatentClips, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pavdm_dist.train import batches
+    from pavdm_dist.digits import batches
 
     start(settings(tmp_path), clips).save()
     monkeypatch.setattr(batches, "WORLD_SETTINGS", {**batches.WORLD_SETTINGS, "fps": 12})
@@ -167,7 +168,7 @@ def test_a_dropped_prompt_is_the_null_text_and_padding_is_not_read(tmp_path: Pat
     trainer = start(settings(tmp_path, "optimizer.total_steps=100"), clips)
     for _ in range(8):
         trainer.train_step()
-    model = filled(trainer.config, 4, trainer.whole_weights())
+    model = filled(trainer.config, 4, VOCABULARY, trainer.whole_weights())
     x, levels = torch.randn(1, 4, 4, 4, 4).expand(2, -1, -1, -1, -1), torch.full((2, 4), 0.5)
     short, long = "a red three drifting up", "a blue seven bouncing fast, a cyan one bouncing"
     with torch.no_grad():
@@ -199,21 +200,29 @@ def test_clips_are_cached_in_slices_and_are_what_the_codec_encodes(tmp_path: Pat
 
 def test_command_trains_and_exports_a_model_that_opens(tmp_path: Path, codec: Path) -> None:
     config = settings(tmp_path, f"codec.folder={codec}", "optimizer.total_steps=2", "max_seconds=100")
-    train_command(config)
+    train_slice(config, digit_data)
     opened = Checkpoint.open(tmp_path / "run/model")
     assert opened.defaults.window_chunks == 3 and opened.defaults.num_inference_steps == 6
     assert opened.text_encoder.unknown_words("a red three") == []
+    index = json.loads((tmp_path / "run/model/model_index.json").read_text())
+    shipped = json.loads((Checkpoint.open("embedded").folder / "model_index.json").read_text())
+    assert index["training"] == {**shipped["training"], "steps": 2} and index.keys() == shipped.keys()
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and lines[0]["loss"] == pytest.approx(2, rel=0.7)
     start(replace(config, resume="must"), LatentClips(tmp_path / "run/clips"), codec, WORLD_PROMPTS[:2]).sheet()
     assert (tmp_path / "run/sheets/step0000002.png").exists()
 
 
+def test_a_slice_that_ends_with_the_data_trains_nothing(tmp_path: Path) -> None:
+    train_slice(settings(tmp_path), lambda config, world, end: None)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_that_is_no_export_is_never_replaced(tmp_path: Path, codec: Path, clips: LatentClips) -> None:
     (tmp_path / "models" / "other").mkdir(parents=True)
     for target, message in ((tmp_path / "models", "holds other and no model"), (codec / "config.json", "is a file")):
         with pytest.raises(ConfigError, match=f"export={target}: .*{message}"):
-            train_command(settings(tmp_path, f"export={target}"))
+            train_slice(settings(tmp_path, f"export={target}"), digit_data)
         with pytest.raises(ConfigError, match=message):
             start(settings(tmp_path), clips, codec).export(target)
     assert (tmp_path / "models" / "other").is_dir()

@@ -13,16 +13,17 @@ from training import launch
 from videos import numbered, shipped_videos, write_video
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.commands.train import training_data
 from pavdm_dist.config import load_config
 from pavdm_dist.data.dataset import CachedClips
 from pavdm_dist.data.prepare import PrepareConfig, prepare_command
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.train.batches import Batch
 from pavdm_dist.train.objective import Objective
-from pavdm_dist.train.run import train_command
+from pavdm_dist.train.prepared import VideoBatches, video_data
+from pavdm_dist.train.run import train_slice
 from pavdm_dist.train.settings import DataConfig, TrainConfig
 from pavdm_dist.train.trainer import Trainer
-from pavdm_dist.train.video import VideoBatches, video_data
 
 BUCKETS = ["32x48x8@24", "32x32x3@12", "32x32x1@24"]
 
@@ -122,9 +123,10 @@ def test_pixels_give_the_batches_of_cached_latents(folder: Path, model: Path, tm
 
 PROGRAM = """
 import sys
+from pavdm_dist.commands.train import training_data
 from pavdm_dist.config import load_config
 from pavdm_dist.train.settings import TrainConfig
-from pavdm_dist.train.run import train_command
+from pavdm_dist.train.run import train_slice
 from pavdm_dist.train.trainer import Trainer
 step = Trainer.train_step
 def counted(trainer):
@@ -133,13 +135,14 @@ def counted(trainer):
         trainer.stop()
     return found
 Trainer.train_step = counted
-train_command(load_config(TrainConfig, None, sys.argv[2:]))
+train_slice(load_config(TrainConfig, None, sys.argv[2:]), training_data)
 """
 
 
 @pytest.mark.timeout(240)
 def test_two_processes_with_a_pause_train_as_one_and_export_a_model(folder: Path, model: Path, tmp_path: Path) -> None:
-    train_command(load_config(TrainConfig, None, settings(folder, model, tmp_path / "one", "sheet_every_seconds=1e-9")))
+    more = settings(folder, model, tmp_path / "one", "sheet_every_seconds=1e-9")
+    train_slice(load_config(TrainConfig, None, more), training_data)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "one/log.jsonl").read_text().splitlines()]
     assert len(losses) == 6 and (tmp_path / "one/sheets/step0000006.png").exists()
     exported = Checkpoint.open(tmp_path / "one/model")

@@ -12,14 +12,15 @@ import torch
 from training import TINY, launch, write_clips
 
 from pavdm_dist.config import load_config
+from pavdm_dist.digits.batches import DigitBatches
 from pavdm_dist.digits.cache import LatentClips
+from pavdm_dist.digits.world import VOCABULARY
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.train.batches import WorldBatches
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.loss import velocity_loss
 from pavdm_dist.train.model import build
 from pavdm_dist.train.settings import TrainConfig
-from pavdm_dist.train.zero import engine_settings
+from pavdm_dist.train.zero_settings import engine_settings
 
 STEPS = 20
 SETTINGS = [
@@ -39,9 +40,9 @@ PROGRAM = str(Path(__file__).parent / "zero_program.py")
 def plain_torch(clips: LatentClips, settings: list[str], steps: int = STEPS) -> dict[str, Any]:
     """The same training without DeepSpeed, sharding, accumulation or our trainer."""
     config = load_config(TrainConfig, None, settings)
-    batches = WorldBatches(clips, config.objective, config.data, config.seed)
+    batches = DigitBatches(clips, config.objective, config.data, config.seed)
     torch.manual_seed(config.seed)
-    model, o = build(config, batches.channels), config.optimizer
+    model, o = build(config, batches.channels, VOCABULARY), config.optimizer
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, o.lr, (o.betas[0], o.betas[1]), weight_decay=o.weight_decay)
     average = {name: value.detach().clone() for name, value in model.named_parameters()}

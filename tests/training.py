@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from pavdm_dist.digits.batches import INFO, DigitBatches
 from pavdm_dist.digits.cache import LatentClips
-from pavdm_dist.train.batches import WorldBatches
+from pavdm_dist.digits.world import VOCABULARY, WORLD_SETTINGS
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.processes import free_port
-from pavdm_dist.train.run import INFO
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
 
@@ -31,8 +31,8 @@ def start(
     config: TrainConfig, clips: LatentClips, codec: Path = Path("unused"), prompts: tuple[str, ...] = ()
 ) -> Trainer:
     """A trainer on moving digits."""
-    batches = WorldBatches(clips, config.objective, config.data, config.seed)
-    return Trainer(config, batches, Parts(codec, None, INFO, prompts))
+    batches = DigitBatches(clips, config.objective, config.data, config.seed)
+    return Trainer(config, batches, Parts(codec, None, INFO, prompts, VOCABULARY, WORLD_SETTINGS))
 
 
 def processes_of(arguments: list[str], size: int = 2, **more: str) -> list[subprocess.Popen[str]]:

@@ -93,8 +93,8 @@ def _prepare(job: Job, config: PrepareConfig, sources: Sources, run: Run) -> dic
     if index is None:
         parts = range(-(-len(sources.videos) // PART_VIDEOS))
         missing = [part for part in parts if not scan_file(job.output, part).exists() or unreadable(job.output, part)]
-        units = ((job, p, sources.videos[p * PART_VIDEOS : (p + 1) * PART_VIDEOS]) for p in missing)
-        for number, read in enumerate(run(scan_part, units), 1):
+        tasks = ((job, p, sources.videos[p * PART_VIDEOS : (p + 1) * PART_VIDEOS]) for p in missing)
+        for number, read in enumerate(run(scan_part, tasks), 1):
             frames += read
             logger.info("looked at %d of %d parts of the videos, %d frames", number, len(missing), frames)
         scanned = time.monotonic() - began

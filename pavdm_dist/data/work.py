@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """What all units of a run share.
+    """What all tasks of a run share.
 
     Attributes:
         output: the data set's folder, reachable by every worker.

@@ -1,4 +1,4 @@
-"""Units of work in this process, in several, or on a Ray cluster; results come back as they are ready."""
+"""Tasks in this process, in several, or on a Ray cluster; results come back as they are ready."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from typing import Any
 
 from pavdm_dist.errors import ConfigError, EngineError
 
-# Units under way per worker: one that runs and one that waits, so that none is idle.
+# Tasks under way per worker: one that runs and one that waits, so that none is idle.
 _AHEAD = 2
 
 Function = Callable[..., int]
-Unit = tuple[Any, ...]
-Run = Callable[[Function, Iterable[Unit]], Iterator[int]]
+Task = tuple[Any, ...]  # the arguments of one call
+Run = Callable[[Function, Iterable[Task]], Iterator[int]]
 
 
 @contextmanager
 def workers(processes: int, ray_address: str | None, cpus: int, gpu: bool) -> Iterator[Run]:
-    """A function that calls ``function(*unit)`` for every unit and yields the results as they are ready.
+    """A function that calls ``function(*task)`` for every task and yields the results as they are ready.
 
-    ``function`` must be importable by name. What it raises ends the run; units that were not begun are dropped.
+    ``function`` must be importable by name. What it raises ends the run; tasks that were not begun are dropped.
 
     Args:
-        processes: how many units at a time; 1 = in this process, one after the other.
+        processes: how many tasks at a time; 1 = in this process, one after the other.
         ray_address: cluster to use instead; it decides how many run at a time.
-        cpus, gpu: what a unit takes of the cluster.
+        cpus, gpu: what a task takes of the cluster.
 
     Raises:
         EngineError: a worker died, or the cluster cannot be reached.
@@ -43,7 +43,7 @@ def workers(processes: int, ray_address: str | None, cpus: int, gpu: bool) -> It
         with _ray(ray_address, cpus, gpu) as run:
             yield run
     elif processes == 1:
-        yield lambda function, units: (function(*unit) for unit in units)
+        yield lambda function, tasks: (function(*task) for task in tasks)
     else:
         # spawn: forking a process that holds threads (torch, FFmpeg) can lock up.
         context = multiprocessing.get_context("spawn")
@@ -55,13 +55,13 @@ def workers(processes: int, ray_address: str | None, cpus: int, gpu: bool) -> It
 
 
 def _in_processes(
-    pool: ProcessPoolExecutor, processes: int, function: Function, units: Iterable[Unit]
+    pool: ProcessPoolExecutor, processes: int, function: Function, tasks: Iterable[Task]
 ) -> Iterator[int]:
-    waiting = iter(units)
+    waiting = iter(tasks)
     pending: set[Future[int]] = set()
     try:
         while True:
-            pending |= {pool.submit(function, *unit) for unit in islice(waiting, _AHEAD * processes - len(pending))}
+            pending |= {pool.submit(function, *task) for task in islice(waiting, _AHEAD * processes - len(pending))}
             if not pending:
                 return
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -118,14 +118,14 @@ def _ray(address: str, cpus: int, gpu: bool) -> Iterator[Run]:
         raise ConfigError(f"{wanted}: no node of ray_address={address!r} has that; the largest has {most} CPUs")
     pending: list[Any] = []
 
-    def run(function: Function, units: Iterable[Unit]) -> Iterator[int]:
+    def run(function: Function, tasks: Iterable[Task]) -> Iterator[int]:
         call = ray.remote(num_cpus=cpus, num_gpus=int(gpu))(function)
-        waiting = iter(units)
+        waiting = iter(tasks)
         while True:
             # Asked each time: a cluster may grow.
             found = ray.cluster_resources()
             at_once = _AHEAD * max(1, int(found.get("GPU", 1) if gpu else found.get("CPU", 1) // cpus))
-            pending.extend(call.remote(*unit) for unit in islice(waiting, max(0, at_once - len(pending))))
+            pending.extend(call.remote(*task) for task in islice(waiting, max(0, at_once - len(pending))))
             if not pending:
                 return
             done, pending[:] = ray.wait(pending)

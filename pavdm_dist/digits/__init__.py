@@ -1,2 +1,2 @@
-"""The shipped world: moving handwritten digits, the codec trained on them, cached clips, and what videos show read back
-from their pixels."""
+"""The shipped world of moving handwritten digits: one provider of training data, the codec trained on it, and the judge
+that reads back from pixels what videos show."""

@@ -87,12 +87,12 @@ def cache_clips(codec_folder: str | Path, folder: str | Path, clips: int, num_la
             continue
         if time.monotonic() - started > max_seconds:
             return False
-        write_shard(encode, target, shard, num_latents)
+        cache_shard(encode, target, shard, num_latents)
         logger.info("cached %d of %d clips", (shard + 1) * SHARD_CLIPS, clips)
     return True
 
 
-def write_shard(encode: Encoder, target: Path, shard: int, num_latents: int) -> None:
+def cache_shard(encode: Encoder, target: Path, shard: int, num_latents: int) -> None:
     """Renders, encodes and writes ``SHARD_CLIPS`` training clips; the file appears whole or not at all."""
     scenes = [sample_scene(np.random.default_rng((3, shard * SHARD_CLIPS + i))) for i in range(SHARD_CLIPS)]
     frames = 4 * (num_latents - 1) + 1

@@ -19,32 +19,9 @@ from torch import Tensor, nn
 
 from pavdm_dist.errors import CheckpointError
 from pavdm_dist.train.processes import World
+from pavdm_dist.train.zero import is_sharded, local_part, whole_shape
 
 FILE = "average-{rank:05d}-of-{size:05d}.safetensors"
-
-
-def local_part(parameter: nn.Parameter) -> tuple[int, Tensor]:
-    """This process' part of a parameter's float32 master: where it starts in the flattened parameter, and a view.
-
-    Stage 0 has no other master than the parameter, which is whole everywhere.
-    """
-    if hasattr(parameter, "ds_id"):  # stage 3
-        from deepspeed.utils import safe_get_local_fp32_param
-
-        part = safe_get_local_fp32_param(parameter).flatten()
-        start = torch.distributed.get_rank() * part.numel()
-        return start, part[: max(min(part.numel(), shape_of(parameter).numel() - start), 0)]
-    if hasattr(parameter, "_hp_mapping"):  # stages 1 and 2
-        mapping = parameter._hp_mapping
-        if mapping is None:
-            return 0, torch.empty(0, device=parameter.device)
-        return mapping.lp_fragment_address.start, mapping.get_hp_fragment()
-    return 0, parameter.detach().flatten()
-
-
-def shape_of(parameter: nn.Parameter) -> torch.Size:
-    """Of the whole parameter, also where only a part of it is here."""
-    return parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape
 
 
 class Average:
@@ -124,8 +101,8 @@ def whole_tensors(
     found |= {name: value.detach().cpu() for name, value in module.named_parameters() if not value.requires_grad}
     for name, parameter in _trained(module):
         start, part = local_part(parameter) if average is None else average.parts[name]
-        shape = shape_of(parameter)
-        if not (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")):  # whole everywhere
+        shape = whole_shape(parameter)
+        if not is_sharded(parameter):
             whole = part.float()
         else:
             whole = torch.zeros(shape.numel(), device=world.device)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.train.settings import TrainConfig
-from pavdm_dist.train.zero import deepspeed_json, engine_settings
+from pavdm_dist.train.zero_settings import deepspeed_json, engine_settings
 
 # Values from the first number on, up to the second; the third says whether the first is one of them.
 _POSITIVE, _FROM_0, _FROM_1, _SHARE = (0, math.inf, False), (0, math.inf, True), (1, math.inf, True), (0, 1, True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pavdm_dist.digits.world import WORLD_SETTINGS
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.train.model import filled
@@ -27,12 +27,16 @@ class Parts:
         text_encoder: folder of the frozen text encoder; None when it is trained along.
         info: size and rate of the videos, the defaults for sampling.
         prompts: of contact sheets.
+        vocabulary: words of the text encoder that is trained along; None where none is trained.
+        world_settings: of the made world that the videos show, kept with the model; empty for real video.
     """
 
     vae: Path
     text_encoder: Path | None
     info: FrameInfo
     prompts: tuple[str, ...]
+    vocabulary: tuple[str, ...] | None = None
+    world_settings: dict[str, Any] = field(default_factory=dict)
 
 
 def check_target(folder: Path) -> None:
@@ -64,7 +68,7 @@ def export_model(
         ConfigError: see :func:`check_target`.
     """
     check_target(folder)
-    model, o = filled(config, channels, weights), config.objective
+    model, o = filled(config, channels, parts.vocabulary, weights), config.objective
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.transformer.save_pretrained(partial / "transformer", torch.float16)
@@ -90,7 +94,7 @@ def export_model(
         "vae": ["diffusers", "AutoencoderKLWan"],
         "text_encoder": ["pavdm_dist", "WordTextEncoder"],
         "sampling": sampling,
-        "training": {"steps": step, "world": WORLD_SETTINGS if config.data.folder is None else {}},
+        "training": {"steps": step, "world": parts.world_settings},
     }
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     old = folder.with_name(f"{folder.name}.old")

@@ -15,21 +15,25 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pavdm_dist.errors import ConfigError, EngineError
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.processes import launched_size
 from pavdm_dist.train.settings import TrainConfig
 
+if TYPE_CHECKING:
+    from pavdm_dist.train.run import Provider
+
 logger = logging.getLogger(__name__)
 
 
-def launch(config: TrainConfig, words: Sequence[str]) -> None:
+def launch(config: TrainConfig, provider: Provider, words: Sequence[str]) -> None:
     """Runs training in as many processes as ``config.launch`` asks for, or here where a launcher started this one.
 
     Args:
         config: settings.
+        provider: of the data; importable by name, for the workers of a Ray cluster.
         words: those of the command line that made them, for the processes that are started.
 
     Raises:
@@ -46,21 +50,21 @@ def launch(config: TrainConfig, words: Sequence[str]) -> None:
             f"launch.processes={wanted.processes} and launch.ray_workers={wanted.ray_workers}: choose one of the two"
         )
     if "WORLD_SIZE" in os.environ:
-        from pavdm_dist.train.run import train_command
+        from pavdm_dist.train.run import train_slice
 
         check_settings(config, launched_size())
-        train_command(config)
+        train_slice(config, provider)
     elif wanted.ray_workers:
         check_settings(config, wanted.ray_workers)
-        _launch_ray(config)
+        _launch_ray(config, provider)
     elif wanted.processes > 1:
         check_settings(config, wanted.processes)
         _launch_here(wanted.processes, words)
     else:
-        from pavdm_dist.train.run import train_command
+        from pavdm_dist.train.run import train_slice
 
         check_settings(config, 1)
-        train_command(config)
+        train_slice(config, provider)
 
 
 def _launch_here(processes: int, words: Sequence[str]) -> None:
@@ -89,7 +93,7 @@ def _launch_here(processes: int, words: Sequence[str]) -> None:
         raise EngineError(f"a training process failed (exit status {code}); its message is above")
 
 
-def _launch_ray(config: TrainConfig) -> None:
+def _launch_ray(config: TrainConfig, provider: Provider) -> None:
     import ray
 
     try:
@@ -111,7 +115,11 @@ def _launch_ray(config: TrainConfig) -> None:
     settings = _anywhere(config, run)
     trainer = TorchTrainer(
         _ray_worker,
-        train_loop_config={"config": settings, "deadline": time.time() + config.max_seconds},
+        train_loop_config={
+            "config": settings,
+            "provider": provider,
+            "deadline": time.time() + config.max_seconds,
+        },
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=int(wanted.timeout_seconds)),
         scaling_config=ScalingConfig(num_workers=wanted.ray_workers, use_gpu=gpus, resources_per_worker=resources),
         run_config=RunConfig(
@@ -154,8 +162,8 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     """One process of the group; Ray Train has set the five variables and joined the processes."""
     import ray.train
 
-    from pavdm_dist.train.run import train_command
+    from pavdm_dist.train.run import train_slice
 
     config: TrainConfig = settings["config"]
     left = max(settings["deadline"] - time.time(), 0)
-    train_command(replace(config, max_seconds=left), ray.train.report)
+    train_slice(replace(config, max_seconds=left), settings["provider"], ray.train.report)

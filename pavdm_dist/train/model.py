@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.text import WordTextEncoder
-from pavdm_dist.digits.world import VOCABULARY
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.models.base import FrameInfo, WindowSlice
 from pavdm_dist.models.loading import load_config, read_tensors
 from pavdm_dist.models.stdit3 import OPTIONAL_TENSORS, STDiT3, STDiT3Config
 from pavdm_dist.train.settings import ModelConfig, TrainConfig
+from pavdm_dist.train.zero import whole_shape
 
 # Makes the given parameters whole on every process, and shards what the first one wrote into them again.
 Whole = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
@@ -138,6 +138,7 @@ def shape_of(config: TrainConfig, channels: int) -> STDiT3Config:
 def build(
     config: TrainConfig,
     channels: int,
+    vocabulary: Sequence[str] | None,
     whole: Whole | None = None,
     sharding: AbstractContextManager[Any] | None = None,
 ) -> TextToVideo:
@@ -146,10 +147,12 @@ def build(
     Args:
         config: settings; seed the generator first, fresh weights come from it.
         channels: of the latents.
+        vocabulary: words of the text encoder that is trained along, unless a pretrained one brings its own; None where
+            none is trained.
         whole: given when the weights are sharded as they are made.
         sharding: the context that does so; only around the backbone, a text encoder is small and fills itself.
     """
-    model, m = _modules(config, channels, sharding), config.model
+    model, m = _modules(config, channels, vocabulary, sharding), config.model
     if m.pretrained is None:
         model.transformer.init_weights(whole)
     else:
@@ -160,26 +163,33 @@ def build(
     return model
 
 
-def filled(config: TrainConfig, channels: int, weights: dict[str, Tensor]) -> TextToVideo:
-    """The model with these weights, in main memory, for sampling and saving."""
+def filled(
+    config: TrainConfig, channels: int, vocabulary: Sequence[str] | None, weights: dict[str, Tensor]
+) -> TextToVideo:
+    """The model that :func:`build` makes, with these weights, in main memory, for sampling and saving."""
     with torch.device("meta"):
-        model = _modules(config, channels)
+        model = _modules(config, channels, vocabulary)
     model.load_state_dict(weights, assign=True)
     return model.eval().requires_grad_(False)
 
 
-def _modules(config: TrainConfig, channels: int, sharding: AbstractContextManager[Any] | None = None) -> TextToVideo:
+def _modules(
+    config: TrainConfig,
+    channels: int,
+    vocabulary: Sequence[str] | None,
+    sharding: AbstractContextManager[Any] | None = None,
+) -> TextToVideo:
     with sharding or nullcontext():
         transformer = STDiT3(shape_of(config, channels))
-    encoder = None if config.data.folder is not None else _text_encoder(config.model)
+    encoder = None if vocabulary is None else _text_encoder(config.model, vocabulary)
     return TextToVideo(transformer, encoder, config.zero.precision == "autocast")
 
 
-def _text_encoder(m: ModelConfig) -> WordTextEncoder:
+def _text_encoder(m: ModelConfig, vocabulary: Sequence[str]) -> WordTextEncoder:
     if m.pretrained is not None:
         config = load_config(Checkpoint.open(m.pretrained).folder / "text_encoder")
         return WordTextEncoder(**{key: value for key, value in config.items() if not key.startswith("_")})
-    return WordTextEncoder(VOCABULARY, m.caption_channels, m.text_depth, 4, m.model_max_length)
+    return WordTextEncoder(vocabulary, m.caption_channels, m.text_depth, 4, m.model_max_length)
 
 
 @torch.no_grad()
@@ -188,8 +198,7 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], whole: Whole | None, so
     for name, value in wanted.items():
         if name not in tensors and name not in OPTIONAL_TENSORS:
             raise CheckpointError(f"model.pretrained={source}: {name} is missing")
-        # A sharded parameter has its whole shape elsewhere.
-        shape = getattr(value, "ds_shape", value.shape)
+        shape = whole_shape(value)
         if name in tensors and tensors[name].shape != shape:
             raise CheckpointError(
                 f"model.pretrained={source}: {name} is {list(tensors[name].shape)}, not {list(shape)}"

@@ -1,17 +1,16 @@
-"""The processes that train together, set up so that DeepSpeed compiles nothing."""
+"""The processes that train together."""
 
 from __future__ import annotations
 
 import atexit
-import datetime
 import os
-import warnings
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.train.zero import join_group
 
 
 @dataclass(frozen=True)
@@ -81,24 +80,12 @@ def join_world(timeout_seconds: float = 1800.0) -> World:
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", str(free_port()))
     cuda = torch.cuda.is_available()
-    if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    # On CPUs DeepSpeed would compile a shared-memory collective at start-up (a minute, needs a compiler).
-    operations = getattr(getattr(deepspeed, "ops", None), "__compatible_ops__", None)
-    if operations is not None and not cuda:
-        operations["deepspeed_shm_comm"] = False
     if cuda:  # before any collective, which would take the first device in every process
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # DeepSpeed calls them by names that torch has just renamed, at every step.
-    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
-    if not torch.distributed.is_initialized() or not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(seconds=timeout_seconds))
-        if not cuda:
-            # Gloo's threads may still hold tensors of Python's. If the interpreter ends under them the process aborts
-            # although all went well (pytorch/pytorch#179291).
-            atexit.register(_leave_world)
+    if join_group(timeout_seconds, "cuda" if cuda else "cpu") and not cuda:
+        # Gloo's threads may still hold tensors of Python's. If the interpreter ends under them the process aborts
+        # although all went well (pytorch/pytorch#179291).
+        atexit.register(_leave_world)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 

@@ -12,8 +12,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.train.average import Average
 from pavdm_dist.train.processes import World
+from pavdm_dist.train.zero import ZeroEngine, to_universal
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ UNIVERSAL = "-universal"
 
 
 @dataclass(frozen=True)
-class Layout:
+class SaveLayout:
     """How a checkpoint's tensors lie: what must fit for a plain load.
 
     Attributes:
@@ -58,12 +57,12 @@ class Found:
 
 
 def save(
-    engine: Any,
+    engine: ZeroEngine,
     average: Average,
     root: str | Path,
     step: int,
     identity: Mapping[str, Any],
-    layout: Layout,
+    layout: SaveLayout,
     world: World,
     keep_last: int = 2,
     keep_every: int = 0,
@@ -71,7 +70,7 @@ def save(
     """Writes checkpoint ``step``, publishes it, and drops old ones; every process must call it.
 
     Args:
-        engine: the DeepSpeed engine.
+        engine: the model and its optimizer.
         average: averaged weights.
         root: folder of checkpoints.
         step: number of optimizer steps done.
@@ -87,7 +86,7 @@ def save(
     if world.first:
         shutil.rmtree(partial, ignore_errors=True)
     world.wait()
-    engine.save_checkpoint(str(folder), tag=partial.name, client_state={"step": step}, save_latest=False)
+    engine.save(folder, partial.name, step)
     average.save(partial, world.rank, world.size)
     world.wait()
     files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
@@ -100,7 +99,7 @@ def save(
     world.wait()
 
 
-def find(root: str | Path, identity: Mapping[str, Any], layout: Layout, resume: str, world: World) -> Found | None:
+def find(root: str | Path, identity: Mapping[str, Any], layout: SaveLayout, resume: str, world: World) -> Found | None:
     """The newest whole checkpoint that this run may go on from; every process must call it.
 
     Args:
@@ -127,7 +126,7 @@ def find(root: str | Path, identity: Mapping[str, Any], layout: Layout, resume: 
             logger.warning("%s/%s is passed over: %s", root, tag, faults[0])
             continue
         _compare(str(root), manifest["identity"], identity)
-        theirs = Layout(**manifest["layout"])
+        theirs = SaveLayout(**manifest["layout"])
         if theirs.zero_stage != layout.zero_stage:
             raise ConfigError(
                 f"{root} was trained with zero.stage={theirs.zero_stage}, this run has {layout.zero_stage}: go on with "
@@ -162,11 +161,11 @@ def check_resume(root: str | Path, resume: str, tags: list[str] | None = None) -
         raise ConfigError(f"resume=never: {root} holds a checkpoint; choose another run_dir or resume=auto")
 
 
-def load(engine: Any, average: Average, root: str | Path, found: Found, world: World) -> int:
+def load(engine: ZeroEngine, average: Average, root: str | Path, found: Found, world: World) -> int:
     """Fills the engine and the average; returns the number of steps done. Every process must call it.
 
     Args:
-        engine: started with ``load_universal`` when the checkpoint must be converted.
+        engine: started for a converted checkpoint when this one must be.
         average: of the engine's module.
         root: folder of checkpoints.
         found: which one.
@@ -178,22 +177,19 @@ def load(engine: Any, average: Average, root: str | Path, found: Found, world: W
     tag = found.tag
     if found.convert:
         tag = f"{found.tag}{UNIVERSAL}"
-        fault = _convert(Path(root), found.tag, tag) if world.first else None
+        fault = to_universal(Path(root), found.tag, tag) if world.first else None
         faults = [text for text in world.gather(fault) if text]
         if faults:
             raise CheckpointError(f"{root}/{found.tag} could not be laid out for {world.size} processes: {faults[0]}")
-    path, state = engine.load_checkpoint(str(root), tag=tag)
-    if path is None:
+    step = engine.load(root, tag)
+    if step is None:
         raise CheckpointError(f"{root}/{found.tag} could not be loaded")
     average.restore(Path(root) / found.tag)
     world.wait()
-    if found.convert:
-        # Saving in this mode loses files at stage 3; the next checkpoint is an ordinary one again.
-        engine._config.load_universal_checkpoint = False
-        if world.first:
-            shutil.rmtree(Path(root) / tag)
-            (Path(root) / "latest_universal").unlink(missing_ok=True)
-    return int(state["step"])
+    if found.convert and world.first:
+        shutil.rmtree(Path(root) / tag)
+        (Path(root) / "latest_universal").unlink(missing_ok=True)
+    return step
 
 
 def _tags(root: Path) -> list[str]:
@@ -265,19 +261,3 @@ def _drop(folder: Path, newest: str, keep_last: int, keep_every: int) -> None:
         shutil.rmtree(folder / tag)
     for left in (*folder.glob(f"step*{PARTIAL}"), *folder.glob(f"step*{UNIVERSAL}")):
         shutil.rmtree(left)
-
-
-def _convert(root: Path, tag: str, target: str) -> str | None:
-    """Lays a checkpoint out for any number of processes; what went wrong, if anything did."""
-    shutil.rmtree(root / target, ignore_errors=True)
-    words = ["--input_folder", str(root / tag), "--output_folder", str(root / target), "--inject_missing_state"]
-    # The converter must not take itself for one of our processes.
-    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    done = subprocess.run(
-        [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *words],
-        env={**alone, "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -21,6 +21,7 @@ from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import WindowSlice
 from pavdm_dist.train.batches import Batch
 from pavdm_dist.train.processes import World
+from pavdm_dist.train.zero import exchanging_heads
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,7 @@ class Ulysses:
     """
 
     def __init__(self, group: Any, lengths: Sequence[int]) -> None:
-        from deepspeed.sequence.layer import DistributedAttention
-
-        self._distributed = DistributedAttention(_attend_whole, group, scatter_idx=2, gather_idx=1)
+        self._attend = exchanging_heads(_attend_whole, group)
         self._length, self._longest = lengths[torch.distributed.get_rank(group)], max(lengths)
         # Places of the tokens among the padded ones; None where nothing is padded.
         self._real: Tensor | None = None
@@ -143,7 +142,7 @@ class Ulysses:
         if self._real is not None:
             self._real = self._real.to(query.device)
         spread = [self._spread(tensor) for tensor in (query, key, value)]
-        out = self._distributed(*spread, 0, None, attn_mask, self._real)
+        out = self._attend(*spread, attn_mask, self._real)
         return out[:, : self._length].transpose(1, 2).unflatten(0, query.shape[:-3])
 
     def _spread(self, tensor: Tensor) -> Tensor:

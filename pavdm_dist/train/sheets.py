@@ -55,7 +55,8 @@ def draw_sheet(
     from PIL import Image
 
     device, end = torch.device(device), time.monotonic() + seconds
-    codec, model, info = WanCodec.from_pretrained(parts.vae, device), filled(config, channels, weights), parts.info
+    codec, info = WanCodec.from_pretrained(parts.vae, device), parts.info
+    model = filled(config, channels, parts.vocabulary, weights)
     encoder = model.text_encoder or WordTextEncoder.from_pretrained(str(parts.text_encoder))
     o = config.objective.kinds()[0][1].at_size(info.height, info.width)
     plan = WindowPlan(o.num_inference_steps, o.window_chunks, o.latent_chunk_size, o.context_chunks, num_chunks=chunks)

@@ -30,7 +30,7 @@ from pavdm_dist.train.model import shape_of
 from pavdm_dist.train.processes import World, join_world
 from pavdm_dist.train.sequence import join_sequence
 from pavdm_dist.train.settings import TrainConfig
-from pavdm_dist.train.zero import start_engine
+from pavdm_dist.train.start import start_engine
 
 # Takes the metrics of a logged step.
 Report = Callable[[dict[str, Any]], None]
@@ -62,12 +62,11 @@ class Trainer:
     ) -> None:
         self.config, self.batches, self.parts, self.report = config, batches, parts, report
         self.stopping = False
-        self._norm: float | None = None
         self.world = world or join_world(config.launch.timeout_seconds)
         check_settings(config, self.world.size)
         self.run_dir = Path(config.run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.layout = saves.Layout(config.zero.stage, self.world.size)
+        self.layout = saves.SaveLayout(config.zero.stage, self.world.size)
         folder = self.run_dir / "checkpoints"
         found = saves.find(folder, self._identity(), self.layout, config.resume, self.world)
         shortest = min(kind.latent_chunk_size for _, kind in config.objective.kinds())
@@ -76,7 +75,8 @@ class Trainer:
         self.step, self.saved = 0, -1
         home = torch.device("cpu") if config.zero.offload != "none" else None
         with self._memory_advice():
-            self.engine = start_engine(config, batches.channels, self.world, found is not None and found.convert)
+            convert = found is not None and found.convert
+            self.engine = start_engine(config, batches.channels, parts.vocabulary, self.world, convert)
             self.average = Average(self.engine.module, config.optimizer.ema_decay, home)
             if found is not None:
                 self.step = self.saved = saves.load(self.engine, self.average, folder, found, self.world)
@@ -130,10 +130,12 @@ class Trainer:
         batch = group.cut(batch)
         loaded = time.monotonic() - started
         with self._memory_advice():
-            sums = sum(self._backward(part, o.accumulation) for part in batch.parts(o.accumulation))
+            passes = [self._backward(part, o.accumulation) for part in batch.parts(o.accumulation)]
+            norm = passes[-1][1]
+            self._refuse_gradient(norm)
+            sums = sum(found for found, _ in passes)
             assert isinstance(sums, Tensor)
             mean = self.world.mean(sums).cpu()
-            norm = self._refuse_gradient(self.engine.get_global_grad_norm())
             self.average.update(self.engine.module)
         self.step += 1
         per_level = [None if count == 0 else value / count for value, count in mean[1:].view(2, 5).T.tolist()]
@@ -143,27 +145,26 @@ class Trainer:
             "causal": batch.chunk_causal is not None,
             "frames": frames,
             "size": [batch.info.height, batch.info.width],
-            "grad_norm": self._norm if norm is None else norm,
+            "grad_norm": norm,
             "lr": self.engine.optimizer.param_groups[0]["lr"],
             "samples_per_second": samples / (time.monotonic() - started),
             "loading_seconds": loaded,
         }
 
-    def _backward(self, batch: Batch, parts: int) -> Tensor:
-        """Forward and backward pass of one part: ``[loss, summed error of five bands of levels, their counts]``."""
+    def _backward(self, batch: Batch, parts: int) -> tuple[Tensor, float | None]:
+        """Forward and backward pass of one part, and after the last one the optimizer's step.
+
+        Returns:
+            ``[loss, summed error of five bands of levels, their counts]``; the last part's the gradient's norm too.
+        """
         batch = batch.to(self.world.device)
         given = (batch.text, batch.dropped, batch.info, batch.chunk_causal, batch.window)
-        velocity = self.engine(batch.x, batch.levels, *given)
+        velocity = self.engine.forward(batch.x, batch.levels, *given)
         about = (batch.levels, batch.context, batch.window, self.sequence.size)
         loss, sums, counts = velocity_loss(velocity.float(), batch.target, *about)
         self._refuse_nan(loss, batch)
         self.engine.backward(loss)
-        if self.config.zero.stage == 0 and self.engine.is_gradient_accumulation_boundary():
-            # DeepSpeed tells no norm at this stage, and would step with whatever is there.
-            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-            self._norm = self._refuse_gradient(torch.nn.utils.get_total_norm(gradients))
-        self.engine.step()
-        return torch.cat([loss.detach()[None] / parts, sums, counts])
+        return torch.cat([loss.detach()[None] / parts, sums, counts]), self.engine.step()
 
     def _loaded(self) -> Batch:
         """This process' part of the step's batch; where another cannot load its own, all end with a sentence."""
@@ -184,16 +185,13 @@ class Trainer:
         assert batch is not None
         return batch
 
-    def _refuse_gradient(self, norm: Tensor | float | None) -> float | None:
+    def _refuse_gradient(self, norm: float | None) -> None:
         """Ends every process when the gradient, of which all know the norm, is no number."""
-        if norm is None:
-            return None
-        if not math.isfinite(norm := float(norm)):
+        if norm is not None and not math.isfinite(norm):
             raise EngineError(
                 f"the gradient is no number at step {self.step} although the loss is one; the last checkpoint is kept: "
                 "lower optimizer.lr, or set optimizer.grad_clip"
             )
-        return norm
 
     @contextmanager
     def _memory_advice(self) -> Iterator[None]:

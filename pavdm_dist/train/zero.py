@@ -1,213 +1,199 @@
-"""DeepSpeed's engine: its settings from ours, with contradictions refused by name before anything starts."""
+"""All that is asked of the DeepSpeed package; nothing else imports it.
+
+Its engine with saves, the process group, sharded weights, and the exchange of heads for sequence parallelism.
+"""
 
 from __future__ import annotations
 
-import json
-import re
+import datetime
+import math
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
-from pavdm_dist.errors import ConfigError
-from pavdm_dist.models.base import Activation, BlockContext
-from pavdm_dist.models.stdit3 import STDiT3
-from pavdm_dist.train.model import TextToVideo, build
-from pavdm_dist.train.optimizer import MuonAdamW
-from pavdm_dist.train.processes import World
-from pavdm_dist.train.settings import OptimizerConfig, TrainConfig
-
-# Weight matrices between hidden states; tables, embeddings, the first and the last layer are no such maps.
-INNER = re.compile(r"(blocks\.|layers\.|t_block\.).*weight$")
-
-# DeepSpeed's name of what our settings already say -> our name.
-OURS = {
-    "train_batch_size": "data.batch_size",
-    "train_micro_batch_size_per_gpu": "data.batch_size / (processes x optimizer.accumulation)",
-    "gradient_accumulation_steps": "optimizer.accumulation",
-    "gradient_clipping": "optimizer.grad_clip",
-    "zero_optimization.stage": "zero.stage",
-    "zero_optimization.reduce_bucket_size": "zero.bucket_elements",
-    "bf16.enabled": "zero.precision",
-    "fp16.enabled": "zero.precision",
-    "zero_optimization.offload_optimizer.device": "zero.offload",
-    "zero_optimization.offload_param.device": "zero.offload",
-}
 
 
-def deepspeed_json(config: TrainConfig) -> dict[str, Any]:
-    """The DeepSpeed settings a user gave, the file's below those in the config.
-
-    Raises:
-        ConfigError: the file is missing or no JSON object.
-    """
-    found: dict[str, Any] = {}
-    if config.deepspeed_config is not None:
-        path = Path(config.deepspeed_config)
-        try:
-            found = json.loads(path.read_text())
-        except OSError as error:
-            raise ConfigError(f"deepspeed_config={path}: cannot be read ({error.strerror})") from error
-        except ValueError as error:
-            raise ConfigError(f"deepspeed_config={path}: not valid JSON ({error})") from error
-        if not isinstance(found, dict):
-            raise ConfigError(f"deepspeed_config={path}: must hold a JSON object")
-    return _merged(found, config.deepspeed)
-
-
-def engine_settings(config: TrainConfig, size: int) -> dict[str, Any]:
-    """DeepSpeed's settings: ours, and what the user added.
-
-    Raises:
-        ConfigError: the two contradict each other.
-    """
-    z, o = config.zero, config.optimizer
-    data_parallel = size // config.sequence_parallel
-    zero: dict[str, Any] = {"stage": z.stage}
-    if z.stage:
-        zero["reduce_bucket_size"] = z.bucket_elements
-    if z.stage == 3:
-        zero["stage3_prefetch_bucket_size"] = z.bucket_elements
-    if z.offload != "none":
-        # torch's own AdamW: DeepSpeed's would be compiled at start-up.
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if z.offload == "all":
-        zero["offload_param"] = {"device": "cpu"}
-    batch = config.data.batch_size
-    ours: dict[str, Any] = {
-        # With sequence parallelism every process counts as data-parallel here: ZeRO then shards over all of them.
-        "train_micro_batch_size_per_gpu": max(batch // (data_parallel * o.accumulation), 1),
-        "gradient_accumulation_steps": o.accumulation,
-        "gradient_clipping": o.grad_clip,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-        "zero_optimization": zero,
-        "bf16": {"enabled": z.precision == "bfloat16"},
-    }
-    theirs = deepspeed_json(config)
-    if "scheduler" in theirs:
-        raise ConfigError('deepspeed: "scheduler" is not used; optimizer.lr and warmup_steps give the rate')
-    if "optimizer" in theirs and o.name != "deepspeed":
-        raise ConfigError(f'deepspeed: "optimizer" contradicts optimizer.name={o.name}; use optimizer.name=deepspeed')
-    said = {**_flat(ours), "train_batch_size": batch, "fp16.enabled": False}
-    for name, value in _flat(theirs).items():
-        if (name in OURS or name in said) and value != "auto" and value != said.get(name, "none"):
-            which = OURS.get(name, "this package")
-            raise ConfigError(
-                f"deepspeed: {name}={value} contradicts {which}, which makes it {said.get(name, 'none')}; give one"
-            )
-    _check_their_optimizer(theirs.get("optimizer", {}).get("params", {}), o)
-    merged = _merged(_without_auto(theirs), ours)
-    merged.pop("train_batch_size", None)  # follows from the other two
-    return merged
-
-
-def _check_their_optimizer(params: dict[str, Any], ours: OptimizerConfig) -> None:
-    """The rate is set at every step from ours; the rest of DeepSpeed's optimizer is what its own block says."""
-    if ours.name != "deepspeed":
-        return
-    rate = params.get("lr", "auto")
-    if rate not in ("auto", ours.lr):
-        raise ConfigError(f"deepspeed: optimizer.params.lr={rate} contradicts optimizer.lr={ours.lr}; give one")
-    for name in ("betas", "weight_decay"):
-        value = getattr(ours, name)
-        if value != getattr(OptimizerConfig(), name):
-            raise ConfigError(
-                f"optimizer.{name}={value} with optimizer.name=deepspeed: is not read; put it into the optimizer block"
-            )
-
-
-def start_engine(config: TrainConfig, channels: int, world: World, load_universal: bool = False) -> Any:
-    """Builds the model and its DeepSpeed engine over ``world``.
+def join_group(timeout_seconds: float, device_type: str) -> bool:
+    """Starts ``torch.distributed`` through DeepSpeed from the launcher's variables; nothing is compiled.
 
     Args:
-        config: settings.
-        channels: of the latents.
-        world: all processes.
-        load_universal: the coming checkpoint was converted for another number of processes.
+        timeout_seconds: of a collective.
+        device_type: ``cuda`` or ``cpu``.
+
+    Returns:
+        Whether the group is new; False where it was there already.
     """
+    if device_type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
-    settings = engine_settings(config, world.size)
-    if load_universal:
-        settings = _merged(settings, {"checkpoint": {"load_universal": True}})
-    torch.manual_seed(config.seed)
-    if config.zero.init:
+    # On CPUs DeepSpeed would compile a shared-memory collective at start-up (a minute, needs a compiler).
+    operations = getattr(getattr(deepspeed, "ops", None), "__compatible_ops__", None)
+    if operations is not None and device_type == "cpu":
+        operations["deepspeed_shm_comm"] = False
+    # DeepSpeed calls them by names that torch has just renamed, at every step.
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
+    if torch.distributed.is_initialized() and deepspeed.comm.is_initialized():
+        return False
+    deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(seconds=timeout_seconds))
+    return True
 
-        def whole(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-            return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0) if parameters else nullcontext()
 
-        model = build(config, channels, whole, deepspeed.zero.Init(config_dict_or_path=settings))
-    else:
-        model = build(config, channels)
-    if config.compile:
-        model.transformer.compile_repeated_blocks()
-    if config.zero.checkpoint_activations:
-        checkpoint_activations(model.transformer)
-    model.to(world.device)
-    optimizer = None if config.optimizer.name == "deepspeed" else _optimizer(model, config)
-    tables = {name: value.clone() for name, value in model.named_buffers()}
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        model_parameters=None if optimizer is not None else [p for p in model.parameters() if p.requires_grad],
-        config=settings,
+class ZeroEngine:
+    """A model and its optimizer under ZeRO.
+
+    Args:
+        model: on its device.
+        optimizer: over its parameters; None = the one that the settings' ``optimizer`` block names.
+        settings: DeepSpeed's.
+
+    Attributes:
+        module: the model.
+        optimizer: DeepSpeed's, around the given one.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, settings: Mapping[str, Any]) -> None:
+        import deepspeed
+
+        self._stage = settings["zero_optimization"]["stage"]
+        tables = {name: value.clone() for name, value in model.named_buffers()}
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=None if optimizer is not None else [p for p in model.parameters() if p.requires_grad],
+            config=settings,
+        )
+        # In bfloat16 DeepSpeed rounds these too, which would move every position and the null text.
+        for name, value in model.named_buffers():
+            value.data = tables[name].to(value.device)
+        self.module, self.optimizer = self._engine.module, self._engine.optimizer
+
+    def forward(self, *inputs: Any) -> Any:
+        """What the model gives for ``inputs``."""
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of one of the accumulated parts."""
+        self._engine.backward(loss)
+
+    def step(self) -> float | None:
+        """After every part's backward pass; the last part's takes the optimizer's step.
+
+        Returns:
+            After the last part the gradient's norm before clipping, over all processes; None after the others, and
+            where DeepSpeed was told not to compute it. With one that is no number no step is taken.
+        """
+        last, norm = self._engine.is_gradient_accumulation_boundary(), None
+        if last and self._stage == 0:
+            # DeepSpeed tells no norm at this stage, and would step with whatever is there.
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            if not math.isfinite(norm):
+                return norm
+        self._engine.step()
+        told = self._engine.get_global_grad_norm() if last else None
+        return norm if told is None else float(told)
+
+    def save(self, root: str | Path, tag: str, step: int) -> None:
+        """Writes ``root/tag``, without naming it the latest; every process must call it."""
+        self._engine.save_checkpoint(str(root), tag=tag, client_state={"step": step}, save_latest=False)
+
+    def load(self, root: str | Path, tag: str) -> int | None:
+        """Reads ``root/tag``; the number of steps done, None where nothing was read. Every process must call it."""
+        path, state = self._engine.load_checkpoint(str(root), tag=tag)
+        # Saving in this mode loses files at stage 3; the next checkpoint is an ordinary one again.
+        self._engine._config.load_universal_checkpoint = False
+        return None if path is None else int(state["step"])
+
+    def destroy(self) -> None:
+        """Takes DeepSpeed's hooks off the model; the engine is of no more use."""
+        self._engine.destroy()
+
+
+def loading_universal(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an engine that is to load what :func:`to_universal` wrote."""
+    return {**settings, "checkpoint": {**settings.get("checkpoint", {}), "load_universal": True}}
+
+
+def to_universal(root: Path, tag: str, target: str) -> str | None:
+    """Lays the checkpoint ``root/tag`` out for any number of processes; what went wrong, if anything did."""
+    shutil.rmtree(root / target, ignore_errors=True)
+    words = ["--input_folder", str(root / tag), "--output_folder", str(root / target), "--inject_missing_state"]
+    # The converter must not take itself for one of our processes.
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    done = subprocess.run(
+        [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *words],
+        env={**alone, "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    # In bfloat16 DeepSpeed rounds these too, which would move every position and the null text.
-    for name, value in model.named_buffers():
-        value.data = tables[name].to(value.device)
-    return engine
+    return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]
 
 
-def checkpoint_activations(model: STDiT3) -> None:
-    """Lets the backward pass compute every block again instead of keeping its insides."""
-    plain = model.block
+def sharded_building(settings: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    """Modules that are made inside are sharded as they are made (stage 3)."""
+    import deepspeed
 
-    def block(index: int, activation: Activation, context: BlockContext) -> Activation:
-        def hidden(*parts: Tensor) -> Tensor:
-            return plain(index, Activation(*parts), context).hidden
-
-        given = (activation.hidden, activation.modulation, activation.time)
-        return Activation(checkpoint(hidden, *given, use_reentrant=False), *given[1:])
-
-    model.block = block  # type: ignore[method-assign]
+    return deepspeed.zero.Init(config_dict_or_path=settings)
 
 
-def _optimizer(model: TextToVideo, config: TrainConfig) -> torch.optim.Optimizer:
-    o, named = config.optimizer, dict(model.named_parameters())
-    betas = (o.betas[0], o.betas[1])
-    if o.name == "adamw":
-        return torch.optim.AdamW(named.values(), o.lr, betas, weight_decay=o.weight_decay)
-    matrices = {name for name, value in named.items() if value.ndim == 2 and INNER.search(name)}
-    return MuonAdamW(
-        [named[name] for name in named if name in matrices],
-        [named[name] for name in named if name not in matrices],
-        o.lr,
-        betas,
-        o.weight_decay,
-        o.matrix_ratio,
-    )
+def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Makes sharded parameters whole on every process, and shards what the first one wrote into them again."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0) if parameters else nullcontext()
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for name, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = _merged(merged[name], value) if both else value
-    return merged
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether this process holds a part of the parameter's float32 master only."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+def whole_shape(value: Tensor) -> torch.Size:
+    """Of a whole parameter or buffer, also where only a part of it is here."""
+    return getattr(value, "ds_shape", value.shape)
 
 
-def _without_auto(values: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: _without_auto(value) if isinstance(value, dict) else value for name, value in values.items()}
-    return {name: value for name, value in kept.items() if value != "auto"}
+def local_part(parameter: nn.Parameter) -> tuple[int, Tensor]:
+    """This process' part of a parameter's float32 master: where it starts in the flattened parameter, and a view.
+
+    Stage 0 has no other master than the parameter, which is whole everywhere.
+    """
+    if hasattr(parameter, "ds_id"):  # stage 3
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        part = safe_get_local_fp32_param(parameter).flatten()
+        start = torch.distributed.get_rank() * part.numel()
+        return start, part[: max(min(part.numel(), whole_shape(parameter).numel() - start), 0)]
+    if hasattr(parameter, "_hp_mapping"):  # stages 1 and 2
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return 0, torch.empty(0, device=parameter.device)
+        return mapping.lp_fragment_address.start, mapping.get_hp_fragment()
+    return 0, parameter.detach().flatten()
+
+
+def exchanging_heads(attend: Callable[..., Tensor], group: Any) -> Callable[..., Tensor]:
+    """DeepSpeed-Ulysses: ``attend`` over all tokens for a share of the heads, called with a share of the tokens.
+
+    Args:
+        attend: ``(query, key, value, *more)`` -> output, all but ``more`` ``[rows, tokens, heads, head_dim]``.
+        group: the processes that the tokens lie on, in equal parts; they divide the heads.
+
+    Returns:
+        The same for this process' tokens and all heads. Every process of the group must call it.
+    """
+    from deepspeed.sequence.layer import DistributedAttention
+
+    exchange = DistributedAttention(attend, group, scatter_idx=2, gather_idx=1)
+    rows_dim, rotary = 0, None
+    return lambda query, key, value, *more: exchange(query, key, value, rows_dim, rotary, *more)

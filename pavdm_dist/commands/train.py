@@ -1,0 +1,31 @@
+"""``pavdm train``: the data that a run's settings name, and the processes that they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pavdm_dist.digits.provider import digit_data
+from pavdm_dist.train.batches import Batches
+from pavdm_dist.train.export import Parts
+from pavdm_dist.train.launch import launch
+from pavdm_dist.train.prepared import video_data
+from pavdm_dist.train.processes import World
+from pavdm_dist.train.settings import TrainConfig
+
+
+def train_command(config: TrainConfig, words: Sequence[str]) -> None:
+    """Trains for one slice; see :func:`~pavdm_dist.train.launch.launch`.
+
+    Args:
+        config: settings.
+        words: those of the command line that made them.
+    """
+    launch(config, training_data, words)
+
+
+def training_data(config: TrainConfig, world: World, end: float) -> tuple[Batches, Parts] | None:
+    """The prepared videos of ``data.folder``, or the digit world where there is none.
+
+    A :data:`~pavdm_dist.train.run.Provider`.
+    """
+    return digit_data(config, world, end) if config.data.folder is None else video_data(config)

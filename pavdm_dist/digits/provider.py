@@ -1,0 +1,88 @@
+"""The digit world as training data: codec and cached clips, made in the run's folder where they are missing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.digits.batches import INFO, DigitBatches
+from pavdm_dist.digits.cache import LatentClips, cache_clips
+from pavdm_dist.digits.codec_training import CodecTraining, export_codec, train_codec
+from pavdm_dist.digits.world import VOCABULARY, WORLD_SETTINGS
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.train.batches import Batches
+from pavdm_dist.train.export import Parts
+from pavdm_dist.train.processes import World
+from pavdm_dist.train.settings import TrainConfig
+
+WORLD_PROMPTS = (
+    "a red three drifting up and to the left, a blue seven bouncing fast",
+    "a green five drifting to the right",
+    "a yellow zero bouncing slowly",
+    "a white four drifting down, a cyan two drifting up and to the right",
+)
+
+logger = logging.getLogger(__name__)
+
+
+def digit_data(config: TrainConfig, world: World, end: float) -> tuple[Batches, Parts] | None:
+    """The moving digits, made where they are missing; None when the slice was over before.
+
+    Every process must call it; the first one makes them while the others wait.
+
+    Args:
+        config: settings; ``data.folder`` plays no part.
+        world: all processes.
+        end: of the slice, on the monotonic clock.
+
+    Raises:
+        ConfigError: ``codec.folder`` holds no codec, the run's folder has clips of another world, length or codec, or
+            scikit-learn is missing.
+        CheckpointError: the run's folder holds a codec in training of another shape or world.
+    """
+    run = Path(config.run_dir)
+    if world.size > 1:  # the others wait, and must not take the first process for lost
+        end = min(end, time.monotonic() + 0.8 * config.launch.timeout_seconds)
+    if not world.agree(world.first and _prepare(config, run, end)):
+        return None
+    batches = DigitBatches(LatentClips(run / "clips"), config.objective, config.data, config.seed)
+    return batches, Parts(_codec_folder(config, run), None, INFO, WORLD_PROMPTS, VOCABULARY, WORLD_SETTINGS)
+
+
+def _prepare(config: TrainConfig, run: Path, end: float) -> bool:
+    """Trains the codec and caches the clips where they are missing; False when the slice was over before."""
+    run.mkdir(parents=True, exist_ok=True)
+    codec, data = _codec_folder(config, run), config.data
+    if not _train_codec(config, run, end):
+        logger.info("slice over while training the codec; run again to go on")
+    elif not cache_clips(codec, run / "clips", data.clips, data.num_latents, end - time.monotonic()):
+        logger.info("slice over while caching clips; run again to go on")
+    else:
+        return True
+    return False
+
+
+def _train_codec(config: TrainConfig, run: Path, end: float) -> bool:
+    """Trains a codec for the rest of the slice when there is none; whether there is one now."""
+    folder = _codec_folder(config, run)
+    if (folder / "config.json").exists():
+        return True
+    if folder != run / "vae":
+        raise ConfigError(f"codec.folder={folder}: holds no codec (no config.json)")
+    settings = {name: value for name, value in asdict(config.codec).items() if name != "folder"}
+    settings["dim_mult"] = tuple(settings["dim_mult"])
+    training = CodecTraining(seed=config.seed, **settings)
+    if train_codec(training, run / "codec", end - time.monotonic()) is None:
+        return False
+    export_codec(run / "codec", folder)
+    return True
+
+
+def _codec_folder(config: TrainConfig, run: Path) -> Path:
+    """The given codec, else that of the model to start from, else the run's own."""
+    if config.codec.folder is not None:
+        return Path(config.codec.folder)
+    return run / "vae" if config.model.pretrained is None else Checkpoint.open(config.model.pretrained).vae

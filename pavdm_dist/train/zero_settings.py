@@ -1,0 +1,127 @@
+"""DeepSpeed's settings from ours, with contradictions refused by name before anything starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.train.settings import OptimizerConfig, TrainConfig
+
+# DeepSpeed's name of what our settings already say -> our name.
+OURS = {
+    "train_batch_size": "data.batch_size",
+    "train_micro_batch_size_per_gpu": "data.batch_size / (processes x optimizer.accumulation)",
+    "gradient_accumulation_steps": "optimizer.accumulation",
+    "gradient_clipping": "optimizer.grad_clip",
+    "zero_optimization.stage": "zero.stage",
+    "zero_optimization.reduce_bucket_size": "zero.bucket_elements",
+    "bf16.enabled": "zero.precision",
+    "fp16.enabled": "zero.precision",
+    "zero_optimization.offload_optimizer.device": "zero.offload",
+    "zero_optimization.offload_param.device": "zero.offload",
+}
+
+
+def deepspeed_json(config: TrainConfig) -> dict[str, Any]:
+    """The DeepSpeed settings a user gave, the file's below those in the config.
+
+    Raises:
+        ConfigError: the file is missing or no JSON object.
+    """
+    found: dict[str, Any] = {}
+    if config.deepspeed_config is not None:
+        path = Path(config.deepspeed_config)
+        try:
+            found = json.loads(path.read_text())
+        except OSError as error:
+            raise ConfigError(f"deepspeed_config={path}: cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise ConfigError(f"deepspeed_config={path}: not valid JSON ({error})") from error
+        if not isinstance(found, dict):
+            raise ConfigError(f"deepspeed_config={path}: must hold a JSON object")
+    return _merged(found, config.deepspeed)
+
+
+def engine_settings(config: TrainConfig, size: int) -> dict[str, Any]:
+    """DeepSpeed's settings: ours, and what the user added.
+
+    Raises:
+        ConfigError: the two contradict each other.
+    """
+    z, o = config.zero, config.optimizer
+    data_parallel = size // config.sequence_parallel
+    zero: dict[str, Any] = {"stage": z.stage}
+    if z.stage:
+        zero["reduce_bucket_size"] = z.bucket_elements
+    if z.stage == 3:
+        zero["stage3_prefetch_bucket_size"] = z.bucket_elements
+    if z.offload != "none":
+        # torch's own AdamW: DeepSpeed's would be compiled at start-up.
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if z.offload == "all":
+        zero["offload_param"] = {"device": "cpu"}
+    batch = config.data.batch_size
+    ours: dict[str, Any] = {
+        # With sequence parallelism every process counts as data-parallel here: ZeRO then shards over all of them.
+        "train_micro_batch_size_per_gpu": max(batch // (data_parallel * o.accumulation), 1),
+        "gradient_accumulation_steps": o.accumulation,
+        "gradient_clipping": o.grad_clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "zero_optimization": zero,
+        "bf16": {"enabled": z.precision == "bfloat16"},
+    }
+    theirs = deepspeed_json(config)
+    if "scheduler" in theirs:
+        raise ConfigError('deepspeed: "scheduler" is not used; optimizer.lr and warmup_steps give the rate')
+    if "optimizer" in theirs and o.name != "deepspeed":
+        raise ConfigError(f'deepspeed: "optimizer" contradicts optimizer.name={o.name}; use optimizer.name=deepspeed')
+    said = {**_flat(ours), "train_batch_size": batch, "fp16.enabled": False}
+    for name, value in _flat(theirs).items():
+        if (name in OURS or name in said) and value != "auto" and value != said.get(name, "none"):
+            which = OURS.get(name, "this package")
+            raise ConfigError(
+                f"deepspeed: {name}={value} contradicts {which}, which makes it {said.get(name, 'none')}; give one"
+            )
+    _check_their_optimizer(theirs.get("optimizer", {}).get("params", {}), o)
+    merged = _merged(_without_auto(theirs), ours)
+    merged.pop("train_batch_size", None)  # follows from the other two
+    return merged
+
+
+def _check_their_optimizer(params: dict[str, Any], ours: OptimizerConfig) -> None:
+    """The rate is set at every step from ours; the rest of DeepSpeed's optimizer is what its own block says."""
+    if ours.name != "deepspeed":
+        return
+    rate = params.get("lr", "auto")
+    if rate not in ("auto", ours.lr):
+        raise ConfigError(f"deepspeed: optimizer.params.lr={rate} contradicts optimizer.lr={ours.lr}; give one")
+    for name in ("betas", "weight_decay"):
+        value = getattr(ours, name)
+        if value != getattr(OptimizerConfig(), name):
+            raise ConfigError(
+                f"optimizer.{name}={value} with optimizer.name=deepspeed: is not read; put it into the optimizer block"
+            )
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for name, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merged(merged[name], value) if both else value
+    return merged
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _without_auto(values: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: _without_auto(value) if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: value for name, value in kept.items() if value != "auto"}
