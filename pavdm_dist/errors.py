@@ -27,3 +27,7 @@ class VideoError(PAVDMError, RuntimeError):
 
 class EngineError(PAVDMError, RuntimeError):
     """The distributed run ended: an actor died, a link timed out, or resources are missing."""
+
+
+class ResourcesError(EngineError):
+    """The cluster does not have, or not have free, what was asked for."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pavdm_dist.codecs.base import CodecSpec
 from pavdm_dist.engine.driver import SEALED_AHEAD, Driver
-from pavdm_dist.engine.events import Decoded, Event, Failed, Finished, GangLost, Grown, Output, Prepared
+from pavdm_dist.engine.events import Decoded, DecoderLost, Event, Failed, Finished, GangLost, Grown, Output, Prepared
 from pavdm_dist.engine.local import LocalGang
 from pavdm_dist.engine.order import LogEntry
 from pavdm_dist.engine.stage import Stage
@@ -64,6 +64,7 @@ class Watched(LocalGang):
         late: polls that frames are held back for.
         refuses: a stream that stages cannot take in.
         breaks: (stream, chunk) that cannot be decoded.
+        loses_decoder: the decoder is lost instead of this event, and what was with it too.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Watched(LocalGang):
         late: int = 0,
         refuses: int | None = None,
         breaks: tuple[int, int] | None = None,
+        loses_decoder: Sequence[int] = (),
     ) -> None:
         self.parts = [Stage(tiny_model(), blocks) for blocks in CUTS[stages]]
         super().__init__(self.parts, MeanCodec())  # type: ignore[arg-type]
@@ -82,6 +84,7 @@ class Watched(LocalGang):
         self._dies_at, self._late, self._refuses, self._breaks = dies_at, late, refuses, breaks
         self._held: deque[tuple[int, Event]] = deque()
         self._polls = 0
+        self._loses_decoder = set(loses_decoder)
 
     def prepare(self, stream: Stream, warm: Tensor | None) -> None:
         super().prepare(stream, warm)
@@ -106,8 +109,21 @@ class Watched(LocalGang):
         super().forget(stream)
         self._held = deque(item for item in self._held if item[1].stream != stream)  # type: ignore[union-attr]
 
+    def renew_decoder(self, warm: Mapping[int, Tensor | None]) -> None:
+        assert not self._decoders and not self._held
+        for stream, latents in warm.items():
+            self._decoders[stream] = MeanDecoder()
+            if latents is not None:
+                self._decoders[stream].warm(latents)
+
     def poll(self, timeout: float) -> list[Event]:
         self._polls += 1
+        if self.told in self._loses_decoder:
+            self._loses_decoder.remove(self.told)
+            self._decoders.clear()
+            self._held.clear()
+            self._events = deque(event for event in self._events if not isinstance(event, Decoded))
+            return [DecoderLost("the decode actor died")]
         events = []
         while self._held and self._held[0][0] <= self._polls:
             events.append(self._held.popleft()[1])
@@ -203,6 +219,15 @@ def test_a_gang_that_dies_at_any_event_costs_nothing(mode: Mode) -> None:
         driver.adopt(Watched(1 + moment % 3))
         rest = drive(driver, [stream for stream in streams_of(mode) if stream.id not in submitted])
         check_equal([*outputs, *rest], undisturbed(mode))
+
+
+def test_a_decoder_that_is_lost_at_any_event_costs_nothing() -> None:
+    for moment in range(events_in("window")):
+        gang = Watched(1, late=moment % 4, loses_decoder=[moment, moment + 2])
+        check_equal(drive(Driver(gang, 2), streams_of("window")), undisturbed("window"))
+        assert not gang.left_over and not gang._decoders
+    with pytest.raises(GangLost, match=r"the decode actor died \(2 times in a row\)"):
+        drive(Driver(Watched(1, late=3, loses_decoder=[9, 10]), 2, max_restarts=1), streams_of("window"))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -165,7 +165,7 @@ def test_adaptive_resync_is_the_samplers(ray_cluster: None, folder: Path, num_st
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_stage_ends_the_run_quickly(ray_cluster: None, folder: Path, victim: int) -> None:
     stream = tiny_stream(0, num_chunks=4000)
-    with RayEngine(str(folder), _cut(2), EngineOptions(2)) as engine:
+    with RayEngine(str(folder), _cut(2), EngineOptions(2, max_restarts=0)) as engine:
         import ray
 
         pid = ray.get(engine._gang._stages[victim].where.remote()).pid
@@ -181,7 +181,7 @@ def test_a_killed_stage_ends_the_run_quickly(ray_cluster: None, folder: Path, vi
 
 def test_a_frozen_stage_is_noticed_by_its_peer(ray_cluster: None, folder: Path) -> None:
     stream = tiny_stream(0, num_chunks=4000)
-    with RayEngine(str(folder), _cut(2), EngineOptions(2, link_timeout_s=3)) as engine:
+    with RayEngine(str(folder), _cut(2), EngineOptions(2, link_timeout_s=3, max_restarts=0)) as engine:
         import ray
 
         pid = ray.get(engine._gang._stages[1].where.remote()).pid

@@ -197,7 +197,7 @@ class DecodeActor:
 def _here() -> Place:
     import ray
 
-    return Place(ray.util.get_node_ip_address(), os.getpid())
+    return Place(ray.util.get_node_ip_address(), os.getpid(), os.path.realpath("/proc/self/fd/2"))
 
 
 def _nobody(_: Event) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pavdm_dist.engine.events import GangLost, Place
@@ -21,21 +22,22 @@ def control_results(refs: list[Any], timeout: float, who: str, what: str) -> lis
 
     Raises:
         PAVDMError: what an actor raised on purpose.
-        EngineError: a fault in an actor, whose traceback is logged; its death; or none did ``what`` in ``timeout``.
+        EngineError: a fault in an actor, whose traceback is logged.
+        GangLost: an actor's death, or it did not do ``what`` within ``timeout`` seconds.
     """
     import ray
 
     try:
         return ray.get(refs, timeout=timeout)
     except ray.exceptions.GetTimeoutError as error:
-        raise EngineError(f"{who} did not {what} within {timeout:g} s") from error
+        raise GangLost(f"{who} did not {what} within {timeout:g} s") from error
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, PAVDMError):
             raise error.cause from error
         logger.error("%s failed:\n%s", who, error)
         raise EngineError(f"{who} failed: {last_line(error)}") from error
     except ray.exceptions.RayError as error:
-        raise EngineError(f"an actor did not come up: {last_line(error)}") from error
+        raise GangLost(f"an actor did not come up: {last_line(error)}") from error
 
 
 def lost(loops: Sequence[Any], places: Sequence[Place], seen: BaseException | None = None) -> GangLost:
@@ -60,7 +62,8 @@ def lost(loops: Sequence[Any], places: Sequence[Place], seen: BaseException | No
         except ray.exceptions.RayTaskError as error:
             logger.error("stage %d failed:\n%s", rank, error)
             echo = isinstance(error.cause, EngineError)
-            failed.insert(len(failed) if echo else 0, _loss(places, rank, "failed", last_line(error)))
+            loss = _loss(places, rank, "failed", last_line(error), is_fault=not echo)
+            failed.insert(len(failed) if echo else 0, loss)
         except ray.exceptions.RayError as error:
             died.append(_loss(places, rank, "died", last_line(error)))
     for loss in (*died, *failed):
@@ -83,9 +86,20 @@ def frozen(stages: Sequence[Any], places: Sequence[Place], what: str, limit: flo
     )
 
 
-def _loss(places: Sequence[Place], rank: int, what: str, cause: str) -> GangLost:
+def _loss(places: Sequence[Place], rank: int, what: str, cause: str, is_fault: bool = False) -> GangLost:
     where = f"stage {rank} of {len(places)} ({places[rank]})"
-    return GangLost(f"{where} {what}: {cause}", rank, places[rank].node, cause)
+    return GangLost(f"{where} {what}: {cause}", rank, places[rank], cause, is_fault)
+
+
+def log_tail(place: Place | None, lines: int = 10) -> str:
+    """Where an actor's log is, and how it ends where this machine has it; empty where nothing is known."""
+    if place is None or not place.log:
+        return ""
+    try:
+        text = Path(place.log).read_text(errors="replace").strip().splitlines()[-lines:]
+    except OSError:
+        return f"{place.log} on node {place.node}"
+    return "\n".join([f"{place.log}:", *(f"    {line}" for line in text)]) if text else f"{place.log} (empty)"
 
 
 def video_error(error: Any, what: str) -> PAVDMError:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pavdm_dist.engine.blame import ANSWER_S, video_error
-from pavdm_dist.engine.events import Decoded, GangLost, Place
+from pavdm_dist.engine.blame import ANSWER_S, last_line, video_error
+from pavdm_dist.engine.events import Decoded, DecoderLost, Place
 from pavdm_dist.method.window import CleanChunk
 
 
@@ -32,14 +32,16 @@ class Decoding:
     Args:
         actor: a :class:`~pavdm_dist.engine.actors.DecodeActor`.
         limit_s: longest time for a latent.
+        start_s: longest time until it is up.
 
     Attributes:
-        place: of the actor, once it is up.
+        facts: reference to what the actor says of itself, once it is up.
     """
 
-    def __init__(self, actor: Any, limit_s: float) -> None:
-        self.actor, self._limit = actor, limit_s
-        self.place: Place | None = None
+    def __init__(self, actor: Any, limit_s: float, start_s: float) -> None:
+        self.actor, self._limit, self._start, self._born = actor, limit_s, start_s, time.monotonic()
+        self._is_up = False
+        self.facts = actor.facts.remote()
         self._keys: dict[int, int] = {}
         self._opened = 0
         self._chunks: deque[_Chunk] = deque()
@@ -68,20 +70,34 @@ class Decoding:
         self.actor.close.remote(key)
 
     @property
+    def place(self) -> Place | None:
+        """Where the actor is; None until it is up, and where it never was."""
+        import ray
+
+        try:
+            return ray.get(self.facts, timeout=0)[2]
+        except ray.exceptions.RayError:
+            return None
+
+    @property
     def awaited(self) -> list[Any]:
         """References that are ready when :meth:`collect` has something."""
         return [chunk.frames for chunk in list(self._chunks)[:1]]
 
-    def collect(self) -> list[Decoded]:
-        """What has been decoded; never waits.
-
-        Raises:
-            GangLost: the actor is frozen.
-            ray.exceptions.RayError: it died.
-        """
+    def collect(self) -> list[Decoded | DecoderLost]:
+        """What has been decoded, or that nothing will be any more; never waits."""
         import ray
 
-        found = []
+        try:
+            return self._collect()
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            what = "is frozen" if isinstance(error, TimeoutError) else "died"
+            return [DecoderLost(f"the decode actor ({self.place}) {what}: {last_line(error)}")]
+
+    def _collect(self) -> list[Decoded | DecoderLost]:
+        import ray
+
+        found: list[Decoded | DecoderLost] = []
         while self._chunks and ray.wait([self._chunks[0].frames], timeout=0)[0]:
             chunk = self._chunks.popleft()
             if self._chunks:
@@ -93,23 +109,28 @@ class Decoding:
             except ray.exceptions.RayTaskError as error:
                 reason = video_error(error, f"chunk {chunk.chunk} could not be decoded")
                 found.append(Decoded(chunk.stream, chunk.chunk, None, reason))
-        if self._chunks and time.monotonic() - self._chunks[0].since > self._limit:
+        if self._chunks:
             self._check()
         return found
 
     def _check(self) -> None:
-        """A chunk may take long; a latent may not."""
+        """A chunk may take long; a latent may not, once the actor is up."""
         import ray
 
+        now = time.monotonic()
+        if not self._is_up:
+            self._is_up, self._chunks[0].since = bool(ray.wait([self.facts], timeout=0)[0]), now
+            if now - self._born > self._start:
+                raise TimeoutError(f"it did not come up within {self._start:g} s (start_timeout_s)")
+        if now - self._chunks[0].since <= self._limit:
+            return
         try:
             decoded = ray.get(self._control("progress"), timeout=ANSWER_S)
         except ray.exceptions.GetTimeoutError:
             decoded = self._decoded
         if decoded == self._decoded:
-            cause = f"it has decoded nothing for {self._limit:g} s (link_timeout_s)"
-            node = None if self.place is None else self.place.node
-            raise GangLost(f"the decode actor ({self.place}) is frozen: {cause}", None, node, cause)
-        self._decoded, self._chunks[0].since = decoded, time.monotonic()
+            raise TimeoutError(f"it has decoded nothing for {self._limit:g} s (link_timeout_s)")
+        self._decoded, self._chunks[0].since = decoded, now
 
     def _control(self, method: str, *arguments: Any) -> Any:
         return getattr(self.actor, method).options(concurrency_group="control").remote(*arguments)

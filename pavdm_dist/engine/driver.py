@@ -6,15 +6,19 @@ and says what is new. It is not in the data path; as long as it seals ahead of t
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor
 
 from pavdm_dist.engine.events import (
     Decoded,
+    DecoderLost,
     EpochDone,
     Event,
     Failed,
+    GangLost,
     Grown,
     KeysChanged,
     Output,
@@ -28,6 +32,8 @@ from pavdm_dist.method.microbatches import check_adaptive
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import CleanChunk, not_finite_error
+
+logger = logging.getLogger(__name__)
 
 # Epochs sealed beyond the last finished one. Two keep the stages from ever waiting for the driver.
 SEALED_AHEAD = 2
@@ -64,6 +70,9 @@ class Gang(Protocol):
     def decode(self, stream: int, clean: CleanChunk) -> None:
         """Hands a stream's next chunk to the decoder; ``Decoded`` follows, in the order of these calls."""
 
+    def renew_decoder(self, warm: Mapping[int, Tensor | None]) -> None:
+        """Puts another decoder in the place of one that was lost, with these streams open, warmed on these latents."""
+
     def forget(self, stream: int) -> None:
         """Drops what the decoder holds of a stream, also what waits for it; no ``Decoded`` of it follows."""
 
@@ -79,10 +88,12 @@ class Driver:
         places: streams in the pipeline at a time.
         backlog_bytes: of frames that wait for the decoder or the consumer, before no more work is handed out. Something
             is always handed out when nothing waits.
+        max_restarts: decoders that may be lost one after the other, with no chunk decoded between; then the gang is.
     """
 
-    def __init__(self, gang: Gang, places: int = 1, backlog_bytes: int = 256 * 2**20) -> None:
+    def __init__(self, gang: Gang, places: int = 1, backlog_bytes: int = 256 * 2**20, max_restarts: int = 3) -> None:
         self.places = places
+        self._max_restarts, self._decoders_lost = max_restarts, 0
         self._gang, self._backlog_bytes = gang, backlog_bytes
         self._flights: dict[int, Flight] = {}  # in order of submission
         self._doomed: set[int] = set()  # cancelled while they were being prepared
@@ -241,6 +252,8 @@ class Driver:
         if isinstance(event, EpochDone):
             self._done = event.epoch
             self._leaving = {stream: epoch for stream, epoch in self._leaving.items() if epoch > event.epoch}
+        elif isinstance(event, DecoderLost):
+            self._renew_decoder(event)
         elif isinstance(event, Prepared) and event.stream in self._doomed:
             self._doomed.remove(event.stream)
             self._leave(event.stream)
@@ -256,6 +269,18 @@ class Driver:
             self._fail(flight, event.error)
         else:
             self._finish(flight, event)
+
+    def _renew_decoder(self, lost: DecoderLost) -> None:
+        """What the decoder had not given back is decoded again; the stages notice nothing."""
+        self._decoders_lost += 1
+        if self._decoders_lost > self._max_restarts:
+            raise GangLost(f"{lost.cause} ({self._decoders_lost} times in a row)", cause=lost.cause)
+        logger.warning("%s; another takes over", lost.cause)
+        flights = [flight for flight in self._flights.values() if flight.stand is not Stand.WAITING]
+        self._gang.renew_decoder({flight.id: flight.past for flight in flights})
+        for flight in flights:
+            for clean, _ in flight.undecoded if flight.stand is not Stand.PREPARING else ():
+                self._gang.decode(flight.id, clean)
 
     def _prepared(self, flight: Flight, error: PAVDMError | None) -> None:
         flight.stand = Stand.SAMPLED if flight.stream.is_sampled else Stand.READY
@@ -285,6 +310,7 @@ class Driver:
             self._finish(flight, None)
 
     def _finish(self, flight: Flight, decoded: Decoded | None) -> None:
+        self._decoders_lost = 0
         self._outputs.append(flight.finished(decoded))
         self._end_if_over(flight)
 

@@ -69,16 +69,24 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an actor runs: address of its machine, process number."""
+    """Where an actor runs: address of its machine, process number, and the file there that its errors go to."""
 
     node: str
     pid: int
+    log: str = ""
 
     def __str__(self) -> str:
         return f"node {self.node}, pid {self.pid}"
 
 
-Event = Prepared | EpochDone | KeysChanged | Shift | Decoded
+@dataclass(frozen=True)
+class DecoderLost:
+    """The decode actor died or stands still; the stages are well. What was with it is lost."""
+
+    cause: str
+
+
+Event = Prepared | EpochDone | KeysChanged | Shift | Decoded | DecoderLost
 
 
 class GangLost(EngineError):
@@ -86,13 +94,16 @@ class GangLost(EngineError):
 
     Attributes:
         rank: the stage; None for the decode actor.
-        node: address of its machine, None where it is not known.
+        place: of the actor, None where it is not known.
         cause: in words.
+        is_fault: an exception inside a stage, which may well come again; not a death, a silence or an echo of one.
     """
 
-    def __init__(self, message: str, rank: int | None = None, node: str | None = None, cause: str = "") -> None:
+    def __init__(
+        self, message: str, rank: int | None = None, place: Place | None = None, cause: str = "", is_fault: bool = False
+    ) -> None:
         super().__init__(message)
-        self.rank, self.node, self.cause = rank, node, cause
+        self.rank, self.place, self.cause, self.is_fault = rank, place, cause, is_fault
 
 
 # --- from the driver to a consumer ---------------------------------------------------------------------------

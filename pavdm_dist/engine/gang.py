@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -52,6 +52,7 @@ class RayGang:
         generation: int = 1,
     ) -> None:
         self._options, self._blocks, self._generation = options, list(blocks), generation
+        self._codec_folder = codec_folder
         self._stages: list[Any] = []
         self._loops: list[Any] = []
         self._places: list[Place] = []
@@ -63,7 +64,7 @@ class RayGang:
         self._sealed, self._done, self._position, self._moved = -1, -1, -1, time.monotonic()
         try:
             self._group = place(options)
-            self._start(folder, codec_folder)
+            self._start(folder)
         except BaseException:
             self.close()
             raise
@@ -89,6 +90,15 @@ class RayGang:
         self._sealed = epoch
         for stage in self._stages:
             stage.seal.remote(epoch, entry)
+
+    def renew_decoder(self, warm: Mapping[int, Tensor | None]) -> None:
+        import ray
+
+        assert self._decoding is not None
+        ray.kill(self._decoding.actor)
+        self._decoding = self._new_decoder()
+        for stream, latents in warm.items():
+            self._decoding.open(stream, latents)
 
     def decode(self, stream: int, clean: CleanChunk) -> None:
         assert self._decoding is not None
@@ -131,30 +141,17 @@ class RayGang:
             remove_placement_group(self._group)
             self._group = None
 
-    def _start(self, folder: str, codec_folder: str | None) -> None:
-        import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        from pavdm_dist.engine.actors import CONCURRENT_CALLS, DecodeActor, StageActor
+    def _start(self, folder: str) -> None:
+        from pavdm_dist.engine.actors import CONCURRENT_CALLS, StageActor
 
         options, world = self._options, len(self._blocks)
-
-        def actor(cls: type, bundle: int, cpus: float, gpus: float, **more: Any) -> Any:
-            strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
-            resources = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "scheduling_strategy": strategy}
-            return ray.remote(**resources, **more)(cls)
-
         settings = (options.device, options.threads_per_stage, options.compile)
         per_stage = (options.cpus_per_stage, options.gpus_per_stage)
         for bundle, blocks in enumerate(self._blocks):
-            make = actor(StageActor, bundle, *per_stage, max_concurrency=CONCURRENT_CALLS)
+            make = self._actor(StageActor, bundle, *per_stage, max_concurrency=CONCURRENT_CALLS)
             self._stages.append(make.remote(folder, blocks, *settings))
-        if codec_folder is not None:
-            own_bundle = world if options.cpus_per_decoder else world - 1
-            make = actor(DecodeActor, own_bundle, options.cpus_per_decoder, 0, concurrency_groups={"control": 1})
-            self._decoding = Decoding(
-                make.remote(codec_folder, options.threads_per_stage, "cpu"), options.link_timeout_s
-            )
+        if self._codec_folder is not None:
+            self._decoding = self._new_decoder()
         limit = options.start_timeout_s
         self._places = control_results([stage.where.remote() for stage in self._stages], limit, "a stage", "come up")
         host, port = self._places[0].node, 0
@@ -167,12 +164,28 @@ class RayGang:
         ]
         control_results(connects, limit, "a stage", "connect to its neighbours")
         if self._decoding is not None:  # a broken codec is said before anything is sampled
-            facts = self._decoding.actor.facts.remote()
-            (found,) = control_results([facts], limit, "the decode actor", "come up")
-            self.keep, self.frames_per_latent, self._decoding.place = found
+            (found,) = control_results([self._decoding.facts], limit, "the decode actor", "come up")
+            self.keep, self.frames_per_latent, _ = found
         self._loops = [stage.run.remote(options.trace) for stage in self._stages]
         self._taking = self._stages[-1].take.remote()
         logger.info("stages up: %d, half-blocks %s", world, self._blocks)
+
+    def _actor(self, cls: type, bundle: int, cpus: float, gpus: float, **more: Any) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
+        resources = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "scheduling_strategy": strategy}
+        return ray.remote(**resources, **more)(cls)
+
+    def _new_decoder(self) -> Decoding:
+        from pavdm_dist.engine.actors import DecodeActor
+
+        options = self._options
+        bundle = len(self._blocks) - (0 if options.cpus_per_decoder else 1)
+        make = self._actor(DecodeActor, bundle, options.cpus_per_decoder, 0, concurrency_groups={"control": 1})
+        actor = make.remote(self._codec_folder, options.threads_per_stage, "cpu")
+        return Decoding(actor, options.link_timeout_s, options.start_timeout_s)
 
     def _collect(self, timeout: float) -> None:
         """Waits for the first of: the last stage's events, a stage's having taken a stream in, frames, a loop's end."""

@@ -5,7 +5,7 @@ whose every step a test can see.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -49,6 +49,9 @@ class LocalGang:
 
     def seal(self, epoch: int, entry: LogEntry) -> None:
         self._feed.seal(epoch, entry)
+
+    def renew_decoder(self, warm: Mapping[int, Tensor | None]) -> None:
+        raise NotImplementedError("a codec in this process is not lost without the process")
 
     def decode(self, stream: int, clean: CleanChunk) -> None:
         self._events.append(Decoded(stream, clean.index, self._decoders[stream].decode(clean.latents)))

@@ -24,6 +24,11 @@ class EngineOptions:
             slowest unit.
         start_timeout_s: longest wait for an actor to come up: its process, its part of the weights, its links.
         placement_timeout_s: longest wait for resources that the cluster has but are busy.
+        max_restarts: gangs that may be lost one after the other with no shift finished between, before the run ends; 0
+            ends it at the first loss. Of faults inside a stage so many in all.
+        restart_backoff_s: wait before the first of these restarts; doubled at each one after it, up to a minute.
+        node_wait_s: how long a restart waits for resources that were lost to come back, before it makes do with fewer
+            stages; the video does not depend on their number.
         backlog_bytes: of frames that wait for the decoder or the consumer, before the stages get no more work.
         ray_address: cluster to join; None = the one this process is in, else a local one is started.
         compile: stages run compiled blocks (``STDiT3.compile_repeated_blocks``): the same bits on any number of
@@ -43,6 +48,9 @@ class EngineOptions:
     link_timeout_s: float = 300
     start_timeout_s: float = 900
     placement_timeout_s: float = 60
+    max_restarts: int = 3
+    restart_backoff_s: float = 1
+    node_wait_s: float = 30
     backlog_bytes: int = 256 * 2**20
     ray_address: str | None = None
     compile: bool = False
@@ -59,6 +67,9 @@ class EngineOptions:
         for name in ("link_timeout_s", "start_timeout_s", "placement_timeout_s", "backlog_bytes"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be above 0")
+        for name in ("max_restarts", "restart_backoff_s", "node_wait_s"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be 0 or more")
         if self.backend not in ("auto", "gloo", "nccl"):
             raise ConfigError(f"backend={self.backend!r}: must be auto, gloo or nccl")
         if self.balance not in ("estimated", "measured"):

@@ -7,7 +7,7 @@ import socket
 from typing import Any
 
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.errors import EngineError
+from pavdm_dist.errors import EngineError, ResourcesError
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def place(options: EngineOptions) -> Any:
     Packed on one host when a host can hold it, else on as few as possible.
 
     Raises:
-        EngineError: the cluster can never hold it (said at once), or what it needs stays busy.
+        ResourcesError: the cluster can never hold it (said at once), or what it needs stays busy.
     """
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
@@ -66,7 +66,7 @@ def place(options: EngineOptions) -> Any:
     bundles = options.bundles()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not fits(bundles, nodes):
-        raise EngineError(
+        raise ResourcesError(
             f"num_stages={options.num_stages} needs {_total(bundles)} in {len(bundles)} actors of {bundles[0]}; "
             f"the cluster has {_total(nodes)} on {len(nodes)} node(s): use fewer stages, smaller cpus_per_stage or "
             "gpus_per_stage, or a larger cluster"
@@ -75,7 +75,7 @@ def place(options: EngineOptions) -> Any:
     group = placement_group(bundles, strategy="STRICT_PACK" if one_host else "PACK")
     if not group.wait(options.placement_timeout_s):
         remove_placement_group(group)
-        raise EngineError(
+        raise ResourcesError(
             f"num_stages={options.num_stages} needs {_total(bundles)}, but only {_total([ray.available_resources()])} "
             f"was free within {options.placement_timeout_s:g} s: other jobs hold the rest of the cluster"
         )

@@ -6,20 +6,26 @@ the stages until ``EngineOptions.backlog_bytes`` of frames wait.
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
 from pavdm_dist.engine.driver import Driver
-from pavdm_dist.engine.events import Failed, Finished, Grown, Output
+from pavdm_dist.engine.events import Failed, Finished, GangLost, Grown, Output
 from pavdm_dist.engine.gang import RayGang
 from pavdm_dist.engine.loop import RunReport
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.placement import connect
+from pavdm_dist.engine.restart import Restarts, rebuilt
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
 from pavdm_dist.method.stream import ResumePoint, Stream
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -37,22 +43,40 @@ class RayEngine:
         blocks: half-block range of each stage (:func:`~pavdm_dist.planning.partition.partition`).
         options: resources and limits.
         codec_folder: codec for the decode actor; None makes none.
+        recut: half-block ranges for another number of stages, where a restart has room for fewer; None always restarts
+            with as many.
+
+    Attributes:
+        blocks: as asked for; after a restart with fewer stages the gang's may differ.
+        generation: of the present gang, from 1.
 
     Raises:
         EngineError: no cluster, not enough resources, or an actor did not come up.
     """
 
     def __init__(
-        self, folder: str, blocks: Sequence[tuple[int, int]], options: EngineOptions, codec_folder: str | None = None
+        self,
+        folder: str,
+        blocks: Sequence[tuple[int, int]],
+        options: EngineOptions,
+        codec_folder: str | None = None,
+        recut: Callable[[int], list[tuple[int, int]]] | None = None,
     ) -> None:
-        self.blocks = list(blocks)
+        self.blocks, self._options, self._recut = list(blocks), options, recut
         self._owns_ray = connect(options)
+
+        def gang(stages: int, generation: int) -> RayGang:
+            cut = self.blocks if stages == len(self.blocks) or recut is None else recut(stages)
+            return RayGang(folder, cut, replace(options, num_stages=len(cut)), codec_folder, generation)
+
+        self._make, self.generation = gang, 1
         try:
-            self._gang = RayGang(folder, blocks, options, codec_folder)
+            self._gang = gang(len(self.blocks), 1)
         except BaseException:
             self._leave_ray()
             raise
-        self._driver = Driver(self._gang, backlog_bytes=options.backlog_bytes)
+        self._restarts = Restarts(options)
+        self._driver = Driver(self._gang, backlog_bytes=options.backlog_bytes, max_restarts=options.max_restarts)
         self._run: _Run | None = None
         self._resyncs: dict[int, tuple[int, ...]] = {}
         self._asked: deque[Callable[[], None]] = deque()
@@ -218,12 +242,39 @@ class RayEngine:
                 held = 0 if run is None else run.held_bytes
                 # Whoever waits for a free place, or for room, must not wait for the pipeline's next event.
                 eager = held > 0 or (run is not None and not run.exhausted)
-                self._give(self._driver.step(EAGER_POLL_S if eager else POLL_S, held))
+                try:
+                    self._give(self._driver.step(EAGER_POLL_S if eager else POLL_S, held))
+                except GangLost as loss:
+                    self._recover(loss)
         except BaseException as error:
             self._gang.close()
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
+
+    def _recover(self, loss: GangLost) -> None:
+        """Another gang, on what there is; every video goes on from its last shift.
+
+        Raises:
+            EngineError: this loss was one too many, or nothing can take the gang's place.
+        """
+        lost_at = time.monotonic()
+        while True:
+            delay = self._restarts.delay(loss)
+            self._gang.close()
+            with self._changed:
+                if self._changed.wait_for(lambda: self._closing, delay):
+                    return
+            self.generation += 1
+            try:
+                most, wait = len(self.blocks), self._options.node_wait_s
+                stages = range(1 if self._recut else most, most + 1)
+                self._gang = rebuilt(self._make, stages, self.generation, wait, lambda: self._closing)
+                self._driver.adopt(self._gang)
+                break
+            except GangLost as again:
+                loss = again
+        logger.warning("generation %d is up %.1f s after the loss", self.generation, time.monotonic() - lost_at)
 
     def _prepare_step(self) -> bool:
         """Does what others asked for; waits while there is nothing to do; False at the end."""
@@ -265,6 +316,8 @@ class RayEngine:
                 run.outputs.append(output)
                 if isinstance(output, Finished):
                     run.held_bytes += output.num_bytes
+            if outputs:
+                self._restarts.went_on()
             still = run.open & self._driver.streams
             if outputs or still != run.open:
                 run.open = still

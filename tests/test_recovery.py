@@ -1,0 +1,166 @@
+"""Actors that really die or freeze in the middle of videos: nothing is lost, doubled or changed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import reference_chunks, tiny_checkpoint, tiny_model, tiny_stream
+
+from pavdm_dist.codecs.wan import WanCodec
+from pavdm_dist.engine.events import Finished, Place
+from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.engine.ray_engine import RayEngine
+from pavdm_dist.errors import EngineError
+from pavdm_dist.method.microbatches import Displaced
+from pavdm_dist.method.schedule import Mode
+from pavdm_dist.method.stream import Stream
+
+pytestmark = pytest.mark.timeout(180)
+CUTS = {1: [(0, 4)], 2: [(0, 2), (2, 4)], 3: [(0, 1), (1, 3), (3, 4)]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+def _engine(model: Path, stages: int, **options: object) -> RayEngine:
+    chosen = EngineOptions(stages, restart_backoff_s=0.1, **options)  # type: ignore[arg-type]
+    return RayEngine(str(model / "transformer"), CUTS[stages], chosen, str(model / "vae"), CUTS.__getitem__)
+
+
+def _place(engine: RayEngine, victim: int | str) -> Place:
+    if isinstance(victim, int):
+        return engine._gang._places[victim]
+    assert engine._gang._decoding is not None and engine._gang._decoding.place is not None
+    return engine._gang._decoding.place
+
+
+def _streams(mode: Mode) -> list[Stream]:
+    displaced = Displaced(6, exact_growing=False)
+    first = tiny_stream(0, 1, 1.0, mode, displaced, num_chunks=30)
+    return [first, tiny_stream(1, 2, 1.0, mode, displaced, start="clip", num_chunks=20)]
+
+
+def _check(model: Path, finished: list[Finished], streams: list[Stream]) -> None:
+    codec = WanCodec.from_pretrained(model / "vae")
+    for stream in streams:
+        expected, decoder = reference_chunks(tiny_model(), stream), codec.decoder()
+        mine = [f for f in finished if f.stream == stream.id]
+        assert [f.clean.index for f in mine] == [clean.index for clean in expected]
+        for f, clean in zip(mine, expected, strict=True):
+            assert torch.equal(f.clean.latents, clean.latents)
+            assert f.frames is not None and torch.equal(f.frames, decoder.decode(clean.latents))
+
+
+def _run(engine: RayEngine, streams: list[Stream], strikes: dict[int, Callable[[], None]]) -> list[Finished]:
+    """All chunks; after some numbers of them something happens."""
+    finished: list[Finished] = []
+    for f in engine.run(streams, 2):
+        finished.append(f)
+        if len(finished) in strikes:
+            strikes.pop(len(finished))()
+    assert not strikes
+    return finished
+
+
+@pytest.mark.parametrize(
+    ("mode", "stages", "victims"),
+    [("window", 2, (0, "decoder")), ("causal", 3, (1, 2)), ("displaced", 2, (1, 0))],
+)
+def test_videos_outlive_the_actors_that_make_them(
+    ray_cluster: None, model: Path, mode: Mode, stages: int, victims: tuple[int | str, ...]
+) -> None:
+    streams = _streams(mode)
+    with _engine(model, stages) as engine:
+
+        def kill(victim: int | str) -> None:
+            os.kill(_place(engine, victim).pid, signal.SIGKILL)
+
+        finished = _run(engine, streams, {3 + 12 * i: (lambda v=victim: kill(v)) for i, victim in enumerate(victims)})
+        assert engine.generation == 1 + sum(isinstance(victim, int) for victim in victims)
+    _check(model, finished, streams)
+
+
+@pytest.mark.parametrize("victim", [1, "decoder"])
+def test_what_freezes_is_replaced(ray_cluster: None, model: Path, victim: int | str) -> None:
+    streams, stopped = _streams("window"), list[int]()
+    with _engine(model, 2, link_timeout_s=3) as engine:
+
+        def freeze() -> None:
+            stopped.append(_place(engine, victim).pid)
+            os.kill(stopped[0], signal.SIGSTOP)
+
+        finished = _run(engine, streams, {4: freeze})
+        assert engine.generation == (2 if victim == 1 else 1)
+    _check(model, finished, streams)
+    end = time.monotonic() + 20
+    while os.path.exists(f"/proc/{stopped[0]}") and _state(stopped[0]) != "Z":
+        assert time.monotonic() < end, "the frozen process holds its memory still"
+        time.sleep(0.1)
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "Z"
+
+
+def test_a_killed_growing_window_goes_on(ray_cluster: None, model: Path) -> None:
+    stream = tiny_stream(0, num_inference_steps=60, window_chunks=6, num_chunks=3)
+    with _engine(model, 2) as engine:
+        grown: list[int] = []
+
+        def strike(_: int, point: object) -> None:
+            grown.append(_)
+            if len(grown) == 2:
+                os.kill(_place(engine, 0).pid, signal.SIGKILL)
+
+        finished = list(engine.run([stream], on_grown=strike))
+        assert engine.generation == 2
+    _check(model, finished, [stream])
+
+
+def test_fewer_stages_go_on_where_there_is_no_room_for_as_many(ray_cluster: None, model: Path) -> None:
+    import ray
+
+    @ray.remote(num_cpus=5)
+    class Other:
+        def is_here(self) -> bool:
+            return True
+
+    streams, others = _streams("window"), []
+    with _engine(model, 3, cpus_per_stage=2, node_wait_s=1, placement_timeout_s=2) as engine:
+
+        def strike() -> None:
+            others.append(Other.remote())  # waits for CPUs, and gets those of the stages as soon as they are gone
+            os.kill(_place(engine, 0).pid, signal.SIGKILL)
+
+        finished = _run(engine, streams, {5: strike})
+        assert ray.get(others[0].is_here.remote()) and engine.generation == 2 and len(engine._gang._places) == 1
+        ray.kill(others[0])
+    _check(model, finished, streams)
+
+
+def test_the_budget_is_spent_in_words(ray_cluster: None, model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with _engine(model, 2, max_restarts=1) as engine:
+        # As if nothing were finished between the losses, where a node kills whatever is put on it.
+        engine._restarts.went_on = lambda: None  # type: ignore[method-assign]
+        struck, losses = 0, list[EngineError]()
+        try:
+            for _ in engine.run([tiny_stream(0, num_chunks=4000)]):
+                if engine.generation == struck + 1:
+                    os.kill(_place(engine, 1).pid, signal.SIGKILL)
+                    struck += 1
+        except EngineError as error:
+            losses.append(error)
+    assert re.match(r"stage 1 of 2 \(node .*, pid \d+\) died: .*; max_restarts=1 is spent", str(losses[0]))
+    assert struck == 2 and "the log of what was lost" in caplog.text and "restart 1 of 1 in" in caplog.text
