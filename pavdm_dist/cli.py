@@ -109,7 +109,7 @@ def plan(arguments: argparse.Namespace) -> None:
 
 def simulate(arguments: argparse.Namespace) -> None:
     """Model a pipeline of stages, links and queues: makespan, utilisation and a chart, without a cluster."""
-    from pavdm_dist.config import load_config
+    from pavdm_dist.merging import load_config
     from pavdm_dist.planning.simulate import SimulateConfig, simulate_report
 
     prompt, config_file, overrides = _sort_words(arguments.words)
@@ -123,7 +123,7 @@ def simulate(arguments: argparse.Namespace) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """Train the codec or the model of a config file; run again to go on where it stopped."""
-    from pavdm_dist.config import load_config
+    from pavdm_dist.merging import load_config
     from pavdm_dist.train.settings import TrainConfig
 
     prompt, config_file, overrides = _sort_words(arguments.words)
@@ -139,8 +139,8 @@ def train(arguments: argparse.Namespace) -> None:
 
 def data(arguments: argparse.Namespace) -> None:
     """Prepare training clips from videos and captions; run again to go on where it stopped."""
-    from pavdm_dist.config import load_config
     from pavdm_dist.data.prepare import PrepareConfig, prepare_command
+    from pavdm_dist.merging import load_config
 
     overrides = [word for word in arguments.words if _OVERRIDE.match(word)]
     files = [word for word in arguments.words if word.endswith((".yaml", ".yml")) and word not in overrides]
@@ -177,8 +177,8 @@ def env(arguments: argparse.Namespace) -> None:
 
 def run_config(cls: type[R], words: Sequence[str], needs_prompt: bool) -> R:
     """The checked configuration that a verb's words (prompt, config file, overrides) make."""
-    from pavdm_dist.config import load_config
-    from pavdm_dist.validate import validate_sample
+    from pavdm_dist.config import validate_sample
+    from pavdm_dist.merging import load_config
 
     prompt, config_file, overrides = _sort_words(words)
     if prompt is not None:
@@ -208,7 +208,7 @@ def _sort_words(words: Sequence[str]) -> tuple[str | None, str | None, list[str]
 
 
 def _print_config(config: Any) -> None:
-    from pavdm_dist.config import to_yaml
+    from pavdm_dist.merging import to_yaml
 
     print(to_yaml(config), end="")
 

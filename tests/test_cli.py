@@ -16,8 +16,9 @@ import pytest
 
 from pavdm_dist import cli
 from pavdm_dist.commands.progress import ChunkProgress
-from pavdm_dist.config import SampleConfig, load_config
+from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import EngineError
+from pavdm_dist.merging import load_config
 from pavdm_dist.train.settings import TrainConfig
 
 PLAN = {"model_calls": 135, "chunks": 22, "layer_split": [6, 6], "stages": [{"stage": 0, "ms": 1.5}], "cost": {"a": 2}}

@@ -21,7 +21,7 @@ from PIL import Image
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.progress import ChunkProgress
 from pavdm_dist.commands.sample import plan_report, render_command
-from pavdm_dist.config import DisplacedConfig, SampleConfig
+from pavdm_dist.config import DisplacedConfig, SampleConfig, validate_sample
 from pavdm_dist.engine.order import Join, epochs
 from pavdm_dist.errors import CheckpointError, ConfigError, MediaError
 from pavdm_dist.io.latents import latents_sha256, read_latents
@@ -31,7 +31,6 @@ from pavdm_dist.method.microbatches import MicroBatches
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.planning.simulate import SimulateConfig, of_trace, simulate_report
 from pavdm_dist.request import VideoRequest
-from pavdm_dist.validate import validate_sample
 
 PROMPT = "a red three drifting up"
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from training import TINY, launch, write_clips
 
-from pavdm_dist.config import load_config
 from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.merging import load_config
 from pavdm_dist.train.batches import WorldBatches
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.loss import velocity_loss

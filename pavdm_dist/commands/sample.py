@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.config import PlanConfig, SampleConfig, to_dict
+from pavdm_dist.config import PlanConfig, SampleConfig, frames_wanted
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.io.encode import as_rate, check_size, require_libx264
@@ -22,12 +22,12 @@ from pavdm_dist.io.latents import LatentsHash, LatentsWriter
 from pavdm_dist.io.metadata import Sidecar, cpu_model, sidecar_path, weights_identity
 from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.io.storage import check_output, exists, join, remove
+from pavdm_dist.merging import to_dict
 from pavdm_dist.method.microbatches import Displaced
 from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk
 from pavdm_dist.planning import planner
 from pavdm_dist.planning.balance import layer_split, pipeline_utilisation, useful_stages
 from pavdm_dist.request import SamplingParams, VideoRequest, check_prompts, clip_frames_needed, input_frames
-from pavdm_dist.validate import frames_wanted
 
 logger = logging.getLogger(__name__)
 
