@@ -75,7 +75,7 @@ def sample(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         _print_config(config)
     elif arguments.dry_run:
-        from pavdm_dist.commands.sample import plan_report
+        from pavdm_dist.commands.plan import plan_report
 
         _print_report(plan_report(config), arguments.json)
     else:
@@ -102,15 +102,15 @@ def plan(arguments: argparse.Namespace) -> None:
         chunks = int(text)
     if chunks is not None and (config.num_frames is not None or config.seconds is not None):
         raise ConfigError(f"chunks={chunks}: stands for num_frames or seconds, give one of the three")
-    from pavdm_dist.commands.sample import plan_report
+    from pavdm_dist.commands.plan import plan_report
 
     _print_report(plan_report(config, chunks=chunks), arguments.json)
 
 
 def simulate(arguments: argparse.Namespace) -> None:
     """Model a pipeline of stages, links and queues: makespan, utilisation and a chart, without a cluster."""
+    from pavdm_dist.commands.simulate import SimulateConfig, simulate_report
     from pavdm_dist.merging import load_config
-    from pavdm_dist.planning.simulate import SimulateConfig, simulate_report
 
     prompt, config_file, overrides = _sort_words(arguments.words)
     if prompt is not None:
@@ -170,7 +170,7 @@ def configs(arguments: argparse.Namespace) -> None:
 
 def env(arguments: argparse.Namespace) -> None:
     """Versions, processors and Ray's state, for bug reports; starts nothing."""
-    from pavdm_dist.commands.progress import environment
+    from pavdm_dist.commands.env import environment
 
     _print_report(environment(), arguments.json)
 
@@ -214,34 +214,10 @@ def _print_config(config: Any) -> None:
 
 
 def _print_report(report: dict[str, Any], as_json: bool) -> None:
-    """A report as one JSON object, or as aligned ``name  value`` lines, nested ones indented."""
-    if as_json:
-        print(json.dumps(report))
-        return
-    for line in _report_lines(report):
-        print(line)
+    """A report as one JSON object, or as lines for people."""
+    from pavdm_dist.commands.printing import report_lines
 
-
-def _report_lines(report: dict[str, Any], indent: str = "") -> list[str]:
-    width = max((len(str(key)) for key in report), default=0)
-    lines = []
-    for key, value in report.items():
-        if isinstance(value, dict):
-            lines += [f"{indent}{key}", *_report_lines(value, indent + "  ")]
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            lines.append(f"{indent}{key}")
-            lines += [f"{indent}  " + "  ".join(f"{k}={_cell(v)}" for k, v in row.items()) for row in value]
-        else:
-            lines.append(f"{indent}{key!s:{width}}  {_cell(value)}".rstrip())
-    return lines
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return " ".join(_cell(item) for item in value)
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    print(json.dumps(report) if as_json else "\n".join(report_lines(report)))
 
 
 def _complain(message: str, status: int) -> int:

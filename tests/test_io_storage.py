@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.io.latents import LatentsHash, LatentsWriter, latents_sha256, read_latents
 from pavdm_dist.io.metadata import Sidecar, is_complete, read_sidecar, sidecar_path, weights_identity
-from pavdm_dist.io.storage import atomic_path, atomic_write, check_output, exists, parts_folder, sha256_file
+from pavdm_dist.io.storage import atomic_path, atomic_write, check_output, exists, parts_folder, same_path, sha256_file
 
 
 def test_atomic_write_replaces_only_on_success(tmp_path: Path) -> None:
@@ -48,6 +48,14 @@ def test_atomic_write_to_a_store() -> None:
     assert sha256_file(path) == hashlib.sha256(b"abc").hexdigest()
     with pytest.raises(ConfigError, match="cannot be reached"):
         exists("nonsense://bucket/a")
+
+
+def test_same_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    assert all(same_path("v.json", other) for other in ("./v.json", tmp_path / "v.json", "link/v.json", "a/../v.json"))
+    assert not same_path("v.json", "w.json")
+    assert same_path("s3://b/v.json", "s3://b/v.json") and not same_path("s3://b/v.json", "v.json")
 
 
 def test_check_output(tmp_path: Path) -> None:

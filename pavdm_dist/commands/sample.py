@@ -1,4 +1,4 @@
-"""The ``sample`` and ``plan`` commands: settings in, video files or a report out."""
+"""``pavdm sample``: settings in, video files out."""
 
 from __future__ import annotations
 
@@ -14,19 +14,16 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.config import PlanConfig, SampleConfig, frames_wanted
-from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.commands.resolve import engine_options, sampling_params
+from pavdm_dist.config import SampleConfig, frames_wanted
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.io.encode import as_rate, check_size, require_libx264
 from pavdm_dist.io.latents import LatentsHash, LatentsWriter
 from pavdm_dist.io.metadata import Sidecar, cpu_model, sidecar_path, weights_identity
 from pavdm_dist.io.segments import SegmentWriter
-from pavdm_dist.io.storage import check_output, exists, join, remove
+from pavdm_dist.io.storage import check_output, exists, join, remove, same_path
 from pavdm_dist.merging import to_dict
-from pavdm_dist.method.microbatches import Displaced
 from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk
-from pavdm_dist.planning import planner
-from pavdm_dist.planning.balance import layer_split, pipeline_utilisation, useful_stages
 from pavdm_dist.request import SamplingParams, VideoRequest, check_prompts, clip_frames_needed, input_frames
 
 logger = logging.getLogger(__name__)
@@ -51,7 +48,7 @@ def render_command(config: SampleConfig, overwrite: bool, progress: Callable[...
             segments stay playable.
     """
     pipeline = _pipeline(config)
-    params = _params(config, pipeline.checkpoint)
+    params = sampling_params(config, pipeline.checkpoint)
     as_rate(params.fps)
     check_size(params.height, params.width)
     require_libx264()
@@ -67,7 +64,7 @@ def render_command(config: SampleConfig, overwrite: bool, progress: Callable[...
             raise ConfigError(f"output={output}: its latents {_latents_path(output)} exist; pass --overwrite")
     if config.trace is not None:
         check_output(config.trace, overwrite, field="trace")
-        if any(str(config.trace) in (sidecar_path(output), output) for output in outputs):
+        if any(same_path(config.trace, sidecar_path(output)) for output in outputs):
             raise ConfigError(f"trace={config.trace}: is the name of a video's sidecar; choose another")
     writers: dict[int, _VideoWriter] = {}
     identity = weights_identity(pipeline.checkpoint.folder)
@@ -104,51 +101,6 @@ def render_command(config: SampleConfig, overwrite: bool, progress: Callable[...
     for result in results:
         logger.info("wrote %s (%d frames)", result["output"], result["num_frames"])
     return {"videos": results, "seconds": round(seconds, 3), "frames_per_second": round(frames / seconds, 3)}
-
-
-def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, Any]:
-    """What a run would do: window plan, cost, layer split. Reads shapes, no weights.
-
-    Args:
-        config: validated settings.
-        chunks: new chunks, instead of a length in frames.
-
-    With ``cluster.devices`` the planner says how to use them (:mod:`pavdm_dist.planning.planner`).
-    """
-    checkpoint = Checkpoint.open(config.model)
-    params = _params(config, checkpoint)
-    spec, size = checkpoint.codec_spec, params.latent_chunk_size
-    if chunks is None:
-        frames = frames_wanted(config, params.fps)
-        chunks = spec.chunks_for_frames(frames, size, params.warm)
-    else:
-        frames = spec.frames_in_chunk(size, first=not params.warm) + (chunks - 1) * spec.frames_in_chunk(size, False)
-    plan = params.plan(chunks)
-    branches = 1 if params.guidance_scale == 1 else 2
-    blocks = 2 * checkpoint.transformer_config.depth
-    split = [(0, blocks)]
-    if config.num_stages:
-        split = layer_split(checkpoint, params, _options(config))
-    utilisation = pipeline_utilisation(params, plan, max(config.num_stages, 1), config.streams)
-    cluster = config.cluster if isinstance(config, PlanConfig) and config.cluster.devices is not None else None
-    return {
-        "chunks": chunks,
-        "num_frames": frames,
-        "seconds": round(frames / params.fps, 3),
-        "model_calls": plan.num_rows,
-        "guidance_branches": branches,
-        "latent_evaluations": plan.latent_evaluations,
-        "latent_evaluations_per_new_latent": round(plan.latent_evaluations / (chunks * size), 3),
-        "first_chunk_after_calls": plan.first_chunk_after_calls,
-        "calls_per_chunk": plan.steps_per_shift,
-        "window_latents": (params.window_chunks + params.context_chunks) * size,
-        "levels": [round(level, 6) for level in reversed(params.schedule.levels)],
-        "layer_split": [list(blocks) for blocks in split],
-        "pipeline_utilisation": round(utilisation, 4),
-        "useful_stages": useful_stages(params, config.streams),
-        "sampling": asdict(params),
-        **({} if cluster is None else {"cluster": planner.report(checkpoint, params, plan, cluster)}),
-    }
 
 
 class _VideoWriter:
@@ -228,38 +180,8 @@ class _VideoWriter:
 
 
 def _pipeline(config: SampleConfig) -> PAVDMPipeline:
-    engine = _options(config) if config.num_stages else None
+    engine = engine_options(config) if config.num_stages else None
     return PAVDMPipeline(Checkpoint.open(config.model), config.num_stages, config.threads_per_stage, engine)
-
-
-def _options(config: SampleConfig) -> EngineOptions:
-    return EngineOptions(
-        num_stages=config.num_stages,
-        layers_per_stage=config.layers_per_stage,
-        balance=config.balance,
-        compile=config.compile,
-        threads_per_stage=config.threads_per_stage,
-        cpus_per_stage=config.cpus_per_stage,
-        gpus_per_stage=config.gpus_per_stage,
-        cpus_per_decoder=config.cpus_per_decoder,
-        backend=config.backend,
-        link_timeout_s=config.link_timeout_s,
-        ray_address=config.ray_address,
-        trace_file=config.trace,
-    )
-
-
-def _params(config: SampleConfig, checkpoint: Checkpoint) -> SamplingParams:
-    chosen = {name: getattr(config, name) for name in SamplingParams.__dataclass_fields__}
-    chosen["displaced"] = Displaced(**asdict(config.displaced))
-    params = SamplingParams.resolve(checkpoint, config.allow_untrained_causal, **chosen)
-    trained = checkpoint.defaults
-    if (params.height, params.width) != (trained.height, trained.width):
-        logger.warning(
-            "the model was trained at %dx%d (height x width); %dx%d may look wrong",
-            trained.height, trained.width, params.height, params.width,
-        )  # fmt: skip
-    return params
 
 
 def _requests(config: SampleConfig, params: SamplingParams, checkpoint: Checkpoint) -> list[VideoRequest]:

@@ -17,7 +17,7 @@ import pavdm_dist
 from pavdm_dist.errors import MediaError
 from pavdm_dist.io.storage import atomic_write, exists, open_read, sha256_file
 
-_PACKAGES = ("torch", "ray", "diffusers", "av", "numpy")
+_PACKAGES = ("torch", "ray", "deepspeed", "diffusers", "av", "numpy", "safetensors", "omegaconf")
 
 
 def sidecar_path(output: str | Path) -> str:
@@ -28,14 +28,14 @@ def sidecar_path(output: str | Path) -> str:
     return f"{folder}{slash}{stem}.json"
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, this package and those that a result depends on; nothing is imported to find out."""
-    found = {"python": platform.python_version(), "pavdm_dist": pavdm_dist.__version__}
+def versions() -> dict[str, str | None]:
+    """Versions of Python, this package and those it stands on; None = not installed. Imports none of them."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "pavdm_dist": pavdm_dist.__version__}
     for name in _PACKAGES:
         try:
             found[name] = packages.version(name)
         except packages.PackageNotFoundError:
-            continue
+            found[name] = None
     return found
 
 
@@ -91,7 +91,7 @@ class Sidecar:
     latents_sha256: str | None = None
     weights: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=versions)
+    versions: dict[str, str | None] = field(default_factory=versions)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def write(self, output: str | Path) -> str:

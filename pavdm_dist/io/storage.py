@@ -33,6 +33,13 @@ def join(folder: str | Path, name: str) -> str:
     return f"{str(folder).rstrip('/')}/{name}"
 
 
+def same_path(one: str | Path, other: str | Path) -> bool:
+    """Whether two paths name the same file, existing or not, however they are written."""
+    if is_remote(one) or is_remote(other):
+        return str(one) == str(other)
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
 def exists(path: str | Path) -> bool:
     """Whether there is a file or folder."""
     if is_remote(path):
