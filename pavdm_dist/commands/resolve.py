@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.method.microbatches import Displaced
 from pavdm_dist.request import SamplingParams
 
@@ -52,3 +53,8 @@ def sampling_params(config: SampleConfig, checkpoint: Checkpoint) -> SamplingPar
             trained.height, trained.width, params.height, params.width,
         )  # fmt: skip
     return params
+
+
+def device_name(options: EngineOptions | None) -> str:
+    """Where the sampling computes, for the sidecar: ``options`` of the stages, None = this process."""
+    return "cuda" if options is not None and options.device == "cuda" else f"cpu {cpu_model()}"
