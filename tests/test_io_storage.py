@@ -287,3 +287,22 @@ def test_weights_identity(tmp_path: Path) -> None:
     assert weights_identity(tmp_path) == first
     save_file({"w": torch.ones(3)}, tmp_path / "vae" / "model.safetensors")
     assert weights_identity(tmp_path) != first
+
+
+def test_weights_in_the_hubs_cache_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, cached = tmp_path / "plain", tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    for folder in (plain, cached, blobs):
+        folder.mkdir(parents=True)
+    save_file({"w": torch.zeros(3)}, plain / "model.safetensors")
+    (plain / "config.json").write_text("{}")
+    large = blobs / sha256_file(plain / "model.safetensors")
+    small = blobs / "9e26dfeeb6e641a33dae4961196235bdb965b21b"  # small files bear git's name
+    large.write_bytes((plain / "model.safetensors").read_bytes())
+    small.write_text("{}")
+    (cached / "model.safetensors").symlink_to(large)
+    (cached / "config.json").symlink_to(small)
+    read: list[Path] = []
+    monkeypatch.setattr("pavdm_dist.io.metadata.sha256_file", lambda path: read.append(path) or sha256_file(path))
+    assert weights_identity(cached) == weights_identity(plain)
+    assert read == [cached / "config.json", plain / "config.json", plain / "model.safetensors"]

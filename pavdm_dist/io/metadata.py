@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from pavdm_dist.errors import MediaError
 from pavdm_dist.io.storage import atomic_write, exists, open_read, sha256_file
 
 _PACKAGES = ("torch", "ray", "deepspeed", "diffusers", "av", "numpy", "safetensors", "omegaconf")
+_HUB_BLOB = re.compile(r"[0-9a-f]{64}")
 
 
 def sidecar_path(output: str | Path) -> str:
@@ -48,13 +50,22 @@ def cpu_model() -> str:
 
 
 def weights_identity(folder: str | Path) -> str:
-    """SHA-256 over the names and bytes of a checkpoint's JSON and safetensors files, in order of name."""
+    """SHA-256 over the names and bytes of a checkpoint's JSON and safetensors files, in order of name.
+
+    Large files in the hub's cache are not read for it: the cache names them by their SHA-256.
+    """
     root = Path(folder)
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*")):
         if path.suffix in (".json", ".safetensors"):
-            digest.update(f"{path.relative_to(root).as_posix()} {sha256_file(path)}\n".encode())
+            digest.update(f"{path.relative_to(root).as_posix()} {_file_sha256(path)}\n".encode())
     return digest.hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    blob = path.resolve()
+    known = blob.parent.name == "blobs" and _HUB_BLOB.fullmatch(blob.name)
+    return blob.name if known else sha256_file(path)
 
 
 @dataclass
