@@ -51,6 +51,22 @@ def test_atomic_write_replaces_only_on_success(tmp_path: Path) -> None:
     assert list(target.parent.iterdir()) == [target]
 
 
+def test_files_have_the_mode_of_new_files(tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    before = os.umask(0o027)
+    try:
+        with atomic_path(tmp_path / "a") as staged:
+            save_file({"x": torch.zeros(1)}, staged)  # this library's files are their owner's alone
+        (tmp_path / "narrow").touch()
+    finally:
+        os.umask(before)
+    with atomic_path(tmp_path / "b") as staged:
+        save_file({"x": torch.zeros(1)}, staged)
+    modes = {name: (tmp_path / name).stat().st_mode for name in ("new", "narrow", "a", "b")}
+    assert (modes["a"], modes["b"]) == (modes["narrow"], modes["new"])
+    assert modes["a"] != modes["b"]
+
+
 def test_atomic_write_to_a_store() -> None:
     path = "memory://bucket/deep/a.bin"
     with atomic_write(path) as file:

@@ -208,6 +208,7 @@ def commit(staged: Path, path: str | Path) -> None:
         fs.put_file(str(staged), inner)
         staged.unlink()
         return
+    _give_usual_mode(staged)
     _fsync(staged)
     os.replace(staged, path)
     _fsync(Path(path).parent)
@@ -273,6 +274,16 @@ def _filesystem(path: str | Path) -> tuple[Any, str]:
         return url_to_fs(str(path))
     except (ImportError, ValueError) as error:  # the driver is not installed, or no such protocol
         raise ConfigError(f"{path} cannot be reached: {error}") from error
+
+
+def _give_usual_mode(path: Path) -> None:
+    """Lets others read what the umask lets them read: some libraries make files that only their owner may."""
+    # The one way to ask that doesn't change it for other threads, too.
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    for umask in (line.partition(":")[2] for line in lines if line.startswith("Umask:")):
+        with suppress(OSError):  # a share without modes
+            path.chmod(0o666 & ~int(umask, 8))
 
 
 def _fsync(path: Path) -> None:
