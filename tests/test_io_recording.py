@@ -528,6 +528,32 @@ def test_points_inside_a_segment_wait_where_no_decoder_could_be_warmed(tmp_path:
     assert again.warm is not None and again.warm.shape[1] == 3
 
 
+def test_killed_between_a_segment_and_its_state_it_loses_no_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[[int], tuple[Any, ...]]
+) -> None:
+    def killed(folder: str, state: State) -> None:
+        if state.closed_chunks == 4:
+            raise Killed
+        write_state(folder, state)
+
+    way, output = Way(2, 1, recording.SAVE_SECONDS), tmp_path / "v.mp4"
+    made = way.open(output)
+    with monkeypatch.context() as patched:
+        patched.setattr(recording, "write_state", killed)
+        with pytest.raises(Killed):
+            way.go_on(made)
+    kill(made)
+    again = way.open(output, resume=True)
+    assert (again.next_chunk, list(again.pending)) == (3, [2])
+    way.go_on(again, until=5)
+    kill(again)
+    again = way.open(output, resume=True)
+    assert (again.next_chunk, list(again.pending)) == (5, [4])
+    way.go_on(again)
+    again.finish(FACTS, {"seed": 3})
+    assert result(output) == undisturbed(2)
+
+
 def test_abort_leaves_what_can_be_played_and_gone_on_with(
     tmp_path: Path, undisturbed: Callable[[int], tuple[Any, ...]]
 ) -> None:

@@ -90,10 +90,11 @@ class Ledger:
         self._frames, self.chunk_seconds = list(state.chunk_frames), list(state.chunk_seconds)
         self._newest = self._usable = _Place(state.next_chunk, state.point, self._hash.state)
         # Clean latents of the open segment, and what a decoder is warmed on before them. Where that is not known (no
-        # point came with the chunk before), points inside the segment are of no use until it is closed.
+        # point came with the chunk before), points inside the segment are of no use until it is closed. Here it is: a
+        # resume that decodes from an earlier chunk on passes the end of the last closed segment first.
         self._open = {index: part for index, part in state.pending.items() if index >= closed_chunks}
         self._warm = state.warm
-        self._warm_known = closed_chunks in (0, state.first_to_decode)
+        self._warm_known = True
 
     @property
     def num_chunks(self) -> int:
@@ -136,7 +137,8 @@ class Ledger:
             self._closed = closed_chunks
             self._open.clear()
         if index + 1 == closed_chunks:
-            self._warm, self._warm_known = None if point is None else point.warm, point is not None
+            before = self._newest.point if self._newest.next_chunk == closed_chunks else None
+            self._warm, self._warm_known = None if before is None else before.warm, before is not None
         if self._warm_known or self._newest.next_chunk <= closed_chunks:
             self._usable = self._newest
 
