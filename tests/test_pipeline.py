@@ -28,6 +28,7 @@ from pavdm_dist.engine.order import Join, epochs
 from pavdm_dist.errors import CheckpointError, ConfigError, MediaError
 from pavdm_dist.io.latents import latents_sha256, read_latents
 from pavdm_dist.io.metadata import read_sidecar
+from pavdm_dist.io.recording import Recording
 from pavdm_dist.io.video import export_to_video, read_clip
 from pavdm_dist.method.microbatches import MicroBatches
 from pavdm_dist.pipeline import PAVDMPipeline
@@ -299,6 +300,16 @@ def test_bad_input_ends_before_anything_is_written(model: Path, tmp_path: Path) 
         with pytest.raises(error, match=pattern):
             _render(model, tmp_path / "none.mp4", **{"num_frames": 8, **settings})
     assert {path.name for path in tmp_path.iterdir()} == {"taken.mp4"}
+
+
+def test_an_output_that_is_being_written_is_refused(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "v.mp4"
+    writing = Recording.open(output, fps=24, height=32, width=48, identity={})
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=rf"output=.*v\.mp4 is being written by process {os.getpid()}"):
+            _render(model, output, overwrite, num_frames=8)
+    assert writing.abort() is None
+    _render(model, output, num_frames=8)
 
 
 def test_checkpoints_that_do_not_fit_are_named(tmp_path: Path) -> None:
