@@ -23,9 +23,9 @@ import torch
 from common import machine, machine_line, parser
 from torch import Tensor
 
-from pavdm_dist.config import load_config
 from pavdm_dist.engine.local import LocalEngine
 from pavdm_dist.engine.stage import Stage
+from pavdm_dist.merging import load_config
 from pavdm_dist.method.schedule import Mode, NoiseSchedule, WindowPlan
 from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.models.base import FrameInfo

@@ -75,7 +75,7 @@ def sample(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         _print_config(config)
     elif arguments.dry_run:
-        from pavdm_dist.commands.sample import plan_report
+        from pavdm_dist.commands.plan import plan_report
 
         _print_report(plan_report(config), arguments.json)
     else:
@@ -102,15 +102,15 @@ def plan(arguments: argparse.Namespace) -> None:
         chunks = int(text)
     if chunks is not None and (config.num_frames is not None or config.seconds is not None):
         raise ConfigError(f"chunks={chunks}: stands for num_frames or seconds, give one of the three")
-    from pavdm_dist.commands.sample import plan_report
+    from pavdm_dist.commands.plan import plan_report
 
     _print_report(plan_report(config, chunks=chunks), arguments.json)
 
 
 def simulate(arguments: argparse.Namespace) -> None:
     """Model a pipeline of stages, links and queues: makespan, utilisation and a chart, without a cluster."""
-    from pavdm_dist.config import load_config
-    from pavdm_dist.planning.simulate import SimulateConfig, simulate_report
+    from pavdm_dist.commands.simulate import SimulateConfig, simulate_report
+    from pavdm_dist.merging import load_config
 
     prompt, config_file, overrides = _sort_words(arguments.words)
     if prompt is not None:
@@ -123,7 +123,7 @@ def simulate(arguments: argparse.Namespace) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """Train the codec or the model of a config file; run again to go on where it stopped."""
-    from pavdm_dist.config import load_config
+    from pavdm_dist.merging import load_config
     from pavdm_dist.train.settings import TrainConfig
 
     prompt, config_file, overrides = _sort_words(arguments.words)
@@ -139,8 +139,8 @@ def train(arguments: argparse.Namespace) -> None:
 
 def data(arguments: argparse.Namespace) -> None:
     """Prepare training clips from videos and captions; run again to go on where it stopped."""
-    from pavdm_dist.config import load_config
     from pavdm_dist.data.prepare import PrepareConfig, prepare_command
+    from pavdm_dist.merging import load_config
 
     overrides = [word for word in arguments.words if _OVERRIDE.match(word)]
     files = [word for word in arguments.words if word.endswith((".yaml", ".yml")) and word not in overrides]
@@ -170,15 +170,15 @@ def configs(arguments: argparse.Namespace) -> None:
 
 def env(arguments: argparse.Namespace) -> None:
     """Versions, processors and Ray's state, for bug reports; starts nothing."""
-    from pavdm_dist.commands.progress import environment
+    from pavdm_dist.commands.env import environment
 
     _print_report(environment(), arguments.json)
 
 
 def run_config(cls: type[R], words: Sequence[str], needs_prompt: bool) -> R:
     """The checked configuration that a verb's words (prompt, config file, overrides) make."""
-    from pavdm_dist.config import load_config
-    from pavdm_dist.validate import validate_sample
+    from pavdm_dist.config import validate_sample
+    from pavdm_dist.merging import load_config
 
     prompt, config_file, overrides = _sort_words(words)
     if prompt is not None:
@@ -208,40 +208,16 @@ def _sort_words(words: Sequence[str]) -> tuple[str | None, str | None, list[str]
 
 
 def _print_config(config: Any) -> None:
-    from pavdm_dist.config import to_yaml
+    from pavdm_dist.merging import to_yaml
 
     print(to_yaml(config), end="")
 
 
 def _print_report(report: dict[str, Any], as_json: bool) -> None:
-    """A report as one JSON object, or as aligned ``name  value`` lines, nested ones indented."""
-    if as_json:
-        print(json.dumps(report))
-        return
-    for line in _report_lines(report):
-        print(line)
+    """A report as one JSON object, or as lines for people."""
+    from pavdm_dist.commands.printing import report_lines
 
-
-def _report_lines(report: dict[str, Any], indent: str = "") -> list[str]:
-    width = max((len(str(key)) for key in report), default=0)
-    lines = []
-    for key, value in report.items():
-        if isinstance(value, dict):
-            lines += [f"{indent}{key}", *_report_lines(value, indent + "  ")]
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            lines.append(f"{indent}{key}")
-            lines += [f"{indent}  " + "  ".join(f"{k}={_cell(v)}" for k, v in row.items()) for row in value]
-        else:
-            lines.append(f"{indent}{key!s:{width}}  {_cell(value)}".rstrip())
-    return lines
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return " ".join(_cell(item) for item in value)
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    print(json.dumps(report) if as_json else "\n".join(report_lines(report)))
 
 
 def _complain(message: str, status: int) -> int:

@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pavdm_dist import cli
+from pavdm_dist.commands.printing import report_lines
 from pavdm_dist.commands.progress import ChunkProgress
-from pavdm_dist.config import SampleConfig, load_config
+from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import EngineError
+from pavdm_dist.merging import load_config
 from pavdm_dist.train.settings import TrainConfig
 
 PLAN = {"model_calls": 135, "chunks": 22, "layer_split": [6, 6], "stages": [{"stage": 0, "ms": 1.5}], "cost": {"a": 2}}
@@ -44,12 +48,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         seen.append(("plan", config, chunks))
         return PLAN
 
-    pipeline = types.ModuleType("pavdm_dist.commands.sample")
-    pipeline.__dict__.update(render_command=render_command, plan_report=plan_report)
+    sample = types.ModuleType("pavdm_dist.commands.sample")
+    sample.__dict__.update(render_command=render_command)
+    plan = types.ModuleType("pavdm_dist.commands.plan")
+    plan.__dict__.update(plan_report=plan_report)
     run = types.ModuleType("pavdm_dist.train.run")
     run.__dict__.update(train_slice=lambda config, provider: seen.append(("train", config)))
     monkeypatch.delenv("WORLD_SIZE", raising=False)  # left by a training test of this process
-    monkeypatch.setitem(sys.modules, "pavdm_dist.commands.sample", pipeline)
+    monkeypatch.setitem(sys.modules, "pavdm_dist.commands.sample", sample)
+    monkeypatch.setitem(sys.modules, "pavdm_dist.commands.plan", plan)
     monkeypatch.setitem(sys.modules, "pavdm_dist.train.run", run)
     return seen
 
@@ -87,8 +94,40 @@ def test_plan_prints_readable_lines(calls: list[tuple[Any, ...]], capsys: pytest
     assert cli.main(["plan"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "layer_split  6 6" in lines
-    assert "  stage=0  ms=1.5" in lines
+    at = lines.index("stages")
+    assert lines[at + 1 : at + 3] == ["  stage   ms", "      0  1.5"]
     assert calls[0][2] is None
+
+
+def test_tables_fit_and_say_what_they_leave_out() -> None:
+    rows = [{"mode": "causal", "stages": [0.00383, 0.00673] * 8, "layers_per_stage": [2] * 15 + [1], "s": 1.5}]
+    wide, narrow, narrower = ("\n".join(report_lines({"rows": rows}, width)) for width in (200, 50, 30))
+    assert "0.00383 0.00673 0.00383 0.00673 0.00383" in wide and "  2x15 1  1.5" in wide
+    assert "0.00383..0.00673  2x15 1  1.5" in narrow
+    assert "layers" not in narrower.splitlines()[1] and "layers_per_stage, s: --json" in narrower
+    path = "/a/folder/whose/name/is/long.mp4"
+    bad = [{"video": path, "reason": "corrupt or truncated after frame 3"}, {"video": "b.mp4"}]
+    assert report_lines({"bad": bad}, 60) == [
+        "bad",
+        "  video                             reason",
+        "  /a/folder/whose/name/is/long.mp4  corrupt or truncated",
+        "                                    after frame 3",
+        "  b.mp4                             -",
+    ]
+    levels = report_lines({"levels": [round(i / 60, 4) for i in range(60)], "end": "drain"})
+    assert len(levels) > 2 and levels[1].startswith(" " * len("levels  ")) and levels[-1] == "end     drain"
+
+
+NUMBERS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats())
+CELLS = NUMBERS | st.lists(st.integers(0, 10**9) | st.floats(allow_nan=False), max_size=64)
+NAMES = st.sampled_from(["num_stages", "layers_per_stage", "memory_gib", "seconds_per_video", "cost", "a", "b"])
+
+
+@given(st.lists(st.dictionaries(NAMES, CELLS, min_size=1), min_size=1, max_size=4))
+def test_tables_of_numbers_are_never_wider_than_the_terminal(rows: list[dict[str, Any]]) -> None:
+    lines = report_lines({"cluster": {"considered": rows}})
+    assert max(map(len, lines)) <= 120
+    assert len(lines) >= 2 + 1 + len(rows)
 
 
 def test_train_hands_the_merged_settings_over(calls: list[tuple[Any, ...]], tmp_path: Path) -> None:
@@ -152,7 +191,7 @@ def test_failures_of_the_run(
 def test_faults_of_the_package_keep_their_traceback(
     calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["pavdm_dist.commands.sample"], "plan_report", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(sys.modules["pavdm_dist.commands.plan"], "plan_report", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["plan"])
 

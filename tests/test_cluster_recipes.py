@@ -18,7 +18,8 @@ import yaml
 
 from pavdm_dist import __version__
 from pavdm_dist.cli import run_config
-from pavdm_dist.config import SampleConfig, load_config
+from pavdm_dist.config import SampleConfig
+from pavdm_dist.merging import load_config
 from pavdm_dist.train.settings import TrainConfig
 
 ROOT = Path(__file__).parent.parent

@@ -11,17 +11,17 @@ import torch
 from helpers import TINY, reference_chunks, tiny_model, tiny_stream
 from torch._dynamo.utils import counters
 
-from pavdm_dist.config import SampleConfig, load_config
+from pavdm_dist.config import SampleConfig, validate_sample
 from pavdm_dist.engine.local import LocalEngine
 from pavdm_dist.engine.stage import Stage
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.merging import load_config
 from pavdm_dist.method.schedule import Mode
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.start import checkpoint_activations
-from pavdm_dist.validate import validate_sample
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on CPUs")
 

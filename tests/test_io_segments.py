@@ -254,3 +254,54 @@ def test_a_remote_store(tmp_path: Path) -> None:
     assert store.find("/videos") == ["/videos/out.mp4"]
     close_to(read_clip(target), frames_of(3)[:20])
     store.rm("/videos", recursive=True)
+
+
+def test_the_input_is_a_segment_of_its_own_in_front(tmp_path: Path) -> None:
+    before = chunk(7)
+    out = writer(tmp_path)
+    assert out.write_input(before)
+    assert not out.write_input(before)
+    for index in range(3):
+        out.write_chunk(index, chunk(index))
+    names = ["input.mp4", "playlist.ffconcat", "segment-000000-000001.mp4"]
+    assert sorted(path.name for path in Path(out.parts).glob("[a-z]*")) == names
+    assert out.num_frames == 8 + 5 + 8 + 8
+    again = writer(tmp_path, resume=True)
+    assert (again.next_chunk, again.num_frames) == (2, 8 + 5 + 8)
+    assert not again.write_input(before)
+    again.write_chunk(2, chunk(2))
+    assert again.finish() == 29
+    close_to(read_clip(tmp_path / "out.mp4"), np.concatenate([before, frames_of(3)]))
+    late = writer(tmp_path / "late")
+    late.write_chunk(0, chunk(0))
+    with pytest.raises(ValueError, match="the input arrived, chunk 1 is next"):
+        late.write_input(before)
+
+
+def test_resume_and_removal_touch_only_what_is_the_writers_own(tmp_path: Path) -> None:
+    out = writer(tmp_path)
+    for index in range(3):
+        out.write_chunk(index, chunk(index))
+    parts = Path(out.parts)
+    foreign = {"state.safetensors", "notes.txt", "segment-000000-000001.mp4.bak", ".notes.txt.0123abcd.tmp"}
+    for name in foreign:
+        (parts / name).write_text("mine")
+    (parts / "segment-000002-000002.mp4").write_text("partial")
+    again = writer(tmp_path, resume=True)
+    own = {"segment-000000-000001.mp4", "playlist.ffconcat"}
+    assert {path.name for path in parts.iterdir()} == own | foreign
+    again.write_chunk(2, chunk(2))
+    assert again.finish() == len(frames_of(3))
+    assert {path.name for path in parts.iterdir()} == foreign
+    assert writer(tmp_path, overwrite=True).next_chunk == 0
+    assert {path.name for path in parts.iterdir()} == foreign
+
+
+def test_a_shorter_last_segment_is_kept_when_the_video_ends_with_it(tmp_path: Path) -> None:
+    out = writer(tmp_path)
+    for index in range(3):
+        out.write_chunk(index, chunk(index))
+    out.close()
+    again = writer(tmp_path, resume=True, num_chunks=3)
+    assert (again.next_chunk, again.closed_chunks) == (3, 3)
+    assert again.finish() == len(frames_of(3))

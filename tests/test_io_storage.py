@@ -5,17 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.io.latents import LatentsHash, LatentsWriter, latents_sha256, read_latents
 from pavdm_dist.io.metadata import Sidecar, is_complete, read_sidecar, sidecar_path, weights_identity
-from pavdm_dist.io.storage import atomic_path, atomic_write, check_output, exists, parts_folder, sha256_file
+from pavdm_dist.io.storage import (
+    atomic_path,
+    atomic_write,
+    check_output,
+    exists,
+    local_copy,
+    parts_folder,
+    same_path,
+    sha256_file,
+)
 
 
 def test_atomic_write_replaces_only_on_success(tmp_path: Path) -> None:
@@ -39,6 +51,22 @@ def test_atomic_write_replaces_only_on_success(tmp_path: Path) -> None:
     assert list(target.parent.iterdir()) == [target]
 
 
+def test_files_have_the_mode_of_new_files(tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    before = os.umask(0o027)
+    try:
+        with atomic_path(tmp_path / "a") as staged:
+            save_file({"x": torch.zeros(1)}, staged)  # this library's files are their owner's alone
+        (tmp_path / "narrow").touch()
+    finally:
+        os.umask(before)
+    with atomic_path(tmp_path / "b") as staged:
+        save_file({"x": torch.zeros(1)}, staged)
+    modes = {name: (tmp_path / name).stat().st_mode for name in ("new", "narrow", "a", "b")}
+    assert (modes["a"], modes["b"]) == (modes["narrow"], modes["new"])
+    assert modes["a"] != modes["b"]
+
+
 def test_atomic_write_to_a_store() -> None:
     path = "memory://bucket/deep/a.bin"
     with atomic_write(path) as file:
@@ -48,6 +76,14 @@ def test_atomic_write_to_a_store() -> None:
     assert sha256_file(path) == hashlib.sha256(b"abc").hexdigest()
     with pytest.raises(ConfigError, match="cannot be reached"):
         exists("nonsense://bucket/a")
+
+
+def test_same_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    assert all(same_path("v.json", other) for other in ("./v.json", tmp_path / "v.json", "link/v.json", "a/../v.json"))
+    assert not same_path("v.json", "w.json")
+    assert same_path("s3://b/v.json", "s3://b/v.json") and not same_path("s3://b/v.json", "v.json")
 
 
 def test_check_output(tmp_path: Path) -> None:
@@ -89,47 +125,113 @@ def test_no_right_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 LATENTS = torch.randn(4, 11, 3, 5, generator=torch.Generator().manual_seed(0))
 
 
-def test_checksum_is_the_documented_bytes_for_any_chunking() -> None:
-    expected = hashlib.sha256(np.ascontiguousarray(LATENTS.numpy().transpose(1, 0, 2, 3)).astype("<f4")).hexdigest()
-    assert latents_sha256(LATENTS) == expected
+def test_checksum_is_chained_frame_by_frame_for_any_chunking() -> None:
+    state = hashlib.sha256(b"pavdm_dist latents 1").digest()
+    assert LatentsHash().state == state
+    for frame in range(11):
+        state = hashlib.sha256(state + np.ascontiguousarray(LATENTS[:, frame].numpy()).astype("<f4").tobytes()).digest()
+    assert latents_sha256(LATENTS) == state.hex()
     for sizes in ([11], [5, 6], [1] * 11, [3, 1, 7]):
         digest = LatentsHash()
         for part in LATENTS.split(sizes, dim=1):
             digest.update(part)
-        assert digest.hexdigest() == expected
+            digest = LatentsHash(digest.state)  # as after a restart
+        assert digest.hexdigest() == state.hex()
     changed = LATENTS.clone()
     changed[3, 10, 2, 4] += 1e-6
-    assert latents_sha256(changed) != expected
-    assert latents_sha256(LATENTS.flip(1)) != expected
+    assert latents_sha256(changed) != state.hex()
+    assert latents_sha256(LATENTS.flip(1)) != state.hex()
 
 
-@pytest.mark.parametrize("copied", [1 << 22, 15 * 4])
-def test_latents_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: int) -> None:
-    monkeypatch.setattr("pavdm_dist.io.latents._COPY_VALUES", copied)  # 60: four frames of one channel at a time
-    path = tmp_path / "deep" / "out.safetensors"
-    writer = LatentsWriter(path, {"seed": "7"})
-    for index, part in enumerate(LATENTS.split([5, 5, 1], dim=1)):
+CHUNKS = LATENTS.split([5, 5, 1], dim=1)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3])
+def test_latents_file(tmp_path: Path, group: int) -> None:
+    path, parts = tmp_path / "deep" / "out.safetensors", tmp_path / "parts"
+    writer = LatentsWriter(parts, group)
+    for index, part in enumerate(CHUNKS):
         assert writer.write_chunk(index, part)
         assert not writer.write_chunk(index, part)
-        assert list(path.parent.iterdir()) == []
+        assert writer.closed_chunks == (index + 1) // group * group
     with pytest.raises(ValueError, match="chunk 5 arrived, 3 is next"):
         writer.write_chunk(5, LATENTS)
     with pytest.raises(ValueError, match="has frames"):
         writer.write_chunk(3, LATENTS[:, :, :2])
-    writer.finish()
+    writer.join(path)
     assert list(path.parent.iterdir()) == [path]
     # The public library reads it, too.
     assert torch.equal(load_file(path)["latents"], LATENTS)
     assert torch.equal(read_latents(path), LATENTS)
+    with safe_open(path, "pt") as opened:
+        assert opened.metadata() == {"layout": "channels time height width", "scale": "normalised"}
 
 
-def test_unfinished_latents_leave_nothing(tmp_path: Path) -> None:
-    writer = LatentsWriter(tmp_path / "a.safetensors")
-    writer.write_chunk(0, LATENTS)
-    writer.abort()
+def test_latents_go_on_behind_whole_groups(tmp_path: Path) -> None:
+    writer = LatentsWriter(tmp_path / "parts", 2)
+    for index, part in enumerate(CHUNKS):
+        writer.write_chunk(index, part)
+    writer.close()
+    (tmp_path / "parts" / "mine.safetensors").write_text("foreign")
+    assert LatentsWriter(tmp_path / "parts", 2, resume=True, num_chunks=3).next_chunk == 3
+    again = LatentsWriter(tmp_path / "parts", 2, resume=True)
+    assert (again.closed_chunks, again.next_chunk) == (2, 2)
+    names = {"latents-000000-000001.safetensors", "mine.safetensors"}
+    assert {path.name for path in (tmp_path / "parts").iterdir()} == names
+    assert not again.write_chunk(1, CHUNKS[1])
+    again.write_chunk(2, CHUNKS[2])
+    again.join(tmp_path / "out.safetensors")
+    assert torch.equal(read_latents(tmp_path / "out.safetensors"), LATENTS)
+    LatentsWriter(tmp_path / "parts", 2)
+    assert {path.name for path in (tmp_path / "parts").iterdir()} == {"mine.safetensors"}
+
+
+def test_no_latents_are_no_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no latents were written"):
-        LatentsWriter(tmp_path / "a.safetensors").finish()
+        LatentsWriter(tmp_path / "parts", 2).join(tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_joining_latents_takes_the_memory_of_one_group(tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    writer = LatentsWriter(parts, 1)
+    for index in range(24):
+        writer.write_chunk(index, torch.full((16, 5, 60, 60), float(index)))  # 1.1 MiB
+    script = """
+import resource, sys
+from pathlib import Path
+from pavdm_dist.io.latents import LatentsWriter
+
+output = sys.argv[2]
+LatentsWriter(sys.argv[1], 1, resume=True).join(output)  # everything is loaded
+lines = Path("/proc/self/status").read_text().splitlines()
+used = next(int(line.split()[1]) for line in lines if line.startswith("VmData")) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + 8 * 2**20,) * 2)
+LatentsWriter(sys.argv[1], 1, resume=True).join(output)
+try:
+    bytearray(12 * 2**20)
+except MemoryError:
+    print("limited")
+"""
+    command = [sys.executable, "-c", script, str(parts), str(tmp_path / "out.safetensors")]
+    # Freed memory is given back, so that what the first time took does not hide what the second takes.
+    environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, check=True, timeout=120, env=environment, capture_output=True, text=True)
+    assert done.stdout == "limited\n"
+    # All of it is 26 MiB.
+    joined = read_latents(tmp_path / "out.safetensors")
+    assert joined.shape == (16, 120, 60, 60)
+    assert joined[:, ::5].unique().tolist() == list(range(24))
+
+
+def test_latents_of_a_remote_store(tmp_path: Path) -> None:
+    writer = LatentsWriter("memory://latents/parts", 1)
+    for index, part in enumerate(CHUNKS):
+        writer.write_chunk(index, part)
+    writer.join("memory://latents/out.safetensors")
+    with local_copy("memory://latents/out.safetensors") as file:
+        assert torch.equal(read_latents(file), LATENTS)
+    assert not file.exists()
 
 
 def test_unreadable_latents(tmp_path: Path) -> None:
@@ -201,3 +303,22 @@ def test_weights_identity(tmp_path: Path) -> None:
     assert weights_identity(tmp_path) == first
     save_file({"w": torch.ones(3)}, tmp_path / "vae" / "model.safetensors")
     assert weights_identity(tmp_path) != first
+
+
+def test_weights_in_the_hubs_cache_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, cached = tmp_path / "plain", tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    for folder in (plain, cached, blobs):
+        folder.mkdir(parents=True)
+    save_file({"w": torch.zeros(3)}, plain / "model.safetensors")
+    (plain / "config.json").write_text("{}")
+    large = blobs / sha256_file(plain / "model.safetensors")
+    small = blobs / "9e26dfeeb6e641a33dae4961196235bdb965b21b"  # small files bear git's name
+    large.write_bytes((plain / "model.safetensors").read_bytes())
+    small.write_text("{}")
+    (cached / "model.safetensors").symlink_to(large)
+    (cached / "config.json").symlink_to(small)
+    read: list[Path] = []
+    monkeypatch.setattr("pavdm_dist.io.metadata.sha256_file", lambda path: read.append(path) or sha256_file(path))
+    assert weights_identity(cached) == weights_identity(plain)
+    assert read == [cached / "config.json", plain / "config.json", plain / "model.safetensors"]

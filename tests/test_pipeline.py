@@ -19,19 +19,21 @@ from helpers import tiny_checkpoint
 from PIL import Image
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.commands.plan import plan_report
 from pavdm_dist.commands.progress import ChunkProgress
-from pavdm_dist.commands.sample import plan_report, render_command
-from pavdm_dist.config import DisplacedConfig, SampleConfig
+from pavdm_dist.commands.sample import render_command
+from pavdm_dist.commands.simulate import SimulateConfig, simulate_report
+from pavdm_dist.config import DisplacedConfig, SampleConfig, validate_sample
 from pavdm_dist.engine.order import Join, epochs
 from pavdm_dist.errors import CheckpointError, ConfigError, MediaError
 from pavdm_dist.io.latents import latents_sha256, read_latents
 from pavdm_dist.io.metadata import read_sidecar
+from pavdm_dist.io.recording import Recording
 from pavdm_dist.io.video import export_to_video, read_clip
 from pavdm_dist.method.microbatches import MicroBatches
 from pavdm_dist.pipeline import PAVDMPipeline
-from pavdm_dist.planning.simulate import SimulateConfig, of_trace, simulate_report
+from pavdm_dist.planning.simulate import of_trace
 from pavdm_dist.request import VideoRequest
-from pavdm_dist.validate import validate_sample
 
 PROMPT = "a red three drifting up"
 
@@ -122,7 +124,9 @@ def test_a_traced_run_can_be_drawn_and_is_the_order(ray_cluster: None, model: Pa
     with pytest.raises(ConfigError, match=r"trace=.*a.txt: must end in .json"):
         validate_sample(SampleConfig(prompt="a three", num_stages=1, trace="a.txt"))
     file.write_text("mine")
-    for name, sentence in ((file, "exists"), (tmp_path / "a.json", "is the name of a video's sidecar")):
+    sidecar = "is the name of a video's sidecar"
+    detour = f"{tmp_path}/./none/../a.json"
+    for name, sentence in ((file, "exists"), (tmp_path / "a.json", sidecar), (detour, sidecar)):
         with pytest.raises(ConfigError, match=f"trace={name}.*{sentence}"):
             _render(model, tmp_path / "a.mp4", num_stages=2, trace=str(name), **settings)
     file.unlink()
@@ -296,6 +300,16 @@ def test_bad_input_ends_before_anything_is_written(model: Path, tmp_path: Path) 
         with pytest.raises(error, match=pattern):
             _render(model, tmp_path / "none.mp4", **{"num_frames": 8, **settings})
     assert {path.name for path in tmp_path.iterdir()} == {"taken.mp4"}
+
+
+def test_an_output_that_is_being_written_is_refused(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "v.mp4"
+    writing = Recording.open(output, fps=24, height=32, width=48, identity={})
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=rf"output=.*v\.mp4 is being written by process {os.getpid()}"):
+            _render(model, output, overwrite, num_frames=8)
+    assert writing.abort() is None
+    _render(model, output, num_frames=8)
 
 
 def test_checkpoints_that_do_not_fit_are_named(tmp_path: Path) -> None:

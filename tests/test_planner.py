@@ -173,3 +173,15 @@ def test_the_command_prints_the_choice_and_draws_it(tmp_path: Path, capsys: pyte
     assert {row["mode"] for row in found["considered"]} == {"window", "causal"}
     with Image.open(chart) as picture:
         assert picture.size[0] > 1000
+
+
+@pytest.mark.parametrize("devices", [8, 64])
+def test_the_command_prints_tables_that_fit_a_terminal(devices: int, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "seconds=60", "num_inference_steps=90", f"cluster.devices={devices}", "cluster.tflops=0.02"]
+    assert main([*words, "cluster.price_per_device_hour=1234.5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    at = lines.index("  considered")
+    header, *rows = (line.split() for line in lines[at + 1 :])
+    assert header[:5] == ["mode", "replicas", "stages", "streams", "layers"]
+    assert [row[2] for row in rows if row[0] == "window"] == [str(stages) for stages in range(1, 9)]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pavdm_dist.config import load_config
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.merging import load_config
 from pavdm_dist.method.schedule import NoiseSchedule, WindowPlan
 from pavdm_dist.method.window import row_levels
 from pavdm_dist.train.batches import draw_kind

@@ -17,12 +17,12 @@ from training import TINY, start, tiny_codec, write_clips
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.wan import WanCodec
-from pavdm_dist.config import load_config
 from pavdm_dist.digits.batches import INFO, still_batch
 from pavdm_dist.digits.cache import LatentClips, cache_clips
 from pavdm_dist.digits.provider import WORLD_PROMPTS, digit_data
 from pavdm_dist.digits.world import VOCABULARY, render, sample_scene
 from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.merging import load_config
 from pavdm_dist.train.average import Average
 from pavdm_dist.train.model import Text, filled
 from pavdm_dist.train.objective import Objective
@@ -266,7 +266,7 @@ def test_a_model_to_start_from_that_does_not_fit_is_named(
 PROBE = """
 import sys
 from training import start
-from pavdm_dist.config import load_config
+from pavdm_dist.merging import load_config
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.digits.cache import LatentClips
 start(load_config(TrainConfig, None, sys.argv[2:]), LatentClips(sys.argv[1])).train_step()

@@ -14,9 +14,9 @@ from test_zero import PROGRAM, SETTINGS, SHARD_ALL, apart
 from test_zero import run as run_cases
 from training import launch, processes_of, start, write_clips
 
-from pavdm_dist.config import load_config
 from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import CheckpointError, ConfigError, EngineError
+from pavdm_dist.merging import load_config
 from pavdm_dist.train import saves
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer

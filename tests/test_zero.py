@@ -11,11 +11,11 @@ import pytest
 import torch
 from training import TINY, launch, write_clips
 
-from pavdm_dist.config import load_config
 from pavdm_dist.digits.batches import DigitBatches
 from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.digits.world import VOCABULARY
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.merging import load_config
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.loss import velocity_loss
 from pavdm_dist.train.model import build

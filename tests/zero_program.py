@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from training import start
 
-from pavdm_dist.config import load_config
 from pavdm_dist.digits.cache import LatentClips
+from pavdm_dist.merging import load_config
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
 

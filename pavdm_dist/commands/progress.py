@@ -6,19 +6,13 @@ The library logs to ``pavdm_dist.*`` and leaves the root logger alone; only the 
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
-
-PACKAGES = ("torch", "ray", "deepspeed", "diffusers", "av", "numpy", "safetensors", "omegaconf")
 
 logger = logging.getLogger(__name__)
 
@@ -104,36 +98,3 @@ class ChunkProgress:
         hours, rest = divmod(round(left), 3600)
         minutes, seconds = divmod(rest, 60)
         return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python, this package and what it stands on; None = not installed. Imports none of them."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("pavdm-dist", *PACKAGES):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def environment() -> dict[str, Any]:
-    """Versions, processors, memory in GiB, GPUs and what Ray would connect to; starts and connects nothing."""
-    import torch
-
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    running = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
-    return {
-        "versions": versions(),
-        "platform": platform.platform(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "memory_gib": round(memory, 1),
-        "gpus": gpus,
-        "nccl": torch.distributed.is_available() and torch.distributed.is_nccl_available(),
-        "ray": {
-            "RAY_ADDRESS": os.environ.get("RAY_ADDRESS"),
-            "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE"),
-            "last_cluster_started_here": running.read_text().strip() if running.is_file() else None,
-        },
-    }

@@ -1,33 +1,29 @@
-"""The ``sample`` and ``plan`` commands: settings in, video files or a report out."""
+"""``pavdm sample``: settings in, video files out."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.config import PlanConfig, SampleConfig, to_dict
-from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.commands.resolve import device_name, engine_options, sampling_params
+from pavdm_dist.config import SampleConfig, frames_wanted
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.io.encode import as_rate, check_size, require_libx264
-from pavdm_dist.io.latents import LatentsHash, LatentsWriter
-from pavdm_dist.io.metadata import Sidecar, cpu_model, sidecar_path, weights_identity
-from pavdm_dist.io.segments import SegmentWriter
-from pavdm_dist.io.storage import check_output, exists, join, remove
-from pavdm_dist.method.microbatches import Displaced
-from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk
-from pavdm_dist.planning import planner
-from pavdm_dist.planning.balance import layer_split, pipeline_utilisation, useful_stages
+from pavdm_dist.io.metadata import sidecar_path, versions, weights_identity
+from pavdm_dist.io.recording import Recording, check_recording
+from pavdm_dist.io.storage import check_output, join, same_path
+from pavdm_dist.merging import to_dict
+from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.request import SamplingParams, VideoRequest, check_prompts, clip_frames_needed, input_frames
-from pavdm_dist.validate import frames_wanted
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +46,9 @@ def render_command(config: SampleConfig, overwrite: bool, progress: Callable[...
         PAVDMError: bad input, before anything is written; or the engine's end, after which the finished
             segments stay playable.
     """
-    pipeline = _pipeline(config)
-    params = _params(config, pipeline.checkpoint)
+    engine = engine_options(config) if config.num_stages else None
+    pipeline = PAVDMPipeline(Checkpoint.open(config.model), config.num_stages, config.threads_per_stage, engine)
+    params = sampling_params(config, pipeline.checkpoint)
     as_rate(params.fps)
     check_size(params.height, params.width)
     require_libx264()
@@ -60,41 +57,34 @@ def render_command(config: SampleConfig, overwrite: bool, progress: Callable[...
     requests = _requests(config, params, pipeline.checkpoint)
     outputs = _outputs(config, requests)
     for output in outputs:
-        check_output(output, overwrite)
-        if not overwrite and exists(sidecar_path(output)):
-            raise ConfigError(f"output={output}: its sidecar {sidecar_path(output)} exists; pass --overwrite")
-        if config.save_latents and not overwrite and exists(_latents_path(output)):
-            raise ConfigError(f"output={output}: its latents {_latents_path(output)} exist; pass --overwrite")
+        check_recording(output, overwrite, config.save_latents)
     if config.trace is not None:
         check_output(config.trace, overwrite, field="trace")
-        if any(str(config.trace) in (sidecar_path(output), output) for output in outputs):
+        if any(same_path(config.trace, sidecar_path(output)) for output in outputs):
             raise ConfigError(f"trace={config.trace}: is the name of a video's sidecar; choose another")
-    writers: dict[int, _VideoWriter] = {}
-    identity = weights_identity(pipeline.checkpoint.folder)
+    run = _Run(config, params, pipeline, weights_identity(pipeline.checkpoint.folder), overwrite)
+    recordings: dict[int, Recording] = {}
+    results: list[dict[str, Any]] = [{} for _ in requests]
     bar = progress(requests[0].num_frames, params.fps, len(requests))
     started = time.monotonic()
-    results: list[dict[str, Any]] = [{} for _ in requests]
     try:
         for chunk in pipeline.iter_chunks(requests, params, config.streams):
-            number = chunk.video
+            number, request = chunk.video, requests[chunk.video]
             try:
-                if number not in writers:
-                    writers[number] = _VideoWriter(
-                        outputs[number], requests[number], config, params, pipeline, overwrite
-                    )
-                writers[number].write(chunk)
+                if number not in recordings:
+                    recordings[number] = run.open(outputs[number], request)
+                    run.write_input(recordings[number], request)
+                recordings[number].write(chunk.index, chunk.frames, chunk.latents)
                 if chunk.last:
-                    # Rows that adaptive re-sync of mode displaced has made exact.
-                    rows = list(pipeline.resyncs.get(number, ()))
-                    results[number] = writers[number].finish(identity, {"resyncs": rows} if rows else {})
-                    del writers[number]
+                    results[number] = run.finish(recordings[number], request, number)
+                    del recordings[number]
             except OSError as error:  # a full disk, a name too long, a share that went away
                 raise MediaError(f"output={outputs[number]}: cannot be written: {error}") from error
             bar.chunk(number, chunk.index, chunk.frames.shape[0])
     except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt("; ".join(filter(None, [w.abort() for w in writers.values()]))) from interrupt
+        raise KeyboardInterrupt("; ".join(_abort(recordings))) from interrupt
     except BaseException:
-        for left in filter(None, [writer.abort() for writer in writers.values()]):
+        for left in _abort(recordings):
             logger.warning("stopped: %s", left)
         raise
     finally:
@@ -106,160 +96,73 @@ def render_command(config: SampleConfig, overwrite: bool, progress: Callable[...
     return {"videos": results, "seconds": round(seconds, 3), "frames_per_second": round(frames / seconds, 3)}
 
 
-def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, Any]:
-    """What a run would do: window plan, cost, layer split. Reads shapes, no weights.
+@dataclass(frozen=True)
+class _Run:
+    """What the videos of one command have in common, and how each is recorded."""
 
-    Args:
-        config: validated settings.
-        chunks: new chunks, instead of a length in frames.
+    config: SampleConfig
+    params: SamplingParams
+    pipeline: PAVDMPipeline
+    weights: str
+    overwrite: bool
 
-    With ``cluster.devices`` the planner says how to use them (:mod:`pavdm_dist.planning.planner`).
-    """
-    checkpoint = Checkpoint.open(config.model)
-    params = _params(config, checkpoint)
-    spec, size = checkpoint.codec_spec, params.latent_chunk_size
-    if chunks is None:
-        frames = frames_wanted(config, params.fps)
-        chunks = spec.chunks_for_frames(frames, size, params.warm)
-    else:
-        frames = spec.frames_in_chunk(size, first=not params.warm) + (chunks - 1) * spec.frames_in_chunk(size, False)
-    plan = params.plan(chunks)
-    branches = 1 if params.guidance_scale == 1 else 2
-    blocks = 2 * checkpoint.transformer_config.depth
-    split = [(0, blocks)]
-    if config.num_stages:
-        split = layer_split(checkpoint, params, _options(config))
-    utilisation = pipeline_utilisation(params, plan, max(config.num_stages, 1), config.streams)
-    cluster = config.cluster if isinstance(config, PlanConfig) and config.cluster.devices is not None else None
-    return {
-        "chunks": chunks,
-        "num_frames": frames,
-        "seconds": round(frames / params.fps, 3),
-        "model_calls": plan.num_rows,
-        "guidance_branches": branches,
-        "latent_evaluations": plan.latent_evaluations,
-        "latent_evaluations_per_new_latent": round(plan.latent_evaluations / (chunks * size), 3),
-        "first_chunk_after_calls": plan.first_chunk_after_calls,
-        "calls_per_chunk": plan.steps_per_shift,
-        "window_latents": (params.window_chunks + params.context_chunks) * size,
-        "levels": [round(level, 6) for level in reversed(params.schedule.levels)],
-        "layer_split": [list(blocks) for blocks in split],
-        "pipeline_utilisation": round(utilisation, 4),
-        "useful_stages": useful_stages(params, config.streams),
-        "sampling": asdict(params),
-        **({} if cluster is None else {"cluster": planner.report(checkpoint, params, plan, cluster)}),
-    }
-
-
-class _VideoWriter:
-    """One video's files: segments while it grows, then mp4, latents and, last, the sidecar."""
-
-    def __init__(
-        self,
-        output: str,
-        request: VideoRequest,
-        config: SampleConfig,
-        params: SamplingParams,
-        pipeline: PAVDMPipeline,
-        overwrite: bool,
-    ) -> None:
-        self._output, self._request, self._config, self._params = output, request, config, params
-        self._pipeline = pipeline
-        if overwrite:
-            # The sidecar says "complete"; it must not outlive the video it speaks of.
-            remove(sidecar_path(output))
-        self._segments = SegmentWriter(
-            output, params.fps, params.height, params.width, config.chunks_per_segment, overwrite=overwrite
+    def open(self, output: str, request: VideoRequest) -> Recording:
+        return Recording.open(
+            output,
+            fps=self.params.fps,
+            height=self.params.height,
+            width=self.params.width,
+            identity=self._identity(request),
+            chunks_per_segment=self.config.chunks_per_segment,
+            save_latents=self.config.save_latents,
+            overwrite=self.overwrite,
         )
-        self._latents = LatentsWriter(_latents_path(output)) if config.save_latents else None
-        self._hash = LatentsHash()
-        self._chunk_seconds: list[float] = []
-        self._clock = time.monotonic()
-        self._before: Tensor | None = None
-        if config.include_input:
-            self._before = input_frames(request, params, pipeline.checkpoint)
-        if self._before is not None:
-            self._segments.write_chunk(0, self._before)
 
-    def write(self, chunk: VideoChunk) -> None:
-        """Takes the next chunk."""
-        offset = 0 if self._before is None else 1
-        self._segments.write_chunk(chunk.index + offset, chunk.frames)
-        self._hash.update(chunk.latents)
-        if self._latents is not None:
-            self._latents.write_chunk(chunk.index, chunk.latents)
-        now = time.monotonic()
-        self._chunk_seconds.append(round(now - self._clock, 4))
-        self._clock = now
+    def write_input(self, recording: Recording, request: VideoRequest) -> None:
+        if self.config.include_input:
+            frames = input_frames(request, self.params, self.pipeline.checkpoint)
+            if frames is not None:
+                recording.write_input(frames)
 
-    def finish(self, identity: str, extra: dict[str, Any]) -> dict[str, Any]:
-        """Joins the segments; the sidecar comes last: it exists exactly when the video is complete."""
-        request, params = self._request, self._params
-        tag = {"software": "pavdm_dist", "prompt": request.prompt, "seed": request.seed}
-        frames = self._segments.finish(metadata=tag)
-        if self._latents is not None:
-            self._latents.finish()
-        Sidecar(
-            config=to_dict(self._config),
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            seed=request.seed,
-            num_frames=frames,
-            fps=params.fps,
-            height=params.height,
-            width=params.width,
-            device=_device(self._pipeline),
-            threads=self._config.threads_per_stage,
-            chunk_seconds=self._chunk_seconds,
-            latents_sha256=self._hash.hexdigest(),
-            weights=identity,
-            extra={"sampling": asdict(params), **extra},
-        ).write(self._output)
-        return {"output": self._output, "num_frames": frames, "latents_sha256": self._hash.hexdigest()}
+    def finish(self, recording: Recording, request: VideoRequest, number: int) -> dict[str, Any]:
+        # Rows that adaptive re-sync of mode displaced has made exact.
+        resyncs = list(self.pipeline.resyncs.get(number, ()))
+        facts = {
+            "config": to_dict(self.config),
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "seed": request.seed,
+            "device": device_name(self.pipeline.engine),
+            "threads": self.config.threads_per_stage,
+            "weights": self.weights,
+            "extra": {"sampling": asdict(self.params), **({"resyncs": resyncs} if resyncs else {})},
+        }
+        comment = {"software": "pavdm_dist", "prompt": request.prompt, "seed": request.seed}
+        return asdict(recording.finish(facts, comment))
 
-    def abort(self) -> str | None:
-        """Leaves what is finished playable and says where; None when nothing is."""
-        left = self._segments.abort()
-        if self._latents is not None:
-            self._latents.abort()
-        if left.playlist is None:
-            return None
-        return f"{left.num_frames} frames of {self._output} are playable in {left.playlist}"
+    def _identity(self, request: VideoRequest) -> dict[str, Any]:
+        """What a video's bits depend on, except for the device that they are computed on."""
+        clip = None if request.clip is None else hashlib.sha256(request.clip.contiguous().numpy().data).hexdigest()
+        found = versions()
+        return {
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "prompt_schedule": request.prompt_schedule,
+            "seed": request.seed,
+            "num_frames": request.num_frames,
+            "clip": clip,
+            "include_input": self.config.include_input,
+            "sampling": asdict(self.params),
+            "weights": self.weights,
+            "threads": self.config.threads_per_stage,
+            "compile": self.config.compile,
+            "versions": {name: found[name] for name in ("pavdm_dist", "torch", "av")},
+        }
 
 
-def _pipeline(config: SampleConfig) -> PAVDMPipeline:
-    engine = _options(config) if config.num_stages else None
-    return PAVDMPipeline(Checkpoint.open(config.model), config.num_stages, config.threads_per_stage, engine)
-
-
-def _options(config: SampleConfig) -> EngineOptions:
-    return EngineOptions(
-        num_stages=config.num_stages,
-        layers_per_stage=config.layers_per_stage,
-        balance=config.balance,
-        compile=config.compile,
-        threads_per_stage=config.threads_per_stage,
-        cpus_per_stage=config.cpus_per_stage,
-        gpus_per_stage=config.gpus_per_stage,
-        cpus_per_decoder=config.cpus_per_decoder,
-        backend=config.backend,
-        link_timeout_s=config.link_timeout_s,
-        ray_address=config.ray_address,
-        trace_file=config.trace,
-    )
-
-
-def _params(config: SampleConfig, checkpoint: Checkpoint) -> SamplingParams:
-    chosen = {name: getattr(config, name) for name in SamplingParams.__dataclass_fields__}
-    chosen["displaced"] = Displaced(**asdict(config.displaced))
-    params = SamplingParams.resolve(checkpoint, config.allow_untrained_causal, **chosen)
-    trained = checkpoint.defaults
-    if (params.height, params.width) != (trained.height, trained.width):
-        logger.warning(
-            "the model was trained at %dx%d (height x width); %dx%d may look wrong",
-            trained.height, trained.width, params.height, params.width,
-        )  # fmt: skip
-    return params
+def _abort(recordings: dict[int, Recording]) -> list[str]:
+    """Where the finished parts of unfinished videos are."""
+    return [left for left in [recording.abort() for recording in recordings.values()] if left is not None]
 
 
 def _requests(config: SampleConfig, params: SamplingParams, checkpoint: Checkpoint) -> list[VideoRequest]:
@@ -312,13 +215,3 @@ def _outputs(config: SampleConfig, requests: list[VideoRequest]) -> list[str]:
 def _slug(prompt: str) -> str:
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
     return words[:SLUG_BYTES].strip("-") or "video"
-
-
-def _latents_path(output: str) -> str:
-    return output[: -len(".mp4")] + ".safetensors"
-
-
-def _device(pipeline: PAVDMPipeline) -> str:
-    if pipeline.engine is not None and pipeline.engine.device == "cuda":
-        return "cuda"
-    return f"cpu {cpu_model()}"

@@ -3,39 +3,46 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 import tempfile
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
+from safetensors import safe_open
 from torch import Tensor
 
 from pavdm_dist.errors import MediaError
-from pavdm_dist.io.storage import atomic_write, is_remote
+from pavdm_dist.io.storage import atomic_path, is_remote, join, list_names, local_copy, remove_matching
 
-# Values copied at a time when the layout is changed at the end.
-_COPY_VALUES = 1 << 22
+LATENTS_NAMES = re.compile(r"latents-(\d{6,})-(\d{6,})\.safetensors")
+_METADATA = {"layout": "channels time height width", "scale": "normalised"}
+_HASH_TAG = b"pavdm_dist latents 1"
 
 
 class LatentsHash:
-    """SHA-256 of a stream's latents, the same for every division into chunks.
+    """A video's checksum, chained from latent frame to latent frame, so that 32 bytes are enough to go on with it.
 
-    The bytes are time-major: each latent frame as ``[C, h, w]`` float32, little endian, in order.
+    h_0 = SHA-256(``pavdm_dist latents 1``), h_k = SHA-256(h_(k-1) || frame k as ``[C, h, w]`` float32, little endian).
+    The same for every division of the frames into chunks.
+
+    Args:
+        state: of an earlier one (:attr:`state`) to go on with; None = no frame yet.
     """
 
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
+    def __init__(self, state: bytes | None = None) -> None:
+        self.state = hashlib.sha256(_HASH_TAG).digest() if state is None else state
 
     def update(self, latents: Tensor) -> None:
         """Adds the next latents, ``[C, c, h, w]``."""
-        self._digest.update(_time_major(latents).tobytes())
+        for frame in _time_major(latents):
+            self.state = hashlib.sha256(self.state + frame.tobytes()).digest()
 
     def hexdigest(self) -> str:
         """The checksum so far."""
-        return self._digest.hexdigest()
+        return self.state.hex()
 
 
 def latents_sha256(latents: Tensor) -> str:
@@ -46,80 +53,110 @@ def latents_sha256(latents: Tensor) -> str:
 
 
 class LatentsWriter:
-    """Streams chunks into one safetensors file with the tensor ``latents`` ``[C, N, h, w]``, float32.
+    """Keeps a video's clean latents in files of whole groups of chunks, and joins them at the end.
 
-    Chunks are kept in a scratch file until :meth:`finish` (the final layout is channel-major and N is unknown
-    before), so memory does not grow with the length. The file appears in one move.
+    A file appears in one move when its group is full; the open group is in memory.
 
     Args:
-        path: the ``.safetensors`` file, local or remote.
-        metadata: text entries for the file's header.
+        folder: of the files, local or remote.
+        chunks_per_segment: chunks in a group.
+        resume: go on behind the files of an earlier writer; those that are no whole group are removed.
+        num_chunks: with ``resume``, the chunks of the whole video when the earlier writer had closed all of them: then
+            a shorter last file is complete, too.
     """
 
-    def __init__(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
-        self.path = path
-        self._metadata = {"layout": "channels time height width", "scale": "normalised", **(metadata or {})}
-        folder = None if is_remote(path) else Path(path).absolute().parent
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        # An unnamed file: the system reclaims it however the process ends.
-        self._scratch = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-        self._frame_shape: tuple[int, int, int] | None = None
-        self._next = 0
-        self._frames = 0
+    def __init__(
+        self, folder: str | Path, chunks_per_segment: int, resume: bool = False, num_chunks: int | None = None
+    ) -> None:
+        self._folder, self._group = folder, chunks_per_segment
+        self._files: list[str] = []
+        self._open: list[Tensor] = []
+        self._frame_shape: tuple[int, ...] | None = None
+        self.closed_chunks = 0
+        names = list_names(folder) if resume else []
+        for first, last, name in sorted((int(m[1]), int(m[2]), m[0]) for m in map(LATENTS_NAMES.fullmatch, names) if m):
+            if first == self.closed_chunks and (last + 1 == num_chunks or last + 1 == first + self._group):
+                self._files.append(name)
+                self.closed_chunks = last + 1
+        remove_matching(folder, LATENTS_NAMES, keep=self._files)
+
+    @property
+    def next_chunk(self) -> int:
+        """The chunk that must come next."""
+        return self.closed_chunks + len(self._open)
 
     def write_chunk(self, index: int, latents: Tensor) -> bool:
-        """Appends chunk ``index``.
+        """Takes chunk ``index``.
 
         Args:
             index: 0-based; must be the next one. Older ones (replayed after a restart) are dropped.
-            latents: ``[C, c, h, w]``.
+            latents: ``[C, c, h, w]``; not changed later.
 
         Returns:
             Whether the chunk was new.
 
         Raises:
-            ValueError: a chunk is missing in between, or the shape differs from the first chunk's.
+            ValueError: a chunk is missing in between, or the shape of a frame differs from the earlier ones'.
         """
-        if index < self._next:
+        if index < self.next_chunk:
             return False
-        if index > self._next:
-            raise ValueError(f"chunk {index} arrived, {self._next} is next")
-        data = _time_major(latents)
-        frame_shape = data.shape[1:]
-        if self._frame_shape not in (None, frame_shape):
-            raise ValueError(f"chunk {index} has frames {list(frame_shape)}, earlier ones {self._frame_shape}")
-        self._frame_shape = frame_shape
-        self._scratch.write(data.tobytes())
-        self._frames += data.shape[0]
-        self._next += 1
+        if index > self.next_chunk:
+            raise ValueError(f"chunk {index} arrived, {self.next_chunk} is next")
+        shape = (latents.shape[0], *latents.shape[2:])
+        if self._frame_shape not in (None, shape):
+            raise ValueError(f"chunk {index} has frames {list(shape)}, earlier ones {self._frame_shape}")
+        self._frame_shape = shape
+        self._open.append(latents)
+        if self.next_chunk % self._group == 0:
+            self.close()
         return True
 
-    def finish(self) -> None:
-        """Writes the file and drops the scratch.
+    def close(self) -> None:
+        """Writes the open group, though it may not be full; only :meth:`join` may follow."""
+        from safetensors.torch import save_file
+
+        if not self._open:
+            return
+        name = f"latents-{self.closed_chunks:06d}-{self.next_chunk - 1:06d}.safetensors"
+        latents = torch.cat([part.detach().to("cpu", torch.float32) for part in self._open], dim=1)
+        with atomic_path(join(self._folder, name)) as staged:
+            save_file({"latents": latents.contiguous()}, staged, _METADATA)
+        self._files.append(name)
+        self.closed_chunks, self._open = self.next_chunk, []
+
+    def join(self, path: str | Path) -> None:
+        """Closes, and writes one file with the tensor ``latents`` ``[C, N, h, w]``, float32.
+
+        One group at a time is in memory. The library writes a tensor from where it lies, so the joined one is laid out
+        in a scratch file (channel-major: every group has its piece of every channel) and mapped.
 
         Raises:
             ValueError: no chunk was written.
         """
-        if self._frame_shape is None:
-            raise ValueError(f"{self.path}: no latents were written")
-        self._scratch.flush()
-        channels, height, width = self._frame_shape
-        shape = (self._frames, channels, height, width)
-        data = np.memmap(self._scratch, dtype="<f4", mode="r", shape=shape)
-        step = max(1, _COPY_VALUES // (height * width))
-        with atomic_write(self.path) as file:
-            file.write(_header([channels, self._frames, height, width], self._metadata))
-            for channel in range(channels):
-                for start in range(0, self._frames, step):
-                    file.write(data[start : start + step, channel].tobytes())
-        del data
-        self.abort()
+        from safetensors.numpy import save_file
 
-    def abort(self) -> None:
-        """Drops what was written; no file appears."""
-        with suppress(OSError):  # a full disk: what is dropped needs no flush
-            self._scratch.close()
+        self.close()
+        if not self._files:
+            raise ValueError(f"{path}: no latents were written")
+        with ExitStack() as stack:
+            # Unnamed: the system reclaims it however the process ends.
+            folder = None if is_remote(self._folder) else self._folder
+            scratch = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+            files = [stack.enter_context(local_copy(join(self._folder, name))) for name in self._files]
+            lengths = [_shape(file)[1] for file in files]
+            channels, _, height, width = _shape(files[0])
+            total, start = sum(lengths), 0
+            for file, length in zip(files, lengths, strict=True):
+                with safe_open(file, "np") as opened:
+                    latents = opened.get_slice("latents")
+                    for channel in range(channels):
+                        scratch.seek((channel * total + start) * height * width * 4)
+                        scratch.write(latents[channel : channel + 1].tobytes())
+                start += length
+            scratch.flush()
+            joined = np.memmap(scratch, dtype="<f4", mode="r", shape=(channels, total, height, width))
+            with atomic_path(path) as staged:
+                save_file({"latents": joined}, staged, _METADATA)
 
 
 def read_latents(path: str | Path) -> Tensor:
@@ -150,10 +187,6 @@ def _time_major(latents: Tensor) -> np.ndarray:
     return frames.numpy().astype("<f4", copy=False)
 
 
-def _header(shape: list[int], metadata: dict[str, str]) -> bytes:
-    """safetensors: 8-byte little-endian length, then JSON padded with spaces to a multiple of 8."""
-    size = 4 * int(np.prod(shape, dtype=np.int64))
-    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}
-    text = json.dumps({"__metadata__": metadata, "latents": entry}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def _shape(path: Path) -> list[int]:
+    with safe_open(path, "np") as opened:
+        return opened.get_slice("latents").get_shape()

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,7 +18,8 @@ import pavdm_dist
 from pavdm_dist.errors import MediaError
 from pavdm_dist.io.storage import atomic_write, exists, open_read, sha256_file
 
-_PACKAGES = ("torch", "ray", "diffusers", "av", "numpy")
+_PACKAGES = ("torch", "ray", "deepspeed", "diffusers", "av", "numpy", "safetensors", "omegaconf")
+_HUB_BLOB = re.compile(r"[0-9a-f]{64}")
 
 
 def sidecar_path(output: str | Path) -> str:
@@ -28,14 +30,14 @@ def sidecar_path(output: str | Path) -> str:
     return f"{folder}{slash}{stem}.json"
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, this package and those that a result depends on; nothing is imported to find out."""
-    found = {"python": platform.python_version(), "pavdm_dist": pavdm_dist.__version__}
+def versions() -> dict[str, str | None]:
+    """Versions of Python, this package and those it stands on; None = not installed. Imports none of them."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "pavdm_dist": pavdm_dist.__version__}
     for name in _PACKAGES:
         try:
             found[name] = packages.version(name)
         except packages.PackageNotFoundError:
-            continue
+            found[name] = None
     return found
 
 
@@ -48,13 +50,22 @@ def cpu_model() -> str:
 
 
 def weights_identity(folder: str | Path) -> str:
-    """SHA-256 over the names and bytes of a checkpoint's JSON and safetensors files, in order of name."""
+    """SHA-256 over the names and bytes of a checkpoint's JSON and safetensors files, in order of name.
+
+    Large files in the hub's cache are not read for it: the cache names them by their SHA-256.
+    """
     root = Path(folder)
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*")):
         if path.suffix in (".json", ".safetensors"):
-            digest.update(f"{path.relative_to(root).as_posix()} {sha256_file(path)}\n".encode())
+            digest.update(f"{path.relative_to(root).as_posix()} {_file_sha256(path)}\n".encode())
     return digest.hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    blob = path.resolve()
+    known = blob.parent.name == "blobs" and _HUB_BLOB.fullmatch(blob.name)
+    return blob.name if known else sha256_file(path)
 
 
 @dataclass
@@ -91,7 +102,7 @@ class Sidecar:
     latents_sha256: str | None = None
     weights: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=versions)
+    versions: dict[str, str | None] = field(default_factory=versions)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def write(self, output: str | Path) -> str:

@@ -4,6 +4,7 @@ While a video is made, ``<output>.parts/`` holds one complete mp4 per fixed grou
 (ffconcat: ``ffplay``, ``mpv`` and ``ffmpeg -i`` read it). A segment appears by a rename and the playlist is
 replaced by a rename, so a process that dies at any point leaves what was finished, whole. A group always starts
 with a fresh encoder: a segment depends on its own frames only, and rendering it again gives the same packets.
+Frames that come before chunk 0 (a clip that the video goes on from) are a segment of their own, outside the groups.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from pavdm_dist.io.encode import (
 )
 
 PLAYLIST = "playlist.ffconcat"
+INPUT = "input.mp4"
 _SEGMENT = re.compile(r"segment-(\d{6,})-(\d{6,})\.mp4")
+# What a writer may remove: everything else in the folder is somebody else's.
+SEGMENT_NAMES = re.compile(rf"{_SEGMENT.pattern}|segment\.mp4|{re.escape(INPUT)}|{re.escape(PLAYLIST)}")
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class SegmentWriter:
         options: compression.
         resume: go on behind the complete segments of an earlier, interrupted writer; its partial last segment
             is dropped, since a group is always written by one encoder. ``next_chunk`` says where it goes on.
+        num_chunks: with ``resume``, the chunks of the whole video when the earlier writer had closed all of them: then
+            a shorter last segment is complete, too.
         overwrite: drop the segments of an earlier writer. Without ``resume`` or this they are an error.
 
     Raises:
@@ -84,6 +90,7 @@ class SegmentWriter:
         chunks_per_segment: int = 6,
         options: EncoderOptions | None = None,
         resume: bool = False,
+        num_chunks: int | None = None,
         overwrite: bool = False,
     ) -> None:
         check_size(height, width)
@@ -98,18 +105,18 @@ class SegmentWriter:
         self._size = (height, width)
         self._group = chunks_per_segment
         self._options = options or EncoderOptions()
+        self._input: Segment | None = None
         self._segments: list[Segment] = []
         self._encoder: VideoEncoder | None = None
         self._staged: Path | None = None
         self._open_frames = 0
         self._next = 0
         if resume:
-            self._segments = self._find_segments()
-            self._next = self._closed_chunks()
-            self._write_playlist()
+            self._find_segments(num_chunks)
+            self._next = self.closed_chunks
         elif overwrite:
-            storage.remove(self.parts)
-        elif storage.list_names(self.parts):
+            storage.remove_matching(self.parts, SEGMENT_NAMES)
+        elif set(storage.list_names(self.parts)) - {storage.LOCK_NAME}:
             raise ConfigError(
                 f"output={output}: {self.parts} holds the segments of an interrupted run; "
                 "choose another name or pass --overwrite"
@@ -121,14 +128,45 @@ class SegmentWriter:
         return self._next
 
     @property
+    def closed_chunks(self) -> int:
+        """Chunks in complete segments: 0 .. ``closed_chunks`` - 1."""
+        return self._segments[-1].last_chunk + 1 if self._segments else 0
+
+    @property
     def num_frames(self) -> int:
-        """Frames taken so far, those of the open segment included."""
-        return sum(segment.num_frames for segment in self._segments) + self._open_frames
+        """Frames taken so far, those of the input and of the open segment included."""
+        return sum(segment.num_frames for segment in self._all_segments()) + self._open_frames
 
     @property
     def playlist(self) -> str:
         """Path of the playlist of all complete segments."""
         return storage.join(self.parts, PLAYLIST)
+
+    def write_input(self, frames: Any) -> bool:
+        """Takes the frames that come before chunk 0; they are a complete segment when this returns.
+
+        Args:
+            frames: uint8 ``[t, height, width, 3]``, t >= 1, numpy or CPU tensor.
+
+        Returns:
+            Whether they were new; False = an earlier writer, which this one resumes, had them.
+
+        Raises:
+            ValueError: a chunk was written before, or wrong frames.
+        """
+        if self._input is not None:
+            return False
+        if self._next:
+            raise ValueError(f"the input arrived, chunk {self._next} is next")
+        array = check_frames(frames, *self._size)
+        with storage.atomic_path(storage.join(self.parts, INPUT)) as staged:
+            encoder = VideoEncoder(staged, self._rate, *self._size, self._options)
+            for frame in array:
+                encoder.write(frame)
+            count = encoder.close()
+        self._input = Segment(INPUT, -1, -1, count)
+        self._write_playlist()
+        return True
 
     def write_chunk(self, index: int, frames: Any) -> bool:
         """Takes the frames of chunk ``index``; closes the segment when its group is full.
@@ -156,11 +194,17 @@ class SegmentWriter:
             self._open_frames += 1
         self._next += 1
         if self._next % self._group == 0:
-            self._close_segment()
+            self.close()
         return True
 
     def finish(self, num_frames: int | None = None, metadata: Mapping[str, Any] | None = None) -> int:
-        """Joins the segments into the output and removes them.
+        """As :meth:`join`; then removes the segments."""
+        wanted = self.join(num_frames, metadata)
+        self.remove()
+        return wanted
+
+    def join(self, num_frames: int | None = None, metadata: Mapping[str, Any] | None = None) -> int:
+        """Joins the segments into the output, which appears in one move.
 
         Args:
             num_frames: frames of the output; what was taken beyond is cut off. None = all.
@@ -175,12 +219,15 @@ class SegmentWriter:
         wanted = self.num_frames if num_frames is None else num_frames
         if not 1 <= wanted <= self.num_frames:
             raise ValueError(f"{wanted} frames asked of {self.output}, {self.num_frames} were written")
-        self._close_segment()
-        paths = [storage.join(self.parts, segment.name) for segment in self._segments]
+        self.close()
+        paths = [storage.join(self.parts, segment.name) for segment in self._all_segments()]
         remux(paths, self.output, self._rate, wanted, metadata)
-        self._segments = []  # joined: an abort from here on has nothing left to offer
-        storage.remove(self.parts)
         return wanted
+
+    def remove(self) -> None:
+        """Removes the segments and the playlist, and the folder unless something else is in it."""
+        self._input, self._segments = None, []
+        storage.remove_matching(self.parts, SEGMENT_NAMES)
 
     def abort(self) -> Interrupted:
         """Ends the open segment early, so that everything taken so far can be played.
@@ -189,22 +236,20 @@ class SegmentWriter:
         """
         taken = self._next
         try:
-            self._close_segment()
+            self.close()
         except Exception:  # whatever went wrong, the complete segments stay
-            taken = self._closed_chunks()
+            taken = self.closed_chunks
             self._drop_open()
         if not self._segments:
-            storage.remove(self.parts)
+            self.remove()
             return Interrupted(None, 0, 0)
         return Interrupted(self.playlist, self.num_frames, taken)
 
-    def _closed_chunks(self) -> int:
-        return self._segments[-1].last_chunk + 1 if self._segments else 0
-
-    def _close_segment(self) -> None:
+    def close(self) -> None:
+        """Completes the open segment, though its group may not be full; only :meth:`join` may follow."""
         if self._encoder is None or self._staged is None:
             return
-        first, last = self._closed_chunks(), self._next - 1
+        first, last = self.closed_chunks, self._next - 1
         if last < first:  # interrupted in the middle of the group's first chunk
             self._drop_open()
             return
@@ -223,35 +268,36 @@ class SegmentWriter:
             self._staged.unlink(missing_ok=True)
         self._encoder, self._staged, self._open_frames = None, None, 0
 
+    def _all_segments(self) -> list[Segment]:
+        return [*([] if self._input is None else [self._input]), *self._segments]
+
     def _write_playlist(self) -> None:
         lines = ["ffconcat version 1.0"]
-        for segment in self._segments:
+        for segment in self._all_segments():
             lines += [f"file {segment.name}", f"duration {float(segment.num_frames / self._rate):.6f}"]
         with storage.atomic_write(self.playlist, "w") as file:
             file.write("\n".join(lines) + "\n")
 
-    def _find_segments(self) -> list[Segment]:
-        """Complete groups of an earlier writer, from chunk 0 without a gap; all other files are removed."""
-        found = sorted(
-            (int(match[1]), int(match[2]), match[0])
-            for match in map(_SEGMENT.fullmatch, storage.list_names(self.parts))
-            if match
-        )
+    def _find_segments(self, num_chunks: int | None) -> None:
+        """Takes the complete groups of an earlier writer, from chunk 0 without a gap; its other files are removed."""
+        names = storage.list_names(self.parts)
+        found = sorted((int(match[1]), int(match[2]), match[0]) for match in map(_SEGMENT.fullmatch, names) if match)
         for position, (first, last, _) in enumerate(found):
             length = last - first + 1
             if length > self._group or (length < self._group and position < len(found) - 1):
                 raise ConfigError(
                     f"chunks_per_segment={self._group}: {self.parts} was written with chunks_per_segment={length}"
                 )
-        segments: list[Segment] = []
+        if INPUT in names:
+            self._input = Segment(INPUT, -1, -1, self._check_segment(INPUT))
         for first, last, name in found:
-            if first == len(segments) * self._group and last == first + self._group - 1:
-                segments.append(Segment(name, first, last, self._check_segment(name)))
-        keep = {segment.name for segment in segments}
-        for name in storage.list_names(self.parts):
-            if name not in keep:
-                storage.remove(storage.join(self.parts, name))
-        return segments
+            whole = last == first + self._group - 1 or last + 1 == num_chunks
+            if whole and first == self.closed_chunks:
+                self._segments.append(Segment(name, first, last, self._check_segment(name)))
+        kept = {segment.name for segment in self._all_segments()}
+        storage.remove_matching(self.parts, SEGMENT_NAMES, keep=kept)
+        if kept:
+            self._write_playlist()
 
     def _check_segment(self, name: str) -> int:
         """Frames of a segment that is known to have this writer's size and rate."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +22,10 @@ from pavdm_dist.errors import ConfigError
 
 _BLOCK = 1 << 20
 _PARTS_SUFFIX = ".parts"
+# In the parts folder: who is writing the video.
+LOCK_NAME = "lock.json"
+# As stage() names them.
+_STAGED = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 
 
 def is_remote(path: str | Path) -> bool:
@@ -31,6 +36,13 @@ def is_remote(path: str | Path) -> bool:
 def join(folder: str | Path, name: str) -> str:
     """``folder/name``, local or remote."""
     return f"{str(folder).rstrip('/')}/{name}"
+
+
+def same_path(one: str | Path, other: str | Path) -> bool:
+    """Whether two paths name the same file, existing or not, however they are written."""
+    if is_remote(one) or is_remote(other):
+        return str(one) == str(other)
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def exists(path: str | Path) -> bool:
@@ -70,6 +82,90 @@ def remove(path: str | Path) -> None:
         shutil.rmtree(path)
     else:
         Path(path).unlink(missing_ok=True)
+
+
+def remove_matching(folder: str | Path, names: re.Pattern[str], keep: Collection[str] = ()) -> None:
+    """Removes files of a folder, and the folder itself when nothing is left in it.
+
+    Args:
+        folder: nothing happens when there is none.
+        names: of the files, to match as a whole; staged ones (:func:`stage`) that would get such a name go, too.
+        keep: names that stay.
+    """
+    for name in list_names(folder):
+        staged = _STAGED.fullmatch(name)
+        if name not in keep and names.fullmatch(staged[1] if staged else name):
+            remove(join(folder, name))
+    remove_empty(folder)
+
+
+def remove_staged(path: str | Path) -> None:
+    """Removes what processes that were killed had staged for a local file; nobody may be writing it."""
+    if not is_remote(path):
+        folder, name = Path(path).parent, Path(path).name
+        remove_matching(folder, re.compile(re.escape(name)), keep=[name])
+
+
+def remove_empty(folder: str | Path) -> None:
+    """Removes a folder in which there is nothing; nothing happens when there is something, or no folder."""
+    if is_remote(folder):
+        if exists(folder) and not list_names(folder):
+            remove(folder)
+        return
+    with suppress(OSError):
+        os.rmdir(folder)
+
+
+def move(path: str | Path, target: str | Path) -> None:
+    """Renames a file within its store, replacing what was under ``target``."""
+    if is_remote(path):
+        fs, inner = _filesystem(path)
+        fs.mv(inner, _filesystem(target)[1])
+    else:
+        os.replace(path, target)
+
+
+def create_new(path: str | Path, content: bytes) -> bool:
+    """Writes a small file unless there is one, which of several processes at once only one can do; makes the folder.
+
+    In a remote store, which need not know exclusive creation, two processes in the same moment may both succeed.
+
+    Returns:
+        Whether the file is new; False = there was one, and it is as it was.
+    """
+    if is_remote(path):
+        if exists(path):
+            return False
+        fs, inner = _filesystem(path)
+        fs.pipe_file(inner, content)
+        return True
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file = open(path, "xb")  # noqa: SIM115
+    except FileExistsError:
+        return False
+    try:
+        with file:
+            file.write(content)
+    except BaseException:
+        Path(path).unlink(missing_ok=True)
+        raise
+    return True
+
+
+@contextmanager
+def local_copy(path: str | Path) -> Iterator[Path]:
+    """A local file with the content of ``path``: itself, or of a remote one a copy while the block runs."""
+    if not is_remote(path):
+        yield Path(path)
+        return
+    fs, inner = _filesystem(path)
+    copy = stage(path)
+    try:
+        fs.get_file(inner, str(copy))
+        yield copy
+    finally:
+        copy.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -112,12 +208,13 @@ def commit(staged: Path, path: str | Path) -> None:
         fs.put_file(str(staged), inner)
         staged.unlink()
         return
+    _give_usual_mode(staged)
     _fsync(staged)
     os.replace(staged, path)
     _fsync(Path(path).parent)
 
 
-def check_output(path: str | Path, overwrite: bool = False, field: str = "output") -> None:
+def check_output(path: str | Path, overwrite: bool = False, field: str = "output", parts: bool = True) -> None:
     """Refuses an output that would be lost or can't be written, before any work is done.
 
     Looks at the file, its sidecar and the segments of an interrupted run. Changes nothing.
@@ -126,6 +223,7 @@ def check_output(path: str | Path, overwrite: bool = False, field: str = "output
         path: of the file.
         overwrite: it may be replaced.
         field: the setting that names it.
+        parts: the segments of an interrupted run are in the way, too.
 
     Raises:
         ConfigError: something is there and ``overwrite`` is false; a folder of that name; no right to write.
@@ -136,7 +234,7 @@ def check_output(path: str | Path, overwrite: bool = False, field: str = "output
         return
     if exists(path):
         raise ConfigError(f"{field}={path} exists; choose another name or pass --overwrite")
-    if list_names(parts_folder(path)):
+    if parts and set(list_names(parts_folder(path))) - {LOCK_NAME}:
         raise ConfigError(
             f"{field}={path}: {parts_folder(path)} holds the segments of an interrupted run; "
             "choose another name or pass --overwrite"
@@ -176,6 +274,16 @@ def _filesystem(path: str | Path) -> tuple[Any, str]:
         return url_to_fs(str(path))
     except (ImportError, ValueError) as error:  # the driver is not installed, or no such protocol
         raise ConfigError(f"{path} cannot be reached: {error}") from error
+
+
+def _give_usual_mode(path: Path) -> None:
+    """Lets others read what the umask lets them read: some libraries make files that only their owner may."""
+    # The one way to ask that doesn't change it for other threads, too.
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    for umask in (line.partition(":")[2] for line in lines if line.startswith("Umask:")):
+        with suppress(OSError):  # a share without modes
+            path.chmod(0o666 & ~int(umask, 8))
 
 
 def _fsync(path: Path) -> None:

@@ -7,44 +7,18 @@ pipeline scheduling; with given stage times it shows what unequal stages, links 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from pavdm_dist.config import DisplacedConfig
 from pavdm_dist.engine.order import Join, Unit, epochs
 from pavdm_dist.engine.trace import read_trace
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.method.microbatches import WHOLE, Displaced, MicroBatches, check_displaced
+from pavdm_dist.method.microbatches import WHOLE, Displaced, MicroBatches
 from pavdm_dist.method.schedule import Mode, WindowPlan
-from pavdm_dist.planning.chart import Bar, draw_chart
+from pavdm_dist.planning.chart import Bar
 
 Key = tuple[int, int, int]
 MAX_STAGES = 64
-
-
-@dataclass
-class SimulateConfig:
-    """Everything ``pavdm simulate`` knows."""
-
-    # the videos
-    num_inference_steps: int = 30  # T
-    window_chunks: int = 6  # W
-    chunks: int = 84  # new chunks per video
-    context: bool = True  # one clean chunk in front of the window
-    branches: int = 2  # guidance branches
-    videos: int | None = None  # in all; None = as many as are in flight
-    streams: int = 1  # videos in flight
-    # the pipeline
-    mode: Literal["window", "causal", "displaced"] = "window"
-    displaced: DisplacedConfig = field(default_factory=DisplacedConfig)  # of mode=displaced
-    num_stages: int = 2
-    unit_cost: bool = False  # every unit costs 1 on every stage, whatever it holds
-    stage_seconds: list[float] | None = None  # of one chunk through each stage; None = 1 through all, evenly
-    link_latency_s: float = 0.0
-    link_chunk_s: float = 0.0  # time one chunk's hidden states occupy a link
-    outstanding: int = 2  # sends under way before a stage waits
-    chart: str | None = None  # .png of what every stage did when
-    trace: str | None = None  # of a real run (pavdm sample ... trace=FILE): sum that up and draw it instead
 
 
 @dataclass(frozen=True)
@@ -149,42 +123,6 @@ def simulate(
     return _Simulation(plans, joins, streams_in_flight, machine).run()
 
 
-def simulate_report(config: SimulateConfig) -> dict[str, Any]:
-    """Runs the simulation of a command, draws its chart, and returns what to print.
-
-    Raises:
-        ConfigError: impossible settings.
-    """
-    if config.chart is not None and not config.chart.endswith(".png"):
-        raise ConfigError(f"chart={config.chart}: must end in .png")
-    if config.trace is not None:
-        for setting in fields(SimulateConfig):
-            value = getattr(config, setting.name)
-            if setting.name not in ("trace", "chart") and value != getattr(SimulateConfig(), setting.name):
-                raise ConfigError(f"{setting.name}={value}: a trace says what was; give it chart=FILE.png or nothing")
-        result = of_trace(config.trace)
-        return {"trace": config.trace, **_report(result, config.chart)}
-    stages = config.num_stages
-    if config.stage_seconds is not None and len(config.stage_seconds) != stages:
-        raise ConfigError(f"stage_seconds={config.stage_seconds}: needs num_stages={stages} entries")
-    seconds = config.stage_seconds or [1 / max(stages, 1)] * stages
-    machine = Machine(tuple(seconds), config.unit_cost, config.link_latency_s, config.link_chunk_s, config.outstanding)
-    plan = WindowPlan(
-        config.num_inference_steps, config.window_chunks, 1, int(config.context), num_chunks=config.chunks
-    )
-    videos = config.streams if config.videos is None else config.videos
-    displaced = Displaced(**asdict(config.displaced))
-    check_displaced(config.mode, displaced)
-    if displaced.adaptive is not None:
-        raise ConfigError(
-            f"displaced.adaptive={displaced.adaptive}: depends on what the model computes; give"
-            " displaced.resync_every_steps as often as you expect it"
-        )
-    result = simulate([plan] * videos, config.mode, config.branches, config.streams, machine, displaced)
-    settings = {"mode": config.mode, "context": config.context, "unit_cost": config.unit_cost, "videos": videos}
-    return {**settings, **_report(result, config.chart)}
-
-
 def of_trace(path: str) -> Result:
     """What a real run did.
 
@@ -202,23 +140,6 @@ def of_trace(path: str) -> Result:
     return Result(len(stages), busy[-1].end, None, busy)
 
 
-def _report(result: Result, chart: str | None) -> dict[str, Any]:
-    stages = result.num_stages
-    if chart is not None:
-        draw_chart(chart, stages, bars(result))
-    busy = [sum(part.end - part.start for part in result.busy if part.stage == stage) for stage in range(stages)]
-    return {
-        "num_stages": stages,
-        "units": len(result.busy) // stages,
-        "makespan": _whole(result.makespan),
-        "first_chunk": None if result.first_chunk is None else _whole(result.first_chunk),
-        "utilisation": result.utilisation,
-        "speed_up": result.speed_up,
-        "stage_busy": [_whole(seconds) for seconds in busy],
-        **({} if chart is None else {"chart": chart}),
-    }
-
-
 def bars(result: Result) -> list[Bar]:
     """What every stage did, as bars of a chart."""
     return [_bar(part) for part in result.busy]
@@ -229,10 +150,6 @@ def _bar(part: Busy) -> Bar:
     # Whole windows are told apart by video, chunks by chunk.
     colour = unit.stream if unit.chunk == WHOLE else unit.chunk
     return Bar(part.stage, part.start, part.end, colour, unit.branch, unit.context)
-
-
-def _whole(value: float) -> float | int:
-    return int(value) if value == int(value) else value
 
 
 class _Simulation:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pavdm_dist.config import to_dict
 from pavdm_dist.errors import EngineError
+from pavdm_dist.merging import to_dict
 from pavdm_dist.train import saves
 from pavdm_dist.train.average import Average, whole_tensors
 from pavdm_dist.train.batches import Batch, Batches

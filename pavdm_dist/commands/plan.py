@@ -1,0 +1,57 @@
+"""``pavdm plan``: what a run would do and cost, from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.commands.resolve import engine_options, sampling_params
+from pavdm_dist.config import PlanConfig, SampleConfig, frames_wanted
+from pavdm_dist.planning import planner
+from pavdm_dist.planning.balance import layer_split, pipeline_utilisation, useful_stages
+
+
+def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, Any]:
+    """What a run would do: window plan, cost, layer split. Reads shapes, no weights.
+
+    Args:
+        config: validated settings.
+        chunks: new chunks, instead of a length in frames.
+
+    With ``cluster.devices`` the planner says how to use them (:mod:`pavdm_dist.planning.planner`).
+    """
+    checkpoint = Checkpoint.open(config.model)
+    params = sampling_params(config, checkpoint)
+    spec, size = checkpoint.codec_spec, params.latent_chunk_size
+    if chunks is None:
+        frames = frames_wanted(config, params.fps)
+        chunks = spec.chunks_for_frames(frames, size, params.warm)
+    else:
+        frames = spec.frames_in_chunk(size, first=not params.warm) + (chunks - 1) * spec.frames_in_chunk(size, False)
+    plan = params.plan(chunks)
+    branches = 1 if params.guidance_scale == 1 else 2
+    blocks = 2 * checkpoint.transformer_config.depth
+    split = [(0, blocks)]
+    if config.num_stages:
+        split = layer_split(checkpoint, params, engine_options(config))
+    utilisation = pipeline_utilisation(params, plan, max(config.num_stages, 1), config.streams)
+    cluster = config.cluster if isinstance(config, PlanConfig) and config.cluster.devices is not None else None
+    return {
+        "chunks": chunks,
+        "num_frames": frames,
+        "seconds": round(frames / params.fps, 3),
+        "model_calls": plan.num_rows,
+        "guidance_branches": branches,
+        "latent_evaluations": plan.latent_evaluations,
+        "latent_evaluations_per_new_latent": round(plan.latent_evaluations / (chunks * size), 3),
+        "first_chunk_after_calls": plan.first_chunk_after_calls,
+        "calls_per_chunk": plan.steps_per_shift,
+        "window_latents": (params.window_chunks + params.context_chunks) * size,
+        "levels": [round(level, 6) for level in reversed(params.schedule.levels)],
+        "layer_split": [list(blocks) for blocks in split],
+        "pipeline_utilisation": round(utilisation, 4),
+        "useful_stages": useful_stages(params, config.streams),
+        "sampling": asdict(params),
+        **({} if cluster is None else {"cluster": planner.report(checkpoint, params, plan, cluster)}),
+    }

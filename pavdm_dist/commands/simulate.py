@@ -1,0 +1,95 @@
+"""``pavdm simulate``: a pipeline that is described, or the trace of a real run, summed up and drawn."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from pavdm_dist.config import DisplacedConfig
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.method.microbatches import Displaced, check_displaced
+from pavdm_dist.method.schedule import WindowPlan
+from pavdm_dist.planning.chart import draw_chart
+from pavdm_dist.planning.simulate import Machine, Result, bars, of_trace, simulate
+
+
+@dataclass
+class SimulateConfig:
+    """Everything ``pavdm simulate`` knows."""
+
+    # the videos
+    num_inference_steps: int = 30  # T
+    window_chunks: int = 6  # W
+    chunks: int = 84  # new chunks per video
+    context: bool = True  # one clean chunk in front of the window
+    branches: int = 2  # guidance branches
+    videos: int | None = None  # in all; None = as many as are in flight
+    streams: int = 1  # videos in flight
+    # the pipeline
+    mode: Literal["window", "causal", "displaced"] = "window"
+    displaced: DisplacedConfig = field(default_factory=DisplacedConfig)  # of mode=displaced
+    num_stages: int = 2
+    unit_cost: bool = False  # every unit costs 1 on every stage, whatever it holds
+    stage_seconds: list[float] | None = None  # of one chunk through each stage; None = 1 through all, evenly
+    link_latency_s: float = 0.0
+    link_chunk_s: float = 0.0  # time one chunk's hidden states occupy a link
+    outstanding: int = 2  # sends under way before a stage waits
+    chart: str | None = None  # .png of what every stage did when
+    trace: str | None = None  # of a real run (pavdm sample ... trace=FILE): sum that up and draw it instead
+
+
+def simulate_report(config: SimulateConfig) -> dict[str, Any]:
+    """Runs the simulation of a command, draws its chart, and returns what to print.
+
+    Raises:
+        ConfigError: impossible settings.
+    """
+    if config.chart is not None and not config.chart.endswith(".png"):
+        raise ConfigError(f"chart={config.chart}: must end in .png")
+    if config.trace is not None:
+        for setting in fields(SimulateConfig):
+            value = getattr(config, setting.name)
+            if setting.name not in ("trace", "chart") and value != getattr(SimulateConfig(), setting.name):
+                raise ConfigError(f"{setting.name}={value}: a trace says what was; give it chart=FILE.png or nothing")
+        result = of_trace(config.trace)
+        return {"trace": config.trace, **_report(result, config.chart)}
+    stages = config.num_stages
+    if config.stage_seconds is not None and len(config.stage_seconds) != stages:
+        raise ConfigError(f"stage_seconds={config.stage_seconds}: needs num_stages={stages} entries")
+    seconds = config.stage_seconds or [1 / max(stages, 1)] * stages
+    machine = Machine(tuple(seconds), config.unit_cost, config.link_latency_s, config.link_chunk_s, config.outstanding)
+    plan = WindowPlan(
+        config.num_inference_steps, config.window_chunks, 1, int(config.context), num_chunks=config.chunks
+    )
+    videos = config.streams if config.videos is None else config.videos
+    displaced = Displaced(**asdict(config.displaced))
+    check_displaced(config.mode, displaced)
+    if displaced.adaptive is not None:
+        raise ConfigError(
+            f"displaced.adaptive={displaced.adaptive}: depends on what the model computes; give"
+            " displaced.resync_every_steps as often as you expect it"
+        )
+    result = simulate([plan] * videos, config.mode, config.branches, config.streams, machine, displaced)
+    settings = {"mode": config.mode, "context": config.context, "unit_cost": config.unit_cost, "videos": videos}
+    return {**settings, **_report(result, config.chart)}
+
+
+def _report(result: Result, chart: str | None) -> dict[str, Any]:
+    stages = result.num_stages
+    if chart is not None:
+        draw_chart(chart, stages, bars(result))
+    busy = [sum(part.end - part.start for part in result.busy if part.stage == stage) for stage in range(stages)]
+    return {
+        "num_stages": stages,
+        "units": len(result.busy) // stages,
+        "makespan": _whole(result.makespan),
+        "first_chunk": None if result.first_chunk is None else _whole(result.first_chunk),
+        "utilisation": result.utilisation,
+        "speed_up": result.speed_up,
+        "stage_busy": [_whole(seconds) for seconds in busy],
+        **({} if chart is None else {"chart": chart}),
+    }
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if value == int(value) else value

@@ -1,0 +1,293 @@
+"""One video's files, from the first chunk to the sidecar: what is finished stays, and an interrupted one goes on.
+
+While a video is made, ``<output>.parts/`` holds its closed segments (whole mp4 files of ``chunks_per_segment`` chunks),
+their latents, a playlist, the lock of who is writing, and the state: the newest point from which a sampler can go on,
+the clean latents that it has given since the last closed segment, the checksum and the counts up to there. A resume
+drops the open segment, warms a decoder, decodes those latents again into a fresh segment (equal packets, since every
+segment begins with a fresh encoder) and samples on from the point: nothing is lost, doubled or torn. At the end come
+mp4, latents and sidecar, in this order (a video is complete exactly when its sidecar exists), then the parts go. Who
+dies between two of these leaves parts of which a resume says that only the finish is left.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.io import storage
+from pavdm_dist.io.latents import LATENTS_NAMES, LatentsWriter
+from pavdm_dist.io.lock import STALE_NAMES, OutputLock, check_unlocked
+from pavdm_dist.io.metadata import Sidecar, is_complete, sidecar_path
+from pavdm_dist.io.segments import SEGMENT_NAMES, SegmentWriter
+from pavdm_dist.io.state import STATE_NAMES, Ledger, Point, State, changes, read_state, write_state
+
+# The state is replaced when a segment closes, and after so long when there is a newer point.
+SAVE_SECONDS = 60.0
+_OWN_NAMES = re.compile("|".join(names.pattern for names in (SEGMENT_NAMES, LATENTS_NAMES, STATE_NAMES, STALE_NAMES)))
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A complete video: where it is, its frames (the input's included), the checksum of its new latents."""
+
+    output: str
+    num_frames: int
+    latents_sha256: str
+
+
+def latents_path(output: str | Path) -> str:
+    """``clip.mp4`` -> ``clip.safetensors``, in the same folder."""
+    return str(output)[: -len(".mp4")] + ".safetensors"
+
+
+def check_recording(output: str | Path, overwrite: bool = False, save_latents: bool = False) -> None:
+    """Refuses an output that is being written, that would be lost or that can't be written, before any work is done.
+
+    Raises:
+        ConfigError: naming the process that is writing, or the file that is in the way.
+    """
+    check_unlocked(output)
+    _check_files(output, overwrite, save_latents)
+
+
+class Recording:
+    """One video's files while it is made. Made by :meth:`open`; :meth:`finish` or :meth:`abort` ends it.
+
+    Attributes:
+        output: the mp4.
+        point: where the sampler goes on; None = from the beginning.
+        next_chunk: the chunk that it gives next.
+        warm: latents ``[C, n, h, w]`` to warm a decoder on first; None = only what comes before chunk 0.
+        pending: by chunk, latents ``[C, c, h, w]`` to decode after that and to write again, before ``next_chunk``.
+        frames_done: new frames before the first chunk that is to be decoded.
+        complete: all chunks are there, and only :meth:`finish` is left.
+    """
+
+    def __init__(
+        self,
+        output: str,
+        lock: OutputLock,
+        segments: SegmentWriter,
+        latents: LatentsWriter | None,
+        state: State,
+        clock: Callable[[], float],
+    ) -> None:
+        self.output = output
+        self.point, self.next_chunk, self.complete = state.point, state.next_chunk, state.complete
+        self.warm, self.pending = state.warm, state.pending
+        self.frames_done = sum(state.chunk_frames[: state.first_to_decode])
+        self._lock, self._segments, self._latents, self._clock = lock, segments, latents, clock
+        self._facts = state.identity
+        self._ledger = Ledger(state, segments.closed_chunks)
+        self._saved_chunk, self._saved_at = state.next_chunk, clock()
+        self._chunk_began = clock()
+
+    @classmethod
+    def open(
+        cls,
+        output: str | Path,
+        *,
+        fps: float,
+        height: int,
+        width: int,
+        identity: Mapping[str, Any],
+        chunks_per_segment: int = 6,
+        save_latents: bool = False,
+        overwrite: bool = False,
+        resume: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Recording:
+        """Locks an output and prepares its parts. Remote outputs work, with locking as good as their store allows.
+
+        Args:
+            output: the mp4 to make, local or remote.
+            fps, height, width, chunks_per_segment: see :class:`~pavdm_dist.io.segments.SegmentWriter`.
+            identity: JSON-compatible facts that must be equal for a resume: settings, prompt, seed, weights, versions.
+            save_latents: keep the clean latents beside the video.
+            overwrite: start anew whatever is there.
+            resume: go on with what an interrupted recording left; from the beginning when there is nothing.
+            clock: seconds, monotonic (tests give their own).
+
+        Raises:
+            ConfigError: as :func:`check_recording`; segments without a readable state; a resume with another identity,
+                or of a complete video (whose leftover parts are removed); sizes or rates that H.264 can't hold.
+        """
+        if overwrite and resume:
+            raise ValueError("overwrite starts anew, resume goes on: choose one")
+        shape = {"fps": float(fps), "height": height, "width": width, "chunks_per_segment": chunks_per_segment}
+        facts = json.loads(json.dumps({**identity, **shape, "save_latents": save_latents}))
+        output, parts = str(output), storage.parts_folder(output)
+
+        def writers(state: State | None) -> tuple[SegmentWriter, LatentsWriter | None]:
+            found, end = state is not None, state.next_chunk if state is not None and state.complete else None
+            segments = SegmentWriter(
+                output, fps, height, width, chunks_per_segment, resume=found, num_chunks=end, overwrite=not found
+            )
+            return segments, LatentsWriter(parts, chunks_per_segment, found, end) if save_latents else None
+
+        storage.check_output(output, overwrite=True)  # what would be an OSError of the lock
+        lock = OutputLock.acquire(output)
+        try:
+            state = _state_to_resume(output, facts) if resume else None
+            if state is None:
+                _check_files(output, overwrite, save_latents, resume)
+            segments, latents = writers(state)
+            if state is not None and not _holds(state, segments, latents):
+                logger.warning("%s: files of closed segments are gone, all is made again", parts)
+                state, (segments, latents) = None, writers(None)
+            if state is None:
+                if overwrite:
+                    # The sidecar says "complete"; it must not outlive the video it speaks of.
+                    storage.remove(sidecar_path(output))
+                storage.remove_matching(parts, STATE_NAMES)
+                state = State(facts)
+                write_state(parts, state)
+            return cls(output, lock, segments, latents, state, clock)
+        except BaseException:
+            lock.release()
+            storage.remove_empty(parts)
+            raise
+
+    def write_input(self, frames: Any) -> None:
+        """Takes the frames that come before chunk 0, uint8 ``[t, height, width, 3]``; again after a resume, too.
+
+        Raises:
+            ValueError: a chunk was written before, or wrong frames.
+        """
+        self._segments.write_input(frames)
+
+    def write(self, index: int, frames: Any, latents: Tensor, point: Point | None = None) -> bool:
+        """Takes a chunk.
+
+        Args:
+            index: 0-based; must be the next one. Older ones, replayed after a resume, are dropped.
+            frames: uint8 ``[t, height, width, 3]``, t >= 1, numpy or CPU tensor.
+            latents: clean, ``[C, c, h, w]``; not changed later.
+            point: where a sampler can go on after this chunk, where it can; not changed later.
+
+        Returns:
+            Whether its frames were new.
+
+        Raises:
+            ValueError: a chunk is missing in between, or wrong frames or latents.
+        """
+        due = min(self._ledger.num_chunks, self._segments.next_chunk)
+        if index > due:
+            raise ValueError(f"chunk {index} arrived, {due} is next")
+        closed = self._segments.closed_chunks
+        new = self._segments.write_chunk(index, frames)
+        if self._latents is not None:
+            self._latents.write_chunk(index, latents)
+        now = self._clock()
+        seconds, self._chunk_began = round(now - self._chunk_began, 4), now
+        self._ledger.take(index, len(frames), latents, seconds, point, self._segments.closed_chunks)
+        waited = self._ledger.next_chunk > self._saved_chunk and now - self._saved_at >= SAVE_SECONDS
+        if self._segments.closed_chunks > closed or waited:
+            self._save()
+        return new
+
+    def finish(self, facts: Mapping[str, Any], comment: Mapping[str, Any] | None = None) -> Recorded:
+        """Joins what was written into the output; the video is complete when this returns.
+
+        Args:
+            facts: of the :class:`~pavdm_dist.io.metadata.Sidecar`, those that only the caller knows.
+            comment: stored as compact JSON in the mp4's comment tag.
+
+        Raises:
+            ValueError: no chunk was written, or chunks that a resume wants again were not.
+        """
+        made = self._ledger.num_chunks
+        if not made or self._segments.next_chunk != made:
+            raise ValueError(f"{self.output} cannot be finished: chunk {self._segments.next_chunk} is next")
+        self._segments.close()
+        if self._latents is not None:
+            self._latents.close()
+        self._ledger.complete()
+        self._save()
+        num_frames = self._segments.join(metadata=comment)
+        if self._latents is not None:
+            self._latents.join(latents_path(self.output))
+        Sidecar(
+            **{name: self._facts[name] for name in ("fps", "height", "width")},
+            num_frames=num_frames,
+            chunk_seconds=self._ledger.chunk_seconds,
+            latents_sha256=self._ledger.latents_sha256,
+            **facts,
+        ).write(self.output)
+        self._remove()
+        return Recorded(self.output, num_frames, self._ledger.latents_sha256)
+
+    def abort(self) -> str | None:
+        """Leaves what was taken so far playable, with a state to go on from, and gives the output free.
+
+        Never raises for what cannot be written any more (a full disk).
+
+        Returns:
+            Where it is, as a sentence; None when there is nothing to play.
+        """
+        left = self._segments.abort()
+        with suppress(OSError):
+            if left.playlist is None and self._ledger.next_chunk == 0:
+                self._remove()
+            else:
+                self._save()
+        self._lock.release()
+        if left.playlist is None:
+            return None
+        return f"{left.num_frames} frames of {self.output} are playable in {left.playlist}"
+
+    def _save(self) -> None:
+        state = self._ledger.state
+        write_state(self._segments.parts, state)
+        self._saved_chunk, self._saved_at = state.next_chunk, self._clock()
+
+    def _remove(self) -> None:
+        self._segments.remove()
+        storage.remove_matching(self._segments.parts, _OWN_NAMES)
+        self._lock.release()
+        storage.remove_empty(self._segments.parts)
+
+
+def _check_files(output: str | Path, overwrite: bool, save_latents: bool, resume: bool = False) -> None:
+    storage.check_output(output, overwrite, parts=not resume)
+    if not overwrite and storage.exists(sidecar_path(output)):
+        raise ConfigError(f"output={output}: its sidecar {sidecar_path(output)} exists; pass --overwrite")
+    if not overwrite and save_latents and storage.exists(latents_path(output)):
+        raise ConfigError(f"output={output}: its latents {latents_path(output)} exist; pass --overwrite")
+
+
+def _state_to_resume(output: str, identity: Mapping[str, Any]) -> State | None:
+    """The state of an interrupted recording of the same video; None when there is nothing to go on with."""
+    parts = storage.parts_folder(output)
+    if is_complete(output):
+        storage.remove_matching(parts, _OWN_NAMES)
+        raise ConfigError(f"output={output} is complete: its sidecar {sidecar_path(output)} exists; pass --overwrite")
+    state = read_state(parts)
+    if state is None:
+        if any(SEGMENT_NAMES.fullmatch(name) for name in storage.list_names(parts)):
+            raise ConfigError(f"output={output}: {parts} holds no state to go on from; pass --overwrite to start anew")
+        return None
+    changed = changes(state.identity, identity)
+    if changed:
+        raise ConfigError(f"output={output}: {parts} was begun with {changed}; give the same to go on, or --overwrite")
+    for path in (output, latents_path(output), sidecar_path(output)):
+        storage.remove_staged(path)
+    return state
+
+
+def _holds(state: State, segments: SegmentWriter, latents: LatentsWriter | None) -> bool:
+    """Whether all that the state counts on is still there."""
+    closed = segments.closed_chunks if latents is None else min(segments.closed_chunks, latents.closed_chunks)
+    return closed >= state.first_to_decode

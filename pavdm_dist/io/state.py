@@ -1,0 +1,265 @@
+"""Where an unfinished video can be gone on with: one safetensors file that is replaced in one move.
+
+The file before is kept, too: one that is torn or not ours is told by its checksum, and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pavdm_dist.io import storage
+from pavdm_dist.io.latents import LatentsHash
+
+STATE, PREVIOUS = "state.safetensors", "state.previous.safetensors"
+STATE_NAMES = re.compile(rf"{re.escape(STATE)}|{re.escape(PREVIOUS)}")
+_VERSION = 1
+
+logger = logging.getLogger(__name__)
+
+
+class Point(NamedTuple):
+    """Where a sampler goes on, as plain data.
+
+    Attributes:
+        tensors: by name; any shapes and types.
+        facts: JSON-compatible.
+        warm: latents ``[C, n, h, w]`` that a decoder must have seen before the next chunk; None = none.
+    """
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+    warm: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class State:
+    """All that is needed to go on with an unfinished video, beside its segments.
+
+    Attributes:
+        identity: what must be equal for that (JSON-compatible).
+        next_chunk: the first chunk that ``point`` has not sampled.
+        closed_chunks: chunks in complete segments when this was written.
+        latents_hash: state of the latents' checksum before ``next_chunk``, hexadecimal.
+        chunk_frames, chunk_seconds: of every chunk before ``next_chunk``.
+        complete: every chunk of the video is in a segment.
+        point: None = from the beginning, or nothing is left to sample.
+        warm: latents ``[C, n, h, w]`` to warm a decoder on before it decodes ``pending``, or else ``next_chunk``.
+        pending: clean latents ``[C, c, h, w]`` of the chunks before ``next_chunk`` that are in no complete segment.
+    """
+
+    identity: Mapping[str, Any]
+    next_chunk: int = 0
+    closed_chunks: int = 0
+    latents_hash: str | None = None
+    chunk_frames: Sequence[int] = ()
+    chunk_seconds: Sequence[float] = ()
+    complete: bool = False
+    point: Point | None = None
+    warm: Tensor | None = None
+    pending: Mapping[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def first_to_decode(self) -> int:
+        """The chunk that a decoder goes on with: the first pending one, or else ``next_chunk``."""
+        return min(self.pending, default=self.next_chunk)
+
+
+class Ledger:
+    """What has been taken of a video, and the newest state that it can be gone on with from.
+
+    Args:
+        state: where it begins.
+        closed_chunks: chunks in complete segments; may be more than ``state`` knows of.
+    """
+
+    def __init__(self, state: State, closed_chunks: int) -> None:
+        self._identity, self._complete = state.identity, state.complete
+        self._closed = closed_chunks
+        self._hash = LatentsHash(None if state.latents_hash is None else bytes.fromhex(state.latents_hash))
+        self._frames, self.chunk_seconds = list(state.chunk_frames), list(state.chunk_seconds)
+        self._newest = self._usable = _Place(state.next_chunk, state.point, self._hash.state)
+        # Clean latents of the open segment, and what a decoder is warmed on before them. Where that is not known (no
+        # point came with the chunk before), points inside the segment are of no use until it is closed. Here it is: a
+        # resume that decodes from an earlier chunk on passes the end of the last closed segment first.
+        self._open = {index: part for index, part in state.pending.items() if index >= closed_chunks}
+        self._warm = state.warm
+        self._warm_known = True
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks taken, whether or not a state can go on behind them."""
+        return len(self._frames)
+
+    @property
+    def next_chunk(self) -> int:
+        """The first chunk that must be sampled again after :attr:`state`."""
+        return self._usable.next_chunk
+
+    @property
+    def latents_sha256(self) -> str:
+        """Checksum of the latents of all chunks taken."""
+        return self._hash.hexdigest()
+
+    def take(
+        self, index: int, num_frames: int, latents: Tensor, seconds: float, point: Point | None, closed_chunks: int
+    ) -> None:
+        """Takes a chunk, new or replayed.
+
+        Args:
+            index: at most ``num_chunks``.
+            num_frames, latents: of it, ``[C, c, h, w]``.
+            seconds: that it took.
+            point: where a sampler goes on after it.
+            closed_chunks: chunks in complete segments now.
+        """
+        if index >= self._closed:
+            self._open[index] = latents
+        if index == self.num_chunks:
+            self._hash.update(latents)
+            self._frames.append(num_frames)
+            self.chunk_seconds.append(seconds)
+            if point is not None:
+                self._newest = _Place(index + 1, point, self._hash.state)
+        # An interruption may come between any two lines: what is closed comes first, so that no state would hold
+        # latents of one segment and what precedes another.
+        if closed_chunks > self._closed:
+            self._closed = closed_chunks
+            self._open.clear()
+        if index + 1 == closed_chunks:
+            before = self._newest.point if self._newest.next_chunk == closed_chunks else None
+            self._warm, self._warm_known = None if before is None else before.warm, before is not None
+        if self._warm_known or self._newest.next_chunk <= closed_chunks:
+            self._usable = self._newest
+
+    def complete(self) -> None:
+        """Says that all chunks of the video have been taken and are in complete segments."""
+        self._complete, self._closed = True, self.num_chunks
+        self._usable = _Place(self.num_chunks, None, self._hash.state)
+
+    @property
+    def state(self) -> State:
+        """The newest state."""
+        place, end = self._usable, self._usable.next_chunk
+        pending = {index: latents for index, latents in self._open.items() if self._closed <= index < end}
+        return State(
+            identity=self._identity,
+            next_chunk=end,
+            closed_chunks=self._closed,
+            latents_hash=place.latents_hash.hex(),
+            chunk_frames=self._frames[:end],
+            chunk_seconds=self.chunk_seconds[:end],
+            complete=self._complete,
+            point=place.point,
+            warm=self._warm if pending else place.point.warm if place.point else None,
+            pending=pending,
+        )
+
+
+class _Place(NamedTuple):
+    """A point, the chunk that it goes on with, and the checksum of all latents before that."""
+
+    next_chunk: int
+    point: Point | None
+    latents_hash: bytes
+
+
+def write_state(folder: str | Path, state: State) -> None:
+    """Replaces the state in a folder; the one that was there becomes the one before."""
+    from safetensors.torch import save_file
+
+    tensors = {f"latents.{index}": latents for index, latents in state.pending.items()}
+    if state.warm is not None:
+        tensors["warm"] = state.warm
+    if state.point is not None:
+        tensors |= {f"point.{name}": tensor for name, tensor in state.point.tensors.items()}
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    facts = {
+        "version": _VERSION,
+        "identity": state.identity,
+        "next_chunk": state.next_chunk,
+        "closed_chunks": state.closed_chunks,
+        "latents_hash": state.latents_hash,
+        "chunk_frames": list(state.chunk_frames),
+        "chunk_seconds": list(state.chunk_seconds),
+        "complete": state.complete,
+        "point": None if state.point is None else dict(state.point.facts),
+    }
+    text = json.dumps(facts)
+    path = storage.join(folder, STATE)
+    with storage.atomic_path(path) as staged:
+        save_file(tensors, staged, {"state": text, "sha256": _checksum(text, tensors)})
+        if storage.exists(path):
+            storage.move(path, storage.join(folder, PREVIOUS))
+
+
+def read_state(folder: str | Path) -> State | None:
+    """The newest state in a folder that is whole; None when there is none."""
+    for name in (STATE, PREVIOUS):
+        path = storage.join(folder, name)
+        if not storage.exists(path):
+            continue
+        try:
+            return _read(path)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("%s is torn or not a state of this program (%s)", path, error)
+    return None
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two identities, in words; empty when nothing does."""
+    old, new = _flat(before), _flat(now)
+    changed = [name for name in {**old, **new} if name not in old or name not in new or old[name] != new[name]]
+    words = [f"{name}={_show(old, name)} (now {_show(new, name)})" for name in changed[:5]]
+    return ", ".join(words) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in facts.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _show(facts: Mapping[str, Any], name: str) -> str:
+    text = json.dumps(facts[name], ensure_ascii=False) if name in facts else "absent"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _read(path: str) -> State:
+    with storage.local_copy(path) as file, safe_open(file, "pt") as opened:
+        metadata = opened.metadata() or {}
+        # Copies: what is opened is mapped, and the file may be replaced.
+        tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+    text = metadata["state"]
+    if _checksum(text, tensors) != metadata["sha256"]:
+        raise ValueError("its checksum differs")
+    facts = json.loads(text)
+    if facts.pop("version") != _VERSION:
+        raise ValueError("it is of another version")
+    point = facts.pop("point")
+    if point is not None:
+        prefix = "point."
+        of_point = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+        point = Point(of_point, point)
+    pending = {int(name.rpartition(".")[2]): tensors[name] for name in tensors if name.startswith("latents.")}
+    return State(**facts, point=point, warm=tensors.get("warm"), pending=dict(sorted(pending.items())))
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

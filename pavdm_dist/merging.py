@@ -1,0 +1,179 @@
+"""Dataclass defaults <- YAML file <- ``key=value`` overrides, for any dataclass of settings.
+
+OmegaConf stays in this file; what comes out are plain dataclasses. Every mistake is a
+:class:`~pavdm_dist.errors.ConfigError` that names the field, its value and what is legal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError, safe_dump, safe_load
+
+from pavdm_dist.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def load_config(cls: type[T], yaml_path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """Merge ``cls``'s defaults, a YAML file and ``key=value`` overrides, later ones winning.
+
+    Text fields take an override literally (``prompt=a: b``); other values are read as YAML; ``null`` is None.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (the nearest one is named) or a value of the wrong type.
+    """
+    config = OmegaConf.structured(cls)
+    if yaml_path is not None:
+        for key, value in _read_yaml(Path(yaml_path)).items():
+            _set(config, cls, [str(key)], value, origin=f"{yaml_path}: ")
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{item!r} is not an override: write key=value")
+        _set(config, cls, key.split("."), text, parse=True)
+    try:
+        result = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
+    assert isinstance(result, cls)
+    return result
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The settings as plain lists, dicts and scalars, for the sidecar JSON."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Any) -> str:
+    """The settings as YAML that :func:`load_config` reads back to an equal object."""
+    return safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file (`pavdm configs ls` lists the shipped ones)")
+    try:
+        content = safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise ConfigError(f"{path}: not readable as YAML ({_first_line(error)})") from error
+    if not isinstance(content, dict | None):
+        raise ConfigError(f"{path}: must hold `key: value` lines, not {_show(content)}")
+    return content or {}
+
+
+def _set(config: DictConfig, cls: type, path: list[str], value: Any, *, parse: bool = False, origin: str = "") -> None:
+    """Set one field, or every field of one section, descending through ``cls``'s annotations."""
+    name, annotation = "", cls
+    for depth, key in enumerate(path):
+        known = typing.get_type_hints(annotation)
+        if key not in known:
+            section = f"{name}: " if name else ""
+            raise ConfigError(f"{origin}{section}{_no_such_key(key, known)}")
+        annotation, name = known[key], ".".join(path[: depth + 1])
+        if not dataclasses.is_dataclass(annotation):
+            break
+    rest = path[len(name.split(".")) :]
+    if rest and typing.get_origin(annotation) is not dict:
+        raise ConfigError(f"{origin}{'.'.join(path)}: {name} has no keys of its own")
+    if parse:
+        value = _parse(annotation, name, value)
+    for key in reversed(rest):
+        value = {key: value}
+    if dataclasses.is_dataclass(annotation):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{origin}{name}={_show(value)}: is a section, set its keys ({name}.KEY=VALUE)")
+        for key, entry in value.items():
+            _set(config, cls, [*path, str(key)], entry, origin=origin)
+        return
+    try:
+        nested = _escape(value)
+        for key in reversed(name.split(".")):
+            nested = {key: nested}
+        config.merge_with(nested)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ConfigError(origin + _explain(error, name, annotation, value)) from error
+
+
+def _parse(annotation: Any, name: str, text: str) -> Any:
+    """The value an override's text stands for."""
+    optional = _members(annotation)
+    if text == "null" and type(None) in optional:
+        return None
+    if str in optional or typing.get_origin(annotation) is Literal:
+        return text
+    try:
+        return safe_load(text)
+    except YAMLError as error:
+        raise ConfigError(f"{name}={text}: must be {_expected(annotation)}") from error
+
+
+def _explain(error: Exception, name: str, annotation: Any, value: Any) -> str:
+    (inner, *_) = _members(annotation)
+    item = typing.get_args(inner)[0] if typing.get_origin(inner) is list else None
+    key = getattr(error, "key", None)
+    if dataclasses.is_dataclass(item) and isinstance(key, str):
+        known = typing.get_type_hints(item)
+        if key in known:
+            return f"{name}: {key}={_show(getattr(error, 'value', None))}: must be {_expected(known[key])}"
+        if isinstance(error, ConfigKeyError):
+            return f"{name}: {_no_such_key(key, known)}"
+    where = getattr(error, "full_key", None) or name
+    if item is not None and where.startswith(f"{name}["):
+        return f"{where}={_show(getattr(error, 'value', None))}: must be {_expected(item)}"
+    return f"{name}={_show(value)}: must be {_expected(annotation)}"
+
+
+def _no_such_key(key: str, known: Sequence[str] | dict[str, Any]) -> str:
+    near = difflib.get_close_matches(key.replace("-", "_"), list(known), n=1, cutoff=0.5)
+    hint = f"the keys are {', '.join(known)}" if len(known) <= 12 else "--print-config lists the keys"
+    return f"no such key {key!r}" + (f", did you mean {near[0]}?" if near else f"; {hint}")
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(annotation) in (Union, types.UnionType)
+    return typing.get_args(annotation) if union else (annotation,)
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+
+
+def _expected(annotation: Any) -> str:
+    def word(kind: Any) -> str:
+        if typing.get_origin(kind) is Literal:
+            return ", ".join(typing.get_args(kind)[:-1]) + " or " + typing.get_args(kind)[-1]
+        if typing.get_origin(kind) is list:
+            (item,) = typing.get_args(kind)
+            return f"a list, each entry {word(item)}"
+        if dataclasses.is_dataclass(kind):
+            return "{" + ", ".join(f.name for f in dataclasses.fields(kind)) + "}"
+        return _WORDS.get(kind, "a mapping")
+
+    return " or ".join(word(kind) for kind in _members(annotation))
+
+
+def _show(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _escape(value: Any) -> Any:
+    """Keep OmegaConf from taking ``${`` in a prompt as an interpolation."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, dict):
+        return {key: _escape(entry) for key, entry in value.items()}
+    return [_escape(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
