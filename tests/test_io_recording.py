@@ -34,6 +34,7 @@ from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.io.state import Point, State, read_state, write_state
 from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.sampler import sample
+from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.method.window import WindowSnapshot
 from pavdm_dist.request import SamplingParams, VideoRequest, build_stream
 
@@ -698,7 +699,7 @@ def test_the_real_sampler_and_decoder_go_on_behind_any_chunk(tmp_path: Path) -> 
         if made.point is not None:
             tensors = {int(name): tensor for name, tensor in made.point.tensors.items()}
             snapshot = WindowSnapshot(made.point.facts["row"], tensors)
-        here = replace(stream, snapshot=snapshot)
+        here = replace(stream, resume=None if snapshot is None else ResumePoint(snapshot))
         window = here.window()
         for clean in sample(window, StreamDenoiser(checkpoint.backbone, here), here.guidance_scale):
             if clean.index == until:

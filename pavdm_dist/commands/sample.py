@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.commands.resolve import device_name, engine_options, sampling_params
+from pavdm_dist.commands.resolve import engine_options, sampling_params
+from pavdm_dist.commands.signals import Signals, Stopped
+from pavdm_dist.commands.videos import Video, Videos
 from pavdm_dist.config import SampleConfig, frames_wanted
-from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.errors import ConfigError, PAVDMError, VideoError
 from pavdm_dist.io.encode import as_rate, check_size, require_libx264
-from pavdm_dist.io.metadata import sidecar_path, versions, weights_identity
-from pavdm_dist.io.recording import Recording, check_recording
+from pavdm_dist.io.metadata import sidecar_path, weights_identity
 from pavdm_dist.io.storage import check_output, join, same_path
-from pavdm_dist.merging import to_dict
+from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.pipeline import PAVDMPipeline
-from pavdm_dist.request import SamplingParams, VideoRequest, check_prompts, clip_frames_needed, input_frames
+from pavdm_dist.request import SamplingParams, VideoRequest, check_prompts, clip_frames_needed
 
 logger = logging.getLogger(__name__)
 
@@ -34,17 +35,20 @@ SLUG_BYTES = 40
 def render_command(config: SampleConfig, overwrite: bool, progress: Callable[..., Any]) -> dict[str, Any]:
     """Renders what the settings say, writing each video as it grows.
 
+    The same command again leaves complete videos alone, goes on with unfinished ones and makes the rest.
+
     Args:
         config: validated settings.
-        overwrite: replace existing outputs.
+        overwrite: begin anew and replace existing outputs.
         progress: makes a :class:`~pavdm_dist.commands.progress.ChunkProgress`-like object.
 
     Returns:
         ``videos`` (path, frames, latents_sha256 of each), ``seconds`` and ``frames_per_second``.
 
     Raises:
-        PAVDMError: bad input, before anything is written; or the engine's end, after which the finished
-            segments stay playable.
+        PAVDMError: bad input, before anything is written; a video that could not be made, after all others were; or
+            the engine's end. What is finished stays playable, and the same command goes on.
+        Stopped: a signal; the same holds.
     """
     engine = engine_options(config) if config.num_stages else None
     pipeline = PAVDMPipeline(Checkpoint.open(config.model), config.num_stages, config.threads_per_stage, engine)
@@ -56,113 +60,76 @@ def render_command(config: SampleConfig, overwrite: bool, progress: Callable[...
         pipeline.split(params)
     requests = _requests(config, params, pipeline.checkpoint)
     outputs = _outputs(config, requests)
-    for output in outputs:
-        check_recording(output, overwrite, config.save_latents)
+    weights = weights_identity(pipeline.checkpoint.folder)
+    made = [Video(number, *pair) for number, pair in enumerate(zip(requests, outputs, strict=True))]
+    videos = Videos(made, config, params, pipeline, weights, overwrite)
+    videos.check()
     if config.trace is not None:
         check_output(config.trace, overwrite, field="trace")
         if any(same_path(config.trace, sidecar_path(output)) for output in outputs):
             raise ConfigError(f"trace={config.trace}: is the name of a video's sidecar; choose another")
-    run = _Run(config, params, pipeline, weights_identity(pipeline.checkpoint.folder), overwrite)
-    recordings: dict[int, Recording] = {}
-    results: list[dict[str, Any]] = [{} for _ in requests]
-    bar = progress(requests[0].num_frames, params.fps, len(requests))
+    bar = progress(requests[0].num_frames, params.fps, sum(video.result is None for video in made))
     started = time.monotonic()
+    frames = 0
     try:
-        for chunk in pipeline.iter_chunks(requests, params, config.streams):
-            number, request = chunk.video, requests[chunk.video]
-            try:
-                if number not in recordings:
-                    recordings[number] = run.open(outputs[number], request)
-                    run.write_input(recordings[number], request)
-                recordings[number].write(chunk.index, chunk.frames, chunk.latents)
-                if chunk.last:
-                    results[number] = run.finish(recordings[number], request, number)
-                    del recordings[number]
-            except OSError as error:  # a full disk, a name too long, a share that went away
-                raise MediaError(f"output={outputs[number]}: cannot be written: {error}") from error
-            bar.chunk(number, chunk.index, chunk.frames.shape[0])
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt("; ".join(_abort(recordings))) from interrupt
-    except BaseException:
-        for left in _abort(recordings):
-            logger.warning("stopped: %s", left)
-        raise
+        with pipeline, Signals() as signals:
+            frames = _render(videos, bar, signals)
     finally:
         bar.close()
     seconds = time.monotonic() - started
-    frames = sum(request.num_frames or 0 for request in requests)
+    failed = [video.error for video in made if video.error is not None]
+    if failed:
+        raise (
+            failed[0]
+            if len(made) == 1
+            else VideoError(
+                f"{len(failed)} of {len(made)} videos failed, the others are complete: {'; '.join(map(str, failed))}"
+            )
+        )
+    results = [asdict(video.result) for video in made if video.result is not None]
     for result in results:
         logger.info("wrote %s (%d frames)", result["output"], result["num_frames"])
     return {"videos": results, "seconds": round(seconds, 3), "frames_per_second": round(frames / seconds, 3)}
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What the videos of one command have in common, and how each is recorded."""
+def _render(videos: Videos, bar: Any, signals: Signals) -> int:
+    """Makes what is missing; the number of new frames."""
+    taken: list[Video] = []
+    frames = 0
 
-    config: SampleConfig
-    params: SamplingParams
-    pipeline: PAVDMPipeline
-    weights: str
-    overwrite: bool
+    def failed(number: int, error: PAVDMError) -> None:
+        videos.fail(taken[number], error)
 
-    def open(self, output: str, request: VideoRequest) -> Recording:
-        return Recording.open(
-            output,
-            fps=self.params.fps,
-            height=self.params.height,
-            width=self.params.width,
-            identity=self._identity(request),
-            chunks_per_segment=self.config.chunks_per_segment,
-            save_latents=self.config.save_latents,
-            overwrite=self.overwrite,
+    def grown(number: int, resume: ResumePoint) -> None:
+        with signals.shield():
+            videos.grown(taken[number], resume)
+
+    try:
+        chunks = videos.pipeline.iter_chunks(
+            videos.begun(taken), videos.params, videos.config.streams, on_failed=failed, on_grown=grown
         )
-
-    def write_input(self, recording: Recording, request: VideoRequest) -> None:
-        if self.config.include_input:
-            frames = input_frames(request, self.params, self.pipeline.checkpoint)
-            if frames is not None:
-                recording.write_input(frames)
-
-    def finish(self, recording: Recording, request: VideoRequest, number: int) -> dict[str, Any]:
-        # Rows that adaptive re-sync of mode displaced has made exact.
-        resyncs = list(self.pipeline.resyncs.get(number, ()))
-        facts = {
-            "config": to_dict(self.config),
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "seed": request.seed,
-            "device": device_name(self.pipeline.engine),
-            "threads": self.config.threads_per_stage,
-            "weights": self.weights,
-            "extra": {"sampling": asdict(self.params), **({"resyncs": resyncs} if resyncs else {})},
-        }
-        comment = {"software": "pavdm_dist", "prompt": request.prompt, "seed": request.seed}
-        return asdict(recording.finish(facts, comment))
-
-    def _identity(self, request: VideoRequest) -> dict[str, Any]:
-        """What a video's bits depend on, except for the device that they are computed on."""
-        clip = None if request.clip is None else hashlib.sha256(request.clip.contiguous().numpy().data).hexdigest()
-        found = versions()
-        return {
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "prompt_schedule": request.prompt_schedule,
-            "seed": request.seed,
-            "num_frames": request.num_frames,
-            "clip": clip,
-            "include_input": self.config.include_input,
-            "sampling": asdict(self.params),
-            "weights": self.weights,
-            "threads": self.config.threads_per_stage,
-            "compile": self.config.compile,
-            "versions": {name: found[name] for name in ("pavdm_dist", "torch", "av")},
-        }
-
-
-def _abort(recordings: dict[int, Recording]) -> list[str]:
-    """Where the finished parts of unfinished videos are."""
-    return [left for left in [recording.abort() for recording in recordings.values()] if left is not None]
+        for chunk in chunks:
+            video = taken[chunk.video]
+            if video.error is not None:
+                continue
+            with signals.shield():
+                if not videos.write(video, chunk):
+                    videos.pipeline.cancel(chunk.video)
+                    continue
+            frames += chunk.frames.shape[0]
+            bar.chunk(video.number, chunk.index, chunk.frames.shape[0])
+    except BaseException as error:
+        with suppress(Stopped), signals.shield():
+            left = videos.abort()
+        goes_on = "; ".join([*left, "the same command again goes on"]) if left else "nothing was finished"
+        if isinstance(error, Stopped):
+            raise Stopped(error.number, goes_on) from error
+        if isinstance(error, PAVDMError) and left:
+            raise type(error)(f"{error}; {goes_on}") from error
+        if left:
+            logger.warning("stopped: %s", goes_on)
+        raise
+    return frames
 
 
 def _requests(config: SampleConfig, params: SamplingParams, checkpoint: Checkpoint) -> list[VideoRequest]:

@@ -82,6 +82,7 @@ class Sidecar:
         video_sha256: of the file's bytes.
         latents_sha256: of the clean new latents (see :class:`~pavdm_dist.io.latents.LatentsHash`).
         weights: identity of the checkpoint.
+        identity: what must be equal for a command to take the video for its own (JSON-compatible).
         extra: anything more, JSON-compatible.
         versions: of the packages used.
         created: when, UTC, ISO 8601.
@@ -101,6 +102,7 @@ class Sidecar:
     video_sha256: str | None = None
     latents_sha256: str | None = None
     weights: str | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str | None] = field(default_factory=versions)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))

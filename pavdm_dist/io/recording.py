@@ -33,7 +33,10 @@ from pavdm_dist.io.state import STATE_NAMES, Ledger, Point, State, changes, read
 
 # The state is replaced when a segment closes, and after so long when there is a newer point.
 SAVE_SECONDS = 60.0
-_OWN_NAMES = re.compile("|".join(names.pattern for names in (SEGMENT_NAMES, LATENTS_NAMES, STATE_NAMES, STALE_NAMES)))
+# The settings of the command that began a recording.
+SETTINGS = "settings.yaml"
+_OWN = (SEGMENT_NAMES, LATENTS_NAMES, STATE_NAMES, STALE_NAMES, re.compile(re.escape(SETTINGS)))
+_OWN_NAMES = re.compile("|".join(names.pattern for names in _OWN))
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +55,32 @@ def latents_path(output: str | Path) -> str:
     return str(output)[: -len(".mp4")] + ".safetensors"
 
 
-def check_recording(output: str | Path, overwrite: bool = False, save_latents: bool = False) -> None:
+def recording_facts(
+    identity: Mapping[str, Any], fps: float, height: int, width: int, chunks_per_segment: int, save_latents: bool
+) -> dict[str, Any]:
+    """All that must be equal for a recording to be gone on with, as JSON gives it back."""
+    shape = {"fps": float(fps), "height": height, "width": width, "chunks_per_segment": chunks_per_segment}
+    return json.loads(json.dumps({**identity, **shape, "save_latents": save_latents}))
+
+
+def check_recording(
+    output: str | Path, overwrite: bool = False, save_latents: bool = False, facts: Mapping[str, Any] | None = None
+) -> None:
     """Refuses an output that is being written, that would be lost or that can't be written, before any work is done.
 
+    Args:
+        output: the mp4.
+        overwrite: what is there may be replaced.
+        save_latents: latents will be written beside it.
+        facts: of :func:`recording_facts`: an interrupted recording of these is no obstacle.
+
     Raises:
-        ConfigError: naming the process that is writing, or the file that is in the way.
+        ConfigError: naming the process that is writing, the file that is in the way, or what was different when an
+            interrupted recording was begun.
     """
     check_unlocked(output)
-    _check_files(output, overwrite, save_latents)
+    if overwrite or facts is None or _state_to_resume(str(output), facts) is None:
+        _check_files(output, overwrite, save_latents, resume=facts is not None)
 
 
 class Recording:
@@ -107,6 +128,7 @@ class Recording:
         save_latents: bool = False,
         overwrite: bool = False,
         resume: bool = False,
+        settings: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> Recording:
         """Locks an output and prepares its parts. Remote outputs work, with locking as good as their store allows.
@@ -118,6 +140,7 @@ class Recording:
             save_latents: keep the clean latents beside the video.
             overwrite: start anew whatever is there.
             resume: go on with what an interrupted recording left; from the beginning when there is nothing.
+            settings: YAML kept in the parts, for a command that is given nothing but this folder.
             clock: seconds, monotonic (tests give their own).
 
         Raises:
@@ -126,8 +149,7 @@ class Recording:
         """
         if overwrite and resume:
             raise ValueError("overwrite starts anew, resume goes on: choose one")
-        shape = {"fps": float(fps), "height": height, "width": width, "chunks_per_segment": chunks_per_segment}
-        facts = json.loads(json.dumps({**identity, **shape, "save_latents": save_latents}))
+        facts = recording_facts(identity, fps, height, width, chunks_per_segment, save_latents)
         output, parts = str(output), storage.parts_folder(output)
 
         def writers(state: State | None) -> tuple[SegmentWriter, LatentsWriter | None]:
@@ -140,7 +162,12 @@ class Recording:
         storage.check_output(output, overwrite=True)  # what would be an OSError of the lock
         lock = OutputLock.acquire(output)
         try:
+            if resume and is_complete(output):
+                storage.remove_matching(parts, _OWN_NAMES)
             state = _state_to_resume(output, facts) if resume else None
+            if state is not None:
+                for path in (output, latents_path(output), sidecar_path(output)):
+                    storage.remove_staged(path)
             if state is None:
                 _check_files(output, overwrite, save_latents, resume)
             segments, latents = writers(state)
@@ -154,6 +181,9 @@ class Recording:
                 storage.remove_matching(parts, STATE_NAMES)
                 state = State(facts)
                 write_state(parts, state)
+            if settings is not None:
+                with storage.atomic_write(storage.join(parts, SETTINGS), "w") as file:
+                    file.write(settings)
             return cls(output, lock, segments, latents, state, clock)
         except BaseException:
             lock.release()
@@ -197,6 +227,12 @@ class Recording:
         if self._segments.closed_chunks > closed or waited:
             self._save()
         return new
+
+    def grown(self, point: Point) -> None:
+        """Takes where a sampler can go on before it has given the first chunk of all."""
+        self._ledger.grown(point)
+        if self._clock() - self._saved_at >= SAVE_SECONDS:
+            self._save()
 
     def finish(self, facts: Mapping[str, Any], comment: Mapping[str, Any] | None = None) -> Recorded:
         """Joins what was written into the output; the video is complete when this returns.
@@ -272,7 +308,6 @@ def _state_to_resume(output: str, identity: Mapping[str, Any]) -> State | None:
     """The state of an interrupted recording of the same video; None when there is nothing to go on with."""
     parts = storage.parts_folder(output)
     if is_complete(output):
-        storage.remove_matching(parts, _OWN_NAMES)
         raise ConfigError(f"output={output} is complete: its sidecar {sidecar_path(output)} exists; pass --overwrite")
     state = read_state(parts)
     if state is None:
@@ -282,8 +317,6 @@ def _state_to_resume(output: str, identity: Mapping[str, Any]) -> State | None:
     changed = changes(state.identity, identity)
     if changed:
         raise ConfigError(f"output={output}: {parts} was begun with {changed}; give the same to go on, or --overwrite")
-    for path in (output, latents_path(output), sidecar_path(output)):
-        storage.remove_staged(path)
     return state
 
 

@@ -142,6 +142,11 @@ class Ledger:
         if self._warm_known or self._newest.next_chunk <= closed_chunks:
             self._usable = self._newest
 
+    def grown(self, point: Point) -> None:
+        """Takes where a sampler goes on before the first chunk; without effect once there is one."""
+        if not self.num_chunks:
+            self._newest = self._usable = _Place(0, point, self._hash.state)
+
     def complete(self) -> None:
         """Says that all chunks of the video have been taken and are in complete segments."""
         self._complete, self._closed = True, self.num_chunks

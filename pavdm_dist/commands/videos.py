@@ -1,0 +1,247 @@
+"""The videos of one command: what of them is there already, what becomes of each while it is made."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pavdm_dist.commands.resolve import device_name
+from pavdm_dist.config import SampleConfig
+from pavdm_dist.errors import ConfigError, MediaError, PAVDMError, VideoError
+from pavdm_dist.io.metadata import is_complete, read_sidecar, sidecar_path, versions
+from pavdm_dist.io.recording import Recorded, Recording, check_recording, recording_facts
+from pavdm_dist.io.state import Point, changes
+from pavdm_dist.merging import to_dict, to_yaml
+from pavdm_dist.method.stream import ResumePoint
+from pavdm_dist.method.window import CleanChunk, WindowSnapshot
+from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk
+from pavdm_dist.request import SamplingParams, VideoRequest, input_frames
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Video:
+    """One output of a command.
+
+    Attributes:
+        number: its place in the command.
+        request: what is asked for.
+        output: its mp4.
+        recording: its files while they are made.
+        result: once it is complete.
+        error: why it never will be.
+    """
+
+    number: int
+    request: VideoRequest
+    output: str
+    recording: Recording | None = field(default=None, repr=False)
+    result: Recorded | None = None
+    error: PAVDMError | None = None
+
+
+@dataclass(frozen=True)
+class Videos:
+    """All of them, with what they have in common.
+
+    Complete videos that were made with the same settings are left alone; of unfinished ones that are there, what is
+    missing is made.
+
+    Args:
+        all: one per output.
+        config, params, pipeline: of the command.
+        weights: identity of the model.
+        overwrite: begin all anew.
+    """
+
+    all: Sequence[Video]
+    config: SampleConfig
+    params: SamplingParams
+    pipeline: PAVDMPipeline
+    weights: str
+    overwrite: bool
+
+    def check(self) -> None:
+        """Refuses outputs that cannot be written or would be lost, and takes note of complete ones.
+
+        Raises:
+            ConfigError: naming the file that is in the way, or what was different when it was made.
+        """
+        for video in self.all:
+            if not self.overwrite and self._is_made(video):
+                continue
+            facts = recording_facts(self._identity(video.request), **self._shape)
+            check_recording(video.output, self.overwrite, self.config.save_latents, facts)
+
+    def begun(self, taken: list[Video]) -> Iterator[VideoRequest]:
+        """Requests of what is to be made, each with the place where it goes on; opens files as they are asked for.
+
+        Args:
+            taken: gets the video of every request, in order.
+        """
+        for video in self.all:
+            if video.result is not None:
+                continue
+            try:
+                recording = self._open(video)
+                if recording.complete:  # all that is left of it
+                    self.finish(video)
+                    continue
+            except (PAVDMError, OSError) as error:
+                self.fail(video, error)
+                continue
+            taken.append(video)
+            yield replace(video.request, resume=_resume_point(recording, video.request))
+
+    def write(self, video: Video, chunk: VideoChunk) -> bool:
+        """Takes a chunk; whether the video is still well.
+
+        A disk that is full, or a share that went away, ends this one only.
+        """
+        assert video.recording is not None
+        try:
+            video.recording.write(chunk.index, chunk.frames, chunk.latents, _point(chunk.resume))
+            if chunk.last:
+                self.finish(video, self.pipeline.resyncs.get(chunk.video, ()))
+        except OSError as error:
+            self.fail(video, error)
+        return video.error is None
+
+    def grown(self, video: Video, resume: ResumePoint) -> None:
+        """A shift without a chunk: from here the video goes on, too."""
+        if video.recording is not None:
+            try:
+                point = _point(resume)
+                assert point is not None
+                video.recording.grown(point)
+            except OSError as error:
+                self.fail(video, error)
+
+    def finish(self, video: Video, resyncs: Sequence[int] = ()) -> None:
+        """Makes the mp4, latents and sidecar of a video all of whose chunks are there.
+
+        Args:
+            video: which.
+            resyncs: rows that adaptive re-sync of mode displaced has made exact.
+        """
+        recording, request = video.recording, video.request
+        assert recording is not None
+        facts = {
+            "config": to_dict(self.config),
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "seed": request.seed,
+            "device": device_name(self.pipeline.engine),
+            "threads": self.config.threads_per_stage,
+            "weights": self.weights,
+            "identity": self._identity(request),
+            "extra": {"sampling": asdict(self.params), **({"resyncs": list(resyncs)} if resyncs else {})},
+        }
+        comment = {"software": "pavdm_dist", "prompt": request.prompt, "seed": request.seed}
+        video.result = recording.finish(facts, comment)
+        video.recording = None
+
+    def fail(self, video: Video, error: PAVDMError | OSError) -> None:
+        """Ends a video; what is finished of it stays."""
+        left = None if video.recording is None else video.recording.abort()
+        what = f"cannot be written: {error}" if isinstance(error, OSError) else str(error)
+        message = f"output={video.output}: {what}" if video.output not in what else what
+        kind = (
+            MediaError if isinstance(error, OSError) else type(error) if isinstance(error, PAVDMError) else VideoError
+        )
+        video.error, video.recording = kind(message), None
+        logger.warning("%s%s", message, f"; {left}" if left else "")
+
+    def abort(self) -> list[str]:
+        """Leaves all that is unfinished playable and ready to go on; says where."""
+        left = [video.recording.abort() for video in self.all if video.recording is not None]
+        return [sentence for sentence in left if sentence is not None]
+
+    def _is_made(self, video: Video) -> bool:
+        """Whether a video is complete, as this command would make it.
+
+        Raises:
+            ConfigError: it is complete but was made otherwise.
+        """
+        if not is_complete(video.output):
+            return False
+        sidecar = read_sidecar(video.output)
+        identity = sidecar.get("identity")
+        if not isinstance(identity, Mapping):  # somebody else's file, or of a version that kept no record
+            return False
+        different = changes(identity, self._identity(video.request))
+        if different or not Path(video.output).exists():
+            what = f"was made with {different}" if different else "is gone, its sidecar is not"
+            raise ConfigError(
+                f"output={video.output} {what}, and its sidecar {sidecar_path(video.output)} exists; choose another"
+                " name or pass --overwrite"
+            )
+        video.result = Recorded(video.output, sidecar["num_frames"], sidecar["latents_sha256"])
+        logger.info("%s is complete already", video.output)
+        return True
+
+    def _open(self, video: Video) -> Recording:
+        video.recording = Recording.open(
+            video.output,
+            identity=self._identity(video.request),
+            **self._shape,
+            overwrite=self.overwrite,
+            resume=not self.overwrite,
+            settings=to_yaml(self.config),
+        )
+        if video.recording.next_chunk or video.recording.point is not None:
+            logger.info("%s goes on at chunk %d", video.output, video.recording.next_chunk)
+        frames = input_frames(video.request, self.params, self.pipeline.checkpoint)
+        if self.config.include_input and frames is not None:
+            video.recording.write_input(frames)
+        return video.recording
+
+    @property
+    def _shape(self) -> dict[str, Any]:
+        params, config = self.params, self.config
+        size = {"fps": params.fps, "height": params.height, "width": params.width}
+        return {**size, "chunks_per_segment": config.chunks_per_segment, "save_latents": config.save_latents}
+
+    def _identity(self, request: VideoRequest) -> dict[str, Any]:
+        """What a video's bits depend on, except for the device that they are computed on."""
+        clip = None if request.clip is None else hashlib.sha256(request.clip.contiguous().numpy().data).hexdigest()
+        found = versions()
+        return {
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "prompt_schedule": [list(change) for change in request.prompt_schedule],
+            "seed": request.seed,
+            "num_frames": request.num_frames,
+            "clip": clip,
+            "include_input": self.config.include_input,
+            "sampling": asdict(self.params),
+            "weights": self.weights,
+            "threads": self.config.threads_per_stage,
+            "compile": self.config.compile,
+            "versions": {name: found[name] for name in ("pavdm_dist", "torch", "av")},
+        }
+
+
+def _point(resume: ResumePoint | None) -> Point | None:
+    """A resume point as files hold it."""
+    if resume is None:
+        return None
+    snapshot = resume.snapshot
+    tensors = {str(index): latents for index, latents in snapshot.latents.items()}
+    return Point(tensors, {"row": snapshot.row, "exact_rows": sorted(snapshot.exact_rows)}, resume.warm)
+
+
+def _resume_point(recording: Recording, request: VideoRequest) -> ResumePoint | None:
+    """Where a recording says that its video goes on; None = at the beginning."""
+    point = recording.point
+    if point is None:
+        return None
+    latents = {int(index): tensor for index, tensor in point.tensors.items()}
+    snapshot = WindowSnapshot(point.facts["row"], latents, frozenset(point.facts["exact_rows"]))
+    undecoded = tuple(CleanChunk(index, latents) for index, latents in sorted(recording.pending.items()))
+    return ResumePoint(snapshot, recording.warm, undecoded)
