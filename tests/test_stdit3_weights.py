@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from test_stdit3 import INFO, random, run_blocks, staircase
 
 from pavdm_dist.errors import CheckpointError
-from pavdm_dist.models.base import Activation, BlockContext, TextRun
+from pavdm_dist.models.base import Activation, BlockContext
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
+from pavdm_dist.models.text_cache import TextRun
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pavdm_dist.engine.messages import Layout
 from pavdm_dist.engine.order import Unit
-from pavdm_dist.method.denoiser import TextBank, change_of, memories_of, unit_context
+from pavdm_dist.method.denoiser import change_of, memories_of, unit_context
 from pavdm_dist.method.microbatches import WHOLE
 from pavdm_dist.method.sampler import guide
 from pavdm_dist.method.schedule import PlanRow
@@ -20,6 +20,7 @@ from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import CleanChunk, Window, WindowSnapshot, row_levels
 from pavdm_dist.models.base import Activation, Backbone, BlockContext, Grid
 from pavdm_dist.models.kv_cache import Memory
+from pavdm_dist.models.text_cache import TextBank
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Stage:
         self.first = blocks[0] == 0
         self.last = blocks[1] == model.spec.num_blocks
         self.dtype = next(p.dtype for p in model.parameters() if not p.is_meta)  # type: ignore[attr-defined]
-        self._texts = TextBank(model, self.device)
+        self._texts = TextBank(model.project_text, self.device)
         self._streams: dict[int, Stream] = {}
         self._windows: dict[int, Window] = {}
         self._inputs: dict[int, dict[int, Tensor]] = {}
@@ -63,7 +64,7 @@ class Stage:
 
     def prepare(self, stream: Stream) -> None:
         """Takes a stream in before its first unit; computes nothing with the model."""
-        self._texts.add(stream)
+        self._texts.add(stream.id, stream.conditioning.texts)
         if self.last:
             self._windows[stream.id] = stream.window(self.device)
             self._velocities[stream.id] = []
@@ -182,6 +183,6 @@ class Stage:
 
     def _forget(self, unit: Unit) -> None:
         if unit.ends_stream and unit.closes:
-            self._texts.remove(self._streams.pop(unit.stream))
+            self._texts.release(unit.stream, self._streams.pop(unit.stream).conditioning.texts)
             for table in (self._windows, self._inputs, self._velocities, self._memories):
                 table.pop(unit.stream, None)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pavdm_dist.models.kv_cache import Memory
+from pavdm_dist.models.text_cache import TextCache, TextRun
 
 LevelSupport = Literal["staircase-trained", "mixed-trained", "accepts"]
 
@@ -105,41 +106,6 @@ class WindowSlice:
     first_frame: int
     window_frames: int
     attend: Attention
-
-
-@dataclass(frozen=True)
-class TextRun:
-    """Consecutive latent frames ``start .. stop - 1`` that share one text.
-
-    Attributes:
-        tokens: the text projected to the model's width, ``[b, L, D]``.
-        mask: ``[b, L]`` bool, True = a real token; None when all are.
-        key: identity of the text for the key/value cache; None in training, where nothing is cached.
-    """
-
-    start: int
-    stop: int
-    tokens: Tensor
-    mask: Tensor | None = None
-    key: str | None = None
-
-
-class TextCache:
-    """Cross-attention keys and values by text key and block; dropped with the text's last chunk."""
-
-    def __init__(self) -> None:
-        self._pairs: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
-
-    def pair(self, key: str, block: int, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """The (key, value) pair of one text in one block, computed on first use."""
-        pairs = self._pairs.setdefault(key, {})
-        if block not in pairs:
-            pairs[block] = make()
-        return pairs[block]
-
-    def drop(self, key: str) -> None:
-        """Forgets everything computed for one text; unknown keys are ignored."""
-        self._pairs.pop(key, None)
 
 
 @dataclass

@@ -16,7 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pavdm_dist.models.base import BlockContext, TextRun, attention
+from pavdm_dist.models.base import BlockContext, attention
+from pavdm_dist.models.text_cache import TextRun
 
 ROPE_BASE = 10000.0
 NORM_EPS = 1e-6

@@ -26,7 +26,6 @@ from pavdm_dist.models.base import (
     FrameInfo,
     Grid,
     LevelSupport,
-    TextRun,
     WindowSlice,
 )
 from pavdm_dist.models.layers import (
@@ -38,6 +37,7 @@ from pavdm_dist.models.layers import (
     position_embedding_2d,
 )
 from pavdm_dist.models.loading import load_config, load_module, save_module
+from pavdm_dist.models.text_cache import TextRun
 
 # Tables that a checkpoint may lack, because they can be computed.
 OPTIONAL_TENSORS = ("rope.freqs",)

@@ -18,12 +18,13 @@ import torch
 
 from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.io.storage import atomic_write
-from pavdm_dist.method.denoiser import TextBank, memories_of, unit_context
+from pavdm_dist.method.denoiser import memories_of, unit_context
 from pavdm_dist.method.microbatches import WHOLE
 from pavdm_dist.method.schedule import Mode, NoiseSchedule, WindowPlan
 from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
+from pavdm_dist.models.text_cache import TextBank
 from pavdm_dist.planning.partition import Costs
 
 logger = logging.getLogger(__name__)
@@ -96,8 +97,8 @@ def measure_costs(model: STDiT3, stream: Stream, repeats: int = 5) -> Costs:
     units = [WHOLE] if stream.mode == "window" else list(row.chunks)
     # What a running video has left for them.
     left = {"window": [], "causal": list(row.context), "displaced": [WHOLE]}
-    (memory, *_), texts = memories_of(stream, model.spec), TextBank(model, device)
-    texts.add(stream)
+    (memory, *_), texts = memories_of(stream, model.spec), TextBank(model.project_text, device)
+    texts.add(stream.id, stream.conditioning.texts)
     x, levels = (part.to(device) for part in stream.window().inputs(row))
 
     def run(chunk: int) -> list[float]:
