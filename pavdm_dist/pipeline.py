@@ -91,14 +91,14 @@ class PAVDMPipeline:
         num_stages: int = 0,
         threads_per_stage: int = 1,
         engine: EngineOptions | None = None,
-        **hub: Any,
+        revision: str | None = None,
     ) -> PAVDMPipeline:
         """Opens the model that ships with the package (``embedded``), a folder or a hub id.
 
         Raises:
             CheckpointError: not a model this package runs.
         """
-        return cls(Checkpoint.open(model, **hub), num_stages, threads_per_stage, engine)
+        return cls(Checkpoint.open(model, revision), num_stages, threads_per_stage, engine)
 
     def __call__(
         self,
@@ -257,8 +257,7 @@ class PAVDMPipeline:
                 "num_stages=%d: with streams=%d and mode=%s at most %d are useful, the others will idle",
                 len(blocks), in_flight, params.mode, useful,
             )  # fmt: skip
-        folder, codec = str(self.checkpoint.transformer), str(self.checkpoint.vae)
-        with RayEngine(folder, blocks, self.engine, codec) as engine:
+        with RayEngine(self.checkpoint.transformer, blocks, self.engine, self.checkpoint.vae) as engine:
             for finished in engine.run(streams, in_flight):
                 assert finished.frames is not None
                 self.resyncs[finished.stream] = engine.exact_rows(finished.stream)

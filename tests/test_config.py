@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pavdm_dist.commands.configs import configs_root
 from pavdm_dist.config import PromptChange, SampleConfig, load_config, to_dict, to_yaml
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.io.shipped import configs_root
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.validate import frames_wanted, validate_sample
 

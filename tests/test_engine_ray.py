@@ -22,7 +22,8 @@ from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.schedule import Mode, PlanRow
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import WindowSnapshot
-from pavdm_dist.planning.partition import Costs, partition
+from pavdm_dist.models.base import Costs
+from pavdm_dist.planning.partition import partition
 
 pytestmark = pytest.mark.timeout(120)
 BLOCKS = 4

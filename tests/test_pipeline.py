@@ -276,7 +276,7 @@ def test_plan_report_is_the_worked_example(model: Path) -> None:
     config.cpus_per_decoder = 1
     assert plan_report(config, chunks=84)["layer_split"] == [[0, 2], [2, 4]]
     config.num_stages = 5
-    with pytest.raises(ConfigError, match=r"num_stages=5: the model has 4 half-blocks"):
+    with pytest.raises(ConfigError, match=r"num_stages=5: the model has 4 blocks"):
         plan_report(config, chunks=84)
 
 
@@ -289,7 +289,7 @@ def test_bad_input_ends_before_anything_is_written(model: Path, tmp_path: Path) 
     for settings, error, pattern in [
         ({"height": 33}, ConfigError, r"height=33.*32 or 40"),
         ({"window_chunks": 4}, ConfigError, r"window_chunks=4 does not divide num_inference_steps=6"),
-        ({"num_stages": 9}, ConfigError, r"4 half-blocks, use 1 to 4"),
+        ({"num_stages": 9}, ConfigError, r"4 blocks, use 1 to 4"),
         ({"prompt": "a " * 40}, ConfigError, r"tokens|words"),
         ({"video": str(tmp_path / "no.mp4"), "start": "chunk"}, MediaError, r"no.mp4"),
     ]:

@@ -19,7 +19,7 @@ from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.io.encode import as_rate, check_size, require_libx264
 from pavdm_dist.io.latents import LatentsHash, LatentsWriter
-from pavdm_dist.io.metadata import Sidecar, cpu_model, sidecar_path, weights_identity
+from pavdm_dist.io.metadata import Sidecar, cpu_model, sidecar_path
 from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.io.storage import check_output, exists, join, remove
 from pavdm_dist.method.microbatches import Displaced
@@ -70,7 +70,7 @@ def render_command(config: SampleConfig, overwrite: bool, progress: Callable[...
         if any(str(config.trace) in (sidecar_path(output), output) for output in outputs):
             raise ConfigError(f"trace={config.trace}: is the name of a video's sidecar; choose another")
     writers: dict[int, _VideoWriter] = {}
-    identity = weights_identity(pipeline.checkpoint.folder)
+    identity = pipeline.checkpoint.identity
     bar = progress(requests[0].num_frames, params.fps, len(requests))
     started = time.monotonic()
     results: list[dict[str, Any]] = [{} for _ in requests]
@@ -125,8 +125,7 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
         frames = spec.frames_in_chunk(size, first=not params.warm) + (chunks - 1) * spec.frames_in_chunk(size, False)
     plan = params.plan(chunks)
     branches = 1 if params.guidance_scale == 1 else 2
-    blocks = 2 * checkpoint.transformer_config.depth
-    split = [(0, blocks)]
+    split = [(0, checkpoint.shape.spec.num_blocks)]
     if config.num_stages:
         split = layer_split(checkpoint, params, _options(config))
     utilisation = pipeline_utilisation(params, plan, max(config.num_stages, 1), config.streams)

@@ -18,7 +18,9 @@ from pavdm_dist.engine.order import Join, Unit
 from pavdm_dist.engine.stage import RowDone, Stage
 from pavdm_dist.engine.transport import LocalLink, TorchLink, warm_up
 from pavdm_dist.method.stream import Stream
-from pavdm_dist.models.stdit3 import STDiT3
+from pavdm_dist.models.catalog import load_backbone
+from pavdm_dist.models.devices import choose_device, choose_dtype
+from pavdm_dist.models.source import Source
 
 # Calls an actor serves at once: its loop, one waiting `take`, and short control calls.
 CONCURRENT_CALLS = 4
@@ -28,22 +30,31 @@ class StageActor:
     """Holds a :class:`Stage` and runs its loop in one long call, whose reference tells the driver it is alive.
 
     Args:
-        folder: backbone folder; only this stage's tensors are read.
-        blocks: half-block range.
+        source: the backbone, opened here; only this stage's tensors are read.
+        blocks: block range.
         device: ``cpu`` or ``cuda``.
         threads: intra-op threads.
         compiled: whether blocks are compiled.
+        dtype: of weights and of what travels between stages, see :func:`~pavdm_dist.models.devices.choose_dtype`.
     """
 
-    def __init__(self, folder: str, blocks: tuple[int, int], device: str, threads: int, compiled: bool) -> None:
+    def __init__(
+        self,
+        source: Source | str,
+        blocks: tuple[int, int],
+        device: str,
+        threads: int,
+        compiled: bool,
+        dtype: str = "auto",
+    ) -> None:
         self._threads = threads
         torch.set_num_threads(threads)
-        model = STDiT3.from_pretrained(folder, blocks)
-        if device != "cpu":
-            model = _to_device(model, device)
+        source = Source.of(source)
+        kind = choose_dtype(dtype, choose_device(device), source)
+        model = load_backbone(source, blocks, kind, device)
         if compiled:
             model.compile_repeated_blocks()
-        self._stage = Stage(model, blocks, device)
+        self._stage = Stage(model, blocks, device, kind)
         self._feed = EpochFeed()
         self._events: queue.SimpleQueue[tuple] = queue.SimpleQueue()
         self._links = Links(None, None, LocalLink())
@@ -143,16 +154,16 @@ class DecodeActor:
     """Decodes finished chunks of all streams while the stages go on sampling.
 
     Args:
-        folder: codec folder.
+        source: the codec, opened here.
         threads: intra-op threads.
         device: ``cpu`` or ``cuda``.
     """
 
-    def __init__(self, folder: str, threads: int, device: str) -> None:
+    def __init__(self, source: Source | str, threads: int, device: str) -> None:
         from pavdm_dist.codecs.wan import WanCodec
 
         torch.set_num_threads(threads)
-        self._codec = WanCodec.from_pretrained(folder, device=device)
+        self._codec = WanCodec.from_pretrained(source, device=device)
         self._decoders: dict[int, Any] = {}
 
     def open(self, stream: int, warm: Tensor | None) -> None:
@@ -168,15 +179,3 @@ class DecodeActor:
     def close(self, stream: int) -> None:
         """Drops a stream's cache."""
         self._decoders.pop(stream, None)
-
-
-def _to_device(model: STDiT3, device: str) -> STDiT3:
-    """Moves the loaded tensors; those of other stages stay on the meta device."""
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and not parameter.is_meta:
-                module._parameters[name] = torch.nn.Parameter(parameter.to(device), requires_grad=False)
-        for name, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                module._buffers[name] = buffer.to(device)
-    return model

@@ -16,6 +16,8 @@ class EngineOptions:
         num_stages: P, pipeline stages; each is one actor.
         layers_per_stage: half-blocks per stage; None balances by cost.
         balance: cost by ``estimated`` FLOP, or ``measured`` once on this machine and kept.
+        dtype: of weights and of what travels between stages: ``auto`` is what the checkpoint holds on GPUs, and
+            float32 on CPUs. Latents, levels and the Euler step are float32 always.
         threads_per_stage: intra-op threads of a stage; part of what makes bits reproducible on a CPU.
         cpus_per_stage, gpus_per_stage: logical Ray resources one stage takes; fractions share a CPU.
         cpus_per_decoder: logical CPUs of the decode actor; 0 lets it share a stage's.
@@ -32,6 +34,7 @@ class EngineOptions:
     num_stages: int
     layers_per_stage: Sequence[int] | None = None
     balance: str = "estimated"
+    dtype: str = "auto"
     threads_per_stage: int = 1
     cpus_per_stage: float = 1
     gpus_per_stage: float = 0

@@ -24,6 +24,7 @@ from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
 from pavdm_dist.method.microbatches import MicroBatches
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
+from pavdm_dist.models.source import Source
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +53,10 @@ class RayEngine:
     """P stage actors (and a decode actor) on a Ray cluster; use as a context manager.
 
     Args:
-        folder: backbone folder, readable on every node.
-        blocks: half-block range of each stage (:func:`~pavdm_dist.planning.partition.partition`).
+        source: the backbone, which every node opens for itself.
+        blocks: block range of each stage (:func:`~pavdm_dist.planning.partition.partition`).
         options: resources and limits.
-        codec_folder: codec for the decode actor; None makes none.
+        codec: of the decode actor; None makes none.
 
     Raises:
         EngineError: no cluster, not enough resources, or an actor did not come up.
@@ -63,10 +64,10 @@ class RayEngine:
 
     def __init__(
         self,
-        folder: str,
+        source: Source | str,
         blocks: Sequence[tuple[int, int]],
         options: EngineOptions,
-        codec_folder: str | None = None,
+        codec: Source | str | None = None,
     ) -> None:
         self._options, self._blocks = options, list(blocks)
         self._actors: list[Any] = []
@@ -83,7 +84,7 @@ class RayEngine:
         self._owns_ray = connect(options)
         try:
             self._group = place(options)
-            self._start(folder, codec_folder)
+            self._start(source, codec)
         except BaseException:
             self.close()
             raise
@@ -230,7 +231,7 @@ class RayEngine:
             ray.shutdown()
             self._owns_ray = False
 
-    def _start(self, folder: str, codec_folder: str | None) -> None:
+    def _start(self, source: Source | str, codec: Source | str | None) -> None:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -248,12 +249,12 @@ class RayEngine:
             actor(StageActor, i, options.cpus_per_stage, options.gpus_per_stage, CONCURRENT_CALLS) for i in range(world)
         ]
         for make, blocks in zip(stage, self._blocks, strict=True):
-            settings = (options.device, options.threads_per_stage, options.compile)
-            self._actors.append(make.remote(folder, blocks, *settings))
-        if codec_folder is not None:
+            settings = (options.device, options.threads_per_stage, options.compile, options.dtype)
+            self._actors.append(make.remote(source, blocks, *settings))
+        if codec is not None:
             own_bundle = world if options.cpus_per_decoder else world - 1
             make = actor(DecodeActor, own_bundle, options.cpus_per_decoder, 0, 1)
-            self.decoder = make.remote(codec_folder, options.threads_per_stage, "cpu")
+            self.decoder = make.remote(codec, options.threads_per_stage, "cpu")
         places = self._call([a.where.remote() for a in self._actors])
         self._places = [f"node {place['node']}, pid {place['pid']}" for place in places]
         host = places[0]["node"]

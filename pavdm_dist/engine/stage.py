@@ -48,13 +48,20 @@ class Stage:
         model: a backbone of which at least this stage's tensors are loaded.
         blocks: the range.
         device: where it computes.
+        dtype: what the model was loaded as, and what travels between stages; latents are float32 always.
     """
 
-    def __init__(self, model: Backbone, blocks: tuple[int, int], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        model: Backbone,
+        blocks: tuple[int, int],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.model, self.blocks, self.device = model, blocks, torch.device(device)
         self.first = blocks[0] == 0
         self.last = blocks[1] == model.spec.num_blocks
-        self.dtype = next(p.dtype for p in model.parameters() if not p.is_meta)  # type: ignore[attr-defined]
+        self.dtype = dtype
         self._texts = TextBank(model.project_text, self.device)
         self._streams: dict[int, Stream] = {}
         self._windows: dict[int, Window] = {}
@@ -115,9 +122,7 @@ class Stage:
         """Shapes of the activation that crosses a stage boundary for a unit."""
         stream = self._streams[unit.stream]
         grid = self._grid(stream, self._chunks(stream, unit.row, unit.chunk))
-        dim = self.model.spec.hidden_size
-        shapes = ((1, grid.frames, grid.tokens_per_frame, dim), (1, grid.frames, 6 * dim), (1, grid.frames, dim))
-        return Layout(shapes, self.dtype)
+        return Layout(self.model.activation_shapes(grid), self.dtype)
 
     def latents_layout(self, stream_id: int, row: int, chunk: int) -> Layout:
         """Shape of the latents that come back to the first stage as input of ``row``."""

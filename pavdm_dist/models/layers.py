@@ -167,6 +167,25 @@ class ScalarEmbedder(nn.Module):
         return self.mlp(sinusoid(values, self.FREQUENCIES).to(next(self.mlp.parameters()).dtype))
 
 
+class PatchEmbedding(nn.Module):
+    """One token per latent patch."""
+
+    def __init__(self, channels: int, dim: int, patch: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(channels, dim, kernel_size=patch, stride=patch)
+
+
+class Caption(nn.Module):
+    """Projects text to the model's width and holds the learned null text (``y_embedding``)."""
+
+    y_embedding: Tensor
+
+    def __init__(self, in_dim: int, dim: int, max_length: int) -> None:
+        super().__init__()
+        self.y_proj = MLP(in_dim, dim, dim)
+        self.register_buffer("y_embedding", torch.randn(max_length, in_dim) / in_dim**0.5)
+
+
 class STDiT3Block(nn.Module):
     """A half-block: self-attention (spatial or temporal), cross-attention to the text, MLP.
 

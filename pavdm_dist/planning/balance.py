@@ -14,11 +14,11 @@ from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.method.sampler import num_branches
 from pavdm_dist.method.schedule import WindowPlan
-from pavdm_dist.models.loading import check_module, load_config
-from pavdm_dist.models.stdit3 import OPTIONAL_TENSORS, STDiT3
+from pavdm_dist.models.loading import check_tensors
+from pavdm_dist.models.source import load_config
 from pavdm_dist.planning.costs import kept, profiled_costs
 from pavdm_dist.planning.forecast import Unit, makespan, rows_of, work
-from pavdm_dist.planning.partition import estimate_costs, partition, with_codec
+from pavdm_dist.planning.partition import partition, with_codec
 from pavdm_dist.request import SamplingParams
 
 
@@ -52,9 +52,9 @@ def layer_split(checkpoint: Checkpoint, params: SamplingParams, options: EngineO
         ConfigError: more stages than half-blocks, or ``layers_per_stage`` that does not add up.
         CheckpointError: a tensor of the backbone is missing or has the wrong size.
     """
-    with torch.device("meta"):
-        model = STDiT3(checkpoint.transformer_config)
-    check_module(model, checkpoint.transformer, optional=OPTIONAL_TENSORS)
+    model = checkpoint.shape
+    if checkpoint.has_weights:
+        check_tensors(model.state_dict(), checkpoint.transformer, optional=model.optional_tensors)
     size = params.latent_chunk_size
     frames, units_of_branch = (params.window_chunks + params.context_chunks) * size, params.plan(None).steps_per_shift
     if params.mode != "window":
@@ -65,12 +65,12 @@ def layer_split(checkpoint: Checkpoint, params: SamplingParams, options: EngineO
         if options.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("balance=measured: this process has no GPU to time blocks on; use balance=estimated")
         costs = profiled_costs(
-            checkpoint.transformer_config, params.plan(None), cells, params.info, options.threads_per_stage,
+            model, params.plan(None), cells, params.info, options.threads_per_stage,
             options.device, params.mode,
         )  # fmt: skip
         decode = profiled_decode(checkpoint, size, cells, options.threads_per_stage)
     else:
-        costs = estimate_costs(model.spec, model.grid(frames, *cells), model.spec.text_len)
+        costs = model.costs(model.grid(frames, *cells), model.spec.text_len)
         decode = size * decode_flop(checkpoint.vae, *cells)
     if not options.cpus_per_decoder:
         costs = with_codec(costs, decode / units_per_chunk)

@@ -22,10 +22,8 @@ from pavdm_dist.method.denoiser import memories_of, unit_context
 from pavdm_dist.method.microbatches import WHOLE
 from pavdm_dist.method.schedule import Mode, NoiseSchedule, WindowPlan
 from pavdm_dist.method.stream import Conditioning, Stream
-from pavdm_dist.models.base import FrameInfo
-from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
+from pavdm_dist.models.base import Backbone, Costs, FrameInfo
 from pavdm_dist.models.text_cache import TextBank
-from pavdm_dist.planning.partition import Costs
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +34,7 @@ def cache_folder() -> Path:
 
 
 def profiled_costs(
-    config: STDiT3Config,
+    shape: Backbone,
     plan: WindowPlan,
     cells: tuple[int, int],
     info: FrameInfo,
@@ -46,10 +44,10 @@ def profiled_costs(
 ) -> Costs:
     """Costs of a micro-batch in seconds, from the cache or measured now (some seconds).
 
-    All spatial half-blocks are alike, and all temporal ones: one of each is built, with random weights.
+    Blocks of a kind are alike: one of each is built, with random weights.
 
     Args:
-        config: shape of the model.
+        shape: the model, without its weights.
         plan: of the run; a full window is timed.
         cells: latent height and width.
         info: picture size and rate.
@@ -60,8 +58,8 @@ def profiled_costs(
     where = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_model()}, {threads} threads"
     window = (plan.window_chunks, plan.context_chunks, plan.latent_chunk_size)
     facts = {
-        "model": asdict(config), "window": window, "mode": mode, "cells": cells, "device": where,
-        "torch": torch.__version__,
+        "model": [type(shape).__name__, asdict(shape.config)], "window": window, "mode": mode, "cells": cells,
+        "device": where, "torch": torch.__version__,
     }  # fmt: skip
 
     def measure() -> dict[str, Any]:
@@ -69,29 +67,31 @@ def profiled_costs(
         torch.set_num_threads(threads)
         try:
             with torch.random.fork_rng():
-                model = STDiT3(replace(config, depth=1)).eval().requires_grad_(False).to(device)
-            shape = (config.in_channels, *cells)
-            costs = measure_costs(model, _stream(model, plan, shape, info, mode))
+                model = shape.shortened(torch.float32, device)
+            latents = (shape.spec.latent_channels, *cells)
+            costs = measure_costs(model, _stream(model, plan, latents, info, mode), device)
         finally:
             torch.set_num_threads(before)
-        return {"spatial": costs.blocks[0], "temporal": costs.blocks[1], "embed": costs.embed, "head": costs.head}
+        by_kind = dict(zip(model.spec.block_kinds, costs.blocks, strict=True))
+        return {**by_kind, "embed": costs.embed, "head": costs.head}
 
     found = kept("blocks", facts, measure)
-    return Costs((found["spatial"], found["temporal"]) * config.depth, found["embed"], found["head"])
+    return Costs(tuple(found[kind] for kind in shape.spec.block_kinds), found["embed"], found["head"])
 
 
 @torch.inference_mode()
-def measure_costs(model: STDiT3, stream: Stream, repeats: int = 5) -> Costs:
-    """Seconds of embed, every block and head on the model's device for one micro-batch of a full window.
+def measure_costs(model: Backbone, stream: Stream, device: torch.device | str = "cpu", repeats: int = 5) -> Costs:
+    """Seconds of embed, every block and head for one micro-batch of a full window.
 
     Median over the repeats of the mean over a row's noisy micro-batches, which attend to more or less.
 
     Args:
         model: wholly loaded.
         stream: its plan must reach a full window; mode displaced is timed between two exact rows.
+        device: the model's.
         repeats: rows that are timed, after one that is not.
     """
-    plan, device = stream.plan, next(model.parameters()).device
+    plan, device = stream.plan, torch.device(device)
     full = plan.window_chunks + plan.context_chunks
     row = next(row for row in plan.rows() if len(row.window) == full)
     units = [WHOLE] if stream.mode == "window" else list(row.chunks)
@@ -124,7 +124,7 @@ def measure_costs(model: STDiT3, stream: Stream, repeats: int = 5) -> Costs:
     return Costs(tuple(blocks), embed, head)
 
 
-def _stream(model: STDiT3, plan: WindowPlan, shape: tuple[int, int, int], info: FrameInfo, mode: Mode) -> Stream:
+def _stream(model: Backbone, plan: WindowPlan, shape: tuple[int, int, int], info: FrameInfo, mode: Mode) -> Stream:
     """A stream of noise and a full-length text, long enough for a full window, from text alone."""
     long_enough = plan.window_chunks + plan.context_chunks + 1
     plan = replace(plan, start="noise", end="drain", num_chunks=long_enough)

@@ -3,51 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from itertools import accumulate, pairwise
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.models.base import BackboneSpec, Grid
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Cost of one micro-batch, in any one unit (FLOP or seconds).
-
-    ``codec`` is what decoding adds per micro-batch to the last stage when the decoder shares its device.
-    """
-
-    blocks: tuple[float, ...]
-    embed: float = 0.0
-    head: float = 0.0
-    codec: float = 0.0
-
-    def stage(self, first: int, last: int) -> float:
-        """Cost of the stage that runs blocks ``first .. last - 1``."""
-        cost = sum(self.blocks[first:last])
-        cost += self.embed if first == 0 else 0.0
-        return cost + (self.head + self.codec if last == len(self.blocks) else 0.0)
-
-
-def estimate_costs(spec: BackboneSpec, grid: Grid, text_len: int) -> Costs:
-    """FLOP of every STDiT half-block, embed and head for one window; two per multiply-add."""
-    dim, frames, patches = spec.hidden_size, grid.frames, grid.tokens_per_frame
-    tokens = frames * patches
-    dense = tokens * dim * dim * (8 + 4 + 16)  # self-attention, cross-attention (q, out), MLP of ratio 4
-    cross = 4 * tokens * text_len * dim
-    spatial, temporal = (dense + cross + 4 * tokens * span * dim for span in (patches, frames))
-    patch_values = spec.latent_channels * spec.patch[1] * spec.patch[2]
-    embed = 2 * tokens * patch_values * dim + 2 * frames * dim * (256 + 7 * dim)
-    head = 2 * tokens * dim * 2 * patch_values
-    return Costs(tuple(temporal if i % 2 else spatial for i in range(spec.num_blocks)), embed, head)
+from pavdm_dist.models.base import Costs
 
 
 def partition(costs: Costs, num_stages: int, layers_per_stage: Sequence[int] | None = None) -> list[tuple[int, int]]:
     """Block ranges ``(first, last)`` of the stages, with the smallest possible slowest stage.
 
     Args:
-        costs: per block, embed, head (and codec where it shares the last stage's device).
+        costs: of a micro-batch.
         num_stages: P, at most the number of blocks.
         layers_per_stage: blocks per stage, chosen by the user; overrides the balance.
 
@@ -56,7 +24,7 @@ def partition(costs: Costs, num_stages: int, layers_per_stage: Sequence[int] | N
     """
     count = len(costs.blocks)
     if not 1 <= num_stages <= count:
-        raise ConfigError(f"num_stages={num_stages}: the model has {count} half-blocks, use 1 to {count} stages")
+        raise ConfigError(f"num_stages={num_stages}: the model has {count} blocks, use 1 to {count} stages")
     if layers_per_stage is not None:
         sizes = list(layers_per_stage)
         if len(sizes) != num_stages or sum(sizes) != count or min(sizes) < 1:
@@ -86,4 +54,4 @@ def partition(costs: Costs, num_stages: int, layers_per_stage: Sequence[int] | N
 
 def with_codec(costs: Costs, codec: float) -> Costs:
     """The same costs with a decoder on the last stage's device."""
-    return replace(costs, codec=codec)
+    return replace(costs, head=costs.head + codec)

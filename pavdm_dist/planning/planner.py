@@ -12,26 +12,20 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-import torch
-
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.config import ClusterConfig
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.sampler import num_branches
 from pavdm_dist.method.schedule import Mode, WindowPlan
-from pavdm_dist.models.stdit3 import STDiT3
+from pavdm_dist.models.base import Costs
 from pavdm_dist.planning.chart import draw_chart
 from pavdm_dist.planning.forecast import Row, Unit, makespan, rows_of, work
-from pavdm_dist.planning.partition import Costs, estimate_costs, partition
+from pavdm_dist.planning.partition import partition
 from pavdm_dist.planning.simulate import MAX_STAGES, Machine, bars, simulate
 from pavdm_dist.request import SamplingParams
 
 GIB = 2**30
 BYTES = 4  # stages compute in float32
-# Tokens-by-width buffers alive at once inside a block: input, modulated copy, queries, keys and values, their normed
-# and turned copies, attention's output, and the MLP's fourfold inner width twice (before and after GELU). Counted in
-# running stages: 13.6 to 14.6.
-ACTIVATION_COPIES = 14
 # Hidden states under way at a time: two received ahead and two being sent.
 MESSAGES = 4
 MAX_VIDEOS_IN_FLIGHT = 8
@@ -87,10 +81,10 @@ def choose(
     """
     _check(cluster)
     modes: list[Mode] = ["window"] if params.mode == "window" else [params.mode]
-    if params.mode == "window" and checkpoint.transformer_config.causal_trained and params.context_chunks <= 1:
+    if params.mode == "window" and checkpoint.shape.spec.causal_trained and params.context_chunks <= 1:
         modes.append("causal")
     job = _Job(checkpoint, params, plan)
-    limit = min(cluster.devices or 1, MAX_STAGES, 2 * checkpoint.transformer_config.depth)
+    limit = min(cluster.devices or 1, MAX_STAGES, checkpoint.shape.spec.num_blocks)
     setups = [job.setup(mode, stages, cluster) for mode in modes for stages in range(1, limit + 1)]
     fitting = [setup for setup in setups if max(setup.memory_gib) <= cluster.memory_gib]
     if not fitting:
@@ -120,8 +114,7 @@ class _Job:
     def __init__(self, checkpoint: Checkpoint, params: SamplingParams, plan: WindowPlan) -> None:
         self.params, self.plan = params, plan
         self.branches = num_branches(params.guidance_scale)
-        with torch.device("meta"):
-            self.model = STDiT3(checkpoint.transformer_config)
+        self.model = checkpoint.shape
         self.cells = checkpoint.codec_spec.latent_size(params.height, params.width)
         self.size = params.latent_chunk_size
         self.full = params.window_chunks + params.context_chunks
@@ -164,7 +157,7 @@ class _Job:
     def costs(self, chunks: int) -> Costs:
         """FLOP of a unit of so many chunks."""
         grid = self.model.grid(chunks * self.size, *self.cells)
-        return estimate_costs(self.model.spec, grid, self.model.spec.text_len)
+        return self.model.costs(grid, self.model.spec.text_len)
 
     def memory(self, mode: Mode, blocks: tuple[int, int], streams: int) -> float:
         """Bytes of one stage at its peak: weights, kept keys and values, activations, messages under way."""
@@ -174,14 +167,15 @@ class _Job:
         dim, tokens = self.model.spec.hidden_size, self.model.grid(self.size, *self.cells).tokens_per_frame
         chunk = self.size * tokens * dim
         text = 2 * self.branches * streams * self.model.spec.text_len * dim * (blocks[1] - blocks[0])
-        whole = ACTIVATION_COPIES * self.full * chunk
+        copies = self.model.spec.activation_copies
+        whole = copies * self.full * chunk
         if mode == "window":
             return BYTES * (weights + text + whole + MESSAGES * self.full * chunk)
-        temporal = sum(index % 2 for index in range(*blocks))
-        # Mode displaced keeps keys twice: as they are and turned to their place.
-        kept = (3 if mode == "displaced" else 2) * streams * self.branches * self.full * chunk * temporal
+        window = self.model.grid(self.full * self.size, *self.cells)
+        kept = streams * self.branches * sum(self.model.kv_values(window, block) for block in range(*blocks))
         if mode == "causal":
-            return BYTES * (weights + text + kept + (ACTIVATION_COPIES + MESSAGES) * chunk)
+            return BYTES * (weights + text + kept + (copies + MESSAGES) * chunk)
+        kept = kept * 3 // 2  # mode displaced keeps keys twice: as they are and turned to their place
         return BYTES * (weights + text + kept + whole + MESSAGES * self.full * chunk)
 
     def draw(self, setup: Setup, cluster: ClusterConfig) -> float:
