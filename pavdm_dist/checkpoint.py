@@ -128,7 +128,7 @@ class Checkpoint:
     @cached_property
     def dtype(self) -> torch.dtype:
         """The type the backbone's weights are stored in; float32 where there are none."""
-        return stored_dtype(self.transformer) if self.has_weights else torch.float32
+        return stored_dtype(self.transformer)
 
     def require_weights(self) -> None:
         """Refuses what can only be planned.

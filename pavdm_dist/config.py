@@ -66,6 +66,7 @@ class SampleConfig:
     include_input: bool = False  # the clip in front of the new frames in the output
     # the method
     model: str = "embedded"  # embedded, a checkpoint folder or a hub id
+    revision: str | None = None  # of a hub id: branch, tag or commit
     num_inference_steps: int | None = None  # T
     window_chunks: int | None = None  # W
     latent_chunk_size: int | None = None  # c
@@ -79,15 +80,22 @@ class SampleConfig:
     allow_untrained_causal: bool = False  # mode=causal although the weights never met its mask
     displaced: DisplacedConfig = field(default_factory=DisplacedConfig)  # of mode=displaced
     num_stages: int = 0  # 0 = in this process, without Ray
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: this process' GPU if there is one; stages: gpus_per_stage
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of weights; auto: as stored, float32 on CPUs
     threads_per_stage: int = 1
     streams: int = 1  # videos in flight
-    layers_per_stage: list[int] | None = None  # half-blocks of each stage; None = balanced by cost
+    layers_per_stage: list[int] | None = None  # blocks of each stage; None = balanced by cost
     balance: Literal["estimated", "measured"] = "estimated"  # cost by FLOP, or timed once here and kept
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     compile: bool = False  # stages compile their blocks first (torch.compile; GPUs, long videos); other last bits
     cpus_per_stage: float = 1.0  # Ray's logical CPUs
-    cpus_per_decoder: float = 0.0
-    gpus_per_stage: float = 0.0
+    gpus_per_stage: float = 0.0  # 1, or with backend=gloo a share; device=cuda means 1
+    decoder: Literal["auto", "cpu", "cuda", "shared"] = "auto"  # a GPU of its own or the last stage's; auto: cpu, or
+    # with num_stages=0 what samples
+    decoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    threads_per_decoder: int | None = None  # None = threads_per_stage
+    cpus_per_decoder: float = 0.0  # 0 = it shares the last stage's
+    gpus_per_decoder: float = 1.0  # of decoder=cuda
     ray_address: str | None = None  # None = RAY_ADDRESS, or a Ray of this process' own
     link_timeout_s: float = 300.0  # must exceed the slowest model call of a stage
     # what is written
@@ -104,6 +112,7 @@ class ClusterConfig:
     devices: int | None = None  # GPUs at hand; the planner speaks up when it is set
     memory_gib: float = 80.0  # of one
     tflops: float = 100.0  # what one sustains on this model
+    decoder_tflops: float = 0.05  # what a decoder on CPUs sustains (decoder=cpu)
     link_gib_per_s: float = 20.0  # between two of them
     link_latency_ms: float = 0.1
     videos: int = 1  # of the given length, all at hand from the start

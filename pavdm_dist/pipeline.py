@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.denoiser import StreamDenoiser
@@ -20,7 +21,12 @@ from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.schedule import PlanRow
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import CleanChunk, Window
-from pavdm_dist.planning.balance import layer_split, useful_stages
+from pavdm_dist.models.base import Backbone
+from pavdm_dist.models.catalog import load_backbone
+from pavdm_dist.models.devices import DTYPES, check_dtype, choose_device, choose_dtype, device_model
+from pavdm_dist.models.text_cache import TextBank
+from pavdm_dist.planning.forecast import useful_stages
+from pavdm_dist.planning.partition import layer_split
 from pavdm_dist.request import SamplingParams, VideoRequest, build_stream
 
 logger = logging.getLogger(__name__)
@@ -64,9 +70,19 @@ class PAVDMPipeline:
         threads_per_stage: intra-op threads, also of this process when ``num_stages`` is 0. Part of what makes
             results reproducible to the bit on a CPU.
         engine: further options of the engine; ``num_stages`` and ``threads_per_stage`` are taken from above.
+        dtype: of the weights; ``auto`` is what the checkpoint holds on a GPU, and float32 on a CPU.
+        device: ``auto`` is this process' GPU where it has one, and with stages what ``engine`` says; ``cuda`` gives
+            every stage a GPU.
+        decoder: without stages, the device that decodes; ``shared`` (or ``auto``) is the one that samples.
+        decoder_dtype: without stages, what the codec computes in.
 
     Attributes:
         resyncs: by video of the last run, rows that adaptive re-sync of mode displaced has made exact.
+        device_name: model of what samples, once it does.
+
+    Raises:
+        CheckpointError: a model without weights.
+        ConfigError: a device that is not there, or a type it cannot compute in.
     """
 
     def __init__(
@@ -75,13 +91,21 @@ class PAVDMPipeline:
         num_stages: int = 0,
         threads_per_stage: int = 1,
         engine: EngineOptions | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        decoder: str = "auto",
+        decoder_dtype: str = "float32",
     ) -> None:
+        checkpoint.require_weights()
         self.checkpoint, self.num_stages, self.threads_per_stage = checkpoint, num_stages, threads_per_stage
         self.engine: EngineOptions | None = None
         self.resyncs: dict[int, tuple[int, ...]] = {}
+        self._decoder, self._decoder_dtype = decoder, decoder_dtype
+        self._options: EngineOptions | None = None
         if num_stages:
             options = engine or EngineOptions(num_stages)
-            self.engine = replace(options, num_stages=num_stages, threads_per_stage=threads_per_stage)
+            self._options = replace(options, num_stages=num_stages, threads_per_stage=threads_per_stage)
+        self._use(dtype, device)
 
     @classmethod
     def from_pretrained(
@@ -91,14 +115,55 @@ class PAVDMPipeline:
         num_stages: int = 0,
         threads_per_stage: int = 1,
         engine: EngineOptions | None = None,
+        torch_dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
         revision: str | None = None,
     ) -> PAVDMPipeline:
         """Opens the model that ships with the package (``embedded``), a folder or a hub id.
 
+        Args:
+            model: which.
+            revision: of a hub id: branch, tag or commit.
+            num_stages, threads_per_stage, engine, torch_dtype, device: of this class; ``torch_dtype`` is its ``dtype``.
+
         Raises:
             CheckpointError: not a model this package runs.
+            ConfigError: a device that is not there, or a type it cannot compute in.
         """
-        return cls(Checkpoint.open(model, revision), num_stages, threads_per_stage, engine)
+        checkpoint = Checkpoint.open(model, revision)
+        return cls(checkpoint, num_stages, threads_per_stage, engine, torch_dtype, device)
+
+    def to(self, *targets: str | torch.device | torch.dtype) -> PAVDMPipeline:
+        """Another device, another type, or both, from the next call on; returns itself, as diffusers' pipelines do."""
+        dtype, device = self._wanted
+        for target in targets:
+            if isinstance(target, torch.dtype):
+                dtype = target
+            else:
+                device = target
+        self._use(dtype, device)
+        return self
+
+    def _use(self, dtype: str | torch.dtype, device: str | torch.device) -> None:
+        """Settles where what is computed, and refuses what cannot be; nothing is loaded yet."""
+        self._loaded: tuple[Backbone, WanCodec] | None = None
+        self._wanted = dtype, device
+        if self._options is None:
+            self._place = choose_device(device)
+            self._weights = choose_dtype(dtype, self._place, self.checkpoint.transformer)
+            self.device_name = device_model(self._place)
+            shared = self._decoder in ("auto", "shared")
+            self._codec_place = self._place if shared else choose_device(self._decoder, "decoder")
+            check_dtype("decoder_dtype", self._decoder_dtype, self._codec_place)
+            return
+        kind, gpus = str(device).partition(":")[0], self._options.gpus_per_stage
+        if kind not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device={device}: must be auto, cpu or cuda")
+        if kind == "cpu" and gpus:
+            raise ConfigError(f"device=cpu: gpus_per_stage={gpus:g} gives every stage a GPU; drop one")
+        name = self._options.dtype if dtype == "auto" else str(dtype).removeprefix("torch.")
+        self.engine = replace(self._options, gpus_per_stage=gpus or float(kind == "cuda"), dtype=name)
+        self.device_name = self.engine.device
 
     def __call__(
         self,
@@ -215,7 +280,7 @@ class PAVDMPipeline:
             yield VideoChunk(number, clean.index, frames, clean.latents, last=wanted[number] == 0)
 
     def split(self, params: SamplingParams) -> list[tuple[int, int]]:
-        """Half-block range of each stage, balanced by estimated cost for the run's full window."""
+        """Block range of each stage, balanced by estimated cost for the run's full window."""
         assert self.engine is not None
         return layer_split(self.checkpoint, params, self.engine)
 
@@ -225,15 +290,16 @@ class PAVDMPipeline:
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads_per_stage)
         try:
-            model, codec = self.checkpoint.backbone, self.checkpoint.codec
+            model, codec = self._models()
             for stream in streams:
                 decoder = codec.decoder()
                 if stream.warm is not None:
                     decoder.warm(stream.warm)
                 callback = None if on_step is None else self._step_callback(stream, on_step)
-                denoise = StreamDenoiser(model, stream)
-                for clean in sample(stream.window(), denoise, stream.guidance_scale, callback):
+                denoise = StreamDenoiser(model, stream, TextBank(model.project_text, self._place))
+                for clean in sample(stream.window(self._place), denoise, stream.guidance_scale, callback):
                     frames = decoder.decode(clean.latents)
+                    clean = CleanChunk(clean.index, clean.latents.cpu())
                     self.resyncs[stream.id] = tuple(sorted(denoise.batches.exact_rows))
                     # The consumer's own thread count while it works; ours again, whatever it did, for the next row.
                     torch.set_num_threads(before)
@@ -242,6 +308,14 @@ class PAVDMPipeline:
                     torch.set_num_threads(self.threads_per_stage)
         finally:
             torch.set_num_threads(before)
+
+    def _models(self) -> tuple[Backbone, WanCodec]:
+        if self._loaded is None:
+            self._loaded = (
+                load_backbone(self.checkpoint.transformer, None, self._weights, self._place),
+                WanCodec.from_pretrained(self.checkpoint.vae, self._codec_place, DTYPES[self._decoder_dtype]),
+            )
+        return self._loaded
 
     def _on_stages(
         self, streams: Iterator[Stream], params: SamplingParams, in_flight: int
@@ -258,6 +332,7 @@ class PAVDMPipeline:
                 len(blocks), in_flight, params.mode, useful,
             )  # fmt: skip
         with RayEngine(self.checkpoint.transformer, blocks, self.engine, self.checkpoint.vae) as engine:
+            self.device_name = ", ".join(engine.devices)
             for finished in engine.run(streams, in_flight):
                 assert finished.frames is not None
                 self.resyncs[finished.stream] = engine.exact_rows(finished.stream)

@@ -24,6 +24,8 @@ _POSITIVE = (
     "latent_chunk_size",
     "time_shift",
     "threads_per_stage",
+    "threads_per_decoder",
+    "gpus_per_decoder",
     "streams",
     "link_timeout_s",
     "chunks_per_segment",
@@ -36,6 +38,17 @@ _NOT_NEGATIVE = (
     "cpus_per_stage",
     "cpus_per_decoder",
     "gpus_per_stage",
+)
+# What a run without stages would not read.
+_OF_STAGES = (
+    "cpus_per_stage",
+    "gpus_per_stage",
+    "threads_per_decoder",
+    "cpus_per_decoder",
+    "gpus_per_decoder",
+    "backend",
+    "ray_address",
+    "link_timeout_s",
 )
 
 
@@ -122,6 +135,13 @@ def _check_stages(config: SampleConfig) -> None:
         raise ConfigError(
             "compile=true: there are no stages to compile for with num_stages=0; set num_stages=1 or more"
         )
+    for name in () if config.num_stages else _OF_STAGES:
+        value = getattr(config, name)
+        if value != getattr(SampleConfig, name):
+            instead = "; device=cuda samples on this process' GPU" if name == "gpus_per_stage" else ""
+            raise ConfigError(f"{name}={value}: is for stages, there are none with num_stages=0{instead}")
+    if config.device == "cpu" and config.gpus_per_stage:
+        raise ConfigError(f"device=cpu: gpus_per_stage={config.gpus_per_stage:g} gives every stage a GPU; drop one")
     if split is None:
         return
     if config.num_stages and len(split) != config.num_stages:
@@ -129,4 +149,4 @@ def _check_stages(config: SampleConfig) -> None:
     if not config.num_stages:
         raise ConfigError(f"layers_per_stage={split}: has no meaning with num_stages=0, set num_stages={len(split)}")
     if min(split) < 1:
-        raise ConfigError(f"layers_per_stage={split}: each stage needs at least 1 half-block")
+        raise ConfigError(f"layers_per_stage={split}: each stage needs at least 1 block")

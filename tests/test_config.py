@@ -136,7 +136,7 @@ def test_dumped_yaml_reads_back_equal(tmp_path: Path, text: str) -> None:
         (["prompt=x", "include_input=true"], "there is no input"),
         (["prompt=x", "layers_per_stage=[2, 2]"], "set num_stages=2"),
         (["prompt=x", "num_stages=3", "layers_per_stage=[2, 2]"], "2 entries for num_stages=3"),
-        (["prompt=x", "num_stages=2", "layers_per_stage=[0, 2]"], "at least 1 half-block"),
+        (["prompt=x", "num_stages=2", "layers_per_stage=[0, 2]"], "at least 1 block"),
         (["prompt=x", "prompt_schedule=[{from_chunk: 0, prompt: y}]"], "from_chunk=0 must be above 0"),
         (
             ["prompt=x", "prompt_schedule=[{from_chunk: 4, prompt: y}, {from_chunk: 4, prompt: z}]"],

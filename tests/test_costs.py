@@ -18,7 +18,8 @@ from pavdm_dist.method.stream import Stream
 from pavdm_dist.models.base import Costs, FrameInfo
 from pavdm_dist.models.kv_cache import ChunkMemory, DisplacedMemory
 from pavdm_dist.planning import costs
-from pavdm_dist.planning.balance import layer_split, useful_stages
+from pavdm_dist.planning.forecast import useful_stages
+from pavdm_dist.planning.partition import layer_split
 from pavdm_dist.request import SamplingParams
 
 INFO = FrameInfo(32, 48, 24)
@@ -84,7 +85,6 @@ def test_the_cut_follows_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
     params = SamplingParams.resolve(checkpoint)
     times = {"blocks": {"spatial": 3.0, "temporal": 1.0, "embed": 0.0, "head": 0.0}, "decode": {"seconds": 24.0}}
     monkeypatch.setattr(costs, "kept", lambda kind, facts, measure: times[kind])
-    monkeypatch.setattr("pavdm_dist.planning.balance.kept", lambda kind, facts, measure: times[kind])
     options = EngineOptions(2, balance="measured", cpus_per_decoder=1)
     assert layer_split(checkpoint, params, options) == [(0, 2), (2, 4)]
     # A chunk is decoded once in two rows of two branches: six seconds of the last stage a unit.
@@ -98,7 +98,8 @@ def test_the_cut_follows_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
 def test_decoding_is_timed_too(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path / "model"))
     free = {"spatial": 1e-9, "temporal": 1e-9, "embed": 0.0, "head": 0.0}
-    monkeypatch.setattr(costs, "kept", lambda kind, facts, measure: free)
+    kept = costs.kept
+    monkeypatch.setattr(costs, "kept", lambda kind, *rest: free if kind == "blocks" else kept(kind, *rest))
     split = layer_split(checkpoint, SamplingParams.resolve(checkpoint), EngineOptions(2, balance="measured"))
     assert split == [(0, 3), (3, 4)]
     (file,) = cache.iterdir()

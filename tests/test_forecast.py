@@ -9,7 +9,7 @@ from plans import many
 
 from pavdm_dist.method.microbatches import Displaced
 from pavdm_dist.method.schedule import Mode, WindowPlan
-from pavdm_dist.planning.forecast import Unit, makespan, rows_of, work
+from pavdm_dist.planning.forecast import UnitTime, makespan, rows_of, work
 from pavdm_dist.planning.simulate import Machine, simulate
 
 NEVER = Displaced(None, exact_growing=False)
@@ -22,9 +22,9 @@ def both(
     plan = WindowPlan(30, 6, 1, 1, num_chunks=chunks)
     found = simulate([plan] * videos, mode, branches, streams, machine, displaced)
 
-    def unit(held: int) -> Unit:
+    def unit(held: int) -> UnitTime:
         stages = tuple(seconds * held for seconds in machine.stage_seconds)
-        return Unit(stages, machine.link_chunk_s * held, machine.link_latency_s)
+        return UnitTime(stages, machine.link_chunk_s * held, machine.link_latency_s)
 
     rows = rows_of(plan, mode, displaced)
     seconds = makespan(rows, branches, streams, videos, unit)

@@ -14,18 +14,21 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.config import PlanConfig, SampleConfig, to_dict
+from pavdm_dist.config import ClusterConfig, PlanConfig, SampleConfig, to_dict
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.io.encode import as_rate, check_size, require_libx264
 from pavdm_dist.io.latents import LatentsHash, LatentsWriter
-from pavdm_dist.io.metadata import Sidecar, cpu_model, sidecar_path
+from pavdm_dist.io.metadata import Sidecar, sidecar_path
 from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.io.storage import check_output, exists, join, remove
 from pavdm_dist.method.microbatches import Displaced
+from pavdm_dist.method.schedule import WindowPlan
+from pavdm_dist.models.devices import DTYPES
 from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk
 from pavdm_dist.planning import planner
-from pavdm_dist.planning.balance import layer_split, pipeline_utilisation, useful_stages
+from pavdm_dist.planning.forecast import pipeline_utilisation, useful_stages
+from pavdm_dist.planning.partition import layer_split
 from pavdm_dist.request import SamplingParams, VideoRequest, check_prompts, clip_frames_needed, input_frames
 from pavdm_dist.validate import frames_wanted
 
@@ -115,7 +118,7 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
 
     With ``cluster.devices`` the planner says how to use them (:mod:`pavdm_dist.planning.planner`).
     """
-    checkpoint = Checkpoint.open(config.model)
+    checkpoint = Checkpoint.open(config.model, config.revision)
     params = _params(config, checkpoint)
     spec, size = checkpoint.codec_spec, params.latent_chunk_size
     if chunks is None:
@@ -146,8 +149,16 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
         "pipeline_utilisation": round(utilisation, 4),
         "useful_stages": useful_stages(params, config.streams),
         "sampling": asdict(params),
-        **({} if cluster is None else {"cluster": planner.report(checkpoint, params, plan, cluster)}),
+        **({} if cluster is None else {"cluster": _cluster_report(config, cluster, checkpoint, params, plan)}),
     }
+
+
+def _cluster_report(
+    config: SampleConfig, cluster: ClusterConfig, checkpoint: Checkpoint, params: SamplingParams, plan: WindowPlan
+) -> dict[str, Any]:
+    """What the planner says; a cluster's devices are GPUs, which hold the weights as they are stored."""
+    dtype = checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
+    return planner.report(checkpoint, params, plan, cluster, dtype, _decoder(config))
 
 
 class _VideoWriter:
@@ -207,7 +218,7 @@ class _VideoWriter:
             fps=params.fps,
             height=params.height,
             width=params.width,
-            device=_device(self._pipeline),
+            device=self._pipeline.device_name,
             threads=self._config.threads_per_stage,
             chunk_seconds=self._chunk_seconds,
             latents_sha256=self._hash.hexdigest(),
@@ -227,8 +238,18 @@ class _VideoWriter:
 
 
 def _pipeline(config: SampleConfig) -> PAVDMPipeline:
+    checkpoint = Checkpoint.open(config.model, config.revision)
     engine = _options(config) if config.num_stages else None
-    return PAVDMPipeline(Checkpoint.open(config.model), config.num_stages, config.threads_per_stage, engine)
+    return PAVDMPipeline(
+        checkpoint,
+        config.num_stages,
+        config.threads_per_stage,
+        engine,
+        config.dtype,
+        config.device,
+        config.decoder,
+        config.decoder_dtype,
+    )
 
 
 def _options(config: SampleConfig) -> EngineOptions:
@@ -237,15 +258,25 @@ def _options(config: SampleConfig) -> EngineOptions:
         layers_per_stage=config.layers_per_stage,
         balance=config.balance,
         compile=config.compile,
+        dtype=config.dtype,
         threads_per_stage=config.threads_per_stage,
         cpus_per_stage=config.cpus_per_stage,
-        gpus_per_stage=config.gpus_per_stage,
+        gpus_per_stage=config.gpus_per_stage or float(config.device == "cuda"),
+        decoder=_decoder(config),
+        decoder_dtype=config.decoder_dtype,
+        threads_per_decoder=config.threads_per_decoder,
         cpus_per_decoder=config.cpus_per_decoder,
+        gpus_per_decoder=config.gpus_per_decoder,
         backend=config.backend,
         link_timeout_s=config.link_timeout_s,
         ray_address=config.ray_address,
         trace_file=config.trace,
     )
+
+
+def _decoder(config: SampleConfig) -> str:
+    """Where chunks from stages are decoded."""
+    return "cpu" if config.decoder == "auto" else config.decoder
 
 
 def _params(config: SampleConfig, checkpoint: Checkpoint) -> SamplingParams:
@@ -315,9 +346,3 @@ def _slug(prompt: str) -> str:
 
 def _latents_path(output: str) -> str:
     return output[: -len(".mp4")] + ".safetensors"
-
-
-def _device(pipeline: PAVDMPipeline) -> str:
-    if pipeline.engine is not None and pipeline.engine.device == "cuda":
-        return "cuda"
-    return f"cpu {cpu_model()}"

@@ -16,10 +16,10 @@ from torch import Tensor
 from pavdm_dist.engine.loop import EpochFeed, Links, RunReport, StageRunner
 from pavdm_dist.engine.order import Join, Unit
 from pavdm_dist.engine.stage import RowDone, Stage
-from pavdm_dist.engine.transport import LocalLink, TorchLink, warm_up
+from pavdm_dist.engine.transport import HostStagedLink, Link, LocalLink, TorchLink, warm_up
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.models.catalog import load_backbone
-from pavdm_dist.models.devices import choose_device, choose_dtype
+from pavdm_dist.models.devices import DTYPES, check_dtype, choose_device, choose_dtype, device_model
 from pavdm_dist.models.source import Source
 
 # Calls an actor serves at once: its loop, one waiting `take`, and short control calls.
@@ -62,10 +62,11 @@ class StageActor:
         self._store: Any = None
 
     def where(self) -> dict[str, Any]:
-        """Node address and process, for placement checks and error messages."""
+        """Node address, process and device, for placement checks, error messages and the sidecar."""
         import ray
 
-        return {"node": ray.util.get_node_ip_address(), "pid": os.getpid()}
+        device = device_model(self._stage.device)
+        return {"node": ray.util.get_node_ip_address(), "pid": os.getpid(), "device": device}
 
     def open_store(self, host: str) -> int:
         """Rank 0: opens the rendezvous store on a free port and returns it. The store lives as long as the actor."""
@@ -90,8 +91,11 @@ class StageActor:
         # Opposite directions between two ranks must not share a group: without tags their messages could mix.
         forward, feedback = dist.new_group(timeout=timeout), dist.new_group(timeout=timeout)
 
+        # gloo carries what is in host memory only.
+        device = torch.device("cpu") if backend == "gloo" else self._stage.device
+
         def link(group: Any, peer: int) -> TorchLink:
-            return TorchLink(group, peer, self._stage.device, timeout_s=timeout_s)
+            return TorchLink(group, peer, device, timeout_s=timeout_s)
 
         upstream = link(forward, rank - 1) if rank > 0 else None
         downstream = link(forward, rank + 1) if rank < world - 1 else None
@@ -102,7 +106,10 @@ class StageActor:
             warm_up(downstream, generation, sender=True)
         if back is not None:
             warm_up(back, generation, sender=rank != 0)
-        self._links = Links(upstream, downstream, back)
+        links: list[Link | None] = [upstream, downstream, back]
+        if device != self._stage.device:
+            links = [link and HostStagedLink(link, self._stage.device) for link in (upstream, downstream, back)]
+        self._links = Links(*links)
 
     def prepare(self, stream: Stream) -> None:
         """Takes a stream in; must be acknowledged by all stages before its join is sealed."""
@@ -157,13 +164,16 @@ class DecodeActor:
         source: the codec, opened here.
         threads: intra-op threads.
         device: ``cpu`` or ``cuda``.
+        dtype: what it computes in.
     """
 
-    def __init__(self, source: Source | str, threads: int, device: str) -> None:
+    def __init__(self, source: Source | str, threads: int, device: str, dtype: str = "float32") -> None:
         from pavdm_dist.codecs.wan import WanCodec
 
         torch.set_num_threads(threads)
-        self._codec = WanCodec.from_pretrained(source, device=device)
+        chosen = choose_device(device)
+        check_dtype("decoder_dtype", dtype, chosen)
+        self._codec = WanCodec.from_pretrained(source, chosen, DTYPES[dtype])
         self._decoders: dict[int, Any] = {}
 
     def open(self, stream: int, warm: Tensor | None) -> None:

@@ -58,6 +58,9 @@ class RayEngine:
         options: resources and limits.
         codec: of the decode actor; None makes none.
 
+    Attributes:
+        devices: models of what the stages compute on.
+
     Raises:
         EngineError: no cluster, not enough resources, or an actor did not come up.
     """
@@ -71,6 +74,7 @@ class RayEngine:
     ) -> None:
         self._options, self._blocks = options, list(blocks)
         self._actors: list[Any] = []
+        self.devices: list[str] = []
         self._loops: list[Any] = []
         self._group: Any = None
         self._taking: Any = None
@@ -246,17 +250,17 @@ class RayEngine:
             )
 
         stage = [
-            actor(StageActor, i, options.cpus_per_stage, options.gpus_per_stage, CONCURRENT_CALLS) for i in range(world)
+            actor(StageActor, i, options.cpus_per_stage, options.stage_gpus(i), CONCURRENT_CALLS) for i in range(world)
         ]
         for make, blocks in zip(stage, self._blocks, strict=True):
             settings = (options.device, options.threads_per_stage, options.compile, options.dtype)
             self._actors.append(make.remote(source, blocks, *settings))
         if codec is not None:
-            own_bundle = world if options.cpus_per_decoder else world - 1
-            make = actor(DecodeActor, own_bundle, options.cpus_per_decoder, 0, 1)
-            self.decoder = make.remote(codec, options.threads_per_stage, "cpu")
+            make = actor(DecodeActor, options.decoder_bundle, options.cpus_per_decoder, options.decoder_gpus, 1)
+            self.decoder = make.remote(codec, options.decoder_threads, options.decoder_device, options.decoder_dtype)
         places = self._call([a.where.remote() for a in self._actors])
         self._places = [f"node {place['node']}, pid {place['pid']}" for place in places]
+        self.devices = sorted({place["device"] for place in places})
         host = places[0]["node"]
         port = self._call([self._actors[0].open_store.remote(host)])[0] if world > 1 else 0
         self._call(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.models.loading import stored_dtype
 from pavdm_dist.models.source import Source
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def choose_device(device: str | torch.device) -> torch.device:
-    """The device of a name; ``auto`` is the GPU where this process sees one, else the CPU.
+def choose_device(device: str | torch.device, field: str = "device") -> torch.device:
+    """The device of a name, the value of a setting; ``auto`` is this process' GPU where it has one, else the CPU.
 
     Raises:
         ConfigError: a GPU that is not there, or no such device.
@@ -22,9 +23,9 @@ def choose_device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise ConfigError(f"device={device}: must be auto, cpu or cuda") from error
+        raise ConfigError(f"{field}={device}: must be auto, cpu or cuda") from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device={device}: this process sees {torch.cuda.device_count()} GPUs; use device=cpu")
+        raise ConfigError(f"{field}={device}: this process sees {torch.cuda.device_count()} GPUs; use {field}=cpu")
     return chosen
 
 
@@ -41,6 +42,11 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device, source: Source)
         raise ConfigError(f"dtype={name}: must be auto, {', '.join(list(DTYPES)[:-1])} or {list(DTYPES)[-1]}")
     check_dtype("dtype", name, device)
     return DTYPES[name]
+
+
+def device_model(device: torch.device) -> str:
+    """What its bits depend on: the model of the GPU, or ``cpu`` and that of the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {cpu_model()}"
 
 
 def check_dtype(field: str, name: str, device: torch.device) -> None:

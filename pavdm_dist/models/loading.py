@@ -79,11 +79,12 @@ def stored_tensors(source: Place, want: Choose | None = None) -> dict[str, Store
 
 
 def stored_dtype(source: Place) -> torch.dtype:
-    """The type that most of the numbers in the files have: bfloat16, float16 or else float32."""
+    """The type that most of the numbers in the files have: bfloat16, float16, or else (and where there are no files)
+    float32."""
     sizes = Counter[str]()
-    for tensor in stored_tensors(source).values():
+    for tensor in stored_tensors(source).values() if has_weights(source) else ():
         sizes[tensor.dtype] += math.prod(tensor.shape)
-    return _DTYPES.get(max(sizes, key=lambda name: sizes[name]), torch.float32)
+    return _DTYPES.get(max(sizes, key=lambda name: sizes[name], default=""), torch.float32)
 
 
 def read_tensors(

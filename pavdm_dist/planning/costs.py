@@ -1,4 +1,4 @@
-"""Seconds of half-blocks, embedding and head on this machine, measured once per (model, shape, device) and kept."""
+"""What a micro-batch and decoding cost: in FLOP, from shapes alone, or in seconds, measured here once and kept."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.wan import WanCodec, decode_flop
 from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.io.storage import atomic_write
 from pavdm_dist.method.denoiser import memories_of, unit_context
@@ -23,6 +25,7 @@ from pavdm_dist.method.microbatches import WHOLE
 from pavdm_dist.method.schedule import Mode, NoiseSchedule, WindowPlan
 from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.models.base import Backbone, Costs, FrameInfo
+from pavdm_dist.models.source import load_config
 from pavdm_dist.models.text_cache import TextBank
 
 logger = logging.getLogger(__name__)
@@ -33,6 +36,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pavdm_dist" / "costs"
 
 
+def estimated_costs(shape: Backbone, frames: int, cells: tuple[int, int]) -> Costs:
+    """FLOP of a micro-batch of so many latent frames, with the longest text; ``cells``: latent height and width."""
+    return shape.costs(shape.grid(frames, *cells), shape.spec.text_len)
+
+
+def estimated_decode(checkpoint: Checkpoint, size: int, cells: tuple[int, int]) -> float:
+    """FLOP of decoding a chunk of ``size`` latents."""
+    return size * decode_flop(checkpoint.vae, *cells)
+
+
+def with_codec(costs: Costs, codec: float) -> Costs:
+    """The same costs with a decoder on the last stage's device, which takes ``codec`` per micro-batch."""
+    return replace(costs, head=costs.head + codec)
+
+
 def profiled_costs(
     shape: Backbone,
     plan: WindowPlan,
@@ -41,6 +59,7 @@ def profiled_costs(
     threads: int,
     device: str = "cpu",
     mode: Mode = "window",
+    dtype: torch.dtype = torch.float32,
 ) -> Costs:
     """Costs of a micro-batch in seconds, from the cache or measured now (some seconds).
 
@@ -54,12 +73,12 @@ def profiled_costs(
         threads: intra-op threads of a stage.
         device: ``cpu`` or ``cuda``.
         mode: a micro-batch is a window, or a chunk that attends to what others left.
+        dtype: of the weights.
     """
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_model()}, {threads} threads"
     window = (plan.window_chunks, plan.context_chunks, plan.latent_chunk_size)
     facts = {
         "model": [type(shape).__name__, asdict(shape.config)], "window": window, "mode": mode, "cells": cells,
-        "device": where, "torch": torch.__version__,
+        "device": _where(device, threads), "dtype": str(dtype), "torch": torch.__version__,
     }  # fmt: skip
 
     def measure() -> dict[str, Any]:
@@ -67,7 +86,7 @@ def profiled_costs(
         torch.set_num_threads(threads)
         try:
             with torch.random.fork_rng():
-                model = shape.shortened(torch.float32, device)
+                model = shape.shortened(dtype, device)
             latents = (shape.spec.latent_channels, *cells)
             costs = measure_costs(model, _stream(model, plan, latents, info, mode), device)
         finally:
@@ -139,6 +158,49 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def profiled_decode(
+    checkpoint: Checkpoint,
+    size: int,
+    cells: tuple[int, int],
+    threads: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """Seconds of decoding one chunk in a running video on this machine, measured once and kept.
+
+    Args:
+        checkpoint: its codec.
+        size: latents of a chunk.
+        cells: latent height and width.
+        threads: intra-op threads of the decoder.
+        device, dtype: what it computes on, and in.
+    """
+    facts = {
+        "vae": load_config(checkpoint.vae), "size": size, "cells": cells,
+        "device": _where(device, threads), "dtype": str(dtype), "torch": torch.__version__,
+    }  # fmt: skip
+
+    def measure() -> dict[str, float]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            codec = WanCodec.from_pretrained(checkpoint.vae, device, dtype)
+            decoder, times = codec.decoder(), list[float]()
+            for _ in range(4):
+                started = time.perf_counter()
+                decoder.decode(torch.zeros(checkpoint.codec_spec.latent_channels, size, *cells))
+                times.append(time.perf_counter() - started)
+        finally:
+            torch.set_num_threads(before)
+        return {"seconds": statistics.median(times[1:])}
+
+    return kept("decode", facts, measure)["seconds"]
+
+
+def _where(device: str, threads: int) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"{cpu_model()}, {threads} threads"
 
 
 def kept(kind: str, facts: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

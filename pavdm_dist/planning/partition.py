@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from itertools import accumulate, pairwise
 
+import torch
+
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.method.sampler import num_branches
 from pavdm_dist.models.base import Costs
+from pavdm_dist.models.devices import DTYPES, choose_dtype
+from pavdm_dist.models.loading import check_tensors
+from pavdm_dist.planning.costs import (
+    estimated_costs,
+    estimated_decode,
+    profiled_costs,
+    profiled_decode,
+    with_codec,
+)
+from pavdm_dist.request import SamplingParams
 
 
 def partition(costs: Costs, num_stages: int, layers_per_stage: Sequence[int] | None = None) -> list[tuple[int, int]]:
@@ -52,6 +66,51 @@ def partition(costs: Costs, num_stages: int, layers_per_stage: Sequence[int] | N
     return list(pairwise([0, *best(0, num_stages)[2]]))
 
 
-def with_codec(costs: Costs, codec: float) -> Costs:
-    """The same costs with a decoder on the last stage's device."""
-    return replace(costs, head=costs.head + codec)
+def layer_split(checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions) -> list[tuple[int, int]]:
+    """Block range of each stage for a run's full window; reads shapes only, no weights of the backbone.
+
+    With ``balance=measured`` some seconds are spent on timing a block of each kind with random weights, and the codec,
+    where that has not been done before. A decoder that computes on the last stage's device counts there.
+
+    Raises:
+        ConfigError: more stages than blocks, or ``layers_per_stage`` that does not add up.
+        CheckpointError: a tensor of the backbone is missing or has the wrong size.
+    """
+    model = checkpoint.shape
+    if checkpoint.has_weights:
+        check_tensors(model.state_dict(), checkpoint.transformer, optional=model.optional_tensors)
+    cells = checkpoint.codec_spec.latent_size(params.height, params.width)
+    costs, decode = _costs(checkpoint, params, options, cells)
+    if options.decoder_slows_last_stage:
+        costs = with_codec(costs, decode / units_per_chunk(params))
+    return partition(costs, options.num_stages, options.layers_per_stage)
+
+
+def units_per_chunk(params: SamplingParams) -> int:
+    """Micro-batches of a full window from one finished chunk to the next."""
+    branches, plan = num_branches(params.guidance_scale), params.plan(None)
+    return branches * (
+        plan.steps_per_shift if params.mode == "window" else params.num_inference_steps + params.context_chunks
+    )
+
+
+def _costs(
+    checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions, cells: tuple[int, int]
+) -> tuple[Costs, float]:
+    """Costs of a micro-batch and of decoding a chunk, in one unit."""
+    size = params.latent_chunk_size
+    if options.balance == "estimated":
+        frames = size * (params.window_chunks + params.context_chunks if params.mode == "window" else 1)
+        return estimated_costs(checkpoint.shape, frames, cells), estimated_decode(checkpoint, size, cells)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("balance=measured: this process has no GPU to time blocks on; use balance=estimated")
+    dtype = choose_dtype(options.dtype, torch.device(options.device), checkpoint.transformer)
+    costs = profiled_costs(
+        checkpoint.shape, params.plan(None), cells, params.info, options.threads_per_stage, options.device,
+        params.mode, dtype,
+    )  # fmt: skip
+    decode = 0.0
+    if options.decoder_slows_last_stage:
+        codec = options.decoder_threads, options.decoder_device, DTYPES[options.decoder_dtype]
+        decode = profiled_decode(checkpoint, size, cells, *codec)
+    return costs, decode
