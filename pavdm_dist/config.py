@@ -112,7 +112,7 @@ class ClusterConfig:
     devices: int | None = None  # GPUs at hand; the planner speaks up when it is set
     memory_gib: float = 80.0  # of one
     tflops: float = 100.0  # what one sustains on this model
-    decoder_tflops: float = 0.05  # what a decoder on CPUs sustains (decoder=cpu)
+    decoder_tflops: float | None = None  # what a decoder on CPUs sustains; null leaves it out of the plan
     link_gib_per_s: float = 20.0  # between two of them
     link_latency_ms: float = 0.1
     videos: int = 1  # of the given length, all at hand from the start

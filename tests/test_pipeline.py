@@ -25,7 +25,7 @@ from pavdm_dist.config import DisplacedConfig, SampleConfig
 from pavdm_dist.engine.order import Join, epochs
 from pavdm_dist.errors import CheckpointError, ConfigError, MediaError
 from pavdm_dist.io.latents import latents_sha256, read_latents
-from pavdm_dist.io.metadata import read_sidecar
+from pavdm_dist.io.metadata import cpu_model, read_sidecar
 from pavdm_dist.io.video import export_to_video, read_clip
 from pavdm_dist.method.microbatches import MicroBatches
 from pavdm_dist.pipeline import PAVDMPipeline
@@ -182,6 +182,7 @@ def test_sidecar_says_how_to_make_it_again(model: Path, tmp_path: Path) -> None:
     assert sidecar["prompt"] == PROMPT
     assert sidecar["latents_sha256"] == video["latents_sha256"]
     assert sidecar["num_frames"] == 9
+    assert sidecar["device"] == f"cpu {cpu_model()}"
     assert len(sidecar["chunk_seconds"]) == 2
     assert sidecar["versions"]["torch"] == torch.__version__.split("+")[0] or sidecar["versions"]["torch"]
     assert not (tmp_path / "v.mp4.parts").exists()

@@ -34,13 +34,16 @@ class Source:
 
         Raises:
             ConfigError: a revision of a folder.
-            CheckpointError: an absolute path where no folder is.
+            CheckpointError: neither.
         """
         if isinstance(place, Source):
             return place
         if not Path(place).is_dir():
             if os.path.isabs(place):
                 raise CheckpointError(f"model={place}: no such folder")
+            if "/" not in str(place):
+                # Said at once: without a network the hub's library tries for half a minute.
+                raise CheckpointError(f"model={place}: no such folder here, and hub ids are owner/name")
             return cls(str(place), revision)
         if revision is not None:
             raise ConfigError(f"revision={revision}: model={place} is a folder, only hub ids have revisions")

@@ -131,7 +131,9 @@ def report(
     """What ``pavdm plan`` says about the cluster; draws the chart of the chosen set-up's first chunks."""
     best, setups, why = choose(checkpoint, params, plan, cluster, dtype, decoder)
     choice = _row(best, cluster)
-    choice["simulated_utilisation"] = _Job(checkpoint, params, plan, dtype, decoder).draw(best, cluster)
+    job = _Job(checkpoint, params, plan, dtype, decoder)
+    choice["simulated_utilisation"] = job.draw(best, cluster)
+    choice["decode_tflop_per_chunk"] = float(f"{job.decode_flop / 1e12:.4g}")
     return {"choice": choice, "why": why, "considered": [_row(setup, cluster) for setup in setups]}
 
 
@@ -182,8 +184,8 @@ class _Job:
 
     def decode_seconds(self, cluster: ClusterConfig) -> float:
         """Of a chunk on a decoder beside the stages; 0 without one."""
-        rates = {"cpu": cluster.decoder_tflops, "cuda": cluster.tflops}
-        return self.decode_flop / (rates[self.decoder] * 1e12) if self.decoder in rates else 0.0
+        rate = {"cpu": cluster.decoder_tflops, "cuda": cluster.tflops}.get(self.decoder or "")
+        return self.decode_flop / (rate * 1e12) if rate is not None else 0.0
 
     def units(self, mode: Mode, ranges: Sequence[tuple[int, int]], cluster: ClusterConfig) -> Callable[[int], UnitTime]:
         """Seconds of a micro-batch by the chunks it holds."""
@@ -277,7 +279,8 @@ def _check(cluster: ClusterConfig) -> None:
         if getattr(cluster, name) < 1:
             raise ConfigError(f"cluster.{name}={getattr(cluster, name)}: at least 1")
     for name in ("memory_gib", "tflops", "decoder_tflops", "link_gib_per_s"):
-        if not getattr(cluster, name) > 0:
+        value = getattr(cluster, name)
+        if value is not None and not value > 0:
             raise ConfigError(f"cluster.{name}={getattr(cluster, name):g}: must be above 0")
     for name in ("link_latency_ms", "price_per_device_hour"):
         if getattr(cluster, name) < 0:
