@@ -15,7 +15,7 @@ from helpers import reference_chunks, tiny_model, tiny_stream
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.placement import fits
 from pavdm_dist.engine.renderer import RayEngine
-from pavdm_dist.errors import CheckpointError, ConfigError, EngineError
+from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
 from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.microbatches import WHOLE, Displaced
@@ -63,7 +63,7 @@ def test_actors_in_bfloat16_equal_the_bfloat16_model(ray_cluster: None, folder: 
 
 
 def test_a_model_that_is_not_on_a_node_is_said(ray_cluster: None, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"gone/transformer is not on .*: a model folder must have the same path"):
+    with pytest.raises(PAVDMError, match=r"gone/transformer is not on .*: a model folder must have the same path"):
         RayEngine(Source(str(tmp_path / "gone"), component="transformer"), _cut(2), EngineOptions(2))
 
 
