@@ -21,8 +21,6 @@ from pavdm_dist.models.catalog import BACKBONES, backbone_shape, load_backbone
 from pavdm_dist.models.loading import has_weights, read_tensor, stored_dtype
 from pavdm_dist.models.source import Source, load_config
 
-# The small model that ships inside the package.
-EMBEDDED = shipped_models()["embedded"]
 CODEC, TEXT_ENCODER = "AutoencoderKLWan", "WordTextEncoder"
 
 

@@ -90,8 +90,7 @@ class SampleConfig:
     compile: bool = False  # stages compile their blocks first (torch.compile; GPUs, long videos); other last bits
     cpus_per_stage: float = 1.0  # Ray's logical CPUs
     gpus_per_stage: float = 0.0  # 1, or with backend=gloo a share; device=cuda means 1
-    decoder: Literal["auto", "cpu", "cuda", "shared"] = "auto"  # a GPU of its own or the last stage's; auto: cpu, or
-    # with num_stages=0 what samples
+    decoder: Literal["auto", "cpu", "cuda", "shared"] = "auto"  # auto: cpu beside stages, else what samples; see README
     decoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads_per_decoder: int | None = None  # None = threads_per_stage
     cpus_per_decoder: float = 0.0  # 0 = it shares the last stage's

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from test_stdit3_weights import WEIGHTS, by_block, equal_states, shard
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.io import shipped
 from pavdm_dist.io.shipped import shipped_models
 from pavdm_dist.models.catalog import load_backbone
 from pavdm_dist.models.loading import read_tensor, stored_dtype
@@ -136,6 +138,15 @@ def test_shapes_that_are_shipped_are_opened_by_name() -> None:
         checkpoint.require_weights()
     with pytest.raises(CheckpointError, match=r"text_encoder is T5EncoderModel, this version runs WordTextEncoder"):
         _ = checkpoint.text_encoder
+
+
+def test_shapes_are_found_in_an_installed_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "site" / "pavdm_dist"
+    shutil.copytree(shipped.configs_root(), package / "_configs")
+    monkeypatch.setattr(shipped, "__file__", str(package / "io" / "shipped.py"))
+    assert shipped_models()["stdit3-xl"] == package / "_configs" / "model" / "stdit3-xl"
+    monkeypatch.chdir(tmp_path)
+    assert Checkpoint.open("stdit3-xl").shape.spec.num_blocks == 56
 
 
 def test_a_config_that_is_no_object_is_refused(sharded: Path) -> None:

@@ -272,7 +272,7 @@ class RayEngine:
         if self.decoder is not None:
             self._call([self.decoder.__ray_ready__.remote()])  # a broken codec is said before anything is sampled
         self._loops = [a.run.remote(options.trace) for a in self._actors]
-        logger.info("renderer up: %d stage(s), half-blocks %s", world, self._blocks)
+        logger.info("renderer up: %d stage(s), blocks %s", world, self._blocks)
 
     def _call(self, refs: list[Any]) -> list[Any]:
         """Results of control calls; an actor's failure becomes an :class:`EngineError`."""

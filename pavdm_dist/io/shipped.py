@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+# The small model that ships inside the package.
+EMBEDDED = Path(__file__).parent.parent / "embedded"
+
 
 def configs_root() -> Path:
     """The folder of the shipped config files."""
@@ -15,4 +18,4 @@ def configs_root() -> Path:
 def shipped_models() -> dict[str, Path]:
     """Model folders by name: ``embedded``, with weights, and those of ``configs/model``, shapes to plan with."""
     shapes = {folder.name: folder for folder in sorted((configs_root() / "model").glob("*/"))}
-    return {"embedded": Path(__file__).parent.parent / "embedded", **shapes}
+    return {"embedded": EMBEDDED, **shapes}

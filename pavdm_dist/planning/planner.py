@@ -45,7 +45,7 @@ class Setup:
 
     Attributes:
         mode, replicas, num_stages, streams: of it; ``streams`` videos are in flight in each replica.
-        layers_per_stage: half-blocks.
+        layers_per_stage: blocks of each stage.
         memory_gib: predicted peak of each stage: weights, kept keys and values, activations; without the decoder's.
         seconds: until all videos are sampled and decoded.
         seconds_per_video: from a video's admission to its last chunk, with its neighbours in flight.
