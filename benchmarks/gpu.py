@@ -29,8 +29,8 @@ from pavdm_dist.merging import load_config
 from pavdm_dist.method.schedule import Mode, NoiseSchedule, WindowPlan
 from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.models.base import FrameInfo
+from pavdm_dist.models.loading import convert
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
-from pavdm_dist.planning.partition import estimate_costs
 
 XL = STDiT3Config(pred_sigma=False)
 TINY = STDiT3Config(depth=2, hidden_size=64, num_heads=4, caption_channels=32, model_max_length=8, pred_sigma=False)
@@ -77,10 +77,11 @@ def sampling(
     """Seconds of a whole video, behind a short one that warms up."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = STDiT3(config).to(torch.bfloat16).eval().requires_grad_(False)
+        model = STDiT3(config).eval()
+    convert(model, torch.bfloat16, device, model.keeps_float32)
     if compiled:
         model.compile_repeated_blocks()
-    engine = LocalEngine([Stage(model, (0, model.spec.num_blocks), device)])
+    engine = LocalEngine([Stage(model, (0, model.spec.num_blocks), device, torch.bfloat16)])
     seconds = []
     # Seven chunks: until the window is full and has its clean chunk.
     for number, chunks in enumerate((min(7, latents // CHUNK), latents // CHUNK)):
@@ -95,7 +96,7 @@ def sampling(
     for row in stream.plan.rows():
         for chunk, _ in stream.batches.parts(row.index):
             frames = CHUNK * (1 if chunk in row.window else len(row.window))
-            costs = estimate_costs(model.spec, model.grid(frames, *cells), model.spec.text_len)
+            costs = model.costs(model.grid(frames, *cells), model.spec.text_len)
             flop += stream.branches * costs.stage(0, len(costs.blocks))
     return {"seconds": seconds[1], "pflop": flop / 1e15, "share_of_peak": flop / seconds[1] / (peak * 1e12)}
 
@@ -159,9 +160,9 @@ def training(
             trainer.train_step()
             _settle(world.device)
             took.append(time.perf_counter() - began)
-        spec = trainer.engine.module.transformer.spec
-        grid = trainer.engine.module.transformer.grid(frames, *cells)
-    costs, seconds = estimate_costs(spec, grid, spec.text_len), statistics.median(took[2:])
+        model = trainer.engine.module.transformer
+        costs = model.costs(model.grid(frames, *cells), model.spec.text_len)
+    seconds = statistics.median(took[2:])
     flop = 3 * costs.stage(0, len(costs.blocks))
     memory = torch.cuda.max_memory_allocated() / 2**30 if world.device.type == "cuda" else None
     return {

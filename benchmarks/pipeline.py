@@ -46,7 +46,7 @@ from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.method.window import CleanChunk
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3
-from pavdm_dist.planning.partition import estimate_costs, partition
+from pavdm_dist.planning.partition import partition
 from pavdm_dist.planning.simulate import Machine, Result, simulate
 
 BRANCHES, STAGES, TEXT_LEN = 2, 2, 16
@@ -340,7 +340,7 @@ def _plan(chunks: int) -> WindowPlan:
 
 
 def _split(bench: Bench, stages: int) -> list[tuple[int, int]]:
-    return partition(estimate_costs(bench.model.spec, bench.model.grid(35, bench.cells, bench.cells), TEXT_LEN), stages)
+    return partition(bench.model.costs(bench.model.grid(35, bench.cells, bench.cells), TEXT_LEN), stages)
 
 
 def _median(rounds: list[dict[str, float]]) -> dict[str, float]:

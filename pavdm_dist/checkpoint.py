@@ -1,4 +1,4 @@
-"""A checkpoint folder in the Hugging Face layout: which component lies where, and its sampling defaults."""
+"""A model in the Hugging Face layout: which component lies where, and its sampling defaults."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import json
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from pavdm_dist.codecs.base import CodecSpec
 from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.codecs.wan import WanCodec, read_spec
 from pavdm_dist.errors import CheckpointError
-from pavdm_dist.models.loading import load_config, local_folder, read_tensors
-from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
+from pavdm_dist.io.metadata import weights_identity
+from pavdm_dist.io.shipped import shipped_models
+from pavdm_dist.models.base import Backbone
+from pavdm_dist.models.catalog import BACKBONES, backbone_shape, load_backbone
+from pavdm_dist.models.loading import has_weights, read_tensor, stored_dtype
+from pavdm_dist.models.source import Source, load_config
 
-# The small model that ships inside the package.
-EMBEDDED = Path(__file__).parent / "embedded"
-NULL_TEXT = "y_embedder.y_embedding"
+CODEC, TEXT_ENCODER = "AutoencoderKLWan", "WordTextEncoder"
 
 
 @dataclass(frozen=True)
@@ -43,63 +45,73 @@ class SamplingDefaults:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Paths and shapes of a model's components; weights are read when asked for.
+    """A model's components and shapes; weights are read when asked for, and may be lacking where none are asked for.
 
     Attributes:
-        folder: local folder with ``model_index.json``, ``transformer/``, ``vae/`` and ``text_encoder/``.
+        source: with ``model_index.json``, ``transformer/``, ``vae/`` and ``text_encoder/``; small, it may travel.
         defaults: sampling defaults.
     """
 
-    folder: Path
+    source: Source
     defaults: SamplingDefaults
 
     @classmethod
-    def open(cls, model: str | Path = "embedded", **hub: Any) -> Checkpoint:
-        """Opens ``embedded``, a local folder or a hub id.
+    def open(cls, model: str | Path | Source = "embedded", revision: str | None = None) -> Checkpoint:
+        """Opens a model that comes with the package (``embedded``, or a shape such as ``stdit3-xl``), a folder or a
+        hub id; reads configuration files only.
+
+        Args:
+            model: which.
+            revision: of a hub id: branch, tag or commit; None = the default branch.
 
         Raises:
             CheckpointError: not a model folder, a component of a kind this package does not have, or components
                 that do not fit each other.
+            ConfigError: a revision of what has none.
         """
-        folder = EMBEDDED if str(model) == "embedded" else local_folder(model, **hub)
-        index_file = folder / "model_index.json"
+        source = Source.of(shipped_models().get(str(model), model), revision)
+        file = source.find("model_index.json")
+        if file is None:
+            raise CheckpointError(f"model={model}: {source}/model_index.json is missing, so this is no model folder")
         try:
-            index = json.loads(index_file.read_text())
-        except FileNotFoundError as error:
-            raise CheckpointError(f"model={model}: {index_file} is missing, so this is no model folder") from error
+            index = json.loads(file.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"model={model}: {index_file} is not valid JSON: {error}") from error
+            raise CheckpointError(f"model={model}: {file} is not valid JSON: {error}") from error
         if not isinstance(index, dict) or not isinstance(index.get("sampling", {}), dict):
-            raise CheckpointError(f"model={model}: {index_file} must map component names to [library, class]")
-        for component, kind in (
-            ("transformer", "STDiT3"),
-            ("vae", "AutoencoderKLWan"),
-            ("text_encoder", "WordTextEncoder"),
-        ):
+            raise CheckpointError(f"model={model}: {file} must map component names to [library, class]")
+        for component, kinds in (("transformer", (*BACKBONES,)), ("vae", (CODEC,)), ("text_encoder", None)):
             entry = index.get(component)
             found = entry[1] if isinstance(entry, list) and len(entry) == 2 else "nothing"
-            if found != kind:
-                raise CheckpointError(f"model={model}: {component} is {found}, this version runs {kind}")
+            # A text encoder matters when something is sampled, not when it is planned.
+            if found == "nothing" or (kinds is not None and found not in kinds):
+                raise CheckpointError(
+                    f"model={model}: {component} is {found}, this version runs {', '.join(kinds or (TEXT_ENCODER,))}"
+                )
         known = {field.name for field in fields(SamplingDefaults)}
         unknown = set(index.get("sampling", {})) - known
         if unknown:
-            raise CheckpointError(f"model={model}: unknown sampling default {sorted(unknown)[0]!r} in {index_file}")
-        checkpoint = cls(folder, SamplingDefaults(**index.get("sampling", {})))
+            raise CheckpointError(f"model={model}: unknown sampling default {sorted(unknown)[0]!r} in {file}")
+        checkpoint = cls(source.pinned("model_index.json"), SamplingDefaults(**index.get("sampling", {})))
         checkpoint._check_fit()
         return checkpoint
 
     @property
-    def transformer(self) -> Path:
-        return self.folder / "transformer"
+    def transformer(self) -> Source:
+        return self.source.part("transformer")
 
     @property
-    def vae(self) -> Path:
-        return self.folder / "vae"
+    def vae(self) -> Source:
+        return self.source.part("vae")
+
+    @property
+    def identity(self) -> str:
+        """What tells these weights from others: SHA-256 of a folder's files, the commit of a hub id."""
+        return weights_identity(self.source.location) if self.source.is_folder else str(self.source)
 
     @cached_property
-    def transformer_config(self) -> STDiT3Config:
-        """Shape of the backbone."""
-        return STDiT3Config.from_dict(load_config(self.transformer))
+    def shape(self) -> Backbone:
+        """The backbone without its weights, on the meta device."""
+        return backbone_shape(self.transformer)
 
     @cached_property
     def codec_spec(self) -> CodecSpec:
@@ -107,33 +119,58 @@ class Checkpoint:
         return read_spec(self.vae)
 
     @cached_property
+    def has_weights(self) -> bool:
+        """Whether it can be sampled, or only planned."""
+        return has_weights(self.transformer)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The type the backbone's weights are stored in; float32 where there are none."""
+        return stored_dtype(self.transformer)
+
+    def require_weights(self) -> None:
+        """Refuses what can only be planned.
+
+        Raises:
+            CheckpointError: there are no weights.
+        """
+        if not self.has_weights:
+            raise CheckpointError(f"model={self.source} holds no weights: it can be planned, not sampled")
+
+    @cached_property
     def text_encoder(self) -> WordTextEncoder:
-        return WordTextEncoder.from_pretrained(self.folder / "text_encoder")
+        source = self.source.part("text_encoder")
+        found = load_config(source).get("_class_name", TEXT_ENCODER)
+        if found != TEXT_ENCODER:
+            raise CheckpointError(f"model={self.source}: text_encoder is {found}, this version runs {TEXT_ENCODER}")
+        return WordTextEncoder.from_pretrained(source)
 
     @cached_property
     def codec(self) -> WanCodec:
+        """In this process, float32, on the CPU."""
         return WanCodec.from_pretrained(self.vae)
 
     @cached_property
-    def backbone(self) -> STDiT3:
-        """The whole backbone in this process; stage actors load their own parts instead."""
-        return STDiT3.from_pretrained(self.transformer)
+    def backbone(self) -> Backbone:
+        """The whole backbone in this process, float32, on the CPU; stages load their own parts instead."""
+        return load_backbone(self.transformer)
 
     @cached_property
     def null_text(self) -> Tensor:
-        """The backbone's learned null text, ``[L, text_dim]``."""
-        tensors = read_tensors(self.transformer, lambda key: key == NULL_TEXT)
-        if NULL_TEXT not in tensors:
-            raise CheckpointError(f"{self.transformer} lacks tensor {NULL_TEXT}, the null text of guidance")
-        return tensors[NULL_TEXT]
+        """The text of no prompt, ``[L, text_dim]``: learned by the backbone, or the encoding of an empty prompt."""
+        name = self.shape.null_text_tensor
+        return self.text_encoder.encode("") if name is None else read_tensor(self.transformer, name)
 
     def _check_fit(self) -> None:
-        latents, expected = self.codec_spec.latent_channels, self.transformer_config.in_channels
-        if latents != expected:
-            raise CheckpointError(f"{self.folder}: vae has {latents} latent channels, transformer takes {expected}")
-        text = load_config(self.folder / "text_encoder").get("text_dim")
-        if text != self.transformer_config.caption_channels:
+        spec = self.shape.spec
+        latents = self.codec_spec.latent_channels
+        if latents != spec.latent_channels:
             raise CheckpointError(
-                f"{self.folder}: text_encoder gives {text} channels, transformer takes "
-                f"{self.transformer_config.caption_channels}"
+                f"{self.source}: vae has {latents} latent channels, transformer takes {spec.latent_channels}"
+            )
+        config = load_config(self.source.part("text_encoder"))
+        text = config.get("text_dim", config.get("d_model"))  # T5's own name for it
+        if text != spec.text_dim:
+            raise CheckpointError(
+                f"{self.source}: text_encoder gives {text} channels, transformer takes {spec.text_dim}"
             )

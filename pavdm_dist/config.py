@@ -57,6 +57,7 @@ class SampleConfig:
     include_input: bool = False  # the clip in front of the new frames in the output
     # the method
     model: str = "embedded"  # embedded, a checkpoint folder or a hub id
+    revision: str | None = None  # of a hub id: branch, tag or commit
     num_inference_steps: int | None = None  # T
     window_chunks: int | None = None  # W
     latent_chunk_size: int | None = None  # c
@@ -70,17 +71,26 @@ class SampleConfig:
     allow_untrained_causal: bool = False  # mode=causal although the weights never met its mask
     displaced: DisplacedConfig = field(default_factory=DisplacedConfig)  # of mode=displaced
     num_stages: int = 0  # 0 = in this process, without Ray
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: this process' GPU if there is one; stages: gpus_per_stage
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of weights; auto: as stored, float32 on CPUs
     threads_per_stage: int = 1
     streams: int = 1  # videos in flight
-    layers_per_stage: list[int] | None = None  # half-blocks of each stage; None = balanced by cost
+    layers_per_stage: list[int] | None = None  # blocks of each stage; None = balanced by cost
     balance: Literal["estimated", "measured"] = "estimated"  # cost by FLOP, or timed once here and kept
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     compile: bool = False  # stages compile their blocks first (torch.compile; GPUs, long videos); other last bits
     cpus_per_stage: float = 1.0  # Ray's logical CPUs
-    cpus_per_decoder: float = 0.0
-    gpus_per_stage: float = 0.0
+    gpus_per_stage: float = 0.0  # 1, or with backend=gloo a share; device=cuda means 1
+    decoder: Literal["auto", "cpu", "cuda", "shared"] = "auto"  # auto: cpu beside stages, else what samples; see README
+    decoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    threads_per_decoder: int | None = None  # None = threads_per_stage
+    cpus_per_decoder: float = 0.0  # 0 = it shares the last stage's
+    gpus_per_decoder: float = 1.0  # of decoder=cuda
     ray_address: str | None = None  # None = RAY_ADDRESS, or a Ray of this process' own
-    link_timeout_s: float = 300.0  # must exceed the slowest model call of a stage
+    link_timeout_s: float = 300.0  # silence after which a stage or a link is lost; must exceed its slowest model call
+    placement_timeout_s: float = 60.0  # how long resources that others hold are waited for
+    max_restarts: int = 3  # after losses in a row that nothing was finished between; 0 = the first one ends the run
+    node_wait_s: float = 30.0  # how long a restart waits for lost machines before it makes do with fewer stages
     # what is written
     trace: str | None = None  # .json of what every stage did when, for `pavdm simulate trace=FILE chart=FILE.png`
     output: str = "outputs"  # a .mp4 file, or a folder that gets NNNN-words-sSEED.mp4
@@ -95,6 +105,7 @@ class ClusterConfig:
     devices: int | None = None  # GPUs at hand; the planner speaks up when it is set
     memory_gib: float = 80.0  # of one
     tflops: float = 100.0  # what one sustains on this model
+    decoder_tflops: float | None = None  # what a decoder on CPUs sustains; null leaves it out of the plan
     link_gib_per_s: float = 20.0  # between two of them
     link_latency_ms: float = 0.1
     videos: int = 1  # of the given length, all at hand from the start
@@ -120,8 +131,11 @@ _POSITIVE = (
     "latent_chunk_size",
     "time_shift",
     "threads_per_stage",
+    "threads_per_decoder",
+    "gpus_per_decoder",
     "streams",
     "link_timeout_s",
+    "placement_timeout_s",
     "chunks_per_segment",
 )
 _NOT_NEGATIVE = (
@@ -132,6 +146,22 @@ _NOT_NEGATIVE = (
     "cpus_per_stage",
     "cpus_per_decoder",
     "gpus_per_stage",
+    "max_restarts",
+    "node_wait_s",
+)
+# What a run without stages would not read.
+_OF_STAGES = (
+    "cpus_per_stage",
+    "gpus_per_stage",
+    "threads_per_decoder",
+    "cpus_per_decoder",
+    "gpus_per_decoder",
+    "backend",
+    "ray_address",
+    "link_timeout_s",
+    "placement_timeout_s",
+    "max_restarts",
+    "node_wait_s",
 )
 
 
@@ -218,6 +248,13 @@ def _check_stages(config: SampleConfig) -> None:
         raise ConfigError(
             "compile=true: there are no stages to compile for with num_stages=0; set num_stages=1 or more"
         )
+    for name in () if config.num_stages else _OF_STAGES:
+        value = getattr(config, name)
+        if value != getattr(SampleConfig, name):
+            instead = "; device=cuda samples on this process' GPU" if name == "gpus_per_stage" else ""
+            raise ConfigError(f"{name}={value}: is for stages, there are none with num_stages=0{instead}")
+    if config.device == "cpu" and config.gpus_per_stage:
+        raise ConfigError(f"device=cpu: gpus_per_stage={config.gpus_per_stage:g} gives every stage a GPU; drop one")
     if split is None:
         return
     if config.num_stages and len(split) != config.num_stages:
@@ -225,4 +262,4 @@ def _check_stages(config: SampleConfig) -> None:
     if not config.num_stages:
         raise ConfigError(f"layers_per_stage={split}: has no meaning with num_stages=0, set num_stages={len(split)}")
     if min(split) < 1:
-        raise ConfigError(f"layers_per_stage={split}: each stage needs at least 1 half-block")
+        raise ConfigError(f"layers_per_stage={split}: each stage needs at least 1 block")

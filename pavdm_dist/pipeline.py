@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.engine.events import Failed, Finished
 from pavdm_dist.engine.inline import InlineEngine
 from pavdm_dist.engine.options import EngineOptions
@@ -23,7 +24,10 @@ from pavdm_dist.method.sampler import StepCallback
 from pavdm_dist.method.schedule import PlanRow
 from pavdm_dist.method.stream import ResumePoint, Stream
 from pavdm_dist.method.window import Window
-from pavdm_dist.planning.balance import layer_split, useful_stages
+from pavdm_dist.models.catalog import load_backbone
+from pavdm_dist.models.devices import DTYPES, check_dtype, choose_device, choose_dtype, device_model
+from pavdm_dist.planning.forecast import useful_stages
+from pavdm_dist.planning.partition import layer_split
 from pavdm_dist.request import SamplingParams, VideoRequest, build_stream, frames_left
 
 if TYPE_CHECKING:
@@ -80,9 +84,19 @@ class PAVDMPipeline:
         threads_per_stage: intra-op threads, also of this process when ``num_stages`` is 0. Part of what makes
             results reproducible to the bit on a CPU.
         engine: further options of the engine; ``num_stages`` and ``threads_per_stage`` are taken from above.
+        dtype: of the weights; ``auto`` is what the checkpoint holds on a GPU, and float32 on a CPU.
+        device: ``auto`` is this process' GPU where it has one, and with stages what ``engine`` says; ``cuda`` gives
+            every stage a GPU.
+        decoder: without stages, the device that decodes; ``shared`` (or ``auto``) is the one that samples.
+        decoder_dtype: without stages, what the codec computes in.
 
     Attributes:
         resyncs: by video of the last run, rows that adaptive re-sync of mode displaced has made exact.
+        device_name: model of what samples, once it does.
+
+    Raises:
+        CheckpointError: a model without weights.
+        ConfigError: a device that is not there, or a type it cannot compute in.
     """
 
     def __init__(
@@ -91,14 +105,22 @@ class PAVDMPipeline:
         num_stages: int = 0,
         threads_per_stage: int = 1,
         engine: EngineOptions | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        decoder: str = "auto",
+        decoder_dtype: str = "float32",
     ) -> None:
+        checkpoint.require_weights()
         self.checkpoint, self.num_stages, self.threads_per_stage = checkpoint, num_stages, threads_per_stage
         self.engine: EngineOptions | None = None
         self.resyncs: dict[int, tuple[int, ...]] = {}
         self._engine: RayEngine | InlineEngine | None = None
+        self._decoder, self._decoder_dtype = decoder, decoder_dtype
+        self._options: EngineOptions | None = None
         if num_stages:
             options = engine or EngineOptions(num_stages)
-            self.engine = replace(options, num_stages=num_stages, threads_per_stage=threads_per_stage)
+            self._options = replace(options, num_stages=num_stages, threads_per_stage=threads_per_stage)
+        self._use(dtype, device)
 
     @classmethod
     def from_pretrained(
@@ -108,14 +130,55 @@ class PAVDMPipeline:
         num_stages: int = 0,
         threads_per_stage: int = 1,
         engine: EngineOptions | None = None,
-        **hub: Any,
+        torch_dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        revision: str | None = None,
     ) -> PAVDMPipeline:
         """Opens the model that ships with the package (``embedded``), a folder or a hub id.
 
+        Args:
+            model: which.
+            revision: of a hub id: branch, tag or commit.
+            num_stages, threads_per_stage, engine, torch_dtype, device: of this class; ``torch_dtype`` is its ``dtype``.
+
         Raises:
             CheckpointError: not a model this package runs.
+            ConfigError: a device that is not there, or a type it cannot compute in.
         """
-        return cls(Checkpoint.open(model, **hub), num_stages, threads_per_stage, engine)
+        checkpoint = Checkpoint.open(model, revision)
+        return cls(checkpoint, num_stages, threads_per_stage, engine, torch_dtype, device)
+
+    def to(self, *targets: str | torch.device | torch.dtype) -> PAVDMPipeline:
+        """Another device, another type, or both, from the next call on; returns itself, as diffusers' pipelines do."""
+        dtype, device = self._wanted
+        for target in targets:
+            if isinstance(target, torch.dtype):
+                dtype = target
+            else:
+                device = target
+        self._use(dtype, device)
+        return self
+
+    def _use(self, dtype: str | torch.dtype, device: str | torch.device) -> None:
+        """Settles where what is computed, and refuses what cannot be; nothing is loaded yet."""
+        self.close()
+        self._wanted = dtype, device
+        if self._options is None:
+            self._place = choose_device(device)
+            self._weights = choose_dtype(dtype, self._place, self.checkpoint.transformer)
+            self.device_name = device_model(self._place)
+            shared = self._decoder in ("auto", "shared")
+            self._codec_place = self._place if shared else choose_device(self._decoder, "decoder")
+            check_dtype("decoder_dtype", self._decoder_dtype, self._codec_place)
+            return
+        kind, gpus = str(device).partition(":")[0], self._options.gpus_per_stage
+        if kind not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device={device}: must be auto, cpu or cuda")
+        if kind == "cpu" and gpus:
+            raise ConfigError(f"device=cpu: gpus_per_stage={gpus:g} gives every stage a GPU; drop one")
+        name = self._options.dtype if dtype == "auto" else str(dtype).removeprefix("torch.")
+        self.engine = replace(self._options, gpus_per_stage=gpus or float(kind == "cuda"), dtype=name)
+        self.device_name = self.engine.device
 
     def __call__(
         self,
@@ -260,7 +323,7 @@ class PAVDMPipeline:
             self._engine.cancel(video)
 
     def split(self, params: SamplingParams) -> list[tuple[int, int]]:
-        """Half-block range of each stage, balanced by estimated cost for the run's full window."""
+        """Block range of each stage, balanced by estimated cost for the run's full window."""
         assert self.engine is not None
         return layer_split(self.checkpoint, params, self.engine)
 
@@ -295,7 +358,8 @@ class PAVDMPipeline:
                 "num_stages=%d: with streams=%d and mode=%s at most %d are useful, the others will idle",
                 len(blocks), in_flight, params.mode, useful,
             )  # fmt: skip
-        engine = self._running(blocks)
+        engine = self._running(blocks, params)
+        self.device_name = ", ".join(engine.devices)
         try:
             yield from engine.run(streams, in_flight, on_grown, on_failed)
             if self.engine.trace_file is not None:
@@ -306,7 +370,7 @@ class PAVDMPipeline:
             self.close()
             raise
 
-    def _running(self, blocks: list[tuple[int, int]]) -> RayEngine:
+    def _running(self, blocks: list[tuple[int, int]], params: SamplingParams) -> RayEngine:
         """The engine of an earlier call where it is cut alike, with its weights loaded; else a new one."""
         from pavdm_dist.engine.ray_engine import RayEngine
 
@@ -314,13 +378,15 @@ class PAVDMPipeline:
         if isinstance(self._engine, RayEngine) and self._engine.blocks == blocks:
             return self._engine
         self.close()
-        folder, codec = str(self.checkpoint.transformer), str(self.checkpoint.vae)
-        return self._hold(RayEngine(folder, blocks, self.engine, codec))
+        recut = partial(_recut, self.checkpoint, params, self.engine)
+        return self._hold(RayEngine(self.checkpoint.transformer, blocks, self.engine, self.checkpoint.vae, recut))
 
     def _inline(self) -> InlineEngine:
         if isinstance(self._engine, InlineEngine):
             return self._engine
-        return self._hold(InlineEngine(self.checkpoint.backbone, self.checkpoint.codec, self.threads_per_stage))
+        model = load_backbone(self.checkpoint.transformer, None, self._weights, self._place)
+        codec = WanCodec.from_pretrained(self.checkpoint.vae, self._codec_place, DTYPES[self._decoder_dtype])
+        return self._hold(InlineEngine(model, codec, self._place, self.threads_per_stage))
 
     def _hold(self, engine: E) -> E:
         self._engine = engine
@@ -337,6 +403,13 @@ class PAVDMPipeline:
             on_step(self, row.index, levels[row.steps_left[-1]], latents)
 
         return callback
+
+
+def _recut(
+    checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions, num_stages: int
+) -> list[tuple[int, int]]:
+    """The cut for fewer stages than were asked for, which take the place of lost ones."""
+    return layer_split(checkpoint, params, replace(options, num_stages=num_stages, layers_per_stage=None))
 
 
 def _seeds(generator: torch.Generator | Sequence[torch.Generator] | None, seed: int, count: int) -> list[int]:

@@ -196,7 +196,7 @@ def frames_left(request: VideoRequest, params: SamplingParams, checkpoint: Check
 def _check_causal(params: SamplingParams, checkpoint: Checkpoint, allow_untrained: bool) -> None:
     if params.context_chunks > 1:
         raise ConfigError(f"context_chunks={params.context_chunks}: mode=causal takes 0 or 1")
-    if not (checkpoint.transformer_config.causal_trained or allow_untrained):
+    if not (checkpoint.shape.spec.causal_trained or allow_untrained):
         raise ConfigError(
             "mode=causal: this checkpoint declares no training with the chunk-causal mask; use mode=window, or"
             " allow_untrained_causal=true to see what it does"
@@ -209,7 +209,7 @@ def check_prompts(request: VideoRequest, checkpoint: Checkpoint) -> None:
     Raises:
         ConfigError: a prompt has too many tokens.
     """
-    limit = checkpoint.transformer_config.model_max_length
+    limit = checkpoint.shape.spec.text_len
     texts = [request.prompt, *(prompt for _, prompt in request.prompt_schedule)]
     for prompt in texts + ([] if request.negative_prompt is None else [request.negative_prompt]):
         tokens = len(checkpoint.text_encoder.token_ids(prompt))

@@ -21,7 +21,7 @@ from pavdm_dist.method.sampler import guide, sample
 from pavdm_dist.method.schedule import PlanRow, WindowPlan
 from pavdm_dist.method.stream import ResumePoint, Stream
 from pavdm_dist.method.window import WindowSnapshot
-from pavdm_dist.models.kv_cache import ChunkMemory
+from pavdm_dist.models.kv_cache import ChunkMemory, DisplacedMemory
 
 STARTS = {
     "noise": {},
@@ -157,3 +157,25 @@ def test_a_stage_keeps_one_window_of_keys_and_values() -> None:
     assert stored == 4 * (keys.numel() + values.numel())
     # What was never left cannot be read unseen.
     assert ChunkMemory(6).attend(1, keys[0], values[0], 2, turn)[0].isnan().any()
+
+
+def test_frames_of_many_tokens_are_many_places() -> None:
+    """Three tokens a latent frame are what three times as many frames of one token are, also when the window moves."""
+    keys, values = torch.randn(2, 5, 1, 4, 6, 8)  # five chunks of two frames
+
+    def turn(tensor: Tensor, first: int) -> Tensor:
+        return tensor + first
+
+    for wide, plain in (
+        (ChunkMemory(6), ChunkMemory(18)),
+        (DisplacedMemory(6, 2), DisplacedMemory(18, 6)),
+    ):
+        windows = [(0,), (0, 1), (0, 1, 2)] + [(1, 2, 3), (2, 3, 4)] * isinstance(wide, DisplacedMemory)
+        for window in windows:
+            for place, chunk in enumerate(window):
+                for memory in (wide, plain):
+                    memory.begin(window, chunk)
+                found = wide.attend(0, keys[chunk], values[chunk], 6 * place, turn, 3)
+                expected = plain.attend(0, keys[chunk], values[chunk], 6 * place, turn)
+                assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        assert found[0].shape[-2] == 18

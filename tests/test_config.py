@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pavdm_dist.commands.configs import configs_root
 from pavdm_dist.config import PromptChange, SampleConfig, frames_wanted, validate_sample
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.io.shipped import configs_root
 from pavdm_dist.merging import load_config, to_dict, to_yaml
 from pavdm_dist.train.settings import TrainConfig
 
@@ -135,8 +135,23 @@ def test_dumped_yaml_reads_back_equal(tmp_path: Path, text: str) -> None:
         (["prompt=x", "start=clip", "video=no/such.mp4"], "no such file"),
         (["prompt=x", "include_input=true"], "there is no input"),
         (["prompt=x", "layers_per_stage=[2, 2]"], "set num_stages=2"),
+        (
+            ["prompt=x", "gpus_per_stage=1"],
+            "gpus_per_stage=1.0: is for stages, there are none with num_stages=0; ",
+        ),
+        (["prompt=x", "cpus_per_stage=2"], "cpus_per_stage=2.0: is for stages, there are none with num_stages=0"),
+        (["prompt=x", "cpus_per_decoder=1"], "cpus_per_decoder=1.0: is for stages"),
+        (["prompt=x", "threads_per_decoder=2"], "threads_per_decoder=2: is for stages"),
+        (["prompt=x", "gpus_per_decoder=0.5"], "gpus_per_decoder=0.5: is for stages"),
+        (["prompt=x", "backend=gloo"], "backend=gloo: is for stages"),
+        (["prompt=x", "ray_address=auto"], "ray_address=auto: is for stages"),
+        (["prompt=x", "link_timeout_s=9"], "link_timeout_s=9.0: is for stages"),
+        (["prompt=x", "num_stages=2", "device=cpu", "gpus_per_stage=1"], "gpus_per_stage=1 gives every stage a GPU"),
+        (["prompt=x", "dtype=half"], "dtype=half: must be auto, bfloat16, float16 or float32"),
+        (["prompt=x", "device=gpu"], "device=gpu: must be auto, cpu or cuda"),
+        (["prompt=x", "decoder=gpu"], "decoder=gpu: must be auto, cpu, cuda or shared"),
         (["prompt=x", "num_stages=3", "layers_per_stage=[2, 2]"], "2 entries for num_stages=3"),
-        (["prompt=x", "num_stages=2", "layers_per_stage=[0, 2]"], "at least 1 half-block"),
+        (["prompt=x", "num_stages=2", "layers_per_stage=[0, 2]"], "at least 1 block"),
         (["prompt=x", "prompt_schedule=[{from_chunk: 0, prompt: y}]"], "from_chunk=0 must be above 0"),
         (
             ["prompt=x", "prompt_schedule=[{from_chunk: 4, prompt: y}, {from_chunk: 4, prompt: z}]"],

@@ -15,11 +15,11 @@ from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.schedule import Mode, WindowPlan
 from pavdm_dist.method.stream import Stream
-from pavdm_dist.models.base import FrameInfo
+from pavdm_dist.models.base import Costs, FrameInfo
 from pavdm_dist.models.kv_cache import ChunkMemory, DisplacedMemory
 from pavdm_dist.planning import costs
-from pavdm_dist.planning.balance import layer_split, useful_stages
-from pavdm_dist.planning.partition import Costs
+from pavdm_dist.planning.forecast import useful_stages
+from pavdm_dist.planning.partition import layer_split
 from pavdm_dist.request import SamplingParams
 
 INFO = FrameInfo(32, 48, 24)
@@ -43,19 +43,19 @@ def test_measured_once_per_shape(cache: Path, monkeypatch: pytest.MonkeyPatch) -
         return measure(model, stream, *rest)
 
     monkeypatch.setattr(costs, "measure_costs", counting)
-    first = costs.profiled_costs(TINY, PLAN, (4, 6), INFO, 1)
+    first = costs.profiled_costs(tiny_model(), PLAN, (4, 6), INFO, 1)
     assert len(first.blocks) == 2 * TINY.depth and first.blocks[:2] * TINY.depth == first.blocks
     assert min(*first.blocks, first.embed, first.head) > 0
     # Neither the length of the video nor its start matters.
-    assert costs.profiled_costs(TINY, replace(PLAN, num_chunks=9, start="chunk"), (4, 6), INFO, 1) == first
+    assert costs.profiled_costs(tiny_model(), replace(PLAN, num_chunks=9, start="chunk"), (4, 6), INFO, 1) == first
     assert calls == [(2, "window")]
-    costs.profiled_costs(TINY, replace(PLAN, latent_chunk_size=3), (4, 6), INFO, 1)
-    costs.profiled_costs(replace(TINY, hidden_size=64), PLAN, (4, 6), INFO, 1)
-    costs.profiled_costs(TINY, PLAN, (4, 6), INFO, 1, mode="causal")
+    costs.profiled_costs(tiny_model(), replace(PLAN, latent_chunk_size=3), (4, 6), INFO, 1)
+    costs.profiled_costs(tiny_model(config=replace(TINY, hidden_size=64)), PLAN, (4, 6), INFO, 1)
+    costs.profiled_costs(tiny_model(), PLAN, (4, 6), INFO, 1, mode="causal")
     assert calls == [(2, "window"), (3, "window"), (2, "window"), (2, "causal")]
     for file in cache.iterdir():
         file.write_text("{")
-    assert costs.profiled_costs(TINY, PLAN, (4, 6), INFO, 1).blocks[0] > 0  # damaged: measured again
+    assert costs.profiled_costs(tiny_model(), PLAN, (4, 6), INFO, 1).blocks[0] > 0  # damaged: measured again
     assert calls[4:] == [(2, "window")]
     assert not list(cache.glob("*.tmp"))
 
@@ -68,8 +68,8 @@ def test_what_is_timed_attends_to_what_a_running_video_has_left(
     kind = {"causal": ChunkMemory, "displaced": DisplacedMemory}[mode]
     attend = kind.attend
 
-    def counting(memory: Any, block: int, keys: Any, values: Any, first: int, turn: Any) -> Any:
-        found = attend(memory, block, keys, values, first, turn)
+    def counting(memory: Any, block: int, *rest: Any) -> Any:
+        found = attend(memory, block, *rest)
         if block == 1:
             seen.append(found[0].shape[-2])
         return found
@@ -85,7 +85,6 @@ def test_the_cut_follows_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
     params = SamplingParams.resolve(checkpoint)
     times = {"blocks": {"spatial": 3.0, "temporal": 1.0, "embed": 0.0, "head": 0.0}, "decode": {"seconds": 24.0}}
     monkeypatch.setattr(costs, "kept", lambda kind, facts, measure: times[kind])
-    monkeypatch.setattr("pavdm_dist.planning.balance.kept", lambda kind, facts, measure: times[kind])
     options = EngineOptions(2, balance="measured", cpus_per_decoder=1)
     assert layer_split(checkpoint, params, options) == [(0, 2), (2, 4)]
     # A chunk is decoded once in two rows of two branches: six seconds of the last stage a unit.
@@ -99,7 +98,8 @@ def test_the_cut_follows_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
 def test_decoding_is_timed_too(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path / "model"))
     free = {"spatial": 1e-9, "temporal": 1e-9, "embed": 0.0, "head": 0.0}
-    monkeypatch.setattr(costs, "kept", lambda kind, facts, measure: free)
+    kept = costs.kept
+    monkeypatch.setattr(costs, "kept", lambda kind, *rest: free if kind == "blocks" else kept(kind, *rest))
     split = layer_split(checkpoint, SamplingParams.resolve(checkpoint), EngineOptions(2, balance="measured"))
     assert split == [(0, 3), (3, 4)]
     (file,) = cache.iterdir()

@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 
-from pavdm_dist.checkpoint import EMBEDDED
+from pavdm_dist.io.shipped import EMBEDDED
 from pavdm_dist.pipeline import PAVDMPipeline
 
 MEGABYTE = 10**6

@@ -17,8 +17,9 @@ from pavdm_dist.engine.stage import Stage
 from pavdm_dist.errors import ConfigError, EngineError
 from pavdm_dist.method.microbatches import WHOLE
 from pavdm_dist.method.schedule import Mode
+from pavdm_dist.models.base import Costs
 from pavdm_dist.planning.costs import measure_costs
-from pavdm_dist.planning.partition import Costs, estimate_costs, partition, with_codec
+from pavdm_dist.planning.partition import partition, with_codec
 
 CUTS = {1: [(0, 4)], 2: [(0, 1), (1, 4)], 3: [(0, 2), (2, 3), (3, 4)], 4: [(0, 1), (1, 2), (2, 3), (3, 4)]}
 
@@ -130,7 +131,7 @@ def test_codec_on_the_last_stage_moves_blocks_forward() -> None:
 
 def test_partition_refuses() -> None:
     costs = Costs((1.0,) * 4)
-    with pytest.raises(ConfigError, match=r"num_stages=5.*4 half-blocks"):
+    with pytest.raises(ConfigError, match=r"num_stages=5.*4 blocks"):
         partition(costs, 5)
     with pytest.raises(ConfigError, match=r"layers_per_stage=\[1, 2\].*add up to 4"):
         partition(costs, 2, [1, 2])
@@ -140,7 +141,7 @@ def test_partition_refuses() -> None:
 def test_costs_measured_and_estimated() -> None:
     model = tiny_model()
     grid = model.grid(8, 4, 6)
-    estimated = estimate_costs(model.spec, grid, text_len=5)
+    estimated = model.costs(grid, text_len=5)
     measured = measure_costs(model, tiny_stream(), repeats=2)
     for costs in (estimated, measured):
         assert len(costs.blocks) == model.spec.num_blocks == 2 * TINY.depth

@@ -15,14 +15,18 @@ from helpers import reference_chunks, tiny_model, tiny_stream
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.placement import fits
 from pavdm_dist.engine.ray_engine import RayEngine
-from pavdm_dist.errors import ConfigError, EngineError
+from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
+from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.microbatches import WHOLE, Displaced
 from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.schedule import Mode, PlanRow
 from pavdm_dist.method.stream import ResumePoint, Stream
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
-from pavdm_dist.planning.partition import Costs, partition
+from pavdm_dist.models.base import Costs
+from pavdm_dist.models.loading import convert
+from pavdm_dist.models.source import Source
+from pavdm_dist.planning.partition import partition
 
 pytestmark = pytest.mark.timeout(120)
 BLOCKS = 4
@@ -46,6 +50,21 @@ def _streams(mode: Mode) -> list:
         tiny_stream(12, seed=3, start="clip", end="cut", num_chunks=3, mode=mode),
         tiny_stream(13, seed=4, start="chunk", num_chunks=1, mode=mode),
     ]
+
+
+def test_actors_in_bfloat16_equal_the_bfloat16_model(ray_cluster: None, folder: Path) -> None:
+    model, stream = tiny_model(), tiny_stream(20, mode="causal")
+    convert(model, torch.bfloat16, "cpu", model.keeps_float32)
+    with RayEngine(str(folder), _cut(2), EngineOptions(2, dtype="bfloat16")) as engine:
+        assert engine.devices == [f"cpu {cpu_model()}"]
+        found = [finished.clean for finished in engine.run([stream])]
+    for clean, reference in zip(found, reference_chunks(model, stream), strict=True):
+        assert clean.latents.dtype == torch.float32 and torch.equal(clean.latents, reference.latents)
+
+
+def test_a_model_that_is_not_on_a_node_is_said(ray_cluster: None, tmp_path: Path) -> None:
+    with pytest.raises(PAVDMError, match=r"gone/transformer is not on .*: a model folder must have the same path"):
+        RayEngine(Source(str(tmp_path / "gone"), component="transformer"), _cut(2), EngineOptions(2))
 
 
 @pytest.mark.parametrize(("num_stages", "in_flight"), [(1, 2), (2, 1), (2, 3), (3, 2), (4, 4)])

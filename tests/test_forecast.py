@@ -9,7 +9,7 @@ from plans import many
 
 from pavdm_dist.method.microbatches import Displaced
 from pavdm_dist.method.schedule import Mode, WindowPlan
-from pavdm_dist.planning.forecast import Unit, makespan, rows_of, work
+from pavdm_dist.planning.forecast import UnitTime, makespan, rows_of, work
 from pavdm_dist.planning.simulate import Machine, simulate
 
 NEVER = Displaced(None, exact_growing=False)
@@ -22,12 +22,12 @@ def both(
     plan = WindowPlan(30, 6, 1, 1, num_chunks=chunks)
     found = simulate([plan] * videos, mode, branches, streams, machine, displaced)
 
-    def unit(held: int) -> Unit:
+    def unit(held: int) -> UnitTime:
         stages = tuple(seconds * held for seconds in machine.stage_seconds)
-        return Unit(stages, machine.link_chunk_s * held, machine.link_latency_s)
+        return UnitTime(stages, machine.link_chunk_s * held, machine.link_latency_s)
 
     rows = rows_of(plan, mode, displaced)
-    seconds = makespan(rows, branches, streams, videos, unit)
+    seconds = makespan(rows, branches, streams, videos, unit, machine.decode_seconds)
     busy = work(rows, branches, videos, unit)
     assert busy == pytest.approx(sum(part.end - part.start for part in found.busy))
     return found.makespan, seconds, busy / (len(machine.stage_seconds) * seconds)
@@ -63,6 +63,18 @@ def test_unequal_stages_and_links(
     machine = Machine(tuple(stages), link_latency_s=latency, link_chunk_s=link, outstanding=8)
     found, predicted, _ = both(mode, chunks, branches, streams, streams, machine, Displaced(10))
     assert predicted == pytest.approx(found, rel=0.12)
+
+
+@pytest.mark.parametrize("mode", ["window", "causal", "displaced"])
+@pytest.mark.parametrize("chunks", [1, 4, 30])
+@pytest.mark.parametrize(("streams", "videos"), [(1, 1), (1, 3), (2, 5)])
+def test_a_decoder_beside_the_stages(mode: Mode, chunks: int, streams: int, videos: int) -> None:
+    """As slow as nothing, as sampling, and slower: the later of both ends, and what is left to decode then."""
+    per_chunk = 5 * 2 * 6 / 2  # of each stage, where chunks are units and the window is full
+    for share in (0.1, 0.8, 1.0, 1.3, 4.0):
+        machine = Machine((1.0, 1.0), decode_seconds=share * per_chunk)
+        found, predicted, _ = both(mode, chunks, 2, streams, videos, machine, Displaced(10))
+        assert predicted == pytest.approx(found, rel=0.05)
 
 
 def test_one_device_is_never_idle() -> None:

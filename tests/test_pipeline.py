@@ -27,7 +27,7 @@ from pavdm_dist.config import DisplacedConfig, SampleConfig, validate_sample
 from pavdm_dist.engine.order import Join, epochs
 from pavdm_dist.errors import CheckpointError, ConfigError, MediaError
 from pavdm_dist.io.latents import latents_sha256, read_latents
-from pavdm_dist.io.metadata import read_sidecar
+from pavdm_dist.io.metadata import cpu_model, read_sidecar
 from pavdm_dist.io.recording import Recording
 from pavdm_dist.io.video import export_to_video, read_clip
 from pavdm_dist.method.microbatches import MicroBatches
@@ -186,6 +186,7 @@ def test_sidecar_says_how_to_make_it_again(model: Path, tmp_path: Path) -> None:
     assert sidecar["prompt"] == PROMPT
     assert sidecar["latents_sha256"] == video["latents_sha256"]
     assert sidecar["num_frames"] == 9
+    assert sidecar["device"] == f"cpu {cpu_model()}"
     assert len(sidecar["chunk_seconds"]) == 2
     assert sidecar["versions"]["torch"] == torch.__version__.split("+")[0] or sidecar["versions"]["torch"]
     assert not (tmp_path / "v.mp4.parts").exists()
@@ -280,7 +281,7 @@ def test_plan_report_is_the_worked_example(model: Path) -> None:
     config.cpus_per_decoder = 1
     assert plan_report(config, chunks=84)["layer_split"] == [[0, 2], [2, 4]]
     config.num_stages = 5
-    with pytest.raises(ConfigError, match=r"num_stages=5: the model has 4 half-blocks"):
+    with pytest.raises(ConfigError, match=r"num_stages=5: the model has 4 blocks"):
         plan_report(config, chunks=84)
 
 
@@ -293,7 +294,7 @@ def test_bad_input_ends_before_anything_is_written(model: Path, tmp_path: Path) 
     for settings, error, pattern in [
         ({"height": 33}, ConfigError, r"height=33.*32 or 40"),
         ({"window_chunks": 4}, ConfigError, r"window_chunks=4 does not divide num_inference_steps=6"),
-        ({"num_stages": 9}, ConfigError, r"4 half-blocks, use 1 to 4"),
+        ({"num_stages": 9}, ConfigError, r"4 blocks, use 1 to 4"),
         ({"prompt": "a " * 40}, ConfigError, r"tokens|words"),
         ({"video": str(tmp_path / "no.mp4"), "start": "chunk"}, MediaError, r"no.mp4"),
     ]:

@@ -21,10 +21,10 @@ from pavdm_dist.config import ClusterConfig
 from pavdm_dist.engine.order import epochs, join_of
 from pavdm_dist.engine.stage import RowDone, Stage
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.io.shipped import configs_root
 from pavdm_dist.method.microbatches import Displaced
 from pavdm_dist.method.schedule import Mode
 from pavdm_dist.models.base import Activation
-from pavdm_dist.models.stdit3 import STDiT3
 from pavdm_dist.planning.planner import MESSAGES, Setup, _Job, choose, report
 from pavdm_dist.request import SamplingParams, VideoRequest, build_stream
 
@@ -124,16 +124,71 @@ def test_costs_are_those_of_the_rows() -> None:
     params = SamplingParams.resolve(checkpoint, guidance_scale=1.0)
     plan = params.plan(4)
     (one, *_), cluster = planned(SMALL, 4, guidance_scale=1.0)[1], SMALL
-    with torch.device("meta"):
-        model = STDiT3(checkpoint.transformer_config)
-    from pavdm_dist.planning.partition import estimate_costs
-
+    model = checkpoint.shape
     flop = sum(
-        estimate_costs(model.spec, model.grid(5 * len(row.window), 8, 8), model.spec.text_len).stage(0, 8)
-        for row in plan.rows()
+        model.costs(model.grid(5 * len(row.window), 8, 8), model.spec.text_len).stage(0, 8) for row in plan.rows()
     )
     assert one.mode == "window" and one.num_stages == 1
     assert one.seconds == pytest.approx(flop / (cluster.tflops * 1e12))
+
+
+def decoded(cluster: ClusterConfig, decoder: str | None, **chosen: object) -> Setup:
+    checkpoint = Checkpoint.open("embedded")
+    params = SamplingParams.resolve(checkpoint, **chosen)
+    return choose(checkpoint, params, params.plan(20), cluster, decoder=decoder)[0]
+
+
+def test_the_decoder_is_a_station() -> None:
+    left_out, sampled = decoded(SMALL, "cpu"), decoded(SMALL, None)
+    assert left_out == sampled and sampled.decode_seconds == 0, "nobody said what a CPU does"
+    fast, slow = (decoded(replace(SMALL, decoder_tflops=rate), "cpu") for rate in (1.0, 1e-4))
+    assert fast.seconds == pytest.approx(sampled.seconds, rel=0.01)
+    assert slow.seconds == pytest.approx(20 * slow.decode_seconds, rel=0.01)
+    assert slow.num_stages < fast.num_stages, "more stages would only wait for it"
+    own = decoded(SMALL, "cuda")
+    assert own.decode_seconds > 0 and own.devices == own.num_stages + 1 <= 8, "one device decodes"
+    shared = decoded(SMALL, "shared", mode="window")
+    alone = decoded(SMALL, None, mode="window")
+    assert shared.decode_seconds == 0 and shared.seconds > alone.seconds
+    with pytest.raises(ConfigError, match=r"cluster\.devices=1: decoder=cuda needs one beside the stages'"):
+        decoded(replace(SMALL, devices=1), "cuda")
+
+
+def test_a_slow_decoder_is_said_and_simulated() -> None:
+    checkpoint = Checkpoint.open("embedded")
+    params = SamplingParams.resolve(checkpoint)
+    cluster = replace(SMALL, decoder_tflops=1e-3)
+    found = report(checkpoint, params, params.plan(8), cluster, decoder="cpu")
+    assert "the decoder sets the pace" in found["why"]
+    assert found["choice"]["decode_tflop_per_chunk"] == pytest.approx(
+        found["choice"]["decode_seconds"] * 1e-3, rel=1e-3
+    )
+    assert found["choice"]["simulated_utilisation"] == pytest.approx(found["choice"]["utilisation"], rel=0.05)
+
+
+def test_half_the_bytes_in_half_the_type() -> None:
+    checkpoint = Checkpoint.open("embedded")
+    params = SamplingParams.resolve(checkpoint)
+    full, half = (
+        _Job(checkpoint, params, params.plan(8), dtype).memory("window", (0, 8), 1)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    null = 4 * checkpoint.shape.state_dict()["rope.freqs"].numel()  # angles stay float32
+    assert half - null == pytest.approx((full - null) / 2)
+
+
+def test_the_shipped_shape_is_planned_as_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(configs_root() / "sample" / "opensora-240p.yaml")
+    assert main(["plan", file, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["layer_split"][0][0] == 0 and found["layer_split"][-1][1] == 56
+    assert found["sampling"]["guidance_scale"] == 7 and found["num_frames"] == 1440
+    assert main(["plan", file, "cluster.devices=4", "--json"]) == 0
+    choice = json.loads(capsys.readouterr().out)["cluster"]["choice"]
+    assert sum(choice["layers_per_stage"]) == 56
+    assert 1e9 < choice["memory_gib"][0] * 2**30 * choice["num_stages"] < 2e10
+    assert main(["sample", "a red three", file]) == 2
+    assert "stdit3-xl holds no weights: it can be planned, not sampled" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("chunks", [1, 3, 30])
@@ -153,6 +208,7 @@ def test_the_prediction_is_what_the_simulator_says(chunks: int, videos: int, mod
         ("cluster.devices=0", "cluster.devices=0: at least 1"),
         ("cluster.videos=0", "cluster.videos=0: at least 1"),
         ("cluster.tflops=0", "cluster.tflops=0: must be above 0"),
+        ("cluster.decoder_tflops=0", "cluster.decoder_tflops=0: must be above 0"),
         ("cluster.link_latency_ms=-1", "cluster.link_latency_ms=-1: must be 0 or more"),
         ("cluster.chart=a.txt", "cluster.chart=a.txt: must end in .png"),
         ("cluster.gpus=8", "no such key 'gpus'"),

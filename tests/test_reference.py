@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.schedule import NoiseSchedule, WindowPlan, time_shift_ratio
 from pavdm_dist.method.window import Window
-from pavdm_dist.models.base import BlockContext, FrameInfo, TextRun
+from pavdm_dist.models.base import BlockContext, FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
+from pavdm_dist.models.text_cache import TextRun
 
 DEFAULT = Path(__file__).parent.parent.parent / "shared" / "golden"
 

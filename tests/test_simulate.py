@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -116,6 +117,23 @@ def test_a_bounded_queue_holds_the_sender_back() -> None:
     assert behind <= 3  # two under way and the one that is waiting
 
 
+def test_a_decoder_is_one_more_station() -> None:
+    """Chunks are decoded one after another as they become clean; what is sampled does not change."""
+    videos, machine = [plan(10), plan(10)], Machine((1.0, 1.0))
+    free = simulate(videos, "causal", 2, 2, machine)
+    for seconds in (0.5, 10.0, 1000.0):
+        found = simulate(videos, "causal", 2, 2, replace(machine, decode_seconds=seconds))
+        assert found.busy == free.busy and found.first_chunk == free.first_chunk
+        assert sorted((one.stream, one.chunk) for one in found.decoded) == [(v, k) for v in range(2) for k in range(10)]
+        assert all(one.end - one.start == pytest.approx(seconds) for one in found.decoded)
+        assert all(before.end <= after.start for before, after in pairwise(found.decoded))
+        assert found.makespan == found.decoded[-1].end > free.makespan
+        assert found.utilisation == pytest.approx(free.utilisation * free.makespan / found.makespan)
+    # The slower one sets the pace.
+    assert found.makespan == pytest.approx(found.first_chunk + 20 * 1000.0)
+    assert not free.decoded
+
+
 @given(legal_plans(max_chunks=6), st.integers(1, 2), st.integers(1, 4))
 @many(40)
 def test_every_stage_runs_the_engines_order(one: WindowPlan, branches: int, stages: int) -> None:
@@ -216,6 +234,11 @@ def test_the_command_prints_one_object_and_draws(tmp_path: Path, capsys: pytest.
     pixels = Image.open(chart).convert("RGB")
     assert len(pixels.getcolors() or ()) > 10
     assert math.isclose(pixels.height, 8 + 3 * 42 + 30)
+    capsys.readouterr()
+    words = ["mode=causal", "num_stages=3", "chunks=4", f"chart={chart}", "decode_seconds=2"]
+    assert main(["simulate", "--json", *words]) == 0
+    assert json.loads(capsys.readouterr().out)["decoder_busy"] == pytest.approx(8)
+    assert Image.open(chart).height == 8 + 4 * 42 + 30
 
 
 @pytest.mark.parametrize(
@@ -228,6 +251,7 @@ def test_the_command_prints_one_object_and_draws(tmp_path: Path, capsys: pytest.
         (["stage_seconds=[1,0]"], "every stage takes time"),
         (["link_latency_s=-1"], "link_latency_s=-1"),
         (["outstanding=0"], "outstanding=0: at least 1"),
+        (["decode_seconds=-1"], "decode_seconds=-1.0: must be 0 or more"),
         (["streams=0"], "streams=0"),
         (["chart=picture.jpg"], "chart=picture.jpg: must end in .png"),
         (["window_chunks=7"], "window_chunks=7 does not divide"),

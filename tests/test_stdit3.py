@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pavdm_dist.errors import CheckpointError
 from pavdm_dist.method.schedule import NoiseSchedule
-from pavdm_dist.models.base import Activation, BlockContext, FrameInfo, TextCache, TextRun
+from pavdm_dist.models.base import Activation, BlockContext, FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3
+from pavdm_dist.models.text_cache import TextCache, TextRun
 
 INFO = FrameInfo(48, 64, 24.0)
 BLOCKS = range(2 * TINY.depth)

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from test_stdit3 import INFO, random, run_blocks, staircase
 
 from pavdm_dist.errors import CheckpointError
-from pavdm_dist.models.base import Activation, BlockContext, TextRun
+from pavdm_dist.models.base import Activation, BlockContext
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
+from pavdm_dist.models.text_cache import TextRun
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -101,7 +102,7 @@ def equal_states(one: STDiT3, two: STDiT3) -> bool:
 def test_save_and_load_round_trip(folder: Path, sharded: bool) -> None:
     if sharded:
         shard(folder, by_block)
-    model = STDiT3.from_pretrained(folder)
+    model = STDiT3.load(folder)
     assert model.config == TINY and equal_states(model, tiny_model())
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     # Weights live in torch's own aligned memory, not in the mapped file.
@@ -113,7 +114,7 @@ def test_save_and_load_round_trip(folder: Path, sharded: bool) -> None:
 
 def test_half_precision_files_load_as_float32(folder: Path) -> None:
     tiny_model().save_pretrained(folder, dtype=torch.float16)
-    stored, model = load_file(folder / WEIGHTS), STDiT3.from_pretrained(folder)
+    stored, model = load_file(folder / WEIGHTS), STDiT3.load(folder)
     assert {stored[name].dtype for name, _ in model.named_parameters()} == {torch.float16}
     for name, value in model.state_dict().items():
         assert value.dtype == torch.float32 and torch.equal(value, stored[name].float())
@@ -123,13 +124,13 @@ def test_a_checkpoint_without_the_rotary_table_gets_it_computed(folder: Path) ->
     state = load_file(folder / WEIGHTS)
     expected = state.pop("rope.freqs")
     save_file(state, folder / WEIGHTS)
-    assert torch.equal(STDiT3.from_pretrained(folder).rope.freqs, expected)
+    assert torch.equal(STDiT3.load(folder).rope.freqs, expected)
 
 
 def test_training_switches_in_the_config_are_ignored(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "class_dropout_prob": 0.1, "enable_flash_attn": True}))
-    assert STDiT3.from_pretrained(folder).config == TINY
+    assert STDiT3.load(folder).config == TINY
 
 
 CUTS = [cut for count in range(4) for cut in combinations(range(1, 4), count)]
@@ -143,7 +144,7 @@ def test_stages_in_sequence_equal_the_whole_model(folder: Path, cut: tuple[int, 
     x, text, levels = random(1, 4, 6, 5, 6), random(1, 5, TINY.caption_channels, seed=1), staircase(6)
     activation = None
     for first, last in pairwise((0, *cut, 4)):
-        stage = STDiT3.from_pretrained(folder, blocks=(first, last))
+        stage = STDiT3.load(folder, blocks=(first, last))
         context = BlockContext(grid, [TextRun(0, 6, stage.project_text(text))], chunk_causal=None)
         if activation is None:
             activation = stage.embed(x, levels, INFO)
@@ -166,7 +167,7 @@ def test_a_stage_reads_only_its_own_tensors(folder: Path, blocks: tuple[int, int
     # Files that hold nothing of this stage are not even opened: they may be broken.
     for file in {by_block(name) for name in public_names(TINY.depth)} - {by_block(name) for name in expected}:
         (folder / file).write_bytes(b"not a safetensors file")
-    stage = STDiT3.from_pretrained(folder, blocks=blocks)
+    stage = STDiT3.load(folder, blocks=blocks)
     loaded = {name for name, value in stage.state_dict().items() if not value.is_meta}
     assert loaded == expected
     assert all(torch.equal(stage.state_dict()[name], tiny_model().state_dict()[name]) for name in expected)
@@ -192,7 +193,7 @@ def test_wrong_checkpoints_name_the_tensor(folder: Path, break_it: Callable, mes
     if sharded:
         shard(folder, by_block)
     with pytest.raises(CheckpointError, match=message):
-        STDiT3.from_pretrained(folder)
+        STDiT3.load(folder)
 
 
 def lose_a_shard(folder: Path) -> None:
@@ -215,4 +216,4 @@ def lose_a_shard(folder: Path) -> None:
 def test_broken_folders_say_what_is_wrong(folder: Path, break_it: Callable, message: str) -> None:
     break_it(folder)
     with pytest.raises(CheckpointError, match=message):
-        STDiT3.from_pretrained(folder)
+        STDiT3.load(folder)

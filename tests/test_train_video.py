@@ -53,7 +53,7 @@ def settings(folder: Path, model: Path, run_dir: Path, *more: str) -> list[str]:
     return [
         "threads=1", f"data.folder={folder}", f"data.model={model}", "data.batch_size=2",
         "model.depth=1", "model.hidden_size=16", "model.num_heads=2",
-        f"model.caption_channels={Checkpoint.open(model).transformer_config.caption_channels}",
+        f"model.caption_channels={Checkpoint.open(model).shape.spec.text_dim}",
         "objective.num_inference_steps=6", "objective.window_chunks=3", "objective.latent_chunk_size=2",
         "objective.time_shift=null", "optimizer.name=adamw", "optimizer.total_steps=6", "optimizer.warmup_steps=2",
         "log_every_steps=1", f"run_dir={run_dir}", *more,

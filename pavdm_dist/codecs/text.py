@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pavdm_dist.errors import CheckpointError, ConfigError
-from pavdm_dist.models.loading import load_config, load_module, local_folder
+from pavdm_dist.models.loading import load_module
+from pavdm_dist.models.source import Source, load_config
 
 logger = logging.getLogger(__name__)
 
@@ -94,20 +94,22 @@ class WordTextEncoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.5)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **hub: Any) -> WordTextEncoder:
+    def from_pretrained(cls, source: str | Path | Source) -> WordTextEncoder:
         """Loads ``config.json`` and ``model.safetensors`` of any precision as float32.
+
+        Args:
+            source: component folder, hub id, or :class:`~pavdm_dist.models.source.Source`.
 
         Raises:
             CheckpointError: missing or broken files, or a tensor missing or of the wrong size.
         """
-        path = local_folder(folder, **hub)
-        config = {key: value for key, value in load_config(path).items() if not key.startswith("_")}
+        config = {key: value for key, value in load_config(source).items() if not key.startswith("_")}
         try:
             with torch.device("meta"):
                 encoder = cls(**config)
         except (TypeError, ConfigError) as error:
-            raise CheckpointError(f"{path / 'config.json'} describes no WordTextEncoder: {error}") from error
-        load_module(encoder, path)
+            raise CheckpointError(f"{source}/config.json describes no WordTextEncoder: {error}") from error
+        load_module(encoder, source)
         return encoder.eval()
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from pavdm_dist.codecs.base import CodecSpec
 from pavdm_dist.errors import CheckpointError, ConfigError
-from pavdm_dist.models.loading import load_config, load_module, local_folder, read_tensors, save_module
+from pavdm_dist.models.loading import load_module, read_tensors, save_module
+from pavdm_dist.models.source import Source, load_config
 
 # Frames per latent that AutoencoderKLWan's encoder is written for.
 _TEMPORAL_STRIDE = 4
@@ -28,21 +29,21 @@ _TEMPORAL_STRIDE = 4
 _PROBE_LIMIT = 1000
 
 
-def read_spec(folder: str | Path, **hub: Any) -> CodecSpec:
+def read_spec(source: str | Path | Source) -> CodecSpec:
     """Shape facts from ``config.json`` alone: what planning needs, without weights or diffusers.
 
     Raises:
         CheckpointError: missing, unreadable, or not a Wan autoencoder's configuration.
     """
-    return _spec(load_config(folder, **hub), str(folder))
+    return _spec(load_config(source), str(source))
 
 
-def decode_flop(folder: str | Path, latent_height: int, latent_width: int, **hub: Any) -> float:
+def decode_flop(source: str | Path | Source, latent_height: int, latent_width: int) -> float:
     """FLOP of decoding one latent (four frames), from ``config.json`` alone.
 
     Two per multiply-add, convolutions only: good to about a quarter, which is enough to balance stages.
     """
-    config = load_config(folder, **hub)
+    config = load_config(source)
     get = {
         "num_res_blocks": 2,
         "dim_mult": [1, 2, 4, 4],
@@ -68,11 +69,11 @@ def decode_flop(folder: str | Path, latent_height: int, latent_width: int, **hub
     return 2 * (total + 27 * places * frames * widths[-1] * config.get("out_channels", 3))
 
 
-def encoder_identity(folder: str | Path) -> str:
+def encoder_identity(source: str | Path | Source) -> str:
     """Hash of what latents depend on: the encoder and the statistics; a decoder may be refined later."""
-    config = json.loads((Path(folder) / "config.json").read_text())
+    config = load_config(source)
     digest = hashlib.sha256(json.dumps([config["latents_mean"], config["latents_std"]]).encode())
-    tensors = read_tensors(Path(folder), lambda key: key.startswith(("encoder.", "quant_conv.")))
+    tensors = read_tensors(source, lambda key: key.startswith(("encoder.", "quant_conv.")))
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -82,7 +83,8 @@ class WanCodec:
     """Frames <-> normalised latents.
 
     Args:
-        vae: an ``AutoencoderKLWan``; it is switched to evaluation and its weights are used as they are.
+        vae: an ``AutoencoderKLWan``; it is switched to evaluation and its weights are used as they are. It computes in
+            their type; latents and pixels outside it are float32.
     """
 
     def __init__(self, vae: nn.Module) -> None:
@@ -90,26 +92,30 @@ class WanCodec:
         self.spec = _spec(config, "the video codec")
         self.vae: Any = vae.eval()
         self._patch: int | None = config.get("patch_size")
-        device = next(vae.parameters()).device
+        device, self._dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
         self._mean = torch.tensor(config["latents_mean"], dtype=torch.float32, device=device).view(1, -1, 1, 1, 1)
         self._std = torch.tensor(config["latents_std"], dtype=torch.float32, device=device).view(1, -1, 1, 1, 1)
         self._receptive: int | None = None
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu", **hub: Any) -> WanCodec:
-        """Loads ``config.json`` and safetensors weights of any precision as float32.
+    def from_pretrained(
+        cls,
+        source: str | Path | Source,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> WanCodec:
+        """Loads ``config.json`` and safetensors weights of any precision.
 
         Args:
-            folder: component folder or hub id.
+            source: component folder, hub id, or :class:`~pavdm_dist.models.source.Source`.
             device: where the codec runs.
-            hub: passed on when ``folder`` is a hub id (``subfolder``, ``revision``, ...).
+            dtype: what it computes in.
 
         Raises:
             CheckpointError: no such folder, not a Wan autoencoder, or a tensor missing or of the wrong size.
         """
-        path = local_folder(folder, **hub)
-        config = load_config(path)
-        _spec(config, str(path))
+        config = load_config(source)
+        _spec(config, str(source))
         from diffusers import AutoencoderKLWan
 
         try:
@@ -117,9 +123,9 @@ class WanCodec:
                 vae = AutoencoderKLWan.from_config({k: v for k, v in config.items() if not k.startswith("_")})
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{path / 'config.json'} describes no working AutoencoderKLWan: {reason}") from error
-        load_module(vae, path)
-        return cls(vae.to(device))
+            raise CheckpointError(f"{source}/config.json describes no working AutoencoderKLWan: {reason}") from error
+        load_module(vae, source, dtype=dtype, device=device)
+        return cls(vae)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes what :meth:`from_pretrained` and diffusers' own loader read; ``dtype``: precision on disk."""
@@ -163,9 +169,10 @@ class WanCodec:
         latents = []
         for group in frames.split([1, *[stride] * (frames.shape[0] // stride)]):
             pixels = rearrange(group.to(self._mean.device, torch.float32), "t h w rgb -> 1 rgb t h w")
-            features = self.vae.encoder(self._patchify(pixels / 127.5 - 1), feat_cache=cache, feat_idx=[0])
+            patches = self._patchify(pixels / 127.5 - 1).to(self._dtype)
+            features = self.vae.encoder(patches, feat_cache=cache, feat_idx=[0])
             mean, _ = self.vae.quant_conv(features).chunk(2, dim=1)
-            latents.append((mean - self._mean) / self._std)
+            latents.append((mean.float() - self._mean) / self._std)
         return torch.cat(latents, dim=2)[0].contiguous()
 
     def decoder(self) -> WanChunkDecoder:
@@ -198,8 +205,8 @@ class WanCodec:
         raise RuntimeError(f"the decoder still remembers a latent after {_PROBE_LIMIT} others")
 
     def denormalise(self, latents: Tensor) -> Tensor:
-        """Normalised ``[1, C, n, h, w]`` -> the autoencoder's own scale."""
-        return latents * self._std + self._mean
+        """Normalised ``[1, C, n, h, w]`` -> the autoencoder's own scale and type."""
+        return (latents * self._std + self._mean).to(self._dtype)
 
     def unpatchify(self, pixels: Tensor) -> Tensor:
         """Undoes the 2.2 layout's space-to-depth; the identity for the 2.1 layout."""
@@ -249,7 +256,7 @@ class WanChunkDecoder:
         raw = codec.vae.post_quant_conv(codec.denormalise(latent))
         pixels = codec.vae.decoder(raw, feat_cache=self._cache, feat_idx=[0], first_chunk=not self._started)
         self._started = True
-        return codec.unpatchify(pixels).clamp(-1, 1)
+        return codec.unpatchify(pixels.float()).clamp(-1, 1)
 
     def holds_nan(self) -> bool:
         """Whether a feature that later latents will read is NaN."""

@@ -7,13 +7,7 @@ import shutil
 from pathlib import Path
 
 from pavdm_dist.errors import ConfigError
-
-
-def configs_root() -> Path:
-    """The folder of the shipped config files."""
-    package = Path(__file__).parent.parent
-    installed = package / "_configs"
-    return installed if installed.is_dir() else package.parent / "configs"
+from pavdm_dist.io.shipped import configs_root
 
 
 def describe_configs() -> list[tuple[str, str]]:

@@ -6,10 +6,14 @@ from dataclasses import asdict
 from typing import Any
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.commands.resolve import engine_options, sampling_params
-from pavdm_dist.config import PlanConfig, SampleConfig, frames_wanted
+from pavdm_dist.commands.resolve import decoder_of_stages, engine_options, sampling_params
+from pavdm_dist.config import ClusterConfig, PlanConfig, SampleConfig, frames_wanted
+from pavdm_dist.method.schedule import WindowPlan
+from pavdm_dist.models.devices import DTYPES
 from pavdm_dist.planning import planner
-from pavdm_dist.planning.balance import layer_split, pipeline_utilisation, useful_stages
+from pavdm_dist.planning.forecast import pipeline_utilisation, useful_stages
+from pavdm_dist.planning.partition import layer_split
+from pavdm_dist.request import SamplingParams
 
 
 def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, Any]:
@@ -21,7 +25,7 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
 
     With ``cluster.devices`` the planner says how to use them (:mod:`pavdm_dist.planning.planner`).
     """
-    checkpoint = Checkpoint.open(config.model)
+    checkpoint = Checkpoint.open(config.model, config.revision)
     params = sampling_params(config, checkpoint)
     spec, size = checkpoint.codec_spec, params.latent_chunk_size
     if chunks is None:
@@ -31,8 +35,7 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
         frames = spec.frames_in_chunk(size, first=not params.warm) + (chunks - 1) * spec.frames_in_chunk(size, False)
     plan = params.plan(chunks)
     branches = 1 if params.guidance_scale == 1 else 2
-    blocks = 2 * checkpoint.transformer_config.depth
-    split = [(0, blocks)]
+    split = [(0, checkpoint.shape.spec.num_blocks)]
     if config.num_stages:
         split = layer_split(checkpoint, params, engine_options(config))
     utilisation = pipeline_utilisation(params, plan, max(config.num_stages, 1), config.streams)
@@ -53,5 +56,13 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
         "pipeline_utilisation": round(utilisation, 4),
         "useful_stages": useful_stages(params, config.streams),
         "sampling": asdict(params),
-        **({} if cluster is None else {"cluster": planner.report(checkpoint, params, plan, cluster)}),
+        **({} if cluster is None else {"cluster": _cluster_report(config, cluster, checkpoint, params, plan)}),
     }
+
+
+def _cluster_report(
+    config: SampleConfig, cluster: ClusterConfig, checkpoint: Checkpoint, params: SamplingParams, plan: WindowPlan
+) -> dict[str, Any]:
+    """What the planner says; a cluster's devices are GPUs, which hold the weights as they are stored."""
+    dtype = checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
+    return planner.report(checkpoint, params, plan, cluster, dtype, decoder_of_stages(config))

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.method.microbatches import Displaced
+from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.request import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -26,14 +26,46 @@ def engine_options(config: SampleConfig) -> EngineOptions:
         layers_per_stage=config.layers_per_stage,
         balance=config.balance,
         compile=config.compile,
+        dtype=config.dtype,
         threads_per_stage=config.threads_per_stage,
         cpus_per_stage=config.cpus_per_stage,
-        gpus_per_stage=config.gpus_per_stage,
+        gpus_per_stage=config.gpus_per_stage or float(config.device == "cuda"),
+        decoder=decoder_of_stages(config),
+        decoder_dtype=config.decoder_dtype,
+        threads_per_decoder=config.threads_per_decoder,
         cpus_per_decoder=config.cpus_per_decoder,
+        gpus_per_decoder=config.gpus_per_decoder,
         backend=config.backend,
         link_timeout_s=config.link_timeout_s,
+        placement_timeout_s=config.placement_timeout_s,
+        max_restarts=config.max_restarts,
+        node_wait_s=config.node_wait_s,
         ray_address=config.ray_address,
         trace_file=config.trace,
+    )
+
+
+def decoder_of_stages(config: SampleConfig) -> str:
+    """Where chunks from stages are decoded."""
+    return "cpu" if config.decoder == "auto" else config.decoder
+
+
+def open_pipeline(config: SampleConfig) -> PAVDMPipeline:
+    """The model, and where it will run; loads no weights yet.
+
+    Raises:
+        CheckpointError: not a model that can be sampled.
+        ConfigError: a device that is not there, or options that contradict one another.
+    """
+    return PAVDMPipeline(
+        Checkpoint.open(config.model, config.revision),
+        config.num_stages,
+        config.threads_per_stage,
+        engine_options(config) if config.num_stages else None,
+        config.dtype,
+        config.device,
+        config.decoder,
+        config.decoder_dtype,
     )
 
 
@@ -53,8 +85,3 @@ def sampling_params(config: SampleConfig, checkpoint: Checkpoint) -> SamplingPar
             trained.height, trained.width, params.height, params.width,
         )  # fmt: skip
     return params
-
-
-def device_name(options: EngineOptions | None) -> str:
-    """Where the sampling computes, for the sidecar: ``options`` of the stages, None = this process."""
-    return "cuda" if options is not None and options.device == "cuda" else f"cpu {cpu_model()}"

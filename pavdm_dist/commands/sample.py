@@ -14,16 +14,15 @@ from typing import Any
 import torch
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.commands.resolve import engine_options, sampling_params
+from pavdm_dist.commands.resolve import open_pipeline, sampling_params
 from pavdm_dist.commands.signals import Signals, Stopped
 from pavdm_dist.commands.videos import Video, Videos
 from pavdm_dist.config import SampleConfig, frames_wanted
 from pavdm_dist.errors import ConfigError, PAVDMError, VideoError
 from pavdm_dist.io.encode import as_rate, check_size, require_libx264
-from pavdm_dist.io.metadata import sidecar_path, weights_identity
+from pavdm_dist.io.metadata import sidecar_path
 from pavdm_dist.io.storage import check_output, join, same_path
 from pavdm_dist.method.stream import ResumePoint
-from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.request import SamplingParams, VideoRequest, check_prompts, clip_frames_needed
 
 logger = logging.getLogger(__name__)
@@ -50,8 +49,7 @@ def render_command(config: SampleConfig, overwrite: bool, progress: Callable[...
             the engine's end. What is finished stays playable, and the same command goes on.
         Stopped: a signal; the same holds.
     """
-    engine = engine_options(config) if config.num_stages else None
-    pipeline = PAVDMPipeline(Checkpoint.open(config.model), config.num_stages, config.threads_per_stage, engine)
+    pipeline = open_pipeline(config)
     params = sampling_params(config, pipeline.checkpoint)
     as_rate(params.fps)
     check_size(params.height, params.width)
@@ -60,7 +58,7 @@ def render_command(config: SampleConfig, overwrite: bool, progress: Callable[...
         pipeline.split(params)
     requests = _requests(config, params, pipeline.checkpoint)
     outputs = _outputs(config, requests)
-    weights = weights_identity(pipeline.checkpoint.folder)
+    weights = pipeline.checkpoint.identity
     made = [Video(number, *pair) for number, pair in enumerate(zip(requests, outputs, strict=True))]
     videos = Videos(made, config, params, pipeline, weights, overwrite)
     videos.check()

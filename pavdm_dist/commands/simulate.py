@@ -34,6 +34,7 @@ class SimulateConfig:
     link_latency_s: float = 0.0
     link_chunk_s: float = 0.0  # time one chunk's hidden states occupy a link
     outstanding: int = 2  # sends under way before a stage waits
+    decode_seconds: float = 0.0  # of a finished chunk, in a decoder beside the stages; 0 = without one
     chart: str | None = None  # .png of what every stage did when
     trace: str | None = None  # of a real run (pavdm sample ... trace=FILE): sum that up and draw it instead
 
@@ -57,7 +58,14 @@ def simulate_report(config: SimulateConfig) -> dict[str, Any]:
     if config.stage_seconds is not None and len(config.stage_seconds) != stages:
         raise ConfigError(f"stage_seconds={config.stage_seconds}: needs num_stages={stages} entries")
     seconds = config.stage_seconds or [1 / max(stages, 1)] * stages
-    machine = Machine(tuple(seconds), config.unit_cost, config.link_latency_s, config.link_chunk_s, config.outstanding)
+    machine = Machine(
+        tuple(seconds),
+        config.unit_cost,
+        config.link_latency_s,
+        config.link_chunk_s,
+        config.outstanding,
+        decode_seconds=config.decode_seconds,
+    )
     plan = WindowPlan(
         config.num_inference_steps, config.window_chunks, 1, int(config.context), num_chunks=config.chunks
     )
@@ -77,7 +85,7 @@ def simulate_report(config: SimulateConfig) -> dict[str, Any]:
 def _report(result: Result, chart: str | None) -> dict[str, Any]:
     stages = result.num_stages
     if chart is not None:
-        draw_chart(chart, stages, bars(result))
+        draw_chart(chart, stages, bars(result), decoder=bool(result.decoded))
     busy = [sum(part.end - part.start for part in result.busy if part.stage == stage) for stage in range(stages)]
     return {
         "num_stages": stages,
@@ -87,6 +95,7 @@ def _report(result: Result, chart: str | None) -> dict[str, Any]:
         "utilisation": result.utilisation,
         "speed_up": result.speed_up,
         "stage_busy": [_whole(seconds) for seconds in busy],
+        **({"decoder_busy": _whole(sum(one.end - one.start for one in result.decoded))} if result.decoded else {}),
         **({} if chart is None else {"chart": chart}),
     }
 

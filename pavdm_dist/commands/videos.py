@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pavdm_dist.commands.resolve import device_name
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError, MediaError, PAVDMError, VideoError
 from pavdm_dist.io.metadata import is_complete, read_sidecar, sidecar_path, versions
@@ -136,7 +135,7 @@ class Videos:
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
             "seed": request.seed,
-            "device": device_name(self.pipeline.engine),
+            "device": self.pipeline.device_name,
             "threads": self.config.threads_per_stage,
             "weights": self.weights,
             "identity": self._identity(request),

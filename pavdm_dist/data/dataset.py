@@ -300,6 +300,6 @@ def _check_identities(folder: str | Path, found: dict[str, str], model: Checkpoi
     for name, identity in wanted.items():
         if found.get(name) != identity:
             raise ConfigError(
-                f"data={folder} was prepared with {name} {found.get(name)}, model={model.folder} has {identity}: "
+                f"data={folder} was prepared with {name} {found.get(name)}, model={model.source} has {identity}: "
                 "prepare it again with that model"
             )

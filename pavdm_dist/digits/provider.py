@@ -85,4 +85,4 @@ def _codec_folder(config: TrainConfig, run: Path) -> Path:
     """The given codec, else that of the model to start from, else the run's own."""
     if config.codec.folder is not None:
         return Path(config.codec.folder)
-    return run / "vae" if config.model.pretrained is None else Checkpoint.open(config.model.pretrained).vae
+    return run / "vae" if config.model.pretrained is None else Checkpoint.open(config.model.pretrained).vae.folder()

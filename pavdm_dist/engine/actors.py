@@ -17,9 +17,11 @@ from pavdm_dist.engine.events import Event, Place
 from pavdm_dist.engine.loop import EpochFeed, Links, RunReport, StageLoop
 from pavdm_dist.engine.order import LogEntry
 from pavdm_dist.engine.stage import Stage
-from pavdm_dist.engine.transport import LocalLink, TorchLink, warm_up
+from pavdm_dist.engine.transport import HostStagedLink, Link, LocalLink, TorchLink, warm_up
 from pavdm_dist.method.stream import Stream
-from pavdm_dist.models.stdit3 import STDiT3
+from pavdm_dist.models.catalog import load_backbone
+from pavdm_dist.models.devices import DTYPES, check_dtype, choose_device, choose_dtype, device_model
+from pavdm_dist.models.source import Source
 
 # Calls an actor serves at once: its loop, one waiting `take`, and short control calls.
 CONCURRENT_CALLS = 4
@@ -29,22 +31,31 @@ class StageActor:
     """Holds a :class:`Stage` and runs its loop in one long call, whose reference tells the driver it is alive.
 
     Args:
-        folder: backbone folder; only this stage's tensors are read.
-        blocks: half-block range.
+        source: the backbone, opened here; only this stage's tensors are read.
+        blocks: block range.
         device: ``cpu`` or ``cuda``.
         threads: intra-op threads.
         compiled: whether blocks are compiled.
+        dtype: of weights and of what travels between stages, see :func:`~pavdm_dist.models.devices.choose_dtype`.
     """
 
-    def __init__(self, folder: str, blocks: tuple[int, int], device: str, threads: int, compiled: bool) -> None:
+    def __init__(
+        self,
+        source: Source | str,
+        blocks: tuple[int, int],
+        device: str,
+        threads: int,
+        compiled: bool,
+        dtype: str = "auto",
+    ) -> None:
         self._threads = threads
         torch.set_num_threads(threads)
-        model = STDiT3.from_pretrained(folder, blocks)
-        if device != "cpu":
-            model = _to_device(model, device)
+        source = Source.of(source)
+        kind = choose_dtype(dtype, choose_device(device), source)
+        model = load_backbone(source, blocks, kind, device)
         if compiled:
             model.compile_repeated_blocks()
-        self._stage = Stage(model, blocks, device)
+        self._stage = Stage(model, blocks, device, kind)
         self._feed = EpochFeed()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._loop: StageLoop | None = None
@@ -54,7 +65,7 @@ class StageActor:
 
     def where(self) -> Place:
         """Node and process of the actor."""
-        return _here()
+        return _here(self._stage.device)
 
     def open_store(self, host: str) -> int:
         """Rank 0: opens the rendezvous store on a free port and returns it. The store lives as long as the actor."""
@@ -79,8 +90,11 @@ class StageActor:
         # Opposite directions between two ranks must not share a group: without tags their messages could mix.
         forward, feedback = dist.new_group(timeout=timeout), dist.new_group(timeout=timeout)
 
+        # gloo carries what is in host memory only.
+        device = torch.device("cpu") if backend == "gloo" else self._stage.device
+
         def link(group: Any, peer: int) -> TorchLink:
-            return TorchLink(group, peer, self._stage.device, timeout_s=timeout_s)
+            return TorchLink(group, peer, device, timeout_s=timeout_s)
 
         upstream = link(forward, rank - 1) if rank > 0 else None
         downstream = link(forward, rank + 1) if rank < world - 1 else None
@@ -91,7 +105,10 @@ class StageActor:
             warm_up(downstream, generation, sender=True)
         if back is not None:
             warm_up(back, generation, sender=rank != 0)
-        self._links = Links(upstream, downstream, back)
+        links: list[Link | None] = [upstream, downstream, back]
+        if device != self._stage.device:
+            links = [link and HostStagedLink(link, self._stage.device) for link in (upstream, downstream, back)]
+        self._links = Links(*links)
 
     def prepare(self, stream: Stream) -> None:
         """Takes a stream in; must be acknowledged by all stages before its join is sealed."""
@@ -135,24 +152,27 @@ class DecodeActor:
     Calls of the default group run in the order in which they were made; those of the group ``control`` beside them.
 
     Args:
-        folder: codec folder.
+        source: the codec, opened here.
         threads: intra-op threads.
         device: ``cpu`` or ``cuda``.
+        dtype: what it computes in.
     """
 
-    def __init__(self, folder: str, threads: int, device: str) -> None:
+    def __init__(self, source: Source | str, threads: int, device: str, dtype: str = "float32") -> None:
         from pavdm_dist.codecs.wan import WanCodec
 
         self._threads = threads
         torch.set_num_threads(threads)
-        self._codec = WanCodec.from_pretrained(folder, device=device)
+        self._device = choose_device(device)
+        check_dtype("decoder_dtype", dtype, self._device)
+        self._codec = WanCodec.from_pretrained(source, self._device, DTYPES[dtype])
         self._decoders: dict[int, Any] = {}
         self._dropped: set[int] = set()
         self._latents = 0
 
     def facts(self) -> tuple[int, int, Place]:
         """Latents that a decoder is warmed on to go on with a stream; frames per latent; where the actor is."""
-        return self._codec.receptive_latents(), self._codec.spec.temporal_stride, _here()
+        return self._codec.receptive_latents(), self._codec.spec.temporal_stride, _here(self._device)
 
     def open(self, key: int, warm: Tensor | None) -> None:
         """Starts a stream; ``warm`` are latents ``[C, n, h, w]`` that came before its next chunk."""
@@ -194,23 +214,12 @@ class DecodeActor:
         return self._latents
 
 
-def _here() -> Place:
+def _here(device: torch.device) -> Place:
     import ray
 
-    return Place(ray.util.get_node_ip_address(), os.getpid(), os.path.realpath("/proc/self/fd/2"))
+    log = os.path.realpath("/proc/self/fd/2")
+    return Place(ray.util.get_node_ip_address(), os.getpid(), log, device_model(device))
 
 
 def _nobody(_: Event) -> None:
     """Only the last stage's events are read."""
-
-
-def _to_device(model: STDiT3, device: str) -> STDiT3:
-    """Moves the loaded tensors; those of other stages stay on the meta device."""
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and not parameter.is_meta:
-                module._parameters[name] = torch.nn.Parameter(parameter.to(device), requires_grad=False)
-        for name, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                module._buffers[name] = buffer.to(device)
-    return model

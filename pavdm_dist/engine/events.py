@@ -69,11 +69,12 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an actor runs: address of its machine, process number, and the file there that its errors go to."""
+    """Where an actor runs: address of its machine, process number, the file there that its errors go to, its device."""
 
     node: str
     pid: int
     log: str = ""
+    device: str = ""
 
     def __str__(self) -> str:
         return f"node {self.node}, pid {self.pid}"

@@ -22,6 +22,7 @@ from pavdm_dist.engine.order import LogEntry
 from pavdm_dist.engine.placement import place
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import CleanChunk
+from pavdm_dist.models.source import Source
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +34,10 @@ class RayGang:
     """P stage actors and a decode actor (a driver's ``Gang``).
 
     Args:
-        folder: backbone folder, readable on every node.
-        blocks: half-block range of each stage (:func:`~pavdm_dist.planning.partition.partition`).
+        source: the backbone, which every node opens for itself.
+        blocks: block range of each stage (:func:`~pavdm_dist.planning.partition.partition`).
         options: resources and limits.
-        codec_folder: codec for the decode actor; None makes none.
+        codec: of the decode actor; None makes none.
         generation: stamped on every message; higher than that of any gang before.
 
     Raises:
@@ -45,14 +46,14 @@ class RayGang:
 
     def __init__(
         self,
-        folder: str,
+        source: Source | str,
         blocks: Sequence[tuple[int, int]],
         options: EngineOptions,
-        codec_folder: str | None = None,
+        codec: Source | str | None = None,
         generation: int = 1,
     ) -> None:
         self._options, self._blocks, self._generation = options, list(blocks), generation
-        self._codec_folder = codec_folder
+        self._codec = codec
         self._stages: list[Any] = []
         self._loops: list[Any] = []
         self._places: list[Place] = []
@@ -64,10 +65,15 @@ class RayGang:
         self._sealed, self._done, self._position, self._moved = -1, -1, -1, time.monotonic()
         try:
             self._group = place(options)
-            self._start(folder)
+            self._start(source)
         except BaseException:
             self.close()
             raise
+
+    @property
+    def devices(self) -> list[str]:
+        """Models of what the stages compute on."""
+        return sorted({place.device for place in self._places})
 
     @property
     def decodes(self) -> bool:
@@ -141,16 +147,16 @@ class RayGang:
             remove_placement_group(self._group)
             self._group = None
 
-    def _start(self, folder: str) -> None:
+    def _start(self, source: Source | str) -> None:
         from pavdm_dist.engine.actors import CONCURRENT_CALLS, StageActor
 
         options, world = self._options, len(self._blocks)
-        settings = (options.device, options.threads_per_stage, options.compile)
-        per_stage = (options.cpus_per_stage, options.gpus_per_stage)
+        settings = (options.device, options.threads_per_stage, options.compile, options.dtype)
         for bundle, blocks in enumerate(self._blocks):
-            make = self._actor(StageActor, bundle, *per_stage, max_concurrency=CONCURRENT_CALLS)
-            self._stages.append(make.remote(folder, blocks, *settings))
-        if self._codec_folder is not None:
+            resources = (options.cpus_per_stage, options.stage_gpus(bundle))
+            make = self._actor(StageActor, bundle, *resources, max_concurrency=CONCURRENT_CALLS)
+            self._stages.append(make.remote(source, blocks, *settings))
+        if self._codec is not None:
             self._decoding = self._new_decoder()
         limit = options.start_timeout_s
         self._places = control_results([stage.where.remote() for stage in self._stages], limit, "a stage", "come up")
@@ -168,7 +174,7 @@ class RayGang:
             self.keep, self.frames_per_latent, _ = found
         self._loops = [stage.run.remote(options.trace) for stage in self._stages]
         self._taking = self._stages[-1].take.remote()
-        logger.info("stages up: %d, half-blocks %s", world, self._blocks)
+        logger.info("stages up: %d, blocks %s", world, self._blocks)
 
     def _actor(self, cls: type, bundle: int, cpus: float, gpus: float, **more: Any) -> Any:
         import ray
@@ -182,9 +188,9 @@ class RayGang:
         from pavdm_dist.engine.actors import DecodeActor
 
         options = self._options
-        bundle = len(self._blocks) - (0 if options.cpus_per_decoder else 1)
-        make = self._actor(DecodeActor, bundle, options.cpus_per_decoder, 0, concurrency_groups={"control": 1})
-        actor = make.remote(self._codec_folder, options.threads_per_stage, "cpu")
+        resources = (options.decoder_bundle, options.cpus_per_decoder, options.decoder_gpus)
+        make = self._actor(DecodeActor, *resources, concurrency_groups={"control": 1})
+        actor = make.remote(self._codec, options.decoder_threads, options.decoder_device, options.decoder_dtype)
         return Decoding(actor, options.link_timeout_s, options.start_timeout_s)
 
     def _collect(self, timeout: float) -> None:

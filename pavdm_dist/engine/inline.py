@@ -20,6 +20,7 @@ from pavdm_dist.method.schedule import PlanRow
 from pavdm_dist.method.stream import ResumePoint, Stream
 from pavdm_dist.method.window import CleanChunk, Window
 from pavdm_dist.models.base import Backbone
+from pavdm_dist.models.text_cache import TextBank
 
 
 class InlineEngine:
@@ -28,11 +29,14 @@ class InlineEngine:
     Args:
         model: wholly loaded.
         codec: makes frames.
+        device: that the model is on.
         threads: intra-op threads while it computes; the caller's own number holds in between.
     """
 
-    def __init__(self, model: Backbone, codec: VideoCodec, threads: int = 1) -> None:
-        self._model, self._codec, self._threads = model, codec, threads
+    def __init__(
+        self, model: Backbone, codec: VideoCodec, device: torch.device | str = "cpu", threads: int = 1
+    ) -> None:
+        self._model, self._codec, self._device, self._threads = model, codec, torch.device(device), threads
         self._stopping: set[int] = set()
         self._cancelled: set[int] = set()
 
@@ -88,7 +92,7 @@ class InlineEngine:
     def _sampled(
         self, stream: Stream, on_grown: Callable[[int, ResumePoint], None] | None, on_step: StepCallback | None
     ) -> Iterator[Finished]:
-        denoise = StreamDenoiser(self._model, stream)
+        denoise = StreamDenoiser(self._model, stream, TextBank(self._model.project_text, self._device))
         flight, decoder = Flight(stream, self._codec.receptive_latents()), self._codec.decoder()
         if flight.past is not None:
             decoder.warm(flight.past)
@@ -115,7 +119,7 @@ class InlineEngine:
 
         for clean, _ in list(flight.undecoded):
             yield finished(clean)
-        for clean in sample(stream.window(), denoise, stream.guidance_scale, after):
+        for clean in sample(stream.window(self._device), denoise, stream.guidance_scale, after):
             clean = CleanChunk(clean.index, clean.latents.cpu())
             flight.shifted(replace(ended.pop(), clean=clean))
             yield finished(clean)

@@ -7,6 +7,16 @@ from dataclasses import dataclass
 
 from pavdm_dist.errors import ConfigError
 
+# How much of the last stage's GPU Ray books for a decoder that shares it; what each really takes is its own affair.
+SHARED_GPU = 0.25
+_TYPES = ("float32", "bfloat16", "float16")
+_WORDS = {
+    "dtype": ("auto", *_TYPES),
+    "balance": ("estimated", "measured"),
+    "decoder": ("cpu", "cuda", "shared"),
+    "decoder_dtype": _TYPES,
+}
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -14,12 +24,20 @@ class EngineOptions:
 
     Attributes:
         num_stages: P, pipeline stages; each is one actor.
-        layers_per_stage: half-blocks per stage; None balances by cost.
+        layers_per_stage: blocks per stage; None balances by cost.
         balance: cost by ``estimated`` FLOP, or ``measured`` once on this machine and kept.
+        dtype: of weights and of what travels between stages: ``auto`` is what the checkpoint holds on GPUs, and
+            float32 on CPUs. Latents, levels and the Euler step are float32 always.
         threads_per_stage: intra-op threads of a stage; part of what makes bits reproducible on a CPU.
-        cpus_per_stage, gpus_per_stage: logical Ray resources one stage takes; fractions share a CPU.
-        cpus_per_decoder: logical CPUs of the decode actor; 0 lets it share a stage's.
-        backend: ``gloo``, ``nccl`` or ``auto`` (NCCL when stages have GPUs).
+        cpus_per_stage, gpus_per_stage: logical Ray resources one stage takes; fractions share a CPU, or a GPU.
+        decoder: where finished chunks are decoded: ``cpu``, ``cuda`` (a GPU of its own) or ``shared`` (the last stage's
+            device).
+        threads_per_decoder: intra-op threads of a decoder on CPUs; None = those of a stage.
+        cpus_per_decoder: logical CPUs of the decode actor; 0 lets it share the last stage's.
+        gpus_per_decoder: of ``decoder=cuda``, how much of a GPU it takes.
+        decoder_dtype: what the codec computes in.
+        backend: ``gloo``, ``nccl`` or ``auto`` (NCCL where each stage has a GPU of its own). Over gloo, what GPUs send
+            each other passes through host memory.
         link_timeout_s: longest silence of a stage, of a link, or of the decoder over one latent; must exceed the
             slowest unit.
         start_timeout_s: longest wait for an actor to come up: its process, its part of the weights, its links.
@@ -31,7 +49,7 @@ class EngineOptions:
             stages; the video does not depend on their number.
         backlog_bytes: of frames that wait for the decoder or the consumer, before the stages get no more work.
         ray_address: cluster to join; None = the one this process is in, else a local one is started.
-        compile: stages run compiled blocks (``STDiT3.compile_repeated_blocks``): the same bits on any number of
+        compile: stages run compiled blocks (``Backbone.compile_repeated_blocks``): the same bits on any number of
             stages, but not those of uncompiled ones. Must be done within ``link_timeout_s``.
         trace: keep start and end of every unit.
         trace_file: where a finished run writes them; sets ``trace``.
@@ -40,10 +58,15 @@ class EngineOptions:
     num_stages: int
     layers_per_stage: Sequence[int] | None = None
     balance: str = "estimated"
+    dtype: str = "auto"
     threads_per_stage: int = 1
     cpus_per_stage: float = 1
     gpus_per_stage: float = 0
+    decoder: str = "cpu"
+    threads_per_decoder: int | None = None
     cpus_per_decoder: float = 0
+    gpus_per_decoder: float = 1
+    decoder_dtype: str = "float32"
     backend: str = "auto"
     link_timeout_s: float = 300
     start_timeout_s: float = 900
@@ -62,8 +85,10 @@ class EngineOptions:
             object.__setattr__(self, "trace", True)
         if self.num_stages < 1:
             raise ConfigError(f"num_stages={self.num_stages}: at least 1 (0 runs in this process, without this engine)")
-        if self.threads_per_stage < 1:
-            raise ConfigError(f"threads_per_stage={self.threads_per_stage}: at least 1")
+        for name in ("threads_per_stage", "threads_per_decoder"):
+            threads = getattr(self, name)
+            if threads is not None and threads < 1:
+                raise ConfigError(f"{name}={threads}: at least 1")
         for name in ("link_timeout_s", "start_timeout_s", "placement_timeout_s", "backlog_bytes"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be above 0")
@@ -72,27 +97,83 @@ class EngineOptions:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be 0 or more")
         if self.backend not in ("auto", "gloo", "nccl"):
             raise ConfigError(f"backend={self.backend!r}: must be auto, gloo or nccl")
-        if self.balance not in ("estimated", "measured"):
-            raise ConfigError(f"balance={self.balance}: must be estimated or measured")
-        if self.backend == "nccl" and not self.gpus_per_stage:
-            raise ConfigError("backend=nccl needs gpus_per_stage of at least 1; use gloo on CPUs")
+        for name, legal in _WORDS.items():
+            if getattr(self, name) not in legal:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be {', '.join(legal[:-1])} or {legal[-1]}")
+        self._check_gpus()
+        for name, device in (("dtype", self.device), ("decoder_dtype", self.decoder_device)):
+            if getattr(self, name) == "float16" and device == "cpu":
+                raise ConfigError(f"{name}=float16: a CPU computes in float32 or bfloat16; use one of them, or a GPU")
 
     @property
     def transport(self) -> str:
         """``nccl`` or ``gloo``."""
         if self.backend != "auto":
             return self.backend
-        return "nccl" if self.gpus_per_stage else "gloo"
+        return "nccl" if self.gpus_per_stage == 1 else "gloo"
 
     @property
     def device(self) -> str:
         """Device type of a stage."""
         return "cuda" if self.gpus_per_stage else "cpu"
 
+    @property
+    def decoder_device(self) -> str:
+        """Device type of the decoder."""
+        return self.device if self.decoder == "shared" else self.decoder
+
+    @property
+    def decoder_threads(self) -> int:
+        """Intra-op threads of the decoder."""
+        return self.threads_per_decoder or self.threads_per_stage
+
+    @property
+    def decoder_slows_last_stage(self) -> bool:
+        """Whether decoding takes the last stage's time: it computes on the same GPU, or has no CPUs of its own beside a
+        stage on CPUs."""
+        return self.decoder_device == self.device and not self._decoder_alone
+
+    @property
+    def decoder_bundle(self) -> int:
+        """Which of :meth:`bundles` the decode actor is placed in."""
+        return self.num_stages if self._decoder_alone else self.num_stages - 1
+
+    @property
+    def decoder_gpus(self) -> float:
+        """What the decode actor asks for: of a GPU of its own, or of the last stage's."""
+        own = {"cpu": 0.0, "cuda": self.gpus_per_decoder, "shared": SHARED_GPU * self.gpus_per_stage}
+        return own[self.decoder]
+
+    def stage_gpus(self, stage: int) -> float:
+        """What a stage's actor asks for; the last one leaves a share of its GPU to a decoder there."""
+        shares = self.decoder == "shared" and stage == self.num_stages - 1
+        return self.gpus_per_stage - (self.decoder_gpus if shares else 0)
+
     def bundles(self) -> list[dict[str, float]]:
-        """Resources of every actor, stages first."""
+        """Resources of every actor, stages first; the decoder's last, unless it shares the last stage's."""
         stage = {"CPU": float(self.cpus_per_stage), "GPU": float(self.gpus_per_stage)}
         # Ray places nothing for an empty bundle: a stage that asks for nothing takes next to nothing.
         needs = {name: amount for name, amount in stage.items() if amount} or {"CPU": 0.001}
         bundles = [dict(needs) for _ in range(self.num_stages)]
-        return bundles + ([{"CPU": float(self.cpus_per_decoder)}] if self.cpus_per_decoder else [])
+        alone = {"CPU": float(self.cpus_per_decoder), "GPU": float(self.decoder_gpus)}
+        return bundles + ([{name: amount for name, amount in alone.items() if amount}] if self._decoder_alone else [])
+
+    @property
+    def _decoder_alone(self) -> bool:
+        return self.decoder == "cuda" or (self.decoder == "cpu" and self.cpus_per_decoder > 0)
+
+    def _check_gpus(self) -> None:
+        gpus, own = self.gpus_per_stage, self.gpus_per_decoder
+        if gpus > 1:
+            raise ConfigError(f"gpus_per_stage={gpus:g}: a stage computes on one GPU; use 1, or more stages")
+        if self.backend == "nccl" and gpus != 1:
+            raise ConfigError(
+                f"backend=nccl needs gpus_per_stage of 1, a GPU of its own for every stage, not {gpus:g}; use"
+                " backend=gloo for CPUs and for shares of a GPU"
+            )
+        if not 0 < own <= 1:
+            raise ConfigError(f"gpus_per_decoder={own:g}: must be above 0 and at most 1")
+        if own != 1 and self.decoder != "cuda":
+            raise ConfigError(f"gpus_per_decoder={own:g}: is of decoder=cuda, not of decoder={self.decoder}")
+        if self.cpus_per_decoder and self.decoder == "shared":
+            raise ConfigError(f"cpus_per_decoder={self.cpus_per_decoder:g}: decoder=shared has none of its own")

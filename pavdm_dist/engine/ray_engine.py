@@ -24,6 +24,7 @@ from pavdm_dist.engine.placement import connect
 from pavdm_dist.engine.restart import Restarts, rebuilt
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
 from pavdm_dist.method.stream import ResumePoint, Stream
+from pavdm_dist.models.source import Source
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +40,17 @@ class RayEngine:
     One thread drives them; :meth:`run` is called from any other, one run at a time.
 
     Args:
-        folder: backbone folder, readable on every node.
-        blocks: half-block range of each stage (:func:`~pavdm_dist.planning.partition.partition`).
+        source: the backbone, which every node opens for itself.
+        blocks: block range of each stage (:func:`~pavdm_dist.planning.partition.partition`).
         options: resources and limits.
-        codec_folder: codec for the decode actor; None makes none.
-        recut: half-block ranges for another number of stages, where a restart has room for fewer; None always restarts
+        codec: of the decode actor; None makes none.
+        recut: block ranges for another number of stages, where a restart has room for fewer; None always restarts
             with as many.
 
     Attributes:
         blocks: as asked for; after a restart with fewer stages the gang's may differ.
         generation: of the present gang, from 1.
+        devices: models of what the stages compute on.
 
     Raises:
         EngineError: no cluster, not enough resources, or an actor did not come up.
@@ -56,10 +58,10 @@ class RayEngine:
 
     def __init__(
         self,
-        folder: str,
+        source: Source | str,
         blocks: Sequence[tuple[int, int]],
         options: EngineOptions,
-        codec_folder: str | None = None,
+        codec: Source | str | None = None,
         recut: Callable[[int], list[tuple[int, int]]] | None = None,
     ) -> None:
         self.blocks, self._options, self._recut = list(blocks), options, recut
@@ -67,7 +69,7 @@ class RayEngine:
 
         def gang(stages: int, generation: int) -> RayGang:
             cut = self.blocks if stages == len(self.blocks) or recut is None else recut(stages)
-            return RayGang(folder, cut, replace(options, num_stages=len(cut)), codec_folder, generation)
+            return RayGang(source, cut, replace(options, num_stages=len(cut)), codec, generation)
 
         self._make, self.generation = gang, 1
         try:
@@ -75,6 +77,7 @@ class RayEngine:
         except BaseException:
             self._leave_ray()
             raise
+        self.devices = self._gang.devices
         self._restarts = Restarts(options)
         self._driver = Driver(self._gang, backlog_bytes=options.backlog_bytes, max_restarts=options.max_restarts)
         self._run: _Run | None = None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pavdm_dist.engine.messages import Layout
 from pavdm_dist.engine.order import Unit
-from pavdm_dist.method.denoiser import TextBank, change_of, memories_of, unit_context
+from pavdm_dist.method.denoiser import change_of, memories_of, unit_context
 from pavdm_dist.method.microbatches import WHOLE
 from pavdm_dist.method.sampler import guide
 from pavdm_dist.method.schedule import PlanRow, WindowPlan
@@ -20,6 +20,7 @@ from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import CleanChunk, Window, WindowSnapshot, row_levels
 from pavdm_dist.models.base import Activation, Backbone, BlockContext, Grid
 from pavdm_dist.models.kv_cache import Memory
+from pavdm_dist.models.text_cache import TextBank
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,21 @@ class Stage:
         model: a backbone of which at least this stage's tensors are loaded.
         blocks: the range.
         device: where it computes.
+        dtype: what the model was loaded as, and what travels between stages; latents are float32 always.
     """
 
-    def __init__(self, model: Backbone, blocks: tuple[int, int], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        model: Backbone,
+        blocks: tuple[int, int],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.model, self.blocks, self.device = model, blocks, torch.device(device)
         self.first = blocks[0] == 0
         self.last = blocks[1] == model.spec.num_blocks
-        self.dtype = next(p.dtype for p in model.parameters() if not p.is_meta)  # type: ignore[attr-defined]
-        self._texts = TextBank(model, self.device)
+        self.dtype = dtype
+        self._texts = TextBank(model.project_text, self.device)
         self._streams: dict[int, Stream] = {}
         self._windows: dict[int, Window] = {}
         self._inputs: dict[int, dict[int, Tensor]] = {}
@@ -65,7 +73,7 @@ class Stage:
 
     def prepare(self, stream: Stream) -> None:
         """Takes a stream in before its first unit; computes nothing with the model."""
-        self._texts.add(stream)
+        self._texts.add(stream.id, stream.conditioning.texts)
         if self.last:
             self._windows[stream.id] = stream.window(self.device)
             self._velocities[stream.id] = []
@@ -79,7 +87,7 @@ class Stage:
     def leave(self, stream: int) -> None:
         """Forgets all that is held of a stream; harmless where it has ended by itself or never came."""
         if stream in self._streams:
-            self._texts.remove(self._streams.pop(stream))
+            self._texts.release(stream, self._streams.pop(stream).conditioning.texts)
         for table in (self._windows, self._inputs, self._velocities, self._memories):
             table.pop(stream, None)
 
@@ -129,9 +137,7 @@ class Stage:
         """Shapes of the activation that crosses a stage boundary for a unit."""
         stream = self._streams[unit.stream]
         grid = self._grid(stream, self._chunks(stream, unit.row, unit.chunk))
-        dim = self.model.spec.hidden_size
-        shapes = ((1, grid.frames, grid.tokens_per_frame, dim), (1, grid.frames, 6 * dim), (1, grid.frames, dim))
-        return Layout(shapes, self.dtype)
+        return Layout(self.model.activation_shapes(grid), self.dtype)
 
     def latents_layout(self, stream_id: int, row: int, chunk: int) -> Layout:
         """Shape of the latents that come back to the first stage as input of ``row``."""

@@ -19,11 +19,16 @@ from torch import Tensor
 from pavdm_dist.engine.messages import HEADER_BYTES, WARM_UP, Header, Layout, pack, unpack
 from pavdm_dist.errors import EngineError
 
+# Sends to one neighbour that may be under way before the sender waits.
+OUTSTANDING = 4
+
 
 class Link(Protocol):
     """One direction between two stages; each end calls only its own half."""
 
-    bytes_sent: int
+    @property
+    def bytes_sent(self) -> int:
+        """Sender: bytes handed over so far, headers included."""
 
     def post(self, layout: Layout) -> None:
         """Receiver: get ready for the next message."""
@@ -73,7 +78,7 @@ class TorchLink:
     """
 
     def __init__(
-        self, group: Any, peer: int, device: torch.device, outstanding: int = 4, timeout_s: float = 300
+        self, group: Any, peer: int, device: torch.device, outstanding: int = OUTSTANDING, timeout_s: float = 300
     ) -> None:
         self.bytes_sent = 0
         self._group, self._peer, self._device = group, peer, device
@@ -120,6 +125,38 @@ class TorchLink:
             work.wait(self._timeout)
         except RuntimeError as error:  # torch.distributed has no finer type for a closed or silent peer
             raise EngineError(f"{what}: {str(error).splitlines()[0]}") from error
+
+
+class HostStagedLink:
+    """A link between stages on GPUs whose messages pass through host memory: for gloo, which carries nothing else.
+
+    Args:
+        link: with buffers in host memory.
+        device: where what is received goes.
+    """
+
+    def __init__(self, link: Link, device: torch.device) -> None:
+        self._link, self._device = link, device
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._link.bytes_sent
+
+    def post(self, layout: Layout) -> None:
+        """As of the link."""
+        self._link.post(layout)
+
+    def receive(self, expected: Header, layout: Layout) -> list[Tensor]:
+        """The oldest posted message, on the device."""
+        return [tensor.to(self._device) for tensor in self._link.receive(expected, layout)]
+
+    def send(self, header: Header, tensors: Sequence[Tensor], layout: Layout) -> None:
+        """As of the link; waits for the device to have computed them."""
+        self._link.send(header, [tensor.cpu() for tensor in tensors], layout)
+
+    def close(self) -> None:
+        """As of the link."""
+        self._link.close()
 
 
 def warm_up(link: TorchLink, generation: int, sender: bool) -> None:

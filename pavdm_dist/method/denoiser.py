@@ -1,8 +1,6 @@
-"""A backbone as a denoiser, and the text it conditions on: shared by the in-process sampler and the stages."""
+"""A backbone as a denoiser, and what it conditions on: shared by the in-process sampler and the stages."""
 
 from __future__ import annotations
-
-import threading
 
 import torch
 from torch import Tensor
@@ -10,69 +8,9 @@ from torch import Tensor
 from pavdm_dist.method.microbatches import WHOLE
 from pavdm_dist.method.schedule import PlanRow
 from pavdm_dist.method.stream import Stream
-from pavdm_dist.models.base import Backbone, BackboneSpec, BlockContext, TextCache, TextRun
+from pavdm_dist.models.base import Backbone, BackboneSpec, BlockContext
 from pavdm_dist.models.kv_cache import ChunkMemory, DisplacedMemory, Memory
-
-
-class TextBank:
-    """Projected texts and their cross-attention keys/values on one device, counted per stream.
-
-    Texts are projected at first use, by the thread that runs the blocks: the number of threads that a product
-    is computed with can change its last bits.
-    """
-
-    def __init__(self, backbone: Backbone, device: torch.device | str = "cpu") -> None:
-        self.cache = TextCache()
-        self._backbone = backbone
-        self._device = device
-        self._raw: dict[str, Tensor] = {}
-        self._tokens: dict[str, Tensor] = {}
-        self._users: dict[str, set[int]] = {}
-        # Streams are added by a control thread while the stage's loop forgets finished ones.
-        self._lock = threading.Lock()
-
-    def add(self, stream: Stream) -> None:
-        """Registers a stream's texts; nothing is computed yet."""
-        with self._lock:
-            for key, text in stream.conditioning.texts.items():
-                self._raw.setdefault(key, text)
-                self._users.setdefault(key, set()).add(stream.id)
-
-    def runs(self, stream: Stream, row: PlanRow, branch: int, only: int | None = None) -> list[TextRun]:
-        """Runs of equal text over the latent frames of a row, or of its chunk ``only``.
-
-        Also forgets what the stream no longer reads.
-        """
-        size, runs = stream.plan.latent_chunk_size, list[TextRun]()
-        for position, chunk in enumerate(row.window if only is None else (only,)):
-            key = stream.conditioning.key(chunk, branch)
-            start = position * size
-            if runs and runs[-1].key == key:
-                start = runs.pop().start
-            runs.append(TextRun(start, (position + 1) * size, self._project(key), key=key))
-        for key in stream.conditioning.expired(row):
-            self._release(key, stream.id)
-        return runs
-
-    def remove(self, stream: Stream) -> None:
-        """Forgets a finished stream's texts unless another stream uses them."""
-        for key in stream.conditioning.texts:
-            self._release(key, stream.id)
-
-    def _project(self, key: str) -> Tensor:
-        if key not in self._tokens:
-            text = self._raw[key].to(self._device).unsqueeze(0)
-            self._tokens[key] = self._backbone.project_text(text)
-        return self._tokens[key]
-
-    def _release(self, key: str, stream: int) -> None:
-        with self._lock:
-            users = self._users.get(key, set())
-            users.discard(stream)
-            if not users:
-                for table in (self._raw, self._tokens, self._users):
-                    table.pop(key, None)
-                self.cache.drop(key)
+from pavdm_dist.models.text_cache import TextBank, TextRun
 
 
 class ModelDenoiser:
@@ -89,15 +27,15 @@ class ModelDenoiser:
     def __init__(self, backbone: Backbone, stream: Stream, texts: TextBank | None = None, causal: bool = False) -> None:
         self._backbone, self._stream = backbone, stream
         self._chunk_causal = stream.plan.latent_chunk_size if causal else None
-        self._texts = texts or TextBank(backbone)
-        self._texts.add(stream)
+        self._texts = texts or TextBank(backbone.project_text)
+        self._texts.add(stream.id, stream.conditioning.texts)
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, levels: Tensor, row: PlanRow, branch: int) -> Tensor:
         """``x [1, C, F, h, w]``, ``levels [1, F]`` -> velocity ``[1, C, F, h, w]``, float32."""
         model = self._backbone
         grid = model.grid(x.shape[2], x.shape[3], x.shape[4])
-        texts = self._texts.runs(self._stream, row, branch)
+        texts = text_runs(self._texts, self._stream, row, branch)
         context = BlockContext(grid, texts, self._chunk_causal, text_cache=self._texts.cache)
         levels = levels.to(x.device)
         activation = model.embed(x, levels, self._stream.info)
@@ -125,8 +63,8 @@ class StreamDenoiser:
         self._backbone, self._stream = backbone, stream
         self.batches = stream.batches
         self._memories = memories_of(stream, backbone.spec)
-        self._texts = texts or TextBank(backbone)
-        self._texts.add(stream)
+        self._texts = texts or TextBank(backbone.project_text)
+        self._texts.add(stream.id, stream.conditioning.texts)
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, levels: Tensor, row: PlanRow, branch: int) -> Tensor:
@@ -184,8 +122,19 @@ def unit_context(
         memory.begin(row.window, only)
     return BlockContext(
         backbone.grid(size * (len(row.window) if only is None else 1), height, width),
-        texts.runs(stream, row, branch, only),
+        text_runs(texts, stream, row, branch, only),
         text_cache=texts.cache,
         first_frame=0 if only is None else row.window.index(only) * size,
         memory=memory,
     )
+
+
+def text_runs(texts: TextBank, stream: Stream, row: PlanRow, branch: int, only: int | None = None) -> list[TextRun]:
+    """Runs of equal text over the latent frames of a row, or of its chunk ``only``.
+
+    Also forgets what the stream no longer reads.
+    """
+    keys = [stream.conditioning.key(chunk, branch) for chunk in (row.window if only is None else (only,))]
+    runs = texts.runs(keys, stream.plan.latent_chunk_size)
+    texts.release(stream.id, stream.conditioning.expired(row))
+    return runs

@@ -7,43 +7,71 @@ the per-frame modulation (:class:`Activation`); text is projected once per video
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pavdm_dist.models.kv_cache import Memory
+from pavdm_dist.models.source import Source
+from pavdm_dist.models.text_cache import TextCache, TextRun
 
 LevelSupport = Literal["staircase-trained", "mixed-trained", "accepts"]
 
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """Shape facts that the engine and the planner need.
+    """Facts about a backbone that the engine and the planner need.
 
     Attributes:
-        num_blocks: indivisible units a pipeline can be cut between (STDiT3: half-blocks).
+        block_kinds: a name per indivisible unit a pipeline can be cut between, in order (STDiT3: half-blocks); units of
+            one name are alike but for their weights.
         hidden_size: width of a token.
         num_heads: attention heads.
         latent_channels: C of the latents.
         patch: ``(t, h, w)`` latent patch that becomes one token.
         text_dim: width of the text encoder's output.
         text_len: longest text the backbone was built for, tokens.
+        activation_copies: tokens-by-width buffers alive at once inside a block, for the planner's memory.
         prediction: what ``to_velocity`` converts from.
         level_support: how the weights met per-frame levels in training; "accepts" means they did not.
+        causal_trained: whether they met the chunk-causal mask.
     """
 
-    num_blocks: int
+    block_kinds: tuple[str, ...]
     hidden_size: int
     num_heads: int
     latent_channels: int
     patch: tuple[int, int, int]
     text_dim: int
     text_len: int
+    activation_copies: int
     prediction: Literal["flow", "eps", "v"] = "flow"
     level_support: LevelSupport = "mixed-trained"
+    causal_trained: bool = False
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.block_kinds)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Cost of one micro-batch, in any one unit (FLOP or seconds): of every block, of embedding, and of what follows the
+    last block (the head, and what else its device does once a micro-batch)."""
+
+    blocks: tuple[float, ...]
+    embed: float = 0.0
+    head: float = 0.0
+
+    def stage(self, first: int, last: int) -> float:
+        """Cost of the stage that runs blocks ``first .. last - 1``."""
+        cost = sum(self.blocks[first:last])
+        cost += self.embed if first == 0 else 0.0
+        return cost + (self.head if last == len(self.blocks) else 0.0)
 
 
 @dataclass(frozen=True)
@@ -107,48 +135,13 @@ class WindowSlice:
     attend: Attention
 
 
-@dataclass(frozen=True)
-class TextRun:
-    """Consecutive latent frames ``start .. stop - 1`` that share one text.
-
-    Attributes:
-        tokens: the text projected to the model's width, ``[b, L, D]``.
-        mask: ``[b, L]`` bool, True = a real token; None when all are.
-        key: identity of the text for the key/value cache; None in training, where nothing is cached.
-    """
-
-    start: int
-    stop: int
-    tokens: Tensor
-    mask: Tensor | None = None
-    key: str | None = None
-
-
-class TextCache:
-    """Cross-attention keys and values by text key and block; dropped with the text's last chunk."""
-
-    def __init__(self) -> None:
-        self._pairs: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
-
-    def pair(self, key: str, block: int, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """The (key, value) pair of one text in one block, computed on first use."""
-        pairs = self._pairs.setdefault(key, {})
-        if block not in pairs:
-            pairs[block] = make()
-        return pairs[block]
-
-    def drop(self, key: str) -> None:
-        """Forgets everything computed for one text; unknown keys are ignored."""
-        self._pairs.pop(key, None)
-
-
 @dataclass
 class Activation:
     """What one stage hands to the next for one micro-batch.
 
     Attributes:
         hidden: ``[b, F, S, D]`` tokens, S = patches per latent frame; contiguous.
-        modulation: ``[b, F, 6 D]`` per-frame shift, scale and gate of all blocks.
+        modulation: ``[b, F, 6 D]`` per-frame shift, scale and gate of all blocks (or as the backbone shapes it).
         time: ``[b, F, D]`` time embedding, read by the head only.
     """
 
@@ -183,18 +176,89 @@ class BlockContext:
 
 
 class Backbone(Protocol):
-    """What a model must offer to be sampled, staged and planned."""
+    """What a model must offer to be sampled, staged and planned: one class, and its line in the catalogue.
+
+    Attributes:
+        spec: facts.
+        config: its shape as a dataclass, the names being those of ``config.json``.
+        null_text_tensor: the checkpoint's tensor that holds the learned text of no prompt; None where the encoding of
+            the empty prompt is that.
+        optional_tensors: names that a checkpoint may lack.
+    """
 
     spec: BackboneSpec
+    config: Any
+    null_text_tensor: ClassVar[str | None]
+    optional_tensors: ClassVar[tuple[str, ...]]
+
+    # --- how it comes about
+
+    @classmethod
+    def of_shape(cls, config: Mapping[str, Any]) -> Self:
+        """All but the weights, on the meta device, from what ``config.json`` holds.
+
+        Raises:
+            CheckpointError: no such shape.
+        """
+
+    @classmethod
+    def load(
+        cls,
+        source: Source,
+        blocks: tuple[int, int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """With the weights of blocks ``first .. last - 1`` and what a stage of these needs; None loads all.
+
+        Nothing else is read; tensors go straight to the device, as ``dtype`` or what :meth:`keeps_float32` says.
+
+        Raises:
+            CheckpointError: a file or tensor is missing, or a tensor has the wrong size (it is named).
+        """
+
+    def shortened(self, dtype: torch.dtype, device: torch.device | str) -> Self:
+        """One block of each kind in order of ``spec.block_kinds``, with random weights: to measure what they cost."""
+
+    def compile_repeated_blocks(self) -> None:
+        """Runs blocks as compiled functions from now on."""
+
+    # --- what it needs
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors by their names in the checkpoint, as of ``torch.nn.Module``."""
+
+    def keys(self, first_block: int, last_block: int, first: bool, last: bool) -> Callable[[str], bool]:
+        """Which checkpoint tensors a stage of blocks ``first_block .. last_block - 1`` needs."""
+
+    def keeps_float32(self, name: str) -> bool:
+        """Whether a tensor is float32 whatever type the others have."""
 
     def grid(self, frames: int, latent_height: int, latent_width: int) -> Grid:
         """Token grid of a window of ``frames`` latent frames."""
+
+    def activation_shapes(self, grid: Grid) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the :class:`Activation` between two blocks, in order of its fields, for a batch of one."""
+
+    def costs(self, grid: Grid, text_len: int) -> Costs:
+        """FLOP of a micro-batch that attends to itself alone; two per multiply-add."""
+
+    def kv_values(self, grid: Grid, block: int) -> int:
+        """Numbers in the keys and values that a block keeps of so many frames; 0 where it does not mix frames.
+
+        The last block must keep some: adaptive re-sync of mode displaced watches its keys.
+        """
+
+    # --- what it computes
 
     def project_text(self, text: Tensor) -> Tensor:
         """Encoder output ``[b, L, text_dim]`` -> ``[b, L, D]``."""
 
     def embed(self, x: Tensor, levels: Tensor, info: FrameInfo) -> Activation:
-        """Latents ``[b, C, F, h, w]`` and levels ``[b, F]`` in [0, 1] -> tokens and modulation."""
+        """Latents ``[b, C, F, h, w]`` and levels ``[b, F]`` in [0, 1] -> tokens and modulation.
+
+        All that travels between stages has the type the weights were loaded as.
+        """
 
     def block(self, index: int, activation: Activation, context: BlockContext) -> Activation:
         """Runs exactly one indivisible block."""
@@ -203,7 +267,4 @@ class Backbone(Protocol):
         """Tokens -> raw prediction ``[b, C_out, F, h, w]``."""
 
     def to_velocity(self, out: Tensor, x: Tensor, levels: Tensor) -> Tensor:
-        """Raw prediction -> velocity x_0 - eps, ``[b, C, F, h, w]``."""
-
-    def keys(self, first_block: int, last_block: int, first: bool, last: bool) -> Callable[[str], bool]:
-        """Which checkpoint tensors a stage of blocks ``first_block .. last_block - 1`` needs."""
+        """Raw prediction -> velocity x_0 - eps, ``[b, C, F, h, w]``, float32."""

@@ -1,4 +1,8 @@
-"""What chunks of a window leave for each other, when they are run one by one: temporal keys and values by block."""
+"""What chunks of a window leave for each other, when they are run one by one: keys and values by block.
+
+Everything is counted in the tokens that one attention mixes, in order of time. Attention over the frames of a place has
+one of them a latent frame, attention over a whole window as many as a frame has patches.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,12 @@ import torch
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
-# Keys ``[..., frames, head_dim]`` and the place of their first frame in the window -> keys turned to their places.
+# Keys ``[..., tokens, head_dim]`` and the place of their first token in the window -> keys turned to their places.
 Turn = Callable[[Tensor, int], Tensor]
 
 
 class Memory(Protocol):
-    """Temporal attention asks it what a micro-batch may read; one per stream and guidance branch.
+    """Attention that mixes frames asks it what a micro-batch may read; one per stream and guidance branch.
 
     What is kept lies in order of time, so that what is read is a part of it and nothing is put together for a call.
     """
@@ -29,16 +33,17 @@ class Memory(Protocol):
             chunk: which of them it is; None for all at once.
         """
 
-    def attend(self, block: int, keys: Tensor, values: Tensor, first: int, turn: Turn) -> Pair:
+    def attend(self, block: int, keys: Tensor, values: Tensor, first: int, turn: Turn, frame_tokens: int = 1) -> Pair:
         """Keeps a micro-batch's pair and returns all that it attends to, in order of time, keys turned.
 
         What is returned holds until the next call for this block.
 
         Args:
             block: which.
-            keys, values: ``[..., frames, head_dim]``, keys not yet turned.
-            first: place of the first frame in the window.
+            keys, values: ``[..., tokens, head_dim]``, keys not yet turned.
+            first: place of the first token in the window.
             turn: rotary embedding.
+            frame_tokens: tokens that a latent frame has among these, always the same in one block.
         """
 
 
@@ -59,9 +64,10 @@ class ChunkMemory:
     def begin(self, window: tuple[int, ...], chunk: int | None) -> None:
         """Places alone say what is read."""
 
-    def attend(self, block: int, keys: Tensor, values: Tensor, first: int, turn: Turn) -> Pair:
+    def attend(self, block: int, keys: Tensor, values: Tensor, first: int, turn: Turn, frame_tokens: int = 1) -> Pair:
         if block not in self._pairs:
-            self._pairs[block] = _empty(keys, self._frames), _empty(values, self._frames)
+            room = self._frames * frame_tokens
+            self._pairs[block] = _empty(keys, room), _empty(values, room)
         last = first + keys.shape[-2]
         kept_keys, kept_values = self._pairs[block]
         kept_keys[..., first:last, :] = turn(keys, first)
@@ -76,6 +82,7 @@ class _Bank:
     keys: Tensor
     turned: Tensor
     values: Tensor
+    frame_tokens: int
     held: int = 0
     placed: bool = True  # whether keys were turned for the places they have now
 
@@ -83,7 +90,7 @@ class _Bank:
         last = first + keys.shape[-2]
         if first > self.held:
             raise ValueError(
-                f"frame {first} of the window follows {self.held} that left keys: only the newest may lack"
+                f"token {first} of the window follows {self.held} that left keys: only the newest may lack"
             )
         self.keys[..., first:last, :], self.values[..., first:last, :] = keys, values
         self.held = max(self.held, last)
@@ -96,9 +103,10 @@ class _Bank:
 
     def leave(self, frames: int) -> None:
         """The window's first ``frames`` are gone; the others move up."""
+        gone = frames * self.frame_tokens
         for kept in (self.keys, self.values):
-            kept[..., : self.held - frames, :] = kept[..., frames : self.held, :].clone()
-        self.held, self.placed = self.held - frames, False
+            kept[..., : self.held - gone, :] = kept[..., gone : self.held, :].clone()
+        self.held, self.placed = self.held - gone, False
 
 
 class DisplacedMemory:
@@ -127,11 +135,12 @@ class DisplacedMemory:
                 bank.leave(gone * self._chunk_frames)
         self._window, self._is_whole = window, chunk is None
 
-    def attend(self, block: int, keys: Tensor, values: Tensor, first: int, turn: Turn) -> Pair:
+    def attend(self, block: int, keys: Tensor, values: Tensor, first: int, turn: Turn, frame_tokens: int = 1) -> Pair:
         bank = self._banks.get(block)
         if bank is None:
-            as_they_are, turned, kept_values = (_empty(tensor, self._frames) for tensor in (keys, keys, values))
-            bank = self._banks[block] = _Bank(as_they_are, turned, kept_values)
+            room = self._frames * frame_tokens
+            as_they_are, turned, kept_values = (_empty(tensor, room) for tensor in (keys, keys, values))
+            bank = self._banks[block] = _Bank(as_they_are, turned, kept_values, frame_tokens)
         last = first + keys.shape[-2]
         if block == self._probe and not self._is_whole and last <= bank.held:
             before = bank.keys[..., first:last, :]
@@ -146,6 +155,6 @@ class DisplacedMemory:
         return change
 
 
-def _empty(like: Tensor, frames: int) -> Tensor:
-    """Room for ``frames`` frames; reading what was not written would show."""
-    return torch.full((*like.shape[:-2], frames, like.shape[-1]), math.nan, dtype=like.dtype, device=like.device)
+def _empty(like: Tensor, tokens: int) -> Tensor:
+    """Room for so many tokens; reading what was not written would show."""
+    return torch.full((*like.shape[:-2], tokens, like.shape[-1]), math.nan, dtype=like.dtype, device=like.device)

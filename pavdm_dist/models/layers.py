@@ -16,7 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pavdm_dist.models.base import BlockContext, TextRun, attention
+from pavdm_dist.models.base import BlockContext, attention
+from pavdm_dist.models.text_cache import TextRun
 
 ROPE_BASE = 10000.0
 NORM_EPS = 1e-6
@@ -164,6 +165,25 @@ class ScalarEmbedder(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """``values [n]`` -> ``[n, D]``; the sinusoid is float32 whatever the weights are."""
         return self.mlp(sinusoid(values, self.FREQUENCIES).to(next(self.mlp.parameters()).dtype))
+
+
+class PatchEmbedding(nn.Module):
+    """One token per latent patch."""
+
+    def __init__(self, channels: int, dim: int, patch: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(channels, dim, kernel_size=patch, stride=patch)
+
+
+class Caption(nn.Module):
+    """Projects text to the model's width and holds the learned null text (``y_embedding``)."""
+
+    y_embedding: Tensor
+
+    def __init__(self, in_dim: int, dim: int, max_length: int) -> None:
+        super().__init__()
+        self.y_proj = MLP(in_dim, dim, dim)
+        self.register_buffer("y_embedding", torch.randn(max_length, in_dim) / in_dim**0.5)
 
 
 class STDiT3Block(nn.Module):

@@ -1,4 +1,4 @@
-"""Weights in the Hugging Face layout: ``config.json`` and one safetensors file or a sharded set with an index.
+"""Weights in the Hugging Face layout: one safetensors file or a sharded set with an index.
 
 Only the wanted tensors are read, and every one is copied into memory that torch owns: a view into a mapped
 file may be misaligned, which changes the last bits of some products.
@@ -7,157 +7,191 @@ file may be misaligned, which changes the last bits of some products.
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from pavdm_dist.errors import CheckpointError
-
-T = TypeVar("T")
+from pavdm_dist.models.source import Source
 
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+# Element types by their name in a file's header.
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+Place = str | Path | Source
+Choose = Callable[[str], bool]
 
 
-def local_folder(folder: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
-    """The folder itself, or a hub id's snapshot in the local cache.
+@dataclass(frozen=True)
+class Stored:
+    """What a file's header says of a tensor: its shape and the name of its element type (``F32``, ``BF16``, ...)."""
 
-    Raises:
-        CheckpointError: neither a folder nor something the hub can deliver.
-    """
-    path = Path(folder)
-    if not path.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-        try:
-            patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
-            path = Path(snapshot_download(str(folder), allow_patterns=patterns, **hub))
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"model={str(folder)!r} is no folder here and no hub id: {reason}") from error
-    path = path / subfolder if subfolder else path
-    if not path.is_dir():
-        raise CheckpointError(f"{path} does not exist in the checkpoint")
-    return path
+    shape: list[int]
+    dtype: str
 
 
-def load_config(folder: str | Path, **hub: Any) -> dict[str, Any]:
-    """``config.json`` of a component folder.
-
-    Raises:
-        CheckpointError: missing or not JSON.
-    """
-    path = local_folder(folder, **hub) / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: not a model folder") from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-
-
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it.
+def tensor_files(source: Place) -> dict[str, str]:
+    """Tensor name -> the safetensors file of ``source`` that holds it.
 
     Raises:
         CheckpointError: no weight file, or a shard named by the index is missing.
     """
-    for name in WEIGHT_NAMES:
-        index = folder / f"{name}.index.json"
-        if index.exists():
-            try:
-                files = {key: folder / file for key, file in json.loads(index.read_text())["weight_map"].items()}
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{index} is not a weight index: {error!r}") from error
-            for file in set(files.values()):
-                if not file.exists():
-                    raise CheckpointError(f"{file} is named by {index.name} but missing")
-            return files
-        if (folder / name).exists():
-            with _open(folder / name) as reader:
-                return dict.fromkeys(reader.keys(), folder / name)
-    raise CheckpointError(f"{folder} has no weights: expected {' or '.join(WEIGHT_NAMES)} (or their .index.json)")
+    source = Source.of(source)
+    name, is_index = _weights(source)
+    if name is None:
+        names = " or ".join(WEIGHT_NAMES)
+        raise CheckpointError(f"{source} has no weights: expected {names} (or their .index.json)")
+    if not is_index:
+        return dict.fromkeys(_header(source, name), name)
+    index = source.file(name)
+    try:
+        files = dict(json.loads(index.read_text())["weight_map"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{index} is not a weight index: {error!r}") from error
+    for file in set(files.values()) if source.is_folder else ():
+        if source.find(file) is None:
+            raise CheckpointError(f"{source}/{file} is named by {index.name} but missing")
+    return files
 
 
-def read_tensors(folder: Path, want: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
-    """The wanted tensors as float32 copies in torch's own memory; only files that hold one are opened."""
-    return _read(folder, want, lambda reader, key: reader.get_tensor(key).to(torch.float32, copy=True))
+def has_weights(source: Place) -> bool:
+    """Whether there are weights, or a shape only."""
+    return _weights(Source.of(source))[0] is not None
 
 
-def tensor_shapes(folder: Path, want: Callable[[str], bool] | None = None) -> dict[str, list[int]]:
-    """Shapes of the wanted tensors, from the files' headers."""
-    return _read(folder, want, lambda reader, key: list(reader.get_slice(key).get_shape()))
+def stored_tensors(source: Place, want: Choose | None = None) -> dict[str, Stored]:
+    """What the files' headers say of the wanted tensors; of files on the hub nothing else is read."""
+    source, found = Source.of(source), dict[str, Stored]()
+    for file, keys in _by_file(source, want).items():
+        header = _header(source, file)
+        absent = sorted(set(keys) - set(header))
+        if absent:
+            raise CheckpointError(f"{source}/{file} lacks tensor {absent[0]}, which the index places there")
+        found.update({key: header[key] for key in keys})
+    return found
 
 
-def _read(folder: Path, want: Callable[[str], bool] | None, take: Callable[[Any, str], T]) -> dict[str, T]:
-    by_file: dict[Path, list[str]] = {}
-    for key, file in tensor_files(folder).items():
-        if want is None or want(key):
-            by_file.setdefault(file, []).append(key)
-    found = {}
-    for file, keys in by_file.items():
-        with _open(file) as reader:
+def stored_dtype(source: Place) -> torch.dtype:
+    """The type that most of the numbers in the files have: bfloat16, float16, or else (and where there are no files)
+    float32."""
+    sizes = Counter[str]()
+    for tensor in stored_tensors(source).values() if has_weights(source) else ():
+        sizes[tensor.dtype] += math.prod(tensor.shape)
+    return _DTYPES.get(max(sizes, key=lambda name: sizes[name], default=""), torch.float32)
+
+
+def read_tensors(
+    source: Place,
+    want: Choose | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    keeps_float32: Choose | None = None,
+) -> dict[str, Tensor]:
+    """The wanted tensors as copies in torch's own memory; only files that hold one are opened, or fetched.
+
+    Args:
+        source: a component.
+        want: which names; None = all.
+        dtype: what they are converted to, one by one.
+        device: where they are put; nothing else of a file passes through main memory.
+        keeps_float32: names that are float32 whatever ``dtype`` is.
+    """
+    source, device, found = Source.of(source), _exact(device), dict[str, Tensor]()
+    for file, keys in _by_file(source, want).items():
+        with _open(source.file(file), str(device)) as reader:
             absent = sorted(set(keys) - set(reader.keys()))
             if absent:
-                raise CheckpointError(f"{file} lacks tensor {absent[0]}, which the index places there")
-            found.update({key: take(reader, key) for key in keys})
+                raise CheckpointError(f"{source}/{file} lacks tensor {absent[0]}, which the index places there")
+            for key in keys:
+                kind = torch.float32 if keeps_float32 is not None and keeps_float32(key) else dtype
+                found[key] = reader.get_tensor(key).to(kind, copy=device.type == "cpu")
     return found
+
+
+def read_tensor(source: Place, name: str) -> Tensor:
+    """One tensor, float32, on the CPU; on the hub its bytes alone are fetched.
+
+    Raises:
+        CheckpointError: there is none of that name.
+    """
+    source = Source.of(source)
+    file = tensor_files(source).get(name)
+    if file is None:
+        raise CheckpointError(f"{source} lacks tensor {name}")
+    if source.cached(file) is not None:
+        return read_tensors(source, lambda key: key == name)[name]
+    info = source.header(file)[name]
+    if info.dtype not in _DTYPES:
+        raise CheckpointError(f"{source}: tensor {name} is {info.dtype}, it must be one of {', '.join(_DTYPES)}")
+    # Behind the header, whose length is the file's first number.
+    first = 8 + int.from_bytes(source.read(file, 0, 8), "little") + info.data_offsets[0]
+    data = bytearray(source.read(file, first, info.data_offsets[1] - info.data_offsets[0]))
+    return torch.frombuffer(data, dtype=_DTYPES[info.dtype]).reshape(info.shape).to(torch.float32, copy=True)
 
 
 def load_module(
     module: nn.Module,
-    folder: str | Path,
-    want: Callable[[str], bool] | None = None,
+    source: Place,
+    want: Choose | None = None,
     optional: Mapping[str, Tensor] | None = None,
-    **hub: Any,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    keeps_float32: Choose | None = None,
 ) -> None:
-    """Fills ``module`` (built on the meta device) with the wanted tensors, float32.
+    """Fills ``module`` (built on the meta device) with the wanted tensors.
 
     Args:
         module: what to fill; tensors that are not wanted stay as they are.
-        folder: component folder or hub id.
+        source: component, see :func:`read_tensors` for this and what is not said here.
         want: which names; None = all.
         optional: values for names a checkpoint may lack (tables that can be computed).
+        dtype, device, keeps_float32: what they become.
 
     Raises:
         CheckpointError: naming the first tensor that is missing, has the wrong size or is unknown.
     """
-    path = local_folder(folder, **hub)
-    check_module(module, path, want, optional or ())
-    tensors = read_tensors(path, want)
+    check_tensors(module.state_dict(), source, want, optional or ())
+    tensors = read_tensors(source, want, dtype, device, keeps_float32)
     for key, value in (optional or {}).items():
-        tensors.setdefault(key, value.clone())
+        tensors.setdefault(key, value.to(device, copy=True))
     module.load_state_dict(tensors, strict=False, assign=True)
     module.requires_grad_(False)
 
 
-def check_module(
-    module: nn.Module,
-    folder: str | Path,
-    want: Callable[[str], bool] | None = None,
-    optional: Iterable[str] = (),
-    **hub: Any,
+def check_tensors(
+    expected: Mapping[str, Tensor], source: Place, want: Choose | None = None, optional: Iterable[str] = ()
 ) -> None:
     """Compares names and sizes with the files' headers, so that a wrong checkpoint is refused before it is read.
 
     Raises:
         CheckpointError: naming the first tensor that is missing, has the wrong size or is unknown.
     """
-    path = local_folder(folder, **hub)
-    found = tensor_shapes(path, want)
-    expected = {key: list(value.shape) for key, value in module.state_dict().items() if want is None or want(key)}
-    for key, shape in expected.items():
+    source = Source.of(source)
+    found = {key: stored.shape for key, stored in stored_tensors(source, want).items()}
+    shapes = {key: list(value.shape) for key, value in expected.items() if want is None or want(key)}
+    for key, shape in shapes.items():
         if key not in found and key not in optional:
-            raise CheckpointError(f"{path} lacks tensor {key} of shape {shape}")
+            raise CheckpointError(f"{source} lacks tensor {key} of shape {shape}")
         if found.get(key, shape) != shape:
-            raise CheckpointError(f"{path}: tensor {key} is {found[key]}, the model needs {shape}")
-    unknown = sorted(set(found) - set(expected))
+            raise CheckpointError(f"{source}: tensor {key} is {found[key]}, the model needs {shape}")
+    unknown = sorted(set(found) - set(shapes))
     if unknown:
-        raise CheckpointError(f"{path}: tensor {unknown[0]} ({len(unknown)} in all) is not part of this model")
+        raise CheckpointError(f"{source}: tensor {unknown[0]} ({len(unknown)} in all) is not part of this model")
+
+
+def convert(module: nn.Module, dtype: torch.dtype, device: torch.device | str, keeps_float32: Choose) -> None:
+    """Another type and device for a module that is loaded, or was made, in float32."""
+    state = module.state_dict()
+    moved = {key: value.to(device, torch.float32 if keeps_float32(key) else dtype) for key, value in state.items()}
+    module.load_state_dict(moved, assign=True)
+    module.requires_grad_(False)
 
 
 def save_module(
@@ -179,8 +213,44 @@ def save_module(
     (path / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
 
 
-def _open(file: Path) -> Any:
+def _weights(source: Source) -> tuple[str | None, bool]:
+    """Name of the weight file, or of the index of several, if any; whether it is an index."""
+    for name in WEIGHT_NAMES:
+        for candidate, is_index in ((f"{name}.index.json", True), (name, False)):
+            # On the hub an index is fetched here, it is small; a weight file is only looked for.
+            if (source.find(candidate) is not None) if is_index else source.has(candidate):
+                return candidate, is_index
+    return None, False
+
+
+def _by_file(source: Source, want: Choose | None) -> dict[str, list[str]]:
+    """The wanted tensors of each file."""
+    by_file: dict[str, list[str]] = {}
+    for key, file in tensor_files(source).items():
+        if want is None or want(key):
+            by_file.setdefault(file, []).append(key)
+    return by_file
+
+
+def _header(source: Source, file: str) -> dict[str, Stored]:
+    path = source.cached(file)
+    if path is None:
+        return {key: Stored(list(info.shape), info.dtype) for key, info in source.header(file).items()}
+    with _open(path, "cpu") as reader:
+        parts = {key: reader.get_slice(key) for key in reader.keys()}  # noqa: SIM118
+        return {key: Stored(list(part.get_shape()), part.get_dtype()) for key, part in parts.items()}
+
+
+def _exact(device: torch.device | str) -> torch.device:
+    """With its number: files are opened for one GPU, not for the current one."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _open(file: Path, device: str) -> Any:
     try:
-        return safe_open(file, framework="pt", device="cpu")
+        return safe_open(file, framework="pt", device=device)
     except Exception as error:  # safetensors raises its own Rust-side type for a broken header
         raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error

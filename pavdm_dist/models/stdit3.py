@@ -7,11 +7,11 @@ spatial block i, ``2 i + 1`` is temporal block i. Only temporal attention mixes 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -23,26 +23,36 @@ from pavdm_dist.models.base import (
     Activation,
     BackboneSpec,
     BlockContext,
+    Costs,
     FrameInfo,
     Grid,
     LevelSupport,
-    TextRun,
     WindowSlice,
 )
 from pavdm_dist.models.layers import (
-    MLP,
+    Caption,
     FinalLayer,
+    PatchEmbedding,
     RotaryTable,
     ScalarEmbedder,
     STDiT3Block,
     position_embedding_2d,
 )
-from pavdm_dist.models.loading import load_config, load_module, save_module
+from pavdm_dist.models.loading import convert, load_module, save_module
+from pavdm_dist.models.source import Source, load_config
+from pavdm_dist.models.text_cache import TextRun
 
+NULL_TEXT = "y_embedder.y_embedding"
 # Tables that a checkpoint may lack, because they can be computed.
 OPTIONAL_TENSORS = ("rope.freqs",)
+# Rounded angles would move every position, and the null text stands beside texts that are not rounded.
+FLOAT32_TENSORS = frozenset({"rope.freqs", NULL_TEXT})
 # Positions are measured in units of a 512-pixel picture.
 INPUT_SIZE = 512
+# Tokens-by-width buffers alive at once inside a block: input, modulated copy, queries, keys and values, their normed
+# and turned copies, attention's output, and the MLP's fourfold inner width twice (before and after GELU). Counted in
+# running stages: 13.6 to 14.6.
+ACTIVATION_COPIES = 14
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ class STDiT3Config:
             raise CheckpointError(f"patch_size={list(self.patch_size)}: the time patch must be 1")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> STDiT3Config:
+    def from_dict(cls, values: Mapping[str, Any]) -> STDiT3Config:
         """Keeps the keys this model knows; the public file also has training-time switches that do not matter here."""
         known = {field.name for field in fields(cls)}
         try:
@@ -85,31 +95,15 @@ class STDiT3Config:
             raise CheckpointError(f"config.json describes no STDiT3: {error}") from error
 
 
-class PatchEmbedding(nn.Module):
-    """One token per latent patch."""
-
-    def __init__(self, channels: int, dim: int, patch: tuple[int, int, int]) -> None:
-        super().__init__()
-        self.proj = nn.Conv3d(channels, dim, kernel_size=patch, stride=patch)
-
-
-class Caption(nn.Module):
-    """Projects text to the model's width and holds the learned null text (``y_embedding``)."""
-
-    y_embedding: Tensor
-
-    def __init__(self, in_dim: int, dim: int, max_length: int) -> None:
-        super().__init__()
-        self.y_proj = MLP(in_dim, dim, dim)
-        self.register_buffer("y_embedding", torch.randn(max_length, in_dim) / in_dim**0.5)
-
-
 class STDiT3(nn.Module):
-    """Spatial-temporal diffusion transformer.
+    """Spatial-temporal diffusion transformer; a :class:`~pavdm_dist.models.base.Backbone`, where methods are described.
 
     Args:
         config: shape of the model.
     """
+
+    null_text_tensor: ClassVar[str | None] = NULL_TEXT
+    optional_tensors: ClassVar[tuple[str, ...]] = OPTIONAL_TENSORS
 
     def __init__(self, config: STDiT3Config) -> None:
         super().__init__()
@@ -132,14 +126,16 @@ class STDiT3(nn.Module):
         self.temporal_blocks = blocks(temporal=True)
         self.final_layer = FinalLayer(dim, patch[0] * patch[1] * patch[2], out_channels)
         self.spec = BackboneSpec(
-            num_blocks=2 * config.depth,
+            block_kinds=("spatial", "temporal") * config.depth,
             hidden_size=dim,
             num_heads=config.num_heads,
             latent_channels=config.in_channels,
             patch=config.patch_size,
             text_dim=config.caption_channels,
             text_len=config.model_max_length,
+            activation_copies=ACTIVATION_COPIES,
             level_support=config.level_support,
+            causal_trained=config.causal_trained,
         )
 
     def compile_repeated_blocks(self) -> None:
@@ -211,6 +207,27 @@ class STDiT3(nn.Module):
             prefixes += ["final_layer."]
         return lambda key: key.startswith(tuple(prefixes))
 
+    def keeps_float32(self, name: str) -> bool:
+        return name in FLOAT32_TENSORS
+
+    def activation_shapes(self, grid: Grid) -> tuple[tuple[int, ...], ...]:
+        dim = self.config.hidden_size
+        return (1, grid.frames, grid.tokens_per_frame, dim), (1, grid.frames, 6 * dim), (1, grid.frames, dim)
+
+    def costs(self, grid: Grid, text_len: int) -> Costs:
+        dim, frames, patches = self.config.hidden_size, grid.frames, grid.tokens_per_frame
+        tokens = frames * patches
+        dense = tokens * dim * dim * (8 + 4 + 16)  # self-attention, cross-attention (q, out), MLP of ratio 4
+        cross = 4 * tokens * text_len * dim
+        spatial, temporal = (dense + cross + 4 * tokens * span * dim for span in (patches, frames))
+        patch_values = self.config.in_channels * self.config.patch_size[1] * self.config.patch_size[2]
+        embed = 2 * tokens * patch_values * dim + 2 * frames * dim * (256 + 7 * dim)
+        head = 2 * tokens * dim * 2 * patch_values
+        return Costs((spatial, temporal) * self.config.depth, embed, head)
+
+    def kv_values(self, grid: Grid, block: int) -> int:
+        return 2 * grid.frames * grid.tokens_per_frame * self.config.hidden_size if block % 2 else 0
+
     # --- one whole forward -----------------------------------------------------------------------------
 
     def forward(
@@ -249,29 +266,43 @@ class STDiT3(nn.Module):
     # --- weights ---------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, blocks: tuple[int, int] | None = None, **hub: Any) -> STDiT3:
-        """Loads a folder or hub id in the Hugging Face layout (one file or sharded safetensors).
+    def of_shape(cls, config: Mapping[str, Any]) -> STDiT3:
+        with torch.device("meta"):
+            return cls(STDiT3Config.from_dict(config)).eval()
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path | Source,
+        blocks: tuple[int, int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> STDiT3:
+        """From a component in the Hugging Face layout (one file or sharded safetensors).
 
         Args:
-            folder: folder with ``config.json``, or hub id.
+            source: folder with ``config.json``, hub id, or :class:`Source`.
             blocks: half-block range ``(first, last)`` of a pipeline stage; only its tensors are read and the
                 others stay on the meta device. None loads everything.
-            hub: ``revision``, ``subfolder`` and the like for hub ids.
+            dtype, device: of the weights.
 
         Raises:
             CheckpointError: a file or tensor is missing, or a tensor has the wrong size (it is named).
         """
-        config = STDiT3Config.from_dict(load_config(folder, **hub))
-        with torch.device("meta"):
-            model = cls(config)
+        model = cls.of_shape(load_config(source))
         want: Callable[[str], bool] | None = None
         if blocks is not None:
             if not 0 <= blocks[0] < blocks[1] <= model.spec.num_blocks:
                 raise ConfigError(f"blocks={blocks}: the model has half-blocks 0 to {model.spec.num_blocks - 1}")
             want = model.keys(*blocks, first=blocks[0] == 0, last=blocks[1] == model.spec.num_blocks)
-        rope = RotaryTable(config.hidden_size // config.num_heads)
-        load_module(model, folder, want, optional={"rope.freqs": rope.freqs}, **hub)
-        return model.eval()
+        rope = RotaryTable(model.config.hidden_size // model.config.num_heads)
+        load_module(model, source, want, {"rope.freqs": rope.freqs}, dtype, device, model.keeps_float32)
+        return model
+
+    def shortened(self, dtype: torch.dtype, device: torch.device | str) -> STDiT3:
+        model = STDiT3(replace(self.config, depth=1)).eval()
+        convert(model, dtype, device, model.keeps_float32)
+        return model
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes ``config.json`` and ``diffusion_pytorch_model.safetensors``; ``dtype`` converts on the way."""

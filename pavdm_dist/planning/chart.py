@@ -30,7 +30,7 @@ class Bar:
     context: bool = False
 
 
-def draw_chart(path: str, num_stages: int, bars: Sequence[Bar], title: str = "") -> None:
+def draw_chart(path: str, num_stages: int, bars: Sequence[Bar], title: str = "", decoder: bool = False) -> None:
     """Writes a PNG; time runs to the right from the first start to the last end.
 
     Args:
@@ -38,17 +38,19 @@ def draw_chart(path: str, num_stages: int, bars: Sequence[Bar], title: str = "")
         num_stages: lanes, also of stages that did nothing.
         bars: in any order.
         title: written under the lanes.
+        decoder: one lane more, number ``num_stages``, for a decoder.
     """
     from PIL import Image, ImageDraw
 
     first = min((bar.start for bar in bars), default=0.0)
     span = max((bar.end for bar in bars), default=1.0) - first
-    height = TOP + num_stages * (LANE + GAP) + 30
+    lanes = [f"stage {stage}" for stage in range(num_stages)] + ["decoder"] * decoder
+    height = TOP + len(lanes) * (LANE + GAP) + 30
     picture = Image.new("RGB", (LEFT + WIDTH + 10, height), "white")
     pen = ImageDraw.Draw(picture)
-    for stage in range(num_stages):
-        top = TOP + stage * (LANE + GAP)
-        pen.text((6, top + LANE // 2 - 5), f"stage {stage}", fill="black")
+    for number, name in enumerate(lanes):
+        top = TOP + number * (LANE + GAP)
+        pen.text((6, top + LANE // 2 - 5), name, fill="black")
         pen.rectangle((LEFT, top, LEFT + WIDTH, top + LANE), fill=(236, 236, 236))
     for bar in bars:
         top = TOP + bar.stage * (LANE + GAP)

@@ -1,4 +1,4 @@
-"""Seconds of half-blocks, embedding and head on this machine, measured once per (model, shape, device) and kept."""
+"""What a micro-batch and decoding cost: in FLOP, from shapes alone, or in seconds, measured here once and kept."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from typing import Any
 
 import torch
 
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.wan import WanCodec, decode_flop
 from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.io.storage import atomic_write
-from pavdm_dist.method.denoiser import TextBank, memories_of, unit_context
+from pavdm_dist.method.denoiser import memories_of, unit_context
 from pavdm_dist.method.microbatches import WHOLE
 from pavdm_dist.method.schedule import Mode, NoiseSchedule, WindowPlan
 from pavdm_dist.method.stream import Conditioning, Stream
-from pavdm_dist.models.base import FrameInfo
-from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
-from pavdm_dist.planning.partition import Costs
+from pavdm_dist.models.base import Backbone, Costs, FrameInfo
+from pavdm_dist.models.source import load_config
+from pavdm_dist.models.text_cache import TextBank
 
 logger = logging.getLogger(__name__)
 
@@ -34,33 +36,49 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pavdm_dist" / "costs"
 
 
+def estimated_costs(shape: Backbone, frames: int, cells: tuple[int, int]) -> Costs:
+    """FLOP of a micro-batch of so many latent frames, with the longest text; ``cells``: latent height and width."""
+    return shape.costs(shape.grid(frames, *cells), shape.spec.text_len)
+
+
+def estimated_decode(checkpoint: Checkpoint, size: int, cells: tuple[int, int]) -> float:
+    """FLOP of decoding a chunk of ``size`` latents."""
+    return size * decode_flop(checkpoint.vae, *cells)
+
+
+def with_codec(costs: Costs, codec: float) -> Costs:
+    """The same costs with a decoder on the last stage's device, which takes ``codec`` per micro-batch."""
+    return replace(costs, head=costs.head + codec)
+
+
 def profiled_costs(
-    config: STDiT3Config,
+    shape: Backbone,
     plan: WindowPlan,
     cells: tuple[int, int],
     info: FrameInfo,
     threads: int,
     device: str = "cpu",
     mode: Mode = "window",
+    dtype: torch.dtype = torch.float32,
 ) -> Costs:
     """Costs of a micro-batch in seconds, from the cache or measured now (some seconds).
 
-    All spatial half-blocks are alike, and all temporal ones: one of each is built, with random weights.
+    Blocks of a kind are alike: one of each is built, with random weights.
 
     Args:
-        config: shape of the model.
+        shape: the model, without its weights.
         plan: of the run; a full window is timed.
         cells: latent height and width.
         info: picture size and rate.
         threads: intra-op threads of a stage.
         device: ``cpu`` or ``cuda``.
         mode: a micro-batch is a window, or a chunk that attends to what others left.
+        dtype: of the weights.
     """
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_model()}, {threads} threads"
     window = (plan.window_chunks, plan.context_chunks, plan.latent_chunk_size)
     facts = {
-        "model": asdict(config), "window": window, "mode": mode, "cells": cells, "device": where,
-        "torch": torch.__version__,
+        "model": [type(shape).__name__, asdict(shape.config)], "window": window, "mode": mode, "cells": cells,
+        "device": _where(device, threads), "dtype": str(dtype), "torch": torch.__version__,
     }  # fmt: skip
 
     def measure() -> dict[str, Any]:
@@ -68,36 +86,38 @@ def profiled_costs(
         torch.set_num_threads(threads)
         try:
             with torch.random.fork_rng():
-                model = STDiT3(replace(config, depth=1)).eval().requires_grad_(False).to(device)
-            shape = (config.in_channels, *cells)
-            costs = measure_costs(model, _stream(model, plan, shape, info, mode))
+                model = shape.shortened(dtype, device)
+            latents = (shape.spec.latent_channels, *cells)
+            costs = measure_costs(model, _stream(model, plan, latents, info, mode), device)
         finally:
             torch.set_num_threads(before)
-        return {"spatial": costs.blocks[0], "temporal": costs.blocks[1], "embed": costs.embed, "head": costs.head}
+        by_kind = dict(zip(model.spec.block_kinds, costs.blocks, strict=True))
+        return {**by_kind, "embed": costs.embed, "head": costs.head}
 
     found = kept("blocks", facts, measure)
-    return Costs((found["spatial"], found["temporal"]) * config.depth, found["embed"], found["head"])
+    return Costs(tuple(found[kind] for kind in shape.spec.block_kinds), found["embed"], found["head"])
 
 
 @torch.inference_mode()
-def measure_costs(model: STDiT3, stream: Stream, repeats: int = 5) -> Costs:
-    """Seconds of embed, every block and head on the model's device for one micro-batch of a full window.
+def measure_costs(model: Backbone, stream: Stream, device: torch.device | str = "cpu", repeats: int = 5) -> Costs:
+    """Seconds of embed, every block and head for one micro-batch of a full window.
 
     Median over the repeats of the mean over a row's noisy micro-batches, which attend to more or less.
 
     Args:
         model: wholly loaded.
         stream: its plan must reach a full window; mode displaced is timed between two exact rows.
+        device: the model's.
         repeats: rows that are timed, after one that is not.
     """
-    plan, device = stream.plan, next(model.parameters()).device
+    plan, device = stream.plan, torch.device(device)
     full = plan.window_chunks + plan.context_chunks
     row = next(row for row in plan.rows() if len(row.window) == full)
     units = [WHOLE] if stream.mode == "window" else list(row.chunks)
     # What a running video has left for them.
     left = {"window": [], "causal": list(row.context), "displaced": [WHOLE]}
-    (memory, *_), texts = memories_of(stream, model.spec), TextBank(model, device)
-    texts.add(stream)
+    (memory, *_), texts = memories_of(stream, model.spec), TextBank(model.project_text, device)
+    texts.add(stream.id, stream.conditioning.texts)
     x, levels = (part.to(device) for part in stream.window().inputs(row))
 
     def run(chunk: int) -> list[float]:
@@ -123,7 +143,7 @@ def measure_costs(model: STDiT3, stream: Stream, repeats: int = 5) -> Costs:
     return Costs(tuple(blocks), embed, head)
 
 
-def _stream(model: STDiT3, plan: WindowPlan, shape: tuple[int, int, int], info: FrameInfo, mode: Mode) -> Stream:
+def _stream(model: Backbone, plan: WindowPlan, shape: tuple[int, int, int], info: FrameInfo, mode: Mode) -> Stream:
     """A stream of noise and a full-length text, long enough for a full window, from text alone."""
     long_enough = plan.window_chunks + plan.context_chunks + 1
     plan = replace(plan, start="noise", end="drain", num_chunks=long_enough)
@@ -138,6 +158,49 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def profiled_decode(
+    checkpoint: Checkpoint,
+    size: int,
+    cells: tuple[int, int],
+    threads: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """Seconds of decoding one chunk in a running video on this machine, measured once and kept.
+
+    Args:
+        checkpoint: its codec.
+        size: latents of a chunk.
+        cells: latent height and width.
+        threads: intra-op threads of the decoder.
+        device, dtype: what it computes on, and in.
+    """
+    facts = {
+        "vae": load_config(checkpoint.vae), "size": size, "cells": cells,
+        "device": _where(device, threads), "dtype": str(dtype), "torch": torch.__version__,
+    }  # fmt: skip
+
+    def measure() -> dict[str, float]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            codec = WanCodec.from_pretrained(checkpoint.vae, device, dtype)
+            decoder, times = codec.decoder(), list[float]()
+            for _ in range(4):
+                started = time.perf_counter()
+                decoder.decode(torch.zeros(checkpoint.codec_spec.latent_channels, size, *cells))
+                times.append(time.perf_counter() - started)
+        finally:
+            torch.set_num_threads(before)
+        return {"seconds": statistics.median(times[1:])}
+
+    return kept("decode", facts, measure)["seconds"]
+
+
+def _where(device: str, threads: int) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"{cpu_model()}, {threads} threads"
 
 
 def kept(kind: str, facts: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

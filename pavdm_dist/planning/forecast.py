@@ -2,7 +2,8 @@
 
 A row of videos in step takes the longer of all their micro-batches at the pace of the slowest part, and one
 micro-batch's way through the stages and back (its next step needs the last one). Growing and draining windows have
-fewer micro-batches, or smaller ones; a whole window among single chunks waits until the pipeline has emptied.
+fewer micro-batches, or smaller ones; a whole window among single chunks waits until the pipeline has emptied. A decoder
+beside the stages takes finished chunks one after another.
 """
 
 from __future__ import annotations
@@ -10,29 +11,34 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 from pavdm_dist.method.microbatches import Displaced, MicroBatches
+from pavdm_dist.method.sampler import num_branches
 from pavdm_dist.method.schedule import Mode, WindowPlan
+from pavdm_dist.request import SamplingParams
 
 
 @dataclass(frozen=True)
-class Row:
+class RowShape:
     """Micro-batches of one branch of one row.
 
     Attributes:
         units: how many.
         chunks: held by each.
         turns: the window has moved since the row before, so that another chunk comes first.
+        finishes: a chunk is clean after it.
     """
 
     units: int
     chunks: int
     turns: bool = False
+    finishes: bool = False
 
 
 @dataclass(frozen=True)
-class Unit:
+class UnitTime:
     """What a micro-batch of some number of chunks takes, in any one unit of time.
 
     Attributes:
@@ -57,19 +63,26 @@ class Unit:
         return sum(self.stages) + hops * (self.link + self.latency) + (self.latency if hops else 0.0)
 
 
-def rows_of(plan: WindowPlan, mode: Mode, displaced: Displaced | None = None) -> list[Row]:
+def rows_of(plan: WindowPlan, mode: Mode, displaced: Displaced | None = None) -> list[RowShape]:
     """All rows of a video; without those that adaptive re-sync would make exact, which nobody knows beforehand."""
-    batches, rows = MicroBatches(plan, mode, 0, displaced or Displaced()), list[Row]()
+    batches, rows = MicroBatches(plan, mode, 0, displaced or Displaced()), list[RowShape]()
     for row in plan.rows():
         parts = batches.parts(row.index)
         whole = len(parts) == 1 and parts[0][0] not in row.window
         turns = row.index > 0 and row.index % plan.steps_per_shift == 0
-        rows.append(Row(len(parts), len(row.window) if whole else 1, turns))
+        rows.append(RowShape(len(parts), len(row.window) if whole else 1, turns, row.emit is not None))
     return rows
 
 
-def makespan(rows: Sequence[Row], branches: int, streams: int, videos: int, unit: Callable[[int], Unit]) -> float:
-    """Time until all videos are done.
+def makespan(
+    rows: Sequence[RowShape],
+    branches: int,
+    streams: int,
+    videos: int,
+    unit: Callable[[int], UnitTime],
+    decode: float = 0.0,
+) -> float:
+    """Time until all videos are done, and decoded.
 
     Args:
         rows: of one video.
@@ -77,6 +90,7 @@ def makespan(rows: Sequence[Row], branches: int, streams: int, videos: int, unit
         streams: videos in flight, which go in step.
         videos: in all; the last ones go with fewer in flight where they do not divide.
         unit: what a micro-batch of so many chunks takes.
+        decode: what a chunk takes a decoder beside the stages; 0 where there is none.
     """
     rounds, rest = divmod(videos, streams)
     pairs = Counter(pairwise([*rows, rows[0]]))
@@ -86,10 +100,11 @@ def makespan(rows: Sequence[Row], branches: int, streams: int, videos: int, unit
         return sum(_row(row, after, branches, together, units) * count for (row, after), count in pairs.items())
 
     total = (rounds * body(streams) if rounds else 0.0) + (body(rest) if rest else 0.0)
-    return total + _emptying(rows[-1], branches, rest or streams, units, last=True)
+    sampled = total + _emptying(rows[-1], branches, rest or streams, units, last=True)
+    return max(sampled, _decoded(rows, branches, [streams] * rounds + [rest] * (rest > 0), units, decode))
 
 
-def work(rows: Sequence[Row], branches: int, videos: int, unit: Callable[[int], Unit]) -> float:
+def work(rows: Sequence[RowShape], branches: int, videos: int, unit: Callable[[int], UnitTime]) -> float:
     """Time of all stages together that is spent computing."""
     held = Counter[int]()
     for row in rows:
@@ -97,7 +112,7 @@ def work(rows: Sequence[Row], branches: int, videos: int, unit: Callable[[int], 
     return videos * branches * sum(count * sum(unit(chunks).stages) for chunks, count in held.items())
 
 
-def _row(row: Row, after: Row, branches: int, streams: int, units: dict[int, Unit]) -> float:
+def _row(row: RowShape, after: RowShape, branches: int, streams: int, units: dict[int, UnitTime]) -> float:
     """From the row's first micro-batch on the first stage to that of the row after."""
     unit = units[row.chunks]
     own, trip = _own_and_trip(row, branches, streams, units)
@@ -111,7 +126,32 @@ def _row(row: Row, after: Row, branches: int, streams: int, units: dict[int, Uni
     return max(own, trip) + late
 
 
-def _emptying(row: Row, branches: int, streams: int, units: dict[int, Unit], last: bool = False) -> float:
+def _decoded(
+    rows: Sequence[RowShape], branches: int, rounds: Sequence[int], units: dict[int, UnitTime], decode: float
+) -> float:
+    """When the last chunk is decoded, the decoder working whenever there is one; ``rounds``: videos of each."""
+
+    @cache
+    def alone(together: int) -> tuple[float, float, float]:
+        """One round's length, its chunks' time on the decoder, and when one that was free would have done them."""
+        seconds = {pair: _row(*pair, branches, together, units) for pair in set(pairwise([*rows, rows[0]]))}
+        now = busy = done = 0.0
+        for row, after in pairwise([*rows, rows[0]]):
+            own, trip = _own_and_trip(row, branches, together, units)
+            for video in range(together if row.finishes else 0):
+                done = max(done, now + trip + own * video / together) + decode
+                busy += decode
+            now += seconds[row, after]
+        return now, busy, done
+
+    begin = done = 0.0
+    for together in rounds if decode else ():
+        length, busy, finished = alone(together)
+        done, begin = max(done + busy, begin + finished), begin + length
+    return done
+
+
+def _emptying(row: RowShape, branches: int, streams: int, units: dict[int, UnitTime], last: bool = False) -> float:
     """After the row's time is over, until the first video's (or ``last``: the last one's) last micro-batch is through.
 
     Other videos' micro-batches fill that time.
@@ -121,6 +161,26 @@ def _emptying(row: Row, branches: int, streams: int, units: dict[int, Unit], las
     return max(0.0, (own if last else own / streams) + through - max(own, trip))
 
 
-def _own_and_trip(row: Row, branches: int, streams: int, units: dict[int, Unit]) -> tuple[float, float]:
+def _own_and_trip(row: RowShape, branches: int, streams: int, units: dict[int, UnitTime]) -> tuple[float, float]:
     unit = units[row.chunks]
     return streams * branches * row.units * unit.pace, unit.way + (branches - 1) * unit.pace
+
+
+def useful_stages(params: SamplingParams, streams: int) -> int:
+    """Stages beyond which another one brings next to nothing: the micro-batches under way at a time in full windows.
+
+    That is M B in mode window (and displaced with every step exact), M W B where a micro-batch is a chunk, for M
+    guidance branches and B ``streams``.
+    """
+    whole = params.mode == "window" or (params.mode == "displaced" and params.displaced.resync_every_steps == 1)
+    return num_branches(params.guidance_scale) * (1 if whole else params.window_chunks) * streams
+
+
+def pipeline_utilisation(params: SamplingParams, plan: WindowPlan, stages: int, streams: int) -> float:
+    """Share of the time that equal stages compute, 0..1, for ``streams`` videos of one plan side by side."""
+    rows, branches = rows_of(plan, params.mode, params.displaced), num_branches(params.guidance_scale)
+
+    def unit(chunks: int) -> UnitTime:
+        return UnitTime((float(chunks),) * stages)
+
+    return work(rows, branches, streams, unit) / (stages * makespan(rows, branches, streams, streams, unit))

@@ -3,51 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate, pairwise
 
+import torch
+
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.models.base import BackboneSpec, Grid
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Cost of one micro-batch, in any one unit (FLOP or seconds).
-
-    ``codec`` is what decoding adds per micro-batch to the last stage when the decoder shares its device.
-    """
-
-    blocks: tuple[float, ...]
-    embed: float = 0.0
-    head: float = 0.0
-    codec: float = 0.0
-
-    def stage(self, first: int, last: int) -> float:
-        """Cost of the stage that runs blocks ``first .. last - 1``."""
-        cost = sum(self.blocks[first:last])
-        cost += self.embed if first == 0 else 0.0
-        return cost + (self.head + self.codec if last == len(self.blocks) else 0.0)
-
-
-def estimate_costs(spec: BackboneSpec, grid: Grid, text_len: int) -> Costs:
-    """FLOP of every STDiT half-block, embed and head for one window; two per multiply-add."""
-    dim, frames, patches = spec.hidden_size, grid.frames, grid.tokens_per_frame
-    tokens = frames * patches
-    dense = tokens * dim * dim * (8 + 4 + 16)  # self-attention, cross-attention (q, out), MLP of ratio 4
-    cross = 4 * tokens * text_len * dim
-    spatial, temporal = (dense + cross + 4 * tokens * span * dim for span in (patches, frames))
-    patch_values = spec.latent_channels * spec.patch[1] * spec.patch[2]
-    embed = 2 * tokens * patch_values * dim + 2 * frames * dim * (256 + 7 * dim)
-    head = 2 * tokens * dim * 2 * patch_values
-    return Costs(tuple(temporal if i % 2 else spatial for i in range(spec.num_blocks)), embed, head)
+from pavdm_dist.method.sampler import num_branches
+from pavdm_dist.models.base import Costs
+from pavdm_dist.models.devices import DTYPES, choose_dtype
+from pavdm_dist.models.loading import check_tensors
+from pavdm_dist.planning.costs import (
+    estimated_costs,
+    estimated_decode,
+    profiled_costs,
+    profiled_decode,
+    with_codec,
+)
+from pavdm_dist.request import SamplingParams
 
 
 def partition(costs: Costs, num_stages: int, layers_per_stage: Sequence[int] | None = None) -> list[tuple[int, int]]:
     """Block ranges ``(first, last)`` of the stages, with the smallest possible slowest stage.
 
     Args:
-        costs: per block, embed, head (and codec where it shares the last stage's device).
+        costs: of a micro-batch.
         num_stages: P, at most the number of blocks.
         layers_per_stage: blocks per stage, chosen by the user; overrides the balance.
 
@@ -56,7 +38,7 @@ def partition(costs: Costs, num_stages: int, layers_per_stage: Sequence[int] | N
     """
     count = len(costs.blocks)
     if not 1 <= num_stages <= count:
-        raise ConfigError(f"num_stages={num_stages}: the model has {count} half-blocks, use 1 to {count} stages")
+        raise ConfigError(f"num_stages={num_stages}: the model has {count} blocks, use 1 to {count} stages")
     if layers_per_stage is not None:
         sizes = list(layers_per_stage)
         if len(sizes) != num_stages or sum(sizes) != count or min(sizes) < 1:
@@ -84,6 +66,51 @@ def partition(costs: Costs, num_stages: int, layers_per_stage: Sequence[int] | N
     return list(pairwise([0, *best(0, num_stages)[2]]))
 
 
-def with_codec(costs: Costs, codec: float) -> Costs:
-    """The same costs with a decoder on the last stage's device."""
-    return replace(costs, codec=codec)
+def layer_split(checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions) -> list[tuple[int, int]]:
+    """Block range of each stage for a run's full window; reads shapes only, no weights of the backbone.
+
+    With ``balance=measured`` some seconds are spent on timing a block of each kind with random weights, and the codec,
+    where that has not been done before. A decoder that computes on the last stage's device counts there.
+
+    Raises:
+        ConfigError: more stages than blocks, or ``layers_per_stage`` that does not add up.
+        CheckpointError: a tensor of the backbone is missing or has the wrong size.
+    """
+    model = checkpoint.shape
+    if checkpoint.has_weights:
+        check_tensors(model.state_dict(), checkpoint.transformer, optional=model.optional_tensors)
+    cells = checkpoint.codec_spec.latent_size(params.height, params.width)
+    costs, decode = _costs(checkpoint, params, options, cells)
+    if options.decoder_slows_last_stage:
+        costs = with_codec(costs, decode / units_per_chunk(params))
+    return partition(costs, options.num_stages, options.layers_per_stage)
+
+
+def units_per_chunk(params: SamplingParams) -> int:
+    """Micro-batches of a full window from one finished chunk to the next."""
+    branches, plan = num_branches(params.guidance_scale), params.plan(None)
+    return branches * (
+        plan.steps_per_shift if params.mode == "window" else params.num_inference_steps + params.context_chunks
+    )
+
+
+def _costs(
+    checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions, cells: tuple[int, int]
+) -> tuple[Costs, float]:
+    """Costs of a micro-batch and of decoding a chunk, in one unit."""
+    size = params.latent_chunk_size
+    if options.balance == "estimated":
+        frames = size * (params.window_chunks + params.context_chunks if params.mode == "window" else 1)
+        return estimated_costs(checkpoint.shape, frames, cells), estimated_decode(checkpoint, size, cells)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("balance=measured: this process has no GPU to time blocks on; use balance=estimated")
+    dtype = choose_dtype(options.dtype, torch.device(options.device), checkpoint.transformer)
+    costs = profiled_costs(
+        checkpoint.shape, params.plan(None), cells, params.info, options.threads_per_stage, options.device,
+        params.mode, dtype,
+    )  # fmt: skip
+    decode = 0.0
+    if options.decoder_slows_last_stage:
+        codec = options.decoder_threads, options.decoder_device, DTYPES[options.decoder_dtype]
+        decode = profiled_decode(checkpoint, size, cells, *codec)
+    return costs, decode

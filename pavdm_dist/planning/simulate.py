@@ -33,6 +33,7 @@ class Machine:
         outstanding: sends a stage may have under way to its neighbour before it waits.
         unit_seconds: measured seconds of a unit by (stage, chunks it holds); takes the place of ``stage_seconds`` where
             it has an entry.
+        decode_seconds: of a finished chunk, by a decoder beside the stages that takes one after another; 0 = none.
     """
 
     stage_seconds: tuple[float, ...]
@@ -41,13 +42,14 @@ class Machine:
     link_chunk_s: float = 0.0
     outstanding: int = 2
     unit_seconds: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    decode_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.stage_seconds) <= MAX_STAGES:
             raise ConfigError(f"num_stages={len(self.stage_seconds)}: 1 to {MAX_STAGES} can be simulated")
         if min(self.stage_seconds) <= 0:
             raise ConfigError(f"stage_seconds={list(self.stage_seconds)}: every stage takes time, above 0")
-        for name in ("link_latency_s", "link_chunk_s"):
+        for name in ("link_latency_s", "link_chunk_s", "decode_seconds"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be 0 or more")
         if self.outstanding < 1:
@@ -64,20 +66,32 @@ class Busy:
     end: float
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """The decoder had a video's chunk from ``start`` to ``end``."""
+
+    stream: int
+    chunk: int
+    start: float
+    end: float
+
+
 @dataclass
 class Result:
     """What happened; times are seconds, or units of cost with ``Machine.unit_cost``.
 
     Attributes:
-        makespan: until the last stage has finished everything.
+        makespan: until the last stage, and the decoder if there is one, has finished everything.
         first_chunk: until the first chunk is clean.
         busy: what every stage did, in order of its end.
+        decoded: what the decoder did.
     """
 
     num_stages: int
     makespan: float = 0.0
     first_chunk: float | None = None
     busy: list[Busy] = field(default_factory=list)
+    decoded: list[Decoding] = field(default_factory=list)
 
     @property
     def utilisation(self) -> float:
@@ -141,8 +155,9 @@ def of_trace(path: str) -> Result:
 
 
 def bars(result: Result) -> list[Bar]:
-    """What every stage did, as bars of a chart."""
-    return [_bar(part) for part in result.busy]
+    """What every stage did, and the decoder in the lane behind them, as bars of a chart."""
+    decoded = [Bar(result.num_stages, one.start, one.end, one.chunk) for one in result.decoded]
+    return [_bar(part) for part in result.busy] + decoded
 
 
 def _bar(part: Busy) -> Bar:
@@ -161,6 +176,7 @@ class _Simulation:
         stages = len(machine.stage_seconds)
         self._inboxes = [simpy.Store(self._env) for _ in range(stages)]
         self._wires = [simpy.Resource(self._env) for _ in range(stages)]  # the last one leads back to the first
+        self._finished = simpy.Store(self._env)
         self._room = [simpy.Container(self._env, machine.outstanding, machine.outstanding) for _ in range(stages)]
         # Latents on their way back, as the first stage awaits them and as the last one sends them.
         self._awaited: dict[Key, Any] = {}
@@ -178,8 +194,10 @@ class _Simulation:
         for stage in range(1, len(self._inboxes)):
             self._env.process(self._stage(stage))
         self._env.process(self._first_stage())
+        self._env.process(self._decoder())
         self._env.run()
-        self._result.makespan = max(part.end for part in self._result.busy)
+        ends = [part.end for part in self._result.busy] + [part.end for part in self._result.decoded]
+        self._result.makespan = max(ends)
         return self._result
 
     def _first_stage(self) -> Generator[Any, Any, None]:
@@ -214,12 +232,22 @@ class _Simulation:
     def _feed_back(self, unit: Unit) -> Generator[Any, Any, None]:
         """Latents are a few percent of the hidden states: the way back costs its latency."""
         row = self._plans[unit.stream].row(unit.row)
-        if row.emit is not None and unit.chunk in (WHOLE, row.emit) and self._result.first_chunk is None:
-            self._result.first_chunk = self._env.now
+        if row.emit is not None and unit.chunk in (WHOLE, row.emit):
+            if self._result.first_chunk is None:
+                self._result.first_chunk = self._env.now
+            self._finished.put((unit.stream, row.emit))
         if len(self._inboxes) > 1:
             yield from self._travel(len(self._inboxes) - 1, 0.0)
         if unit.feeds:
             self._due.pop((unit.stream, unit.row, unit.chunk)).succeed()
+
+    def _decoder(self) -> Generator[Any, Any, None]:
+        seconds = self._machine.decode_seconds
+        while seconds:
+            stream, chunk = yield self._finished.get()
+            start = self._env.now
+            yield self._env.timeout(seconds)
+            self._result.decoded.append(Decoding(stream, chunk, start, self._env.now))
 
     def _travel(self, wire: int, seconds: float) -> Generator[Any, Any, None]:
         if seconds:

@@ -14,7 +14,8 @@ from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.models.base import FrameInfo, WindowSlice
-from pavdm_dist.models.loading import load_config, read_tensors
+from pavdm_dist.models.loading import read_tensors
+from pavdm_dist.models.source import load_config
 from pavdm_dist.models.stdit3 import OPTIONAL_TENSORS, STDiT3, STDiT3Config
 from pavdm_dist.train.settings import ModelConfig, TrainConfig
 from pavdm_dist.train.zero import whole_shape
@@ -115,7 +116,10 @@ def shape_of(config: TrainConfig, channels: int) -> STDiT3Config:
     """
     m, causal = config.model, config.objective.causal_share > 0
     if m.pretrained is not None:
-        shape = Checkpoint.open(m.pretrained).transformer_config
+        model = Checkpoint.open(m.pretrained).shape
+        if not isinstance(model, STDiT3):
+            raise CheckpointError(f"model.pretrained={m.pretrained} is {type(model).__name__}; STDiT3 can be trained")
+        shape = model.config
         if shape.in_channels != channels:
             raise ConfigError(
                 f"model.pretrained={m.pretrained} takes {shape.in_channels} latent channels, the data has {channels}"
@@ -159,7 +163,7 @@ def build(
         folder = Checkpoint.open(m.pretrained)
         _fill(model.transformer, read_tensors(folder.transformer), whole, m.pretrained)
         if model.text_encoder is not None:
-            _fill(model.text_encoder, read_tensors(folder.folder / "text_encoder"), None, m.pretrained)
+            _fill(model.text_encoder, read_tensors(folder.source.part("text_encoder")), None, m.pretrained)
     return model
 
 
@@ -187,7 +191,7 @@ def _modules(
 
 def _text_encoder(m: ModelConfig, vocabulary: Sequence[str]) -> WordTextEncoder:
     if m.pretrained is not None:
-        config = load_config(Checkpoint.open(m.pretrained).folder / "text_encoder")
+        config = load_config(Checkpoint.open(m.pretrained).source.part("text_encoder"))
         return WordTextEncoder(**{key: value for key, value in config.items() if not key.startswith("_")})
     return WordTextEncoder(vocabulary, m.caption_channels, m.text_depth, 4, m.model_max_length)
 

@@ -129,7 +129,7 @@ def video_data(config: TrainConfig) -> tuple[VideoBatches, Parts]:
     shape = shape_of(config, channels)
     if source.text_encoder.text_dim != shape.caption_channels:
         raise ConfigError(
-            f"model.caption_channels={shape.caption_channels}: the text encoder of {source.folder} gives "
+            f"model.caption_channels={shape.caption_channels}: the text encoder of {source.source} gives "
             f"{source.text_encoder.text_dim}"
         )
     clips = PixelClips(d.folder, source.codec, source.text_encoder) if d.pixels else CachedClips(d.folder, source)
@@ -142,4 +142,4 @@ def video_data(config: TrainConfig) -> tuple[VideoBatches, Parts]:
     bucket, few = clips.buckets[biggest], list(range(min(SHEET_PROMPTS, clips.counts[biggest])))
     prompts = tuple(clips.load(biggest, few).captions)
     info = FrameInfo(bucket.height, bucket.width, bucket.fps)
-    return batches, Parts(source.vae, source.folder / "text_encoder", info, prompts)
+    return batches, Parts(source.vae.folder(), source.source.part("text_encoder").folder(), info, prompts)

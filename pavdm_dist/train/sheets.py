@@ -13,10 +13,11 @@ from torch import Tensor
 
 from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.codecs.wan import WanCodec
-from pavdm_dist.method.denoiser import ModelDenoiser, TextBank
+from pavdm_dist.method.denoiser import ModelDenoiser
 from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.stream import Conditioning, Stream
+from pavdm_dist.models.text_cache import TextBank
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.model import filled
 from pavdm_dist.train.settings import TrainConfig
@@ -69,7 +70,7 @@ def draw_sheet(
         shape = (channels, height, width)
         stream = Stream(number, plan, o.schedule, number, shape, text, info, guidance)
         decoder, frames = codec.decoder(), list[Tensor]()
-        denoise = ModelDenoiser(model.transformer, stream, TextBank(model.transformer, device))
+        denoise = ModelDenoiser(model.transformer, stream, TextBank(model.transformer.project_text, device))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             for clean in sample(stream.window(device), denoise, guidance):
                 frames.append(decoder.decode(clean.latents).cpu())

@@ -1,0 +1,21 @@
+"""Files that come with the package: ``configs/`` of a checkout, or their copy in an installed wheel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# The small model that ships inside the package.
+EMBEDDED = Path(__file__).parent.parent / "embedded"
+
+
+def configs_root() -> Path:
+    """The folder of the shipped config files."""
+    package = Path(__file__).parent.parent
+    installed = package / "_configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def shipped_models() -> dict[str, Path]:
+    """Model folders by name: ``embedded``, with weights, and those of ``configs/model``, shapes to plan with."""
+    shapes = {folder.name: folder for folder in sorted((configs_root() / "model").glob("*/"))}
+    return {"embedded": EMBEDDED, **shapes}

@@ -1,0 +1,63 @@
+"""Where a model computes, and in which type: what ``auto`` means, and what cannot be."""
+
+from __future__ import annotations
+
+import torch
+
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.io.metadata import cpu_model
+from pavdm_dist.models.loading import stored_dtype
+from pavdm_dist.models.source import Source
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def choose_device(device: str | torch.device, field: str = "device") -> torch.device:
+    """The device of a name, the value of a setting; ``auto`` is this process' GPU where it has one, else the CPU.
+
+    Raises:
+        ConfigError: a GPU that is not there, or no such device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"{field}={device}: must be auto, cpu or cuda") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"{field}={device}: this process sees {torch.cuda.device_count()} GPUs; use {field}=cpu")
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device, source: Source) -> torch.dtype:
+    """The type of a name; ``auto`` is what the files of ``source`` hold on a GPU, and float32 on a CPU.
+
+    Raises:
+        ConfigError: no such type, or one that the device cannot compute in.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else str(stored_dtype(source)).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(f"dtype={name}: must be auto, {', '.join(list(DTYPES)[:-1])} or {list(DTYPES)[-1]}")
+    check_dtype("dtype", name, device)
+    return DTYPES[name]
+
+
+def device_model(device: torch.device) -> str:
+    """What its bits depend on: the model of the GPU, or ``cpu`` and that of the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {cpu_model()}"
+
+
+def check_dtype(field: str, name: str, device: torch.device) -> None:
+    """Refuses a type, the value of a setting, that the device cannot compute in.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    if device.type == "cpu" and name == "float16":
+        raise ConfigError(f"{field}=float16: a CPU computes in float32 or bfloat16; use one of them, or a GPU")
+    if device.type == "cuda" and name == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(
+            f"{field}=bfloat16: {torch.cuda.get_device_name(device)} cannot compute in it; use float16 or float32"
+        )

@@ -1,0 +1,204 @@
+"""Where a model's files are: a folder, or a repository on the hub. It travels to the nodes, and each opens it there."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pavdm_dist.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, or one of its components.
+
+    Attributes:
+        location: absolute path of a folder, or a hub id.
+        revision: of a hub id: branch, tag or commit; None = the default branch.
+        component: folder inside, such as ``transformer``; "" = all of it.
+    """
+
+    location: str
+    revision: str | None = None
+    component: str = ""
+
+    @classmethod
+    def of(cls, place: str | Path | Source, revision: str | None = None) -> Source:
+        """What a user names: a folder, made absolute because others work in other folders, else a hub id.
+
+        Raises:
+            ConfigError: a revision of a folder.
+            CheckpointError: neither.
+        """
+        if isinstance(place, Source):
+            return place
+        if not Path(place).is_dir():
+            if os.path.isabs(place):
+                raise CheckpointError(f"model={place}: no such folder")
+            if "/" not in str(place):
+                # Said at once: without a network the hub's library tries for half a minute.
+                raise CheckpointError(f"model={place}: no such folder here, and hub ids are owner/name")
+            return cls(str(place), revision)
+        if revision is not None:
+            raise ConfigError(f"revision={revision}: model={place} is a folder, only hub ids have revisions")
+        return cls(os.path.abspath(place))
+
+    def __str__(self) -> str:
+        at = f"@{self.revision}" if self.revision else ""
+        return f"{self.location}{at}/{self.component}" if self.component else f"{self.location}{at}"
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder and not on the hub."""
+        return os.path.isabs(self.location)
+
+    def part(self, component: str) -> Source:
+        """One of its components."""
+        return replace(self, component=component)
+
+    def find(self, name: str) -> Path | None:
+        """A file of it on this machine, fetched from the hub where it is not here yet; None where there is none.
+
+        Raises:
+            CheckpointError: the folder is not on this machine, or the hub does not deliver.
+        """
+        if self.is_folder:
+            path = self._here() / name
+            return path if path.exists() else None
+        from huggingface_hub import constants, hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        with self._hub():
+            try:
+                return Path(hf_hub_download(self.location, self._inside(name), revision=self.revision))
+            except LocalEntryNotFoundError:
+                if not constants.HF_HUB_OFFLINE:
+                    raise
+                return None
+            except EntryNotFoundError:
+                return None
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file; nothing is fetched."""
+        if self.is_folder or self.cached(name) is not None:
+            return self.find(name) is not None
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.errors import EntryNotFoundError
+
+        with self._hub():
+            try:
+                get_hf_file_metadata(hf_hub_url(self.location, self._inside(name), revision=self.revision))
+            except EntryNotFoundError:
+                return False
+            return True
+
+    def file(self, name: str) -> Path:
+        """As :meth:`find`, for a file that must be there.
+
+        Raises:
+            CheckpointError: also when it is missing.
+        """
+        path = self.find(name)
+        if path is None:
+            raise CheckpointError(f"{self}/{name} is missing: not a model folder")
+        return path
+
+    def cached(self, name: str) -> Path | None:
+        """A file of it, if it is on this machine already."""
+        if self.is_folder:
+            return self.find(name)
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.location, self._inside(name), revision=self.revision)
+        return Path(found) if isinstance(found, str) else None
+
+    def header(self, name: str) -> dict[str, Any]:
+        """Tensors (``dtype``, ``shape``, ``data_offsets``) of a safetensors file on the hub; nothing else is read."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import SafetensorsParsingError
+
+        with self._hub():
+            try:
+                where = self._inside(name)
+                return HfApi().parse_safetensors_file_metadata(self.location, where, revision=self.revision).tensors
+            except SafetensorsParsingError as error:
+                raise CheckpointError(f"{self}/{name} is not a readable safetensors file: {error}") from error
+
+    def read(self, name: str, first: int, size: int) -> bytes:
+        """Bytes ``first .. first + size - 1`` of a file on the hub."""
+        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+        with self._hub():
+            url = hf_hub_url(self.location, self._inside(name), revision=self.revision)
+            wanted = {"range": f"bytes={first}-{first + size - 1}"}
+            response = get_session().get(url, headers={**build_hf_headers(), **wanted})
+            hf_raise_for_status(response)
+            if len(response.content) != size:
+                raise CheckpointError(f"{self}/{name}: {size} bytes were asked for, {len(response.content)} came")
+            return response.content
+
+    def folder(self) -> Path:
+        """All of it as a folder on this machine; a component on the hub is fetched whole."""
+        if self.is_folder:
+            return self._here()
+        from huggingface_hub import snapshot_download
+
+        with self._hub():
+            patterns = [f"{self.component}/*"] if self.component else None
+            path = snapshot_download(self.location, revision=self.revision, allow_patterns=patterns)
+            return Path(path) / self.component
+
+    def pinned(self, name: str) -> Source:
+        """The same at the commit that ``name`` comes from now, so that every node opens the same files."""
+        if self.is_folder:
+            return self
+        # The cache keeps a repository's files under its commit.
+        return replace(self, revision=self.file(name).parents[name.count("/")].name)
+
+    def _here(self) -> Path:
+        path = Path(self.location, self.component)
+        if not path.is_dir():
+            if Path(self.location).is_dir():
+                raise CheckpointError(f"{path} does not exist in the checkpoint")
+            raise CheckpointError(
+                f"{path} is not on {socket.gethostname()}: a model folder must have the same path on every node; "
+                "hub ids are fetched by each"
+            )
+        return path
+
+    def _inside(self, name: str) -> str:
+        return f"{self.component}/{name}" if self.component else name
+
+    @contextmanager
+    def _hub(self) -> Iterator[None]:
+        """What the hub's library raises becomes one sentence."""
+        from huggingface_hub.errors import HFValidationError, HTTPError
+
+        try:
+            yield
+        except (HTTPError, HFValidationError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"model={self.location!r} is no folder here and no hub id: {reason}") from error
+
+
+def load_config(source: str | Path | Source) -> dict[str, Any]:
+    """``config.json`` of a component.
+
+    Raises:
+        CheckpointError: missing or not a JSON object.
+    """
+    path = Source.of(source).file("config.json")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not valid JSON of a model: it must hold names and values")
+    return config

@@ -1,0 +1,204 @@
+"""Types and devices are settings: what is computed in which type, what a device cannot do, where the decoder is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import reference_chunks, tiny_checkpoint, tiny_model, tiny_stream
+from whole_window import whole_window
+
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.engine.local import LocalEngine
+from pavdm_dist.engine.messages import LATENTS, Header
+from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.engine.order import Unit, epochs, join_of
+from pavdm_dist.engine.stage import Stage
+from pavdm_dist.engine.transport import HostStagedLink, LocalLink
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.io.metadata import cpu_model
+from pavdm_dist.method.schedule import Mode
+from pavdm_dist.models.base import Activation
+from pavdm_dist.models.devices import check_dtype, choose_device, choose_dtype
+from pavdm_dist.models.loading import convert
+from pavdm_dist.models.source import Source
+from pavdm_dist.pipeline import PAVDMPipeline
+from pavdm_dist.planning.partition import layer_split
+from pavdm_dist.request import SamplingParams, VideoRequest
+
+PROMPT = "a red three drifting up"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("build", [tiny_model, whole_window])
+@pytest.mark.parametrize("mode", ["window", "causal", "displaced"])
+def test_bfloat16_stages_equal_the_bfloat16_model(build: type, mode: Mode) -> None:
+    """And what crosses a boundary has the setting's type, whatever a stage's first tensor has; latents are float32."""
+    model, stream = build(), tiny_stream(mode=mode)
+    exact = reference_chunks(model, stream)
+    convert(model, torch.bfloat16, "cpu", model.keeps_float32)
+    expected = reference_chunks(model, stream)
+    for ends in ([0, model.spec.num_blocks], [0, 1, model.spec.num_blocks], [0, 1, 2, model.spec.num_blocks]):
+        engine = LocalEngine([Stage(model, blocks, dtype=torch.bfloat16) for blocks in pairwise(ends)])
+        for (_, clean), whole, full in zip(engine.run([stream]), expected, exact, strict=True):
+            assert clean.latents.dtype == torch.float32
+            assert torch.equal(clean.latents, whole.latents)
+            change = (clean.latents - full.latents).norm() / full.latents.norm()
+            assert 1e-5 < change < 0.1
+
+
+def test_what_travels_is_what_was_planned() -> None:
+    stream = tiny_stream()
+    unit: Unit = next(epochs(lambda epoch: None if epoch else join_of(stream, 0), 1))[0]
+    for model in (tiny_model(), whole_window()):
+        convert(model, torch.bfloat16, "cpu", model.keeps_float32)
+        stage = Stage(model, (0, 1), dtype=torch.bfloat16)
+        stage.prepare(stream)
+        layout = stage.activation_layout(unit)
+        sent = stage.run(unit, None)
+        assert isinstance(sent, Activation)
+        for part, shape in zip((sent.hidden, sent.modulation, sent.time), layout.shapes, strict=True):
+            assert (tuple(part.shape), part.dtype) == (shape, layout.dtype)
+        assert stage.latents_layout(0, 1, unit.chunk).dtype == torch.float32
+
+
+def test_this_process_samples_in_the_type_it_is_told(model: Path) -> None:
+    pipeline = PAVDMPipeline.from_pretrained(model, torch_dtype=torch.bfloat16, device="cpu")
+    plain = PAVDMPipeline.from_pretrained(model, device="cpu")
+    assert pipeline.device_name == f"cpu {cpu_model()}"
+    (half,), (full,) = (one(PROMPT, num_frames=9, output_type="latent").frames for one in (pipeline, plain))
+    assert half.dtype == torch.float32
+    assert 1e-5 < (half - full).norm() / full.norm() < 0.1
+    assert torch.equal(pipeline.to(torch.float32)(PROMPT, num_frames=9, output_type="latent").frames[0], full)
+    assert pipeline.to("cpu") is pipeline
+
+
+def test_the_codec_has_a_type_of_its_own(model: Path) -> None:
+    checkpoint = Checkpoint.open(model)
+    pipelines = [PAVDMPipeline(checkpoint, device="cpu", decoder_dtype=name) for name in ("float32", "bfloat16")]
+    request = [VideoRequest(PROMPT, 0, 13)]
+    full, half = (list(pipeline.iter_chunks(request, pipeline.params())) for pipeline in pipelines)
+    for one, other in zip(full, half, strict=True):
+        assert torch.equal(one.latents, other.latents)
+        assert not torch.equal(one.frames, other.frames)
+        assert (one.frames.float() - other.frames.float()).abs().mean() < 3
+
+
+def test_a_float16_checkpoint_runs_in_float32_on_a_cpu(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path, torch.float16)
+    source = Source.of(tmp_path)
+    assert choose_dtype("auto", torch.device("cpu"), source) == torch.float32
+    assert choose_dtype("auto", torch.device("meta"), source) == torch.float16  # what is not a CPU takes what is held
+    assert choose_dtype(torch.bfloat16, torch.device("cpu"), source) == torch.bfloat16
+
+
+def test_what_a_device_cannot_do_is_one_sentence(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert choose_device("auto") == torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"device=cuda: this process sees 0 GPUs; use device=cpu"):
+        PAVDMPipeline.from_pretrained(model, device="cuda")
+    with pytest.raises(ConfigError, match=r"decoder=cuda: this process sees 0 GPUs; use decoder=cpu"):
+        PAVDMPipeline(Checkpoint.open(model), decoder="cuda")
+    with pytest.raises(ConfigError, match=r"device=tpu: must be auto, cpu or cuda"):
+        PAVDMPipeline.from_pretrained(model, device="tpu")
+    with pytest.raises(ConfigError, match=r"dtype=float16: a CPU computes in float32 or bfloat16"):
+        PAVDMPipeline.from_pretrained(model, torch_dtype=torch.float16)
+    with pytest.raises(ConfigError, match=r"decoder_dtype=float16: a CPU computes in float32 or bfloat16"):
+        PAVDMPipeline(Checkpoint.open(model), decoder_dtype="float16")
+    with pytest.raises(ConfigError, match=r"dtype=float64: must be auto, bfloat16, float16 or float32"):
+        PAVDMPipeline.from_pretrained(model, torch_dtype=torch.float64)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(ConfigError, match=r"dtype=bfloat16: Tesla T4 cannot compute in it; use float16 or float32"):
+        check_dtype("dtype", "bfloat16", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "sentence"),
+    [
+        ({"backend": "nccl", "gpus_per_stage": 0.5}, "nccl needs gpus_per_stage of 1, .* not 0.5; use backend=gloo"),
+        ({"gpus_per_stage": 2}, "gpus_per_stage=2: a stage computes on one GPU; use 1, or more stages"),
+        ({"dtype": "float16"}, "dtype=float16: a CPU computes in float32 or bfloat16"),
+        ({"dtype": "half"}, "dtype=half: must be auto, float32, bfloat16 or float16"),
+        ({"decoder": "gpu"}, "decoder=gpu: must be cpu, cuda or shared"),
+        ({"decoder_dtype": "float16"}, "decoder_dtype=float16: a CPU computes"),
+        ({"decoder": "shared", "cpus_per_decoder": 2}, "cpus_per_decoder=2: decoder=shared has none of its own"),
+        ({"gpus_per_decoder": 0.5}, "gpus_per_decoder=0.5: is of decoder=cuda, not of decoder=cpu"),
+        ({"decoder": "cuda", "gpus_per_decoder": 2}, "gpus_per_decoder=2: must be above 0 and at most 1"),
+        ({"threads_per_decoder": 0}, "threads_per_decoder=0: at least 1"),
+    ],
+)
+def test_engine_options_name_what_is_legal(chosen: dict, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        EngineOptions(2, **chosen)
+
+
+def test_stages_get_their_device_from_the_pipeline(model: Path) -> None:
+    checkpoint = Checkpoint.open(model)
+    pipeline = PAVDMPipeline(checkpoint, 2)
+    assert pipeline.engine is not None and (pipeline.engine.device, pipeline.engine.transport) == ("cpu", "gloo")
+    pipeline.to("cuda", torch.bfloat16)
+    assert (pipeline.engine.gpus_per_stage, pipeline.engine.dtype, pipeline.engine.transport) == (1, "bfloat16", "nccl")
+    assert pipeline.to("cpu").engine.gpus_per_stage == 0  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"device=cpu: gpus_per_stage=1 gives every stage a GPU"):
+        PAVDMPipeline(checkpoint, 2, engine=EngineOptions(2, gpus_per_stage=1), device="cpu")
+
+
+def test_bundles_hold_the_decoder_where_it_is() -> None:
+    gpus = EngineOptions(2, gpus_per_stage=1)
+    stage = {"CPU": 1.0, "GPU": 1.0}
+    assert gpus.bundles() == [stage, stage] and gpus.decoder_bundle == 1 and gpus.decoder_gpus == 0
+    own = replace(gpus, decoder="cuda", gpus_per_decoder=0.5, cpus_per_decoder=1)
+    assert own.bundles() == [stage, stage, {"CPU": 1.0, "GPU": 0.5}] and own.decoder_bundle == 2
+    assert replace(gpus, decoder="cuda").bundles()[2] == {"GPU": 1.0}
+    shared = replace(gpus, decoder="shared")
+    assert shared.bundles() == [stage, stage] and shared.decoder_bundle == 1
+    # Both actors of the last bundle fit into it, and so see the same GPU.
+    assert shared.stage_gpus(0) == 1 and shared.stage_gpus(1) + shared.decoder_gpus == 1 and shared.decoder_gpus > 0
+    assert [options.decoder_device for options in (gpus, own, shared)] == ["cpu", "cuda", "cuda"]
+    assert replace(gpus, threads_per_decoder=4).decoder_threads == 4 and gpus.decoder_threads == 1
+    assert EngineOptions(2, gpus_per_stage=0.5).transport == "gloo"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "slower"),
+    [
+        ({}, True),  # on the last stage's CPU
+        ({"cpus_per_decoder": 1}, False),
+        ({"decoder": "shared"}, True),
+        ({"decoder": "cuda"}, False),
+        ({"gpus_per_stage": 1}, False),
+        ({"gpus_per_stage": 1, "cpus_per_decoder": 1}, False),
+        ({"gpus_per_stage": 1, "decoder": "cuda"}, False),
+        ({"gpus_per_stage": 1, "decoder": "shared"}, True),
+    ],
+)
+def test_decoding_costs_the_last_stage_where_it_computes_there(chosen: dict, slower: bool) -> None:
+    options = EngineOptions(2, **chosen)
+    assert options.decoder_slows_last_stage == slower
+    checkpoint = Checkpoint.open("embedded")
+    split = layer_split(checkpoint, SamplingParams.resolve(checkpoint), options)
+    assert split == ([(0, 6), (6, 8)] if slower else [(0, 4), (4, 8)])
+
+
+def test_a_staged_link_carries_what_it_is_given() -> None:
+    """Through host memory and back; here both are the CPU, on a GPU the same calls copy."""
+    link = HostStagedLink(LocalLink(), torch.device("cpu"))
+    stage = Stage(tiny_model(), (0, 4))
+    stage.prepare(tiny_stream())
+    layout = stage.latents_layout(0, 1, -1)
+    header = Header(1, LATENTS, 0, 0, 1, -1, 0, layout.numel)
+    sent = torch.randn(layout.shapes[0])
+    link.post(layout)
+    link.send(header, [sent], layout)
+    (found,) = link.receive(header, layout)
+    link.close()
+    assert torch.equal(found, sent) and link.bytes_sent == layout.num_bytes
