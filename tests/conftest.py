@@ -10,6 +10,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Idle workers import torch before an actor asks for it: actors are ready seconds earlier.
 os.environ.setdefault("RAY_preload_python_modules", "torch")
+# Not as Ray's runtime environment: workers that are started in advance do not serve jobs that have one.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")])
+)
 
 import pytest
 import torch
@@ -28,7 +32,6 @@ def ray_cluster() -> Iterator[None]:
         object_store_memory=200 * 2**20,
         log_to_driver=False,
         logging_level="ERROR",
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent.parent)}},
     )
     yield
     ray.shutdown()
