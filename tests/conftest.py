@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,15 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging() -> Iterator[None]:
+    """The command line sets the package's logger up for its process; the next test finds it as it was."""
+    package = logging.getLogger("pavdm_dist")
+    before = (package.handlers, package.level, package.propagate)
+    yield
+    package.handlers, package.level, package.propagate = before
 
 
 @pytest.fixture(scope="session")
