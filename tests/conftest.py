@@ -22,6 +22,15 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under ``pytest -n N --dist loadgroup`` a file's tests share a process, and so its fixtures; all files that use the
+    cluster share one, too, for there is one cluster."""
+    if config.pluginmanager.hasplugin("xdist"):
+        on_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group("ray" if item.path in on_ray else item.path.stem))
+
+
 @pytest.fixture(autouse=True)
 def _restore_logging() -> Iterator[None]:
     """The command line sets the package's logger up for its process; the next test finds it as it was."""
