@@ -85,7 +85,7 @@ def main() -> None:
         "videos": len(videos),
         "seconds": frames / FPS if args.folder is None else None,
         "guidance_scale": guidance if args.folder is None else None,
-        "codec_foreground_psnr": codec_psnr(args.model),
+        "codec_foreground_psnr": codec_psnr(args.model, 2 if args.quick else 32),
         **tables(videos),
         "per_video": videos,
     }
@@ -156,12 +156,12 @@ def generate(checkpoint: Checkpoint, prompt: str, job: Job) -> np.ndarray:
     return torch.cat(parts)[: job.frames].numpy()
 
 
-def codec_psnr(model: str) -> float:
-    """Foreground PSNR, dB, of 32 held-out clips of 17 frames; masks of the digits grown by two pixels."""
+def codec_psnr(model: str, count: int) -> float:
+    """Foreground PSNR, dB, of ``count`` held-out clips of 17 frames; masks of the digits grown by two pixels."""
     from pavdm_dist.digits.clip_vae import foreground_psnr, grown, sample_clips
 
     codec = Checkpoint.open(model).codec
-    clips, masks = sample_clips(np.random.default_rng(1), "heldout", 32, 17)
+    clips, masks = sample_clips(np.random.default_rng(1), "heldout", count, 17)
     coded = []
     for clip in clips:
         frames = ((clip.permute(1, 2, 3, 0) + 1) * 127.5).round().byte()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -19,6 +20,14 @@ from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
 TINY = STDiT3Config(
     depth=2, hidden_size=32, num_heads=4, in_channels=4, caption_channels=12, model_max_length=5, patch_size=(1, 2, 2)
 )
+
+
+def reference_cases() -> list[Path]:
+    """Folders of ``golden.json`` and ``golden.safetensors``: this repository's (``data/reference/README.md`` says what
+    they are), then those under the parents that ``PAVDM_GOLDEN_DIRS`` names (colon-separated)."""
+    named = [Path(name) for name in os.environ.get("PAVDM_GOLDEN_DIRS", "").split(":") if name]
+    parents = [Path(__file__).parent / "data" / "reference", *named]
+    return [file.parent for parent in parents for file in sorted(parent.glob("**/golden.json"))]
 
 
 def tiny_model(seed: int = 0, config: STDiT3Config = TINY) -> STDiT3:

@@ -127,7 +127,7 @@ def test_a_folder_of_real_videos_is_read_back_and_unfit_ones_are_refused(tmp_pat
     prompt = scene_prompt(scene)
     facts = Sidecar({}, prompt, None, 0, 241, FPS, SIZE, SIZE, "cpu", 1)
     facts.write(video)
-    found = report("embedded.py", "--folder", str(tmp_path))
+    found = report("embedded.py", "--quick", "--folder", str(tmp_path))
     assert found["videos"] == 1 and found["per_video"][0]["prompt"] == prompt
     assert found["generated"]["whole"]["digit"] >= 0.9 and found["generated"]["whole"]["colour"] == 1
     assert len(found["per_video"][0]["generated"]) == 12

@@ -8,7 +8,6 @@ import logging
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,6 @@ from pavdm_dist.merging import load_config
 from pavdm_dist.train.settings import TrainConfig
 
 PLAN = {"model_calls": 135, "chunks": 22, "layer_split": [6, 6], "stages": [{"stage": 0, "ms": 1.5}], "cost": {"a": 2}}
-
-
-@pytest.fixture(autouse=True)
-def _restore_logging() -> Iterator[None]:
-    package = logging.getLogger("pavdm_dist")
-    before = (package.handlers, package.level, package.propagate)
-    yield
-    package.handlers, package.level, package.propagate = before
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from dataclasses import replace
+from functools import cache, partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from pavdm_dist.engine.stage import Stage
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.merging import load_config
 from pavdm_dist.method.schedule import Mode
+from pavdm_dist.models import layers
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3
 from pavdm_dist.train.checks import check_settings
@@ -59,8 +61,16 @@ def test_stages_with_compiled_blocks_agree(plain: STDiT3, compiled: STDiT3, mode
         assert relative(one, expected.latents) < 1e-5
 
 
-@needs_compiler
-def test_gradients_are_those_of_plain_blocks(plain: STDiT3, compiled: STDiT3) -> None:
+@pytest.mark.parametrize(
+    # What is captured and differentiated is the same for both; kernels for the backward pass take long to build.
+    "backend",
+    ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])],
+)
+def test_gradients_are_those_of_plain_blocks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "_compiled", cache(partial(torch.compile, backend=backend)))
+    plain = tiny_model(config=replace(TINY, depth=3))
+    compiled = copy.deepcopy(plain)
+    compiled.compile_repeated_blocks()
     again = copy.deepcopy(compiled)
     checkpoint_activations(again)
     found = []

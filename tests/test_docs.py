@@ -23,3 +23,10 @@ def test_links_and_files_are_there(document: Path) -> None:
         r"(?<![\w/.-])(?:docs|configs|benchmarks|cluster|tests)/[\w./-]*\w\.(?:md|yaml|py|png|sh)", text
     ):
         assert (ROOT / name).exists(), name
+
+
+def test_the_tree_names_every_room_and_no_other() -> None:
+    tree = (ROOT / "docs" / "architecture.md").read_text().split("```")[1]
+    named = set(re.findall(r"^  (\w+)/ ", tree, re.MULTILINE))
+    rooms = {path.parent.name for path in (ROOT / "pavdm_dist").glob("*/__init__.py")}
+    assert named == rooms

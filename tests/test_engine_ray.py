@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -39,16 +43,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def gang(ray_cluster: None, folder: Path) -> Iterator[Callable[[int], RayEngine]]:
+    """Stages by their number, started once: bringing processes up takes most of a test's time."""
+    engines: dict[int, RayEngine] = {}
+
+    def of(num_stages: int) -> RayEngine:
+        if num_stages not in engines:
+            engines[num_stages] = RayEngine(str(folder), _cut(num_stages), EngineOptions(num_stages, cpus_per_stage=0))
+        return engines[num_stages]
+
+    yield of
+    for engine in engines.values():
+        engine.close()
+
+
 def _cut(num_stages: int) -> list[tuple[int, int]]:
     return partition(Costs((1.0,) * BLOCKS), num_stages)
 
 
-def _streams(mode: Mode) -> list:
+def _streams(mode: Mode, ids: Iterator[int]) -> list[Stream]:
     return [
-        tiny_stream(10, seed=1, mode=mode),
-        tiny_stream(11, seed=2, guidance_scale=1.0, num_chunks=2, mode=mode),
-        tiny_stream(12, seed=3, start="clip", end="cut", num_chunks=3, mode=mode),
-        tiny_stream(13, seed=4, start="chunk", num_chunks=1, mode=mode),
+        tiny_stream(next(ids), seed=1, mode=mode),
+        tiny_stream(next(ids), seed=2, guidance_scale=1.0, num_chunks=2, mode=mode),
+        tiny_stream(next(ids), seed=3, start="clip", end="cut", num_chunks=3, mode=mode),
+        tiny_stream(next(ids), seed=4, start="chunk", num_chunks=1, mode=mode),
     ]
 
 
@@ -67,18 +86,26 @@ def test_a_model_that_is_not_on_a_node_is_said(ray_cluster: None, tmp_path: Path
         RayEngine(Source(str(tmp_path / "gone"), component="transformer"), _cut(2), EngineOptions(2))
 
 
-@pytest.mark.parametrize(("num_stages", "in_flight"), [(1, 2), (2, 1), (2, 3), (3, 2), (4, 4)])
-@pytest.mark.parametrize("mode", ["window", "causal", "displaced"])
-def test_actors_equal_the_sampler(ray_cluster: None, folder: Path, num_stages: int, in_flight: int, mode: Mode) -> None:
-    streams = _streams(mode) if num_stages != 3 else _streams(mode)[::-1]  # another order of arrival
-    snapshots: dict[int, list] = {stream.id: [] for stream in streams}
-    chunks: dict[int, list] = {stream.id: [] for stream in streams}
+@pytest.mark.parametrize(("num_stages", "in_flight"), [(1, (2,)), (2, (1, 3)), (3, (2,)), (4, (4,))])
+def test_actors_equal_the_sampler(ray_cluster: None, folder: Path, num_stages: int, in_flight: tuple[int, ...]) -> None:
+    """In all modes, one after another on the same gang."""
+    ids, streams = count(10), list[Stream]()
+    snapshots: dict[int, list] = defaultdict(list)
+    chunks: dict[int, list] = defaultdict(list)
+
+    def keep(stream: int, point: ResumePoint) -> None:
+        snapshots[stream].append(point.snapshot)
+
     with RayEngine(str(folder), _cut(num_stages), EngineOptions(num_stages, trace=True)) as engine:
-        run = engine.run(streams, in_flight, on_grown=lambda stream, point: snapshots[stream].append(point.snapshot))
-        for finished in run:
-            chunks[finished.stream].append(finished.clean)
-            if finished.resume is not None:
-                snapshots[finished.stream].append(finished.resume.snapshot)
+        for mode in get_args(Mode):
+            for places in in_flight:
+                some = _streams(mode, ids)
+                some = some if num_stages != 3 else some[::-1]  # another order of arrival
+                for finished in engine.run(some, places, on_grown=keep):
+                    chunks[finished.stream].append(finished.clean)
+                    if finished.resume is not None:
+                        keep(finished.stream, finished.resume)
+                streams += some
         reports = engine.finish()
     model = tiny_model()
     for stream in streams:
@@ -88,7 +115,7 @@ def test_actors_equal_the_sampler(ray_cluster: None, folder: Path, num_stages: i
             assert torch.equal(clean.latents, reference.latents)
         ends = [row.index + 1 for row in stream.plan.rows() if stream.plan.closes_shift(row.index)]
         exact = [row for row in ends if row == stream.plan.num_rows or row % 7 == 0]
-        assert [snapshot.row for snapshot in snapshots[stream.id]] == (exact if mode == "displaced" else ends)
+        assert [snapshot.row for snapshot in snapshots[stream.id]] == (exact if stream.mode == "displaced" else ends)
     units = sum(stream.branches * len(_frames(stream, row)) for stream in streams for row in stream.plan.rows())
     orders = [[span.unit for span in report.trace] for report in reports]
     assert all(order == orders[0] for order in orders) and len(orders[0]) == units
@@ -121,58 +148,57 @@ def _check_bytes(streams: list, reports: list, num_stages: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["window", "causal"])
-def test_snapshot_goes_on_bitwise(ray_cluster: None, folder: Path, mode: Mode) -> None:
+def test_snapshot_goes_on_bitwise(gang: Callable[[int], RayEngine], mode: Mode) -> None:
     stream = tiny_stream(0, seed=5, mode=mode)
-    _check_every_snapshot(folder, stream, expected=[2, 4, 6, 8, 10, 12])
+    _check_every_snapshot(gang(2), stream, expected=[2, 4, 6, 8, 10, 12])
 
 
-def test_displaced_goes_on_bitwise_from_every_exact_row(ray_cluster: None, folder: Path) -> None:
+def test_displaced_goes_on_bitwise_from_every_exact_row(gang: Callable[[int], RayEngine]) -> None:
     displaced = Displaced(5, exact_growing=False, exact_draining=False)
     stream = tiny_stream(0, seed=5, mode="displaced", displaced=displaced, num_chunks=8)
     # Shifts end every two rows from row 6 on; of these, rows 10 and 20 are exact, and the video ends at 20.
-    _check_every_snapshot(folder, stream, expected=[10, 20])
+    _check_every_snapshot(gang(2), stream, expected=[10, 20])
 
 
-def test_adaptive_goes_on_bitwise_with_what_was_decided(ray_cluster: None, folder: Path) -> None:
+def test_adaptive_goes_on_bitwise_with_what_was_decided(gang: Callable[[int], RayEngine]) -> None:
     adaptive = Displaced(None, exact_growing=False, adaptive=0.2)
     stream = tiny_stream(0, num_chunks=8, num_inference_steps=9, mode="displaced", displaced=adaptive)
-    snapshots = _check_every_snapshot(folder, stream)
+    snapshots = _check_every_snapshot(gang(2), stream)
     assert any(len(snapshot.exact_rows) > 1 for snapshot in snapshots), "a decision about the shift after the next"
 
 
-def _check_every_snapshot(folder: Path, stream: Stream, expected: list[int] | None = None) -> list[WindowSnapshot]:
+def _check_every_snapshot(engine: RayEngine, stream: Stream, expected: list[int] | None = None) -> list[WindowSnapshot]:
     snapshots: list[WindowSnapshot] = []
     whole: list[CleanChunk] = []
-    with RayEngine(str(folder), _cut(2), EngineOptions(2)) as engine:
-        for finished in engine.run([stream], on_grown=lambda _, point: snapshots.append(point.snapshot)):
-            whole.append(finished.clean)
-            if finished.resume is not None:
-                snapshots.append(finished.resume.snapshot)
-        rows, exact = [snapshot.row for snapshot in snapshots], engine.exact_rows(0)
-        assert rows == expected or (expected is None and set(rows[:-1]) == {r for r in exact if r >= 9})
-        assert rows[-1] == stream.plan.num_rows
-        assert not list(engine.run([replace(stream, id=1, resume=ResumePoint(snapshots[-1]))])), "all is sampled"
-        for snapshot in snapshots[:-1]:
-            rest = [f.clean for f in engine.run([replace(stream, id=1, resume=ResumePoint(snapshot))])]
-            assert rest[-1].index == whole[-1].index
-            assert engine.exact_rows(1) == tuple(row for row in exact if row >= snapshot.row)
-            for again, before in zip(rest, whole[-len(rest) :], strict=True):
-                assert torch.equal(again.latents, before.latents)
+    for finished in engine.run([stream], on_grown=lambda _, point: snapshots.append(point.snapshot)):
+        whole.append(finished.clean)
+        if finished.resume is not None:
+            snapshots.append(finished.resume.snapshot)
+    rows, exact = [snapshot.row for snapshot in snapshots], engine.exact_rows(0)
+    assert rows == expected or (expected is None and set(rows[:-1]) == {r for r in exact if r >= 9})
+    assert rows[-1] == stream.plan.num_rows
+    assert not list(engine.run([replace(stream, id=1, resume=ResumePoint(snapshots[-1]))])), "all is sampled"
+    for snapshot in snapshots[:-1]:
+        rest = [f.clean for f in engine.run([replace(stream, id=1, resume=ResumePoint(snapshot))])]
+        assert rest[-1].index == whole[-1].index
+        assert engine.exact_rows(1) == tuple(row for row in exact if row >= snapshot.row)
+        for again, before in zip(rest, whole[-len(rest) :], strict=True):
+            assert torch.equal(again.latents, before.latents)
     return snapshots
 
 
 @pytest.mark.parametrize(("num_stages", "steps"), [(1, 6), (2, 6), (3, 9)])
-def test_adaptive_resync_is_the_samplers(ray_cluster: None, folder: Path, num_stages: int, steps: int) -> None:
+def test_adaptive_resync_is_the_samplers(gang: Callable[[int], RayEngine], num_stages: int, steps: int) -> None:
     adaptive = Displaced(None, exact_growing=False, adaptive=0.2)
     plan = {"num_inference_steps": steps, "mode": "displaced", "displaced": adaptive}
     streams = [tiny_stream(i, seed=i, num_chunks=8 + i, **plan) for i in range(3)]
     chunks: dict[int, list] = {stream.id: [] for stream in streams}
-    with RayEngine(str(folder), _cut(num_stages), EngineOptions(num_stages)) as engine:
-        with pytest.raises(ConfigError, match=r"adaptive=0.2: needs at least 2 steps per shift"):
-            next(engine.run([replace(streams[0], plan=replace(streams[0].plan, num_inference_steps=3))]))
-        for finished in engine.run(streams, 2):
-            chunks[finished.stream].append(finished.clean)
-        rows = [engine.exact_rows(stream.id) for stream in streams]
+    engine = gang(num_stages)
+    with pytest.raises(ConfigError, match=r"adaptive=0.2: needs at least 2 steps per shift"):
+        next(engine.run([replace(streams[0], plan=replace(streams[0].plan, num_inference_steps=3))]))
+    for finished in engine.run(streams, 2):
+        chunks[finished.stream].append(finished.clean)
+    rows = [engine.exact_rows(stream.id) for stream in streams]
     for stream, exact in zip(streams, rows, strict=True):
         denoiser = StreamDenoiser(tiny_model(), stream)
         expected = list(sample(stream.window(), denoiser, stream.guidance_scale))

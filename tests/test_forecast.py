@@ -33,7 +33,7 @@ def both(
     return found.makespan, seconds, busy / (len(machine.stage_seconds) * seconds)
 
 
-@pytest.mark.parametrize("chunks", [1, 3, 6, 30])
+@pytest.mark.parametrize("chunks", [1, 3, 6, 18])
 @pytest.mark.parametrize("stages", [1, 2, 4, 8])
 @pytest.mark.parametrize(
     ("mode", "displaced"),

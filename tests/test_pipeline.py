@@ -58,6 +58,15 @@ def _render(model: Path, output: Path, overwrite: bool = False, **settings: obje
     return render_command(config, overwrite=overwrite, progress=ChunkProgress)["videos"]
 
 
+@pytest.fixture(scope="module")
+def displaced(ray_cluster: None, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``2.mp4``, made by two stages in mode displaced, and ``trace.json``: what they did when."""
+    folder = tmp_path_factory.mktemp("displaced")
+    settings = {"num_frames": 23, "num_stages": 2, "mode": "displaced", "trace": str(folder / "trace.json")}
+    _render(model, folder / "2.mp4", **settings)
+    return folder
+
+
 @pytest.mark.timeout(120)
 def test_any_number_of_stages_writes_the_same_video(ray_cluster: None, model: Path, tmp_path: Path) -> None:
     results = {}
@@ -91,18 +100,14 @@ def test_causal_needs_a_checkpoint_that_was_trained_for_it(ray_cluster: None, mo
 
 
 @pytest.mark.timeout(120)
-def test_displaced_needs_no_training_and_its_knobs_no_other_mode(
-    ray_cluster: None, model: Path, tmp_path: Path
-) -> None:
+def test_displaced_needs_no_training_and_its_knobs_no_other_mode(displaced: Path, model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"displaced\.resync_every_steps=5: mode=window does not read it"):
         _render(model, tmp_path / "refused.mp4", num_frames=23, displaced=DisplacedConfig(resync_every_steps=5))
     settings = {"num_frames": 23, "mode": "displaced"}
-    found = {
-        stages: _render(model, tmp_path / f"{stages}.mp4", num_stages=stages, **settings)[0]["latents_sha256"]
-        for stages in (0, 2)
-    }
-    assert found[0] == found[2]
-    sampling = read_sidecar(tmp_path / "2.mp4")["extra"]["sampling"]
+    (alone,) = _render(model, tmp_path / "0.mp4", **settings)
+    sidecar = read_sidecar(displaced / "2.mp4")
+    assert alone["latents_sha256"] == sidecar["latents_sha256"]
+    sampling = sidecar["extra"]["sampling"]
     assert (sampling["mode"], sampling["displaced"]["resync_every_steps"]) == ("displaced", 25)
     settings |= {"num_frames": 60, "displaced": DisplacedConfig(None, exact_growing=False, adaptive=1e-6)}
     with pytest.raises(
@@ -116,9 +121,8 @@ def test_displaced_needs_no_training_and_its_knobs_no_other_mode(
 
 
 @pytest.mark.timeout(120)
-def test_a_traced_run_can_be_drawn_and_is_the_order(ray_cluster: None, model: Path, tmp_path: Path) -> None:
+def test_a_traced_run_can_be_drawn_and_is_the_order(displaced: Path, model: Path, tmp_path: Path) -> None:
     file, chart = tmp_path / "trace.json", tmp_path / "trace.png"
-    settings = {"num_frames": 23, "mode": "displaced"}
     with pytest.raises(ConfigError, match=r"trace=.*: there are no stages to trace with num_stages=0"):
         validate_sample(SampleConfig(prompt="a three", trace=str(file)))
     with pytest.raises(ConfigError, match=r"trace=.*a.txt: must end in .json"):
@@ -128,16 +132,15 @@ def test_a_traced_run_can_be_drawn_and_is_the_order(ray_cluster: None, model: Pa
     detour = f"{tmp_path}/./none/../a.json"
     for name, sentence in ((file, "exists"), (tmp_path / "a.json", sidecar), (detour, sidecar)):
         with pytest.raises(ConfigError, match=f"trace={name}.*{sentence}"):
-            _render(model, tmp_path / "a.mp4", num_stages=2, trace=str(name), **settings)
-    file.unlink()
-    _render(model, tmp_path / "a.mp4", num_stages=2, trace=str(file), **settings)
-    found = of_trace(str(file))
+            _render(model, tmp_path / "a.mp4", num_frames=23, num_stages=2, trace=str(name))
+    trace = str(displaced / "trace.json")
+    found = of_trace(trace)
     params = PAVDMPipeline.from_pretrained(model).params(mode="displaced")
     join = Join(0, 0, 0, params.plan(4).num_rows, 2, MicroBatches(params.plan(4), "displaced"))
     order = [unit for units in epochs(lambda epoch: join if epoch == 0 else None, 1) for unit in units]
     for stage in range(2):
         assert [part.unit for part in found.busy if part.stage == stage] == order
-    report = simulate_report(SimulateConfig(trace=str(file), chart=str(chart)))
+    report = simulate_report(SimulateConfig(trace=trace, chart=str(chart)))
     assert report["num_stages"] == 2 and report["units"] == len(order) and 0 < report["utilisation"] <= 1
     with Image.open(chart) as picture:
         assert picture.size[0] > 1000

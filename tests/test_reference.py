@@ -1,16 +1,15 @@
 """The reference implementation's tensors (paper's code, float32 on a CPU) against this package.
 
-``PAVDM_GOLDEN_DIRS`` names parents of further case folders (colon-separated).
+``data/reference/README.md`` says what they are, with which settings they were computed and why the bounds are these.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import reference_cases
 from safetensors.torch import load_file
 
 from pavdm_dist.method.sampler import sample
@@ -20,19 +19,12 @@ from pavdm_dist.models.base import BlockContext, FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
 from pavdm_dist.models.text_cache import TextRun
 
-DEFAULT = Path(__file__).parent.parent.parent / "shared" / "golden"
+# Relative L2 of one forward. float32 sums in an order that depends on the CPU: below 1e-6 on AMD, 1.3e-6 to 1.7e-6 on
+# Intel; the mildest wrong constant that was tried moves it by 4e-3.
+FORWARD_BOUND = 5e-6
 
 
-def _cases() -> list[Path]:
-    parents = [Path(p) for p in os.environ.get("PAVDM_GOLDEN_DIRS", str(DEFAULT)).split(":") if p]
-    return sorted(file.parent for parent in parents for file in parent.glob("**/golden.json"))
-
-
-CASES = _cases()
-pytestmark = pytest.mark.skipif(not CASES, reason="no reference tensors at hand (PAVDM_GOLDEN_DIRS)")
-
-
-@pytest.fixture(params=CASES, ids=lambda path: path.name)
+@pytest.fixture(params=reference_cases(), ids=lambda path: path.name)
 def case(request: pytest.FixtureRequest) -> tuple[dict, dict[str, torch.Tensor], STDiT3]:
     spec = json.loads((request.param / "golden.json").read_text())
     tensors = load_file(request.param / "golden.safetensors")
@@ -54,7 +46,7 @@ def _info(spec: dict) -> FrameInfo:
 def test_one_forward(case: tuple) -> None:
     spec, tensors, model = case
     out = model(tensors["fwd.x"], tensors["fwd.t"] / 1000, tensors["fwd.y"][:, 0], _info(spec))
-    assert _relative(out, tensors["fwd.out"]) < 1e-6
+    assert _relative(out, tensors["fwd.out"]) < FORWARD_BOUND
 
 
 @torch.no_grad()

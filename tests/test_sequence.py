@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -16,6 +15,7 @@ import torch
 from helpers import TINY, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training import forking
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import FrameInfo, WindowSlice
@@ -239,8 +239,7 @@ def _process(rank: int, size: int, port: int, folder: Path, check: Callable[[Wor
 def test_a_window_cut_among_processes_is_the_whole_one(
     size: int, check: Callable[[World], None], tmp_path: Path
 ) -> None:
-    # Imports are most of a process' time; here they are made once and forked.
-    multiprocessing.set_forkserver_preload(["deepspeed", "torch._dynamo"])
+    forking()
     arguments = (size, free_port(), tmp_path, check)
     torch.multiprocessing.start_processes(_process, arguments, nprocs=size, start_method="forkserver")
     assert not list(tmp_path.iterdir())  # DeepSpeed compiled nothing

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, tiny_model
+from helpers import TINY, reference_cases, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_stdit3 import INFO, random, run_blocks, staircase
@@ -55,12 +54,8 @@ def test_names_are_the_public_checkpoints() -> None:
 
 
 def test_names_are_those_of_the_reference_tensors() -> None:
-    default = Path(__file__).parent.parent.parent / "shared" / "golden"
-    parents = os.environ.get("PAVDM_GOLDEN_DIRS", str(default)).split(":")
-    files = sorted(file for parent in parents if parent for file in Path(parent).glob("**/golden.json"))
-    if not files:
-        pytest.skip("no reference tensors at hand (PAVDM_GOLDEN_DIRS)")
-    for file in files:
+    for case in reference_cases():
+        file = case / "golden.json"
         with torch.device("meta"):
             model = STDiT3(STDiT3Config.from_dict(json.loads(file.read_text())["model"]))
         shapes = {f"model.{name}": list(value.shape) for name, value in model.state_dict().items()}

@@ -17,8 +17,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from training import TINY, launch, start, tiny_codec, write_clips
+from training import TINY, environments, launch, start, tiny_codec, write_clips
 
+from pavdm_dist import cli
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.train import training_data
 from pavdm_dist.digits.cache import LatentClips, cache_clips
@@ -28,6 +29,7 @@ from pavdm_dist.train.checks import check_settings, memory_advice
 from pavdm_dist.train.processes import free_port, join_world
 from pavdm_dist.train.settings import TrainConfig
 
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STEPS = 6
 SETTINGS = [
     *TINY,
@@ -61,10 +63,16 @@ def words(run_dir: Path, *settings: str) -> list[str]:
 
 def alone() -> dict[str, str]:
     """The environment of somebody's shell: no launcher's variables."""
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     path = ":".join(entry for entry in sys.path if entry)
-    kept = {key: value for key, value in os.environ.items() if key not in launcher}
+    kept = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
     return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process' environment without a launcher's variables."""
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
 
 
 def pavdm(arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -134,21 +142,22 @@ def test_the_provider_reaches_other_processes_by_name() -> None:
     assert pickle.loads(pickle.dumps(training_data)) is training_data
 
 
-def test_bad_settings_start_nothing(run_dir: Path) -> None:
-    done = pavdm(words(run_dir, "launch.processes=3"))
-    assert done.returncode == 2
-    assert done.stderr.count("data.batch_size=4 does not divide among 3 processes: use 3 or 6") == 1
-    done = pavdm(words(run_dir, "launch.processes=2", "launch.ray_workers=2"))
-    assert done.returncode == 2 and "choose one of the two" in done.stderr
+@pytest.mark.usefixtures("shell")
+def test_bad_settings_start_nothing(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words(run_dir, "launch.processes=3")) == 2
+    assert capsys.readouterr().err.count("data.batch_size=4 does not divide among 3 processes: use 3 or 6") == 1
+    assert cli.main(words(run_dir, "launch.processes=2", "launch.ray_workers=2")) == 2
+    assert "choose one of the two" in capsys.readouterr().err
     assert not (run_dir / "checkpoints").exists()
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.usefixtures("shell")
 def test_a_loss_that_is_no_number_ends_every_process_and_names_the_clips(run_dir: Path) -> None:
     shard = run_dir / "clips" / "clips-00000.safetensors"
     with safe_open(shard, framework="pt") as reader:
         latents, meta = reader.get_tensor("latents"), reader.metadata()
-    assert pavdm(words(run_dir, "optimizer.total_steps=2")).returncode == 0
+    assert cli.main(words(run_dir, "optimizer.total_steps=2")) == 0
     spoilt = latents.clone()
     spoilt[7] = torch.nan
     save_file({"latents": spoilt}, shard, metadata=meta)
@@ -242,7 +251,13 @@ print("mean", float(join_world().mean(torch.tensor(3.0))))
 
 @pytest.mark.timeout(120)
 def test_processes_leave_the_group_before_the_interpreter_ends() -> None:
-    for text in launch(["-c", LEAVING_PROGRAM], timeout=100):
+    processes = [
+        subprocess.Popen([sys.executable, "-c", LEAVING_PROGRAM], env=environment, stdout=subprocess.PIPE, text=True)
+        for environment in environments(2)
+    ]
+    for process in processes:
+        text, _ = process.communicate(timeout=100)
+        assert process.returncode == 0
         assert "mean 3.0" in text and "in the group: False" in text
 
 

@@ -135,7 +135,8 @@ def counted(trainer):
         trainer.stop()
     return found
 Trainer.train_step = counted
-train_slice(load_config(TrainConfig, None, sys.argv[2:]), training_data)
+for resume in ("never", "must"):
+    train_slice(load_config(TrainConfig, None, [*sys.argv[2:], f"resume={resume}"]), training_data)
 """
 
 
@@ -148,9 +149,7 @@ def test_two_processes_with_a_pause_train_as_one_and_export_a_model(folder: Path
     exported = Checkpoint.open(tmp_path / "one/model")
     assert exported.defaults.time_shift is None and exported.text_encoder.encode("a red three").shape[0] == 3
 
-    two = settings(folder, model, tmp_path / "two", "zero.stage=2")
-    launch(["-c", PROGRAM, "3", *two])
-    launch(["-c", PROGRAM, "6", *two, "resume=must"])
+    launch(["-c", PROGRAM, "3", *settings(folder, model, tmp_path / "two", "zero.stage=2")])
     lines = [json.loads(line) for line in (tmp_path / "two/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["loss"] for line in lines] == pytest.approx(losses, abs=1e-5)
