@@ -22,6 +22,7 @@ from pavdm_dist.digits.cache import LatentClips, cache_clips
 from pavdm_dist.digits.provider import WORLD_PROMPTS, digit_data
 from pavdm_dist.digits.world import VOCABULARY, render, sample_scene
 from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.io.shipped import EMBEDDED
 from pavdm_dist.merging import load_config
 from pavdm_dist.train.average import Average
 from pavdm_dist.train.model import Text, filled
@@ -205,7 +206,7 @@ def test_command_trains_and_exports_a_model_that_opens(tmp_path: Path, codec: Pa
     assert opened.defaults.window_chunks == 3 and opened.defaults.num_inference_steps == 6
     assert opened.text_encoder.unknown_words("a red three") == []
     index = json.loads((tmp_path / "run/model/model_index.json").read_text())
-    shipped = json.loads((Checkpoint.open("embedded").folder / "model_index.json").read_text())
+    shipped = json.loads((EMBEDDED / "model_index.json").read_text())
     assert index["training"] == {**shipped["training"], "steps": 2} and index.keys() == shipped.keys()
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and lines[0]["loss"] == pytest.approx(2, rel=0.7)
