@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     R = TypeVar("R", bound=SampleConfig)
 
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 _EPILOG = """\
@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(str(error), EXIT_BAD_INPUT)
     except KeyboardInterrupt as interrupt:
         # Whoever was interrupted says in the exception where finished work lies.
-        return _complain(f"interrupted{': ' if str(interrupt) else ''}{interrupt}", EXIT_INTERRUPTED)
+        status = 128 + getattr(interrupt, "number", signal.SIGINT)  # as a shell says it
+        return _complain(f"interrupted{': ' if str(interrupt) else ''}{interrupt}", status)
     except BrokenPipeError:
         # The reader of a pipe (head, less) has seen enough; closing stderr too keeps Python from reporting it.
         sys.stderr.close()
@@ -71,7 +72,12 @@ def sample(arguments: argparse.Namespace) -> None:
     """Render one prompt, or a file of prompts, to mp4."""
     from pavdm_dist.config import SampleConfig
 
-    config = run_config(SampleConfig, arguments.words, needs_prompt=not arguments.print_config)
+    words = arguments.words
+    if arguments.resume is not None:
+        from pavdm_dist.commands.videos import words_to_resume
+
+        words = [*words_to_resume(arguments.resume), *words]
+    config = run_config(SampleConfig, words, needs_prompt=not arguments.print_config)
     if arguments.print_config:
         _print_config(config)
     elif arguments.dry_run:
@@ -245,7 +251,9 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = add(sample, "pavdm sample [PROMPT] [CONFIG.yaml] [key=value ...] [flags]")
     verb.add_argument("words", nargs="*", metavar="PROMPT | CONFIG.yaml | key=value")
-    verb.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    again = verb.add_mutually_exclusive_group()
+    again.add_argument("--overwrite", action="store_true", help="begin anew and replace existing outputs")
+    again.add_argument("--resume", metavar="DIR", help="go on with the .parts folder of an interrupted video")
     verb.add_argument("--dry-run", action="store_true", help="check everything, print the plan, render nothing")
     verb.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
     verb.add_argument("--json", action="store_true", help="print the result as one JSON object")

@@ -27,6 +27,8 @@ from pavdm_dist.models.source import Source, load_config
 _TEMPORAL_STRIDE = 4
 # A probe that runs longer than this has a decoder with unbounded memory, which a causal convolution cannot have.
 _PROBE_LIMIT = 1000
+# Latent cells of the probe: for attention over a single place CUDA has no kernel that takes its strides.
+_PROBE_SIZE = (2, 2)
 
 
 def read_spec(source: str | Path | Source) -> CodecSpec:
@@ -183,7 +185,7 @@ class WanCodec:
         """Latents a fresh decoder must be warmed on before the next one decodes exactly as in an unbroken stream.
 
         Measured once by sending a NaN through the decoder: unlike a perturbation, which trained weights may damp
-        below the last bit, NaN marks every output that depends on it, however weakly. Costs some dozens of 1x1
+        below the last bit, NaN marks every output that depends on it, however weakly. Costs some dozens of 2x2
         latents.
         """
         if self._receptive is None:
@@ -193,7 +195,7 @@ class WanCodec:
     @torch.no_grad()
     def _probe(self) -> int:
         stream = self.decoder()
-        clean = torch.zeros(1, self.spec.latent_channels, 1, 1, 1, device=self._mean.device)
+        clean = torch.zeros(1, self.spec.latent_channels, 1, *_PROBE_SIZE, device=self._mean.device)
         # The first latent skips the temporal upsampling; the second is the first regular one.
         stream.step(clean)
         stream.step(clean)

@@ -9,11 +9,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from yaml import safe_load
+
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError, MediaError, PAVDMError, VideoError
 from pavdm_dist.io.metadata import is_complete, read_sidecar, sidecar_path, versions
-from pavdm_dist.io.recording import Recorded, Recording, check_recording, recording_facts
+from pavdm_dist.io.recording import SETTINGS, Recorded, Recording, check_recording, recording_facts
 from pavdm_dist.io.state import Point, changes
+from pavdm_dist.io.storage import exists, join, open_read
 from pavdm_dist.merging import to_dict, to_yaml
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
@@ -72,10 +75,13 @@ class Videos:
             ConfigError: naming the file that is in the way, or what was different when it was made.
         """
         for video in self.all:
-            if not self.overwrite and self._is_made(video):
-                continue
-            facts = recording_facts(self._identity(video.request), **self._shape)
-            check_recording(video.output, self.overwrite, self.config.save_latents, facts)
+            try:
+                if not self.overwrite and self._is_made(video):
+                    continue
+                facts = recording_facts(self._identity(video.request), **self._shape)
+                check_recording(video.output, self.overwrite, self.config.save_latents, facts)
+            except OSError as error:  # this one cannot be written; others may
+                self.fail(video, error)
 
     def begun(self, taken: list[Video]) -> Iterator[VideoRequest]:
         """Requests of what is to be made, each with the place where it goes on; opens files as they are asked for.
@@ -84,7 +90,7 @@ class Videos:
             taken: gets the video of every request, in order.
         """
         for video in self.all:
-            if video.result is not None:
+            if video.result is not None or video.error is not None:
                 continue
             try:
                 recording = self._open(video)
@@ -224,6 +230,24 @@ class Videos:
             "compile": self.config.compile,
             "versions": {name: found[name] for name in ("pavdm_dist", "torch", "av")},
         }
+
+
+def words_to_resume(folder: str) -> list[str]:
+    """The words of the command that began the video of a ``.parts`` folder, wherever that lies now.
+
+    Raises:
+        ConfigError: it is none, or was begun without settings.
+    """
+    parts = folder.rstrip("/")
+    settings = join(parts, SETTINGS)
+    if not parts.endswith(".mp4.parts") or not exists(settings):
+        raise ConfigError(f"--resume {folder}: is no folder of an interrupted video (NAME.mp4.parts with {SETTINGS})")
+    with open_read(settings) as file:
+        begun = safe_load(file)
+    output = parts.removesuffix(".parts")
+    if not str(begun.get("output", "")).lower().endswith(".mp4"):  # one of several in a folder
+        output = output.rpartition("/")[0] or "."
+    return [settings, f"output={output}"]
 
 
 def _point(resume: ResumePoint | None) -> Point | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
+import threading
 from typing import Any
 
 from pavdm_dist.engine.options import EngineOptions
@@ -34,6 +36,7 @@ def connect(options: EngineOptions) -> bool:
     address = options.ray_address or os.environ.get("RAY_ADDRESS")
     if address:
         _check_reachable(address)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         if address:
             ray.init(address=address, logging_level=logging.ERROR)
@@ -50,6 +53,11 @@ def connect(options: EngineOptions) -> bool:
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise EngineError(f"ray_address={address!r}: no Ray cluster could be reached or started: {reason}") from error
+    finally:
+        # Ray ends the process at SIGTERM, with whatever is half done; who runs the process decides that here.
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def place(options: EngineOptions) -> Any:
