@@ -111,7 +111,7 @@ def test_an_abandoned_run_leaves_the_pipeline(engine: RayEngine) -> None:
     next(left)
     stream = tiny_stream(0, seed=3)
     _check(list(engine.run([stream])), stream)
-    with pytest.raises(EngineError, match="ended by a later one"):
+    with pytest.raises(ConfigError, match="ended by a later one"):
         next(left)
     with pytest.raises(ConfigError, match="streams=0: at least 1"):
         next(engine.run([stream], 0))

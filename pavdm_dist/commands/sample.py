@@ -101,6 +101,8 @@ def _render(videos: Videos, bar: Any, signals: Signals) -> int:
     def grown(number: int, resume: ResumePoint) -> None:
         with signals.shield():
             videos.grown(taken[number], resume)
+            if taken[number].error is not None:
+                videos.pipeline.cancel(number)
 
     try:
         chunks = videos.pipeline.iter_chunks(

@@ -256,7 +256,11 @@ def _point(resume: ResumePoint | None) -> Point | None:
         return None
     snapshot = resume.snapshot
     tensors = {str(index): latents for index, latents in snapshot.latents.items()}
-    return Point(tensors, {"row": snapshot.row, "exact_rows": sorted(snapshot.exact_rows)}, resume.warm)
+    return Point(
+        tensors,
+        {"row": snapshot.row, "exact_rows": sorted(snapshot.exact_rows), "resyncs": list(resume.resyncs)},
+        resume.warm,
+    )
 
 
 def _resume_point(recording: Recording, request: VideoRequest) -> ResumePoint | None:
@@ -267,4 +271,4 @@ def _resume_point(recording: Recording, request: VideoRequest) -> ResumePoint | 
     latents = {int(index): tensor for index, tensor in point.tensors.items()}
     snapshot = WindowSnapshot(point.facts["row"], latents, frozenset(point.facts["exact_rows"]))
     undecoded = tuple(CleanChunk(index, latents) for index, latents in sorted(recording.pending.items()))
-    return ResumePoint(snapshot, recording.warm, undecoded)
+    return ResumePoint(snapshot, recording.warm, undecoded, tuple(point.facts["resyncs"]))

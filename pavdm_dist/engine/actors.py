@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pavdm_dist.engine.events import Event, Place
 from pavdm_dist.engine.loop import EpochFeed, Links, RunReport, StageLoop
-from pavdm_dist.engine.order import LogEntry
+from pavdm_dist.engine.order import LogEntry, Unit
 from pavdm_dist.engine.stage import Stage
 from pavdm_dist.engine.transport import HostStagedLink, Link, LocalLink, TorchLink, warm_up
 from pavdm_dist.method.stream import Stream
@@ -135,15 +135,19 @@ class StageActor:
         )
         return self._loop.run()
 
-    def take(self, wait_s: float = 1.0) -> tuple[list[Event], int]:
-        """Events since the last call, waiting up to ``wait_s`` seconds for the first; order index of the last unit."""
+    def progress(self) -> Unit | None:
+        """The unit that was run last."""
+        return None if self._loop is None else self._loop.last
+
+    def take(self, wait_s: float = 1.0) -> tuple[list[Event], Unit | None]:
+        """Events since the last call, waiting up to ``wait_s`` seconds for the first; and :meth:`progress`."""
         events: list[Event] = []
         try:
             events.append(self._events.get(timeout=wait_s))
             while True:
                 events.append(self._events.get_nowait())
         except queue.Empty:
-            return events, -1 if self._loop is None else self._loop.position
+            return events, self.progress()
 
 
 class DecodeActor:

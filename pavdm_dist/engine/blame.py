@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,34 @@ logger = logging.getLogger(__name__)
 ANSWER_S = 2.0
 
 
-def control_results(refs: list[Any], timeout: float, who: str, what: str) -> list[Any]:
+def control_results(
+    refs: list[Any], timeout: float, who: str, what: str, given_up: Callable[[], bool] = lambda: False
+) -> list[Any]:
     """Results of control calls on actors that are coming up or ending.
 
     Raises:
         PAVDMError: what an actor raised on purpose.
-        EngineError: a fault in an actor, whose traceback is logged.
-        GangLost: an actor's death, or it did not do ``what`` within ``timeout`` seconds.
+        GangLost: an actor's death, a fault in it (whose traceback is logged; it may be the echo of another's death), or
+            it did not do ``what`` within ``timeout`` seconds.
+        EngineError: ``given_up`` turned true.
     """
     import ray
 
+    end = time.monotonic() + timeout
     try:
-        return ray.get(refs, timeout=timeout)
-    except ray.exceptions.GetTimeoutError as error:
-        raise GangLost(f"{who} did not {what} within {timeout:g} s") from error
+        while time.monotonic() < end:
+            done, awaited = ray.wait(refs, num_returns=len(refs), timeout=min(1.0, timeout))
+            ray.get(done)  # raises what one of them raised, though others are still at it
+            if not awaited:
+                return ray.get(refs)
+            if given_up():
+                raise EngineError("the engine is closed")
+        raise GangLost(f"{who} did not {what} within {timeout:g} s")
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, PAVDMError):
+        if isinstance(error.cause, PAVDMError) and not isinstance(error.cause, EngineError):
             raise error.cause from error
         logger.error("%s failed:\n%s", who, error)
-        raise EngineError(f"{who} failed: {last_line(error)}") from error
+        raise GangLost(f"{who} failed: {last_line(error)}") from error
     except ray.exceptions.RayError as error:
         raise GangLost(f"an actor did not come up: {last_line(error)}") from error
 

@@ -226,7 +226,8 @@ class Driver:
 
     def _has_room(self, held_bytes: int) -> bool:
         waiting = held_bytes
-        for flight in self._flights.values():
+        # What a stream without a place has brought along will not become less before others make room for it.
+        for flight in (one for one in self._flights.values() if one.stand is not Stand.WAITING):
             info, frames = flight.stream.info, self._gang.frames_per_latent * flight.stream.plan.latent_chunk_size
             waiting += len(flight.undecoded) * 3 * frames * info.height * info.width
         return not waiting or waiting < self._backlog_bytes

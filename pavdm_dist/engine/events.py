@@ -133,8 +133,11 @@ class Finished:
 
     @property
     def num_bytes(self) -> int:
-        """What it holds in memory, roughly: frames, or latents where there are none."""
-        return (self.clean.latents if self.frames is None else self.frames).nbytes
+        """What it holds in memory."""
+        held = [self.clean.latents, self.frames]
+        if self.resume is not None:
+            held += [self.resume.warm, *self.resume.snapshot.latents.values()]
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
 @dataclass(frozen=True)

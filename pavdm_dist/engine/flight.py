@@ -54,6 +54,7 @@ class Flight:
     next_chunk: int = field(init=False)
     undecoded: deque[tuple[CleanChunk, ResumePoint | None]] = field(default_factory=deque)
     past: Tensor | None = field(init=False)
+    _resynced: frozenset[int] = frozenset()
     _latest: WindowSnapshot | None = None
     _tail: Tensor | None = field(init=False)
 
@@ -65,6 +66,7 @@ class Flight:
         if resume is None:
             return
         self._latest, row = resume.snapshot, resume.snapshot.row
+        self._resynced = frozenset(resume.resyncs)
         chunks = stream.plan.num_chunks
         self.next_chunk = chunks if chunks is not None and stream.is_sampled else stream.plan.row(row).chunks[0]
         for clean in resume.undecoded:
@@ -85,7 +87,7 @@ class Flight:
     @property
     def resyncs(self) -> tuple[int, ...]:
         """Rows that adaptive re-sync has made exact so far."""
-        return tuple(sorted(self.batches.exact_rows))
+        return tuple(sorted(self._resynced | self.batches.exact_rows))
 
     def shifted(self, shift: Shift) -> tuple[bool, ResumePoint | None]:
         """Takes the end of a shift in.
@@ -115,6 +117,7 @@ class Flight:
     def changed(self, event: KeysChanged) -> None:
         """A shift of an adaptive stream is over: what follows from it enters the log with the next epoch."""
         self.batches = self.batches.reported(event.row, event.change)
+        self._resynced |= self.batches.exact_rows
         self.reported = event.row
 
     def finished(self, decoded: Decoded | None) -> Finished:
@@ -140,7 +143,7 @@ class Flight:
         self.batches = self.stream.batches
 
     def _point(self, snapshot: WindowSnapshot) -> ResumePoint:
-        return ResumePoint(snapshot, self._tail)
+        return ResumePoint(snapshot, self._tail, resyncs=self.resyncs)
 
     def _behind(self, before: Tensor | None, clean: CleanChunk) -> Tensor | None:
         """What a decoder must have seen behind ``clean``, which follows ``before``."""

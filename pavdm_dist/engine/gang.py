@@ -8,17 +8,18 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
 
 from pavdm_dist.engine.blame import control_results, frozen, lost, video_error
 from pavdm_dist.engine.decoding import Decoding
-from pavdm_dist.engine.events import EpochDone, Event, Place, Prepared
+from pavdm_dist.engine.events import EpochDone, Event, GangLost, Place, Prepared
 from pavdm_dist.engine.loop import RunReport
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.engine.order import LogEntry
+from pavdm_dist.engine.order import LogEntry, Unit
 from pavdm_dist.engine.placement import place
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import CleanChunk
@@ -39,6 +40,7 @@ class RayGang:
         options: resources and limits.
         codec: of the decode actor; None makes none.
         generation: stamped on every message; higher than that of any gang before.
+        given_up: asked while actors come up; true ends that.
 
     Raises:
         EngineError: not enough resources, or an actor did not come up within ``start_timeout_s``.
@@ -51,6 +53,7 @@ class RayGang:
         options: EngineOptions,
         codec: Source | str | None = None,
         generation: int = 1,
+        given_up: Callable[[], bool] = lambda: False,
     ) -> None:
         self._options, self._blocks, self._generation = options, list(blocks), generation
         self._codec = codec
@@ -62,10 +65,11 @@ class RayGang:
         self.keep, self.frames_per_latent = 0, 1
         self._preparing: dict[int, tuple[list[Any], float]] = {}
         self._events: deque[Event] = deque()
-        self._sealed, self._done, self._position, self._moved = -1, -1, -1, time.monotonic()
+        self._sealed, self._done, self._moved = -1, -1, time.monotonic()
+        self._last: Unit | None = None
         try:
-            self._group = place(options)
-            self._start(source)
+            self._group = place(options, given_up)
+            self._start(source, given_up)
         except BaseException:
             self.close()
             raise
@@ -99,8 +103,11 @@ class RayGang:
 
     def renew_decoder(self, warm: Mapping[int, Tensor | None]) -> None:
         import ray
+        from ray.util.placement_group import placement_group_table
 
         assert self._decoding is not None
+        if placement_group_table(self._group)["state"] != "CREATED":
+            raise GangLost("the machine of the decode actor is gone", cause="its node was removed")
         ray.kill(self._decoding.actor)
         self._decoding = self._new_decoder()
         for stream, latents in warm.items():
@@ -138,16 +145,19 @@ class RayGang:
 
         if not ray.is_initialized():
             return
+        # Where the cluster itself is gone nothing can be given back, and nothing needs to be.
         for actor in (*self._stages, *([self._decoding.actor] if self._decoding else [])):
-            ray.kill(actor)
+            with suppress(ray.exceptions.RayError):
+                ray.kill(actor)
         self._stages, self._loops, self._decoding = [], [], None
         if self._group is not None:
             from ray.util.placement_group import remove_placement_group
 
-            remove_placement_group(self._group)
+            with suppress(ray.exceptions.RayError):
+                remove_placement_group(self._group)
             self._group = None
 
-    def _start(self, source: Source | str) -> None:
+    def _start(self, source: Source | str, given_up: Callable[[], bool]) -> None:
         from pavdm_dist.engine.actors import CONCURRENT_CALLS, StageActor
 
         options, world = self._options, len(self._blocks)
@@ -159,7 +169,9 @@ class RayGang:
         if self._codec is not None:
             self._decoding = self._new_decoder()
         limit = options.start_timeout_s
-        self._places = control_results([stage.where.remote() for stage in self._stages], limit, "a stage", "come up")
+        self._places = control_results(
+            [stage.where.remote() for stage in self._stages], limit, "a stage", "come up", given_up
+        )
         host, port = self._places[0].node, 0
         if world > 1:
             (port,) = control_results([self._stages[0].open_store.remote(host)], limit, "stage 0", "open its store")
@@ -168,9 +180,9 @@ class RayGang:
             stage.connect.remote(rank, world, host, port, self._generation, *link)
             for rank, stage in enumerate(self._stages)
         ]
-        control_results(connects, limit, "a stage", "connect to its neighbours")
+        control_results(connects, limit, "a stage", "connect to its neighbours", given_up)
         if self._decoding is not None:  # a broken codec is said before anything is sampled
-            (found,) = control_results([self._decoding.facts], limit, "the decode actor", "come up")
+            (found,) = control_results([self._decoding.facts], limit, "the decode actor", "come up", given_up)
             self.keep, self.frames_per_latent, _ = found
         self._loops = [stage.run.remote(options.trace) for stage in self._stages]
         self._taking = self._stages[-1].take.remote()
@@ -208,11 +220,11 @@ class RayGang:
                 del self._preparing[stream]
                 self._events.append(self._prepared(stream, refs))
         if self._taking in ready:
-            events, position = ray.get(self._taking)
+            events, last = ray.get(self._taking)
             self._taking = self._stages[-1].take.remote()
             self._done = max([self._done, *(event.epoch for event in events if isinstance(event, EpochDone))])
-            if position != self._position:
-                self._position, self._moved = position, time.monotonic()
+            if last != self._last:
+                self._last, self._moved = last, time.monotonic()
             self._events.extend(events)
         if self._decoding is not None:
             self._events.extend(self._decoding.collect())

@@ -54,12 +54,12 @@ class InlineEngine:
             on_grown, on_failed: see :meth:`RayEngine.run <pavdm_dist.engine.ray_engine.RayEngine.run>`.
             on_step: makes what is called after every row of a stream.
         """
-        self._stopping.clear()
-        self._cancelled.clear()
         before = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         try:
             for stream in streams:
+                if isinstance(stream, Stream) and stream.id in self._cancelled:
+                    continue
                 try:
                     if isinstance(stream, Failed):
                         raise stream.error
@@ -76,6 +76,8 @@ class InlineEngine:
                         raise
                     on_failed(stream.stream if isinstance(stream, Failed) else stream.id, error)
         finally:
+            self._stopping.clear()
+            self._cancelled.clear()
             torch.set_num_threads(before)
 
     def stop(self, stream: int) -> None:

@@ -145,7 +145,7 @@ class StageLoop:
         trace: keep a :class:`Span` per unit (unbounded memory: for measurements only).
 
     Attributes:
-        position: order index of the last unit that was run; -1 before the first. Any thread may read it.
+        last: the unit that was run last; None before the first. Any thread may read it.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class StageLoop:
         self._ahead: Epoch | None = None
         self._posted_until = 0
         self._awaited: deque[_Awaited] = deque()
-        self.position = -1
+        self.last: Unit | None = None
 
     def run(self) -> RunReport:
         """Blocks until the feed stops; raises what the stage or a link raises."""
@@ -207,7 +207,7 @@ class StageLoop:
         result = self._stage.run(unit, incoming)
         end = time.monotonic()
         self._send(unit, result, layouts)
-        self.position = unit.order
+        self.last = unit
         report.units += 1
         if self._trace:
             report.trace.append(Span(unit, ready, start, end))

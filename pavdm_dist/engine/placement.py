@@ -6,6 +6,8 @@ import logging
 import signal
 import socket
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 from pavdm_dist.engine.options import EngineOptions
@@ -60,7 +62,7 @@ def connect(options: EngineOptions) -> bool:
                 signal.signal(number, handler)
 
 
-def place(options: EngineOptions) -> Any:
+def place(options: EngineOptions, given_up: Callable[[], bool] = lambda: False) -> Any:
     """A ready placement group for the stages (and the decoder, when it takes CPUs of its own).
 
     Packed on one host when a host can hold it, else on as few as possible.
@@ -81,7 +83,10 @@ def place(options: EngineOptions) -> Any:
         )
     one_host = any(fits(bundles, [node]) for node in nodes)
     group = placement_group(bundles, strategy="STRICT_PACK" if one_host else "PACK")
-    if not group.wait(options.placement_timeout_s):
+    end = time.monotonic() + options.placement_timeout_s
+    while not group.wait(min(1.0, options.placement_timeout_s)):
+        if time.monotonic() < end and not given_up():
+            continue
         remove_placement_group(group)
         raise ResourcesError(
             f"num_stages={options.num_stages} needs {_total(bundles)}, but only {_total([ray.available_resources()])} "

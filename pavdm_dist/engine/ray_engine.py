@@ -67,13 +67,15 @@ class RayEngine:
         self.blocks, self._options, self._recut = list(blocks), options, recut
         self._owns_ray = connect(options)
 
-        def gang(stages: int, generation: int) -> RayGang:
+        def gang(stages: int, generation: int, patience_s: float) -> RayGang:
             cut = self.blocks if stages == len(self.blocks) or recut is None else recut(stages)
-            return RayGang(source, cut, replace(options, num_stages=len(cut)), codec, generation)
+            chosen = replace(options, num_stages=len(cut), placement_timeout_s=patience_s)
+            return RayGang(source, cut, chosen, codec, generation, lambda: self._closing)
 
+        self._closing = False
         self._make, self.generation = gang, 1
         try:
-            self._gang = gang(len(self.blocks), 1)
+            self._gang = gang(len(self.blocks), 1, options.placement_timeout_s)
         except BaseException:
             self._leave_ray()
             raise
@@ -84,7 +86,6 @@ class RayEngine:
         self._resyncs: dict[int, tuple[int, ...]] = {}
         self._asked: deque[Callable[[], None]] = deque()
         self._error: BaseException | None = None
-        self._closing = False
         # Guards all of the above but the driver and its gang, which are the thread's alone.
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._drive, name="pavdm-driver", daemon=True)
@@ -139,7 +140,11 @@ class RayEngine:
 
     def stop(self, stream: int) -> None:
         """Lets an endless stream end: what is in flight is finished, then its last chunk comes."""
-        self._ask(partial(self._driver.stop, stream))
+        with self._changed:
+            self._asked.append(partial(self._driver.stop, stream))
+            if self._run is not None:
+                self._run.stopping.add(stream)  # it may still be on its way
+            self._changed.notify_all()
 
     def cancel(self, stream: int) -> None:
         """Ends a stream of the running :meth:`run` where it is; nothing more of it comes out. Others go on."""
@@ -147,7 +152,7 @@ class RayEngine:
             self._asked.append(partial(self._driver.cancel, stream))
             if (run := self._run) is not None:
                 run.open.discard(stream)
-                run.built = deque(built for built in run.built if built.id != stream)
+                run.cancelled.add(stream)
                 run.outputs = deque(output for output in run.outputs if output.stream != stream)
                 run.held_bytes = sum(output.num_bytes for output in run.outputs if isinstance(output, Finished))
             self._changed.notify_all()
@@ -158,7 +163,7 @@ class RayEngine:
 
     def finish(self) -> list[RunReport]:
         """Ends the stages after what they were given, and returns every stage's report, in stage order."""
-        reports = self._asked_for(self._gang.finish)
+        reports = self._asked_for(lambda: self._gang.finish())
         self.close()
         return reports
 
@@ -196,7 +201,7 @@ class RayEngine:
         with self._changed:
             while True:
                 if run.over:
-                    raise EngineError("this run was ended by a later one on the same engine")
+                    raise ConfigError("this run was ended by a later one on the same engine")
                 if run.outputs:
                     output = run.outputs.popleft()
                     if isinstance(output, Finished):
@@ -250,10 +255,10 @@ class RayEngine:
                 except GangLost as loss:
                     self._recover(loss)
         except BaseException as error:
-            self._gang.close()
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
+            self._gang.close()
 
     def _recover(self, loss: GangLost) -> None:
         """Another gang, on what there is; every video goes on from its last shift.
@@ -281,15 +286,18 @@ class RayEngine:
 
     def _prepare_step(self) -> bool:
         """Does what others asked for; waits while there is nothing to do; False at the end."""
-        with self._changed:
-            while True:
-                while self._asked:
-                    self._asked.popleft()()
+        while True:
+            with self._changed:
+                asked, self._asked = list(self._asked), deque()
+            for what in asked:  # may take a while: not under the lock
+                what()
+            with self._changed:
                 if self._closing:
                     return False
-                run = self._run
-                if run is not None:
-                    self._take_built(run)
+                if self._asked:
+                    continue
+                if self._run is not None:
+                    self._take_built(self._run)
                 if not self._driver.idle:
                     return True
                 self._changed.wait()
@@ -298,12 +306,18 @@ class RayEngine:
         self._driver.places = run.places
         while run.built:
             stream = run.built.popleft()
+            self._changed.notify_all()
+            if stream.id in run.cancelled:
+                continue
             try:
                 self._driver.submit(stream)
                 run.open.add(stream.id)
             except PAVDMError as error:
                 run.outputs.append(Failed(stream.id, error))
-            self._changed.notify_all()
+            except ValueError as error:  # two of one id
+                run.error = error
+            if stream.id in run.stopping:
+                self._driver.stop(stream.id)
         if (wanted := self._driver.wants) != run.wanted:
             run.wanted = wanted
             self._changed.notify_all()
@@ -330,13 +344,9 @@ class RayEngine:
         """Takes what is left of a run out of the pipeline."""
         for stream in run.open:
             self._driver.cancel(stream)
-        run.built.clear()
-        run.outputs.clear()
-
-    def _ask(self, what: Callable[[], None]) -> None:
         with self._changed:
-            self._asked.append(what)
-            self._changed.notify_all()
+            run.built.clear()
+            run.outputs.clear()
 
     def _asked_for(self, what: Callable[[], T]) -> T:
         """The result of something that only the thread may do."""
@@ -347,10 +357,12 @@ class RayEngine:
                 done.append(what())
             except BaseException as error:
                 done.append(error)
-            self._changed.notify_all()
+            with self._changed:
+                self._changed.notify_all()
 
-        self._ask(do)
         with self._changed:
+            self._asked.append(do)
+            self._changed.notify_all()
             self._changed.wait_for(lambda: done or self._over)
         if not done:
             raise self._error or EngineError("the engine is closed")
@@ -379,6 +391,7 @@ class _Run:
         wanted: streams that the driver would take now.
         built: taken from the source, not yet the driver's.
         open: ids of the driver's streams that are not over.
+        stopping, cancelled: ids that were asked to end, perhaps before the driver had them.
         outputs: oldest first.
         held_bytes: of frames among them.
         exhausted: the source has ended.
@@ -391,6 +404,8 @@ class _Run:
         self.wanted = 0
         self.built: deque[Stream] = deque()
         self.open: set[int] = set()
+        self.stopping: set[int] = set()
+        self.cancelled: set[int] = set()
         self.outputs: deque[Output] = deque()
         self.held_bytes = 0
         self.exhausted, self.over = False, False

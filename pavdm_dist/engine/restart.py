@@ -16,9 +16,11 @@ logger = logging.getLogger(__name__)
 
 LONGEST_BACKOFF_S = 60.0
 RETRY_S = 2.0
+# Shortest wait for what a lost gang held to be free again.
+SETTLING_S = 5.0
 
-# Makes a gang of so many stages, stamped with a generation.
-MakeGang = Callable[[int, int], RayGang]
+# Makes a gang of so many stages, stamped with a generation, that waits so many seconds for resources others hold.
+MakeGang = Callable[[int, int, float], RayGang]
 
 
 class Restarts:
@@ -71,7 +73,7 @@ def rebuilt(make: MakeGang, stages: range, generation: int, wait_s: float, given
     end = time.monotonic() + wait_s
     while True:
         try:
-            return make(wanted, generation)
+            return make(wanted, generation, max(SETTLING_S, end - time.monotonic()))
         except ResourcesError as error:
             if given_up():
                 raise EngineError("the engine is closed") from error

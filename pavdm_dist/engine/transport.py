@@ -9,7 +9,7 @@ come back *before* it sends the unit they come back from.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -91,7 +91,8 @@ class TorchLink:
         import torch.distributed as dist
 
         buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self._device)
-        self._posted.append((dist.irecv(buffer, self._peer, group=self._group), buffer))
+        work = self._begun(lambda: dist.irecv(buffer, self._peer, group=self._group))
+        self._posted.append((work, buffer))
 
     def receive(self, expected: Header, layout: Layout) -> list[Tensor]:
         """Waits for the oldest posted receive.
@@ -112,13 +113,20 @@ class TorchLink:
         if len(self._sent) >= self._outstanding:
             self._wait(self._sent.popleft()[0], f"rank {self._peer} did not take unit {header.order}")
         buffer = pack(header, tensors, layout)
-        self._sent.append((dist.isend(buffer, self._peer, group=self._group), buffer))
+        work = self._begun(lambda: dist.isend(buffer, self._peer, group=self._group))
+        self._sent.append((work, buffer))
         self.bytes_sent += layout.num_bytes
 
     def close(self) -> None:
         """Waits for all sends."""
         while self._sent:
             self._wait(self._sent.popleft()[0], f"rank {self._peer} did not take the last messages")
+
+    def _begun(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except RuntimeError as error:  # a connection that is closed already
+            raise EngineError(f"rank {self._peer} is gone: {str(error).splitlines()[0]}") from error
 
     def _wait(self, work: Any, what: str) -> None:
         try:

@@ -74,11 +74,13 @@ class ResumePoint:
         snapshot: latents in flight, and the next row; past the plan's last one when only decoding is left.
         warm: latents ``[C, n, h, w]`` right before the next chunk, which the decoder is warmed on; None = none.
         undecoded: chunks that are clean already and follow ``warm``, whose frames are still to be made.
+        resyncs: of mode displaced, all rows that adaptive re-sync has made exact up to here, for the record.
     """
 
     snapshot: WindowSnapshot
     warm: Tensor | None = None
     undecoded: tuple[CleanChunk, ...] = ()
+    resyncs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

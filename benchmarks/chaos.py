@@ -1,0 +1,255 @@
+"""Actors and whole commands killed or frozen at random moments of videos: what it costs, and whether the result is the same.
+
+    python benchmarks/chaos.py [--quick] [--json] [--kills N] [--seed S]
+
+A tiny untrained model with its codec, two videos in flight, every mode on 1 to 3 stages. Victims are the first, a middle
+and the last stage, the decode actor and the driver (a whole `pavdm sample`, which is given again); signals are SIGKILL and
+SIGSTOP (not for the driver). Moments are uniform over the units of the run, the growing window included. Per kill:
+
+* ``detected_s``: until the driver took the loss for one (null for the driver itself);
+* ``streaming_again_s``: until the next shift of a stream that was in flight (for the driver: from the second command on);
+* ``rows_repeated``: rows of the stream that was being run which the next gang ran again, and ``rows_allowed``: D S + 1 for
+  D = 2 shifts on their way; in mode displaced the rows since the last exact one. For the decoder, which costs no rows, 0.
+  For the driver, whose state is on disk at every closed segment: chunks of one segment more;
+* ``equal``: latents and frames are those of an undisturbed run, bit for bit (of the driver's videos, packets and times).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import machine, machine_line, parser
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from helpers import tiny_checkpoint, tiny_stream
+
+from pavdm_dist.engine.events import Finished
+from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.engine.ray_engine import RayEngine
+from pavdm_dist.io.latents import read_latents
+from pavdm_dist.method.microbatches import Displaced
+from pavdm_dist.method.schedule import Mode
+from pavdm_dist.method.stream import ResumePoint, Stream
+
+CUTS = {1: [(0, 4)], 2: [(0, 2), (2, 4)], 3: [(0, 1), (1, 3), (3, 4)]}
+MODES: tuple[Mode, ...] = ("window", "causal", "displaced")
+VICTIMS = ("first", "middle", "last", "decoder", "driver")
+SHIFTS_ON_THE_WAY, RESYNC, CHUNKS, SEGMENT, LINK_TIMEOUT_S = 2, 6, 24, 3, 4.0
+PROMPT = "a red three drifting up"
+
+
+@dataclass
+class Kill:
+    """What is to happen, and what came of it."""
+
+    victim: str
+    moment: float
+    signal: str
+    mode: Mode
+    num_stages: int
+    detected_s: float | None = None
+    streaming_again_s: float | None = None
+    rows_repeated: int | None = None
+    rows_allowed: int | None = None
+    equal: bool = False
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--kills", type=int, help="how many (20; 3 with --quick)")
+    options.add_argument("--seed", type=int, default=0)
+    arguments = options.parse_args()
+    count = arguments.kills or (3 if arguments.quick else 20)
+    rng = random.Random(arguments.seed)
+    kills = [_drawn(rng, number) for number in range(count)]
+    import ray
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = tiny_checkpoint(Path(folder) / "model")
+        ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        undisturbed: dict[Any, list[str]] = {}
+        for kill in kills:
+            if kill.victim == "driver":
+                _kill_driver(kill, model, Path(folder))
+            else:
+                key = kill.mode, kill.num_stages
+                if key not in undisturbed:
+                    undisturbed[key] = _digest(_run(model, kill, strike=False).finished)
+                ran = _run(model, kill, strike=True)
+                kill.equal = _digest(ran.finished) == undisturbed[key]
+        ray.shutdown()
+    rows = [vars(kill) for kill in kills]
+    report = {"machine": machine(), "seed": arguments.seed, "link_timeout_s": LINK_TIMEOUT_S, "kills": rows}
+    print(json.dumps(report) if arguments.json else _table(report))
+
+
+def _drawn(rng: random.Random, number: int) -> Kill:
+    victim = VICTIMS[number % len(VICTIMS)]
+    stages = 3 if victim == "middle" else rng.choice((1, 2, 3))
+    how = "SIGKILL" if victim == "driver" else rng.choice(("SIGKILL", "SIGKILL", "SIGSTOP"))
+    return Kill(victim, round(rng.random(), 3), how, rng.choice(MODES), stages)
+
+
+@dataclass
+class _Run:
+    finished: list[Finished] = field(default_factory=list)
+
+
+def _streams(mode: Mode) -> list[Stream]:
+    displaced = Displaced(RESYNC, exact_growing=False)
+    settings = {"mode": mode, "displaced": displaced, "num_chunks": CHUNKS}
+    return [tiny_stream(0, 1, 3.0, **settings), tiny_stream(1, 2, 1.0, start="clip", **settings)]
+
+
+def _run(model: Path, kill: Kill, strike: bool) -> _Run:
+    chosen = EngineOptions(kill.num_stages, link_timeout_s=LINK_TIMEOUT_S, restart_backoff_s=0.2)
+    ran, streams = _Run(), _streams(kill.mode)
+    shifts = sum(stream.plan.num_rows // stream.plan.steps_per_shift for stream in streams)
+    with RayEngine(str(model / "transformer"), CUTS[kill.num_stages], chosen, str(model / "vae")) as engine:
+        seen, told = 0, threading.Event()
+
+        def count(*_: object) -> None:
+            nonlocal seen
+            seen += 1
+            if strike and seen == 1 + int(kill.moment * (shifts - 4)):
+                threading.Thread(target=_strike, args=(engine, kill, told, streams), daemon=True).start()
+
+        for finished in engine.run(streams, 2, on_grown=count):
+            ran.finished.append(finished)
+            count()
+        if strike:
+            told.wait(60)
+    return ran
+
+
+def _strike(engine: RayEngine, kill: Kill, told: threading.Event, streams: Sequence[Stream]) -> None:
+    """Kills the victim, and watches from outside what the engine makes of it."""
+    import ray
+
+    gang, driver, generation = engine._gang, engine._driver, engine.generation
+    if kill.victim == "decoder":
+        assert gang._decoding is not None and gang._decoding.place is not None
+        pid, before = gang._decoding.place.pid, gang._decoding
+    else:
+        rank = {"first": 0, "middle": 1, "last": kill.num_stages - 1}[kill.victim]
+        pid, before = gang._places[rank].pid, gang._decoding
+    last = ray.get(gang._stages[-1].progress.remote())
+    os.kill(pid, getattr(signal, kill.signal))
+    struck = time.monotonic()
+    while driver._gang is gang and gang._decoding is before and gang._loops:
+        time.sleep(0.005)
+    kill.detected_s = round(time.monotonic() - struck, 3)
+    if kill.victim == "decoder":
+        kill.rows_repeated, kill.rows_allowed = 0, 0
+        chunks = {id(flight): len(flight.undecoded) for flight in driver._flights.values()}
+        while {id(flight): len(flight.undecoded) for flight in list(driver._flights.values())} == chunks:
+            time.sleep(0.005)
+    else:
+        while engine.generation == generation or driver._gang is gang:
+            time.sleep(0.005)
+        points = {flight.id: flight.stream.resume for flight in driver._flights.values()}
+        _count_rows(kill, last, points, streams)
+        latest = {flight.id: flight._latest for flight in driver._flights.values()}
+        while driver._flights and {f.id: f._latest for f in list(driver._flights.values())} == latest:
+            time.sleep(0.005)
+    kill.streaming_again_s = round(time.monotonic() - struck, 3)
+    told.set()
+
+
+def _count_rows(kill: Kill, last: Any, points: dict[int, ResumePoint | None], streams: Sequence[Stream]) -> None:
+    steps = streams[0].plan.steps_per_shift
+    kill.rows_allowed = SHIFTS_ON_THE_WAY * steps + 1 + (RESYNC if kill.mode == "displaced" else 0)
+    kill.rows_repeated = 0
+    if last is not None and last.stream in points:
+        point = points[last.stream]
+        kill.rows_repeated = last.row + 1 - (0 if point is None else point.snapshot.row)
+
+
+def _digest(finished: Sequence[Finished]) -> list[str]:
+    """Of every chunk's latents and frames, by stream and chunk; chunks must be whole and in order."""
+    found = []
+    for stream in sorted({f.stream for f in finished}):
+        mine = [f for f in finished if f.stream == stream]
+        assert [f.clean.index for f in mine] == list(range(CHUNKS)), "a chunk is missing, doubled or out of order"
+        for f in mine:
+            assert f.frames is not None
+            parts = (f.clean.latents.contiguous(), f.frames.contiguous())
+            found.append(hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest())
+    return found
+
+
+def _command(model: Path, output: Path, kill: Kill) -> list[str]:
+    settings = {
+        "model": model, "output": output, "mode": kill.mode, "num_frames": 8 * CHUNKS - 3, "save_latents": "true",
+        "chunks_per_segment": SEGMENT, "allow_untrained_causal": "true",
+    }  # fmt: skip
+    if kill.mode == "displaced":
+        settings |= {"displaced.resync_every_steps": RESYNC, "displaced.exact_growing": "false"}
+    words = [PROMPT, *(f"{name}={value}" for name, value in settings.items())]
+    return [sys.executable, "-m", "pavdm_dist", "sample", *words]
+
+
+def _kill_driver(kill: Kill, model: Path, folder: Path) -> None:
+    """A whole command, killed and given again; in one process, so that its moments can be hit."""
+    kill.num_stages = 0
+    whole, cut = folder / f"whole-{kill.mode}.mp4", folder / f"cut-{time.monotonic_ns()}.mp4"
+    if not whole.exists():
+        subprocess.run(_command(model, whole, kill), check=True, capture_output=True)
+    process = subprocess.Popen(_command(model, cut, kill), stderr=subprocess.PIPE, text=True)
+    given, target = 0, 1 + int(kill.moment * (CHUNKS - 2))
+    assert process.stderr is not None
+    for line in process.stderr:
+        given += "INFO chunk" in line
+        if given == target:
+            break
+    process.kill()
+    process.communicate()
+    started = time.monotonic()
+    again = subprocess.Popen(_command(model, cut, kill), stderr=subprocess.PIPE, text=True)
+    first = None
+    assert again.stderr is not None
+    for line in again.stderr:
+        if "INFO chunk" in line and kill.streaming_again_s is None:
+            kill.streaming_again_s = round(time.monotonic() - started, 3)
+            first = int(line.split("chunk")[1].split(":")[0])
+    again.wait()
+    steps = 2
+    kill.rows_repeated = steps * (target - (target if first is None else first))
+    kill.rows_allowed = SHIFTS_ON_THE_WAY * steps + 1 + steps * SEGMENT + (RESYNC if kill.mode == "displaced" else 0)
+    same = torch.equal(*(read_latents(path.with_suffix(".safetensors")) for path in (whole, cut)))
+    kill.equal = same and _packets(whole) == _packets(cut)
+
+
+def _packets(path: Path) -> list[tuple[int, int, bytes]]:
+    import av
+
+    with av.open(str(path)) as container:
+        return [(p.pts, p.dts, bytes(p)) for p in container.demux(container.streams.video[0]) if p.size]
+
+
+def _table(report: dict[str, Any]) -> str:
+    lines = [machine_line(report["machine"]), ""]
+    names = list(report["kills"][0])
+    cells = [[str(kill[name]) for name in names] for kill in report["kills"]]
+    widths = [max(len(name), *(len(row[i]) for row in cells)) for i, name in enumerate(names)]
+    for row in (names, *cells):
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
