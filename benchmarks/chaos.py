@@ -1,17 +1,18 @@
-"""Actors and whole commands killed or frozen at random moments of videos: what it costs, and whether the result is the same.
+"""Actors and whole commands killed or frozen at random moments of videos: what it costs, and whether results are equal.
 
     python benchmarks/chaos.py [--quick] [--json] [--kills N] [--seed S]
 
-A tiny untrained model with its codec, two videos in flight, every mode on 1 to 3 stages. Victims are the first, a middle
-and the last stage, the decode actor and the driver (a whole `pavdm sample`, which is given again); signals are SIGKILL and
-SIGSTOP (not for the driver). Moments are uniform over the units of the run, the growing window included. Per kill:
+A tiny untrained model with its codec, two videos in flight, every mode on 1 to 3 stages. Victims are the first, a
+middle and the last stage, the decode actor and the driver (a whole `pavdm sample`, which is given again); signals are
+SIGKILL and SIGSTOP (not for the driver). Moments are uniform over the shifts of the run, the growing window included.
+Per kill:
 
 * ``detected_s``: until the driver took the loss for one (null for the driver itself);
-* ``streaming_again_s``: until the next shift of a stream that was in flight (for the driver: from the second command on);
-* ``rows_repeated``: rows of the stream that was being run which the next gang ran again, and ``rows_allowed``: D S + 1 for
-  D = 2 shifts on their way; in mode displaced the rows since the last exact one. For the decoder, which costs no rows, 0.
-  For the driver, whose state is on disk at every closed segment: chunks of one segment more;
-* ``equal``: latents and frames are those of an undisturbed run, bit for bit (of the driver's videos, packets and times).
+* ``streaming_again_s``: until the next shift of a stream that was in flight (driver: from the second command on);
+* ``rows_repeated``: rows of the stream that was being run which the next gang ran again, and ``rows_allowed``: D S + 1
+  for D = 2 shifts on their way; in mode displaced those since the last exact one too. For the decoder, which costs no
+  rows, 0. For the driver, whose state is on disk at every closed segment, the chunks of one segment more;
+* ``equal``: latents and frames are those of an undisturbed run, bit for bit (of the driver's, packets and timestamps).
 """
 
 from __future__ import annotations

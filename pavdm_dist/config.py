@@ -7,9 +7,10 @@ these dataclasses: :mod:`pavdm_dist.merging`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from pavdm_dist.errors import ConfigError
@@ -182,6 +183,14 @@ def validate_sample(config: SampleConfig, *, needs_prompt: bool = True) -> None:
             raise ConfigError(f"{name}={value}: must be above 0")
         if value is not None and value < 0:
             raise ConfigError(f"{name}={value}: must be 0 or more")
+    for setting in dataclasses.fields(config):
+        value = getattr(config, setting.name)
+        if isinstance(value, str) and not _is_text(value):
+            raise ConfigError(f"{setting.name}={value!r}: is not text that a file or its name can hold")
+    if not config.output:
+        raise ConfigError("output: name an .mp4 file or a folder")
+    if needs_prompt and config.streams > 1 and not config.num_stages:
+        raise ConfigError(f"streams={config.streams}: without stages videos are made one after another; set num_stages")
     if config.num_frames is not None and config.seconds is not None:
         raise ConfigError(f"num_frames={config.num_frames} and seconds={config.seconds:g}: give one of them")
     _check_plan(config)
@@ -198,6 +207,13 @@ def frames_wanted(config: SampleConfig, fps: float) -> int:
     return max(1, round(seconds * fps))
 
 
+def _is_text(value: str) -> bool:
+    try:
+        return "\0" not in value and bool(value.encode() or True)
+    except UnicodeEncodeError:
+        return False
+
+
 def _check_plan(config: SampleConfig) -> None:
     steps, width = config.num_inference_steps, config.window_chunks
     if steps is not None and width is not None:
@@ -211,7 +227,7 @@ def _check_prompts(config: SampleConfig, needs_prompt: bool) -> None:
     if needs_prompt and config.prompts is None and not (config.prompt or "").strip():
         raise ConfigError('nothing to render: give a prompt, pavdm sample "a red three drifting up", or prompts=FILE')
     if config.prompts is not None:
-        if not Path(config.prompts).is_file():
+        if not os.path.isfile(config.prompts):
             raise ConfigError(f"prompts={config.prompts}: no such file")
         if config.output.lower().endswith(".mp4"):
             raise ConfigError(f"output={config.output}: prompts=FILE renders several videos, output must be a folder")
@@ -230,7 +246,7 @@ def _check_start(config: SampleConfig, needs_clip: bool) -> None:
         raise ConfigError(f"video={config.video}: start=noise uses no clip; set start=clip or start=chunk")
     if needs_clip and config.start != "noise" and config.video is None:
         raise ConfigError(f"start={config.start}: needs a conditioning clip, video=FILE")
-    if config.video is not None and not Path(config.video).is_file():
+    if config.video is not None and not os.path.isfile(config.video):
         raise ConfigError(f"video={config.video}: no such file")
     if config.include_input and config.video is None:
         raise ConfigError("include_input=true: there is no input, video=FILE is not set")

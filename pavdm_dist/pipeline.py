@@ -80,7 +80,7 @@ class PAVDMPipeline:
 
     Args:
         checkpoint: the model.
-        num_stages: 0 samples in this process; 1 or more stage actors on Ray.
+        num_stages: 0 samples in this process, or on as many stages as ``engine`` says; 1 or more stage actors on Ray.
         threads_per_stage: intra-op threads, also of this process when ``num_stages`` is 0. Part of what makes
             results reproducible to the bit on a CPU.
         engine: further options of the engine; ``num_stages`` and ``threads_per_stage`` are taken from above.
@@ -111,6 +111,7 @@ class PAVDMPipeline:
         decoder_dtype: str = "float32",
     ) -> None:
         checkpoint.require_weights()
+        num_stages = num_stages or (engine.num_stages if engine is not None else 0)
         self.checkpoint, self.num_stages, self.threads_per_stage = checkpoint, num_stages, threads_per_stage
         self.engine: EngineOptions | None = None
         self.resyncs: dict[int, tuple[int, ...]] = {}
@@ -171,7 +172,10 @@ class PAVDMPipeline:
             self._codec_place = self._place if shared else choose_device(self._decoder, "decoder")
             check_dtype("decoder_dtype", self._decoder_dtype, self._codec_place)
             return
-        kind, gpus = str(device).partition(":")[0], self._options.gpus_per_stage
+        kind, _, index = str(device).partition(":")
+        gpus = self._options.gpus_per_stage
+        if index:
+            raise ConfigError(f"device={device}: Ray chooses every stage's GPU; give device={kind}")
         if kind not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device={device}: must be auto, cpu or cuda")
         if kind == "cpu" and gpus:
@@ -179,6 +183,7 @@ class PAVDMPipeline:
         name = self._options.dtype if dtype == "auto" else str(dtype).removeprefix("torch.")
         self.engine = replace(self._options, gpus_per_stage=gpus or float(kind == "cuda"), dtype=name)
         self.device_name = self.engine.device
+        self._weights = choose_dtype(name, torch.device(self.engine.device), self.checkpoint.transformer)
 
     def __call__(
         self,
@@ -321,6 +326,11 @@ class PAVDMPipeline:
         """Ends a video of the running :meth:`iter_chunks` where it is; the others go on."""
         if self._engine is not None:
             self._engine.cancel(video)
+
+    @property
+    def dtype_name(self) -> str:
+        """Type of the weights, and of what travels between stages."""
+        return str(self._weights).removeprefix("torch.")
 
     def split(self, params: SamplingParams) -> list[tuple[int, int]]:
         """Block range of each stage, balanced by estimated cost for the run's full window."""

@@ -207,11 +207,15 @@ def check_prompts(request: VideoRequest, checkpoint: Checkpoint) -> None:
     """Refuses texts that the model cannot take, without running anything.
 
     Raises:
-        ConfigError: a prompt has too many tokens.
+        ConfigError: a prompt has too many tokens, or characters that no file can hold.
     """
     limit = checkpoint.shape.spec.text_len
     texts = [request.prompt, *(prompt for _, prompt in request.prompt_schedule)]
     for prompt in texts + ([] if request.negative_prompt is None else [request.negative_prompt]):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"prompt {prompt!r} is not text: {error.reason}") from error
         tokens = len(checkpoint.text_encoder.token_ids(prompt))
         if tokens > limit:
             raise ConfigError(f"prompt {prompt!r} has {tokens} tokens, the model takes at most {limit}")

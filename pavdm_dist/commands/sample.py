@@ -70,8 +70,9 @@ def render_command(config: SampleConfig, overwrite: bool, progress: Callable[...
     started = time.monotonic()
     frames = 0
     try:
-        with pipeline, Signals() as signals:
-            frames = _render(videos, bar, signals)
+        if any(video.result is None and video.error is None for video in made):
+            with Signals() as signals, pipeline:
+                frames = _render(videos, bar, signals)
     finally:
         bar.close()
     seconds = time.monotonic() - started
@@ -96,7 +97,8 @@ def _render(videos: Videos, bar: Any, signals: Signals) -> int:
     frames = 0
 
     def failed(number: int, error: PAVDMError) -> None:
-        videos.fail(taken[number], error)
+        with signals.shield():
+            videos.fail(taken[number], error)
 
     def grown(number: int, resume: ResumePoint) -> None:
         with signals.shield():
@@ -119,9 +121,11 @@ def _render(videos: Videos, bar: Any, signals: Signals) -> int:
             frames += chunk.frames.shape[0]
             bar.chunk(video.number, chunk.index, chunk.frames.shape[0])
     except BaseException as error:
+        left: list[str] = []
         with suppress(Stopped), signals.shield():
             left = videos.abort()
-        goes_on = "; ".join([*left, "the same command again goes on"]) if left else "nothing was finished"
+        again = "the same command without --overwrite goes on" if videos.overwrite else "the same command again goes on"
+        goes_on = "; ".join([*left, again]) if left else "nothing was finished"
         if isinstance(error, Stopped):
             raise Stopped(error.number, goes_on) from error
         if isinstance(error, PAVDMError) and left:

@@ -26,7 +26,9 @@ class Stopped(KeyboardInterrupt):
 
 
 class Signals:
-    """While entered, the ending signals raise :class:`Stopped` in the main thread, but not within :meth:`shield`.
+    """While entered, the first ending signal raises :class:`Stopped` in the main thread, but not within :meth:`shield`.
+
+    Further ones change nothing: what the first has begun, saving and closing, is done.
 
     Used in another thread it changes nothing.
     """
@@ -35,10 +37,13 @@ class Signals:
         self._before: dict[int, Any] = {}
         self._shields = 0
         self._told: int | None = None
+        self._stopped = False
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in ENDING}
+            # What was told to be ignored (nohup, a job in the background) still is.
+            heard = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._handle) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -54,11 +59,14 @@ class Signals:
         finally:
             self._shields -= 1
         if not self._shields and self._told is not None:
-            number, self._told = self._told, None
+            number, self._told, self._stopped = self._told, None, True
             raise Stopped(number)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        if self._stopped:
+            return
         if self._shields:
             self._told = self._told or number
         else:
+            self._stopped = True
             raise Stopped(number)

@@ -6,15 +6,22 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from yaml import safe_load
+from yaml import YAMLError, safe_load
 
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError, MediaError, PAVDMError, VideoError
 from pavdm_dist.io.metadata import is_complete, read_sidecar, sidecar_path, versions
-from pavdm_dist.io.recording import SETTINGS, Recorded, Recording, check_recording, recording_facts
+from pavdm_dist.io.recording import (
+    SETTINGS,
+    Recorded,
+    Recording,
+    check_recording,
+    latents_path,
+    recording_facts,
+    remove_parts,
+)
 from pavdm_dist.io.state import Point, changes
 from pavdm_dist.io.storage import exists, join, open_read
 from pavdm_dist.merging import to_dict, to_yaml
@@ -176,16 +183,22 @@ class Videos:
         if not is_complete(video.output):
             return False
         sidecar = read_sidecar(video.output)
-        identity = sidecar.get("identity")
+        identity = sidecar.get("identity") if isinstance(sidecar, Mapping) else None
         if not isinstance(identity, Mapping):  # somebody else's file, or of a version that kept no record
             return False
         different = changes(identity, self._identity(video.request))
-        if different or not Path(video.output).exists():
+        if different or not exists(video.output):
             what = f"was made with {different}" if different else "is gone, its sidecar is not"
             raise ConfigError(
                 f"output={video.output} {what}, and its sidecar {sidecar_path(video.output)} exists; choose another"
                 " name or pass --overwrite"
             )
+        if self.config.save_latents and not exists(latents_path(video.output)):
+            raise ConfigError(
+                f"output={video.output} is complete, without the latents of save_latents=true: choose another name or"
+                " pass --overwrite"
+            )
+        remove_parts(video.output)  # of a process that died between the sidecar and the end
         video.result = Recorded(video.output, sidecar["num_frames"], sidecar["latents_sha256"])
         logger.info("%s is complete already", video.output)
         return True
@@ -228,6 +241,8 @@ class Videos:
             "weights": self.weights,
             "threads": self.config.threads_per_stage,
             "compile": self.config.compile,
+            "dtype": self.pipeline.dtype_name,
+            "decoder_dtype": self.config.decoder_dtype,
             "versions": {name: found[name] for name in ("pavdm_dist", "torch", "av")},
         }
 
@@ -243,7 +258,12 @@ def words_to_resume(folder: str) -> list[str]:
     if not parts.endswith(".mp4.parts") or not exists(settings):
         raise ConfigError(f"--resume {folder}: is no folder of an interrupted video (NAME.mp4.parts with {SETTINGS})")
     with open_read(settings) as file:
-        begun = safe_load(file)
+        try:
+            begun = safe_load(file)
+        except (YAMLError, UnicodeDecodeError):
+            begun = None
+    if not isinstance(begun, Mapping):
+        raise ConfigError(f"--resume {folder}: {settings} is not readable; give the command that began the video")
     output = parts.removesuffix(".parts")
     if not str(begun.get("output", "")).lower().endswith(".mp4"):  # one of several in a folder
         output = output.rpartition("/")[0] or "."
@@ -271,4 +291,4 @@ def _resume_point(recording: Recording, request: VideoRequest) -> ResumePoint | 
     latents = {int(index): tensor for index, tensor in point.tensors.items()}
     snapshot = WindowSnapshot(point.facts["row"], latents, frozenset(point.facts["exact_rows"]))
     undecoded = tuple(CleanChunk(index, latents) for index, latents in sorted(recording.pending.items()))
-    return ResumePoint(snapshot, recording.warm, undecoded, tuple(point.facts["resyncs"]))
+    return ResumePoint(snapshot, recording.warm, undecoded, tuple(point.facts.get("resyncs", ())))

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pavdm_dist.errors import MediaError
-from pavdm_dist.io.storage import atomic_path, is_remote, join, list_names, local_copy, remove_matching
+from pavdm_dist.io.storage import atomic_path, disk_errors, is_remote, join, list_names, local_copy, remove_matching
 
 LATENTS_NAMES = re.compile(r"latents-(\d{6,})-(\d{6,})\.safetensors")
 _METADATA = {"layout": "channels time height width", "scale": "normalised"}
@@ -119,7 +119,7 @@ class LatentsWriter:
             return
         name = f"latents-{self.closed_chunks:06d}-{self.next_chunk - 1:06d}.safetensors"
         latents = torch.cat([part.detach().to("cpu", torch.float32) for part in self._open], dim=1)
-        with atomic_path(join(self._folder, name)) as staged:
+        with atomic_path(join(self._folder, name)) as staged, disk_errors():
             save_file({"latents": latents.contiguous()}, staged, _METADATA)
         self._files.append(name)
         self.closed_chunks, self._open = self.next_chunk, []
@@ -155,7 +155,7 @@ class LatentsWriter:
                 start += length
             scratch.flush()
             joined = np.memmap(scratch, dtype="<f4", mode="r", shape=(channels, total, height, width))
-            with atomic_path(path) as staged:
+            with atomic_path(path) as staged, disk_errors():
                 save_file({"latents": joined}, staged, _METADATA)
 
 

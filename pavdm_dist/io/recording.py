@@ -83,6 +83,19 @@ def check_recording(
         _check_files(output, overwrite, save_latents, resume=facts is not None)
 
 
+def remove_parts(output: str | Path) -> None:
+    """Removes what a complete video's recording has left of its own, where nobody writes it.
+
+    Raises:
+        ConfigError: somebody does.
+    """
+    parts = storage.parts_folder(output)
+    if storage.list_names(parts):
+        check_unlocked(output)
+        storage.remove_matching(parts, _OWN_NAMES)
+        storage.remove_empty(parts)
+
+
 class Recording:
     """One video's files while it is made. Made by :meth:`open`; :meth:`finish` or :meth:`abort` ends it.
 
@@ -274,14 +287,15 @@ class Recording:
             Where it is, as a sentence; None when there is nothing to play.
         """
         left = self._segments.abort()
+        begun = left.playlist is not None or self._ledger.next_chunk or self._ledger.state.point is not None
         with suppress(OSError):
-            if left.playlist is None and self._ledger.next_chunk == 0:
-                self._remove()
-            else:
+            if begun:
                 self._save()
+            else:
+                self._remove()
         self._lock.release()
         if left.playlist is None:
-            return None
+            return f"{self.output} is begun, without a frame so far" if begun else None
         return f"{left.num_frames} frames of {self.output} are playable in {left.playlist}"
 
     def _save(self) -> None:

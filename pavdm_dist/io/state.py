@@ -203,7 +203,8 @@ def write_state(folder: str | Path, state: State) -> None:
     text = json.dumps(facts)
     path = storage.join(folder, STATE)
     with storage.atomic_path(path) as staged:
-        save_file(tensors, staged, {"state": text, "sha256": _checksum(text, tensors)})
+        with storage.disk_errors():
+            save_file(tensors, staged, {"state": text, "sha256": _checksum(text, tensors)})
         if storage.exists(path):
             storage.move(path, storage.join(folder, PREVIOUS))
 

@@ -184,6 +184,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turns what safetensors raises for a disk that is full or went away into the OSError that it is."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+@contextmanager
 def atomic_write(path: str | Path, mode: str = "wb", encoding: str | None = None) -> Iterator[IO[Any]]:
     """As :func:`atomic_path`, with an open file (``mode`` ``"wb"`` or ``"w"``)."""
     if mode == "w" and encoding is None:
