@@ -131,8 +131,8 @@ class PAVDMPipeline:
         num_stages: int = 0,
         threads_per_stage: int = 1,
         engine: EngineOptions | None = None,
-        torch_dtype: str | torch.dtype = "auto",
-        device: str | torch.device = "auto",
+        torch_dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
         revision: str | None = None,
     ) -> PAVDMPipeline:
         """Opens the model that ships with the package (``embedded``), a folder or a hub id.
@@ -140,14 +140,15 @@ class PAVDMPipeline:
         Args:
             model: which.
             revision: of a hub id: branch, tag or commit.
-            num_stages, threads_per_stage, engine, torch_dtype, device: of this class; ``torch_dtype`` is its ``dtype``.
+            num_stages, threads_per_stage, engine, torch_dtype, device: of this class; ``torch_dtype`` is its ``dtype``,
+                None is ``auto``.
 
         Raises:
             CheckpointError: not a model this package runs.
             ConfigError: a device that is not there, or a type it cannot compute in.
         """
         checkpoint = Checkpoint.open(model, revision)
-        return cls(checkpoint, num_stages, threads_per_stage, engine, torch_dtype, device)
+        return cls(checkpoint, num_stages, threads_per_stage, engine, torch_dtype or "auto", device or "auto")
 
     def to(self, *targets: str | torch.device | torch.dtype) -> PAVDMPipeline:
         """Another device, another type, or both, from the next call on; returns itself, as diffusers' pipelines do."""

@@ -84,6 +84,18 @@ def test_any_number_of_stages_writes_the_same_video(ray_cluster: None, model: Pa
 
 
 @pytest.mark.timeout(120)
+def test_the_decoder_has_threads_and_a_type_of_its_own(ray_cluster: None, model: Path, tmp_path: Path) -> None:
+    own = {"decoder": "cpu", "cpus_per_decoder": 1.0, "threads_per_decoder": 2, "decoder_dtype": "bfloat16"}
+    found = {}
+    for name, settings in {"own": own, "shared": {"decoder": "shared"}}.items():
+        output = tmp_path / f"{name}.mp4"
+        found[name] = _render(model, output, num_frames=13, num_stages=1, **settings)[0]["latents_sha256"]
+    assert found["own"] == found["shared"], "what is sampled does not know who decodes"
+    frames = [read_clip(str(tmp_path / f"{name}.mp4")).astype(int) for name in found]
+    assert 0 < np.abs(frames[0] - frames[1]).mean() < 20, "rounding, and what the encoder makes of it"
+
+
+@pytest.mark.timeout(120)
 def test_causal_needs_a_checkpoint_that_was_trained_for_it(ray_cluster: None, model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"mode=causal: .*no training .*allow_untrained_causal=true"):
         _render(model, tmp_path / "refused.mp4", num_frames=23, mode="causal")
