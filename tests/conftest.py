@@ -23,8 +23,10 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under ``pytest -n N --dist loadgroup`` a file's tests share a process, and so its fixtures; all files that use the
-    cluster share one, too, for there is one cluster."""
+    """Under ``pytest -n N --dist loadgroup`` a file's tests share a process, and so its fixtures.
+
+    All files that use the cluster share one, too, for there is one cluster.
+    """
     if config.pluginmanager.hasplugin("xdist"):
         on_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
         for item in items:
