@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from training import TINY, environments, launch, start, tiny_codec, write_clips
+from training import TINY, environments, launch, processes_of, start, tiny_codec, write_clips
 
 from pavdm_dist import cli
 from pavdm_dist.checkpoint import Checkpoint
@@ -162,9 +162,10 @@ def test_a_loss_that_is_no_number_ends_every_process_and_names_the_clips(run_dir
     spoilt[7] = torch.nan
     save_file({"latents": spoilt}, shard, metadata=meta)
     prompt = json.loads(meta["prompts"])[7]
-    done = pavdm(words(run_dir, "optimizer.total_steps=60", "launch.processes=2"))
-    assert done.returncode != 0
-    assert "the loss is no number at step" in done.stderr and prompt in done.stderr
+    processes = processes_of(["-m", "pavdm_dist", *words(run_dir, "optimizer.total_steps=60")])
+    said = [process.communicate(timeout=150)[0] for process in processes]
+    assert all(process.returncode == 2 for process in processes)
+    assert all("the loss is no number at step" in text for text in said) and prompt in "".join(said)
     assert (run_dir / "checkpoints" / "latest").read_text() == "step0000002"
 
 

@@ -42,7 +42,7 @@ def start(
 def forking() -> ForkServerContext:
     """Where processes come from that have made a trainer's imports already: most of a short run's time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deepspeed.runtime.engine", "torch._dynamo", "functorch.compile"])
+    context.set_forkserver_preload(["deepspeed.runtime.engine", "deepspeed.runtime.zero.muon.muon_optimizer"])
     return context
 
 
