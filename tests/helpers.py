@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import torch
@@ -73,6 +74,13 @@ def tiny_stream(
         mode=mode,
         displaced=displaced,
     )
+
+
+def hear_signals() -> None:
+    """For ``preexec_fn``: a child hears the signals it is to be ended with, also where this process was told to ignore
+    them (``nohup``, a job in the background)."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def reference_chunks(model: STDiT3, stream: Stream) -> list[CleanChunk]:

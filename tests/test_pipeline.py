@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_checkpoint
+from helpers import hear_signals, tiny_checkpoint
 from PIL import Image
 
 from pavdm_dist.checkpoint import Checkpoint
@@ -354,7 +354,9 @@ def test_ctrl_c_leaves_playable_segments_and_says_where(model: Path, tmp_path: P
         f"num_stages={stages}", "output=v.mp4", "chunks_per_segment=2",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=hear_signals
+    )
     parts = tmp_path / "v.mp4.parts"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and len(list(parts.glob("*.mp4")) if parts.exists() else []) < 2:

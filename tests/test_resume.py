@@ -14,7 +14,7 @@ from pathlib import Path
 import av
 import pytest
 import torch
-from helpers import tiny_checkpoint
+from helpers import hear_signals, tiny_checkpoint
 
 from pavdm_dist.commands.progress import ChunkProgress
 from pavdm_dist.commands.sample import render_command
@@ -49,7 +49,7 @@ def _words(model: Path, output: Path, **settings: object) -> list[str]:
 
 def _start(model: Path, output: Path, *flags: str, **settings: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "pavdm_dist", "sample", *_words(model, output, **settings), *flags]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hear_signals)
 
 
 def _lines_until(process: subprocess.Popen[str], chunk: int) -> Iterator[str]:

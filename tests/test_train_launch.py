@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import hear_signals
 from safetensors import safe_open
 from safetensors.torch import save_file
 from training import TINY, environments, launch, processes_of, start, tiny_codec, write_clips
@@ -127,7 +128,9 @@ def test_torchrun_on_two_nodes(run_dir: Path, expected: list[float]) -> None:
 )
 def test_a_signal_saves_and_ends_well(run_dir: Path, more: list[str], number: int, code: int, said: str) -> None:
     command = [sys.executable, "-m", "pavdm_dist", *words(run_dir, "optimizer.total_steps=100000", *more)]
-    process = subprocess.Popen(command, env=alone(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, env=alone(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=hear_signals
+    )
     while not (run_dir / "log.jsonl").exists() and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(number)
