@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-import torch
 from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
@@ -14,6 +13,7 @@ from pavdm_dist.method.microbatches import Displaced, MicroBatches, check_adapti
 from pavdm_dist.method.schedule import End, Mode, NoiseSchedule, Start, WindowPlan, time_shift_ratio
 from pavdm_dist.method.stream import Conditioning, ResumePoint, Stream
 from pavdm_dist.models.base import FrameInfo
+from pavdm_dist.models.devices import intra_op_threads
 
 
 @dataclass(frozen=True)
@@ -150,13 +150,9 @@ def build_stream(request: VideoRequest, stream_id: int, params: SamplingParams, 
     if request.num_frames is not None:
         chunks = checkpoint.codec_spec.chunks_for_frames(request.num_frames, size, params.warm)
     height, width = checkpoint.codec_spec.latent_size(params.height, params.width)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with intra_op_threads(1):
         given, warm = ({}, None) if request.resume else _clip_latents(request, params, checkpoint)
         conditioning = _conditioning(request, params, checkpoint)
-    finally:
-        torch.set_num_threads(threads)
     return Stream(
         id=stream_id,
         plan=params.plan(chunks),

@@ -23,6 +23,7 @@ from pavdm_dist.data.index import SourceVideo, locate
 from pavdm_dist.data.shards import SETTINGS, ClipList, clips_file, shard_file, write_json, write_shard
 from pavdm_dist.data.workers import worker_number
 from pavdm_dist.errors import ConfigError, EngineError, MediaError
+from pavdm_dist.models.devices import intra_op_threads
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def encode_shard(job: Job, bucket: int, number: int) -> int:
     clips = clips_on_disk.read(range(first, min(first + job.shard_clips, len(clips_on_disk))))
     shape = job.buckets[bucket]
     latents, texts = [], list[Tensor]()
-    with _threads(job.threads), _quiet(), _memory_advice(shape):
+    with intra_op_threads(job.threads), _quiet(), _memory_advice(shape):
         for clip in clips:
             try:
                 frames = read_frames(locate(job.root, clip.video), clip, shape, shape.num_frames(codec.spec))
@@ -171,17 +172,6 @@ def _encoders(model: str, device: str, worker: int) -> tuple[WanCodec, Checkpoin
     if device == "cuda":
         device = f"cuda:{worker % torch.cuda.device_count()}"
     return WanCodec.from_pretrained(checkpoint.vae, device), checkpoint
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Torch's threads of this process: the last bits of the latents depend on them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from pavdm_dist.errors import ConfigError
@@ -61,3 +64,14 @@ def check_dtype(field: str, name: str, device: torch.device) -> None:
         raise ConfigError(
             f"{field}=bfloat16: {torch.cuda.get_device_name(device)} cannot compute in it; use float16 or float32"
         )
+
+
+@contextmanager
+def intra_op_threads(count: int) -> Iterator[None]:
+    """Torch computes on so many threads of the CPU meanwhile: the last bits of a result depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -25,6 +25,7 @@ from pavdm_dist.method.microbatches import WHOLE
 from pavdm_dist.method.schedule import Mode, NoiseSchedule, WindowPlan
 from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.models.base import Backbone, Costs, FrameInfo
+from pavdm_dist.models.devices import intra_op_threads
 from pavdm_dist.models.source import load_config
 from pavdm_dist.models.text_cache import TextBank
 
@@ -82,15 +83,11 @@ def profiled_costs(
     }  # fmt: skip
 
     def measure() -> dict[str, Any]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
+        with intra_op_threads(threads):
             with torch.random.fork_rng():
                 model = shape.shortened(dtype, device)
             latents = (shape.spec.latent_channels, *cells)
             costs = measure_costs(model, _stream(model, plan, latents, info, mode), device)
-        finally:
-            torch.set_num_threads(before)
         by_kind = dict(zip(model.spec.block_kinds, costs.blocks, strict=True))
         return {**by_kind, "embed": costs.embed, "head": costs.head}
 
@@ -183,17 +180,13 @@ def profiled_decode(
     }  # fmt: skip
 
     def measure() -> dict[str, float]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
+        with intra_op_threads(threads):
             codec = WanCodec.from_pretrained(checkpoint.vae, device, dtype)
             decoder, times = codec.decoder(), list[float]()
             for _ in range(4):
                 started = time.perf_counter()
                 decoder.decode(torch.zeros(checkpoint.codec_spec.latent_channels, size, *cells))
                 times.append(time.perf_counter() - started)
-        finally:
-            torch.set_num_threads(before)
         return {"seconds": statistics.median(times[1:])}
 
     return kept("decode", facts, measure)["seconds"]
