@@ -25,7 +25,7 @@ from pavdm_dist.method.schedule import PlanRow
 from pavdm_dist.method.stream import ResumePoint, Stream
 from pavdm_dist.method.window import Window
 from pavdm_dist.models.catalog import load_backbone
-from pavdm_dist.models.devices import DTYPES, check_dtype, choose_device, choose_dtype, device_model
+from pavdm_dist.models.devices import DTYPES, check_dtype, choose_device, choose_dtype, device_model, named_dtype
 from pavdm_dist.planning.forecast import useful_stages
 from pavdm_dist.planning.partition import layer_split
 from pavdm_dist.request import SamplingParams, VideoRequest, build_stream, frames_left
@@ -184,7 +184,7 @@ class PAVDMPipeline:
         name = self._options.dtype if dtype == "auto" else str(dtype).removeprefix("torch.")
         self.engine = replace(self._options, gpus_per_stage=gpus or float(kind == "cuda"), dtype=name)
         self.device_name = self.engine.device
-        self._weights = choose_dtype(name, torch.device(self.engine.device), self.checkpoint.transformer)
+        self._weights = named_dtype(name, torch.device(self.engine.device), self.checkpoint.transformer)
 
     def __call__(
         self,

@@ -32,19 +32,31 @@ def choose_device(device: str | torch.device, field: str = "device") -> torch.de
     return chosen
 
 
-def choose_dtype(dtype: str | torch.dtype, device: torch.device, source: Source) -> torch.dtype:
+def named_dtype(dtype: str | torch.dtype, device: torch.device, source: Source) -> torch.dtype:
     """The type of a name; ``auto`` is what the files of ``source`` hold on a GPU, and float32 on a CPU.
 
+    Asks ``device`` for its kind alone, so that a process without a GPU can plan for the GPUs of others.
+
     Raises:
-        ConfigError: no such type, or one that the device cannot compute in.
+        ConfigError: no such type.
     """
     name = str(dtype).removeprefix("torch.")
     if name == "auto":
         name = "float32" if device.type == "cpu" else str(stored_dtype(source)).removeprefix("torch.")
     if name not in DTYPES:
         raise ConfigError(f"dtype={name}: must be auto, {', '.join(list(DTYPES)[:-1])} or {list(DTYPES)[-1]}")
-    check_dtype("dtype", name, device)
     return DTYPES[name]
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device, source: Source) -> torch.dtype:
+    """As :func:`named_dtype`, for a device of this process.
+
+    Raises:
+        ConfigError: no such type, or one that the device cannot compute in.
+    """
+    chosen = named_dtype(dtype, device, source)
+    check_dtype("dtype", str(chosen).removeprefix("torch."), device)
+    return chosen
 
 
 def device_model(device: torch.device) -> str:
@@ -53,7 +65,7 @@ def device_model(device: torch.device) -> str:
 
 
 def check_dtype(field: str, name: str, device: torch.device) -> None:
-    """Refuses a type, the value of a setting, that the device cannot compute in.
+    """Refuses a type, the value of a setting, that a device of this process cannot compute in.
 
     Raises:
         ConfigError: naming the field.

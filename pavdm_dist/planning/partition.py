@@ -13,7 +13,7 @@ from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.sampler import num_branches
 from pavdm_dist.models.base import Costs
-from pavdm_dist.models.devices import DTYPES, choose_dtype
+from pavdm_dist.models.devices import DTYPES, named_dtype
 from pavdm_dist.models.loading import check_tensors
 from pavdm_dist.planning.costs import (
     estimated_costs,
@@ -104,7 +104,7 @@ def _costs(
         return estimated_costs(checkpoint.shape, frames, cells), estimated_decode(checkpoint, size, cells)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("balance=measured: this process has no GPU to time blocks on; use balance=estimated")
-    dtype = choose_dtype(options.dtype, torch.device(options.device), checkpoint.transformer)
+    dtype = named_dtype(options.dtype, torch.device(options.device), checkpoint.transformer)
     costs = profiled_costs(
         checkpoint.shape, params.plan(None), cells, params.info, options.threads_per_stage, options.device,
         params.mode, dtype,
