@@ -170,20 +170,22 @@ def test_adaptive_goes_on_bitwise_with_what_was_decided(gang: Callable[[int], Ra
 def _check_every_snapshot(engine: RayEngine, stream: Stream, expected: list[int] | None = None) -> list[WindowSnapshot]:
     snapshots: list[WindowSnapshot] = []
     whole: list[CleanChunk] = []
+    exact: tuple[int, ...] = ()
     for finished in engine.run([stream], on_grown=lambda _, point: snapshots.append(point.snapshot)):
         whole.append(finished.clean)
+        exact = finished.resyncs
         if finished.resume is not None:
             snapshots.append(finished.resume.snapshot)
-    rows, exact = [snapshot.row for snapshot in snapshots], engine.exact_rows(0)
+    rows = [snapshot.row for snapshot in snapshots]
     assert rows == expected or (expected is None and set(rows[:-1]) == {r for r in exact if r >= 9})
     assert rows[-1] == stream.plan.num_rows
     assert not list(engine.run([replace(stream, id=1, resume=ResumePoint(snapshots[-1]))])), "all is sampled"
     for snapshot in snapshots[:-1]:
-        rest = [f.clean for f in engine.run([replace(stream, id=1, resume=ResumePoint(snapshot))])]
-        assert rest[-1].index == whole[-1].index
-        assert engine.exact_rows(1) == tuple(row for row in exact if row >= snapshot.row)
+        rest = list(engine.run([replace(stream, id=1, resume=ResumePoint(snapshot))]))
+        assert rest[-1].clean.index == whole[-1].index
+        assert rest[-1].resyncs == tuple(row for row in exact if row >= snapshot.row)
         for again, before in zip(rest, whole[-len(rest) :], strict=True):
-            assert torch.equal(again.latents, before.latents)
+            assert torch.equal(again.clean.latents, before.latents)
     return snapshots
 
 
@@ -193,13 +195,15 @@ def test_adaptive_resync_is_the_samplers(gang: Callable[[int], RayEngine], num_s
     plan = {"num_inference_steps": steps, "mode": "displaced", "displaced": adaptive}
     streams = [tiny_stream(i, seed=i, num_chunks=8 + i, **plan) for i in range(3)]
     chunks: dict[int, list] = {stream.id: [] for stream in streams}
+    rows: dict[int, tuple[int, ...]] = {}
     engine = gang(num_stages)
     with pytest.raises(ConfigError, match=r"adaptive=0.2: needs at least 2 steps per shift"):
         next(engine.run([replace(streams[0], plan=replace(streams[0].plan, num_inference_steps=3))]))
     for finished in engine.run(streams, 2):
         chunks[finished.stream].append(finished.clean)
-    rows = [engine.exact_rows(stream.id) for stream in streams]
-    for stream, exact in zip(streams, rows, strict=True):
+        rows[finished.stream] = finished.resyncs
+    for stream in streams:
+        exact = rows[stream.id]
         denoiser = StreamDenoiser(tiny_model(), stream)
         expected = list(sample(stream.window(), denoiser, stream.guidance_scale))
         assert exact and set(exact) == denoiser.batches.exact_rows

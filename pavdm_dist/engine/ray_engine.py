@@ -22,7 +22,8 @@ from pavdm_dist.engine.loop import RunReport
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.placement import connect
 from pavdm_dist.engine.restart import Restarts, rebuilt
-from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
+from pavdm_dist.engine.runs import Run, Switch
+from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.method.stream import ResumePoint, Stream
 from pavdm_dist.models.source import Source
 
@@ -70,9 +71,10 @@ class RayEngine:
         def gang(stages: int, generation: int, patience_s: float) -> RayGang:
             cut = self.blocks if stages == len(self.blocks) or recut is None else recut(stages)
             chosen = replace(options, num_stages=len(cut), placement_timeout_s=patience_s)
-            return RayGang(source, cut, chosen, codec, generation, lambda: self._closing)
+            return RayGang(source, cut, chosen, codec, generation, lambda: self._switch.closing)
 
-        self._closing = False
+        # Guards all of the below but the driver and its gang, which are the thread's alone.
+        self._switch = Switch()
         self._make, self.generation = gang, 1
         try:
             self._gang = gang(len(self.blocks), 1, options.placement_timeout_s)
@@ -82,12 +84,8 @@ class RayEngine:
         self.devices = self._gang.devices
         self._restarts = Restarts(options)
         self._driver = Driver(self._gang, backlog_bytes=options.backlog_bytes, max_restarts=options.max_restarts)
-        self._run: _Run | None = None
-        self._resyncs: dict[int, tuple[int, ...]] = {}
+        self._run: Run | None = None
         self._asked: deque[Callable[[], None]] = deque()
-        self._error: BaseException | None = None
-        # Guards all of the above but the driver and its gang, which are the thread's alone.
-        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._drive, name="pavdm-driver", daemon=True)
         self._thread.start()
 
@@ -122,10 +120,10 @@ class RayEngine:
         """
         if streams_in_flight < 1:
             raise ConfigError(f"streams={streams_in_flight}: at least 1")
-        run = _Run(iter(streams), streams_in_flight)
+        run = Run(iter(streams), streams_in_flight, self._switch)
         self._begin(run)
         try:
-            while (output := self._next(run)) is not None:
+            while (output := run.next()) is not None:
                 if isinstance(output, Finished):
                     yield output
                 elif isinstance(output, Grown):
@@ -140,26 +138,19 @@ class RayEngine:
 
     def stop(self, stream: int) -> None:
         """Lets an endless stream end: what is in flight is finished, then its last chunk comes."""
-        with self._changed:
+        with self._switch:
             self._asked.append(partial(self._driver.stop, stream))
             if self._run is not None:
-                self._run.stopping.add(stream)  # it may still be on its way
-            self._changed.notify_all()
+                self._run.stop(stream)
+            self._switch.notify_all()
 
     def cancel(self, stream: int) -> None:
         """Ends a stream of the running :meth:`run` where it is; nothing more of it comes out. Others go on."""
-        with self._changed:
+        with self._switch:
             self._asked.append(partial(self._driver.cancel, stream))
-            if (run := self._run) is not None:
-                run.open.discard(stream)
-                run.cancelled.add(stream)
-                run.outputs = deque(output for output in run.outputs if output.stream != stream)
-                run.held_bytes = sum(output.num_bytes for output in run.outputs if isinstance(output, Finished))
-            self._changed.notify_all()
-
-    def exact_rows(self, stream: int) -> tuple[int, ...]:
-        """Rows of a stream of the latest run that adaptive re-sync has made exact, as of its last chunk."""
-        return self._resyncs.get(stream, ())
+            if self._run is not None:
+                self._run.cancel(stream)
+            self._switch.notify_all()
 
     def finish(self) -> list[RunReport]:
         """Ends the stages after what they were given, and returns every stage's report, in stage order."""
@@ -169,9 +160,9 @@ class RayEngine:
 
     def close(self) -> None:
         """Ends all actors and gives the resources back; safe to call twice."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
+        with self._switch:
+            self._switch.closing = True
+            self._switch.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
         self._gang.close()
@@ -179,67 +170,22 @@ class RayEngine:
 
     # --- the consumer's side -------------------------------------------------------------------------------
 
-    def _begin(self, run: _Run) -> None:
-        with self._changed:
+    def _begin(self, run: Run) -> None:
+        with self._switch:
             if self._run is not None:
                 self._run.over = True
                 self._asked.append(partial(self._abandon, self._run))
-            self._run, self._resyncs = run, {}
-            self._changed.notify_all()
-        threading.Thread(target=self._feed, args=(run,), name="pavdm-streams", daemon=True).start()
+            self._run = run
+            self._switch.notify_all()
+        threading.Thread(target=run.feed, name="pavdm-streams", daemon=True).start()
 
-    def _end(self, run: _Run) -> None:
-        with self._changed:
+    def _end(self, run: Run) -> None:
+        with self._switch:
             run.over = True
             if self._run is run:
                 self._run = None
                 self._asked.append(partial(self._abandon, run))
-            self._changed.notify_all()
-
-    def _next(self, run: _Run) -> Output | None:
-        """The oldest output of a run; None when nothing follows."""
-        with self._changed:
-            while True:
-                if run.over:
-                    raise ConfigError("this run was ended by a later one on the same engine")
-                if run.outputs:
-                    output = run.outputs.popleft()
-                    if isinstance(output, Finished):
-                        run.held_bytes -= output.num_bytes
-                        self._resyncs[output.stream] = output.resyncs
-                    self._changed.notify_all()
-                    return output
-                if run.error is not None:
-                    raise run.error
-                if self._over:
-                    raise self._error or EngineError("the engine is closed")
-                if run.exhausted and not run.open and not run.built:
-                    return None
-                self._changed.wait()
-
-    def _feed(self, run: _Run) -> None:
-        """Takes streams from the run's source as they are wanted; a thread of its own."""
-        try:
-            while True:
-                with self._changed:
-                    self._changed.wait_for(lambda: run.wanted > len(run.built) or run.over or self._over)
-                    if run.over or self._over:
-                        return
-                stream = next(run.source, None)
-                with self._changed:
-                    if stream is None:
-                        run.exhausted = True
-                    elif isinstance(stream, Failed):
-                        run.outputs.append(stream)
-                    else:
-                        run.built.append(stream)
-                    self._changed.notify_all()
-                    if stream is None:
-                        return
-        except BaseException as error:  # whatever the source raises belongs to whoever consumes
-            with self._changed:
-                run.error = error
-                self._changed.notify_all()
+            self._switch.notify_all()
 
     # --- the thread's side ---------------------------------------------------------------------------------
 
@@ -255,9 +201,9 @@ class RayEngine:
                 except GangLost as loss:
                     self._recover(loss)
         except BaseException as error:
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
+            with self._switch:
+                self._switch.error = error
+                self._switch.notify_all()
             self._gang.close()
 
     def _recover(self, loss: GangLost) -> None:
@@ -270,14 +216,14 @@ class RayEngine:
         while True:
             delay = self._restarts.delay(loss)
             self._gang.close()
-            with self._changed:
-                if self._changed.wait_for(lambda: self._closing, delay):
+            with self._switch:
+                if self._switch.wait_for(lambda: self._switch.closing, delay):
                     return
             self.generation += 1
             try:
                 most, wait = len(self.blocks), self._options.node_wait_s
                 stages = range(1 if self._recut else most, most + 1)
-                self._gang = rebuilt(self._make, stages, self.generation, wait, lambda: self._closing)
+                self._gang = rebuilt(self._make, stages, self.generation, wait, lambda: self._switch.closing)
                 self._driver.adopt(self._gang)
                 break
             except GangLost as again:
@@ -287,66 +233,35 @@ class RayEngine:
     def _prepare_step(self) -> bool:
         """Does what others asked for; waits while there is nothing to do; False at the end."""
         while True:
-            with self._changed:
+            with self._switch:
                 asked, self._asked = list(self._asked), deque()
             for what in asked:  # may take a while: not under the lock
                 what()
-            with self._changed:
-                if self._closing:
+            with self._switch:
+                if self._switch.closing:
                     return False
                 if self._asked:
                     continue
                 if self._run is not None:
-                    self._take_built(self._run)
+                    self._run.hand_over(self._driver)
                 if not self._driver.idle:
                     return True
-                self._changed.wait()
-
-    def _take_built(self, run: _Run) -> None:
-        self._driver.places = run.places
-        while run.built:
-            stream = run.built.popleft()
-            self._changed.notify_all()
-            if stream.id in run.cancelled:
-                continue
-            try:
-                self._driver.submit(stream)
-                run.open.add(stream.id)
-            except PAVDMError as error:
-                run.outputs.append(Failed(stream.id, error))
-            except ValueError as error:  # two of one id
-                run.error = error
-            if stream.id in run.stopping:
-                self._driver.stop(stream.id)
-        if (wanted := self._driver.wants) != run.wanted:
-            run.wanted = wanted
-            self._changed.notify_all()
+                self._switch.wait()
 
     def _give(self, outputs: Sequence[Output]) -> None:
-        with self._changed:
-            run = self._run
-            if run is None:
+        with self._switch:
+            if self._run is None:
                 return
-            for output in outputs:
-                if output.stream not in run.open:
-                    continue  # of a run that was abandoned
-                run.outputs.append(output)
-                if isinstance(output, Finished):
-                    run.held_bytes += output.num_bytes
+            self._run.take(outputs, self._driver.streams)
             if outputs:
                 self._restarts.went_on()
-            still = run.open & self._driver.streams
-            if outputs or still != run.open:
-                run.open = still
-                self._changed.notify_all()
 
-    def _abandon(self, run: _Run) -> None:
+    def _abandon(self, run: Run) -> None:
         """Takes what is left of a run out of the pipeline."""
         for stream in run.open:
             self._driver.cancel(stream)
-        with self._changed:
-            run.built.clear()
-            run.outputs.clear()
+        with self._switch:
+            run.clear()
 
     def _asked_for(self, what: Callable[[], T]) -> T:
         """The result of something that only the thread may do."""
@@ -357,22 +272,18 @@ class RayEngine:
                 done.append(what())
             except BaseException as error:
                 done.append(error)
-            with self._changed:
-                self._changed.notify_all()
+            with self._switch:
+                self._switch.notify_all()
 
-        with self._changed:
+        with self._switch:
             self._asked.append(do)
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: done or self._over)
+            self._switch.notify_all()
+            self._switch.wait_for(lambda: done or self._switch.over)
         if not done:
-            raise self._error or EngineError("the engine is closed")
+            raise self._switch.end()
         if isinstance(done[0], BaseException):
             raise done[0]
         return done[0]
-
-    @property
-    def _over(self) -> bool:
-        return self._error is not None or self._closing
 
     def _leave_ray(self) -> None:
         if self._owns_ray:
@@ -380,33 +291,3 @@ class RayEngine:
 
             ray.shutdown()
             self._owns_ray = False
-
-
-class _Run:
-    """One call of :meth:`RayEngine.run`: what is to come, what is under way, what waits for the consumer.
-
-    Attributes:
-        source: where streams come from.
-        places: videos in flight.
-        wanted: streams that the driver would take now.
-        built: taken from the source, not yet the driver's.
-        open: ids of the driver's streams that are not over.
-        stopping, cancelled: ids that were asked to end, perhaps before the driver had them.
-        outputs: oldest first.
-        held_bytes: of frames among them.
-        exhausted: the source has ended.
-        error: what the source raised.
-        over: nobody consumes it any more.
-    """
-
-    def __init__(self, source: Iterator[Stream | Failed], places: int) -> None:
-        self.source, self.places = source, places
-        self.wanted = 0
-        self.built: deque[Stream] = deque()
-        self.open: set[int] = set()
-        self.stopping: set[int] = set()
-        self.cancelled: set[int] = set()
-        self.outputs: deque[Output] = deque()
-        self.held_bytes = 0
-        self.exhausted, self.over = False, False
-        self.error: BaseException | None = None
