@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,6 +26,7 @@ from pavdm_dist.method.stream import ResumePoint, Stream
 from pavdm_dist.method.window import Window
 from pavdm_dist.models.catalog import load_backbone
 from pavdm_dist.models.devices import DTYPES, check_dtype, choose_device, choose_dtype, device_model, named_dtype
+from pavdm_dist.outputs import OUTPUTS, PAVDMPipelineOutput, VideoChunk
 from pavdm_dist.planning.forecast import useful_stages
 from pavdm_dist.planning.partition import layer_split
 from pavdm_dist.request import SamplingParams, VideoRequest, build_stream, frames_left
@@ -41,35 +42,6 @@ OnGrown = Callable[[int, ResumePoint], None]
 
 # A whole video in memory larger than this is refused: long videos are streamed.
 MAX_RESULT_BYTES = 4 * 2**30
-
-
-@dataclass(frozen=True)
-class VideoChunk:
-    """Finished frames of one video.
-
-    Attributes:
-        video: position of the request.
-        index: chunk of the video, from 0.
-        frames: uint8 ``[t, H, W, 3]``; the last chunk is trimmed to the frames asked for.
-        latents: clean, normalised, float32 ``[C, c, h, w]``, never trimmed.
-        last: whether the video is complete with it.
-        resume: from where the video goes on behind this chunk, bit for bit; None where it could not (mode displaced,
-            between exact rows). See :attr:`~pavdm_dist.request.VideoRequest.resume`.
-    """
-
-    video: int
-    index: int
-    frames: Tensor
-    latents: Tensor
-    last: bool
-    resume: ResumePoint | None = None
-
-
-@dataclass(frozen=True)
-class PAVDMPipelineOutput:
-    """Result of a call: ``frames[i]`` is video i, as ``output_type`` says."""
-
-    frames: list[Any]
 
 
 class PAVDMPipeline:
@@ -173,18 +145,9 @@ class PAVDMPipeline:
             self._codec_place = self._place if shared else choose_device(self._decoder, "decoder")
             check_dtype("decoder_dtype", self._decoder_dtype, self._codec_place)
             return
-        kind, _, index = str(device).partition(":")
-        gpus = self._options.gpus_per_stage
-        if index:
-            raise ConfigError(f"device={device}: Ray chooses every stage's GPU; give device={kind}")
-        if kind not in ("auto", "cpu", "cuda"):
-            raise ConfigError(f"device={device}: must be auto, cpu or cuda")
-        if kind == "cpu" and gpus:
-            raise ConfigError(f"device=cpu: gpus_per_stage={gpus:g} gives every stage a GPU; drop one")
-        name = self._options.dtype if dtype == "auto" else str(dtype).removeprefix("torch.")
-        self.engine = replace(self._options, gpus_per_stage=gpus or float(kind == "cuda"), dtype=name)
+        self.engine = self._options.on(str(device), str(dtype).removeprefix("torch."))
         self.device_name = self.engine.device
-        self._weights = named_dtype(name, torch.device(self.engine.device), self.checkpoint.transformer)
+        self._weights = named_dtype(self.engine.dtype, torch.device(self.engine.device), self.checkpoint.transformer)
 
     def __call__(
         self,
@@ -227,8 +190,8 @@ class PAVDMPipeline:
         Raises:
             ConfigError: impossible arguments, or a result that would not fit in memory (use :meth:`iter_chunks`).
         """
-        if output_type not in _OUTPUTS:
-            raise ConfigError(f"output_type={output_type!r}: must be one of {', '.join(_OUTPUTS)}")
+        if output_type not in OUTPUTS:
+            raise ConfigError(f"output_type={output_type!r}: must be one of {', '.join(OUTPUTS)}")
         streams = sampling.pop("streams", 1)
         params = self.params(
             height=height,
@@ -256,7 +219,7 @@ class PAVDMPipeline:
             parts[chunk.video].append(chunk.latents if output_type == "latent" else chunk.frames)
             if callback_on_chunk is not None:
                 callback_on_chunk(chunk)
-        frames = [_OUTPUTS[output_type](torch.cat(video, dim=1 if output_type == "latent" else 0)) for video in parts]
+        frames = [OUTPUTS[output_type](torch.cat(video, dim=1 if output_type == "latent" else 0)) for video in parts]
         return PAVDMPipelineOutput(frames) if return_dict else (frames,)
 
     def params(self, **chosen: Any) -> SamplingParams:
@@ -431,20 +394,6 @@ def _seeds(generator: torch.Generator | Sequence[torch.Generator] | None, seed: 
     if len(generator) != count:
         raise ConfigError(f"generator: {len(generator)} generators for {count} videos")
     return [one.initial_seed() for one in generator]
-
-
-def _to_pil(frames: Tensor) -> list[Any]:
-    from PIL import Image
-
-    return [Image.fromarray(frame) for frame in frames.numpy()]
-
-
-_OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
-    "np": lambda frames: frames.numpy().astype(np.float32) / 255,
-    "pt": lambda frames: frames.permute(0, 3, 1, 2).float() / 255,
-    "pil": _to_pil,
-    "latent": lambda latents: latents,
-}
 
 
 def _names(cls: type) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pavdm_dist.errors import ConfigError
 
@@ -104,6 +104,26 @@ class EngineOptions:
         for name, device in (("dtype", self.device), ("decoder_dtype", self.decoder_device)):
             if getattr(self, name) == "float16" and device == "cpu":
                 raise ConfigError(f"{name}=float16: a CPU computes in float32 or bfloat16; use one of them, or a GPU")
+
+    def on(self, device: str, dtype: str) -> EngineOptions:
+        """These options where a pipeline is told, as diffusers' are, where and in which type to compute.
+
+        Args:
+            device: ``auto`` leaves what the options say; ``cuda`` gives every stage a GPU where they give it none.
+            dtype: ``auto`` leaves what the options say.
+
+        Raises:
+            ConfigError: a device that is not a kind of device, or not that of the options.
+        """
+        kind, _, index = device.partition(":")
+        if index:
+            raise ConfigError(f"device={device}: Ray chooses every stage's GPU; give device={kind}")
+        if kind not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device={device}: must be auto, cpu or cuda")
+        if kind == "cpu" and self.gpus_per_stage:
+            raise ConfigError(f"device=cpu: gpus_per_stage={self.gpus_per_stage:g} gives every stage a GPU; drop one")
+        gpus = self.gpus_per_stage or float(kind == "cuda")
+        return replace(self, gpus_per_stage=gpus, dtype=self.dtype if dtype == "auto" else dtype)
 
     @property
     def transport(self) -> str:
