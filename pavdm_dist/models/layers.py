@@ -58,8 +58,10 @@ class RotaryTable(nn.Module):
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        self.register_buffer("freqs", ROPE_BASE**-exponents)
+        freqs = torch.empty(head_dim // 2, dtype=torch.float32)
+        if not freqs.is_meta:
+            freqs = ROPE_BASE ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        self.register_buffer("freqs", freqs)
 
     def forward(self, frames: int, first: int = 0) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[frames, head_dim / 2]`` for places first .. first + frames - 1 of the window."""
@@ -175,6 +177,13 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv3d(channels, dim, kernel_size=patch, stride=patch)
 
 
+def _drawn(rows: int, dim: int) -> Tensor:
+    """First values of a table, ``[rows, dim]``, with rows of length 1 on average."""
+    values = torch.randn(rows, dim)
+    # Arithmetic on the meta device would import torch's compiler: a second of every process, for values nobody has.
+    return values if values.is_meta else values / dim**0.5
+
+
 class Caption(nn.Module):
     """Projects text to the model's width and holds the learned null text (``y_embedding``)."""
 
@@ -183,7 +192,7 @@ class Caption(nn.Module):
     def __init__(self, in_dim: int, dim: int, max_length: int) -> None:
         super().__init__()
         self.y_proj = MLP(in_dim, dim, dim)
-        self.register_buffer("y_embedding", torch.randn(max_length, in_dim) / in_dim**0.5)
+        self.register_buffer("y_embedding", _drawn(max_length, in_dim))
 
 
 class STDiT3Block(nn.Module):
@@ -205,7 +214,7 @@ class STDiT3Block(nn.Module):
         self.attn = SelfAttention(dim, num_heads, qk_norm)
         self.cross_attn = CrossAttention(dim, num_heads)
         self.mlp = MLP(dim, int(dim * mlp_ratio), dim)
-        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+        self.scale_shift_table = nn.Parameter(_drawn(6, dim))
 
     def forward(
         self,
@@ -279,7 +288,7 @@ class FinalLayer(nn.Module):
     def __init__(self, dim: int, patch_volume: int, out_channels: int) -> None:
         super().__init__()
         self.linear = nn.Linear(dim, patch_volume * out_channels)
-        self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+        self.scale_shift_table = nn.Parameter(_drawn(2, dim))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """``x [b, F, S, D]``, ``time [b, F, D]`` -> ``[b, F, S, patch_volume * out_channels]``."""
