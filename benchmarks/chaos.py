@@ -19,16 +19,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,17 @@ from helpers import tiny_checkpoint, tiny_stream
 
 from pavdm_dist.engine.events import Finished
 from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.engine.order import Unit
 from pavdm_dist.engine.ray_engine import RayEngine
 from pavdm_dist.io.latents import read_latents
 from pavdm_dist.method.microbatches import Displaced
 from pavdm_dist.method.schedule import Mode
-from pavdm_dist.method.stream import ResumePoint, Stream
+from pavdm_dist.method.stream import Stream
 
 CUTS = {1: [(0, 4)], 2: [(0, 2), (2, 4)], 3: [(0, 1), (1, 3), (3, 4)]}
 MODES: tuple[Mode, ...] = ("window", "causal", "displaced")
-VICTIMS = ("first", "middle", "last", "decoder", "driver")
-SHIFTS_ON_THE_WAY, RESYNC, CHUNKS, SEGMENT, LINK_TIMEOUT_S = 2, 6, 24, 3, 4.0
+VICTIMS = ("middle", "decoder", "driver", "last", "first")
+SHIFTS_ON_THE_WAY, STEPS_PER_SHIFT, RESYNC, CHUNKS, SEGMENT, LINK_TIMEOUT_S = 2, 2, 6, 24, 3, 4.0
 PROMPT = "a red three drifting up"
 
 
@@ -87,11 +89,11 @@ def main() -> None:
             if kill.victim == "driver":
                 _kill_driver(kill, model, Path(folder))
             else:
-                key = kill.mode, kill.num_stages
-                if key not in undisturbed:
-                    undisturbed[key] = _digest(_run(model, kill, strike=False).finished)
-                ran = _run(model, kill, strike=True)
-                kill.equal = _digest(ran.finished) == undisturbed[key]
+                # What no mode's result depends on is the number of stages.
+                if kill.mode not in undisturbed:
+                    undisturbed[kill.mode] = _digest(_run(model, Kill("none", 0, "", kill.mode, 2), strike=False))
+                kill.equal = _digest(_run(model, kill, strike=True)) == undisturbed[kill.mode]
+            print(kill, file=sys.stderr, flush=True)
         ray.shutdown()
     rows = [vars(kill) for kill in kills]
     report = {"machine": machine(), "seed": arguments.seed, "link_timeout_s": LINK_TIMEOUT_S, "kills": rows}
@@ -100,14 +102,53 @@ def main() -> None:
 
 def _drawn(rng: random.Random, number: int) -> Kill:
     victim = VICTIMS[number % len(VICTIMS)]
-    stages = 3 if victim == "middle" else rng.choice((1, 2, 3))
+    stages = {"middle": 3, "driver": rng.choice((0, 2))}.get(victim, rng.choice((1, 2, 3)))
     how = "SIGKILL" if victim == "driver" else rng.choice(("SIGKILL", "SIGKILL", "SIGSTOP"))
     return Kill(victim, round(rng.random(), 3), how, rng.choice(MODES), stages)
 
 
-@dataclass
-class _Run:
-    finished: list[Finished] = field(default_factory=list)
+class _Watch(logging.Handler):
+    """Hears what the engine says, in the thread that drives it, and so sees the driver as it is at that moment."""
+
+    def __init__(self, engine: RayEngine, kill: Kill) -> None:
+        super().__init__()
+        self._engine, self._kill = engine, kill
+        self._struck: float | None = None
+        self._ran: Unit | None = None
+        self._going_on = False
+
+    def strike(self) -> None:
+        """Kills or freezes the victim."""
+        import ray
+
+        gang, kill = self._engine._gang, self._kill
+        if kill.victim == "decoder":
+            assert gang._decoding is not None and gang._decoding.place is not None
+            pid = gang._decoding.place.pid
+        else:
+            pid = gang._places[{"first": 0, "middle": 1, "last": kill.num_stages - 1}[kill.victim]].pid
+        self._ran = ray.get(gang._stages[-1].progress.remote())
+        self._struck = time.monotonic()
+        os.kill(pid, getattr(signal, kill.signal))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said, kill = record.getMessage(), self._kill
+        if self._struck is None:
+            return
+        if kill.detected_s is None and ("; restart 1 of" in said or "another takes over" in said):
+            kill.detected_s = round(time.monotonic() - self._struck, 3)
+            self._going_on = kill.victim == "decoder"
+        if said.startswith("generation "):
+            self._going_on = True
+            flights = self._engine._driver._flights
+            if self._ran is not None and self._ran.stream in flights:
+                point = flights[self._ran.stream].stream.resume
+                kill.rows_repeated = self._ran.row + 1 - (0 if point is None else point.snapshot.row)
+
+    def streamed(self) -> None:
+        """An output has come."""
+        if self._struck is not None and self._going_on and self._kill.streaming_again_s is None:
+            self._kill.streaming_again_s = round(time.monotonic() - self._struck, 3)
 
 
 def _streams(mode: Mode) -> list[Stream]:
@@ -116,68 +157,33 @@ def _streams(mode: Mode) -> list[Stream]:
     return [tiny_stream(0, 1, 3.0, **settings), tiny_stream(1, 2, 1.0, start="clip", **settings)]
 
 
-def _run(model: Path, kill: Kill, strike: bool) -> _Run:
+def _run(model: Path, kill: Kill, strike: bool) -> list[Finished]:
     chosen = EngineOptions(kill.num_stages, link_timeout_s=LINK_TIMEOUT_S, restart_backoff_s=0.2)
-    ran, streams = _Run(), _streams(kill.mode)
+    finished, streams, seen = [], _streams(kill.mode), 0
+    plan = streams[0].plan
+    kill.rows_repeated = 0
+    kill.rows_allowed = 0 if kill.victim == "decoder" else _rows_allowed(kill.mode, plan.steps_per_shift)
     shifts = sum(stream.plan.num_rows // stream.plan.steps_per_shift for stream in streams)
     with RayEngine(str(model / "transformer"), CUTS[kill.num_stages], chosen, str(model / "vae")) as engine:
-        seen, told = 0, threading.Event()
+        watch = _Watch(engine, kill)
+        logging.getLogger("pavdm_dist").addHandler(watch)
 
         def count(*_: object) -> None:
             nonlocal seen
             seen += 1
+            watch.streamed()
             if strike and seen == 1 + int(kill.moment * (shifts - 4)):
-                threading.Thread(target=_strike, args=(engine, kill, told, streams), daemon=True).start()
+                watch.strike()
 
-        for finished in engine.run(streams, 2, on_grown=count):
-            ran.finished.append(finished)
+        for chunk in engine.run(streams, 2, on_grown=count):
+            finished.append(chunk)
             count()
-        if strike:
-            told.wait(60)
-    return ran
+        logging.getLogger("pavdm_dist").removeHandler(watch)
+    return finished
 
 
-def _strike(engine: RayEngine, kill: Kill, told: threading.Event, streams: Sequence[Stream]) -> None:
-    """Kills the victim, and watches from outside what the engine makes of it."""
-    import ray
-
-    gang, driver, generation = engine._gang, engine._driver, engine.generation
-    if kill.victim == "decoder":
-        assert gang._decoding is not None and gang._decoding.place is not None
-        pid, before = gang._decoding.place.pid, gang._decoding
-    else:
-        rank = {"first": 0, "middle": 1, "last": kill.num_stages - 1}[kill.victim]
-        pid, before = gang._places[rank].pid, gang._decoding
-    last = ray.get(gang._stages[-1].progress.remote())
-    os.kill(pid, getattr(signal, kill.signal))
-    struck = time.monotonic()
-    while driver._gang is gang and gang._decoding is before and gang._loops:
-        time.sleep(0.005)
-    kill.detected_s = round(time.monotonic() - struck, 3)
-    if kill.victim == "decoder":
-        kill.rows_repeated, kill.rows_allowed = 0, 0
-        chunks = {id(flight): len(flight.undecoded) for flight in driver._flights.values()}
-        while {id(flight): len(flight.undecoded) for flight in list(driver._flights.values())} == chunks:
-            time.sleep(0.005)
-    else:
-        while engine.generation == generation or driver._gang is gang:
-            time.sleep(0.005)
-        points = {flight.id: flight.stream.resume for flight in driver._flights.values()}
-        _count_rows(kill, last, points, streams)
-        latest = {flight.id: flight._latest for flight in driver._flights.values()}
-        while driver._flights and {f.id: f._latest for f in list(driver._flights.values())} == latest:
-            time.sleep(0.005)
-    kill.streaming_again_s = round(time.monotonic() - struck, 3)
-    told.set()
-
-
-def _count_rows(kill: Kill, last: Any, points: dict[int, ResumePoint | None], streams: Sequence[Stream]) -> None:
-    steps = streams[0].plan.steps_per_shift
-    kill.rows_allowed = SHIFTS_ON_THE_WAY * steps + 1 + (RESYNC if kill.mode == "displaced" else 0)
-    kill.rows_repeated = 0
-    if last is not None and last.stream in points:
-        point = points[last.stream]
-        kill.rows_repeated = last.row + 1 - (0 if point is None else point.snapshot.row)
+def _rows_allowed(mode: Mode, steps: int) -> int:
+    return SHIFTS_ON_THE_WAY * steps + 1 + (RESYNC if mode == "displaced" else 0)
 
 
 def _digest(finished: Sequence[Finished]) -> list[str]:
@@ -196,7 +202,7 @@ def _digest(finished: Sequence[Finished]) -> list[str]:
 def _command(model: Path, output: Path, kill: Kill) -> list[str]:
     settings = {
         "model": model, "output": output, "mode": kill.mode, "num_frames": 8 * CHUNKS - 3, "save_latents": "true",
-        "chunks_per_segment": SEGMENT, "allow_untrained_causal": "true",
+        "chunks_per_segment": SEGMENT, "num_stages": kill.num_stages, "allow_untrained_causal": "true",
     }  # fmt: skip
     if kill.mode == "displaced":
         settings |= {"displaced.resync_every_steps": RESYNC, "displaced.exact_growing": "false"}
@@ -205,34 +211,41 @@ def _command(model: Path, output: Path, kill: Kill) -> list[str]:
 
 
 def _kill_driver(kill: Kill, model: Path, folder: Path) -> None:
-    """A whole command, killed and given again; in one process, so that its moments can be hit."""
-    kill.num_stages = 0
+    """A whole command, killed and given again."""
     whole, cut = folder / f"whole-{kill.mode}.mp4", folder / f"cut-{time.monotonic_ns()}.mp4"
     if not whole.exists():
         subprocess.run(_command(model, whole, kill), check=True, capture_output=True)
     process = subprocess.Popen(_command(model, cut, kill), stderr=subprocess.PIPE, text=True)
-    given, target = 0, 1 + int(kill.moment * (CHUNKS - 2))
     assert process.stderr is not None
+    target = int(kill.moment * (CHUNKS - 4))
     for line in process.stderr:
-        given += "INFO chunk" in line
-        if given == target:
+        if _chunk(line) == target:
             break
     process.kill()
     process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it had ended before"
     started = time.monotonic()
     again = subprocess.Popen(_command(model, cut, kill), stderr=subprocess.PIPE, text=True)
-    first = None
     assert again.stderr is not None
+    first = 0
     for line in again.stderr:
-        if "INFO chunk" in line and kill.streaming_again_s is None:
+        if found := re.search(r"goes on at chunk (\d+)", line):
+            first = int(found[1])
+        if kill.streaming_again_s is None and _chunk(line) is not None:
             kill.streaming_again_s = round(time.monotonic() - started, 3)
-            first = int(line.split("chunk")[1].split(":")[0])
     again.wait()
-    steps = 2
-    kill.rows_repeated = steps * (target - (target if first is None else first))
-    kill.rows_allowed = SHIFTS_ON_THE_WAY * steps + 1 + steps * SEGMENT + (RESYNC if kill.mode == "displaced" else 0)
+    assert again.returncode == 0
+    steps = STEPS_PER_SHIFT
+    kill.rows_repeated = steps * max(0, target + 1 - first)
+    kill.rows_allowed = _rows_allowed(kill.mode, steps) + steps * SEGMENT
     same = torch.equal(*(read_latents(path.with_suffix(".safetensors")) for path in (whole, cut)))
     kill.equal = same and _packets(whole) == _packets(cut)
+
+
+def _chunk(line: str) -> int | None:
+    """Number of the chunk that a line of the log tells the end of."""
+    found = re.search(r"INFO chunk (\d+)", line)
+    return int(found[1]) if found else None
 
 
 def _packets(path: Path) -> list[tuple[int, int, bytes]]:
