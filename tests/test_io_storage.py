@@ -22,11 +22,13 @@ from pavdm_dist.io.storage import (
     atomic_path,
     atomic_write,
     check_output,
+    discard,
     exists,
     local_copy,
     parts_folder,
     same_path,
     sha256_file,
+    stage,
 )
 
 
@@ -45,7 +47,7 @@ def test_atomic_write_replaces_only_on_success(tmp_path: Path) -> None:
         interrupted()
     assert target.read_text() == "erste"
     with atomic_path(target) as staged:
-        assert staged.parent == target.parent  # a rename never crosses disks
+        assert staged.parent.parent == target.parent  # a rename never crosses disks
         staged.write_text("zweite")
     assert target.read_text() == "zweite"
     assert list(target.parent.iterdir()) == [target]
@@ -322,3 +324,13 @@ def test_weights_in_the_hubs_cache_are_not_read(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("pavdm_dist.io.metadata.sha256_file", lambda path: read.append(path) or sha256_file(path))
     assert weights_identity(cached) == weights_identity(plain)
     assert read == [cached / "config.json", plain / "config.json", plain / "model.safetensors"]
+
+
+def test_what_is_written_beside_a_staged_file_goes_with_it(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "new" / "a.bin") as staged:
+        staged.write_bytes(b"whole")
+        (staged.parent / ".tmpKp2YVX").write_bytes(b"a library's own way to be atomic")
+    staged = stage(tmp_path / "b.bin")
+    (staged.parent / ".tmpKp2YVX").write_bytes(b"half")
+    discard(staged)
+    assert {path.name for path in tmp_path.rglob("*")} == {"new", "a.bin"}

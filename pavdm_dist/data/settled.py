@@ -57,7 +57,7 @@ def settle(job: Job, encode: bool, output: str, sources: Sources) -> None:
             both = f"{name}={found.get(name)}, this run has {wanted.get(name)}"
             said = _other_videos(before, now) if name == "source" else both
             raise ConfigError(f"output={output} was made with {said}: name another output, or delete that folder")
-    for leftover in job.output.rglob(".*.tmp"):  # of a run that was killed
+    for leftover in list(job.output.rglob(".*.tmp")):  # of a run that was killed
         remove(leftover)
     # A video that is gone is missed where its clips are read, if any are still to be.
     again = {name for part in (job.output / "scan").glob("*.json") for name in unreadable(job.output, int(part.stem))}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from pavdm_dist.codecs.wan import WanCodec, encoder_identity
 from pavdm_dist.digits.world import WORLD_SETTINGS, render, sample_scene, scene_prompt
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.io.storage import atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -98,9 +98,8 @@ def cache_shard(encode: Encoder, target: Path, shard: int, num_latents: int) -> 
     frames = 4 * (num_latents - 1) + 1
     latents = torch.cat([encode(render(scene, 0, frames)) for scene in scenes])
     prompts = json.dumps([scene_prompt(scene) for scene in scenes])
-    partial = target.with_suffix(".partial")
-    save_file({"latents": latents.half()}, partial, metadata={"prompts": prompts})
-    os.replace(partial, target)
+    with atomic_path(target) as staged:
+        save_file({"latents": latents.half()}, staged, metadata={"prompts": prompts})
 
 
 def _whole_clip_encoder(codec_folder: str | Path) -> Encoder:

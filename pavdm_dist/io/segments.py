@@ -265,7 +265,7 @@ class SegmentWriter:
             with suppress(Exception):
                 self._encoder.close()
         if self._staged is not None:
-            self._staged.unlink(missing_ok=True)
+            storage.discard(self._staged)
         self._encoder, self._staged, self._open_frames = None, None, 0
 
     def _all_segments(self) -> list[Segment]:

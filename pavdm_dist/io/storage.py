@@ -165,7 +165,7 @@ def local_copy(path: str | Path) -> Iterator[Path]:
         fs.get_file(inner, str(copy))
         yield copy
     finally:
-        copy.unlink(missing_ok=True)
+        discard(copy)
 
 
 @contextmanager
@@ -179,7 +179,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield staged
         commit(staged, path)
     except BaseException:
-        staged.unlink(missing_ok=True)
+        discard(staged)
         raise
 
 
@@ -204,12 +204,16 @@ def atomic_write(path: str | Path, mode: str = "wb", encoding: str | None = None
 
 
 def stage(path: str | Path) -> Path:
-    """A fresh temporary name for a file that :func:`commit` will move to ``path``; makes the folder."""
+    """A fresh place for a file that :func:`commit` will move to ``path``, or :func:`discard` removes; makes the folder.
+
+    It lies in a folder of its own, where what libraries write beside a file while they make it can be found, too.
+    """
     if is_remote(path):
-        return Path(tempfile.gettempdir()) / f"pavdm-{uuid.uuid4().hex}.tmp"
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+        folder = Path(tempfile.gettempdir()) / f"pavdm-{uuid.uuid4().hex}.tmp"
+    else:
+        folder = Path(path).parent / f".{Path(path).name}.{uuid.uuid4().hex[:8]}.tmp"
+    folder.mkdir(0o700, parents=True)
+    return folder / Path(path).name
 
 
 def commit(staged: Path, path: str | Path) -> None:
@@ -217,12 +221,18 @@ def commit(staged: Path, path: str | Path) -> None:
     if is_remote(path):
         fs, inner = _filesystem(path)
         fs.put_file(str(staged), inner)
-        staged.unlink()
-        return
-    _give_usual_mode(staged)
-    _fsync(staged)
-    os.replace(staged, path)
-    _fsync(Path(path).parent)
+    else:
+        _give_usual_mode(staged)
+        _fsync(staged)
+        os.replace(staged, path)
+    discard(staged)
+    if not is_remote(path):
+        _fsync(Path(path).parent)
+
+
+def discard(staged: Path) -> None:
+    """Removes a staged file, or its empty place; harmless when called twice."""
+    shutil.rmtree(staged.parent, ignore_errors=True)
 
 
 def check_output(path: str | Path, overwrite: bool = False, field: str = "output", parts: bool = True) -> None:
