@@ -25,7 +25,8 @@ from pavdm_dist.io.shipped import configs_root
 from pavdm_dist.method.microbatches import Displaced
 from pavdm_dist.method.schedule import Mode
 from pavdm_dist.models.base import Activation
-from pavdm_dist.planning.planner import MESSAGES, Setup, _Job, choose, report
+from pavdm_dist.planning.memory import MESSAGES
+from pavdm_dist.planning.planner import Setup, _Job, choose, report
 from pavdm_dist.request import SamplingParams, VideoRequest, build_stream
 
 SMALL = ClusterConfig(devices=8, tflops=0.02)
@@ -115,7 +116,7 @@ def test_stages_need_the_memory_that_is_predicted(mode: Mode, stages: int) -> No
         weights = 4 * sum(value.numel() for name, value in job.model.state_dict().items() if want(name))
         chunks = 1 if mode == "causal" else 7
         messages = 4 * MESSAGES * chunks * 5 * 16 * job.model.spec.hidden_size
-        predicted = job.memory(mode, stage.blocks, 1) - weights - messages
+        predicted = job.memory.bytes(mode, stage.blocks, 1) - weights - messages
         assert predicted == pytest.approx(allocated.peak, rel=0.12)
 
 
@@ -170,7 +171,7 @@ def test_half_the_bytes_in_half_the_type() -> None:
     checkpoint = Checkpoint.open("embedded")
     params = SamplingParams.resolve(checkpoint)
     full, half = (
-        _Job(checkpoint, params, params.plan(8), dtype).memory("window", (0, 8), 1)
+        _Job(checkpoint, params, params.plan(8), dtype).memory.bytes("window", (0, 8), 1)
         for dtype in (torch.float32, torch.bfloat16)
     )
     null = 4 * checkpoint.shape.state_dict()["rope.freqs"].numel()  # angles stay float32

@@ -17,7 +17,6 @@ import torch
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.config import ClusterConfig
-from pavdm_dist.engine.transport import OUTSTANDING
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.sampler import num_branches
 from pavdm_dist.method.schedule import Mode, WindowPlan
@@ -25,13 +24,12 @@ from pavdm_dist.models.base import Costs
 from pavdm_dist.planning.chart import draw_chart
 from pavdm_dist.planning.costs import estimated_costs, estimated_decode, with_codec
 from pavdm_dist.planning.forecast import RowShape, UnitTime, makespan, rows_of, work
+from pavdm_dist.planning.memory import StageMemory
 from pavdm_dist.planning.partition import partition, units_per_chunk
 from pavdm_dist.planning.simulate import MAX_STAGES, Machine, bars, simulate
 from pavdm_dist.request import SamplingParams
 
 GIB = 2**30
-# Hidden states under way at a time: two received ahead, and those being sent.
-MESSAGES = 2 + OUTSTANDING
 MAX_VIDEOS_IN_FLIGHT = 8
 # Units times stages that are simulated at most (some seconds), and units of a stage that are drawn.
 SIMULATED, DRAWN = 60_000, 150
@@ -156,6 +154,7 @@ class _Job:
         self.size = params.latent_chunk_size
         self.full = params.window_chunks + params.context_chunks
         self.decode_flop = estimated_decode(checkpoint, self.size, self.cells)
+        self.memory = StageMemory(self.model, dtype, self.branches, self.size, self.full, self.cells)
 
     def setup(self, mode: Mode, stages: int, cluster: ClusterConfig) -> Setup:
         """The set-up with so many stages and as many replicas as the devices and videos allow."""
@@ -173,7 +172,7 @@ class _Job:
             num_stages=stages,
             streams=streams,
             layers_per_stage=tuple(last - first for first, last in ranges),
-            memory_gib=tuple(self.memory(mode, blocks, streams) / GIB for blocks in ranges),
+            memory_gib=tuple(self.memory.bytes(mode, blocks, streams) / GIB for blocks in ranges),
             seconds=seconds,
             seconds_per_video=makespan(rows, self.branches, streams, streams, unit, decode),
             utilisation=work(rows, self.branches, videos, unit) / (stages * seconds),
@@ -208,30 +207,6 @@ class _Job:
         whole: Mode = "window" if mode == "window" or chunks > 1 else mode
         return with_codec(costs, self.decode_flop / units_per_chunk(replace(self.params, mode=whole)))
 
-    def memory(self, mode: Mode, blocks: tuple[int, int], streams: int) -> float:
-        """Bytes of one stage at its peak: weights, kept keys and values, activations, messages under way."""
-        first, last = blocks[0] == 0, blocks[1] == self.model.spec.num_blocks
-        want = self.model.keys(*blocks, first=first, last=last)
-        size = self.dtype.itemsize
-        weights = sum(
-            value.numel() * (4 if self.model.keeps_float32(name) else size)
-            for name, value in self.model.state_dict().items()
-            if want(name)
-        )
-        dim, tokens = self.model.spec.hidden_size, self.model.grid(self.size, *self.cells).tokens_per_frame
-        chunk = self.size * tokens * dim
-        text = 2 * self.branches * streams * self.model.spec.text_len * dim * (blocks[1] - blocks[0])
-        copies = self.model.spec.activation_copies
-        whole = copies * self.full * chunk
-        if mode == "window":
-            return weights + size * (text + whole + MESSAGES * self.full * chunk)
-        window = self.model.grid(self.full * self.size, *self.cells)
-        kept = streams * self.branches * sum(self.model.kv_values(window, block) for block in range(*blocks))
-        if mode == "causal":
-            return weights + size * (text + kept + (copies + MESSAGES) * chunk)
-        kept = kept * 3 // 2  # mode displaced keeps keys twice: as they are and turned to their place
-        return weights + size * (text + kept + whole + MESSAGES * self.full * chunk)
-
     def draw(self, setup: Setup, cluster: ClusterConfig) -> float:
         """Simulates one replica with its videos in flight and draws the beginning; returns its utilisation."""
         per_chunk = self.plan.steps_per_shift * self.branches * setup.streams * setup.num_stages
@@ -262,7 +237,7 @@ class _Job:
     def _fitting(self, mode: Mode, ranges: Sequence[tuple[int, int]], videos: int, cluster: ClusterConfig) -> int:
         """Videos in flight that memory holds, at least one; on one device one keeps it busy."""
         most = 1 if len(ranges) == 1 else min(videos, MAX_VIDEOS_IN_FLIGHT)
-        while most > 1 and max(self.memory(mode, blocks, most) for blocks in ranges) > cluster.memory_gib * GIB:
+        while most > 1 and max(self.memory.bytes(mode, blocks, most) for blocks in ranges) > cluster.memory_gib * GIB:
             most -= 1
         return most
 
