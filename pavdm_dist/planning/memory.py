@@ -1,4 +1,4 @@
-"""What fits where: bytes that a stage holds at its peak, from shapes alone."""
+"""What fits where: bytes that a stage and a decoder hold at their peak, from shapes alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pavdm_dist.codecs.costs import DecodeMemory
 from pavdm_dist.engine.transport import OUTSTANDING
 from pavdm_dist.method.schedule import Mode
 from pavdm_dist.models.base import Backbone
@@ -57,3 +58,21 @@ class StageMemory:
             return weights + size * (text + kept + (copies + MESSAGES) * chunk)
         kept = kept * 3 // 2  # mode displaced keeps keys twice: as they are and turned to their place
         return weights + size * (text + kept + whole + MESSAGES * self.full * chunk)
+
+
+def decoder_bytes(decoding: DecodeMemory, size: int, streams: int, on_cpu: bool) -> int:
+    """A decode actor's at its peak, on the device it computes on: weights, every stream's cache, a latent at work.
+
+    On a GPU each latent's frames leave for main memory at once; on a CPU those of the chunk so far are there, too, and
+    at the end once more in one piece.
+
+    Args:
+        decoding: what the codec needs for the planned size.
+        size: latents of a chunk.
+        streams: videos in flight.
+        on_cpu: it computes on CPUs.
+    """
+    busy = decoding.working
+    if on_cpu:
+        busy = max(busy + (size - 1) * decoding.frames, 2 * size * decoding.frames)
+    return decoding.weights + streams * decoding.cache + busy

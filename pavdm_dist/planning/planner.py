@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.costs import decode_memory
 from pavdm_dist.config import ClusterConfig
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.sampler import num_branches
@@ -24,7 +25,7 @@ from pavdm_dist.models.base import Costs
 from pavdm_dist.planning.chart import draw_chart
 from pavdm_dist.planning.costs import estimated_costs, estimated_decode, with_codec
 from pavdm_dist.planning.forecast import RowShape, UnitTime, makespan, rows_of, work
-from pavdm_dist.planning.memory import StageMemory
+from pavdm_dist.planning.memory import StageMemory, decoder_bytes
 from pavdm_dist.planning.partition import partition, units_per_chunk
 from pavdm_dist.planning.simulate import MAX_STAGES, Machine, bars, simulate
 from pavdm_dist.request import SamplingParams
@@ -44,13 +45,16 @@ class Setup:
     Attributes:
         mode, replicas, num_stages, streams: of it; ``streams`` videos are in flight in each replica.
         layers_per_stage: blocks of each stage.
-        memory_gib: predicted peak of each stage: weights, kept keys and values, activations; without the decoder's.
+        memory_gib: predicted peak of each stage: weights, kept keys and values, activations; of the last one with what
+            ``decoder=shared`` takes there.
         seconds: until all videos are sampled and decoded.
         seconds_per_video: from a video's admission to its last chunk, with its neighbours in flight.
         utilisation: of the devices in use.
         device_hours: of all devices in use.
         decoder_devices: devices of a replica that only decode.
         decode_seconds: of a chunk on a decoder beside the stages; 0 without one.
+        decoder_memory_gib: predicted peak of a decoder beside the stages: of its device, or of main memory on CPUs; 0
+            without one.
     """
 
     mode: Mode
@@ -65,10 +69,16 @@ class Setup:
     device_hours: float
     decoder_devices: int = 0
     decode_seconds: float = 0.0
+    decoder_memory_gib: float = 0.0
 
     @property
     def devices(self) -> int:
         return self.replicas * (self.num_stages + self.decoder_devices)
+
+    @property
+    def peak_gib(self) -> float:
+        """Of the device that needs most memory."""
+        return max(*self.memory_gib, self.decoder_memory_gib if self.decoder_devices else 0.0)
 
 
 def choose(
@@ -78,6 +88,7 @@ def choose(
     cluster: ClusterConfig,
     dtype: torch.dtype = torch.float32,
     decoder: str | None = None,
+    decoder_dtype: torch.dtype = torch.float32,
 ) -> tuple[Setup, list[Setup], str]:
     """The best set-up, the best of each mode and stage count, and why in a sentence.
 
@@ -89,33 +100,13 @@ def choose(
         dtype: of weights and activations.
         decoder: where finished chunks are decoded, as of :class:`~pavdm_dist.engine.options.EngineOptions`; None leaves
             decoding out.
+        decoder_dtype: what it computes in.
 
     Raises:
         ConfigError: impossible values, or nothing fits into memory.
     """
     _check(cluster)
-    modes: list[Mode] = ["window"] if params.mode == "window" else [params.mode]
-    if params.mode == "window" and checkpoint.shape.spec.causal_trained and params.context_chunks <= 1:
-        modes.append("causal")
-    job = _Job(checkpoint, params, plan, dtype, decoder)
-    if job.decoder_devices >= (cluster.devices or 1):
-        raise ConfigError(
-            f"cluster.devices={cluster.devices}: decoder=cuda needs one beside the stages'; use 2 or more"
-        )
-    limit = min((cluster.devices or 1) - job.decoder_devices, MAX_STAGES, checkpoint.shape.spec.num_blocks)
-    setups = [job.setup(mode, stages, cluster) for mode in modes for stages in range(1, limit + 1)]
-    fitting = [setup for setup in setups if max(setup.memory_gib) <= cluster.memory_gib]
-    if not fitting:
-        least = min(max(setup.memory_gib) for setup in setups)
-        raise ConfigError(
-            f"cluster.memory_gib={cluster.memory_gib:g}: the leanest set-up on {cluster.devices} devices needs"
-            f" {least:.3g} GiB on one of them"
-        )
-    best = fitting[0]
-    for setup in fitting[1:]:
-        if setup.seconds * WORTH < best.seconds:
-            best = setup
-    return best, fitting, _why(best, fitting, cluster) + _slow_decoder(best, plan, cluster)
+    return _chosen(_Job(checkpoint, params, plan, dtype, decoder, decoder_dtype), cluster)
 
 
 def report(
@@ -125,14 +116,41 @@ def report(
     cluster: ClusterConfig,
     dtype: torch.dtype = torch.float32,
     decoder: str | None = None,
+    decoder_dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """What ``pavdm plan`` says about the cluster; draws the chart of the chosen set-up's first chunks."""
-    best, setups, why = choose(checkpoint, params, plan, cluster, dtype, decoder)
+    _check(cluster)
+    job = _Job(checkpoint, params, plan, dtype, decoder, decoder_dtype)
+    best, setups, why = _chosen(job, cluster)
     choice = _row(best, cluster)
-    job = _Job(checkpoint, params, plan, dtype, decoder)
     choice["simulated_utilisation"] = job.draw(best, cluster)
     choice["decode_tflop_per_chunk"] = float(f"{job.decode_flop / 1e12:.4g}")
     return {"choice": choice, "why": why, "considered": [_row(setup, cluster) for setup in setups]}
+
+
+def _chosen(job: _Job, cluster: ClusterConfig) -> tuple[Setup, list[Setup], str]:
+    params, spec = job.params, job.model.spec
+    modes: list[Mode] = ["window"] if params.mode == "window" else [params.mode]
+    if params.mode == "window" and spec.causal_trained and params.context_chunks <= 1:
+        modes.append("causal")
+    if job.decoder_devices >= (cluster.devices or 1):
+        raise ConfigError(
+            f"cluster.devices={cluster.devices}: decoder=cuda needs one beside the stages'; use 2 or more"
+        )
+    limit = min((cluster.devices or 1) - job.decoder_devices, MAX_STAGES, spec.num_blocks)
+    setups = [job.setup(mode, stages, cluster) for mode in modes for stages in range(1, limit + 1)]
+    fitting = [setup for setup in setups if setup.peak_gib <= cluster.memory_gib]
+    if not fitting:
+        least = min(setup.peak_gib for setup in setups)
+        raise ConfigError(
+            f"cluster.memory_gib={cluster.memory_gib:g}: the leanest set-up on {cluster.devices} devices needs"
+            f" {least:.3g} GiB on one of them"
+        )
+    best = fitting[0]
+    for setup in fitting[1:]:
+        if setup.seconds * WORTH < best.seconds:
+            best = setup
+    return best, fitting, _why(best, fitting, cluster) + _slow_decoder(best, job.plan, cluster)
 
 
 class _Job:
@@ -145,6 +163,7 @@ class _Job:
         plan: WindowPlan,
         dtype: torch.dtype = torch.float32,
         decoder: str | None = None,
+        decoder_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.params, self.plan, self.dtype, self.decoder = params, plan, dtype, decoder
         self.decoder_devices = int(decoder == "cuda")
@@ -155,6 +174,7 @@ class _Job:
         self.full = params.window_chunks + params.context_chunks
         self.decode_flop = estimated_decode(checkpoint, self.size, self.cells)
         self.memory = StageMemory(self.model, dtype, self.branches, self.size, self.full, self.cells)
+        self._decoding = None if decoder is None else decode_memory(checkpoint.vae, *self.cells, decoder_dtype)
 
     def setup(self, mode: Mode, stages: int, cluster: ClusterConfig) -> Setup:
         """The set-up with so many stages and as many replicas as the devices and videos allow."""
@@ -172,14 +192,28 @@ class _Job:
             num_stages=stages,
             streams=streams,
             layers_per_stage=tuple(last - first for first, last in ranges),
-            memory_gib=tuple(self.memory.bytes(mode, blocks, streams) / GIB for blocks in ranges),
+            memory_gib=tuple(size / GIB for size in self.stage_bytes(mode, ranges, streams)),
             seconds=seconds,
             seconds_per_video=makespan(rows, self.branches, streams, streams, unit, decode),
             utilisation=work(rows, self.branches, videos, unit) / (stages * seconds),
             device_hours=replicas * devices * seconds / 3600,
             decoder_devices=self.decoder_devices,
             decode_seconds=decode,
+            decoder_memory_gib=0.0 if self.decoder == "shared" else self.decoder_bytes(streams) / GIB,
         )
+
+    def stage_bytes(self, mode: Mode, ranges: Sequence[tuple[int, int]], streams: int) -> list[float]:
+        """Of every stage at its peak; of the last one with the decoder that shares its device."""
+        stages = [self.memory.bytes(mode, blocks, streams) for blocks in ranges]
+        if self.decoder == "shared":
+            stages[-1] += self.decoder_bytes(streams)
+        return stages
+
+    def decoder_bytes(self, streams: int) -> int:
+        """Of the decoder at its peak; 0 without one."""
+        if self._decoding is None:
+            return 0
+        return decoder_bytes(self._decoding, self.size, streams, on_cpu=self.decoder == "cpu")
 
     def decode_seconds(self, cluster: ClusterConfig) -> float:
         """Of a chunk on a decoder beside the stages; 0 without one."""
@@ -237,9 +271,13 @@ class _Job:
     def _fitting(self, mode: Mode, ranges: Sequence[tuple[int, int]], videos: int, cluster: ClusterConfig) -> int:
         """Videos in flight that memory holds, at least one; on one device one keeps it busy."""
         most = 1 if len(ranges) == 1 else min(videos, MAX_VIDEOS_IN_FLIGHT)
-        while most > 1 and max(self.memory.bytes(mode, blocks, most) for blocks in ranges) > cluster.memory_gib * GIB:
+        while most > 1 and self._peak(mode, ranges, most) > cluster.memory_gib * GIB:
             most -= 1
         return most
+
+    def _peak(self, mode: Mode, ranges: Sequence[tuple[int, int]], streams: int) -> float:
+        own = self.decoder_bytes(streams) if self.decoder_devices else 0
+        return max(*self.stage_bytes(mode, ranges, streams), own)
 
     def _streams(
         self, rows: Sequence[RowShape], unit: Callable[[int], UnitTime], decode: float, most: int, videos: int
@@ -291,6 +329,7 @@ def _row(setup: Setup, cluster: ClusterConfig) -> dict[str, Any]:
     row = asdict(setup)
     row["layers_per_stage"] = list(setup.layers_per_stage)
     row["memory_gib"] = [float(f"{value:.3g}") for value in setup.memory_gib]
+    row["decoder_memory_gib"] = float(f"{setup.decoder_memory_gib:.3g}")
     for name in ("seconds", "seconds_per_video", "utilisation", "device_hours", "decode_seconds"):
         row[name] = float(f"{row[name]:.4g}")
     row["cost"] = round(setup.device_hours * cluster.price_per_device_hour, 4)
