@@ -192,7 +192,7 @@ def _account(life: Life) -> dict[str, Any]:
         if len(settled) >= 16:
             size = len(settled) // 8
             eighths = [round(statistics.median(settled[i * size : (i + 1) * size]) / 1024, 2) for i in range(8)]
-            memory[name.split()[0] + str(len(memory))] = eighths
+            memory[name] = eighths
     return {
         "went_on_at": life.went_on_at,
         "chunks": len(times),

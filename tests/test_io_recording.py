@@ -435,6 +435,16 @@ def test_states_hold_what_they_were_given(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [state.PREVIOUS, state.STATE]
 
 
+def test_a_state_grows_by_four_bytes_a_chunk(tmp_path: Path) -> None:
+    sizes = []
+    for chunks in (10_000, 20_000):
+        seconds = array("f", [0.1]) * chunks
+        write_state(tmp_path, State({}, chunks, chunks, chunk_seconds=seconds))
+        assert read_state(tmp_path) == State({}, chunks, chunks, chunk_seconds=seconds)
+        sizes.append((tmp_path / state.STATE).stat().st_size)
+    assert sizes[1] - sizes[0] == 4 * 10_000
+
+
 def test_another_identity_is_refused_by_name(tmp_path: Path) -> None:
     output = tmp_path / "v.mp4"
     made = Way().open(output)
