@@ -14,7 +14,7 @@ _SHORT = {
     "num_stages": "stages",
     "layers_per_stage": "layers",
     "memory_gib": "GiB",
-    "decoder_devices": "dec. devices",
+    "decoder_devices": "decoders",
     "decode_seconds": "s/decode",
     "decoder_memory_gib": "dec. GiB",
     "seconds_per_video": "s/video",
