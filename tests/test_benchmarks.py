@@ -159,6 +159,21 @@ def test_long_run_keeps_its_memory() -> None:
 
 
 @pytest.mark.slow
+def test_state_and_snapshots_are_accounted_for() -> None:
+    found = report("state_cost.py", "--quick")
+    check_machine(found)
+    assert found["models"].keys() == {"embedded", "tiny"}
+    for part in found["models"].values():
+        spent = part["ms_per_chunk"]
+        assert all(spent[name] > 0 for name in ("snapshot", "ledger", "state", "files"))
+        assert part["share"] == pytest.approx(
+            (spent["snapshot"] + spent["ledger"] + spent["state"]) / spent["run"], 0.02
+        )
+    # Rows of the other one take milliseconds, and the clock is not what a test is about.
+    assert found["models"]["embedded"]["share"] < 0.01
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_training_equals_plain_torch_and_shards_its_bytes() -> None:
     found = report("training.py", "--quick")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pavdm_dist.digits import clip_vae, codec_training
+from pavdm_dist.digits import clip_vae, codec_run, codec_training
 from pavdm_dist.digits.codec_training import CodecTrainer, CodecTraining
 from pavdm_dist.errors import CheckpointError, ConfigError
 
@@ -148,12 +148,12 @@ def test_the_second_phase_moves_the_decoder_only() -> None:
 def test_a_slice_leaves_state_losses_and_a_sheet_and_the_next_one_goes_on(tmp_path: Path) -> None:
     from PIL import Image
 
-    assert codec_training.train_codec(TINY, tmp_path, max_seconds=0.5) is None
+    assert codec_run.train_codec(TINY, tmp_path, max_seconds=0.5) is None
     first = torch.load(tmp_path / codec_training.STATE, weights_only=True)
     assert first["steps"] > 0
-    assert Image.open(tmp_path / codec_training.SHEET).size == (6 * 64 * 2, 12 * 64 * 2)
+    assert Image.open(tmp_path / codec_run.SHEET).size == (6 * 64 * 2, 12 * 64 * 2)
     short = CodecTraining(**{**TINY.__dict__, "budget_seconds": first["elapsed"] + 0.5, "decoder_seconds": 0.5})
-    psnr = codec_training.train_codec(short, tmp_path)
+    psnr = codec_run.train_codec(short, tmp_path)
     assert psnr is not None
     assert 0 < psnr < 60
     second = torch.load(tmp_path / codec_training.STATE, weights_only=True)
@@ -177,7 +177,7 @@ def test_the_export_is_a_diffusers_vae_with_measured_statistics(tmp_path: Path) 
     from diffusers import AutoencoderKLWan
 
     CodecTrainer(TINY).save(tmp_path)
-    codec_training.export_codec(tmp_path, tmp_path / "vae", clips=8)
+    codec_run.export_codec(tmp_path, tmp_path / "vae", clips=8)
     config = json.loads((tmp_path / "vae" / "config.json").read_text())
     tensors = load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
@@ -194,7 +194,7 @@ def test_the_export_is_a_diffusers_vae_with_measured_statistics(tmp_path: Path) 
 
 def test_exporting_needs_a_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"state.pt does not exist: train the codec first"):
-        codec_training.export_codec(tmp_path, tmp_path / "vae")
+        codec_run.export_codec(tmp_path, tmp_path / "vae")
 
 
 @pytest.mark.parametrize(

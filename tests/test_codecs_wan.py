@@ -235,7 +235,7 @@ def test_decode_cost_is_what_the_convolutions_count(tmp_path: Path, shape: tuple
     from diffusers import AutoencoderKLWan
     from torch.utils.flop_counter import FlopCounterMode
 
-    from pavdm_dist.codecs.wan import decode_flop
+    from pavdm_dist.codecs.costs import decode_flop
 
     mult, temporal, residual, patch = shape
     channels = 3 * (patch or 1) ** 2

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pavdm_dist.data.dataset import BatchOrder, Prefetch
+from pavdm_dist.data.dataset import BatchOrder
+from pavdm_dist.data.prefetch import Prefetch
 from pavdm_dist.errors import ConfigError
 
 BUCKETS = st.lists(st.tuples(st.integers(0, 23), st.integers(1, 9)), min_size=1, max_size=4).filter(

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import weakref
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from helpers import tiny_checkpoint
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.cli import main
+from pavdm_dist.codecs.costs import Allocated, decode_memory
+from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.config import ClusterConfig
 from pavdm_dist.engine.order import epochs, join_of
 from pavdm_dist.engine.stage import RowDone, Stage
@@ -25,7 +24,9 @@ from pavdm_dist.io.shipped import configs_root
 from pavdm_dist.method.microbatches import Displaced
 from pavdm_dist.method.schedule import Mode
 from pavdm_dist.models.base import Activation
-from pavdm_dist.planning.planner import MESSAGES, Setup, _Job, choose, report
+from pavdm_dist.planning.memory import MESSAGES, decoder_bytes
+from pavdm_dist.planning.planner import choose, report
+from pavdm_dist.planning.setups import Job, Setup
 from pavdm_dist.request import SamplingParams, VideoRequest, build_stream
 
 SMALL = ClusterConfig(devices=8, tflops=0.02)
@@ -63,30 +64,6 @@ def test_a_model_that_does_not_fit_is_split() -> None:
         planned(replace(SMALL, memory_gib=1e-5))
 
 
-class Allocated(TorchDispatchMode):
-    """Bytes of the tensors that operations made and that are still alive, and the most there were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = self.peak = 0
-        self._alive: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage._cdata not in self._alive:
-                self._alive.add(storage._cdata)
-                self.bytes += storage.nbytes()
-                self.peak = max(self.peak, self.bytes)
-                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
-        return made
-
-    def _gone(self, address: int, size: int) -> None:
-        self._alive.discard(address)
-        self.bytes -= size
-
-
 @pytest.mark.parametrize("mode", ["window", "causal", "displaced"])
 @pytest.mark.parametrize("stages", [1, 2])
 def test_stages_need_the_memory_that_is_predicted(mode: Mode, stages: int) -> None:
@@ -95,7 +72,7 @@ def test_stages_need_the_memory_that_is_predicted(mode: Mode, stages: int) -> No
     displaced = Displaced(16) if mode == "displaced" else None
     params = SamplingParams.resolve(checkpoint, mode=mode, num_inference_steps=12, displaced=displaced)
     stream = build_stream(VideoRequest("a red three drifting up", 0, 300), 0, params, checkpoint)
-    job, blocks = _Job(checkpoint, params, stream.plan), 8 // stages
+    job, blocks = Job(checkpoint, params, stream.plan), 8 // stages
     running = [
         (Stage(checkpoint.backbone, (first, first + blocks)), Allocated()) for first in range(0, 8, blocks)
     ]  # fmt: skip
@@ -115,8 +92,47 @@ def test_stages_need_the_memory_that_is_predicted(mode: Mode, stages: int) -> No
         weights = 4 * sum(value.numel() for name, value in job.model.state_dict().items() if want(name))
         chunks = 1 if mode == "causal" else 7
         messages = 4 * MESSAGES * chunks * 5 * 16 * job.model.spec.hidden_size
-        predicted = job.memory(mode, stage.blocks, 1) - weights - messages
+        predicted = job.memory.bytes(mode, stage.blocks, 1) - weights - messages
         assert predicted == pytest.approx(allocated.peak, rel=0.12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model", ["embedded", "tiny"])
+def test_decoders_need_the_memory_that_is_predicted(model: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    vae = Checkpoint.open(tiny_checkpoint(tmp_path) if model == "tiny" else model).vae
+    codec, cells, size, streams = WanCodec.from_pretrained(vae, dtype=dtype), (6, 10), 5, 2
+    predicted = decode_memory(vae, *cells, dtype)
+    tensors = [*codec.vae.parameters(), *codec.vae.buffers()]
+    assert predicted.weights == sum(tensor.nbytes for tensor in tensors)
+    decoders = [codec.decoder() for _ in range(streams)]
+    with Allocated() as allocated:
+        for decoder in (*decoders, *decoders, *decoders):
+            decoder.decode(torch.zeros(codec.spec.latent_channels, size, *cells))
+    assert predicted.cache == decoders[0].cache_bytes
+    assert predicted.frames * size == decoders[0].decode(torch.zeros(codec.spec.latent_channels, size, *cells)).nbytes
+    whole = decoder_bytes(predicted, size, streams, on_cpu=True) - predicted.weights
+    assert whole == pytest.approx(allocated.peak, rel=0.05)
+    assert decoder_bytes(predicted, size, streams, on_cpu=False) < whole + predicted.weights, "frames leave at once"
+
+
+def test_a_decoder_that_does_not_fit_is_not_promised() -> None:
+    own, shared, beside, none = (decoded(SMALL, decoder, mode="window") for decoder in ("cuda", "shared", "cpu", None))
+    assert none.decoder_memory_gib == shared.decoder_memory_gib == 0
+    assert beside.decoder_memory_gib > own.decoder_memory_gib > 0, "on a GPU frames leave at once"
+    assert beside.memory_gib == none.memory_gib and beside.peak_gib == max(none.memory_gib)
+    needed = own.decoder_memory_gib
+    # Of one stage the weights and the window, and the decoder's own.
+    alone, with_decoder = (
+        decoded(replace(SMALL, devices=1), decoder, mode="window").memory_gib[0] for decoder in (None, "shared")
+    )
+    assert with_decoder == pytest.approx(alone + needed, rel=1e-3)
+    least = rf"memory_gib={0.9 * needed:g}: the leanest set-up on 8 devices needs {needed:.3g} GiB on one of them"
+    with pytest.raises(ConfigError, match=least):
+        decoded(replace(SMALL, memory_gib=0.9 * needed), "cuda", mode="window")
+    tight = replace(SMALL, devices=1, memory_gib=(alone + with_decoder) / 2)
+    assert decoded(tight, "cpu", mode="window").memory_gib == (alone,), "its memory is not the device's"
+    with pytest.raises(ConfigError, match=f"on 1 devices needs {with_decoder:.3g} GiB on one of them"):
+        decoded(tight, "shared", mode="window")
 
 
 def test_costs_are_those_of_the_rows() -> None:
@@ -140,7 +156,9 @@ def decoded(cluster: ClusterConfig, decoder: str | None, **chosen: object) -> Se
 
 def test_the_decoder_is_a_station() -> None:
     left_out, sampled = decoded(SMALL, "cpu"), decoded(SMALL, None)
-    assert left_out == sampled and sampled.decode_seconds == 0, "nobody said what a CPU does"
+    assert replace(left_out, decoder_memory_gib=0.0) == sampled and sampled.decode_seconds == 0, (
+        "nobody said what a CPU does"
+    )
     fast, slow = (decoded(replace(SMALL, decoder_tflops=rate), "cpu") for rate in (1.0, 1e-4))
     assert fast.seconds == pytest.approx(sampled.seconds, rel=0.01)
     assert slow.seconds == pytest.approx(20 * slow.decode_seconds, rel=0.01)
@@ -170,7 +188,7 @@ def test_half_the_bytes_in_half_the_type() -> None:
     checkpoint = Checkpoint.open("embedded")
     params = SamplingParams.resolve(checkpoint)
     full, half = (
-        _Job(checkpoint, params, params.plan(8), dtype).memory("window", (0, 8), 1)
+        Job(checkpoint, params, params.plan(8), dtype).memory.bytes("window", (0, 8), 1)
         for dtype in (torch.float32, torch.bfloat16)
     )
     null = 4 * checkpoint.shape.state_dict()["rope.freqs"].numel()  # angles stay float32

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,37 +37,6 @@ def read_spec(source: str | Path | Source) -> CodecSpec:
         CheckpointError: missing, unreadable, or not a Wan autoencoder's configuration.
     """
     return _spec(load_config(source), str(source))
-
-
-def decode_flop(source: str | Path | Source, latent_height: int, latent_width: int) -> float:
-    """FLOP of decoding one latent (four frames), from ``config.json`` alone.
-
-    Two per multiply-add, convolutions only: good to about a quarter, which is enough to balance stages.
-    """
-    config = load_config(source)
-    get = {
-        "num_res_blocks": 2,
-        "dim_mult": [1, 2, 4, 4],
-        "temperal_downsample": [False, True, True],
-        **config,
-    }.__getitem__
-    base = config.get("decoder_base_dim") or config.get("base_dim", 96)
-    widths = [base * factor for factor in [get("dim_mult")[-1], *reversed(get("dim_mult"))]]
-    doubles = list(reversed(get("temperal_downsample")))
-    places, frames = latent_height * latent_width, 1
-    total = 27.0 * places * (config.get("z_dim", 16) * widths[0] + 4 * widths[0] ** 2)
-    for level, (before, width) in enumerate(pairwise(widths)):
-        if level and not config.get("is_residual"):
-            before //= 2  # the plain layout halves the channels with the resolution
-        convolutions = before * width + (2 * get("num_res_blocks") + 1) * width**2
-        total += 27 * places * frames * convolutions
-        if level < len(doubles):
-            if doubles[level]:
-                total += 3 * places * frames * 2 * width**2
-                frames *= 2
-            places *= 4
-            total += 9 * places * frames * width**2 / (1 if config.get("is_residual") else 2)
-    return 2 * (total + 27 * places * frames * widths[-1] * config.get("out_channels", 3))
 
 
 def encoder_identity(source: str | Path | Source) -> str:
@@ -116,18 +84,20 @@ class WanCodec:
         Raises:
             CheckpointError: no such folder, not a Wan autoencoder, or a tensor missing or of the wrong size.
         """
-        config = load_config(source)
-        _spec(config, str(source))
-        from diffusers import AutoencoderKLWan
-
-        try:
-            with torch.device("meta"):
-                vae = AutoencoderKLWan.from_config({k: v for k, v in config.items() if not k.startswith("_")})
-        except (TypeError, ValueError, IndexError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{source}/config.json describes no working AutoencoderKLWan: {reason}") from error
+        vae = _without_weights(source)
         load_module(vae, source, dtype=dtype, device=device)
         return cls(vae)
+
+    @classmethod
+    def on_meta(cls, source: str | Path | Source, dtype: torch.dtype = torch.float32) -> WanCodec:
+        """A codec of shapes alone, from ``config.json``: it computes on torch's device ``meta``.
+
+        Raises:
+            CheckpointError: missing, or not a Wan autoencoder's configuration.
+        """
+        vae = _without_weights(source)
+        # Not diffusers' own `to`, which warns of types that some other models keep.
+        return cls(nn.Module.to(vae, dtype))
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes what :meth:`from_pretrained` and diffusers' own loader read; ``dtype``: precision on disk."""
@@ -244,7 +214,7 @@ class WanChunkDecoder:
         Returns:
             uint8 ``[t, H, W, 3]`` on the CPU; t = 4n, or 4n - 3 at the start of the stream.
         """
-        return torch.cat([_to_uint8(self.step(latent)) for latent in self._split(latents)])
+        return torch.cat([to_uint8(self.step(latent)).cpu().contiguous() for latent in self._split(latents)])
 
     @torch.no_grad()
     def warm(self, latents: Tensor) -> None:
@@ -260,6 +230,11 @@ class WanChunkDecoder:
         self._started = True
         return codec.unpatchify(pixels.float()).clamp(-1, 1)
 
+    @property
+    def cache_bytes(self) -> int:
+        """Of the features that later latents will read."""
+        return sum(entry.nbytes for entry in self._cache if isinstance(entry, Tensor))
+
     def holds_nan(self) -> bool:
         """Whether a feature that later latents will read is NaN."""
         return any(isinstance(entry, Tensor) and bool(entry.isnan().any()) for entry in self._cache)
@@ -273,9 +248,24 @@ class WanChunkDecoder:
         return [latent.contiguous() for latent in moved.unsqueeze(0).split(1, dim=2)]
 
 
-def _to_uint8(pixels: Tensor) -> Tensor:
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Float pixels ``[1, 3, t, H, W]`` in [-1, 1] -> uint8 ``[t, H, W, 3]``, where they are."""
     frames = rearrange(pixels, "1 rgb t h w -> t h w rgb")
-    return ((frames + 1) * 127.5).round().to(torch.uint8).cpu().contiguous()
+    return ((frames + 1) * 127.5).round().to(torch.uint8)
+
+
+def _without_weights(source: str | Path | Source) -> nn.Module:
+    """The autoencoder that ``config.json`` describes, on device ``meta``."""
+    config = load_config(source)
+    _spec(config, str(source))
+    from diffusers import AutoencoderKLWan
+
+    try:
+        with torch.device("meta"):
+            return AutoencoderKLWan.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{source}/config.json describes no working AutoencoderKLWan: {reason}") from error
 
 
 def _spec(config: Mapping[str, Any], where: str) -> CodecSpec:

@@ -65,4 +65,5 @@ def _cluster_report(
 ) -> dict[str, Any]:
     """What the planner says; a cluster's devices are GPUs, which hold the weights as they are stored."""
     dtype = checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
-    return planner.report(checkpoint, params, plan, cluster, dtype, decoder_of_stages(config))
+    decoder_dtype = DTYPES[config.decoder_dtype]
+    return planner.report(checkpoint, params, plan, cluster, dtype, decoder_of_stages(config), decoder_dtype)

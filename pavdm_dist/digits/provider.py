@@ -10,7 +10,8 @@ from pathlib import Path
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.digits.batches import INFO, DigitBatches
 from pavdm_dist.digits.cache import LatentClips, cache_clips
-from pavdm_dist.digits.codec_training import CodecTraining, export_codec, train_codec
+from pavdm_dist.digits.codec_run import export_codec, train_codec
+from pavdm_dist.digits.codec_training import CodecTraining
 from pavdm_dist.digits.world import VOCABULARY, WORLD_SETTINGS
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.train.batches import Batches

@@ -105,7 +105,6 @@ class Recording:
         next_chunk: the chunk that it gives next.
         warm: latents ``[C, n, h, w]`` to warm a decoder on first; None = only what comes before chunk 0.
         pending: by chunk, latents ``[C, c, h, w]`` to decode after that and to write again, before ``next_chunk``.
-        frames_done: new frames before the first chunk that is to be decoded.
         complete: all chunks are there, and only :meth:`finish` is left.
     """
 
@@ -121,7 +120,6 @@ class Recording:
         self.output = output
         self.point, self.next_chunk, self.complete = state.point, state.next_chunk, state.complete
         self.warm, self.pending = state.warm, state.pending
-        self.frames_done = sum(state.chunk_frames[: state.first_to_decode])
         self._lock, self._segments, self._latents, self._clock = lock, segments, latents, clock
         self._facts = state.identity
         self._ledger = Ledger(state, segments.closed_chunks)
@@ -234,8 +232,8 @@ class Recording:
         if self._latents is not None:
             self._latents.write_chunk(index, latents)
         now = self._clock()
-        seconds, self._chunk_began = round(now - self._chunk_began, 4), now
-        self._ledger.take(index, len(frames), latents, seconds, point, self._segments.closed_chunks)
+        seconds, self._chunk_began = now - self._chunk_began, now
+        self._ledger.take(index, latents, seconds, point, self._segments.closed_chunks)
         waited = self._ledger.next_chunk > self._saved_chunk and now - self._saved_at >= SAVE_SECONDS
         if self._segments.closed_chunks > closed or waited:
             self._save()
@@ -271,7 +269,7 @@ class Recording:
         Sidecar(
             **{name: self._facts[name] for name in ("fps", "height", "width")},
             num_frames=num_frames,
-            chunk_seconds=self._ledger.chunk_seconds,
+            chunk_seconds=[round(seconds, 4) for seconds in self._ledger.chunk_seconds],
             latents_sha256=self._ledger.latents_sha256,
             **facts,
         ).write(self.output)

@@ -38,12 +38,13 @@ SEGMENT_NAMES = re.compile(rf"{_SEGMENT.pattern}|segment\.mp4|{re.escape(INPUT)}
 
 @dataclass(frozen=True)
 class Segment:
-    """One complete mp4: chunks ``first_chunk .. last_chunk``, ``num_frames`` frames."""
+    """One complete mp4: chunks ``first_chunk .. last_chunk``, ``num_frames`` frames, and its lines in the playlist."""
 
     name: str
     first_chunk: int
     last_chunk: int
     num_frames: int
+    entry: str
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class SegmentWriter:
             for frame in array:
                 encoder.write(frame)
             count = encoder.close()
-        self._input = Segment(INPUT, -1, -1, count)
+        self._input = self._segment(INPUT, -1, -1, count)
         self._write_playlist()
         return True
 
@@ -254,7 +255,7 @@ class SegmentWriter:
             self._drop_open()
             return
         count = self._encoder.close()
-        segment = Segment(f"segment-{first:06d}-{last:06d}.mp4", first, last, count)
+        segment = self._segment(f"segment-{first:06d}-{last:06d}.mp4", first, last, count)
         storage.commit(self._staged, storage.join(self.parts, segment.name))
         self._segments.append(segment)
         self._encoder, self._staged, self._open_frames = None, None, 0
@@ -271,12 +272,15 @@ class SegmentWriter:
     def _all_segments(self) -> list[Segment]:
         return [*([] if self._input is None else [self._input]), *self._segments]
 
+    def _segment(self, name: str, first: int, last: int, num_frames: int) -> Segment:
+        entry = f"file {name}\nduration {float(num_frames / self._rate):.6f}\n"
+        return Segment(name, first, last, num_frames, entry)
+
     def _write_playlist(self) -> None:
-        lines = ["ffconcat version 1.0"]
-        for segment in self._all_segments():
-            lines += [f"file {segment.name}", f"duration {float(segment.num_frames / self._rate):.6f}"]
+        # Replaced as a whole, so that it can be read at any moment; an hour of short chunks makes some 100 kB of it.
         with storage.atomic_write(self.playlist, "w") as file:
-            file.write("\n".join(lines) + "\n")
+            file.write("ffconcat version 1.0\n")
+            file.writelines(segment.entry for segment in self._all_segments())
 
     def _find_segments(self, num_chunks: int | None) -> None:
         """Takes the complete groups of an earlier writer, from chunk 0 without a gap; its other files are removed."""
@@ -289,11 +293,11 @@ class SegmentWriter:
                     f"chunks_per_segment={self._group}: {self.parts} was written with chunks_per_segment={length}"
                 )
         if INPUT in names:
-            self._input = Segment(INPUT, -1, -1, self._check_segment(INPUT))
+            self._input = self._segment(INPUT, -1, -1, self._check_segment(INPUT))
         for first, last, name in found:
             whole = last == first + self._group - 1 or last + 1 == num_chunks
             if whole and first == self.closed_chunks:
-                self._segments.append(Segment(name, first, last, self._check_segment(name)))
+                self._segments.append(self._segment(name, first, last, self._check_segment(name)))
         kept = {segment.name for segment in self._all_segments()}
         storage.remove_matching(self.parts, SEGMENT_NAMES, keep=kept)
         if kept:

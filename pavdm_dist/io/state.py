@@ -9,11 +9,13 @@ import hashlib
 import json
 import logging
 import re
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -23,7 +25,7 @@ from pavdm_dist.io.latents import LatentsHash
 
 STATE, PREVIOUS = "state.safetensors", "state.previous.safetensors"
 STATE_NAMES = re.compile(rf"{re.escape(STATE)}|{re.escape(PREVIOUS)}")
-_VERSION = 1
+_VERSION = 2
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class State:
         next_chunk: the first chunk that ``point`` has not sampled.
         closed_chunks: chunks in complete segments when this was written.
         latents_hash: state of the latents' checksum before ``next_chunk``, hexadecimal.
-        chunk_frames, chunk_seconds: of every chunk before ``next_chunk``.
+        chunk_seconds: of every chunk before ``next_chunk``; the one part that grows, by four bytes a chunk.
         complete: every chunk of the video is in a segment.
         point: None = from the beginning, or nothing is left to sample.
         warm: latents ``[C, n, h, w]`` to warm a decoder on before it decodes ``pending``, or else ``next_chunk``.
@@ -62,7 +64,6 @@ class State:
     next_chunk: int = 0
     closed_chunks: int = 0
     latents_hash: str | None = None
-    chunk_frames: Sequence[int] = ()
     chunk_seconds: Sequence[float] = ()
     complete: bool = False
     point: Point | None = None
@@ -87,7 +88,7 @@ class Ledger:
         self._identity, self._complete = state.identity, state.complete
         self._closed = closed_chunks
         self._hash = LatentsHash(None if state.latents_hash is None else bytes.fromhex(state.latents_hash))
-        self._frames, self.chunk_seconds = list(state.chunk_frames), list(state.chunk_seconds)
+        self.chunk_seconds = array("f", state.chunk_seconds)
         self._newest = self._usable = _Place(state.next_chunk, state.point, self._hash.state)
         # Clean latents of the open segment, and what a decoder is warmed on before them. Where that is not known (no
         # point came with the chunk before), points inside the segment are of no use until it is closed. Here it is: a
@@ -99,7 +100,7 @@ class Ledger:
     @property
     def num_chunks(self) -> int:
         """Chunks taken, whether or not a state can go on behind them."""
-        return len(self._frames)
+        return len(self.chunk_seconds)
 
     @property
     def next_chunk(self) -> int:
@@ -111,14 +112,12 @@ class Ledger:
         """Checksum of the latents of all chunks taken."""
         return self._hash.hexdigest()
 
-    def take(
-        self, index: int, num_frames: int, latents: Tensor, seconds: float, point: Point | None, closed_chunks: int
-    ) -> None:
+    def take(self, index: int, latents: Tensor, seconds: float, point: Point | None, closed_chunks: int) -> None:
         """Takes a chunk, new or replayed.
 
         Args:
             index: at most ``num_chunks``.
-            num_frames, latents: of it, ``[C, c, h, w]``.
+            latents: of it, ``[C, c, h, w]``.
             seconds: that it took.
             point: where a sampler goes on after it.
             closed_chunks: chunks in complete segments now.
@@ -127,7 +126,6 @@ class Ledger:
             self._open[index] = latents
         if index == self.num_chunks:
             self._hash.update(latents)
-            self._frames.append(num_frames)
             self.chunk_seconds.append(seconds)
             if point is not None:
                 self._newest = _Place(index + 1, point, self._hash.state)
@@ -162,7 +160,6 @@ class Ledger:
             next_chunk=end,
             closed_chunks=self._closed,
             latents_hash=place.latents_hash.hex(),
-            chunk_frames=self._frames[:end],
             chunk_seconds=self.chunk_seconds[:end],
             complete=self._complete,
             point=place.point,
@@ -188,6 +185,7 @@ def write_state(folder: str | Path, state: State) -> None:
         tensors["warm"] = state.warm
     if state.point is not None:
         tensors |= {f"point.{name}": tensor for name, tensor in state.point.tensors.items()}
+    tensors["chunk_seconds"] = torch.from_numpy(np.array(state.chunk_seconds, dtype=np.float32))
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     facts = {
         "version": _VERSION,
@@ -195,8 +193,6 @@ def write_state(folder: str | Path, state: State) -> None:
         "next_chunk": state.next_chunk,
         "closed_chunks": state.closed_chunks,
         "latents_hash": state.latents_hash,
-        "chunk_frames": list(state.chunk_frames),
-        "chunk_seconds": list(state.chunk_seconds),
         "complete": state.complete,
         "point": None if state.point is None else dict(state.point.facts),
     }
@@ -260,12 +256,16 @@ def _read(path: str) -> State:
         of_point = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
         point = Point(of_point, point)
     pending = {int(name.rpartition(".")[2]): tensors[name] for name in tensors if name.startswith("latents.")}
-    return State(**facts, point=point, warm=tensors.get("warm"), pending=dict(sorted(pending.items())))
+    seconds = array("f", tensors["chunk_seconds"].numpy().tobytes())
+    return State(
+        **facts, chunk_seconds=seconds, point=point, warm=tensors.get("warm"), pending=dict(sorted(pending.items()))
+    )
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        if tensor.numel():  # an empty one may have strides that cannot be viewed
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.wan import encoder_identity
-from pavdm_dist.data.dataset import BatchOrder, CachedClips, PixelClips, Prefetch
+from pavdm_dist.data.dataset import BatchOrder, CachedClips, PixelClips
+from pavdm_dist.data.prefetch import Prefetch
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.train.batches import Batch, draw_kind, draw_prompts

@@ -1,0 +1,118 @@
+"""What decoding costs, from a video codec's configuration alone: operations, and memory."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pavdm_dist.codecs.wan import WanCodec, to_uint8
+from pavdm_dist.models.source import Source, load_config
+
+# Latents after which the cache has its full size: the first one fills none of the temporal upsampling's.
+_SETTLED = 3
+
+
+def decode_flop(source: str | Path | Source, latent_height: int, latent_width: int) -> float:
+    """FLOP of decoding one latent (four frames), from ``config.json`` alone.
+
+    Two per multiply-add, convolutions only: good to about a quarter, which is enough to balance stages.
+    """
+    config = load_config(source)
+    get = {
+        "num_res_blocks": 2,
+        "dim_mult": [1, 2, 4, 4],
+        "temperal_downsample": [False, True, True],
+        **config,
+    }.__getitem__
+    base = config.get("decoder_base_dim") or config.get("base_dim", 96)
+    widths = [base * factor for factor in [get("dim_mult")[-1], *reversed(get("dim_mult"))]]
+    doubles = list(reversed(get("temperal_downsample")))
+    places, frames = latent_height * latent_width, 1
+    total = 27.0 * places * (config.get("z_dim", 16) * widths[0] + 4 * widths[0] ** 2)
+    for level, (before, width) in enumerate(pairwise(widths)):
+        if level and not config.get("is_residual"):
+            before //= 2  # the plain layout halves the channels with the resolution
+        convolutions = before * width + (2 * get("num_res_blocks") + 1) * width**2
+        total += 27 * places * frames * convolutions
+        if level < len(doubles):
+            if doubles[level]:
+                total += 3 * places * frames * 2 * width**2
+                frames *= 2
+            places *= 4
+            total += 9 * places * frames * width**2 / (1 if config.get("is_residual") else 2)
+    return 2 * (total + 27 * places * frames * widths[-1] * config.get("out_channels", 3))
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of the tensors that operations made and that are still alive, and the most there were.
+
+    The same on device ``meta`` as on any other; scratch space inside a kernel is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self._alive:
+                self._alive.add(storage._cdata)
+                self.bytes += storage.nbytes()
+                self.peak = max(self.peak, self.bytes)
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return made
+
+    def _gone(self, address: int, size: int) -> None:
+        self._alive.discard(address)
+        self.bytes -= size
+
+
+@dataclass(frozen=True)
+class DecodeMemory:
+    """Bytes of decoding, without what kernels need for themselves.
+
+    Attributes:
+        weights: of the whole codec, which is loaded whole.
+        cache: features that one stream keeps from latent to latent.
+        working: the most that decoding one latent takes beside these.
+        frames: what a latent becomes: four uint8 frames.
+    """
+
+    weights: int
+    cache: int
+    working: int
+    frames: int
+
+
+@torch.no_grad()
+def decode_memory(
+    source: str | Path | Source, latent_height: int, latent_width: int, dtype: torch.dtype = torch.float32
+) -> DecodeMemory:
+    """Memory of decoding pictures of a size, counted by letting the decoder work on shapes alone; takes seconds once,
+    to import diffusers.
+
+    Args:
+        source: component folder, hub id, or :class:`~pavdm_dist.models.source.Source`; only ``config.json`` is read.
+        latent_height, latent_width: latent cells.
+        dtype: what the codec computes in.
+
+    Raises:
+        CheckpointError: missing, or not a Wan autoencoder's configuration.
+    """
+    codec = WanCodec.on_meta(source, dtype)
+    weights = sum(value.numel() for value in codec.vae.state_dict().values()) * dtype.itemsize
+    decoder, latent = codec.decoder(), (1, codec.spec.latent_channels, 1, latent_height, latent_width)
+    with Allocated() as allocated:
+        for _ in range(_SETTLED):
+            frames = to_uint8(decoder.step(torch.empty(latent, device="meta")))
+    return DecodeMemory(weights, decoder.cache_bytes, allocated.peak - decoder.cache_bytes, frames.nbytes)

@@ -1,0 +1,132 @@
+"""A run of codec training: a folder that is gone on with in slices, its reports, and the codec that comes out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from pavdm_dist.digits.clip_vae import decode_clip, encode_clip, foreground_psnr, grown, public_vae, sample_clips
+from pavdm_dist.digits.codec_training import STATE, CodecTrainer, CodecTraining, network
+from pavdm_dist.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+
+log = logging.getLogger(__name__)
+
+SHEET = "reconstruction.png"
+HISTORY = "history.jsonl"
+
+
+@torch.no_grad()
+def evaluate(vae: AutoencoderKLWan, clips: int = 16, num_frames: int = 17) -> tuple[float, Tensor, Tensor]:
+    """PSNR (dB) over held-out digits grown by two pixels; the clips and their reconstructions ``[b, 3, t, H, W]``."""
+    x, mask = sample_clips(np.random.default_rng(1), "heldout", clips, num_frames)
+    out = torch.cat([decode_clip(vae, encode_clip(vae, part).chunk(2, dim=1)[0]) for part in x.split(4)])
+    return foreground_psnr(out, x, grown(mask)), x, out
+
+
+def write_sheet(path: Path, x: Tensor, out: Tensor, rows: int = 6, columns: int = 6) -> None:
+    """PNG: for each of ``rows`` clips its frames, and under them the reconstructions."""
+    from PIL import Image
+
+    steps = torch.linspace(0, x.shape[2] - 1, columns).long()
+    pairs = torch.stack([x[:rows, :, steps], out[:rows, :, steps].clamp(-1, 1)], dim=1)
+    sheet = rearrange(((pairs + 1) * 127.5).round().byte(), "b two c t h w -> (b two h) (t w) c")
+    image = Image.fromarray(sheet.numpy())
+    image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST).save(path)
+
+
+def train_codec(config: CodecTraining, run_dir: str | Path, max_seconds: float = math.inf) -> float | None:
+    """Train until both phases' time is spent, or for a slice of ``max_seconds``, continuing what ``run_dir`` holds.
+
+    Writes ``state.pt``, ``history.jsonl`` (losses) and ``reconstruction.png`` (held-out digits) there.
+
+    Returns:
+        Foreground PSNR in dB on held-out digits once the time is spent, None before.
+
+    Raises:
+        CheckpointError: ``run_dir`` holds another network or another world.
+    """
+    run = Path(run_dir)
+    run.mkdir(parents=True, exist_ok=True)
+    trainer = CodecTrainer(config)
+    if (run / STATE).exists():
+        trainer.load(run)
+    started = reported = last = time.monotonic()
+    psnr = 0.0
+    budget = config.budget_seconds + config.decoder_seconds
+    while trainer.elapsed < budget and time.monotonic() - started < max_seconds:
+        losses = trainer.step()
+        now = time.monotonic()
+        trainer.elapsed += now - last
+        last = now
+        if trainer.steps % 20 == 0:
+            with (run / HISTORY).open("a") as history:
+                history.write(json.dumps({"step": trainer.steps, "elapsed": trainer.elapsed, **losses}) + "\n")
+        if now - reported > config.report_every:
+            psnr = _report(trainer, run, losses["reconstruction"])
+            reported = last = time.monotonic()
+    psnr = _report(trainer, run, math.nan)
+    return psnr if trainer.elapsed >= budget else None
+
+
+def _report(trainer: CodecTrainer, run: Path, loss: float) -> float:
+    trainer.save(run)
+    psnr, x, out = evaluate(trainer.averaged())
+    write_sheet(run / SHEET, x, out)
+    log.info(
+        "codec: step %d, %.0f of %.0f s, loss %.4f, held-out foreground PSNR %.2f dB",
+        trainer.steps,
+        trainer.elapsed,
+        trainer.config.budget_seconds + trainer.config.decoder_seconds,
+        loss,
+        psnr,
+    )
+    return psnr
+
+
+def load_codec(run_dir: str | Path) -> AutoencoderKLWan:
+    """The averaged codec of a run, finished or not.
+
+    Raises:
+        CheckpointError: there is no run in ``run_dir``.
+    """
+    path = Path(run_dir) / STATE
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist: train the codec first.")
+    saved = torch.load(path, weights_only=True)
+    vae = network(CodecTraining(**saved["config"]))
+    vae.load_state_dict(saved["average"])
+    return vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def export_codec(run_dir: str | Path, folder: str | Path, clips: int = 128) -> None:
+    """Write the averaged codec to ``folder`` (config.json and fp16 safetensors).
+
+    ``latents_mean`` and ``latents_std`` are measured per channel on ``clips`` training clips of 17 frames,
+    posterior means, so that normalised latents have mean 0 and deviation 1.
+
+    Raises:
+        CheckpointError: there is no run in ``run_dir``.
+    """
+    vae = load_codec(run_dir)
+    public = public_vae(vae)
+    rng = np.random.default_rng(2)
+    means = []
+    for _ in range(0, clips, 8):
+        x, _ = sample_clips(rng, "train", 8, 17)
+        means.append(encode_clip(vae, x).chunk(2, dim=1)[0])
+    latents = rearrange(torch.cat(means), "b c t h w -> c (b t h w)")
+    public.register_to_config(latents_mean=latents.mean(1).tolist(), latents_std=latents.std(1).tolist())
+    public.half().save_pretrained(folder)

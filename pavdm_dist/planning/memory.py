@@ -1,0 +1,78 @@
+"""What fits where: bytes that a stage and a decoder hold at their peak, from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pavdm_dist.codecs.costs import DecodeMemory
+from pavdm_dist.engine.transport import OUTSTANDING
+from pavdm_dist.method.schedule import Mode
+from pavdm_dist.models.base import Backbone
+
+# Hidden states under way at a time: two received ahead, and those being sent.
+MESSAGES = 2 + OUTSTANDING
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Memory of stages that sample one kind of video.
+
+    Attributes:
+        model: the backbone's shape.
+        dtype: of weights and activations.
+        branches: guidance branches.
+        size: latents of a chunk.
+        full: chunks of a full window, context included.
+        cells: latent height and width.
+    """
+
+    model: Backbone
+    dtype: torch.dtype
+    branches: int
+    size: int
+    full: int
+    cells: tuple[int, int]
+
+    def bytes(self, mode: Mode, blocks: tuple[int, int], streams: int) -> float:
+        """One stage's at its peak: weights, kept keys and values, activations, messages under way."""
+        first, last = blocks[0] == 0, blocks[1] == self.model.spec.num_blocks
+        want = self.model.keys(*blocks, first=first, last=last)
+        size = self.dtype.itemsize
+        weights = sum(
+            value.numel() * (4 if self.model.keeps_float32(name) else size)
+            for name, value in self.model.state_dict().items()
+            if want(name)
+        )
+        dim, tokens = self.model.spec.hidden_size, self.model.grid(self.size, *self.cells).tokens_per_frame
+        chunk = self.size * tokens * dim
+        text = 2 * self.branches * streams * self.model.spec.text_len * dim * (blocks[1] - blocks[0])
+        copies = self.model.spec.activation_copies
+        whole = copies * self.full * chunk
+        if mode == "window":
+            return weights + size * (text + whole + MESSAGES * self.full * chunk)
+        window = self.model.grid(self.full * self.size, *self.cells)
+        kept = streams * self.branches * sum(self.model.kv_values(window, block) for block in range(*blocks))
+        if mode == "causal":
+            return weights + size * (text + kept + (copies + MESSAGES) * chunk)
+        kept = kept * 3 // 2  # mode displaced keeps keys twice: as they are and turned to their place
+        return weights + size * (text + kept + whole + MESSAGES * self.full * chunk)
+
+
+def decoder_bytes(decoding: DecodeMemory, size: int, streams: int, on_cpu: bool) -> int:
+    """A decode actor's at its peak, on the device it computes on: weights, every stream's cache, a latent at work.
+
+    On a GPU each latent's frames leave for main memory at once; on a CPU those of the chunk so far are there, too, and
+    at the end once more in one piece.
+
+    Args:
+        decoding: what the codec needs for the planned size.
+        size: latents of a chunk.
+        streams: videos in flight.
+        on_cpu: it computes on CPUs.
+    """
+    busy = decoding.working
+    if on_cpu:
+        busy = max(busy + (size - 1) * decoding.frames, 2 * size * decoding.frames)
+    return decoding.weights + streams * decoding.cache + busy
