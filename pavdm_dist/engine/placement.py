@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +26,10 @@ REACH_TIMEOUT_S = 10.0
 ONE_HOST_S = 2.0
 # Between two words about a wait.
 TELL_S = 60.0
-# Ray's name for the kind of node; nodes have it where an autoscaler counts them.
-_GROUP_LABEL = "ray.io/node-group"
+# How long a node may take to accept a connection.
+ANSWER_S = 1.0
+# Ray's labels: the kind of node, which nodes have where an autoscaler counts them; the node itself.
+_GROUP_LABEL, _NODE_LABEL = "ray.io/node-group", "ray.io/node-id"
 
 
 def connect(options: EngineOptions) -> bool:
@@ -99,15 +102,17 @@ def place(options: EngineOptions, given_up: Callable[[], bool] = lambda: False) 
 
     bundles = options.bundles()
     alive = [node for node in ray.nodes() if node["Alive"]]
-    nodes = [node["Resources"] for node in alive]
+    silent = _silent(alive)
+    nodes = [node["Resources"] for node in alive if node["NodeID"] not in silent]
     grows = any(_GROUP_LABEL in node["Labels"] for node in alive)
     if not fits(bundles, nodes) and not grows:
+        more = f", and {len(silent)} that do not answer" if silent else ""
         raise ResourcesError(
             f"{_asked(options)} in {len(bundles)} actors of {bundles[0]}; "
-            f"the cluster has {_total(nodes)} on {len(nodes)} node(s): use fewer stages, smaller cpus_per_stage or "
-            "gpus_per_stage, or a larger cluster"
+            f"the cluster has {_total(nodes)} on {len(nodes)} node(s){more}: use fewer stages, smaller cpus_per_stage "
+            "or gpus_per_stage, or a larger cluster"
         )
-    wait, group = _Wait(options, given_up), None
+    wait, group = _Wait(options, given_up, silent), None
     # Whether a host is free is Ray's to judge: the totals say only whether it is worth a try.
     if len(nodes) > 1 and any(fits(bundles, [node]) for node in nodes):
         group = wait.group("STRICT_PACK", ONE_HOST_S)
@@ -136,18 +141,40 @@ def stage_order(nodes: Sequence[str], num_stages: int) -> list[int]:
     return sorted(range(num_stages), key=lambda bundle: (nodes[bundle] in decoders, met[nodes[bundle]]))
 
 
+def _silent(nodes: Sequence[dict[str, Any]]) -> list[str]:
+    """Nodes that take no connection. Ray counts a machine that is gone without a word for up to a minute, and may place
+    on it what nobody will ever hear of again.
+    """
+
+    def answers(node: dict[str, Any]) -> bool:
+        try:
+            address = node["NodeManagerAddress"], node["NodeManagerPort"]
+            socket.create_connection(address, timeout=ANSWER_S).close()
+            return True
+        except OSError:
+            return False
+
+    with ThreadPoolExecutor(32) as pool:
+        silent = [node["NodeID"] for node, there in zip(nodes, pool.map(answers, nodes), strict=True) if not there]
+    # None at all answers a driver that is outside of the cluster's network (ray://).
+    return silent if len(silent) < len(nodes) else []
+
+
 class _Wait:
     """Waiting for placement groups, one after the other, against one clock."""
 
-    def __init__(self, options: EngineOptions, given_up: Callable[[], bool]) -> None:
+    def __init__(self, options: EngineOptions, given_up: Callable[[], bool], silent: Sequence[str]) -> None:
         self._options, self._given_up = options, given_up
+        self._where = {_NODE_LABEL: f"!in({', '.join(silent)})"} if silent else None
         self._start = self._said = time.monotonic()
 
     def group(self, strategy: str, limit_s: float) -> Any | None:
         """A placement group that has its place before ``limit_s`` seconds since the first wait began; else None."""
         from ray.util.placement_group import placement_group, remove_placement_group
 
-        group = placement_group(self._options.bundles(), strategy=strategy)
+        bundles = self._options.bundles()
+        where = [self._where] * len(bundles) if self._where else None
+        group = placement_group(bundles, strategy=strategy, bundle_label_selector=where)
         try:
             placed = self._placed(group, self._start + min(limit_s, self._options.placement_timeout_s))
         except BaseException:  # Ctrl-C

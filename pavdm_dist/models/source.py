@@ -85,12 +85,14 @@ class Source:
                 return None
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file; nothing is fetched."""
+        """Whether there is such a file, without a network: here; nothing is fetched."""
         if self.is_folder or self.cached(name) is not None:
             return self.find(name) is not None
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
         from huggingface_hub.errors import EntryNotFoundError
 
+        if constants.HF_HUB_OFFLINE:
+            return False
         with self._hub():
             try:
                 get_hf_file_metadata(hf_hub_url(self.location, self._inside(name), revision=self.revision))
