@@ -196,9 +196,9 @@ def _waits_for_a_node() -> None:
     placement.TELL_S = 1.0
     with _nodes(2) as (first,), _busy(first, 1):
         grow = lambda: _cluster.add_node(num_cpus=1)  # noqa: E731
-        with _heard() as lines, _placed(grow, num_stages=2, cpus_per_decoder=1) as nodes:
+        with _heard() as lines, _placed(grow, num_stages=2) as nodes:
             assert len(set(nodes)) == 2
-        assert lines and all("num_stages=2 needs 3 CPU; 1 CPU is free after " in line for line in lines)
+        assert lines and all("num_stages=2 needs 2 CPU; 1 CPU is free after " in line for line in lines)
         # What the nodes that there are can never hold is refused at once, but where an autoscaler counts its nodes.
         two = EngineOptions(2, cpus_per_stage=2, placement_timeout_s=1)
         with pytest.raises(ResourcesError, match=r"needs 4 CPU in 2 actors .* has 3 CPU on 3 node"):

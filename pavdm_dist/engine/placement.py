@@ -51,7 +51,8 @@ def connect(options: EngineOptions) -> bool:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         if address:
-            ray.init(address=address, logging_level=logging.ERROR)
+            # What actors print, tracebacks too, stays in their logs; what matters of it the engine says.
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
             return False
         # Without "local", Ray would join a cluster that happens to run on this machine.
         with _on_loopback():

@@ -167,10 +167,11 @@ class Source:
     def _here(self) -> Path:
         path = Path(self.location, self.component)
         if not path.is_dir():
+            here = socket.gethostname()
             if Path(self.location).is_dir():
-                raise CheckpointError(f"{path} does not exist in the checkpoint")
+                raise CheckpointError(f"{path} does not exist in the checkpoint on {here}")
             raise CheckpointError(
-                f"{path} is not on {socket.gethostname()}: a model folder must have the same path on every node; "
+                f"{path} is not on {here}: a model folder must have the same path on every node; "
                 "hub ids are fetched by each"
             )
         return path
