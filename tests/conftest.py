@@ -71,6 +71,7 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     ray.init(
+        address="local",  # whatever else runs on this machine
         num_cpus=8,
         include_dashboard=False,
         object_store_memory=200 * 2**20,

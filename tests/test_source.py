@@ -115,6 +115,16 @@ def test_a_component_can_be_had_as_a_folder(hub: Hub) -> None:
     assert sorted(file.name for file in folder.iterdir()) == ["config.json", WEIGHTS]
 
 
+def test_what_was_fetched_once_needs_no_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint.open(REPOSITORY)
+    assert equal_states(load_backbone(checkpoint.transformer), tiny_model())
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub.asked.clear()
+    again = Checkpoint.open(REPOSITORY)
+    assert again.source == checkpoint.source and equal_states(load_backbone(again.transformer), tiny_model())
+    assert not again.transformer.has("nothing.safetensors") and not hub.asked
+
+
 def test_hub_errors_are_one_sentence(hub: Hub, sharded: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model='some one/x y' is no folder here and no hub id: Repo id must"):
         Checkpoint.open("some one/x y")

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 import queue
+import socket
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pavdm_dist.engine.environment import choose_interface, take_on
 from pavdm_dist.engine.events import Event, Place
 from pavdm_dist.engine.loop import EpochFeed, Links, RunReport, StageLoop
 from pavdm_dist.engine.order import LogEntry, Unit
@@ -37,6 +40,7 @@ class StageActor:
         threads: intra-op threads.
         compiled: whether blocks are compiled.
         dtype: of weights and of what travels between stages, see :func:`~pavdm_dist.models.devices.choose_dtype`.
+        environment: of the driver (:func:`~pavdm_dist.engine.environment.handed_on`).
     """
 
     def __init__(
@@ -47,7 +51,9 @@ class StageActor:
         threads: int,
         compiled: bool,
         dtype: str = "auto",
+        environment: Mapping[str, str] | None = None,
     ) -> None:
+        take_on(environment or {})
         self._threads = threads
         torch.set_num_threads(threads)
         source = Source.of(source)
@@ -68,11 +74,18 @@ class StageActor:
         return _here(self._stage.device)
 
     def open_store(self, host: str) -> int:
-        """Rank 0: opens the rendezvous store on a free port and returns it. The store lives as long as the actor."""
+        """Rank 0: opens the rendezvous store on a free port and returns it. The store lives as long as the actor.
+
+        Args:
+            host: address of this node, the only one the store listens on.
+        """
         from torch.distributed import TCPStore
 
-        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        return self._store.port
+        # Left to itself torch listens on all of the machine's addresses.
+        listening = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        port = listening.getsockname()[1]
+        self._store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+        return port
 
     def connect(
         self, rank: int, world: int, host: str, port: int, generation: int, backend: str, timeout_s: float
@@ -83,6 +96,7 @@ class StageActor:
         self._generation = generation
         if world == 1:
             return
+        choose_interface(_node())
         timeout = timedelta(seconds=timeout_s)
         store = self._store or dist.TCPStore(host, port, is_master=False, timeout=timeout)
         store = dist.PrefixStore(f"generation{generation}", store)
@@ -160,10 +174,19 @@ class DecodeActor:
         threads: intra-op threads.
         device: ``cpu`` or ``cuda``.
         dtype: what it computes in.
+        environment: of the driver.
     """
 
-    def __init__(self, source: Source | str, threads: int, device: str, dtype: str = "float32") -> None:
-        from pavdm_dist.codecs.wan import WanCodec
+    def __init__(
+        self,
+        source: Source | str,
+        threads: int,
+        device: str,
+        dtype: str = "float32",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        take_on(environment or {})
+        from pavdm_dist.codecs.wan import WanCodec  # what it imports reads the environment
 
         self._threads = threads
         torch.set_num_threads(threads)
@@ -219,10 +242,15 @@ class DecodeActor:
 
 
 def _here(device: torch.device) -> Place:
+    log = os.path.realpath("/proc/self/fd/2")
+    return Place(_node(), os.getpid(), log, device_model(device))
+
+
+def _node() -> str:
+    """Address of this machine in the cluster."""
     import ray
 
-    log = os.path.realpath("/proc/self/fd/2")
-    return Place(ray.util.get_node_ip_address(), os.getpid(), log, device_model(device))
+    return ray.util.get_node_ip_address()
 
 
 def _nobody(_: Event) -> None:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from pavdm_dist.engine.blame import control_results, frozen, lost, video_error
 from pavdm_dist.engine.decoding import Decoding
+from pavdm_dist.engine.environment import handed_on
 from pavdm_dist.engine.events import EpochDone, Event, GangLost, Place, Prepared
 from pavdm_dist.engine.loop import RunReport
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.order import LogEntry, Unit
-from pavdm_dist.engine.placement import place
+from pavdm_dist.engine.placement import Placement, place
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import CleanChunk
 from pavdm_dist.models.source import Source
@@ -60,7 +61,8 @@ class RayGang:
         self._stages: list[Any] = []
         self._loops: list[Any] = []
         self._places: list[Place] = []
-        self._group: Any = None
+        self._placement: Placement | None = None
+        self._environment = handed_on()
         self._decoding: Decoding | None = None
         self.keep, self.frames_per_latent = 0, 1
         self._preparing: dict[int, tuple[list[Any], float]] = {}
@@ -68,8 +70,8 @@ class RayGang:
         self._sealed, self._done, self._moved = -1, -1, time.monotonic()
         self._last: Unit | None = None
         try:
-            self._group = place(options, given_up)
-            self._start(source, given_up)
+            self._placement = place(options, given_up)
+            self._start(source, given_up, self._placement)
         except BaseException:
             self.close()
             raise
@@ -105,11 +107,11 @@ class RayGang:
         import ray
         from ray.util.placement_group import placement_group_table
 
-        assert self._decoding is not None
-        if placement_group_table(self._group)["state"] != "CREATED":
+        assert self._decoding is not None and self._placement is not None
+        if placement_group_table(self._placement.group)["state"] != "CREATED":
             raise GangLost("the machine of the decode actor is gone", cause="its node was removed")
         ray.kill(self._decoding.actor)
-        self._decoding = self._new_decoder()
+        self._decoding = self._new_decoder(self._placement)
         for stream, latents in warm.items():
             self._decoding.open(stream, latents)
 
@@ -150,24 +152,24 @@ class RayGang:
             with suppress(ray.exceptions.RayError):
                 ray.kill(actor)
         self._stages, self._loops, self._decoding = [], [], None
-        if self._group is not None:
+        if self._placement is not None:
             from ray.util.placement_group import remove_placement_group
 
             with suppress(ray.exceptions.RayError):
-                remove_placement_group(self._group)
-            self._group = None
+                remove_placement_group(self._placement.group)
+            self._placement = None
 
-    def _start(self, source: Source | str, given_up: Callable[[], bool]) -> None:
+    def _start(self, source: Source | str, given_up: Callable[[], bool], placement: Placement) -> None:
         from pavdm_dist.engine.actors import CONCURRENT_CALLS, StageActor
 
         options, world = self._options, len(self._blocks)
-        settings = (options.device, options.threads_per_stage, options.compile, options.dtype)
-        for bundle, blocks in enumerate(self._blocks):
-            resources = (options.cpus_per_stage, options.stage_gpus(bundle))
-            make = self._actor(StageActor, bundle, *resources, max_concurrency=CONCURRENT_CALLS)
+        settings = (options.device, options.threads_per_stage, options.compile, options.dtype, self._environment)
+        for rank, (bundle, blocks) in enumerate(zip(placement.stages, self._blocks, strict=True)):
+            resources = (placement.group, bundle, options.cpus_per_stage, options.stage_gpus(rank))
+            make = self._actor(StageActor, *resources, max_concurrency=CONCURRENT_CALLS)
             self._stages.append(make.remote(source, blocks, *settings))
         if self._codec is not None:
-            self._decoding = self._new_decoder()
+            self._decoding = self._new_decoder(placement)
         limit = options.start_timeout_s
         self._places = control_results(
             [stage.where.remote() for stage in self._stages], limit, "a stage", "come up", given_up
@@ -188,21 +190,22 @@ class RayGang:
         self._taking = self._stages[-1].take.remote()
         logger.info("stages up: %d, blocks %s", world, self._blocks)
 
-    def _actor(self, cls: type, bundle: int, cpus: float, gpus: float, **more: Any) -> Any:
+    def _actor(self, cls: type, group: Any, bundle: int, cpus: float, gpus: float, **more: Any) -> Any:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
         resources = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "scheduling_strategy": strategy}
         return ray.remote(**resources, **more)(cls)
 
-    def _new_decoder(self) -> Decoding:
+    def _new_decoder(self, placement: Placement) -> Decoding:
         from pavdm_dist.engine.actors import DecodeActor
 
         options = self._options
-        resources = (options.decoder_bundle, options.cpus_per_decoder, options.decoder_gpus)
+        resources = (placement.group, placement.decoder, options.cpus_per_decoder, options.decoder_gpus)
         make = self._actor(DecodeActor, *resources, concurrency_groups={"control": 1})
-        actor = make.remote(self._codec, options.decoder_threads, options.decoder_device, options.decoder_dtype)
+        settings = (options.decoder_threads, options.decoder_device, options.decoder_dtype, self._environment)
+        actor = make.remote(self._codec, *settings)
         return Decoding(actor, options.link_timeout_s, options.start_timeout_s)
 
     def _collect(self, timeout: float) -> None:

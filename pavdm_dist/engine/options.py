@@ -154,11 +154,6 @@ class EngineOptions:
         return self.decoder_device == self.device and not self._decoder_alone
 
     @property
-    def decoder_bundle(self) -> int:
-        """Which of :meth:`bundles` the decode actor is placed in."""
-        return self.num_stages if self._decoder_alone else self.num_stages - 1
-
-    @property
     def decoder_gpus(self) -> float:
         """What the decode actor asks for: of a GPU of its own, or of the last stage's."""
         own = {"cpu": 0.0, "cuda": self.gpus_per_decoder, "shared": SHARED_GPU * self.gpus_per_stage}

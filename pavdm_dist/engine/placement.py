@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from pavdm_dist.engine.options import EngineOptions
@@ -18,6 +22,14 @@ logger = logging.getLogger(__name__)
 # Object store of a cluster this process starts for itself: only finished chunks and frames pass through it.
 LOCAL_OBJECT_STORE_BYTES = 400 * 2**20
 REACH_TIMEOUT_S = 10.0
+# How long one host that could hold everything may take to have it free, before several are taken.
+ONE_HOST_S = 2.0
+# Between two words about a wait.
+TELL_S = 60.0
+# How long a node may take to accept a connection.
+ANSWER_S = 1.0
+# Ray's labels: the kind of node, which nodes have where an autoscaler counts them; the node itself.
+_GROUP_LABEL, _NODE_LABEL = "ray.io/node-group", "ray.io/node-id"
 
 
 def connect(options: EngineOptions) -> bool:
@@ -29,8 +41,6 @@ def connect(options: EngineOptions) -> bool:
     Raises:
         EngineError: the address does not answer.
     """
-    import os
-
     import ray
 
     if ray.is_initialized():
@@ -41,16 +51,18 @@ def connect(options: EngineOptions) -> bool:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         if address:
-            ray.init(address=address, logging_level=logging.ERROR)
+            # What actors print, tracebacks too, stays in their logs; what matters of it the engine says.
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
             return False
         # Without "local", Ray would join a cluster that happens to run on this machine.
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
+        with _on_loopback():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
         return True
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -62,37 +74,127 @@ def connect(options: EngineOptions) -> bool:
                 signal.signal(number, handler)
 
 
-def place(options: EngineOptions, given_up: Callable[[], bool] = lambda: False) -> Any:
-    """A ready placement group for the stages (and the decoder, when it takes CPUs of its own).
+@dataclass(frozen=True)
+class Placement:
+    """Where the actors of one gang run.
 
-    Packed on one host when a host can hold it, else on as few as possible.
+    Attributes:
+        group: the placement group, ready.
+        stages: bundle of every stage, in stage order: neighbours share a node wherever they can.
+        decoder: bundle of the decode actor.
+    """
+
+    group: Any
+    stages: list[int]
+    decoder: int
+
+
+def place(options: EngineOptions, given_up: Callable[[], bool] = lambda: False) -> Placement:
+    """A place for the stages (and for the decoder, where it has resources of its own).
+
+    On one host where one has room within a moment, else on as few as have room by then. Waits for what is busy, and for
+    an autoscaler, up to ``placement_timeout_s``; says once a minute for what.
 
     Raises:
         ResourcesError: the cluster can never hold it (said at once), or what it needs stays busy.
     """
     import ray
-    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.placement_group import placement_group_table
 
     bundles = options.bundles()
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not fits(bundles, nodes):
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    silent = _silent(alive)
+    nodes = [node["Resources"] for node in alive if node["NodeID"] not in silent]
+    grows = any(_GROUP_LABEL in node["Labels"] for node in alive)
+    if not fits(bundles, nodes) and not grows:
+        more = f", and {len(silent)} that do not answer" if silent else ""
         raise ResourcesError(
-            f"num_stages={options.num_stages} needs {_total(bundles)} in {len(bundles)} actors of {bundles[0]}; "
-            f"the cluster has {_total(nodes)} on {len(nodes)} node(s): use fewer stages, smaller cpus_per_stage or "
-            "gpus_per_stage, or a larger cluster"
+            f"{_asked(options)} in {len(bundles)} actors of {bundles[0]}; "
+            f"the cluster has {_total(nodes)} on {len(nodes)} node(s){more}: use fewer stages, smaller cpus_per_stage "
+            "or gpus_per_stage, or a larger cluster"
         )
-    one_host = any(fits(bundles, [node]) for node in nodes)
-    group = placement_group(bundles, strategy="STRICT_PACK" if one_host else "PACK")
-    end = time.monotonic() + options.placement_timeout_s
-    while not group.wait(min(1.0, options.placement_timeout_s)):
-        if time.monotonic() < end and not given_up():
-            continue
+    wait, group = _Wait(options, given_up, silent), None
+    # Whether a host is free is Ray's to judge: the totals say only whether it is worth a try.
+    if len(nodes) > 1 and any(fits(bundles, [node]) for node in nodes):
+        group = wait.group("STRICT_PACK", ONE_HOST_S)
+    group = group or wait.group("PACK", options.placement_timeout_s)
+    if group is None:
+        why = "the cluster has not grown so far" if grows else "other jobs hold the rest of the cluster"
+        raise ResourcesError(
+            f"{_asked(options)}, but only {_free()} was free within placement_timeout_s="
+            f"{options.placement_timeout_s:g}: {why}"
+        )
+    of_bundle = placement_group_table(group)["bundles_to_node_id"]
+    stages = stage_order([of_bundle[bundle] for bundle in range(len(bundles))], options.num_stages)
+    return Placement(group, stages, len(bundles) - 1 if len(bundles) > len(stages) else stages[-1])
+
+
+def stage_order(nodes: Sequence[str], num_stages: int) -> list[int]:
+    """Bundle of every stage, in stage order: those of a node follow each other, so that most links stay inside one.
+
+    Args:
+        nodes: of each bundle: the stages', then the decoder's if it has one. The decoder's node comes last: clean
+            chunks are the last stage's.
+        num_stages: P.
+    """
+    met = {node: place for place, node in enumerate(dict.fromkeys(nodes[:num_stages]))}
+    decoders = nodes[num_stages:]
+    return sorted(range(num_stages), key=lambda bundle: (nodes[bundle] in decoders, met[nodes[bundle]]))
+
+
+def _silent(nodes: Sequence[dict[str, Any]]) -> list[str]:
+    """Nodes that take no connection. Ray counts a machine that is gone without a word for up to a minute, and may place
+    on it what nobody will ever hear of again.
+    """
+
+    def answers(node: dict[str, Any]) -> bool:
+        try:
+            address = node["NodeManagerAddress"], node["NodeManagerPort"]
+            socket.create_connection(address, timeout=ANSWER_S).close()
+            return True
+        except OSError:
+            return False
+
+    with ThreadPoolExecutor(32) as pool:
+        silent = [node["NodeID"] for node, there in zip(nodes, pool.map(answers, nodes), strict=True) if not there]
+    # None at all answers a driver that is outside of the cluster's network (ray://).
+    return silent if len(silent) < len(nodes) else []
+
+
+class _Wait:
+    """Waiting for placement groups, one after the other, against one clock."""
+
+    def __init__(self, options: EngineOptions, given_up: Callable[[], bool], silent: Sequence[str]) -> None:
+        self._options, self._given_up = options, given_up
+        self._where = {_NODE_LABEL: f"!in({', '.join(silent)})"} if silent else None
+        self._start = self._said = time.monotonic()
+
+    def group(self, strategy: str, limit_s: float) -> Any | None:
+        """A placement group that has its place before ``limit_s`` seconds since the first wait began; else None."""
+        from ray.util.placement_group import placement_group, remove_placement_group
+
+        bundles = self._options.bundles()
+        where = [self._where] * len(bundles) if self._where else None
+        group = placement_group(bundles, strategy=strategy, bundle_label_selector=where)
+        try:
+            placed = self._placed(group, self._start + min(limit_s, self._options.placement_timeout_s))
+        except BaseException:  # Ctrl-C
+            remove_placement_group(group)
+            raise
+        if placed:
+            return group
         remove_placement_group(group)
-        raise ResourcesError(
-            f"num_stages={options.num_stages} needs {_total(bundles)}, but only {_total([ray.available_resources()])} "
-            f"was free within {options.placement_timeout_s:g} s: other jobs hold the rest of the cluster"
-        )
-    return group
+        return None
+
+    def _placed(self, group: Any, end: float) -> bool:
+        while not group.wait(min(1.0, max(0.1, end - time.monotonic()))):
+            now = time.monotonic()
+            if now >= end or self._given_up():
+                return False
+            if now - self._said >= TELL_S:
+                self._said = now
+                logger.warning("%s; %s is free after %.0f s", _asked(self._options), _free(), now - self._start)
+        return True
 
 
 def fits(bundles: list[dict[str, float]], nodes: list[dict[str, float]]) -> bool:
@@ -116,6 +218,38 @@ def _take(nodes: list[dict[str, float]], bundle: dict[str, float]) -> bool:
                 node[name] -= amount
             return True
     return False
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Ray started inside listens on loopback only, and not on all addresses of the machine.
+
+    Ray has this for machines whose firewall asks about every open port, and maps any address of loopback that it is
+    given to the machine's own. Its processes read the variable; this one has read it when Ray was imported.
+    """
+    import ray
+
+    name, constants = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", ray._private.ray_constants
+    before, cluster = os.environ.get(name), constants.ENABLE_RAY_CLUSTER
+    os.environ[name], constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = cluster
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _asked(options: EngineOptions) -> str:
+    return f"num_stages={options.num_stages} needs {_total(options.bundles())}"
+
+
+def _free() -> str:
+    import ray
+
+    return _total([ray.available_resources()])
 
 
 def _check_reachable(address: str) -> None:

@@ -85,12 +85,14 @@ class Source:
                 return None
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file; nothing is fetched."""
+        """Whether there is such a file, without a network: here; nothing is fetched."""
         if self.is_folder or self.cached(name) is not None:
             return self.find(name) is not None
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
         from huggingface_hub.errors import EntryNotFoundError
 
+        if constants.HF_HUB_OFFLINE:
+            return False
         with self._hub():
             try:
                 get_hf_file_metadata(hf_hub_url(self.location, self._inside(name), revision=self.revision))
@@ -165,10 +167,11 @@ class Source:
     def _here(self) -> Path:
         path = Path(self.location, self.component)
         if not path.is_dir():
+            here = socket.gethostname()
             if Path(self.location).is_dir():
-                raise CheckpointError(f"{path} does not exist in the checkpoint")
+                raise CheckpointError(f"{path} does not exist in the checkpoint on {here}")
             raise CheckpointError(
-                f"{path} is not on {socket.gethostname()}: a model folder must have the same path on every node; "
+                f"{path} is not on {here}: a model folder must have the same path on every node; "
                 "hub ids are fetched by each"
             )
         return path

@@ -1,0 +1,112 @@
+"""What actors get from the driver's environment, and where they listen: seen in real actors."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from helpers import tiny_checkpoint
+
+from pavdm_dist.engine.environment import handed_on, take_on
+from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.engine.ray_engine import RayEngine
+from pavdm_dist.errors import PAVDMError
+
+pytestmark = pytest.mark.timeout(120)
+SECRET = "hf_sesame"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+def _seen(actor: Any) -> dict[str, str]:
+    """The environment of an actor, as the hub's library and everything else in it sees it."""
+    import ray
+
+    def look(_: Any) -> dict[str, str]:
+        from huggingface_hub import constants, get_token
+
+        return {**os.environ, "cache": constants.HF_HUB_CACHE, "token": get_token() or ""}
+
+    return ray.get(actor.__ray_call__.remote(look))
+
+
+def test_actors_get_the_drivers_environment_and_keep_its_secret(
+    ray_cluster: None, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    monkeypatch.setenv("https_proxy", "http://user:word@proxy:3128")
+    monkeypatch.setenv("SOME_OTHER", "1")
+    with RayEngine(str(model / "transformer"), [(0, 2), (2, 4)], EngineOptions(2), str(model / "vae")) as engine:
+        assert engine._gang._decoding is not None
+        for actor in (*engine._gang._stages, engine._gang._decoding.actor):
+            seen = _seen(actor)
+            assert seen["cache"] == str(tmp_path / "hub") and seen["token"] == SECRET
+            assert seen["NCCL_DEBUG"] == "WARN" and seen["https_proxy"] and "SOME_OTHER" not in seen
+        first, node = engine._gang._stages[0], ray.util.get_node_ip_address()
+        interface = _seen(first)["GLOO_SOCKET_IFNAME"]
+        assert node in [entry.address for entry in psutil.net_if_addrs()[interface]]
+        sockets = psutil.Process(engine._gang._places[0].pid).net_connections("tcp")
+        listening = [socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN]
+        # One port is Ray's own; the others are the rendezvous store's and gloo's.
+        assert listening.count(node) >= len(listening) - 1 >= 2, listening
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    logs = [file for file in session.rglob("*") if file.is_file() and not file.is_symlink()]
+    assert logs and not any(SECRET.encode() in file.read_bytes() for file in logs)
+
+
+def test_what_a_node_sets_for_itself_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"HF_HOME": "/here", "HTTP_PROXY": "here"})
+    take_on({"HF_HOME": "/there", "http_proxy": "there", "HF_ENDPOINT": "there"})
+    assert os.environ == {"HF_HOME": "/here", "HTTP_PROXY": "here", "HF_ENDPOINT": "there"}
+
+
+def test_only_what_others_need_is_handed_on() -> None:
+    wanted = {"NCCL_IB_HCA": "mlx5", "GLOO_SOCKET_IFNAME": "eth1", "NO_PROXY": "10.0.0.0/8", "HF_HUB_OFFLINE": "1"}
+    assert handed_on({**wanted, "PATH": "/bin", "HOME": "/root", "CUDA_VISIBLE_DEVICES": "0", "MY_HF_": "1"}) == wanted
+
+
+def test_an_interface_that_a_node_does_not_have_is_named(
+    ray_cluster: None, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth77")
+    with pytest.raises(PAVDMError, match=r"GLOO_SOCKET_IFNAME=eth77: node .* has no such interface, but .*lo.*; leave"):
+        RayEngine(str(model / "transformer"), [(0, 4)], EngineOptions(1))
+
+
+LOCAL = """
+import psutil
+from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.engine.placement import connect
+assert connect(EngineOptions(1))
+import os, ray
+assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ and ray.util.get_node_ip_address() == "127.0.0.1"
+
+@ray.remote
+class Actor:
+    def pid(self):
+        return os.getpid()
+
+actor = Actor.remote()
+mine = {os.getpid(), ray.get(actor.pid.remote()), *(child.pid for child in psutil.Process().children(recursive=True))}
+print({c.laddr.ip for c in psutil.net_connections("tcp") if c.pid in mine and c.status == "LISTEN"})
+"""
+
+
+def test_a_cluster_that_is_started_here_listens_on_loopback_only() -> None:
+    done = subprocess.run([sys.executable, "-c", LOCAL], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    addresses = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert addresses and addresses <= {"127.0.0.1", "::ffff:127.0.0.1"}

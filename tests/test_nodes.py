@@ -1,0 +1,261 @@
+"""A cluster of several nodes, emulated on this machine: where gangs go, and what is left when a node really goes.
+
+A process has one cluster at a time, and the tests' own has one node: these run in a process beside.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import reference_chunks, tiny_checkpoint, tiny_model, tiny_stream
+
+from pavdm_dist.engine import placement
+from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.engine.placement import place, stage_order
+from pavdm_dist.engine.ray_engine import RayEngine
+from pavdm_dist.errors import ResourcesError
+
+pytestmark = pytest.mark.timeout(180)
+CUTS = {stages: [(i, i + 1) for i in range(stages - 1)] + [(stages - 1, 4)] for stages in (1, 2, 3, 4)}
+
+Beside = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def beside() -> Iterator[Beside]:
+    """Runs a function in a process that holds a cluster whose only node, the driver's, has no CPUs to give."""
+    # A folder of its own: in the usual one clusters leave their address, for whoever starts Ray next.
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        pool = ProcessPoolExecutor(1, get_context("spawn"), _start, (folder,))
+        yield lambda function, *arguments: pool.submit(function, *arguments).result(150)
+        pool.submit(_stop).result(60)
+        pool.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+_cluster: Any = None
+
+
+def _start(folder: str) -> None:
+    global _cluster
+    import ray
+    from ray.cluster_utils import Cluster
+
+    os.environ["RAY_TMPDIR"] = folder
+    torch.set_num_threads(1)
+    # A dead node is told by its silence: by default after a quarter of a minute and more.
+    silence = {
+        "health_check_initial_delay_ms": 1000,
+        "health_check_period_ms": 500,
+        "health_check_failure_threshold": 6,
+    }
+    _cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": silence})
+    ray.init(address=_cluster.address, log_to_driver=False, logging_level="ERROR")
+
+
+def _stop() -> None:
+    import ray
+
+    ray.shutdown()
+    _cluster.shutdown()
+
+
+@contextmanager
+def _nodes(*cpus: int) -> Iterator[list[Any]]:
+    """Nodes with so many CPUs; others may come and go meanwhile."""
+    import ray
+
+    nodes = [_cluster.add_node(num_cpus=each) for each in cpus]
+    try:
+        yield nodes
+    finally:
+        for node in list(_cluster.worker_nodes):
+            _cluster.remove_node(node)
+        _until(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)
+
+
+def _until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not come about"
+        time.sleep(0.05)
+
+
+@contextmanager
+def _busy(node: Any, cpus: int) -> Iterator[None]:
+    """Somebody else's actor on a node."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    @ray.remote(num_cpus=cpus, scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False))
+    class Other:
+        def is_here(self) -> bool:
+            return True
+
+    other = Other.remote()
+    assert ray.get(other.is_here.remote(), timeout=60)
+    yield
+    ray.kill(other)
+
+
+@contextmanager
+def _placed(meanwhile: Callable[[], None] | None = None, **options: Any) -> Iterator[list[str]]:
+    """Nodes of the stages, in stage order, then the decoder's; something is done while a place is waited for."""
+    from ray.util.placement_group import remove_placement_group
+
+    asked: list[None] = []
+
+    def given_up() -> bool:  # asked once a second
+        asked.append(None)
+        if len(asked) == 3 and meanwhile is not None:
+            meanwhile()
+        return False
+
+    chosen = place(EngineOptions(**options), given_up)
+    assert meanwhile is None or len(asked) >= 3
+    nodes = _nodes_of(chosen)
+    try:
+        yield nodes
+    finally:
+        remove_placement_group(chosen.group)
+
+
+def _nodes_of(chosen: placement.Placement) -> list[str]:
+    from ray.util.placement_group import placement_group_table
+
+    of_bundle = placement_group_table(chosen.group)["bundles_to_node_id"]
+    return [of_bundle[bundle] for bundle in (*chosen.stages, chosen.decoder)]
+
+
+def test_stages_of_a_node_follow_each_other_and_the_decoders_node_is_last() -> None:
+    assert stage_order(["a", "a", "b"], 3) == [0, 1, 2]
+    assert stage_order(["a", "b", "a", "b"], 4) == [0, 2, 1, 3]
+    assert stage_order(["a", "b", "a", "b", "a"], 4) == [1, 3, 0, 2]  # the last bundle is the decoder's
+    assert stage_order(["a", "b", "c"], 2) == [0, 1]
+    assert stage_order(["c", "a", "b", "a", "c", "b"], 6) == [0, 4, 1, 3, 2, 5]
+
+
+def _takes_what_is_free() -> None:
+    with _nodes(3, 2) as (first, second), _busy(first, 2):
+        start = time.monotonic()
+        with _placed(num_stages=2) as nodes:
+            assert nodes == [second.node_id] * 3
+            assert time.monotonic() - start < placement.ONE_HOST_S
+            # What may be had is waited for, and then refused in words.
+            start = time.monotonic()
+            with pytest.raises(ResourcesError, match=r"needs 2 CPU, but only 1 CPU was free within .*=3: other jobs"):
+                place(EngineOptions(2, placement_timeout_s=3))
+            assert 2.5 < time.monotonic() - start < 10
+        # Both together have room, neither alone, though one is large enough: that one is not waited for.
+        with _placed(num_stages=2, cpus_per_decoder=1, placement_timeout_s=30) as nodes:
+            assert set(nodes) == {first.node_id, second.node_id}
+
+
+def test_a_host_that_is_free_is_taken_before_one_that_is_only_large(beside: Beside) -> None:
+    beside(_takes_what_is_free)
+
+
+def _shares_nodes() -> None:
+    with _nodes(2, 2, 2), _placed(num_stages=5, cpus_per_decoder=1) as nodes:
+        assert len(set(nodes)) == 3 and sum(a != b for a, b in pairwise(nodes)) == 2, nodes
+
+
+@pytest.mark.slow
+def test_neighbours_share_a_node(beside: Beside) -> None:
+    beside(_shares_nodes)
+
+
+@contextmanager
+def _heard() -> Iterator[list[str]]:
+    """What placement logs meanwhile; pytest hears only its own process."""
+    handler, lines = logging.Handler(), list[str]()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    placement.logger.addHandler(handler)
+    yield lines
+    placement.logger.removeHandler(handler)
+
+
+def _waits_for_a_node() -> None:
+    placement.TELL_S = 1.0
+    with _nodes(2) as (first,), _busy(first, 1):
+        grow = lambda: _cluster.add_node(num_cpus=1)  # noqa: E731
+        with _heard() as lines, _placed(grow, num_stages=2) as nodes:
+            assert len(set(nodes)) == 2
+        assert lines and all("num_stages=2 needs 2 CPU; 1 CPU is free after " in line for line in lines)
+        # What the nodes that there are can never hold is refused at once, but where an autoscaler counts its nodes.
+        two = EngineOptions(2, cpus_per_stage=2, placement_timeout_s=1)
+        with pytest.raises(ResourcesError, match=r"needs 4 CPU in 2 actors .* has 3 CPU on 3 node"):
+            place(two)
+        os.environ["RAY_NODE_TYPE_NAME"] = "small"  # as autoscalers do it for their nodes
+        try:
+            _cluster.add_node(num_cpus=1)
+            with pytest.raises(ResourcesError, match=r"within placement_timeout_s=1: the cluster has not grown"):
+                place(two)
+            with _placed(lambda: _cluster.add_node(num_cpus=4), num_stages=2, cpus_per_stage=2) as nodes:
+                assert len(set(nodes)) == 1
+        finally:
+            del os.environ["RAY_NODE_TYPE_NAME"]
+
+
+def test_a_node_that_comes_while_it_is_waited_for_is_taken(beside: Beside) -> None:
+    beside(_waits_for_a_node)
+
+
+def _engine(model: Path, stages: int, **options: Any) -> RayEngine:
+    chosen = EngineOptions(stages, restart_backoff_s=0.1, **options)
+    return RayEngine(str(model / "transformer"), CUTS[stages], chosen, str(model / "vae"), CUTS.__getitem__)
+
+
+def _outlives_a_node(model: Path, comes_back: bool) -> None:
+    stream, latents, started = (
+        tiny_stream(0, num_chunks=30, guidance_scale=1.0),
+        list[torch.Tensor](),
+        threading.Event(),
+    )
+
+    def consume(engine: RayEngine) -> None:
+        for finished in engine.run([stream]):
+            latents.append(finished.clean.latents)
+            if len(latents) == 5:
+                started.set()
+
+    with (
+        _nodes(2, 1) as nodes,
+        _engine(model, 3, node_wait_s=60 if comes_back else 1) as engine,
+        ThreadPoolExecutor() as pool,
+    ):
+        assert engine._gang._placement is not None
+        assert len(set(_nodes_of(engine._gang._placement))) == 2
+        consumer = pool.submit(consume, engine)
+        assert started.wait(60)
+        _cluster.remove_node(nodes[1], allow_graceful=False)  # its processes are killed
+        if comes_back:
+            time.sleep(3)
+            _cluster.add_node(num_cpus=1)
+        consumer.result()
+        assert engine.generation == 2 and len(engine._gang._places) == (3 if comes_back else 2)
+    expected = reference_chunks(tiny_model(), stream)
+    assert all(torch.equal(mine, clean.latents) for mine, clean in zip(latents, expected, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_a_video_outlives_a_node(beside: Beside, model: Path, comes_back: bool) -> None:
+    beside(_outlives_a_node, model, comes_back)
