@@ -88,9 +88,8 @@ def test_an_interface_that_a_node_does_not_have_is_named(
 
 LOCAL = """
 import psutil
-from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.engine.placement import connect
-assert connect(EngineOptions(1))
+from pavdm_dist.cluster import connect
+assert connect(None)
 import os, ray
 assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ and ray.util.get_node_ip_address() == "127.0.0.1"
 

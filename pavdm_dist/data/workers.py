@@ -107,10 +107,9 @@ def _follow_parent() -> None:
 def _ray(address: str, cpus: int, gpu: bool) -> Iterator[Run]:
     import ray
 
-    from pavdm_dist.engine.options import EngineOptions
-    from pavdm_dist.engine.placement import connect
+    from pavdm_dist.cluster import connect
 
-    connect(EngineOptions(1, ray_address=address))
+    connect(address)
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(node.get("CPU", 0) >= cpus and (not gpu or node.get("GPU", 0) >= 1) for node in resources):
         most = int(max((node.get("CPU", 0) for node in resources), default=0))

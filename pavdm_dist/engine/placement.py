@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.errors import EngineError, ResourcesError
+from pavdm_dist.errors import ResourcesError
 
 logger = logging.getLogger(__name__)
 
-# Object store of a cluster this process starts for itself: only finished chunks and frames pass through it.
-LOCAL_OBJECT_STORE_BYTES = 400 * 2**20
-REACH_TIMEOUT_S = 10.0
 # How long one host that could hold everything may take to have it free, before several are taken.
 ONE_HOST_S = 2.0
 # Between two words about a wait.
@@ -30,48 +23,6 @@ TELL_S = 60.0
 ANSWER_S = 1.0
 # Ray's labels: the kind of node, which nodes have where an autoscaler counts them; the node itself.
 _GROUP_LABEL, _NODE_LABEL = "ray.io/node-group", "ray.io/node-id"
-
-
-def connect(options: EngineOptions) -> bool:
-    """Joins the Ray cluster of this process or of the options, else starts a local one.
-
-    Returns:
-        True when a local cluster was started here, which the caller must shut down.
-
-    Raises:
-        EngineError: the address does not answer.
-    """
-    import ray
-
-    if ray.is_initialized():
-        return False
-    address = options.ray_address or os.environ.get("RAY_ADDRESS")
-    if address:
-        _check_reachable(address)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        if address:
-            # What actors print, tracebacks too, stays in their logs; what matters of it the engine says.
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-            return False
-        # Without "local", Ray would join a cluster that happens to run on this machine.
-        with _on_loopback():
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-            )
-        return True
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise EngineError(f"ray_address={address!r}: no Ray cluster could be reached or started: {reason}") from error
-    finally:
-        # Ray ends the process at SIGTERM, with whatever is half done; who runs the process decides that here.
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -220,28 +171,6 @@ def _take(nodes: list[dict[str, float]], bundle: dict[str, float]) -> bool:
     return False
 
 
-@contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Ray started inside listens on loopback only, and not on all addresses of the machine.
-
-    Ray has this for machines whose firewall asks about every open port, and maps any address of loopback that it is
-    given to the machine's own. Its processes read the variable; this one has read it when Ray was imported.
-    """
-    import ray
-
-    name, constants = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", ray._private.ray_constants
-    before, cluster = os.environ.get(name), constants.ENABLE_RAY_CLUSTER
-    os.environ[name], constants.ENABLE_RAY_CLUSTER = "0", False
-    try:
-        yield
-    finally:
-        constants.ENABLE_RAY_CLUSTER = cluster
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
 def _asked(options: EngineOptions) -> str:
     return f"num_stages={options.num_stages} needs {_total(options.bundles())}"
 
@@ -250,17 +179,6 @@ def _free() -> str:
     import ray
 
     return _total([ray.available_resources()])
-
-
-def _check_reachable(address: str) -> None:
-    """Ray itself waits for minutes for an address where nothing listens."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdecimal():  # auto, local
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
-        raise EngineError(f"ray_address={address!r}: no Ray cluster could be reached: {error}") from error
 
 
 def _total(resources: list[dict[str, float]]) -> str:

@@ -15,12 +15,12 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
+from pavdm_dist.cluster import connect
 from pavdm_dist.engine.driver import Driver
 from pavdm_dist.engine.events import Failed, Finished, GangLost, Grown, Output
 from pavdm_dist.engine.gang import RayGang
 from pavdm_dist.engine.loop import RunReport
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.engine.placement import connect
 from pavdm_dist.engine.restart import Restarts, rebuilt
 from pavdm_dist.engine.runs import Run, Switch
 from pavdm_dist.errors import ConfigError, PAVDMError
@@ -66,7 +66,7 @@ class RayEngine:
         recut: Callable[[int], list[tuple[int, int]]] | None = None,
     ) -> None:
         self.blocks, self._options, self._recut = list(blocks), options, recut
-        self._owns_ray = connect(options)
+        self._owns_ray = connect(options.ray_address)
 
         def gang(stages: int, generation: int, patience_s: float) -> RayGang:
             cut = self.blocks if stages == len(self.blocks) or recut is None else recut(stages)

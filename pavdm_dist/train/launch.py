@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pavdm_dist.cluster import connect
 from pavdm_dist.errors import ConfigError, EngineError
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.processes import launched_size
@@ -94,8 +95,6 @@ def _launch_here(processes: int, words: Sequence[str]) -> None:
 
 
 def _launch_ray(config: TrainConfig, provider: Provider) -> None:
-    import ray
-
     try:
         from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -108,8 +107,7 @@ def _launch_ray(config: TrainConfig, provider: Provider) -> None:
 
     wanted, run = config.launch, Path(config.run_dir).absolute()
     saves.check_resume(run / "checkpoints", config.resume)
-    if not ray.is_initialized():
-        ray.init(address=wanted.ray_address, log_to_driver=True)
+    connect(wanted.ray_address, log_to_driver=True)
     gpus = wanted.gpus_per_worker > 0
     resources = {"CPU": wanted.cpus_per_worker, **({"GPU": wanted.gpus_per_worker} if gpus else {})}
     settings = _anywhere(config, run)
