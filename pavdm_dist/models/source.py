@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.fields import read_object
 
 
 @dataclass(frozen=True)
@@ -194,11 +194,4 @@ def load_config(source: str | Path | Source) -> dict[str, Any]:
     Raises:
         CheckpointError: missing or not a JSON object.
     """
-    path = Source.of(source).file("config.json")
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not valid JSON of a model: it must hold names and values")
-    return config
+    return read_object(Source.of(source).file("config.json"), CheckpointError)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.codecs.wan import WanCodec, decode_flop
+from pavdm_dist.codecs.wan import WanCodec
+from pavdm_dist.codecs.wan_config import decode_flop
 from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.io.storage import atomic_write
 from pavdm_dist.method.denoiser import memories_of, unit_context
