@@ -32,7 +32,9 @@ DEFAULT_SECONDS = 5.0
 # A torch thread pool, a cluster or a wait beyond these is a slip of the finger.
 _Count = Annotated[int, Within(0, 1024, above=True)]
 _Share = Annotated[float, Within(0, 1024)]
+_Positive = Annotated[float, Within(0, above=True)]
 _Wait = Annotated[float, Within(0, 1_000_000, above=True)]
+_Rate = Annotated[float, Within(0, 1_000_000, above=True)]
 _Frames = Annotated[int, Within(0, 10**12, above=True)]
 _Seconds = Annotated[float, Within(0, 10**9, above=True)]
 
@@ -49,11 +51,13 @@ class PromptChange:
 class DisplacedConfig:
     """When mode displaced is exact; see ``method.microbatches.Displaced``."""
 
-    resync_every_steps: int | None = 25  # exact every so many steps; 1 = always, null = never
-    exact_steps: int = 0  # exact steps at the start
+    resync_every_steps: Annotated[int, Within(1)] | None = 25  # exact every so many steps; 1 = always, null = never
+    exact_steps: Annotated[int, Within(0)] = 0  # exact steps at the start
     exact_growing: bool = True  # exact while the window grows
     exact_draining: bool = False  # and while it drains
-    adaptive: float | None = None  # exact when keys change by more than this from step to step
+    adaptive: Annotated[float, Within(0, above=True)] | None = (
+        None  # exact when keys change by more than this from step to step
+    )
     context_refresh: Literal["shift", "step"] = "shift"  # when the clean chunk is run again
 
 
@@ -123,14 +127,14 @@ class SampleConfig:
 class ClusterConfig:
     """Devices and a job mix, for the planner."""
 
-    devices: int | None = None  # GPUs at hand; the planner speaks up when it is set
-    memory_gib: float = 80.0  # of one
-    tflops: float = 100.0  # what one sustains on this model
-    decoder_tflops: float | None = None  # what a decoder on CPUs sustains; null leaves it out of the plan
-    link_gib_per_s: float = 20.0  # between two of them
-    link_latency_ms: float = 0.1
-    videos: int = 1  # of the given length, all at hand from the start
-    price_per_device_hour: float = 0.0
+    devices: Annotated[int, Within(1, 100_000)] | None = None  # GPUs at hand; the planner speaks up when it is set
+    memory_gib: _Rate = 80.0  # of one
+    tflops: _Rate = 100.0  # what one sustains on this model
+    decoder_tflops: _Rate | None = None  # what a decoder on CPUs sustains; null leaves it out of the plan
+    link_gib_per_s: _Rate = 20.0  # between two of them
+    link_latency_ms: Annotated[float, Within(0, 1_000_000)] = 0.1
+    videos: Annotated[int, Within(1, 1_000_000)] = 1  # of the given length, all at hand from the start
+    price_per_device_hour: Annotated[float, Within(0, 1_000_000)] = 0.0
     chart: str | None = None  # .png of what the chosen stages do when
 
 
@@ -167,16 +171,17 @@ def validate_sample(config: SampleConfig, *, needs_prompt: bool = True) -> None:
         ConfigError: with the field, its value and what is legal.
     """
     check_fields(config)
-    for setting in dataclasses.fields(config):
-        value = getattr(config, setting.name)
-        if isinstance(value, str) and not _is_text(value):
-            raise ConfigError(f"{setting.name}={value!r}: is not text that a file or its name can hold")
     if not config.output:
         raise ConfigError("output: name an .mp4 file or a folder")
     if needs_prompt and config.streams > 1 and not config.num_stages:
         raise ConfigError(f"streams={config.streams}: without stages videos are made one after another; set num_stages")
     if config.num_frames is not None and config.seconds is not None:
         raise ConfigError(f"num_frames={config.num_frames} and seconds={config.seconds:g}: give one of them")
+    if isinstance(config, PlanConfig) and config.cluster.devices is None:
+        for setting in dataclasses.fields(ClusterConfig):
+            value = getattr(config.cluster, setting.name)
+            if value != setting.default:
+                raise ConfigError(f"cluster.{setting.name}={value}: is for a cluster; set cluster.devices=N, too")
     _check_plan(config)
     _check_prompts(config, needs_prompt)
     _check_start(config, needs_clip=needs_prompt)
@@ -189,13 +194,6 @@ def frames_wanted(config: SampleConfig, fps: float) -> int:
         return config.num_frames
     seconds = DEFAULT_SECONDS if config.seconds is None else config.seconds
     return max(1, round(seconds * fps))
-
-
-def _is_text(value: str) -> bool:
-    try:
-        return "\0" not in value and bool(value.encode() or True)
-    except UnicodeEncodeError:
-        return False
 
 
 def _check_plan(config: SampleConfig) -> None:
@@ -257,6 +255,8 @@ def _check_stages(config: SampleConfig) -> None:
         raise ConfigError(f"device=cpu: gpus_per_stage={config.gpus_per_stage:g} gives every stage a GPU; drop one")
     if split is None:
         return
+    if config.balance != "estimated":
+        raise ConfigError(f"balance={config.balance}: layers_per_stage={split} leaves nothing to balance; drop one")
     if config.num_stages and len(split) != config.num_stages:
         raise ConfigError(f"layers_per_stage={split}: has {len(split)} entries for num_stages={config.num_stages}")
     if not config.num_stages:

@@ -105,16 +105,26 @@ def read_object(path: Path, error: type[PAVDMError]) -> dict[str, Any]:
         PAVDMError: of the kind ``error``: unreadable, not JSON, or JSON of something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json_value(path.read_bytes())
     except OSError as reason:
         raise error(f"{path} cannot be read: {reason.strerror}") from reason
-    except RecursionError as reason:
-        raise error(f"{path} is not valid JSON of a model: it is nested too deeply") from reason
-    except ValueError as reason:  # no JSON, no UTF-8, or a number of thousands of digits
+    except ValueError as reason:
         raise error(f"{path} is not valid JSON: {reason}") from reason
     if not isinstance(content, dict):
         raise error(f"{path} is not valid JSON of a model: it must hold names and values")
     return content
+
+
+def json_value(text: str | bytes) -> Any:
+    """What JSON says.
+
+    Raises:
+        ValueError: no JSON, no UTF-8, a number of thousands of digits, or lists in lists without an end.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as reason:
+        raise ValueError("it is nested too deeply") from reason
 
 
 def fault(annotation: Any, name: str, value: Any) -> str | None:
@@ -197,6 +207,8 @@ def _fault(kind: Any, name: str, value: Any) -> str | None:
         if type(value) not in (int, float):
             return ""
         return None if _is_finite(value) else f"{name}={show(value)}: must be a finite number"
+    if kind is str and type(value) is str and not _is_writable(value):
+        return f"{name}={value!r}: is not text that a file or its name can hold"
     return None if kind is Any or type(value) is kind else ""
 
 
@@ -212,6 +224,13 @@ def _is_finite(value: float) -> bool:
     try:
         return math.isfinite(value)
     except OverflowError:  # a whole number that no float can hold
+        return False
+
+
+def _is_writable(text: str) -> bool:
+    try:
+        return "\0" not in text and bool(text.encode() or True)
+    except UnicodeEncodeError:
         return False
 
 

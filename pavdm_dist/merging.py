@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import typing
 from collections.abc import Sequence
@@ -16,14 +17,23 @@ from typing import Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-from yaml import YAMLError, safe_dump, safe_load
+from yaml import (
+    CollectionEndEvent,
+    CollectionStartEvent,
+    SafeLoader,
+    YAMLError,
+    parse,
+    safe_dump,
+    safe_load,
+)
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.fields import check_fields, expected, members, show
 
 T = TypeVar("T")
-# No YAML, no text, a date that is none or a number of thousands of digits, lists in lists without an end.
-_UNREADABLE = (YAMLError, ValueError, RecursionError)
+# What reading YAML raises: no YAML, no text, a date that is none, a number of thousands of digits, endless nesting.
+NO_YAML = (YAMLError, ValueError, RecursionError)
+_DEEPEST, _MOST = 50, 100_000
 
 
 def load_config(cls: type[T], yaml_path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
@@ -53,6 +63,28 @@ def load_config(cls: type[T], yaml_path: str | Path | None = None, overrides: Se
     return result
 
 
+def read_yaml(text: str | bytes) -> Any:
+    """What YAML says, as plain lists, dicts and scalars.
+
+    Raises:
+        YAMLError, ValueError, RecursionError: (:data:`NO_YAML`) none, or nothing that settings could be: a hundred
+            lists in lists, which take the parser minutes, or anchors that multiply.
+    """
+    depth = 0
+    for event in parse(text, SafeLoader):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise ValueError("it is nested too deeply")
+    content = safe_load(text)
+    left, found = [content], 0
+    while left:
+        value, found = left.pop(), found + 1
+        if found > _MOST:
+            raise ValueError("its anchors make it endless, or too large")
+        left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return content
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The settings as plain lists, dicts and scalars, for the sidecar JSON."""
     return dataclasses.asdict(config)
@@ -64,11 +96,11 @@ def to_yaml(config: Any) -> str:
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"{path}: no such config file (`pavdm configs ls` lists the shipped ones)")
     try:
-        content = safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, *_UNREADABLE) as error:
+        content = read_yaml(path.read_bytes())
+    except (OSError, *NO_YAML) as error:
         raise ConfigError(f"{path}: not readable as YAML ({_first_line(error)})") from error
     if not isinstance(content, dict | None):
         raise ConfigError(f"{path}: must hold `key: value` lines, not {show(content)}")
@@ -116,8 +148,8 @@ def _parse(annotation: Any, name: str, text: str) -> Any:
     if str in optional or typing.get_origin(annotation) is Literal:
         return text
     try:
-        return safe_load(text)
-    except _UNREADABLE as error:
+        return read_yaml(text)
+    except NO_YAML as error:
         raise ConfigError(f"{name}={show(text)}: must be {expected(annotation)}") from error
 
 

@@ -38,7 +38,7 @@ class Source:
         """
         if isinstance(place, Source):
             return place
-        if not Path(place).is_dir():
+        if not os.path.isdir(place):
             if os.path.isabs(place):
                 raise CheckpointError(f"model={place}: no such folder")
             if "/" not in str(place):
@@ -70,7 +70,7 @@ class Source:
         """
         if self.is_folder:
             path = self._here() / name
-            return path if path.exists() else None
+            return path if os.path.exists(path) else None
         from huggingface_hub import constants, hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
