@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pavdm_dist.codecs.base import CodecSpec
 from pavdm_dist.codecs.text import WordTextEncoder
-from pavdm_dist.codecs.wan import WanCodec, read_spec
+from pavdm_dist.codecs.wan import WanCodec
+from pavdm_dist.codecs.wan_config import read_spec
 from pavdm_dist.errors import CheckpointError
+from pavdm_dist.fields import (
+    ChunkLatents,
+    ContextChunks,
+    FrameRate,
+    Guidance,
+    Side,
+    Steps,
+    TimeShift,
+    WindowChunks,
+    made,
+    read_object,
+)
 from pavdm_dist.io.metadata import weights_identity
 from pavdm_dist.io.shipped import shipped_models
 from pavdm_dist.models.base import Backbone
 from pavdm_dist.models.catalog import BACKBONES, backbone_shape, load_backbone
-from pavdm_dist.models.loading import has_weights, read_tensor, stored_dtype
+from pavdm_dist.models.loading import has_weights, read_tensor, stored_dtype, stored_tensors
 from pavdm_dist.models.source import Source, load_config
 
 CODEC, TEXT_ENCODER = "AutoencoderKLWan", "WordTextEncoder"
@@ -32,15 +45,25 @@ class SamplingDefaults:
     :func:`~pavdm_dist.method.schedule.time_shift_ratio`.
     """
 
-    num_inference_steps: int = 30
-    window_chunks: int = 6
-    latent_chunk_size: int = 5
-    context_chunks: int = 1
-    guidance_scale: float = 7.0
-    height: int = 240
-    width: int = 424
-    fps: float = 24
-    time_shift: float | None = None
+    num_inference_steps: Steps = 30
+    window_chunks: WindowChunks = 6
+    latent_chunk_size: ChunkLatents = 5
+    context_chunks: ContextChunks = 1
+    guidance_scale: Guidance = 7.0
+    height: Side = 240
+    width: Side = 424
+    fps: FrameRate = 24
+    time_shift: TimeShift | None = None
+
+
+@dataclass(frozen=True)
+class _ModelIndex:
+    """What ``model_index.json`` says; what else is in it (versions, a record of training) is nobody's concern."""
+
+    transformer: tuple[str, str]
+    vae: tuple[str, str]
+    text_encoder: tuple[str, str]
+    sampling: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,25 +96,18 @@ class Checkpoint:
         file = source.find("model_index.json")
         if file is None:
             raise CheckpointError(f"model={model}: {source}/model_index.json is missing, so this is no model folder")
-        try:
-            index = json.loads(file.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"model={model}: {file} is not valid JSON: {error}") from error
-        if not isinstance(index, dict) or not isinstance(index.get("sampling", {}), dict):
-            raise CheckpointError(f"model={model}: {file} must map component names to [library, class]")
-        for component, kinds in (("transformer", (*BACKBONES,)), ("vae", (CODEC,)), ("text_encoder", None)):
-            entry = index.get(component)
-            found = entry[1] if isinstance(entry, list) and len(entry) == 2 else "nothing"
-            # A text encoder matters when something is sampled, not when it is planned.
-            if found == "nothing" or (kinds is not None and found not in kinds):
-                raise CheckpointError(
-                    f"model={model}: {component} is {found}, this version runs {', '.join(kinds or (TEXT_ENCODER,))}"
-                )
-        known = {field.name for field in fields(SamplingDefaults)}
-        unknown = set(index.get("sampling", {})) - known
-        if unknown:
-            raise CheckpointError(f"model={model}: unknown sampling default {sorted(unknown)[0]!r} in {file}")
-        checkpoint = cls(source.pinned("model_index.json"), SamplingDefaults(**index.get("sampling", {})))
+        where = f"model={model}: {file}"
+        values = read_object(file, CheckpointError)
+        index = made(_ModelIndex, values, where, ignore_unknown=True, error=CheckpointError)
+        # A text encoder matters when something is sampled, not when it is planned.
+        for component, found, kinds in (
+            ("transformer", index.transformer[1], BACKBONES),
+            ("vae", index.vae[1], [CODEC]),
+        ):
+            if found not in kinds:
+                raise CheckpointError(f"model={model}: {component} is {found}, this version runs {', '.join(kinds)}")
+        defaults = made(SamplingDefaults, index.sampling, where, prefix="sampling.", error=CheckpointError)
+        checkpoint = cls(source.pinned("model_index.json"), defaults)
         checkpoint._check_fit()
         return checkpoint
 
@@ -129,13 +145,15 @@ class Checkpoint:
         return stored_dtype(self.transformer)
 
     def require_weights(self) -> None:
-        """Refuses what can only be planned.
+        """Refuses what can only be planned, and files of weights that are lacking or torn; reads their headers.
 
         Raises:
-            CheckpointError: there are no weights.
+            CheckpointError: there are no weights, or not all.
         """
         if not self.has_weights:
             raise CheckpointError(f"model={self.source} holds no weights: it can be planned, not sampled")
+        for component in (self.transformer, self.vae, self.source.part("text_encoder")):
+            stored_tensors(component)
 
     @cached_property
     def text_encoder(self) -> WordTextEncoder:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import signal
 import sys
@@ -90,7 +91,7 @@ def sample(arguments: argparse.Namespace) -> None:
 
         result = render_command(config, overwrite=arguments.overwrite, progress=ChunkProgress)
         if arguments.json and result is not None:
-            print(json.dumps(result))
+            _say(json.dumps(result))
 
 
 def plan(arguments: argparse.Namespace) -> None:
@@ -168,10 +169,9 @@ def configs(arguments: argparse.Namespace) -> None:
     if arguments.action == "ls":
         found = describe_configs()
         width = max(len(name) for name, _ in found)
-        for name, about in found:
-            print(f"{name:{width}}  {about}".rstrip())
+        _say("\n".join(f"{name:{width}}  {about}".rstrip() for name, about in found))
     else:
-        print(copy_config(arguments.name, arguments.target, overwrite=arguments.overwrite))
+        _say(str(copy_config(arguments.name, arguments.target, overwrite=arguments.overwrite)))
 
 
 def env(arguments: argparse.Namespace) -> None:
@@ -216,18 +216,32 @@ def _sort_words(words: Sequence[str]) -> tuple[str | None, str | None, list[str]
 def _print_config(config: Any) -> None:
     from pavdm_dist.merging import to_yaml
 
-    print(to_yaml(config), end="")
+    _say(to_yaml(config).removesuffix("\n"))
 
 
 def _print_report(report: dict[str, Any], as_json: bool) -> None:
     """A report as one JSON object, or as lines for people."""
     from pavdm_dist.commands.printing import report_lines
 
-    print(json.dumps(report) if as_json else "\n".join(report_lines(report)))
+    _say(json.dumps(report) if as_json else "\n".join(report_lines(report)))
+
+
+def _say(text: str) -> None:
+    """What a command was asked for, on standard output, which may be a file on a disk that is full."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What is still held back would be tried again at the end, and complained about without a name.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        raise PAVDMError(f"standard output cannot be written: {error.strerror}") from error
 
 
 def _complain(message: str, status: int) -> int:
-    print(f"pavdm: {' '.join(message.split())}", file=sys.stderr)
+    # A name that is no text is shown with its bytes, whatever standard error may be.
+    text = " ".join(message.split()).encode(errors="backslashreplace").decode()
+    print(f"pavdm: {text}", file=sys.stderr)
     return status
 
 

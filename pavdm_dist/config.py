@@ -8,22 +8,42 @@ these dataclasses: :mod:`pavdm_dist.merging`.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.fields import (
+    ChunkLatents,
+    ContextChunks,
+    FrameRate,
+    Guidance,
+    Side,
+    Steps,
+    TimeShift,
+    WindowChunks,
+    Within,
+    check_fields,
+)
 from pavdm_dist.method.schedule import WindowPlan
 
 DEFAULT_SECONDS = 5.0
+
+# A torch thread pool, a cluster or a wait beyond these is a slip of the finger.
+_Count = Annotated[int, Within(0, 1024, above=True)]
+_Share = Annotated[float, Within(0, 1024)]
+_Positive = Annotated[float, Within(0, above=True)]
+_Wait = Annotated[float, Within(0, 1_000_000, above=True)]
+_Rate = Annotated[float, Within(0, 1_000_000, above=True)]
+_Frames = Annotated[int, Within(0, 10**12, above=True)]
+_Seconds = Annotated[float, Within(0, 10**9, above=True)]
 
 
 @dataclass
 class PromptChange:
     """From chunk ``from_chunk`` (0-based, new chunks) on, newborn chunks follow ``prompt``."""
 
-    from_chunk: int
+    from_chunk: Annotated[int, Within(0, above=True)]
     prompt: str
 
 
@@ -31,11 +51,13 @@ class PromptChange:
 class DisplacedConfig:
     """When mode displaced is exact; see ``method.microbatches.Displaced``."""
 
-    resync_every_steps: int | None = 25  # exact every so many steps; 1 = always, null = never
-    exact_steps: int = 0  # exact steps at the start
+    resync_every_steps: Annotated[int, Within(1)] | None = 25  # exact every so many steps; 1 = always, null = never
+    exact_steps: Annotated[int, Within(0)] = 0  # exact steps at the start
     exact_growing: bool = True  # exact while the window grows
     exact_draining: bool = False  # and while it drains
-    adaptive: float | None = None  # exact when keys change by more than this from step to step
+    adaptive: Annotated[float, Within(0, above=True)] | None = (
+        None  # exact when keys change by more than this from step to step
+    )
     context_refresh: Literal["shift", "step"] = "shift"  # when the clean chunk is run again
 
 
@@ -48,54 +70,56 @@ class SampleConfig:
     negative_prompt: str | None = None
     prompt_schedule: list[PromptChange] = field(default_factory=list)
     prompts: str | None = None  # file, one prompt a line; line i gets seed + i
-    seed: int = 0
-    num_frames: int | None = None  # new frames; or
-    seconds: float | None = None  # the same in seconds; 5 when neither is given
-    height: int | None = None
-    width: int | None = None
-    fps: float | None = None
+    seed: Annotated[int, Within(0, 2**63 - 1)] = 0
+    num_frames: _Frames | None = None  # new frames; or
+    seconds: _Seconds | None = None  # the same in seconds; 5 when neither is given
+    height: Side | None = None
+    width: Side | None = None
+    fps: FrameRate | None = None
     video: str | None = None  # conditioning clip of start=chunk and start=clip
     include_input: bool = False  # the clip in front of the new frames in the output
     # the method
     model: str = "embedded"  # embedded, a checkpoint folder or a hub id
     revision: str | None = None  # of a hub id: branch, tag or commit
-    num_inference_steps: int | None = None  # T
-    window_chunks: int | None = None  # W
-    latent_chunk_size: int | None = None  # c
-    context_chunks: int | None = None
-    guidance_scale: float | None = None  # 1 = no guidance
-    time_shift: float | None = None
+    num_inference_steps: Steps | None = None  # T
+    window_chunks: WindowChunks | None = None  # W
+    latent_chunk_size: ChunkLatents | None = None  # c
+    context_chunks: ContextChunks | None = None
+    guidance_scale: Guidance | None = None  # 1 = no guidance
+    time_shift: TimeShift | None = None
     start: Literal["noise", "chunk", "clip"] = "noise"
     end: Literal["drain", "cut"] = "drain"
     # where it runs
     mode: Literal["window", "causal", "displaced"] = "window"  # which chunks see each other; see README
     allow_untrained_causal: bool = False  # mode=causal although the weights never met its mask
     displaced: DisplacedConfig = field(default_factory=DisplacedConfig)  # of mode=displaced
-    num_stages: int = 0  # 0 = in this process, without Ray
+    num_stages: Annotated[int, Within(0, 1024)] = 0  # 0 = in this process, without Ray
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: this process' GPU if there is one; stages: gpus_per_stage
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of weights; auto: as stored, float32 on CPUs
-    threads_per_stage: int = 1
-    streams: int = 1  # videos in flight
-    layers_per_stage: list[int] | None = None  # blocks of each stage; None = balanced by cost
+    threads_per_stage: _Count = 1
+    streams: _Count = 1  # videos in flight
+    layers_per_stage: list[Annotated[int, Within(1)]] | None = None  # blocks of each stage; None = balanced by cost
     balance: Literal["estimated", "measured"] = "estimated"  # cost by FLOP, or timed once here and kept
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     compile: bool = False  # stages compile their blocks first (torch.compile; GPUs, long videos); other last bits
-    cpus_per_stage: float = 1.0  # Ray's logical CPUs
-    gpus_per_stage: float = 0.0  # 1, or with backend=gloo a share; device=cuda means 1
+    cpus_per_stage: _Share = 1.0  # Ray's logical CPUs
+    gpus_per_stage: _Share = 0.0  # 1, or with backend=gloo a share; device=cuda means 1
     decoder: Literal["auto", "cpu", "cuda", "shared"] = "auto"  # auto: cpu beside stages, else what samples; see README
     decoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    threads_per_decoder: int | None = None  # None = threads_per_stage
-    cpus_per_decoder: float = 0.0  # 0 = it shares the last stage's
-    gpus_per_decoder: float = 1.0  # of decoder=cuda
+    threads_per_decoder: _Count | None = None  # None = threads_per_stage
+    cpus_per_decoder: _Share = 0.0  # 0 = it shares the last stage's
+    gpus_per_decoder: Annotated[float, Within(0, 1, above=True)] = 1.0  # of decoder=cuda
     ray_address: str | None = None  # None = RAY_ADDRESS, or a Ray of this process' own
-    link_timeout_s: float = 300.0  # silence after which a stage or a link is lost; must exceed its slowest model call
-    placement_timeout_s: float = 60.0  # how long resources that others hold are waited for
-    max_restarts: int = 3  # after losses in a row that nothing was finished between; 0 = the first one ends the run
-    node_wait_s: float = 30.0  # how long a restart waits for lost machines before it makes do with fewer stages
+    link_timeout_s: _Wait = 300.0  # silence after which a stage or a link is lost; must exceed its slowest model call
+    placement_timeout_s: _Wait = 60.0  # how long resources that others hold are waited for
+    # after losses in a row that nothing was finished between; 0 = the first one ends the run
+    max_restarts: Annotated[int, Within(0)] = 3
+    # how long a restart waits for lost machines before it makes do with fewer stages
+    node_wait_s: Annotated[float, Within(0, 1_000_000)] = 30.0
     # what is written
     trace: str | None = None  # .json of what every stage did when, for `pavdm simulate trace=FILE chart=FILE.png`
     output: str = "outputs"  # a .mp4 file, or a folder that gets NNNN-words-sSEED.mp4
-    chunks_per_segment: int = 6
+    chunks_per_segment: Annotated[int, Within(0, 1_000_000, above=True)] = 6
     save_latents: bool = False
 
 
@@ -103,14 +127,14 @@ class SampleConfig:
 class ClusterConfig:
     """Devices and a job mix, for the planner."""
 
-    devices: int | None = None  # GPUs at hand; the planner speaks up when it is set
-    memory_gib: float = 80.0  # of one
-    tflops: float = 100.0  # what one sustains on this model
-    decoder_tflops: float | None = None  # what a decoder on CPUs sustains; null leaves it out of the plan
-    link_gib_per_s: float = 20.0  # between two of them
-    link_latency_ms: float = 0.1
-    videos: int = 1  # of the given length, all at hand from the start
-    price_per_device_hour: float = 0.0
+    devices: Annotated[int, Within(1, 100_000)] | None = None  # GPUs at hand; the planner speaks up when it is set
+    memory_gib: _Rate = 80.0  # of one
+    tflops: _Rate = 100.0  # what one sustains on this model
+    decoder_tflops: _Rate | None = None  # what a decoder on CPUs sustains; null leaves it out of the plan
+    link_gib_per_s: _Rate = 20.0  # between two of them
+    link_latency_ms: Annotated[float, Within(0, 1_000_000)] = 0.1
+    videos: Annotated[int, Within(1, 1_000_000)] = 1  # of the given length, all at hand from the start
+    price_per_device_hour: Annotated[float, Within(0, 1_000_000)] = 0.0
     chart: str | None = None  # .png of what the chosen stages do when
 
 
@@ -121,35 +145,6 @@ class PlanConfig(SampleConfig):
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
-_POSITIVE = (
-    "num_frames",
-    "seconds",
-    "height",
-    "width",
-    "fps",
-    "num_inference_steps",
-    "window_chunks",
-    "latent_chunk_size",
-    "time_shift",
-    "threads_per_stage",
-    "threads_per_decoder",
-    "gpus_per_decoder",
-    "streams",
-    "link_timeout_s",
-    "placement_timeout_s",
-    "chunks_per_segment",
-)
-_NOT_NEGATIVE = (
-    "seed",
-    "context_chunks",
-    "guidance_scale",
-    "num_stages",
-    "cpus_per_stage",
-    "cpus_per_decoder",
-    "gpus_per_stage",
-    "max_restarts",
-    "node_wait_s",
-)
 # What a run without stages would not read.
 _OF_STAGES = (
     "cpus_per_stage",
@@ -175,24 +170,18 @@ def validate_sample(config: SampleConfig, *, needs_prompt: bool = True) -> None:
     Raises:
         ConfigError: with the field, its value and what is legal.
     """
-    for name in _POSITIVE + _NOT_NEGATIVE:
-        value = getattr(config, name)
-        if value is not None and not math.isfinite(value):
-            raise ConfigError(f"{name}={value}: must be a finite number")
-        if name in _POSITIVE and value is not None and value <= 0:
-            raise ConfigError(f"{name}={value}: must be above 0")
-        if value is not None and value < 0:
-            raise ConfigError(f"{name}={value}: must be 0 or more")
-    for setting in dataclasses.fields(config):
-        value = getattr(config, setting.name)
-        if isinstance(value, str) and not _is_text(value):
-            raise ConfigError(f"{setting.name}={value!r}: is not text that a file or its name can hold")
+    check_fields(config)
     if not config.output:
         raise ConfigError("output: name an .mp4 file or a folder")
     if needs_prompt and config.streams > 1 and not config.num_stages:
         raise ConfigError(f"streams={config.streams}: without stages videos are made one after another; set num_stages")
     if config.num_frames is not None and config.seconds is not None:
         raise ConfigError(f"num_frames={config.num_frames} and seconds={config.seconds:g}: give one of them")
+    if isinstance(config, PlanConfig) and config.cluster.devices is None:
+        for setting in dataclasses.fields(ClusterConfig):
+            value = getattr(config.cluster, setting.name)
+            if value != setting.default:
+                raise ConfigError(f"cluster.{setting.name}={value}: is for a cluster; set cluster.devices=N, too")
     _check_plan(config)
     _check_prompts(config, needs_prompt)
     _check_start(config, needs_clip=needs_prompt)
@@ -205,13 +194,6 @@ def frames_wanted(config: SampleConfig, fps: float) -> int:
         return config.num_frames
     seconds = DEFAULT_SECONDS if config.seconds is None else config.seconds
     return max(1, round(seconds * fps))
-
-
-def _is_text(value: str) -> bool:
-    try:
-        return "\0" not in value and bool(value.encode() or True)
-    except UnicodeEncodeError:
-        return False
 
 
 def _check_plan(config: SampleConfig) -> None:
@@ -273,9 +255,9 @@ def _check_stages(config: SampleConfig) -> None:
         raise ConfigError(f"device=cpu: gpus_per_stage={config.gpus_per_stage:g} gives every stage a GPU; drop one")
     if split is None:
         return
+    if config.balance != "estimated":
+        raise ConfigError(f"balance={config.balance}: layers_per_stage={split} leaves nothing to balance; drop one")
     if config.num_stages and len(split) != config.num_stages:
         raise ConfigError(f"layers_per_stage={split}: has {len(split)} entries for num_stages={config.num_stages}")
     if not config.num_stages:
         raise ConfigError(f"layers_per_stage={split}: has no meaning with num_stages=0, set num_stages={len(split)}")
-    if min(split) < 1:
-        raise ConfigError(f"layers_per_stage={split}: each stage needs at least 1 block")

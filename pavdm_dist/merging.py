@@ -8,20 +8,32 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
-import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-from yaml import YAMLError, safe_dump, safe_load
+from yaml import (
+    CollectionEndEvent,
+    CollectionStartEvent,
+    SafeLoader,
+    YAMLError,
+    parse,
+    safe_dump,
+    safe_load,
+)
 
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.fields import check_fields, expected, members, show
 
 T = TypeVar("T")
+# What reading YAML raises: no YAML, no text, a date that is none, a number of thousands of digits, endless nesting.
+NO_YAML = (YAMLError, ValueError, RecursionError)
+_DEEPEST, _MOST = 50, 100_000
 
 
 def load_config(cls: type[T], yaml_path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
@@ -30,7 +42,8 @@ def load_config(cls: type[T], yaml_path: str | Path | None = None, overrides: Se
     Text fields take an override literally (``prompt=a: b``); other values are read as YAML; ``null`` is None.
 
     Raises:
-        ConfigError: unreadable file, unknown key (the nearest one is named) or a value of the wrong type.
+        ConfigError: unreadable file, unknown key (the nearest one is named), or a value that the field's annotation
+            does not allow.
     """
     config = OmegaConf.structured(cls)
     if yaml_path is not None:
@@ -46,7 +59,30 @@ def load_config(cls: type[T], yaml_path: str | Path | None = None, overrides: Se
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
     assert isinstance(result, cls)
+    check_fields(result)
     return result
+
+
+def read_yaml(text: str | bytes) -> Any:
+    """What YAML says, as plain lists, dicts and scalars.
+
+    Raises:
+        YAMLError, ValueError, RecursionError: (:data:`NO_YAML`) none, or nothing that settings could be: a hundred
+            lists in lists, which take the parser minutes, or anchors that multiply.
+    """
+    depth = 0
+    for event in parse(text, SafeLoader):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise ValueError("it is nested too deeply")
+    content = safe_load(text)
+    left, found = [content], 0
+    while left:
+        value, found = left.pop(), found + 1
+        if found > _MOST:
+            raise ValueError("its anchors make it endless, or too large")
+        left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return content
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -60,14 +96,14 @@ def to_yaml(config: Any) -> str:
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"{path}: no such config file (`pavdm configs ls` lists the shipped ones)")
     try:
-        content = safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        content = read_yaml(path.read_bytes())
+    except (OSError, *NO_YAML) as error:
         raise ConfigError(f"{path}: not readable as YAML ({_first_line(error)})") from error
     if not isinstance(content, dict | None):
-        raise ConfigError(f"{path}: must hold `key: value` lines, not {_show(content)}")
+        raise ConfigError(f"{path}: must hold `key: value` lines, not {show(content)}")
     return content or {}
 
 
@@ -91,7 +127,7 @@ def _set(config: DictConfig, cls: type, path: list[str], value: Any, *, parse: b
         value = {key: value}
     if dataclasses.is_dataclass(annotation):
         if not isinstance(value, dict):
-            raise ConfigError(f"{origin}{name}={_show(value)}: is a section, set its keys ({name}.KEY=VALUE)")
+            raise ConfigError(f"{origin}{name}={show(value)}: is a section, set its keys ({name}.KEY=VALUE)")
         for key, entry in value.items():
             _set(config, cls, [*path, str(key)], entry, origin=origin)
         return
@@ -100,70 +136,43 @@ def _set(config: DictConfig, cls: type, path: list[str], value: Any, *, parse: b
         for key in reversed(name.split(".")):
             nested = {key: nested}
         config.merge_with(nested)
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
+    except (OmegaConfBaseException, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ConfigError(origin + _explain(error, name, annotation, value)) from error
 
 
 def _parse(annotation: Any, name: str, text: str) -> Any:
     """The value an override's text stands for."""
-    optional = _members(annotation)
+    optional = members(annotation)
     if text == "null" and type(None) in optional:
         return None
     if str in optional or typing.get_origin(annotation) is Literal:
         return text
     try:
-        return safe_load(text)
-    except YAMLError as error:
-        raise ConfigError(f"{name}={text}: must be {_expected(annotation)}") from error
+        return read_yaml(text)
+    except NO_YAML as error:
+        raise ConfigError(f"{name}={show(text)}: must be {expected(annotation)}") from error
 
 
 def _explain(error: Exception, name: str, annotation: Any, value: Any) -> str:
-    (inner, *_) = _members(annotation)
+    (inner, *_) = members(annotation)
     item = typing.get_args(inner)[0] if typing.get_origin(inner) is list else None
     key = getattr(error, "key", None)
     if dataclasses.is_dataclass(item) and isinstance(key, str):
         known = typing.get_type_hints(item)
         if key in known:
-            return f"{name}: {key}={_show(getattr(error, 'value', None))}: must be {_expected(known[key])}"
+            return f"{name}: {key}={show(getattr(error, 'value', None))}: must be {expected(known[key])}"
         if isinstance(error, ConfigKeyError):
             return f"{name}: {_no_such_key(key, known)}"
     where = getattr(error, "full_key", None) or name
     if item is not None and where.startswith(f"{name}["):
-        return f"{where}={_show(getattr(error, 'value', None))}: must be {_expected(item)}"
-    return f"{name}={_show(value)}: must be {_expected(annotation)}"
+        return f"{where}={show(getattr(error, 'value', None))}: must be {expected(item)}"
+    return f"{name}={show(value)}: must be {expected(annotation)}"
 
 
 def _no_such_key(key: str, known: Sequence[str] | dict[str, Any]) -> str:
     near = difflib.get_close_matches(key.replace("-", "_"), list(known), n=1, cutoff=0.5)
     hint = f"the keys are {', '.join(known)}" if len(known) <= 12 else "--print-config lists the keys"
     return f"no such key {key!r}" + (f", did you mean {near[0]}?" if near else f"; {hint}")
-
-
-def _members(annotation: Any) -> tuple[Any, ...]:
-    union = typing.get_origin(annotation) in (Union, types.UnionType)
-    return typing.get_args(annotation) if union else (annotation,)
-
-
-_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-
-
-def _expected(annotation: Any) -> str:
-    def word(kind: Any) -> str:
-        if typing.get_origin(kind) is Literal:
-            return ", ".join(typing.get_args(kind)[:-1]) + " or " + typing.get_args(kind)[-1]
-        if typing.get_origin(kind) is list:
-            (item,) = typing.get_args(kind)
-            return f"a list, each entry {word(item)}"
-        if dataclasses.is_dataclass(kind):
-            return "{" + ", ".join(f.name for f in dataclasses.fields(kind)) + "}"
-        return _WORDS.get(kind, "a mapping")
-
-    return " or ".join(word(kind) for kind in _members(annotation))
-
-
-def _show(value: Any) -> str:
-    text = "null" if value is None else str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _escape(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -142,20 +143,17 @@ def build_stream(request: VideoRequest, stream_id: int, params: SamplingParams, 
     Always on one thread, so that the same request gives the same bits wherever it is built.
 
     Raises:
-        ConfigError: a prompt that is too long, or frames that cannot be made.
+        ConfigError: a prompt that is too long or never used, or frames that cannot be made.
         MediaError: the clip is too short.
     """
-    size = params.latent_chunk_size
-    chunks: int | None = None
-    if request.num_frames is not None:
-        chunks = checkpoint.codec_spec.chunks_for_frames(request.num_frames, size, params.warm)
+    plan = plan_of(request, params, checkpoint)
     height, width = checkpoint.codec_spec.latent_size(params.height, params.width)
     with intra_op_threads(1):
         given, warm = ({}, None) if request.resume else _clip_latents(request, params, checkpoint)
         conditioning = _conditioning(request, params, checkpoint)
     return Stream(
         id=stream_id,
-        plan=params.plan(chunks),
+        plan=plan,
         schedule=params.schedule,
         seed=request.seed,
         latent_shape=(checkpoint.codec_spec.latent_channels, height, width),
@@ -170,6 +168,18 @@ def build_stream(request: VideoRequest, stream_id: int, params: SamplingParams, 
     )
 
 
+def plan_of(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> WindowPlan:
+    """A request's plan; endless where it is.
+
+    Raises:
+        ConfigError: ``num_frames`` is below 1.
+    """
+    if request.num_frames is None:
+        return params.plan(None)
+    spec = checkpoint.codec_spec
+    return params.plan(spec.chunks_for_frames(request.num_frames, params.latent_chunk_size, params.warm))
+
+
 def frames_left(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> int | None:
     """Frames that a request is still to give, those of undecoded chunks included; None = endless.
 
@@ -179,11 +189,11 @@ def frames_left(request: VideoRequest, params: SamplingParams, checkpoint: Check
     if request.num_frames is None:
         return None
     spec, size = checkpoint.codec_spec, params.latent_chunk_size
-    chunks = spec.chunks_for_frames(request.num_frames, size, params.warm)
+    plan = plan_of(request, params, checkpoint)
     if request.resume is None:
         return request.num_frames
-    plan, row = params.plan(chunks), request.resume.snapshot.row
-    done = chunks if plan.is_over(row) else plan.row(row).chunks[0]
+    row = request.resume.snapshot.row
+    done = (plan.num_chunks or 0) if plan.is_over(row) else plan.row(row).chunks[0]
     done -= len(request.resume.undecoded)
     before = sum(spec.frames_in_chunk(size, first=index == 0 and not params.warm) for index in range(done))
     return request.num_frames - before
@@ -199,12 +209,18 @@ def _check_causal(params: SamplingParams, checkpoint: Checkpoint, allow_untraine
         )
 
 
-def check_prompts(request: VideoRequest, checkpoint: Checkpoint) -> None:
-    """Refuses texts that the model cannot take, without running anything.
+def check_prompts(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> None:
+    """Refuses texts that the model cannot take or would never read, without running anything.
 
     Raises:
-        ConfigError: a prompt has too many tokens, or characters that no file can hold.
+        ConfigError: a prompt has too many tokens, or characters that no file can hold; one begins behind the video's
+            end; a negative prompt without guidance.
     """
+    check_schedule([start for start, _ in request.prompt_schedule], plan_of(request, params, checkpoint))
+    if request.negative_prompt is not None and params.guidance_scale == 1:
+        raise ConfigError(
+            f"negative_prompt={request.negative_prompt!r}: guidance_scale=1 uses none; set another, or drop the prompt"
+        )
     limit = checkpoint.shape.spec.text_len
     texts = [request.prompt, *(prompt for _, prompt in request.prompt_schedule)]
     for prompt in texts + ([] if request.negative_prompt is None else [request.negative_prompt]):
@@ -215,6 +231,26 @@ def check_prompts(request: VideoRequest, checkpoint: Checkpoint) -> None:
         tokens = len(checkpoint.text_encoder.token_ids(prompt))
         if tokens > limit:
             raise ConfigError(f"prompt {prompt!r} has {tokens} tokens, the model takes at most {limit}")
+
+
+def check_schedule(starts: Sequence[int], plan: WindowPlan) -> None:
+    """Refuses prompts that no chunk of a video would follow.
+
+    Args:
+        starts: first chunk of each prompt after the first one.
+        plan: of the video; with ``end="cut"`` the chunks that are discarded count, they have a say in the last frames.
+
+    Raises:
+        ConfigError: naming the first of them.
+    """
+    for number, start in enumerate(starts):
+        if plan.num_chunks is not None and start >= plan.num_born:
+            last = plan.num_born - 1
+            legal = f"use {last} or less" if last else "one chunk has one prompt"
+            raise ConfigError(
+                f"prompt_schedule[{number}].from_chunk={start}: the video has chunks 0 to {last}, none would follow"
+                f" this prompt; {legal}, or make the video longer"
+            )
 
 
 def clip_frames_needed(params: SamplingParams, checkpoint: Checkpoint) -> int:
@@ -232,7 +268,7 @@ def input_frames(request: VideoRequest, params: SamplingParams, checkpoint: Chec
 
 
 def _conditioning(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> Conditioning:
-    check_prompts(request, checkpoint)
+    check_prompts(request, params, checkpoint)
     encode = checkpoint.text_encoder.encode
     null: Tensor | None = None
     if params.guidance_scale != 1:

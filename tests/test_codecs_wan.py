@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pavdm_dist.codecs.base import CodecSpec
-from pavdm_dist.codecs.wan import WanCodec, read_spec
+from pavdm_dist.codecs.wan import WanCodec
+from pavdm_dist.codecs.wan_config import read_spec
 from pavdm_dist.errors import CheckpointError, ConfigError
 
 LAYOUTS = {
@@ -215,9 +216,10 @@ def test_broken_checkpoints_name_the_tensor(plain: WanCodec, tmp_path: Path) -> 
     ("change", "message"),
     [
         ({"_class_name": "AutoencoderKL"}, "holds a AutoencoderKL, an AutoencoderKLWan is needed"),
-        ({"latents_mean": [0.0]}, "latents_mean has 1 entries, z_dim=4 needs 4"),
+        ({"latents_mean": [0.0]}, "latents_mean has 1 entries, z_dim=4 needs as many"),
         ({"temperal_downsample": [False, False, True]}, "makes 2 frames a latent"),
-        ({"base_dim": "wide"}, "describes no working AutoencoderKLWan"),
+        ({"base_dim": "wide"}, r"config.json: base_dim=wide: must be a whole number"),
+        ({"base_dim": 3}, "describes no working AutoencoderKLWan|tensor"),
     ],
 )
 def test_configurations_that_cannot_work(plain: WanCodec, tmp_path: Path, change: dict, message: str) -> None:

@@ -151,8 +151,11 @@ def test_dumped_yaml_reads_back_equal(tmp_path: Path, text: str) -> None:
         (["prompt=x", "device=gpu"], "device=gpu: must be auto, cpu or cuda"),
         (["prompt=x", "decoder=gpu"], "decoder=gpu: must be auto, cpu, cuda or shared"),
         (["prompt=x", "num_stages=3", "layers_per_stage=[2, 2]"], "2 entries for num_stages=3"),
-        (["prompt=x", "num_stages=2", "layers_per_stage=[0, 2]"], "at least 1 block"),
-        (["prompt=x", "prompt_schedule=[{from_chunk: 0, prompt: y}]"], "from_chunk=0 must be above 0"),
+        (["prompt=x", "num_stages=2", "layers_per_stage=[0, 2]"], "layers_per_stage[0]=0: must be 1 or more"),
+        (
+            ["prompt=x", "prompt_schedule=[{from_chunk: 0, prompt: y}]"],
+            "prompt_schedule[0].from_chunk=0: must be above 0",
+        ),
         (
             ["prompt=x", "prompt_schedule=[{from_chunk: 4, prompt: y}, {from_chunk: 4, prompt: z}]"],
             "from_chunk=4 must be above 4",

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pavdm_dist.codecs.wan import WanCodec, to_uint8
-from pavdm_dist.models.source import Source, load_config
+from pavdm_dist.codecs.wan_config import read_wan_config
+from pavdm_dist.models.source import Source
 
 # Latents after which the cache has its full size: the first one fills none of the temporal upsampling's.
 _SETTLED = 3
@@ -24,30 +25,24 @@ def decode_flop(source: str | Path | Source, latent_height: int, latent_width: i
 
     Two per multiply-add, convolutions only: good to about a quarter, which is enough to balance stages.
     """
-    config = load_config(source)
-    get = {
-        "num_res_blocks": 2,
-        "dim_mult": [1, 2, 4, 4],
-        "temperal_downsample": [False, True, True],
-        **config,
-    }.__getitem__
-    base = config.get("decoder_base_dim") or config.get("base_dim", 96)
-    widths = [base * factor for factor in [get("dim_mult")[-1], *reversed(get("dim_mult"))]]
-    doubles = list(reversed(get("temperal_downsample")))
+    config = read_wan_config(source)
+    base = config.decoder_base_dim or config.base_dim
+    widths = [base * factor for factor in [config.dim_mult[-1], *reversed(config.dim_mult)]]
+    doubles = list(reversed(config.temperal_downsample))
     places, frames = latent_height * latent_width, 1
-    total = 27.0 * places * (config.get("z_dim", 16) * widths[0] + 4 * widths[0] ** 2)
+    total = 27.0 * places * (config.z_dim * widths[0] + 4 * widths[0] ** 2)
     for level, (before, width) in enumerate(pairwise(widths)):
-        if level and not config.get("is_residual"):
+        if level and not config.is_residual:
             before //= 2  # the plain layout halves the channels with the resolution
-        convolutions = before * width + (2 * get("num_res_blocks") + 1) * width**2
+        convolutions = before * width + (2 * config.num_res_blocks + 1) * width**2
         total += 27 * places * frames * convolutions
         if level < len(doubles):
             if doubles[level]:
                 total += 3 * places * frames * 2 * width**2
                 frames *= 2
             places *= 4
-            total += 9 * places * frames * width**2 / (1 if config.get("is_residual") else 2)
-    return 2 * (total + 27 * places * frames * widths[-1] * config.get("out_channels", 3))
+            total += 9 * places * frames * width**2 / (1 if config.is_residual else 2)
+    return 2 * (total + 27 * places * frames * widths[-1] * config.out_channels)
 
 
 class Allocated(TorchDispatchMode):

@@ -11,8 +11,10 @@ import json
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 from einops import rearrange
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.fields import Within, made
 from pavdm_dist.models.loading import load_module
 from pavdm_dist.models.source import Source, load_config
 
@@ -42,6 +45,15 @@ def split_words(prompt: str) -> list[str]:
         if word != "," or (words and words[-1] != ","):
             words.append(word)
     return words[:-1] if words[-1:] == [","] else words
+
+
+@dataclass(frozen=True)
+class _TextConfig:
+    vocabulary: list[str]
+    text_dim: Annotated[int, Within(2, 65_536)] = 128
+    depth: Annotated[int, Within(0, 256)] = 2
+    num_heads: Annotated[int, Within(1, 1024)] = 4
+    max_length: Annotated[int, Within(1, 65_536)] = 64
 
 
 class WordTextEncoder(nn.Module):
@@ -94,6 +106,20 @@ class WordTextEncoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.5)
 
     @classmethod
+    def of_shape(cls, config: Mapping[str, Any], where: object) -> WordTextEncoder:
+        """Without trained weights, from what ``config.json`` holds.
+
+        Raises:
+            CheckpointError: naming ``where``, the field, its value and what is legal.
+        """
+        given = {key: value for key, value in config.items() if not key.startswith("_")}
+        shape = made(_TextConfig, given, where, error=CheckpointError)
+        try:
+            return cls(**vars(shape))
+        except ConfigError as error:
+            raise CheckpointError(f"{where} describes no WordTextEncoder: {error}") from error
+
+    @classmethod
     def from_pretrained(cls, source: str | Path | Source) -> WordTextEncoder:
         """Loads ``config.json`` and ``model.safetensors`` of any precision as float32.
 
@@ -103,12 +129,8 @@ class WordTextEncoder(nn.Module):
         Raises:
             CheckpointError: missing or broken files, or a tensor missing or of the wrong size.
         """
-        config = {key: value for key, value in load_config(source).items() if not key.startswith("_")}
-        try:
-            with torch.device("meta"):
-                encoder = cls(**config)
-        except (TypeError, ConfigError) as error:
-            raise CheckpointError(f"{source}/config.json describes no WordTextEncoder: {error}") from error
+        with torch.device("meta"):
+            encoder = cls.of_shape(load_config(source), f"{source}/config.json")
         load_module(encoder, source)
         return encoder.eval()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +16,20 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from pavdm_dist.codecs.base import CodecSpec
+from pavdm_dist.codecs.wan_config import read_wan_config, wan_config
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.models.loading import load_module, read_tensors, save_module
 from pavdm_dist.models.source import Source, load_config
 
-# Frames per latent that AutoencoderKLWan's encoder is written for.
-_TEMPORAL_STRIDE = 4
 # A probe that runs longer than this has a decoder with unbounded memory, which a causal convolution cannot have.
 _PROBE_LIMIT = 1000
 # Latent cells of the probe: for attention over a single place CUDA has no kernel that takes its strides.
 _PROBE_SIZE = (2, 2)
 
 
-def read_spec(source: str | Path | Source) -> CodecSpec:
-    """Shape facts from ``config.json`` alone: what planning needs, without weights or diffusers.
-
-    Raises:
-        CheckpointError: missing, unreadable, or not a Wan autoencoder's configuration.
-    """
-    return _spec(load_config(source), str(source))
-
-
 def encoder_identity(source: str | Path | Source) -> str:
     """Hash of what latents depend on: the encoder and the statistics; a decoder may be refined later."""
+    read_wan_config(source)
     config = load_config(source)
     digest = hashlib.sha256(json.dumps([config["latents_mean"], config["latents_std"]]).encode())
     tensors = read_tensors(source, lambda key: key.startswith(("encoder.", "quant_conv.")))
@@ -59,7 +48,7 @@ class WanCodec:
 
     def __init__(self, vae: nn.Module) -> None:
         config: Any = vae.config
-        self.spec = _spec(config, "the video codec")
+        self.spec = wan_config(config, "the video codec").spec
         self.vae: Any = vae.eval()
         self._patch: int | None = config.get("patch_size")
         device, self._dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
@@ -256,33 +245,13 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 def _without_weights(source: str | Path | Source) -> nn.Module:
     """The autoencoder that ``config.json`` describes, on device ``meta``."""
+    read_wan_config(source)
     config = load_config(source)
-    _spec(config, str(source))
     from diffusers import AutoencoderKLWan
 
     try:
         with torch.device("meta"):
             return AutoencoderKLWan.from_config({k: v for k, v in config.items() if not k.startswith("_")})
-    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+    except Exception as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{source}/config.json describes no working AutoencoderKLWan: {reason}") from error
-
-
-def _spec(config: Mapping[str, Any], where: str) -> CodecSpec:
-    """Shape facts from a configuration; keys left out have AutoencoderKLWan's defaults."""
-    name = config.get("_class_name", "AutoencoderKLWan")
-    if name != "AutoencoderKLWan":
-        raise CheckpointError(f"{where} holds a {name}, an AutoencoderKLWan is needed")
-    channels = config.get("z_dim", 16)
-    for key in ("latents_mean", "latents_std"):
-        if key not in config or len(config[key]) != channels:
-            found = len(config[key]) if key in config else "no"
-            raise CheckpointError(f"{where}: {key} has {found} entries, z_dim={channels} needs {channels}")
-    downsample = config.get("temperal_downsample", [False, True, True])
-    if 2 ** sum(downsample) != _TEMPORAL_STRIDE:
-        raise CheckpointError(
-            f"{where}: temperal_downsample={list(downsample)} makes {2 ** sum(downsample)} frames a latent, "
-            f"only {_TEMPORAL_STRIDE} (two true entries) can be encoded"
-        )
-    levels = len(config.get("dim_mult", [1, 2, 4, 4])) - 1
-    return CodecSpec(channels, 2**levels * (config.get("patch_size") or 1), _TEMPORAL_STRIDE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import shutil
 from pathlib import Path
 
@@ -29,8 +30,8 @@ def copy_config(name: str, target: str | None = None, overwrite: bool = False) -
         near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.3)
         raise ConfigError(f"{name}: no such config; {f'did you mean {near[0]}?' if near else 'see pavdm configs ls'}")
     place = Path(target or ".")
-    place = place / Path(wanted).name if place.is_dir() else place
-    if place.exists() and not overwrite:
+    place = place / Path(wanted).name if os.path.isdir(place) else place
+    if os.path.lexists(place) and not overwrite:
         raise ConfigError(f"{place}: exists already; --overwrite replaces it")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -8,12 +8,16 @@ from typing import Any
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.resolve import decoder_of_stages, engine_options, sampling_params
 from pavdm_dist.config import ClusterConfig, PlanConfig, SampleConfig, frames_wanted
+from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.models.devices import DTYPES
 from pavdm_dist.planning import planner
 from pavdm_dist.planning.forecast import pipeline_utilisation, useful_stages
 from pavdm_dist.planning.partition import layer_split
-from pavdm_dist.request import SamplingParams
+from pavdm_dist.request import SamplingParams, check_schedule
+
+# A forecast goes through all rows, some 20,000 a second; these are 9 hours of Open-Sora.
+MAX_ROWS = 200_000
 
 
 def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, Any]:
@@ -34,6 +38,13 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
     else:
         frames = spec.frames_in_chunk(size, first=not params.warm) + (chunks - 1) * spec.frames_in_chunk(size, False)
     plan = params.plan(chunks)
+    check_schedule([change.from_chunk for change in config.prompt_schedule], plan)
+    if plan.num_rows > MAX_ROWS:
+        most = max(1, MAX_ROWS // plan.steps_per_shift - params.window_chunks)
+        raise ConfigError(
+            f"num_frames={frames}: {plan.num_rows} model calls are too many to forecast one by one; plan at most"
+            f" chunks={most}, the rest goes on like that"
+        )
     branches = 1 if params.guidance_scale == 1 else 2
     split = [(0, checkpoint.shape.spec.num_blocks)]
     if config.num_stages:

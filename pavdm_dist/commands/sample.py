@@ -49,24 +49,9 @@ def render_command(config: SampleConfig, overwrite: bool, progress: Callable[...
             the engine's end. What is finished stays playable, and the same command goes on.
         Stopped: a signal; the same holds.
     """
-    pipeline = open_pipeline(config)
-    params = sampling_params(config, pipeline.checkpoint)
-    as_rate(params.fps)
-    check_size(params.height, params.width)
-    require_libx264()
-    if pipeline.engine is not None:
-        pipeline.split(params)
-    requests = _requests(config, params, pipeline.checkpoint)
-    outputs = _outputs(config, requests)
-    weights = pipeline.checkpoint.identity
-    made = [Video(number, *pair) for number, pair in enumerate(zip(requests, outputs, strict=True))]
-    videos = Videos(made, config, params, pipeline, weights, overwrite)
-    videos.check()
-    if config.trace is not None:
-        check_output(config.trace, overwrite, field="trace")
-        if any(same_path(config.trace, sidecar_path(output)) for output in outputs):
-            raise ConfigError(f"trace={config.trace}: is the name of a video's sidecar; choose another")
-    bar = progress(requests[0].num_frames, params.fps, sum(video.result is None for video in made))
+    videos = check_videos(config, overwrite)
+    made, pipeline = videos.all, videos.pipeline
+    bar = progress(made[0].request.num_frames, videos.params.fps, sum(video.result is None for video in made))
     started = time.monotonic()
     frames = 0
     try:
@@ -89,6 +74,39 @@ def render_command(config: SampleConfig, overwrite: bool, progress: Callable[...
     for result in results:
         logger.info("wrote %s (%d frames)", result["output"], result["num_frames"])
     return {"videos": results, "seconds": round(seconds, 3), "frames_per_second": round(frames / seconds, 3)}
+
+
+def check_videos(config: SampleConfig, overwrite: bool) -> Videos:
+    """All that can be refused before anything is computed, written or taken from a cluster.
+
+    Args:
+        config: validated settings.
+        overwrite: existing outputs may be replaced.
+
+    Returns:
+        What is to be made, and what is there already.
+
+    Raises:
+        ConfigError: settings, prompts, a clip, outputs or a model that cannot be used.
+    """
+    pipeline = open_pipeline(config)
+    params = sampling_params(config, pipeline.checkpoint)
+    as_rate(params.fps)
+    check_size(params.height, params.width)
+    require_libx264()
+    if pipeline.engine is not None:
+        pipeline.split(params)
+    requests = _requests(config, params, pipeline.checkpoint)
+    outputs = _outputs(config, requests)
+    weights = pipeline.checkpoint.identity
+    made = [Video(number, *pair) for number, pair in enumerate(zip(requests, outputs, strict=True))]
+    videos = Videos(made, config, params, pipeline, weights, overwrite)
+    videos.check()
+    if config.trace is not None:
+        check_output(config.trace, overwrite, field="trace")
+        if any(same_path(config.trace, sidecar_path(output)) for output in outputs):
+            raise ConfigError(f"trace={config.trace}: is the name of a video's sidecar; choose another")
+    return videos
 
 
 def _render(videos: Videos, bar: Any, signals: Signals) -> int:
@@ -169,7 +187,7 @@ def _requests(config: SampleConfig, params: SamplingParams, checkpoint: Checkpoi
     ]
     # A prompt that is refused in the middle of a batch would end the videos beside it.
     for request in requests:
-        check_prompts(request, checkpoint)
+        check_prompts(request, params, checkpoint)
     return requests
 
 

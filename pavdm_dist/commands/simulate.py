@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pavdm_dist.config import DisplacedConfig
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.fields import Steps, WindowChunks, Within
 from pavdm_dist.method.microbatches import Displaced, check_displaced
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.planning.chart import draw_chart
 from pavdm_dist.planning.simulate import Machine, Result, bars, of_trace, simulate
+
+# Some 50,000 a second.
+MAX_UNITS = 2_000_000
 
 
 @dataclass
@@ -18,13 +22,13 @@ class SimulateConfig:
     """Everything ``pavdm simulate`` knows."""
 
     # the videos
-    num_inference_steps: int = 30  # T
-    window_chunks: int = 6  # W
-    chunks: int = 84  # new chunks per video
+    num_inference_steps: Steps = 30  # T
+    window_chunks: WindowChunks = 6  # W
+    chunks: Annotated[int, Within(1, 1_000_000)] = 84  # new chunks per video
     context: bool = True  # one clean chunk in front of the window
-    branches: int = 2  # guidance branches
-    videos: int | None = None  # in all; None = as many as are in flight
-    streams: int = 1  # videos in flight
+    branches: Annotated[int, Within(1, 2)] = 2  # guidance branches
+    videos: Annotated[int, Within(1, 10_000)] | None = None  # in all; None = as many as are in flight
+    streams: Annotated[int, Within(1, 10_000)] = 1  # videos in flight
     # the pipeline
     mode: Literal["window", "causal", "displaced"] = "window"
     displaced: DisplacedConfig = field(default_factory=DisplacedConfig)  # of mode=displaced
@@ -70,6 +74,12 @@ def simulate_report(config: SimulateConfig) -> dict[str, Any]:
         config.num_inference_steps, config.window_chunks, 1, int(config.context), num_chunks=config.chunks
     )
     videos = config.streams if config.videos is None else config.videos
+    units = plan.num_rows * videos * config.branches * stages * (1 if config.mode == "window" else config.window_chunks)
+    if units > MAX_UNITS:
+        raise ConfigError(
+            f"chunks={config.chunks}: {units} units of {videos} video(s) are too many to simulate one by one; use"
+            f" chunks={max(1, config.chunks * MAX_UNITS // units)} or less, or fewer videos"
+        )
     displaced = Displaced(**asdict(config.displaced))
     check_displaced(config.mode, displaced)
     if displaced.adaptive is not None:

@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from yaml import YAMLError, safe_load
-
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError, MediaError, PAVDMError, VideoError
 from pavdm_dist.io.metadata import is_complete, read_sidecar, sidecar_path, versions
@@ -24,7 +22,7 @@ from pavdm_dist.io.recording import (
 )
 from pavdm_dist.io.state import Point, changes
 from pavdm_dist.io.storage import exists, join, open_read
-from pavdm_dist.merging import to_dict, to_yaml
+from pavdm_dist.merging import NO_YAML, read_yaml, to_dict, to_yaml
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
 from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk
@@ -113,14 +111,14 @@ class Videos:
     def write(self, video: Video, chunk: VideoChunk) -> bool:
         """Takes a chunk; whether the video is still well.
 
-        A disk that is full, or a share that went away, ends this one only.
+        A disk that is full, a share that went away, or parts that were damaged there end this one only.
         """
         assert video.recording is not None
         try:
             video.recording.write(chunk.index, chunk.frames, chunk.latents, _point(chunk.resume))
             if chunk.last:
                 self.finish(video, self.pipeline.resyncs.get(chunk.video, ()))
-        except OSError as error:
+        except (PAVDMError, OSError) as error:
             self.fail(video, error)
         return video.error is None
 
@@ -198,8 +196,14 @@ class Videos:
                 f"output={video.output} is complete, without the latents of save_latents=true: choose another name or"
                 " pass --overwrite"
             )
+        frames, checksum = sidecar.get("num_frames"), sidecar.get("latents_sha256")
+        if type(frames) is not int or not isinstance(checksum, str):
+            raise ConfigError(
+                f"output={video.output}: its sidecar {sidecar_path(video.output)} lacks num_frames or latents_sha256;"
+                " choose another name or pass --overwrite"
+            )
         remove_parts(video.output)  # of a process that died between the sidecar and the end
-        video.result = Recorded(video.output, sidecar["num_frames"], sidecar["latents_sha256"])
+        video.result = Recorded(video.output, frames, checksum)
         logger.info("%s is complete already", video.output)
         return True
 
@@ -257,11 +261,11 @@ def words_to_resume(folder: str) -> list[str]:
     settings = join(parts, SETTINGS)
     if not parts.endswith(".mp4.parts") or not exists(settings):
         raise ConfigError(f"--resume {folder}: is no folder of an interrupted video (NAME.mp4.parts with {SETTINGS})")
-    with open_read(settings) as file:
-        try:
-            begun = safe_load(file)
-        except (YAMLError, UnicodeDecodeError):
-            begun = None
+    try:
+        with open_read(settings) as file:
+            begun = read_yaml(file.read())
+    except (OSError, *NO_YAML):
+        begun = None
     if not isinstance(begun, Mapping):
         raise ConfigError(f"--resume {folder}: {settings} is not readable; give the command that began the video")
     output = parts.removesuffix(".parts")

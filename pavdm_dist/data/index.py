@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.fields import json_value
 from pavdm_dist.io.storage import is_remote
 
 Captions = Literal["required", "stem", "skip"]
@@ -81,7 +81,7 @@ def read_sources(sources: Sequence[str], captions: Captions = "required") -> Sou
     folders = []
     for source in sources:
         path = Path(source)
-        if not path.exists():
+        if not os.path.exists(path):
             raise ConfigError(f"source={source}: no such file or folder")
         folders.append(os.path.realpath(path if path.is_dir() else path.absolute().parent))
         entries += _read(path)
@@ -174,8 +174,8 @@ def _jsonl_rows(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not text.strip():
                 continue
             try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
+                row = json_value(text)
+            except ValueError as error:
                 raise ConfigError(f"{source}:{line}: not valid JSON: {error}") from error
             if not isinstance(row, dict):
                 raise ConfigError(f"{source}:{line}: must be an object with path and caption")

@@ -193,7 +193,7 @@ def _check(config: PrepareConfig) -> None:
         raise ConfigError(
             f"output={config.output}: must be a local folder, shards are memory-mapped; copy it afterwards"
         )
-    if Path(config.output).exists() and not Path(config.output).is_dir():
+    if os.path.exists(config.output) and not os.path.isdir(config.output):
         raise ConfigError(f"output={config.output} is a file; name a folder")
     if config.device == "cuda":
         import torch
@@ -211,7 +211,7 @@ def _job(config: PrepareConfig, checkpoint: Checkpoint, sources: Sources) -> Job
         output=Path(config.output).absolute(),
         root=sources.root,
         # A name is resolved by every worker, whose package may lie elsewhere.
-        model=str(Path(config.model).absolute()) if Path(config.model).is_dir() else config.model,
+        model=str(Path(config.model).absolute()) if os.path.isdir(config.model) else config.model,
         buckets=tuple(_buckets(config, checkpoint)),
         scene_cuts=config.scene_cuts,
         upscale=config.upscale,

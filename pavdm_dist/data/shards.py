@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pavdm_dist.data.clips import ClipRef
 from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.fields import json_value
 from pavdm_dist.io.storage import atomic_path, atomic_write
 
 SETTINGS = "settings.json"
@@ -48,12 +49,14 @@ def read_index(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder)
     try:
-        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        index = json_value((path / INDEX).read_bytes())
     except FileNotFoundError as error:
         state = "is not complete: run `pavdm data prepare` again" if (path / SETTINGS).exists() else "holds no data set"
         raise ConfigError(f"data={folder} {state} ({INDEX} is missing)") from error
     except ValueError as error:
         raise ConfigError(f"data={folder}: {INDEX} is not valid JSON: {error}") from error
+    if not isinstance(index, dict):
+        raise ConfigError(f"data={folder}: {INDEX} must hold names and values")
     if index.get("version") != VERSION:
         raise ConfigError(f"data={folder} has format version {index.get('version')}, this package reads {VERSION}")
     return index

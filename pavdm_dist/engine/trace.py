@@ -12,6 +12,7 @@ from typing import Any
 from pavdm_dist.engine.loop import RunReport, Span
 from pavdm_dist.engine.order import Unit
 from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.fields import json_value
 from pavdm_dist.io.storage import atomic_write
 
 # Raised whenever what a file holds changes its meaning.
@@ -53,10 +54,10 @@ def read_trace(path: str | Path) -> list[list[Span]]:
         ConfigError: no such file, no trace, or one of another version.
     """
     try:
-        content: Any = json.loads(Path(path).read_text())
+        content: Any = json_value(Path(path).read_bytes())
     except OSError as error:
         raise ConfigError(f"trace={path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"trace={path}: is no JSON") from error
     if not isinstance(content, dict) or not {"version", "stages"} <= set(content):
         raise ConfigError(f"trace={path}: is no trace; pavdm sample ... num_stages=2 trace=FILE writes one")

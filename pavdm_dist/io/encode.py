@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -96,7 +97,8 @@ class VideoEncoder:
         check_size(height, width)
         require_libx264()
         self._rate = rate
-        self._count = 0
+        self._path, self._count = path, 0
+        self._lost = False
         self._container: Any = av.open(str(path), "w", format="mp4")
         settings = {"crf": str(options.crf), "preset": options.preset, "x264-params": _X264}
         self._stream: Any = self._container.add_stream("libx264", rate=rate, options=settings)
@@ -117,16 +119,37 @@ class VideoEncoder:
         picture.colorspace, picture.color_range = _BT709, _LIMITED_RANGE
         picture.pts, picture.time_base = self._count, 1 / self._rate
         self._count += 1
-        self._container.mux(self._stream.encode(picture))
+        try:
+            self._container.mux(self._stream.encode(picture))
+        except Exception:
+            self._lost = True
+            raise
 
     def close(self) -> int:
-        """Completes the file.
+        """Completes the file. A second call does nothing, and fails where the first one did.
 
         Returns:
             The number of frames in it.
+
+        Raises:
+            OSError: the disk is full, or was when a frame was written: the file has a hole and must not be kept.
         """
-        self._container.mux(self._stream.encode(None))
-        self._container.close()
+        container, self._container = self._container, None
+        if container is None and not self._lost:
+            return self._count
+        lost, self._lost = self._lost, True  # until it is known to be whole
+        if container is not None:
+            try:
+                # After a failure FFmpeg would go on behind the hole and call the file complete; where not even the
+                # header could be written, it takes the process with it.
+                if not lost:
+                    container.mux(self._stream.encode(None))
+            finally:
+                container.close()
+        if lost:
+            raise OSError("a frame could not be written")
+        check_whole(self._path, self._count)
+        self._lost = False
         return self._count
 
 
@@ -140,6 +163,37 @@ def require_libx264() -> None:
 
     if "libx264" not in av.codecs_available:
         raise ConfigError(f"PyAV {av.__version__} has no libx264 encoder; run pip install --force-reinstall av")
+
+
+@contextmanager
+def _segment(path: str | Path) -> Iterator[Any]:
+    """A segment to read; what FFmpeg says of a damaged one becomes one sentence."""
+    import av
+
+    try:
+        with open_read(path) as file, av.open(file, metadata_errors="replace") as container:
+            yield container
+    except (av.error.InvalidDataError, av.error.EOFError, IndexError, AttributeError) as error:
+        raise MediaError(f"{path} is damaged: {error}; pass --overwrite to start anew") from error
+
+
+def check_whole(path: Path, num_frames: int) -> None:
+    """Reads a file again that was just written: FFmpeg says nothing of what is lost when it closes one on a full disk.
+
+    Raises:
+        OSError: it has not that many whole frames.
+    """
+    import av
+
+    found = 0
+    with (
+        suppress(av.FFmpegError, IndexError, AttributeError),
+        av.open(str(path), metadata_errors="replace") as container,
+    ):
+        for packet in container.demux(container.streams.video[0]):
+            found += bool(packet.size) and not packet.is_corrupt
+    if found != num_frames:
+        raise OSError(f"{found} of {num_frames} frames have reached the disk, it may be full")
 
 
 def remux(
@@ -177,7 +231,7 @@ def remux(
             for path in segments:
                 if copied == num_frames:
                     break
-                with open_read(path) as file, av.open(file) as container:
+                with _segment(path) as container:
                     source: Any = container.streams.video[0]
                     if target is None:
                         target = joined.add_stream_from_template(source, opaque=True)
@@ -195,6 +249,7 @@ def remux(
                         copied += 1
         if copied != num_frames:
             raise MediaError(f"the segments of {output} hold {copied} frames, {num_frames} are needed")
+        check_whole(staged, num_frames)
 
 
 def export_to_video(

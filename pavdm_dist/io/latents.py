@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import tempfile
 from contextlib import ExitStack
@@ -124,6 +125,18 @@ class LatentsWriter:
         self._files.append(name)
         self.closed_chunks, self._open = self.next_chunk, []
 
+    def sha256(self) -> str:
+        """Checksum of what is in the closed groups' files, read again: of what a disk has made of them.
+
+        Raises:
+            MediaError: a file is not readable.
+        """
+        digest = LatentsHash()
+        for name in self._files:
+            with local_copy(join(self._folder, name)) as file:
+                digest.update(read_latents(file))
+        return digest.hexdigest()
+
     def join(self, path: str | Path) -> None:
         """Closes, and writes one file with the tensor ``latents`` ``[C, N, h, w]``, float32.
 
@@ -168,7 +181,7 @@ def read_latents(path: str | Path) -> Tensor:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise MediaError(f"{path}: no such file")
     try:
         tensors = load_file(path)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.fields import json_value
 from pavdm_dist.io import storage
 
 # Locks of ended processes on their way out.
@@ -90,7 +91,7 @@ def _read(path: str) -> dict[str, Any] | None:
     while True:
         try:
             with storage.open_read(path) as file:
-                found = json.load(file)
+                found = json_value(file.read())
             if isinstance(found, dict) and {"host", "pid", "started", "token"} <= set(found) and found["pid"] > 0:
                 return found
         except FileNotFoundError:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pavdm_dist
 from pavdm_dist.errors import MediaError
+from pavdm_dist.fields import json_value
 from pavdm_dist.io.storage import atomic_write, exists, open_read, sha256_file
 
 _PACKAGES = ("torch", "ray", "deepspeed", "diffusers", "av", "numpy", "safetensors", "omegaconf")
@@ -141,6 +142,6 @@ def read_sidecar(output: str | Path) -> dict[str, Any]:
         raise MediaError(f"{path}: no such file, so {output} is not complete")
     with open_read(path) as file:
         try:
-            return json.load(file)
+            return json_value(file.read())
         except ValueError as error:
             raise MediaError(f"{path} is not valid JSON: {error}") from error

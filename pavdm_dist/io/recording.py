@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pavdm_dist.errors import ConfigError
+from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.io import storage
 from pavdm_dist.io.latents import LATENTS_NAMES, LatentsWriter
 from pavdm_dist.io.lock import STALE_NAMES, OutputLock, check_unlocked
@@ -78,6 +78,7 @@ def check_recording(
         ConfigError: naming the process that is writing, the file that is in the way, or what was different when an
             interrupted recording was begun.
     """
+    storage.check_output(output, overwrite=True)  # what would be an OSError of the lock
     check_unlocked(output)
     if overwrite or facts is None or _state_to_resume(str(output), facts) is None:
         _check_files(output, overwrite, save_latents, resume=facts is not None)
@@ -254,6 +255,7 @@ class Recording:
 
         Raises:
             ValueError: no chunk was written, or chunks that a resume wants again were not.
+            MediaError: what was written of it earlier was damaged since.
         """
         made = self._ledger.num_chunks
         if not made or self._segments.next_chunk != made:
@@ -261,6 +263,11 @@ class Recording:
         self._segments.close()
         if self._latents is not None:
             self._latents.close()
+            if self._latents.sha256() != self._ledger.latents_sha256:
+                raise MediaError(
+                    f"output={self.output}: latents in {self._segments.parts} are no longer what was written there;"
+                    " pass --overwrite to start anew"
+                )
         self._ledger.complete()
         self._save()
         num_frames = self._segments.join(metadata=comment)

@@ -309,11 +309,11 @@ class SegmentWriter:
 
         path = storage.join(self.parts, name)
         try:
-            with storage.open_read(path) as file, av.open(file) as container:
+            with storage.open_read(path) as file, av.open(file, metadata_errors="replace") as container:
                 stream: Any = container.streams.video[0]
                 found = (stream.height, stream.width, stream.average_rate)
                 count = int(stream.frames)
-        except (av.FFmpegError, IndexError) as error:
+        except (av.FFmpegError, IndexError, AttributeError) as error:  # a stream without a codec has no size
             raise MediaError(f"{path} is not a readable segment; remove {self.parts} to start anew") from error
         if found != (*self._size, self._rate):
             raise ConfigError(

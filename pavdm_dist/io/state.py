@@ -13,19 +13,21 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pavdm_dist.fields import Within, json_value, made
 from pavdm_dist.io import storage
 from pavdm_dist.io.latents import LatentsHash
 
 STATE, PREVIOUS = "state.safetensors", "state.previous.safetensors"
 STATE_NAMES = re.compile(rf"{re.escape(STATE)}|{re.escape(PREVIOUS)}")
 _VERSION = 2
+_Chunks = Annotated[int, Within(0)]
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +76,19 @@ class State:
     def first_to_decode(self) -> int:
         """The chunk that a decoder goes on with: the first pending one, or else ``next_chunk``."""
         return min(self.pending, default=self.next_chunk)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a state's file holds beside tensors."""
+
+    version: int
+    identity: dict[str, Any]
+    next_chunk: _Chunks
+    closed_chunks: _Chunks
+    latents_hash: str | None
+    complete: bool
+    point: dict[str, Any] | None
 
 
 class Ledger:
@@ -247,18 +262,19 @@ def _read(path: str) -> State:
     text = metadata["state"]
     if _checksum(text, tensors) != metadata["sha256"]:
         raise ValueError("its checksum differs")
-    facts = json.loads(text)
-    if facts.pop("version") != _VERSION:
+    facts = made(_Facts, json_value(text), path)
+    if facts.version != _VERSION:
         raise ValueError("it is of another version")
-    point = facts.pop("point")
-    if point is not None:
+    point = None
+    if facts.point is not None:
         prefix = "point."
         of_point = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
-        point = Point(of_point, point)
+        point = Point(of_point, facts.point)
     pending = {int(name.rpartition(".")[2]): tensors[name] for name in tensors if name.startswith("latents.")}
+    known = {name: value for name, value in vars(facts).items() if name not in ("version", "point")}
     seconds = array("f", tensors["chunk_seconds"].numpy().tobytes())
     return State(
-        **facts, chunk_seconds=seconds, point=point, warm=tensors.get("warm"), pending=dict(sorted(pending.items()))
+        **known, chunk_seconds=seconds, point=point, warm=tensors.get("warm"), pending=dict(sorted(pending.items()))
     )
 
 

@@ -24,6 +24,9 @@ _BLOCK = 1 << 20
 _PARTS_SUFFIX = ".parts"
 # In the parts folder: who is writing the video.
 LOCK_NAME = "lock.json"
+# Of a name and of a whole path, on nearly all systems; and what names of files beside an output are longer by at most:
+# .parts with what is in it, .safetensors for .mp4 while it is staged.
+_NAME_BYTES, _PATH_BYTES, _STAGED_BYTES = 255, 4095, 22
 # As stage() names them.
 _STAGED = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 
@@ -61,7 +64,7 @@ def list_names(folder: str | Path) -> list[str]:
             return []
         return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(inner, detail=False))
     path = Path(folder)
-    return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    return sorted(entry.name for entry in path.iterdir()) if os.path.isdir(path) else []
 
 
 def open_read(path: str | Path) -> IO[bytes]:
@@ -247,7 +250,8 @@ def check_output(path: str | Path, overwrite: bool = False, field: str = "output
         parts: the segments of an interrupted run are in the way, too.
 
     Raises:
-        ConfigError: something is there and ``overwrite`` is false; a folder of that name; no right to write.
+        ConfigError: something is there and ``overwrite`` is false; a folder of that name; a name that is too long; no
+            right to write.
     """
     if not is_remote(path):
         _check_local(Path(path), field)
@@ -277,13 +281,28 @@ def sha256_file(path: str | Path) -> str:
 
 
 def _check_local(path: Path, field: str) -> None:
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ConfigError(f"{field}={path} is a folder; name a file in it")
     folder = path.absolute().parent
     while not os.path.lexists(folder):
         folder = folder.parent
     if not folder.is_dir():
         raise ConfigError(f"{field}={path}: {folder} is a file, not a folder")
+    try:
+        longest = os.pathconf(folder, "PC_NAME_MAX")
+    except (OSError, ValueError):  # a share that does not say
+        longest = _NAME_BYTES
+    missing = path.absolute().relative_to(folder).parts
+    for name, room in zip(missing, (*[0] * (len(missing) - 1), _STAGED_BYTES), strict=True):
+        if len(os.fsencode(name)) + room > longest:
+            raise ConfigError(
+                f"{field}={path}: a name of {len(os.fsencode(name))} bytes is too long; {folder} takes at most"
+                f" {longest - room} here"
+            )
+    if len(os.fsencode(path.absolute())) + _STAGED_BYTES > _PATH_BYTES:
+        raise ConfigError(
+            f"{field}={path}: the whole path is too long, {_PATH_BYTES - _STAGED_BYTES} bytes are the most"
+        )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"{field}={path}: no right to write in {folder}")
 

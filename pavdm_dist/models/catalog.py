@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pavdm_dist.errors import CheckpointError
+from pavdm_dist.fields import made
 from pavdm_dist.models.base import Backbone
 from pavdm_dist.models.source import Source, load_config
 from pavdm_dist.models.stdit3 import STDiT3
@@ -16,6 +18,12 @@ from pavdm_dist.models.stdit3 import STDiT3
 BACKBONES: dict[str, type[Backbone]] = {
     "STDiT3": STDiT3,
 }
+
+
+@dataclass(frozen=True)
+class _ClassNames:
+    _class_name: str | None = None
+    architectures: tuple[str, ...] = ()
 
 
 def backbone_class(config: Mapping[str, Any], where: object) -> type[Backbone]:
@@ -28,9 +36,10 @@ def backbone_class(config: Mapping[str, Any], where: object) -> type[Backbone]:
         where: it is, for the message.
 
     Raises:
-        CheckpointError: a class this package does not have.
+        CheckpointError: a class this package does not have, or a name that is no text.
     """
-    name = config.get("_class_name") or next(iter(config.get("architectures") or ()), STDiT3.__name__)
+    names = made(_ClassNames, config, where, ignore_unknown=True, error=CheckpointError)
+    name = names._class_name or next(iter(names.architectures), STDiT3.__name__)
     if name not in BACKBONES:
         raise CheckpointError(f"{where}: transformer is {name}, this version runs {', '.join(BACKBONES)}")
     return BACKBONES[name]
@@ -43,7 +52,11 @@ def backbone_shape(source: str | Path | Source) -> Backbone:
         CheckpointError: no ``config.json``, or none of a backbone.
     """
     config = load_config(source)
-    return backbone_class(config, source).of_shape(config)
+    kind = backbone_class(config, source)
+    try:
+        return kind.of_shape(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
 
 
 def load_backbone(

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pavdm_dist.errors import CheckpointError
+from pavdm_dist.fields import made, read_object
 from pavdm_dist.models.source import Source
 
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
@@ -37,6 +38,11 @@ class Stored:
     dtype: str
 
 
+@dataclass(frozen=True)
+class _Index:
+    weight_map: dict[str, str]
+
+
 def tensor_files(source: Place) -> dict[str, str]:
     """Tensor name -> the safetensors file of ``source`` that holds it.
 
@@ -51,10 +57,12 @@ def tensor_files(source: Place) -> dict[str, str]:
     if not is_index:
         return dict.fromkeys(_header(source, name), name)
     index = source.file(name)
-    try:
-        files = dict(json.loads(index.read_text())["weight_map"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{index} is not a weight index: {error!r}") from error
+    files = made(
+        _Index, read_object(index, CheckpointError), index, ignore_unknown=True, error=CheckpointError
+    ).weight_map
+    for key, file in files.items():
+        if Path(file).name != file:
+            raise CheckpointError(f"{index}: {key} is placed in {file!r}, which is no name of a file beside it")
     for file in set(files.values()) if source.is_folder else ():
         if source.find(file) is None:
             raise CheckpointError(f"{source}/{file} is named by {index.name} but missing")
@@ -168,19 +176,24 @@ def load_module(
 def check_tensors(
     expected: Mapping[str, Tensor], source: Place, want: Choose | None = None, optional: Iterable[str] = ()
 ) -> None:
-    """Compares names and sizes with the files' headers, so that a wrong checkpoint is refused before it is read.
+    """Compares names, sizes and types with the files' headers, so that a wrong checkpoint is refused before it is read.
 
     Raises:
-        CheckpointError: naming the first tensor that is missing, has the wrong size or is unknown.
+        CheckpointError: naming the first tensor that is missing, has the wrong size or type, or is unknown.
     """
     source = Source.of(source)
-    found = {key: stored.shape for key, stored in stored_tensors(source, want).items()}
+    stored = stored_tensors(source, want)
+    found = {key: tensor.shape for key, tensor in stored.items()}
     shapes = {key: list(value.shape) for key, value in expected.items() if want is None or want(key)}
     for key, shape in shapes.items():
         if key not in found and key not in optional:
             raise CheckpointError(f"{source} lacks tensor {key} of shape {shape}")
         if found.get(key, shape) != shape:
             raise CheckpointError(f"{source}: tensor {key} is {found[key]}, the model needs {shape}")
+        if key in stored and stored[key].dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{source}: tensor {key} is {stored[key].dtype}, it must be one of {', '.join(_DTYPES)}"
+            )
     unknown = sorted(set(found) - set(shapes))
     if unknown:
         raise CheckpointError(f"{source}: tensor {unknown[0]} ({len(unknown)} in all) is not part of this model")

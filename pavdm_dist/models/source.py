@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.fields import read_object
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Source:
         """
         if isinstance(place, Source):
             return place
-        if not Path(place).is_dir():
+        if not os.path.isdir(place):
             if os.path.isabs(place):
                 raise CheckpointError(f"model={place}: no such folder")
             if "/" not in str(place):
@@ -70,7 +70,7 @@ class Source:
         """
         if self.is_folder:
             path = self._here() / name
-            return path if path.exists() else None
+            return path if os.path.exists(path) else None
         from huggingface_hub import constants, hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -197,11 +197,4 @@ def load_config(source: str | Path | Source) -> dict[str, Any]:
     Raises:
         CheckpointError: missing or not a JSON object.
     """
-    path = Source.of(source).file("config.json")
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not valid JSON of a model: it must hold names and values")
-    return config
+    return read_object(Source.of(source).file("config.json"), CheckpointError)

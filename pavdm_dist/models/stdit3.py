@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.fields import Within, made
 from pavdm_dist.models.base import (
     Activation,
     BackboneSpec,
@@ -55,18 +56,21 @@ INPUT_SIZE = 512
 ACTIVATION_COPIES = 14
 
 
+_Patch = Annotated[int, Within(1, 64)]
+
+
 @dataclass(frozen=True)
 class STDiT3Config:
     """Shape of the model; names and defaults are those of the public checkpoint's ``config.json`` (STDiT3-XL/2)."""
 
-    depth: int = 28
-    hidden_size: int = 1152
-    num_heads: int = 16
-    mlp_ratio: float = 4.0
-    in_channels: int = 4
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    caption_channels: int = 4096
-    model_max_length: int = 300
+    depth: Annotated[int, Within(1, 256)] = 28
+    hidden_size: Annotated[int, Within(4, 65_536)] = 1152
+    num_heads: Annotated[int, Within(1, 1024)] = 16
+    mlp_ratio: Annotated[float, Within(0.25, 64)] = 4.0
+    in_channels: Annotated[int, Within(1, 1024)] = 4
+    patch_size: tuple[_Patch, _Patch, _Patch] = (1, 2, 2)
+    caption_channels: Annotated[int, Within(1, 65_536)] = 4096
+    model_max_length: Annotated[int, Within(1, 65_536)] = 300
     qk_norm: bool = True
     pred_sigma: bool = True
     level_support: LevelSupport = "mixed-trained"
@@ -82,17 +86,13 @@ class STDiT3Config:
             raise CheckpointError(
                 f"hidden_size={self.hidden_size} must be a multiple of 4 (two axes of sine and cosine)"
             )
-        if len(self.patch_size) != 3 or self.patch_size[0] != 1:
+        if self.patch_size[0] != 1:
             raise CheckpointError(f"patch_size={list(self.patch_size)}: the time patch must be 1")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> STDiT3Config:
         """Keeps the keys this model knows; the public file also has training-time switches that do not matter here."""
-        known = {field.name for field in fields(cls)}
-        try:
-            return cls(**{key: value for key, value in values.items() if key in known})
-        except (TypeError, ZeroDivisionError) as error:
-            raise CheckpointError(f"config.json describes no STDiT3: {error}") from error
+        return made(cls, values, "an STDiT3's config.json", ignore_unknown=True, error=CheckpointError)
 
 
 class STDiT3(nn.Module):

@@ -6,6 +6,9 @@ import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pavdm_dist.errors import MediaError
+from pavdm_dist.io.storage import atomic_path
+
 WIDTH, LANE, GAP, LEFT, TOP = 1400, 34, 8, 70, 8
 GOLDEN = 0.618034  # turns neighbouring numbers into colours far apart
 
@@ -39,6 +42,9 @@ def draw_chart(path: str, num_stages: int, bars: Sequence[Bar], title: str = "",
         bars: in any order.
         title: written under the lanes.
         decoder: one lane more, number ``num_stages``, for a decoder.
+
+    Raises:
+        MediaError: it cannot be written.
     """
     from PIL import Image, ImageDraw
 
@@ -58,7 +64,11 @@ def draw_chart(path: str, num_stages: int, bars: Sequence[Bar], title: str = "",
         edge = "white" if right - left > 3 else None
         pen.rectangle((left, top, max(right, left + 0.5), top + LANE), fill=_colour(bar), outline=edge)
     pen.text((LEFT, height - 22), f"{title}{'  ' if title else ''}0 to {span:g}", fill="black")
-    picture.save(path, optimize=True)
+    try:
+        with atomic_path(path) as staged:
+            picture.save(staged, "PNG", optimize=True)
+    except OSError as error:
+        raise MediaError(f"chart={path}: cannot be written ({error.strerror or error})") from error
 
 
 def _colour(bar: Bar) -> tuple[int, int, int]:

@@ -16,6 +16,7 @@ import torch
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.config import ClusterConfig
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.fields import fault
 from pavdm_dist.method.schedule import Mode, WindowPlan
 from pavdm_dist.planning.setups import WORTH, Job, Setup
 from pavdm_dist.planning.simulate import MAX_STAGES
@@ -95,16 +96,9 @@ def _chosen(job: Job, cluster: ClusterConfig) -> tuple[Setup, list[Setup], str]:
 
 
 def _check(cluster: ClusterConfig) -> None:
-    for name in ("devices", "videos"):
-        if getattr(cluster, name) < 1:
-            raise ConfigError(f"cluster.{name}={getattr(cluster, name)}: at least 1")
-    for name in ("memory_gib", "tflops", "decoder_tflops", "link_gib_per_s"):
-        value = getattr(cluster, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"cluster.{name}={getattr(cluster, name):g}: must be above 0")
-    for name in ("link_latency_ms", "price_per_device_hour"):
-        if getattr(cluster, name) < 0:
-            raise ConfigError(f"cluster.{name}={getattr(cluster, name):g}: must be 0 or more")
+    found = fault(ClusterConfig, "cluster", cluster)
+    if found is not None:
+        raise ConfigError(found)
     if cluster.chart is not None and not cluster.chart.endswith(".png"):
         raise ConfigError(f"cluster.chart={cluster.chart}: must end in .png")
 

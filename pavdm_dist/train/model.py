@@ -191,8 +191,8 @@ def _modules(
 
 def _text_encoder(m: ModelConfig, vocabulary: Sequence[str]) -> WordTextEncoder:
     if m.pretrained is not None:
-        config = load_config(Checkpoint.open(m.pretrained).source.part("text_encoder"))
-        return WordTextEncoder(**{key: value for key, value in config.items() if not key.startswith("_")})
+        source = Checkpoint.open(m.pretrained).source.part("text_encoder")
+        return WordTextEncoder.of_shape(load_config(source), f"{source}/config.json")
     return WordTextEncoder(vocabulary, m.caption_channels, m.text_depth, 4, m.model_max_length)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.fields import json_value
 from pavdm_dist.train.settings import OptimizerConfig, TrainConfig
 
 # DeepSpeed's name of what our settings already say -> our name.
@@ -34,7 +34,7 @@ def deepspeed_json(config: TrainConfig) -> dict[str, Any]:
     if config.deepspeed_config is not None:
         path = Path(config.deepspeed_config)
         try:
-            found = json.loads(path.read_text())
+            found = json_value(path.read_bytes())
         except OSError as error:
             raise ConfigError(f"deepspeed_config={path}: cannot be read ({error.strerror})") from error
         except ValueError as error:
