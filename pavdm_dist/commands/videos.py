@@ -12,6 +12,7 @@ from yaml import YAMLError, safe_load
 
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError, MediaError, PAVDMError, VideoError
+from pavdm_dist.io.lock import clear_locks
 from pavdm_dist.io.metadata import is_complete, read_sidecar, sidecar_path, versions
 from pavdm_dist.io.recording import (
     SETTINGS,
@@ -79,8 +80,10 @@ class Videos:
         """Refuses outputs that cannot be written or would be lost, and takes note of complete ones.
 
         Raises:
-            ConfigError: naming the file that is in the way, or what was different when it was made.
+            ConfigError: naming the process that is writing, the file that is in the way, or what was different when it
+                was made.
         """
+        clear_locks([video.output for video in self.all])  # all together: locks of other machines take minutes
         for video in self.all:
             try:
                 if not self.overwrite and self._is_made(video):

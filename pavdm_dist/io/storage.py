@@ -282,7 +282,8 @@ def _filesystem(path: str | Path) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
     try:
-        return url_to_fs(str(path))
+        # What other machines write is seen at once: locks and sidecars are looked for again and again.
+        return url_to_fs(str(path), use_listings_cache=False)
     except (ImportError, ValueError) as error:  # the driver is not installed, or no such protocol
         raise ConfigError(f"{path} cannot be reached: {error}") from error
 
