@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
-
-from yaml import YAMLError, safe_load
 
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError, MediaError, PAVDMError, VideoError
 from pavdm_dist.io.lock import clear_locks
 from pavdm_dist.io.metadata import is_complete, read_sidecar, sidecar_path, versions
 from pavdm_dist.io.recording import (
-    SETTINGS,
     Recorded,
     Recording,
     check_recording,
@@ -23,8 +21,9 @@ from pavdm_dist.io.recording import (
     recording_facts,
     remove_parts,
 )
+from pavdm_dist.io.shipped import shipped_models
 from pavdm_dist.io.state import Point, changes
-from pavdm_dist.io.storage import exists, join, open_read
+from pavdm_dist.io.storage import exists, is_remote
 from pavdm_dist.merging import to_dict, to_yaml
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
@@ -32,6 +31,15 @@ from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk
 from pavdm_dist.request import SamplingParams, VideoRequest, input_frames
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One video of a command: what is different between them."""
+
+    prompt: str
+    seed: int
+    output: str
 
 
 @dataclass
@@ -213,7 +221,7 @@ class Videos:
             **self._shape,
             overwrite=self.overwrite,
             resume=not self.overwrite,
-            settings=to_yaml(self.config),
+            settings=to_yaml(_own_settings(self.config, video)),
         )
         if video.recording.next_chunk or video.recording.point is not None:
             logger.info("%s goes on at chunk %d", video.output, video.recording.next_chunk)
@@ -250,27 +258,23 @@ class Videos:
         }
 
 
-def words_to_resume(folder: str) -> list[str]:
-    """The words of the command that began the video of a ``.parts`` folder, wherever that lies now.
+def _own_settings(config: SampleConfig, video: Video) -> SampleConfig:
+    """Settings that make one video of a command alone, and mean the same in every working directory."""
 
-    Raises:
-        ConfigError: it is none, or was begun without settings.
-    """
-    parts = folder.rstrip("/")
-    settings = join(parts, SETTINGS)
-    if not parts.endswith(".mp4.parts") or not exists(settings):
-        raise ConfigError(f"--resume {folder}: is no folder of an interrupted video (NAME.mp4.parts with {SETTINGS})")
-    with open_read(settings) as file:
-        try:
-            begun = safe_load(file)
-        except (YAMLError, UnicodeDecodeError):
-            begun = None
-    if not isinstance(begun, Mapping):
-        raise ConfigError(f"--resume {folder}: {settings} is not readable; give the command that began the video")
-    output = parts.removesuffix(".parts")
-    if not str(begun.get("output", "")).lower().endswith(".mp4"):  # one of several in a folder
-        output = output.rpartition("/")[0] or "."
-    return [settings, f"output={output}"]
+    def absolute(path: str) -> str:
+        return path if is_remote(path) else os.path.abspath(path)
+
+    is_folder = config.model not in shipped_models() and os.path.isdir(config.model)
+    return replace(
+        config,
+        prompt=video.request.prompt,
+        prompts=None,
+        seed=video.request.seed,
+        output=absolute(video.output),
+        model=os.path.abspath(config.model) if is_folder else config.model,
+        video=config.video and absolute(config.video),
+        trace=config.trace and absolute(config.trace),
+    )
 
 
 def _point(resume: ResumePoint | None) -> Point | None:

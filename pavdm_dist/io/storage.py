@@ -21,7 +21,7 @@ from typing import IO, Any
 from pavdm_dist.errors import ConfigError
 
 _BLOCK = 1 << 20
-_PARTS_SUFFIX = ".parts"
+PARTS_SUFFIX = ".parts"
 # In the parts folder: who is writing the video.
 LOCK_NAME = "lock.json"
 # As stage() names them.
@@ -254,7 +254,7 @@ def check_output(path: str | Path, overwrite: bool = False, field: str = "output
 
 def parts_folder(path: str | Path) -> str:
     """Where the segments of an unfinished video are."""
-    return f"{path}{_PARTS_SUFFIX}"
+    return f"{path}{PARTS_SUFFIX}"
 
 
 def sha256_file(path: str | Path) -> str:
