@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pavdm_dist import __version__
 from pavdm_dist.errors import ConfigError, PAVDMError
+from pavdm_dist.redaction import hide_secrets
 
 if TYPE_CHECKING:
     from pavdm_dist.config import SampleConfig
@@ -238,7 +239,7 @@ def _print_report(report: dict[str, Any], as_json: bool) -> None:
 
 
 def _complain(message: str, status: int) -> int:
-    print(f"pavdm: {' '.join(message.split())}", file=sys.stderr)
+    print(f"pavdm: {hide_secrets(' '.join(message.split()))}", file=sys.stderr)
     return status
 
 

@@ -92,6 +92,8 @@ class SampleConfig:
     placement_timeout_s: float = 60.0  # how long resources that others hold are waited for
     max_restarts: int = 3  # after losses in a row that nothing was finished between; 0 = the first one ends the run
     node_wait_s: float = 30.0  # how long a restart waits for lost machines before it makes do with fewer stages
+    stall_factor: float = 10.0  # times its usual time per chunk after which a video that gives none is reported
+    stall_limit_s: float = 3600.0  # and after which it is ended, so that the others go on
     # what is written
     trace: str | None = None  # .json of what every stage did when, for `pavdm simulate trace=FILE chart=FILE.png`
     output: str = "outputs"  # a .mp4 file, or a folder that gets NNNN-words-sSEED.mp4
@@ -137,6 +139,8 @@ _POSITIVE = (
     "streams",
     "link_timeout_s",
     "placement_timeout_s",
+    "stall_factor",
+    "stall_limit_s",
     "chunks_per_segment",
 )
 _NOT_NEGATIVE = (
@@ -163,6 +167,8 @@ _OF_STAGES = (
     "placement_timeout_s",
     "max_restarts",
     "node_wait_s",
+    "stall_factor",
+    "stall_limit_s",
 )
 
 

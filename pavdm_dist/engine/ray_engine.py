@@ -22,6 +22,7 @@ from pavdm_dist.engine.loop import RunReport
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.placement import connect
 from pavdm_dist.engine.restart import Restarts, rebuilt
+from pavdm_dist.engine.watchdog import Patience, Watchdog
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
 from pavdm_dist.method.stream import ResumePoint, Stream
 from pavdm_dist.models.source import Source
@@ -81,7 +82,8 @@ class RayEngine:
             raise
         self.devices = self._gang.devices
         self._restarts = Restarts(options)
-        self._driver = Driver(self._gang, backlog_bytes=options.backlog_bytes, max_restarts=options.max_restarts)
+        watchdog = Watchdog(Patience(options.stall_factor, options.stall_floor_s, options.stall_limit_s))
+        self._driver = Driver(self._gang, 1, options.backlog_bytes, options.max_restarts, watchdog)
         self._run: _Run | None = None
         self._resyncs: dict[int, tuple[int, ...]] = {}
         self._asked: deque[Callable[[], None]] = deque()
