@@ -6,10 +6,11 @@ import json
 import logging
 import math
 import os
+import pickle
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -249,9 +250,9 @@ class CodecTrainer:
         """Continue from :meth:`save`.
 
         Raises:
-            CheckpointError: the run was started with another network shape, or in another world.
+            CheckpointError: the run was started with another network shape, or in another world; or it is damaged.
         """
-        state = torch.load(run_dir / STATE, weights_only=True)
+        state = _read_state(run_dir / STATE)
         if state["world"] != WORLD_SETTINGS:
             raise CheckpointError(f"{run_dir / STATE} was trained on other world settings: start a new run folder.")
         try:
@@ -328,10 +329,17 @@ def load_codec(run_dir: str | Path) -> AutoencoderKLWan:
     path = Path(run_dir) / STATE
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist: train the codec first.")
-    saved = torch.load(path, weights_only=True)
+    saved = _read_state(path)
     vae = _network(CodecTraining(**saved["config"]))
     vae.load_state_dict(saved["average"])
     return vae.eval().requires_grad_(False)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:  # torn, or it would run code
+        raise CheckpointError(f"{path} is damaged or not a state of this program: start a new run folder") from error
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -55,6 +55,10 @@ def tensor_files(source: Place) -> dict[str, str]:
         files = dict(json.loads(index.read_text())["weight_map"])
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{index} is not a weight index: {error!r}") from error
+    for key, file in files.items():
+        # Of the model itself: not a path out of its folder, and what the hub is asked for is in this repository.
+        if not isinstance(file, str) or PurePosixPath(file).name != file or file in ("", ".."):
+            raise CheckpointError(f"{index}: tensor {key} is in {file!r}, which is no name of a file beside it")
     for file in set(files.values()) if source.is_folder else ():
         if source.find(file) is None:
             raise CheckpointError(f"{source}/{file} is named by {index.name} but missing")

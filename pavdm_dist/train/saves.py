@@ -20,7 +20,7 @@ from typing import Any
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.train.average import Average
 from pavdm_dist.train.processes import World
-from pavdm_dist.train.zero import ZeroEngine, to_universal
+from pavdm_dist.train.zero import ZeroEngine, foreign_names, to_universal
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def _tags(root: Path) -> list[str]:
 
 
 def _checked(folder: Path, world: World) -> tuple[dict[str, Any] | None, str | None]:
-    """The manifest, and what is wrong; every process reads its share of the files."""
+    """The manifest, and what is wrong; every process reads its share of the files, listed there or not."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest["files"]
@@ -215,6 +215,9 @@ def _checked(folder: Path, world: World) -> tuple[dict[str, Any] | None, str | N
                 return manifest, f"{name} is not what was written"
         except OSError as error:
             return manifest, f"{name}: {error.strerror}"
+    for path in sorted(folder.rglob("*.pt"))[world.rank :: world.size]:
+        if names := foreign_names(path):
+            return manifest, f"{path.name} is no file of this program, it would run {names[0]}"
     return manifest, None
 
 
