@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pavdm_dist.codecs.base import CodecSpec
-from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.errors import CheckpointError, ConfigError, VideoError
 from pavdm_dist.models.loading import load_module, read_tensors, save_module
 from pavdm_dist.models.source import Source, load_config
 
@@ -187,6 +187,9 @@ class WanCodec:
         Measured once by sending a NaN through the decoder: unlike a perturbation, which trained weights may damp
         below the last bit, NaN marks every output that depends on it, however weakly. Costs some dozens of 2x2
         latents.
+
+        Raises:
+            CheckpointError: pixels are not finite without that.
         """
         if self._receptive is None:
             self._receptive = self._probe()
@@ -198,7 +201,8 @@ class WanCodec:
         clean = torch.zeros(1, self.spec.latent_channels, 1, *_PROBE_SIZE, device=self._mean.device)
         # The first latent skips the temporal upsampling; the second is the first regular one.
         stream.step(clean)
-        stream.step(clean)
+        if bool(stream.step(clean).isnan().any()):
+            raise CheckpointError("vae: the codec gives pixels that are not finite whatever it decodes: it is damaged")
         stream.step(clean * torch.nan)
         for reached in range(_PROBE_LIMIT):
             marked = bool(stream.step(clean).isnan().any())
@@ -243,6 +247,9 @@ class WanChunkDecoder:
 
         Returns:
             uint8 ``[t, H, W, 3]`` on the CPU; t = 4n, or 4n - 3 at the start of the stream.
+
+        Raises:
+            VideoError: pixels are not finite: the latents, or the type that the codec computes in, are out of range.
         """
         return torch.cat([_to_uint8(self.step(latent)) for latent in self._split(latents)])
 
@@ -274,6 +281,8 @@ class WanChunkDecoder:
 
 
 def _to_uint8(pixels: Tensor) -> Tensor:
+    if bool(pixels.isnan().any()):
+        raise VideoError("the codec gave pixels that are not finite; decoder_dtype=float32 has the widest range")
     frames = rearrange(pixels, "1 rgb t h w -> t h w rgb")
     return ((frames + 1) * 127.5).round().to(torch.uint8).cpu().contiguous()
 

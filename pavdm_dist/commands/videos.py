@@ -131,7 +131,7 @@ class Videos:
             video.recording.write(chunk.index, chunk.frames, chunk.latents, _point(chunk.resume))
             if chunk.last:
                 self.finish(video, self.pipeline.resyncs.get(chunk.video, ()))
-        except OSError as error:
+        except (OSError, PAVDMError) as error:
             self.fail(video, error)
         return video.error is None
 
@@ -173,12 +173,12 @@ class Videos:
         """Ends a video; what is finished of it stays."""
         left = None if video.recording is None else video.recording.abort()
         what = f"cannot be written: {error}" if isinstance(error, OSError) else str(error)
-        message = f"output={video.output}: {what}" if video.output not in what else what
+        message = what if what.startswith("output=") else f"output={video.output}: {what}"
         kind = (
             MediaError if isinstance(error, OSError) else type(error) if isinstance(error, PAVDMError) else VideoError
         )
         video.error, video.recording = kind(message), None
-        logger.warning("%s%s", message, f"; {left}" if left else "")
+        logger.warning("%s%s", video.error, f"; {left}" if left else "")
 
     def abort(self) -> list[str]:
         """Leaves all that is unfinished playable and ready to go on; says where."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -74,6 +75,19 @@ def check_frames(frames: Any, height: int, width: int) -> np.ndarray:
     return array
 
 
+@contextmanager
+def _as_disk_errors() -> Iterator[None]:
+    """What an encoder says of itself ends one video, as a full disk does; FFmpeg tells the two apart poorly."""
+    import av
+
+    try:
+        yield
+    except av.FFmpegError as error:
+        if isinstance(error, OSError):
+            raise
+        raise OSError(f"the encoder failed: {error}") from error
+
+
 class VideoEncoder:
     """Writes frames to one mp4; frame i is shown at exactly i / fps.
 
@@ -108,8 +122,13 @@ class VideoEncoder:
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = _LIMITED_RANGE
 
+    @_as_disk_errors()
     def write(self, frame: np.ndarray) -> None:
-        """Appends one uint8 frame ``[height, width, 3]``."""
+        """Appends one uint8 frame ``[height, width, 3]``.
+
+        Raises:
+            OSError: it cannot be written, or encoded.
+        """
         import av
 
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
@@ -119,11 +138,15 @@ class VideoEncoder:
         self._count += 1
         self._container.mux(self._stream.encode(picture))
 
+    @_as_disk_errors()
     def close(self) -> int:
         """Completes the file.
 
         Returns:
             The number of frames in it.
+
+        Raises:
+            OSError: as :meth:`write`.
         """
         self._container.mux(self._stream.encode(None))
         self._container.close()
@@ -142,6 +165,7 @@ def require_libx264() -> None:
         raise ConfigError(f"PyAV {av.__version__} has no libx264 encoder; run pip install --force-reinstall av")
 
 
+@_as_disk_errors()
 def remux(
     segments: Sequence[str | Path],
     output: str | Path,
@@ -160,6 +184,7 @@ def remux(
 
     Raises:
         MediaError: the segments have fewer frames, or come from different encoders.
+        OSError: one cannot be read, or the output not written.
     """
     import av
 

@@ -7,6 +7,7 @@ when it is complete, so there the file is staged locally and uploaded.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -220,9 +221,28 @@ def commit(staged: Path, path: str | Path) -> None:
         staged.unlink()
         return
     _give_usual_mode(staged)
-    _fsync(staged)
+    make_durable(staged)
     os.replace(staged, path)
-    _fsync(Path(path).parent)
+    make_durable(Path(path).parent)
+
+
+def make_durable(path: Path) -> None:
+    """Waits until a file or folder is on the disk, as far as its file system knows how to.
+
+    Raises:
+        OSError: the disk is full or broken.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        # Shares that cannot, for folders above all; what is there is as durable as it will be.
+        unable = error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+        if not (unable or (path.is_dir() and error.errno in (errno.EACCES, errno.EISDIR, errno.EBADF))):
+            raise
 
 
 def check_output(path: str | Path, overwrite: bool = False, field: str = "output", parts: bool = True) -> None:
@@ -296,11 +316,3 @@ def _give_usual_mode(path: Path) -> None:
     for umask in (line.partition(":")[2] for line in lines if line.startswith("Umask:")):
         with suppress(OSError):  # a share without modes
             path.chmod(0o666 & ~int(umask, 8))
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.io.storage import make_durable
 from pavdm_dist.train.average import Average
 from pavdm_dist.train.processes import World
 from pavdm_dist.train.zero import ZeroEngine, foreign_names, to_universal
@@ -230,9 +231,9 @@ def _compare(root: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> N
 
 
 def _fingerprint(path: Path, flush: bool = False) -> dict[str, Any]:
+    if flush:
+        make_durable(path)
     with open(path, "rb") as file:
-        if flush:
-            os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
 
@@ -246,10 +247,8 @@ def _publish(folder: Path, tag: str, partial: Path, manifest: dict[str, Any]) ->
 
 
 def _write(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(text)
+    make_durable(path)
 
 
 def _drop(folder: Path, newest: str, keep_last: int, keep_every: int) -> None:
