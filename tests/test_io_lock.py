@@ -175,6 +175,7 @@ def test_containers_of_one_name_respect_each_other(soon: None, tmp_path: Path, k
     assert "is being written by process 1 on" in third.stderr, "to a process of that number, too"
     if killed:
         other.kill()
+        other.wait(20)  # before its input ends, at which it would give the lock back
     other.communicate(None if killed else "\n", timeout=20)
     began = time.monotonic()
     OutputLock.acquire(output).release()
