@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pavdm_dist import __version__
 from pavdm_dist.errors import ConfigError, PAVDMError
+from pavdm_dist.redaction import hide_secrets
 
 if TYPE_CHECKING:
     from pavdm_dist.config import SampleConfig
@@ -73,23 +74,34 @@ def sample(arguments: argparse.Namespace) -> None:
     """Render one prompt, or a file of prompts, to mp4."""
     from pavdm_dist.config import SampleConfig
 
-    words = arguments.words
+    found: list[list[str]] = [[]]
     if arguments.resume is not None:
-        from pavdm_dist.commands.videos import words_to_resume
+        from pavdm_dist.commands.resume import words_to_resume
 
-        words = [*words_to_resume(arguments.resume), *words]
-    config = run_config(SampleConfig, words, needs_prompt=not arguments.print_config)
+        outputs = [word for word in arguments.words if word.startswith("output=")]
+        if outputs:
+            raise ConfigError(f"{outputs[0]}: --resume {arguments.resume} goes on where that is; leave it out")
+        found = words_to_resume(arguments.resume)
+    needs_prompt = not arguments.print_config
+    configs = [run_config(SampleConfig, [*words, *arguments.words], needs_prompt) for words in found]
     if arguments.print_config:
-        _print_config(config)
+        for config in configs:
+            _print_config(config)
     elif arguments.dry_run:
         from pavdm_dist.commands.plan import plan_report
 
-        _print_report(plan_report(config), arguments.json)
+        for config in configs:
+            _print_report(plan_report(config), arguments.json)
     else:
         from pavdm_dist.commands.progress import ChunkProgress
         from pavdm_dist.commands.sample import render_command
 
-        result = render_command(config, overwrite=arguments.overwrite, progress=ChunkProgress)
+        if arguments.resume is None:
+            result = render_command(configs[0], overwrite=arguments.overwrite, progress=ChunkProgress)
+        else:
+            from pavdm_dist.commands.resume import resume_command
+
+            result = resume_command(configs, ChunkProgress)
         if arguments.json and result is not None:
             _say(json.dumps(result))
 
@@ -240,7 +252,7 @@ def _say(text: str) -> None:
 
 def _complain(message: str, status: int) -> int:
     # A name that is no text is shown with its bytes, whatever standard error may be.
-    text = " ".join(message.split()).encode(errors="backslashreplace").decode()
+    text = hide_secrets(" ".join(message.split())).encode(errors="backslashreplace").decode()
     print(f"pavdm: {text}", file=sys.stderr)
     return status
 
@@ -267,7 +279,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("words", nargs="*", metavar="PROMPT | CONFIG.yaml | key=value")
     again = verb.add_mutually_exclusive_group()
     again.add_argument("--overwrite", action="store_true", help="begin anew and replace existing outputs")
-    again.add_argument("--resume", metavar="DIR", help="go on with the .parts folder of an interrupted video")
+    again.add_argument(
+        "--resume", metavar="DIR", help="finish the video of a .parts folder, or all unfinished ones in a folder"
+    )
     verb.add_argument("--dry-run", action="store_true", help="check everything, print the plan, render nothing")
     verb.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
     verb.add_argument("--json", action="store_true", help="print the result as one JSON object")

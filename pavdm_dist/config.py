@@ -116,6 +116,9 @@ class SampleConfig:
     max_restarts: Annotated[int, Within(0)] = 3
     # how long a restart waits for lost machines before it makes do with fewer stages
     node_wait_s: Annotated[float, Within(0, 1_000_000)] = 30.0
+    # times its usual time per chunk after which a video that gives none is reported
+    stall_factor: Annotated[float, Within(0, 1_000_000, above=True)] = 10.0
+    stall_limit_s: _Wait = 3600.0  # and after which it is ended, so that the others go on
     # what is written
     trace: str | None = None  # .json of what every stage did when, for `pavdm simulate trace=FILE chart=FILE.png`
     output: str = "outputs"  # a .mp4 file, or a folder that gets NNNN-words-sSEED.mp4
@@ -158,6 +161,8 @@ _OF_STAGES = (
     "placement_timeout_s",
     "max_restarts",
     "node_wait_s",
+    "stall_factor",
+    "stall_limit_s",
 )
 
 

@@ -4,9 +4,14 @@ Everything derived from :class:`PAVDMError` is shown as one sentence and ends th
 non-zero exit status. Any other exception is a fault of this package and keeps its traceback.
 """
 
+from pavdm_dist.redaction import hide_secrets
+
 
 class PAVDMError(Exception):
-    """Base of the errors this package raises on purpose."""
+    """Base of the errors this package raises on purpose; their messages hold no secrets."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(hide_secrets(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(PAVDMError, ValueError):

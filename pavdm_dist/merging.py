@@ -29,11 +29,14 @@ from yaml import (
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.fields import check_fields, expected, members, show
+from pavdm_dist.redaction import hide_secrets
 
 T = TypeVar("T")
 # What reading YAML raises: no YAML, no text, a date that is none, a number of thousands of digits, endless nesting.
 NO_YAML = (YAMLError, ValueError, RecursionError)
 _DEEPEST, _MOST = 50, 100_000
+
+_PROMPTS = ("prompt", "negative_prompt")
 
 
 def load_config(cls: type[T], yaml_path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
@@ -86,13 +89,22 @@ def read_yaml(text: str | bytes) -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The settings as plain lists, dicts and scalars, for the sidecar JSON."""
-    return dataclasses.asdict(config)
+    """The settings as plain lists, dicts and scalars, for files; without secrets, which only addresses hold."""
+    return _without_secrets(dataclasses.asdict(config))
 
 
 def to_yaml(config: Any) -> str:
-    """The settings as YAML that :func:`load_config` reads back to an equal object."""
+    """The settings as YAML that :func:`load_config` reads back to an equal object, but for secrets."""
     return safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        # What a video shows is no secret, and a word changed in it would make another video.
+        return {key: entry if key in _PROMPTS else _without_secrets(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(entry) for entry in value]
+    return hide_secrets(value) if isinstance(value, str) else value
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -57,10 +58,11 @@ def _uses_ray(file: Path) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _restore_logging() -> Iterator[None]:
+def _restore_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The command line sets the package's logger up for its process; the next test finds it as it was."""
     package = logging.getLogger("pavdm_dist")
     before = (package.handlers, package.level, package.propagate)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     yield
     package.handlers, package.level, package.propagate = before
 

@@ -14,6 +14,8 @@ import torch
 from helpers import reference_chunks, tiny_checkpoint, tiny_model, tiny_stream
 
 from pavdm_dist.codecs.wan import WanCodec
+from pavdm_dist.engine import actors
+from pavdm_dist.engine.actors import DecodeActor
 from pavdm_dist.engine.events import Finished, Place
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.ray_engine import RayEngine
@@ -164,3 +166,31 @@ def test_the_budget_is_spent_in_words(ray_cluster: None, model: Path, caplog: py
             losses.append(error)
     assert re.match(r"stage 1 of 2 \(node .*, pid \d+\) died: .*; max_restarts=1 is spent", str(losses[0]))
     assert struck == 2 and "the log of what was lost" in caplog.text and "restart 1 of 1 in" in caplog.text
+
+
+def test_a_video_that_never_gets_its_frames_ends_alone(
+    ray_cluster: None, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Endless(DecodeActor):
+        """Works on and on at the first chunk of the first video, and can be seen to work."""
+
+        def decode(self, key: int, latents: torch.Tensor) -> object:
+            if key == 0:
+                while key not in self._dropped:
+                    self._latents += 1
+                    time.sleep(0.05)
+                return None
+            return super().decode(key, latents)
+
+    monkeypatch.setattr(actors, "DecodeActor", Endless)
+    streams, failed = _streams("window"), dict[int, str]()
+    began = time.monotonic()
+    with _engine(model, 1, link_timeout_s=3, stall_factor=2, stall_floor_s=2, stall_limit_s=8) as engine:
+        run = engine.run(streams, 2, on_failed=lambda stream, error: failed.update({stream: str(error)}))
+        finished = list(run)
+        assert engine.generation == 1
+    assert time.monotonic() - began < 60
+    assert list(failed) == [0] and re.match(r"nothing has come for \d+ s, usually .*; chunk 0 is with", failed[0])
+    assert "video 0: nothing has come for" in caplog.text and "video 1: nothing" not in caplog.text
+    _check(model, [f for f in finished if f.stream == 1], streams[1:])
+    assert not [f for f in finished if f.stream == 0]

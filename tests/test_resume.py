@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
 from helpers import hear_signals, tiny_checkpoint
 
+from pavdm_dist import cli
 from pavdm_dist.commands.progress import ChunkProgress
 from pavdm_dist.commands.sample import render_command
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError, MediaError, VideoError
+from pavdm_dist.io.encode import EncoderOptions, VideoEncoder
 from pavdm_dist.io.latents import read_latents
 from pavdm_dist.io.metadata import read_sidecar
 
@@ -178,6 +183,56 @@ def test_a_batch_makes_what_is_missing(
     stamps = [path.stat().st_mtime_ns for path in sorted((tmp_path / "cut").iterdir())]
     assert _render(model, tmp_path / "cut", **settings) == found, "nothing is left to do"
     assert stamps == [path.stat().st_mtime_ns for path in sorted((tmp_path / "cut").iterdir())]
+
+
+def test_a_folder_says_which_videos_are_finished(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Relative paths in the settings, other working directories, and no prompt file any more."""
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    there.mkdir()
+    shutil.copytree(model, there / "m")
+    encoder = VideoEncoder(there / "clip.mp4", Fraction(24), 32, 48, EncoderOptions())
+    for shade in range(60):
+        encoder.write(np.full((32, 48, 3), 4 * shade, np.uint8))
+    encoder.close()
+    monkeypatch.chdir(there)
+    (there / "prompts.txt").write_text("a red three\na blue seven\na three up\n")
+    settings = {
+        "prompt": None, "prompts": "prompts.txt", "video": "clip.mp4", "start": "chunk", "chunks_per_segment": 1,
+    }  # fmt: skip
+    expected = {Path(v["output"]).name: v for v in _render(Path("m"), Path("whole"), **settings)}
+    # Two unfinished videos: the third is begun as the first is, by hand.
+    _interrupted(Path("m"), Path("cut"), monkeypatch, 2, **settings)
+    shutil.move(there / "cut", there / "kept")
+    _interrupted(Path("m"), Path("cut"), monkeypatch, 5, **settings)
+    shutil.copytree(there / "kept/0000-a-red-three-s0.mp4.parts", there / "cut/0000-a-red-three-s0.mp4.parts")
+    for path in (there / "cut").glob("0000-a-red-three-s0.*[4n]"):
+        path.unlink()
+    for path in there.glob("*.txt"):
+        path.unlink()
+    monkeypatch.chdir(elsewhere)
+    parts = there / "cut/0001-a-blue-seven-s1.mp4.parts"
+    shutil.copytree(there / "cut", tmp_path / "copy")
+
+    assert cli.main(["sample", "--resume", str(parts), "output=x.mp4"]) == 2
+    assert "output=x.mp4: --resume" in capsys.readouterr().err
+    assert cli.main(["sample", "--resume", f"{parts}/", "--json"]) == 0
+    (made,) = json.loads(capsys.readouterr().out)["videos"]
+    assert made["output"] == str(parts).removesuffix(".parts")
+    assert made["latents_sha256"] == expected["0001-a-blue-seven-s1.mp4"]["latents_sha256"]
+    assert (there / "cut/0000-a-red-three-s0.mp4.parts").exists(), "that video only"
+
+    monkeypatch.chdir(tmp_path / "copy")
+    assert cli.main(["sample", "--resume", ".", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)["videos"]
+    assert [Path(v["output"]).name for v in made] == ["0000-a-red-three-s0.mp4", "0001-a-blue-seven-s1.mp4"]
+    for v in made:
+        assert v["latents_sha256"] == expected[Path(v["output"]).name]["latents_sha256"]
+    assert not list((tmp_path / "copy").glob("*.parts")) and not list(elsewhere.iterdir())
+    assert cli.main(["sample", "--resume", "."]) == 2
+    assert "is no folder of an interrupted video" in capsys.readouterr().err
 
 
 def test_another_setting_is_refused_and_named(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

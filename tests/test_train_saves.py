@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -98,6 +99,27 @@ def test_another_stage_is_refused_by_name(
     settings = [*SETTINGS, *stage(3), f"run_dir={halves[0] / 'first1'}"]
     with pytest.raises(ConfigError, match=r"trained with zero\.stage=1, this run has 3: .*model\.pretrained"):
         start(load_config(TrainConfig, None, settings), LatentClips(clips))
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_code_in_a_checkpoint_is_not_run(
+    halves: tuple[Path, list[dict[str, Any]]], clips: Path, tmp_path: Path, number: int
+) -> None:
+    class Code:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "mark"),)
+
+    run_dir = tmp_path / "run"
+    shutil.copytree(halves[0] / f"first{number}", run_dir)
+    (folder,) = (run_dir / "checkpoints").glob("step*")
+    file = next(folder.glob("*model_states.pt"))
+    torch.save({**torch.load(file, weights_only=False), "code": Code()}, file)
+    manifest = json.loads((folder / saves.MANIFEST).read_text())
+    manifest["files"][file.name] = saves._fingerprint(file)
+    (folder / saves.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="no checkpoint is whole; the newest is step0000005"):
+        start(load_config(TrainConfig, None, [*SETTINGS, *stage(number), f"run_dir={run_dir}"]), LatentClips(clips))
+    assert not (tmp_path / "mark").exists()
 
 
 @pytest.mark.timeout(240)

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pavdm_dist.codecs.wan_config import read_wan_config, wan_config
-from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.errors import CheckpointError, ConfigError, VideoError
 from pavdm_dist.models.loading import load_module, read_tensors, save_module
 from pavdm_dist.models.source import Source, load_config
 
@@ -146,6 +146,9 @@ class WanCodec:
         Measured once by sending a NaN through the decoder: unlike a perturbation, which trained weights may damp
         below the last bit, NaN marks every output that depends on it, however weakly. Costs some dozens of 2x2
         latents.
+
+        Raises:
+            CheckpointError: pixels are not finite without that.
         """
         if self._receptive is None:
             self._receptive = self._probe()
@@ -157,7 +160,8 @@ class WanCodec:
         clean = torch.zeros(1, self.spec.latent_channels, 1, *_PROBE_SIZE, device=self._mean.device)
         # The first latent skips the temporal upsampling; the second is the first regular one.
         stream.step(clean)
-        stream.step(clean)
+        if bool(stream.step(clean).isnan().any()):
+            raise CheckpointError("vae: the codec gives pixels that are not finite whatever it decodes: it is damaged")
         stream.step(clean * torch.nan)
         for reached in range(_PROBE_LIMIT):
             marked = bool(stream.step(clean).isnan().any())
@@ -202,8 +206,11 @@ class WanChunkDecoder:
 
         Returns:
             uint8 ``[t, H, W, 3]`` on the CPU; t = 4n, or 4n - 3 at the start of the stream.
+
+        Raises:
+            VideoError: pixels are not finite: the latents, or the type that the codec computes in, are out of range.
         """
-        return torch.cat([to_uint8(self.step(latent)).cpu().contiguous() for latent in self._split(latents)])
+        return torch.cat([to_uint8(_finite(self.step(latent))).cpu().contiguous() for latent in self._split(latents)])
 
     @torch.no_grad()
     def warm(self, latents: Tensor) -> None:
@@ -235,6 +242,12 @@ class WanChunkDecoder:
         moved = latents.to(self._codec._mean.device, torch.float32)
         # Contiguous, so that a view into a longer tensor and a chunk of its own take the same kernels.
         return [latent.contiguous() for latent in moved.unsqueeze(0).split(1, dim=2)]
+
+
+def _finite(pixels: Tensor) -> Tensor:
+    if bool(pixels.isnan().any()):
+        raise VideoError("the codec gave pixels that are not finite; decoder_dtype=float32 has the widest range")
+    return pixels
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

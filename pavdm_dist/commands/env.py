@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pavdm_dist.io.metadata import versions
+from pavdm_dist.redaction import hide_secrets
 
 
 def environment() -> dict[str, Any]:
@@ -25,7 +26,7 @@ def environment() -> dict[str, Any]:
         "gpus": gpus,
         "nccl": torch.distributed.is_available() and torch.distributed.is_nccl_available(),
         "ray": {
-            "RAY_ADDRESS": os.environ.get("RAY_ADDRESS"),
+            "RAY_ADDRESS": hide_secrets(os.environ.get("RAY_ADDRESS", "")) or None,
             "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE"),
             "last_cluster_started_here": running.read_text().strip() if running.is_file() else None,
         },

@@ -9,25 +9,39 @@ from __future__ import annotations
 import logging
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import TextIO
 
 from tqdm import tqdm
+
+from pavdm_dist.redaction import hide_secrets
 
 logger = logging.getLogger(__name__)
 
 
 def setup_logging(verbose: bool = False, file: TextIO | None = None) -> None:
-    """Send this package's log records to ``file`` (default stderr), without the root logger.
+    """Send this package's log records to ``file`` (default stderr), without the root logger and without secrets.
 
-    Calling it again replaces the earlier set-up.
+    Calling it again replaces the earlier set-up. Tracebacks of faults, which end the process, lose secrets too.
     """
     package = logging.getLogger("pavdm_dist")
     handler = logging.StreamHandler(file)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     package.handlers = [handler]
     package.setLevel(logging.DEBUG if verbose else logging.INFO)
     package.propagate = False
+    sys.excepthook = _excepthook
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return hide_secrets(super().format(record))
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(hide_secrets("".join(traceback.format_exception(kind, error, trace))))
 
 
 class ChunkProgress:

@@ -40,6 +40,8 @@ def engine_options(config: SampleConfig) -> EngineOptions:
         placement_timeout_s=config.placement_timeout_s,
         max_restarts=config.max_restarts,
         node_wait_s=config.node_wait_s,
+        stall_factor=config.stall_factor,
+        stall_limit_s=config.stall_limit_s,
         ray_address=config.ray_address,
         trace_file=config.trace,
     )

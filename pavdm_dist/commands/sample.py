@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.resolve import open_pipeline, sampling_params
 from pavdm_dist.commands.signals import Signals, Stopped
-from pavdm_dist.commands.videos import Video, Videos
+from pavdm_dist.commands.videos import Shot, Video, Videos
 from pavdm_dist.config import SampleConfig, frames_wanted
 from pavdm_dist.errors import ConfigError, PAVDMError, VideoError
 from pavdm_dist.io.encode import as_rate, check_size, require_libx264
@@ -31,7 +31,9 @@ logger = logging.getLogger(__name__)
 SLUG_BYTES = 40
 
 
-def render_command(config: SampleConfig, overwrite: bool, progress: Callable[..., Any]) -> dict[str, Any]:
+def render_command(
+    config: SampleConfig, overwrite: bool, progress: Callable[..., Any], shots: Sequence[Shot] | None = None
+) -> dict[str, Any]:
     """Renders what the settings say, writing each video as it grows.
 
     The same command again leaves complete videos alone, goes on with unfinished ones and makes the rest.
@@ -40,6 +42,7 @@ def render_command(config: SampleConfig, overwrite: bool, progress: Callable[...
         config: validated settings.
         overwrite: begin anew and replace existing outputs.
         progress: makes a :class:`~pavdm_dist.commands.progress.ChunkProgress`-like object.
+        shots: the videos; None = those that the settings name.
 
     Returns:
         ``videos`` (path, frames, latents_sha256 of each), ``seconds`` and ``frames_per_second``.
@@ -49,7 +52,7 @@ def render_command(config: SampleConfig, overwrite: bool, progress: Callable[...
             the engine's end. What is finished stays playable, and the same command goes on.
         Stopped: a signal; the same holds.
     """
-    videos = check_videos(config, overwrite)
+    videos = check_videos(config, overwrite, shots)
     made, pipeline = videos.all, videos.pipeline
     bar = progress(made[0].request.num_frames, videos.params.fps, sum(video.result is None for video in made))
     started = time.monotonic()
@@ -76,12 +79,13 @@ def render_command(config: SampleConfig, overwrite: bool, progress: Callable[...
     return {"videos": results, "seconds": round(seconds, 3), "frames_per_second": round(frames / seconds, 3)}
 
 
-def check_videos(config: SampleConfig, overwrite: bool) -> Videos:
+def check_videos(config: SampleConfig, overwrite: bool, shots: Sequence[Shot] | None = None) -> Videos:
     """All that can be refused before anything is computed, written or taken from a cluster.
 
     Args:
         config: validated settings.
         overwrite: existing outputs may be replaced.
+        shots: the videos; None = those that the settings name.
 
     Returns:
         What is to be made, and what is there already.
@@ -96,8 +100,9 @@ def check_videos(config: SampleConfig, overwrite: bool) -> Videos:
     require_libx264()
     if pipeline.engine is not None:
         pipeline.split(params)
-    requests = _requests(config, params, pipeline.checkpoint)
-    outputs = _outputs(config, requests)
+    shots = _shots(config) if shots is None else shots
+    requests = _requests(config, shots, params, pipeline.checkpoint)
+    outputs = [shot.output for shot in shots]
     weights = pipeline.checkpoint.identity
     made = [Video(number, *pair) for number, pair in enumerate(zip(requests, outputs, strict=True))]
     videos = Videos(made, config, params, pipeline, weights, overwrite)
@@ -154,8 +159,9 @@ def _render(videos: Videos, bar: Any, signals: Signals) -> int:
     return frames
 
 
-def _requests(config: SampleConfig, params: SamplingParams, checkpoint: Checkpoint) -> list[VideoRequest]:
-    """One request per prompt; line i of a prompt file gets ``seed + i``."""
+def _shots(config: SampleConfig) -> list[Shot]:
+    """One per prompt, line i of a prompt file with ``seed + i``; in the file named by ``output``, or in that folder as
+    ``NNNN-words-sSEED.mp4``."""
     prompts = [config.prompt or ""]
     if config.prompts is not None:
         try:
@@ -165,6 +171,18 @@ def _requests(config: SampleConfig, params: SamplingParams, checkpoint: Checkpoi
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise ConfigError(f"prompts={config.prompts}: has no prompt, one a line is expected")
+    seeds = range(config.seed, config.seed + len(prompts))
+    if config.output.lower().endswith(".mp4"):
+        return [Shot(prompts[0], seeds[0], config.output)]
+    names = [
+        f"{i:04d}-{_slug(prompt)}-s{seed}.mp4" for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+    ]
+    return [Shot(*shot) for shot in zip(prompts, seeds, (join(config.output, name) for name in names), strict=True)]
+
+
+def _requests(
+    config: SampleConfig, shots: Sequence[Shot], params: SamplingParams, checkpoint: Checkpoint
+) -> list[VideoRequest]:
     clip = None
     if config.video is not None:
         from pavdm_dist.io.video import read_clip
@@ -181,24 +199,11 @@ def _requests(config: SampleConfig, params: SamplingParams, checkpoint: Checkpoi
         clip = torch.from_numpy(frames)
     schedule = tuple((change.from_chunk, change.prompt) for change in config.prompt_schedule)
     length = frames_wanted(config, params.fps)
-    requests = [
-        VideoRequest(prompt, config.seed + i, length, config.negative_prompt, schedule, clip)
-        for i, prompt in enumerate(prompts)
-    ]
+    requests = [VideoRequest(shot.prompt, shot.seed, length, config.negative_prompt, schedule, clip) for shot in shots]
     # A prompt that is refused in the middle of a batch would end the videos beside it.
     for request in requests:
         check_prompts(request, params, checkpoint)
     return requests
-
-
-def _outputs(config: SampleConfig, requests: list[VideoRequest]) -> list[str]:
-    """The file named by ``output``, or ``NNNN-words-sSEED.mp4`` in that folder."""
-    if config.output.lower().endswith(".mp4"):
-        return [config.output]
-    return [
-        join(config.output, f"{i:04d}-{_slug(request.prompt)}-s{request.seed}.mp4")
-        for i, request in enumerate(requests)
-    ]
 
 
 def _slug(prompt: str) -> str:

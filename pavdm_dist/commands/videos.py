@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError, MediaError, PAVDMError, VideoError
+from pavdm_dist.io.lock import clear_locks
 from pavdm_dist.io.metadata import is_complete, read_sidecar, sidecar_path, versions
 from pavdm_dist.io.recording import (
-    SETTINGS,
     Recorded,
     Recording,
     check_recording,
@@ -20,15 +21,25 @@ from pavdm_dist.io.recording import (
     recording_facts,
     remove_parts,
 )
+from pavdm_dist.io.shipped import shipped_models
 from pavdm_dist.io.state import Point, changes
-from pavdm_dist.io.storage import exists, join, open_read
-from pavdm_dist.merging import NO_YAML, read_yaml, to_dict, to_yaml
+from pavdm_dist.io.storage import exists, is_remote
+from pavdm_dist.merging import to_dict, to_yaml
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
 from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk
 from pavdm_dist.request import SamplingParams, VideoRequest, input_frames
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One video of a command: what is different between them."""
+
+    prompt: str
+    seed: int
+    output: str
 
 
 @dataclass
@@ -77,8 +88,10 @@ class Videos:
         """Refuses outputs that cannot be written or would be lost, and takes note of complete ones.
 
         Raises:
-            ConfigError: naming the file that is in the way, or what was different when it was made.
+            ConfigError: naming the process that is writing, the file that is in the way, or what was different when it
+                was made.
         """
+        clear_locks([video.output for video in self.all])  # all together: locks of other machines take minutes
         for video in self.all:
             try:
                 if not self.overwrite and self._is_made(video):
@@ -160,12 +173,12 @@ class Videos:
         """Ends a video; what is finished of it stays."""
         left = None if video.recording is None else video.recording.abort()
         what = f"cannot be written: {error}" if isinstance(error, OSError) else str(error)
-        message = f"output={video.output}: {what}" if video.output not in what else what
+        message = what if what.startswith("output=") else f"output={video.output}: {what}"
         kind = (
             MediaError if isinstance(error, OSError) else type(error) if isinstance(error, PAVDMError) else VideoError
         )
         video.error, video.recording = kind(message), None
-        logger.warning("%s%s", message, f"; {left}" if left else "")
+        logger.warning("%s%s", video.error, f"; {left}" if left else "")
 
     def abort(self) -> list[str]:
         """Leaves all that is unfinished playable and ready to go on; says where."""
@@ -214,7 +227,7 @@ class Videos:
             **self._shape,
             overwrite=self.overwrite,
             resume=not self.overwrite,
-            settings=to_yaml(self.config),
+            settings=to_yaml(_own_settings(self.config, video)),
         )
         if video.recording.next_chunk or video.recording.point is not None:
             logger.info("%s goes on at chunk %d", video.output, video.recording.next_chunk)
@@ -251,27 +264,23 @@ class Videos:
         }
 
 
-def words_to_resume(folder: str) -> list[str]:
-    """The words of the command that began the video of a ``.parts`` folder, wherever that lies now.
+def _own_settings(config: SampleConfig, video: Video) -> SampleConfig:
+    """Settings that make one video of a command alone, and mean the same in every working directory."""
 
-    Raises:
-        ConfigError: it is none, or was begun without settings.
-    """
-    parts = folder.rstrip("/")
-    settings = join(parts, SETTINGS)
-    if not parts.endswith(".mp4.parts") or not exists(settings):
-        raise ConfigError(f"--resume {folder}: is no folder of an interrupted video (NAME.mp4.parts with {SETTINGS})")
-    try:
-        with open_read(settings) as file:
-            begun = read_yaml(file.read())
-    except (OSError, *NO_YAML):
-        begun = None
-    if not isinstance(begun, Mapping):
-        raise ConfigError(f"--resume {folder}: {settings} is not readable; give the command that began the video")
-    output = parts.removesuffix(".parts")
-    if not str(begun.get("output", "")).lower().endswith(".mp4"):  # one of several in a folder
-        output = output.rpartition("/")[0] or "."
-    return [settings, f"output={output}"]
+    def absolute(path: str) -> str:
+        return path if is_remote(path) else os.path.abspath(path)
+
+    is_folder = config.model not in shipped_models() and os.path.isdir(config.model)
+    return replace(
+        config,
+        prompt=video.request.prompt,
+        prompts=None,
+        seed=video.request.seed,
+        output=absolute(video.output),
+        model=os.path.abspath(config.model) if is_folder else config.model,
+        video=config.video and absolute(config.video),
+        trace=config.trace and absolute(config.trace),
+    )
 
 
 def _point(resume: ResumePoint | None) -> Point | None:

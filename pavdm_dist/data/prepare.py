@@ -249,10 +249,15 @@ def _locked(output: Path) -> Iterator[None]:
         raise ConfigError(f"output={output}: cannot be made: {error.strerror}") from error
     folder = os.open(output, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"output={output}: another run is preparing this folder") from error
+        except OSError as error:
+            logger.warning(
+                "output=%s: its file system knows no locks (%s); see that no other run uses it", output, error
+            )
         yield
-    except BlockingIOError as error:
-        raise ConfigError(f"output={output}: another run is preparing this folder") from error
     finally:
         os.close(folder)
         with suppress(OSError):

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from pavdm_dist.digits.clip_vae import decode_clip, encode_clip, foreground_psnr, grown, public_vae, sample_clips
-from pavdm_dist.digits.codec_training import STATE, CodecTrainer, CodecTraining, network
+from pavdm_dist.digits.codec_training import STATE, CodecTrainer, CodecTraining, network, read_run_state
 from pavdm_dist.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def load_codec(run_dir: str | Path) -> AutoencoderKLWan:
     path = Path(run_dir) / STATE
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist: train the codec first.")
-    saved = torch.load(path, weights_only=True)
+    saved = read_run_state(path)
     vae = network(CodecTraining(**saved["config"]))
     vae.load_state_dict(saved["average"])
     return vae.eval().requires_grad_(False)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -222,9 +223,9 @@ class CodecTrainer:
         """Continue from :meth:`save`.
 
         Raises:
-            CheckpointError: the run was started with another network shape, or in another world.
+            CheckpointError: the run was started with another network shape, or in another world; or it is damaged.
         """
-        state = torch.load(run_dir / STATE, weights_only=True)
+        state = read_run_state(run_dir / STATE)
         if state["world"] != WORLD_SETTINGS:
             raise CheckpointError(f"{run_dir / STATE} was trained on other world settings: start a new run folder.")
         try:
@@ -241,3 +242,15 @@ class CodecTrainer:
         if state["frozen"]:
             self._freeze()
         self.steps, self.elapsed = state["steps"], state["elapsed"]
+
+
+def read_run_state(path: Path) -> dict[str, Any]:
+    """What :meth:`CodecTrainer.save` wrote.
+
+    Raises:
+        CheckpointError: it is torn, or would run code.
+    """
+    try:
+        return torch.load(path, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path} is damaged or not a state of this program: start a new run folder") from error

@@ -114,6 +114,8 @@ def log_tail(place: Place | None, lines: int = 10) -> str:
 
 def video_error(error: Any, what: str) -> PAVDMError:
     """What one video is told of a fault in an actor; the traceback goes to the log."""
+    if isinstance(error.cause, VideoError):
+        return VideoError(f"{what}: {error.cause}")
     if isinstance(error.cause, PAVDMError):
         return error.cause
     logger.error("%s:\n%s", what, error)

@@ -27,7 +27,8 @@ from pavdm_dist.engine.events import (
 )
 from pavdm_dist.engine.flight import Flight, Stand
 from pavdm_dist.engine.order import Join, LogEntry, is_active, join_of, undecided
-from pavdm_dist.errors import PAVDMError
+from pavdm_dist.engine.watchdog import Patience, Watchdog
+from pavdm_dist.errors import PAVDMError, VideoError
 from pavdm_dist.method.microbatches import check_adaptive
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.stream import Stream
@@ -89,12 +90,21 @@ class Driver:
         backlog_bytes: of frames that wait for the decoder or the consumer, before no more work is handed out. Something
             is always handed out when nothing waits.
         max_restarts: decoders that may be lost one after the other, with no chunk decoded between; then the gang is.
+        watchdog: says which videos give nothing any more.
     """
 
-    def __init__(self, gang: Gang, places: int = 1, backlog_bytes: int = 256 * 2**20, max_restarts: int = 3) -> None:
+    def __init__(
+        self,
+        gang: Gang,
+        places: int = 1,
+        backlog_bytes: int = 256 * 2**20,
+        max_restarts: int = 3,
+        watchdog: Watchdog | None = None,
+    ) -> None:
         self.places = places
         self._max_restarts, self._decoders_lost = max_restarts, 0
         self._gang, self._backlog_bytes = gang, backlog_bytes
+        self._watchdog = watchdog or Watchdog(Patience())
         self._flights: dict[int, Flight] = {}  # in order of submission
         self._doomed: set[int] = set()  # cancelled while they were being prepared
         self._leaves: list[int] = []
@@ -144,12 +154,14 @@ class Driver:
         self._seal(held_bytes)
         for event in self._gang.poll(0.0 if self._outputs else timeout):
             self._take(event)
+        self._watch(held_bytes)
         outputs, self._outputs = self._outputs, []
         return outputs
 
     def adopt(self, gang: Gang) -> None:
         """Goes on in another gang after one was lost: every stream from its last shift; nothing is given out twice."""
         self._gang = gang
+        self._watchdog.anew()
         self._epoch, self._done, self._leaving, self._leaves = 0, -1, {}, []
         self._doomed.clear()
         for flight in self._flights.values():
@@ -183,6 +195,7 @@ class Driver:
             blocked = flight.id in self._leaving or flight.id in self._doomed  # an earlier stream of that id
             if free > 0 and flight.stand is Stand.WAITING and not blocked:
                 flight.stand = Stand.PREPARING
+                self._watchdog.starts(flight.id)
                 self._gang.prepare(flight.stream, flight.past)
                 free -= 1
 
@@ -278,10 +291,11 @@ class Driver:
             raise GangLost(f"{lost.cause} ({self._decoders_lost} times in a row)", cause=lost.cause)
         logger.warning("%s; another takes over", lost.cause)
         flights = [flight for flight in self._flights.values() if flight.stand is not Stand.WAITING]
+        self._watchdog.anew()
         self._gang.renew_decoder({flight.id: flight.past for flight in flights})
         for flight in flights:
             for clean, _ in flight.undecoded if flight.stand is not Stand.PREPARING else ():
-                self._gang.decode(flight.id, clean)
+                self._decode(flight, clean)
 
     def _prepared(self, flight: Flight, error: PAVDMError | None) -> None:
         flight.stand = Stand.SAMPLED if flight.stream.is_sampled else Stand.READY
@@ -299,24 +313,32 @@ class Driver:
         is_new, point = flight.shifted(event)
         if is_new and event.clean is not None:
             self._made(flight, event.clean)
-        elif point is not None:
-            self._outputs.append(Grown(flight.id, point))
+        else:
+            self._watchdog.shifted(flight.id)
+            if point is not None:
+                self._outputs.append(Grown(flight.id, point))
         self._end_if_over(flight)
 
     def _made(self, flight: Flight, clean: CleanChunk) -> None:
         """A chunk is clean: its frames are made, where somebody makes frames."""
         if self._gang.decodes:
-            self._gang.decode(flight.id, clean)
+            self._decode(flight, clean)
         else:
             self._finish(flight, None)
 
+    def _decode(self, flight: Flight, clean: CleanChunk) -> None:
+        self._watchdog.handed(flight.id)
+        self._gang.decode(flight.id, clean)
+
     def _finish(self, flight: Flight, decoded: Decoded | None) -> None:
         self._decoders_lost = 0
+        self._watchdog.gave(flight.id)
         self._outputs.append(flight.finished(decoded))
         self._end_if_over(flight)
 
     def _end_if_over(self, flight: Flight) -> None:
         if flight.is_over and self._flights.pop(flight.id, None) is not None:
+            self._watchdog.forget(flight.id)
             self._gang.forget(flight.id)
 
     def _fail(self, flight: Flight, error: PAVDMError) -> None:
@@ -326,12 +348,31 @@ class Driver:
     def _drop(self, flight: Flight) -> None:
         """Takes a stream out of the pipeline, at whatever point it is."""
         del self._flights[flight.id]
+        self._watchdog.forget(flight.id)
         if flight.stand is Stand.PREPARING:
             self._doomed.add(flight.id)
         elif flight.stand in (Stand.READY, Stand.JOINED):
             self._leave(flight.id)
         if flight.stand is not Stand.WAITING:
             self._gang.forget(flight.id)
+
+    def _watch(self, held_bytes: int) -> None:
+        """Reports videos that give nothing any more, and ends those that are past the limit."""
+        if held_bytes >= self._backlog_bytes:
+            self._watchdog.excuse()
+        awaited = [flight.id for flight in self._flights.values() if flight.stand is not Stand.WAITING]
+        overdue = False
+        for late in self._watchdog.late(awaited):
+            flight = self._flights[late.stream]
+            usual = "" if late.usual_s is None else f", usually {late.usual_s:.1f} s a chunk"
+            what = f"nothing has come for {late.seconds:.0f} s{usual}; {flight.awaited}"
+            if not late.over:
+                logger.warning("video %d: %s", late.stream, what)
+            elif not overdue:
+                overdue = True
+                self._fail(flight, VideoError(f"{what} (stall_limit_s)"))
+        if overdue:  # the others may have waited for this one alone
+            self._watchdog.excuse()
 
     def _leave(self, stream: int) -> None:
         """Stages forget a stream at the beginning of the epoch that is sealed next."""

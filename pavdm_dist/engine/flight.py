@@ -39,6 +39,7 @@ class Flight:
         batches: how its rows are cut, with what adaptive re-sync has decided.
         reported: of an adaptive stream, the last row whose report is there.
         next_chunk: the first chunk that has not become clean.
+        row: the row behind the last shift that was told of.
         undecoded: clean chunks whose frames are still to come, oldest first, with their resume points.
         past: clean latents ``[C, n, h, w]`` right before the oldest of these, for a decoder that takes the stream over.
         stopping: an endless stream's end is asked for.
@@ -54,6 +55,7 @@ class Flight:
     next_chunk: int = field(init=False)
     undecoded: deque[tuple[CleanChunk, ResumePoint | None]] = field(default_factory=deque)
     past: Tensor | None = field(init=False)
+    row: int = 0
     _resynced: frozenset[int] = frozenset()
     _latest: WindowSnapshot | None = None
     _tail: Tensor | None = field(init=False)
@@ -66,6 +68,7 @@ class Flight:
         if resume is None:
             return
         self._latest, row = resume.snapshot, resume.snapshot.row
+        self.row = row
         self._resynced = frozenset(resume.resyncs)
         chunks = stream.plan.num_chunks
         self.next_chunk = chunks if chunks is not None and stream.is_sampled else stream.plan.row(row).chunks[0]
@@ -85,6 +88,18 @@ class Flight:
         return self.stand is Stand.SAMPLED and not self.undecoded
 
     @property
+    def awaited(self) -> str:
+        """Which chunk comes next, and who has it."""
+        if self.undecoded:
+            return f"chunk {self.undecoded[0][0].index} is with the decoder, and {len(self.undecoded) - 1} behind it"
+        places = {
+            Stand.WAITING: "the video waits for a place",
+            Stand.PREPARING: "the stages are taking the video in",
+            Stand.READY: "the video is to join the pipeline",
+        }
+        return f"chunk {self.next_chunk}: {places.get(self.stand, f'the stages have come to row {self.row}')}"
+
+    @property
     def resyncs(self) -> tuple[int, ...]:
         """Rows that adaptive re-sync has made exact so far."""
         return tuple(sorted(self._resynced | self.batches.exact_rows))
@@ -96,7 +111,7 @@ class Flight:
             Whether it brought a chunk that is new (a gang that began at an earlier row repeats some), and where the
             stream goes on; None where it could not, or where that is known already.
         """
-        clean, is_new = shift.clean, False
+        clean, is_new, self.row = shift.clean, False, shift.snapshot.row
         if clean is not None and clean.index == self.next_chunk:
             is_new = True
             self.next_chunk += 1

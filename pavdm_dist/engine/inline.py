@@ -5,6 +5,7 @@ Gives what :class:`~pavdm_dist.engine.ray_engine.RayEngine` gives, bit for bit.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ import torch
 from pavdm_dist.codecs.base import VideoCodec
 from pavdm_dist.engine.events import Decoded, Failed, Finished, Shift
 from pavdm_dist.engine.flight import Flight
-from pavdm_dist.errors import PAVDMError
+from pavdm_dist.errors import PAVDMError, VideoError
 from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.sampler import StepCallback, sample
 from pavdm_dist.method.schedule import PlanRow
@@ -21,6 +22,8 @@ from pavdm_dist.method.stream import ResumePoint, Stream
 from pavdm_dist.method.window import CleanChunk, Window
 from pavdm_dist.models.base import Backbone
 from pavdm_dist.models.text_cache import TextBank
+
+logger = logging.getLogger(__name__)
 
 
 class InlineEngine:
@@ -117,7 +120,13 @@ class InlineEngine:
                 on_grown(stream.id, point)
 
         def finished(clean: CleanChunk) -> Finished:
-            return flight.finished(Decoded(stream.id, clean.index, decoder.decode(clean.latents)))
+            try:
+                frames = decoder.decode(clean.latents)
+            except Exception as error:  # as in a decode actor, it ends this video
+                if not isinstance(error, PAVDMError):
+                    logger.exception("chunk %d could not be decoded", clean.index)
+                raise VideoError(f"chunk {clean.index} could not be decoded: {error}") from error
+            return flight.finished(Decoded(stream.id, clean.index, frames))
 
         for clean, _ in list(flight.undecoded):
             yield finished(clean)

@@ -47,6 +47,10 @@ class EngineOptions:
         restart_backoff_s: wait before the first of these restarts; doubled at each one after it, up to a minute.
         node_wait_s: how long a restart waits for resources that were lost to come back, before it makes do with fewer
             stages; the video does not depend on their number.
+        stall_factor: a video that gives no chunk for so many times the median of its own earlier ones is reported,
+        stall_floor_s: but not before so many seconds.
+        stall_limit_s: after so many it is ended by name, and the others go on; must exceed the time to its first shift.
+            Time in which the consumer takes nothing, or a gang is made anew, does not count.
         backlog_bytes: of frames that wait for the decoder or the consumer, before the stages get no more work.
         ray_address: cluster to join; None = the one this process is in, else a local one is started.
         compile: stages run compiled blocks (``Backbone.compile_repeated_blocks``): the same bits on any number of
@@ -74,6 +78,9 @@ class EngineOptions:
     max_restarts: int = 3
     restart_backoff_s: float = 1
     node_wait_s: float = 30
+    stall_factor: float = 10
+    stall_floor_s: float = 60
+    stall_limit_s: float = 3600
     backlog_bytes: int = 256 * 2**20
     ray_address: str | None = None
     compile: bool = False
@@ -89,10 +96,11 @@ class EngineOptions:
             threads = getattr(self, name)
             if threads is not None and threads < 1:
                 raise ConfigError(f"{name}={threads}: at least 1")
-        for name in ("link_timeout_s", "start_timeout_s", "placement_timeout_s", "backlog_bytes"):
+        limits = ("link_timeout_s", "start_timeout_s", "placement_timeout_s", "stall_factor", "stall_limit_s")
+        for name in (*limits, "backlog_bytes"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be above 0")
-        for name in ("max_restarts", "restart_backoff_s", "node_wait_s"):
+        for name in ("max_restarts", "restart_backoff_s", "node_wait_s", "stall_floor_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be 0 or more")
         if self.backend not in ("auto", "gloo", "nccl"):

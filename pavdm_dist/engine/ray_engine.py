@@ -23,6 +23,7 @@ from pavdm_dist.engine.loop import RunReport
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.restart import Restarts, rebuilt
 from pavdm_dist.engine.runs import Run, Switch
+from pavdm_dist.engine.watchdog import Patience, Watchdog
 from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.method.stream import ResumePoint, Stream
 from pavdm_dist.models.source import Source
@@ -83,7 +84,8 @@ class RayEngine:
             raise
         self.devices = self._gang.devices
         self._restarts = Restarts(options)
-        self._driver = Driver(self._gang, backlog_bytes=options.backlog_bytes, max_restarts=options.max_restarts)
+        watchdog = Watchdog(Patience(options.stall_factor, options.stall_floor_s, options.stall_limit_s))
+        self._driver = Driver(self._gang, 1, options.backlog_bytes, options.max_restarts, watchdog)
         self._run: Run | None = None
         self._asked: deque[Callable[[], None]] = deque()
         self._thread = threading.Thread(target=self._drive, name="pavdm-driver", daemon=True)

@@ -75,6 +75,19 @@ def check_frames(frames: Any, height: int, width: int) -> np.ndarray:
     return array
 
 
+@contextmanager
+def _as_disk_errors() -> Iterator[None]:
+    """What an encoder says of itself ends one video, as a full disk does; FFmpeg tells the two apart poorly."""
+    import av
+
+    try:
+        yield
+    except av.FFmpegError as error:
+        if isinstance(error, OSError):
+            raise
+        raise OSError(f"the encoder failed: {error}") from error
+
+
 class VideoEncoder:
     """Writes frames to one mp4; frame i is shown at exactly i / fps.
 
@@ -110,8 +123,13 @@ class VideoEncoder:
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = _LIMITED_RANGE
 
+    @_as_disk_errors()
     def write(self, frame: np.ndarray) -> None:
-        """Appends one uint8 frame ``[height, width, 3]``."""
+        """Appends one uint8 frame ``[height, width, 3]``.
+
+        Raises:
+            OSError: it cannot be written, or encoded.
+        """
         import av
 
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
@@ -125,6 +143,7 @@ class VideoEncoder:
             self._lost = True
             raise
 
+    @_as_disk_errors()
     def close(self) -> int:
         """Completes the file. A second call does nothing, and fails where the first one did.
 
@@ -196,6 +215,7 @@ def check_whole(path: Path, num_frames: int) -> None:
         raise OSError(f"{found} of {num_frames} frames have reached the disk, it may be full")
 
 
+@_as_disk_errors()
 def remux(
     segments: Sequence[str | Path],
     output: str | Path,
@@ -214,6 +234,7 @@ def remux(
 
     Raises:
         MediaError: the segments have fewer frames, or come from different encoders.
+        OSError: one cannot be read, or the output not written.
     """
     import av
 

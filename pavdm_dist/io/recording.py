@@ -26,7 +26,7 @@ from torch import Tensor
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.io import storage
 from pavdm_dist.io.latents import LATENTS_NAMES, LatentsWriter
-from pavdm_dist.io.lock import STALE_NAMES, OutputLock, check_unlocked
+from pavdm_dist.io.lock import STALE_NAMES, OutputLock, clear_locks
 from pavdm_dist.io.metadata import Sidecar, is_complete, sidecar_path
 from pavdm_dist.io.segments import SEGMENT_NAMES, SegmentWriter
 from pavdm_dist.io.state import STATE_NAMES, Ledger, Point, State, changes, read_state, write_state
@@ -68,6 +68,8 @@ def check_recording(
 ) -> None:
     """Refuses an output that is being written, that would be lost or that can't be written, before any work is done.
 
+    Waits as :func:`~pavdm_dist.io.lock.clear_locks` does.
+
     Args:
         output: the mp4.
         overwrite: what is there may be replaced.
@@ -79,7 +81,7 @@ def check_recording(
             interrupted recording was begun.
     """
     storage.check_output(output, overwrite=True)  # what would be an OSError of the lock
-    check_unlocked(output)
+    clear_locks([output])
     if overwrite or facts is None or _state_to_resume(str(output), facts) is None:
         _check_files(output, overwrite, save_latents, resume=facts is not None)
 
@@ -92,7 +94,7 @@ def remove_parts(output: str | Path) -> None:
     """
     parts = storage.parts_folder(output)
     if storage.list_names(parts):
-        check_unlocked(output)
+        clear_locks([output])
         storage.remove_matching(parts, _OWN_NAMES)
         storage.remove_empty(parts)
 
@@ -224,7 +226,9 @@ class Recording:
 
         Raises:
             ValueError: a chunk is missing in between, or wrong frames or latents.
+            OSError: it cannot be written, or another process has taken the output over.
         """
+        self._lock.check()
         due = min(self._ledger.num_chunks, self._segments.next_chunk)
         if index > due:
             raise ValueError(f"chunk {index} arrived, {due} is next")
@@ -241,7 +245,12 @@ class Recording:
         return new
 
     def grown(self, point: Point) -> None:
-        """Takes where a sampler can go on before it has given the first chunk of all."""
+        """Takes where a sampler can go on before it has given the first chunk of all.
+
+        Raises:
+            OSError: as :meth:`write`.
+        """
+        self._lock.check()
         self._ledger.grown(point)
         if self._clock() - self._saved_at >= SAVE_SECONDS:
             self._save()
@@ -256,7 +265,9 @@ class Recording:
         Raises:
             ValueError: no chunk was written, or chunks that a resume wants again were not.
             MediaError: what was written of it earlier was damaged since.
+            OSError: as :meth:`write`.
         """
+        self._lock.check()
         made = self._ledger.num_chunks
         if not made or self._segments.next_chunk != made:
             raise ValueError(f"{self.output} cannot be finished: chunk {self._segments.next_chunk} is next")
@@ -291,6 +302,10 @@ class Recording:
         Returns:
             Where it is, as a sentence; None when there is nothing to play.
         """
+        if self._lock.lost:  # what is there is another's
+            self._segments.drop_open()
+            self._lock.release()
+            return None
         left = self._segments.abort()
         begun = left.playlist is not None or self._ledger.next_chunk or self._ledger.state.point is not None
         with suppress(OSError):

@@ -240,7 +240,7 @@ class SegmentWriter:
             self.close()
         except Exception:  # whatever went wrong, the complete segments stay
             taken = self.closed_chunks
-            self._drop_open()
+            self.drop_open()
         if not self._segments:
             self.remove()
             return Interrupted(None, 0, 0)
@@ -252,7 +252,7 @@ class SegmentWriter:
             return
         first, last = self.closed_chunks, self._next - 1
         if last < first:  # interrupted in the middle of the group's first chunk
-            self._drop_open()
+            self.drop_open()
             return
         count = self._encoder.close()
         segment = self._segment(f"segment-{first:06d}-{last:06d}.mp4", first, last, count)
@@ -261,7 +261,8 @@ class SegmentWriter:
         self._encoder, self._staged, self._open_frames = None, None, 0
         self._write_playlist()
 
-    def _drop_open(self) -> None:
+    def drop_open(self) -> None:
+        """Forgets the open segment, which :meth:`close` would complete."""
         if self._encoder is not None:
             with suppress(Exception):
                 self._encoder.close()

@@ -7,6 +7,7 @@ when it is complete, so there the file is staged locally and uploaded.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -21,7 +22,7 @@ from typing import IO, Any
 from pavdm_dist.errors import ConfigError
 
 _BLOCK = 1 << 20
-_PARTS_SUFFIX = ".parts"
+PARTS_SUFFIX = ".parts"
 # In the parts folder: who is writing the video.
 LOCK_NAME = "lock.json"
 # Of a name and of a whole path, on nearly all systems; and what names of files beside an output are longer by at most:
@@ -226,16 +227,35 @@ def commit(staged: Path, path: str | Path) -> None:
         fs.put_file(str(staged), inner)
     else:
         _give_usual_mode(staged)
-        _fsync(staged)
+        make_durable(staged)
         os.replace(staged, path)
     discard(staged)
     if not is_remote(path):
-        _fsync(Path(path).parent)
+        make_durable(Path(path).parent)
 
 
 def discard(staged: Path) -> None:
     """Removes a staged file, or its empty place; harmless when called twice."""
     shutil.rmtree(staged.parent, ignore_errors=True)
+
+
+def make_durable(path: Path) -> None:
+    """Waits until a file or folder is on the disk, as far as its file system knows how to.
+
+    Raises:
+        OSError: the disk is full or broken.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        # Shares that cannot, for folders above all; what is there is as durable as it will be.
+        unable = error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+        if not (unable or (path.is_dir() and error.errno in (errno.EACCES, errno.EISDIR, errno.EBADF))):
+            raise
 
 
 def check_output(path: str | Path, overwrite: bool = False, field: str = "output", parts: bool = True) -> None:
@@ -268,7 +288,7 @@ def check_output(path: str | Path, overwrite: bool = False, field: str = "output
 
 def parts_folder(path: str | Path) -> str:
     """Where the segments of an unfinished video are."""
-    return f"{path}{_PARTS_SUFFIX}"
+    return f"{path}{PARTS_SUFFIX}"
 
 
 def sha256_file(path: str | Path) -> str:
@@ -311,7 +331,8 @@ def _filesystem(path: str | Path) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
     try:
-        return url_to_fs(str(path))
+        # What other machines write is seen at once: locks and sidecars are looked for again and again.
+        return url_to_fs(str(path), use_listings_cache=False)
     except (ImportError, ValueError) as error:  # the driver is not installed, or no such protocol
         raise ConfigError(f"{path} cannot be reached: {error}") from error
 
@@ -324,11 +345,3 @@ def _give_usual_mode(path: Path) -> None:
     for umask in (line.partition(":")[2] for line in lines if line.startswith("Umask:")):
         with suppress(OSError):  # a share without modes
             path.chmod(0o666 & ~int(umask, 8))
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.io.storage import make_durable
 from pavdm_dist.train.average import Average
 from pavdm_dist.train.processes import World
-from pavdm_dist.train.zero import ZeroEngine, to_universal
+from pavdm_dist.train.zero import ZeroEngine, foreign_names, to_universal
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +204,7 @@ def _tags(root: Path) -> list[str]:
 
 
 def _checked(folder: Path, world: World) -> tuple[dict[str, Any] | None, str | None]:
-    """The manifest, and what is wrong; every process reads its share of the files."""
+    """The manifest, and what is wrong; every process reads its share of the files, listed there or not."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest["files"]
@@ -215,6 +216,9 @@ def _checked(folder: Path, world: World) -> tuple[dict[str, Any] | None, str | N
                 return manifest, f"{name} is not what was written"
         except OSError as error:
             return manifest, f"{name}: {error.strerror}"
+    for path in sorted(folder.rglob("*.pt"))[world.rank :: world.size]:
+        if names := foreign_names(path):
+            return manifest, f"{path.name} is no file of this program, it would run {names[0]}"
     return manifest, None
 
 
@@ -227,9 +231,9 @@ def _compare(root: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> N
 
 
 def _fingerprint(path: Path, flush: bool = False) -> dict[str, Any]:
+    if flush:
+        make_durable(path)
     with open(path, "rb") as file:
-        if flush:
-            os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
 
@@ -243,10 +247,8 @@ def _publish(folder: Path, tag: str, partial: Path, manifest: dict[str, Any]) ->
 
 
 def _write(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(text)
+    make_durable(path)
 
 
 def _drop(folder: Path, newest: str, keep_last: int, keep_every: int) -> None:

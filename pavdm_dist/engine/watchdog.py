@@ -1,0 +1,125 @@
+"""Notices a video that gives nothing any more while the gang is well.
+
+Deaths and silences of actors are the gang's to notice, each with its own limit, and they are every video's. What is
+left is one video whose chunk does not come although units and latents are being finished: it is reported after so many
+times its own usual time, and ended by name after a limit, so that the others go on and the command comes to an end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from statistics import median
+
+# Chunks that a video's usual time is taken from.
+REMEMBERED = 33
+
+
+@dataclass(frozen=True)
+class Patience:
+    """When a video that gives no chunk is reported, and when it is ended.
+
+    Attributes:
+        factor: it is reported after so many times the median of its own earlier chunks,
+        floor_s: but not before so many seconds.
+        limit_s: it is ended after so many seconds, never before it would be reported.
+    """
+
+    factor: float = 10.0
+    floor_s: float = 60.0
+    limit_s: float = 3600.0
+
+
+@dataclass
+class _Pace:
+    since: float
+    chunk_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    reported: bool = False
+
+
+@dataclass(frozen=True)
+class Late:
+    """A video that is late: since when, what it usually takes (None: it has given nothing so far), whether it is over.
+
+    One that is not ``over`` is told once per chunk.
+    """
+
+    stream: int
+    seconds: float
+    usual_s: float | None
+    over: bool
+
+
+class Watchdog:
+    """Measures videos that should be giving chunks.
+
+    Args:
+        patience: with them.
+        clock: seconds, monotonic (tests give their own).
+    """
+
+    def __init__(self, patience: Patience, clock: Callable[[], float] = time.monotonic) -> None:
+        self._patience, self._clock = patience, clock
+        self._paces: dict[int, _Pace] = {}
+        self._decoding: deque[int] = deque()
+
+    def starts(self, stream: int) -> None:
+        """A video is taken in, for the first time or by another gang."""
+        self._paces.setdefault(stream, _Pace(0.0)).since = self._clock()
+
+    def handed(self, stream: int) -> None:
+        """A chunk of a video was handed to the decoder, which takes all of them in this order."""
+        self._decoding.append(stream)
+
+    def gave(self, stream: int) -> None:
+        """A video gave a chunk."""
+        if stream in self._decoding:
+            self._decoding.remove(stream)  # its oldest
+        self.shifted(stream)
+
+    def shifted(self, stream: int) -> None:
+        """A shift of a video ended that gives no chunk, which costs about as much: its window grows, or a gang repeats
+        what another had done."""
+        now = self._clock()
+        pace = self._paces.setdefault(stream, _Pace(now))
+        pace.chunk_seconds.append(now - pace.since)
+        pace.since, pace.reported = now, False
+
+    def excuse(self) -> None:
+        """Time up to now is nobody's: whoever consumes takes nothing."""
+        now = self._clock()
+        for pace in self._paces.values():
+            pace.since = now
+
+    def anew(self) -> None:
+        """What computes was lost; another goes on, and nothing is with a decoder any more."""
+        self._decoding.clear()
+        self.excuse()
+
+    def forget(self, stream: int) -> None:
+        """A video is over."""
+        self._paces.pop(stream, None)
+        self._decoding = deque(other for other in self._decoding if other != stream)
+
+    def late(self, streams: Iterable[int]) -> list[Late]:
+        """Videos that have become late, or are over, the longest silent first.
+
+        Args:
+            streams: those that are awaited.
+        """
+        now, found = self._clock(), list[Late]()
+        for stream in streams:
+            pace = self._paces.setdefault(stream, _Pace(now))
+            if stream in self._decoding and stream != self._decoding[0]:
+                pace.since = now  # its turn has not come
+            seconds = now - pace.since
+            usual = median(pace.chunk_seconds) if pace.chunk_seconds else None
+            allowed = max(self._patience.floor_s, self._patience.factor * (usual or 0.0))
+            over = seconds > max(allowed, self._patience.limit_s)
+            # Before the first shift nobody knows what is usual; there is the limit alone.
+            if over or (usual is not None and seconds > allowed and not pace.reported):
+                pace.reported = True
+                found.append(Late(stream, seconds, usual, over))
+        return sorted(found, key=lambda late: -late.seconds)

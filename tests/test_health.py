@@ -1,0 +1,207 @@
+"""Videos that cannot be made end alone, each with its reason: full disks, values out of range, decoders."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_checkpoint
+from safetensors.torch import load_file, save_file
+
+from pavdm_dist.codecs.text import WordTextEncoder
+from pavdm_dist.codecs.wan import WanCodec
+from pavdm_dist.commands.progress import ChunkProgress
+from pavdm_dist.commands.sample import render_command
+from pavdm_dist.config import SampleConfig
+from pavdm_dist.data import prepare
+from pavdm_dist.errors import CheckpointError, ConfigError, VideoError
+from pavdm_dist.io import storage
+from pavdm_dist.io.encode import EncoderOptions, VideoEncoder
+from pavdm_dist.io.metadata import is_complete
+from pavdm_dist.train import saves
+
+pytestmark = pytest.mark.timeout(180)
+MOUNTS = ["unshare", "--mount"]
+
+
+def can_mount(tmp: str) -> bool:
+    if shutil.which("unshare") is None:
+        return False
+    return subprocess.run([*MOUNTS, "mount", "-t", "tmpfs", "none", tmp], capture_output=True).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in which the word "seven" drives everything out of range."""
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("model"))
+    encoder = WordTextEncoder.from_pretrained(folder / "text_encoder")
+    with torch.no_grad():
+        encoder.embedding.weight[encoder._index["seven"]] = float("inf")
+    encoder.save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def config(model: Path, folder: Path, prompts: list[str], **settings: Any) -> SampleConfig:
+    (folder / "prompts.txt").write_text("\n".join(prompts))
+    chosen = {"num_frames": 45, "guidance_scale": 1.0, "chunks_per_segment": 1, **settings}
+    return SampleConfig(model=str(model), prompts=str(folder / "prompts.txt"), output=str(folder / "out"), **chosen)
+
+
+def made(folder: Path) -> list[str]:
+    return sorted(path.name[:4] for path in (folder / "out").glob("*.mp4") if is_complete(path))
+
+
+@pytest.mark.skipif(not can_mount("/mnt"), reason="no right to mount file systems here")
+def test_full_and_read_only_disks_and_values_out_of_range_end_their_own_videos(model: Path, tmp_path: Path) -> None:
+    chosen = config(model, tmp_path, ["a red three", "a blue three", "a three up", "a seven up", "red three"])
+    names = ["0001-a-blue-three-s1", "0002-a-three-up-s2"]
+    parts = [tmp_path / "out" / f"{name}.mp4.parts" for name in names]
+    for folder in parts:
+        folder.mkdir(parents=True)
+    words = [
+        f"{name}={getattr(chosen, name)}"
+        for name in ("model", "prompts", "output", "num_frames", "guidance_scale", "chunks_per_segment")
+    ]
+    script = f"""set -e
+mount -t tmpfs -o size=36k none '{parts[0]}'
+mount -t tmpfs -o ro none '{parts[1]}'
+exec '{sys.executable}' -m pavdm_dist sample {" ".join(f"'{word}'" for word in words)}"""
+    done = subprocess.run([*MOUNTS, "sh", "-c", script], capture_output=True, text=True, timeout=150)
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert said.startswith("pavdm: 3 of 5 videos failed, the others are complete: "), said
+    full, read_only, range_ = said.partition("complete: ")[2].split("; ")
+    assert re.search(rf"{names[0]}\.mp4: cannot be written: .*No space left on device", full)
+    assert re.search(rf"{names[1]}\.mp4: cannot be written: .*Read-only file system", read_only)
+    assert re.search(r"0003-a-seven-up-s3\.mp4: chunk 0 holds values that are not finite after step \d+", range_)
+    assert made(tmp_path) == ["0000", "0004"]
+
+
+def test_a_video_out_of_range_ends_alone_on_stages(ray_cluster: None, model: Path, tmp_path: Path) -> None:
+    chosen = config(model, tmp_path, ["a red three", "a seven"], num_stages=1, num_frames=13)
+    with pytest.raises(VideoError, match=r"1 of 2 videos failed.*0001-a-seven-s1.mp4: chunk 0 .* not finite"):
+        render_command(chosen, False, ChunkProgress)
+    assert made(tmp_path) == ["0000"]
+
+
+@pytest.mark.parametrize("stages", [0, 1])
+def test_pixels_out_of_range_are_an_error_of_their_chunk(
+    ray_cluster: None, model: Path, tmp_path: Path, stages: int
+) -> None:
+    broken = tmp_path / "m"
+    shutil.copytree(model, broken)
+    file = broken / "vae/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "latents_std": [1e38] * 4}))
+    chosen = config(broken, tmp_path, ["a red three", "red"], num_stages=stages, num_frames=5)
+    sentence = "chunk 0 could not be decoded: the codec gave pixels that are not finite"
+    with pytest.raises(VideoError, match=f"2 of 2 videos failed.*{sentence}.*{sentence}"):
+        render_command(chosen, False, ChunkProgress)
+    assert made(tmp_path) == []
+
+
+def test_a_codec_that_only_gives_nan_is_refused(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model / "vae", tmp_path / "vae")
+    (file,) = (tmp_path / "vae").glob("*.safetensors")
+    weights = load_file(file)
+    weights["decoder.conv_out.bias"][0] = float("nan")
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="gives pixels that are not finite whatever it decodes"):
+        WanCodec.from_pretrained(tmp_path / "vae").receptive_latents()
+
+
+def test_a_decoder_that_fails_in_this_process_ends_its_video(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, given = WanCodec.decoder, list[Any]()
+
+    def decoder(codec: WanCodec) -> Any:
+        given.append(real(codec))
+        if len(given) == 1:
+
+            def decode(latents: torch.Tensor) -> torch.Tensor:
+                raise torch.OutOfMemoryError("the device is full")
+
+            given[0].decode = decode
+        return given[-1]
+
+    monkeypatch.setattr(WanCodec, "decoder", decoder)
+    monkeypatch.setattr(WanCodec, "receptive_latents", lambda codec: 3)
+    with pytest.raises(
+        VideoError, match=r"1 of 2 .*0000-a-red-s0.mp4: chunk 0 could not be decoded: the device is full"
+    ):
+        render_command(config(model, tmp_path, ["a red", "red"], num_frames=5), False, ChunkProgress)
+    assert made(tmp_path) == ["0001"] and "Traceback" in caplog.text, "a fault keeps its traceback"
+
+
+def test_what_an_encoder_says_is_an_error_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = VideoEncoder(tmp_path / "v.mp4", Fraction(24), 32, 48, EncoderOptions())
+
+    class Broken:
+        def encode(self, _: Any) -> Any:
+            raise av.error.ExternalError(1, "generic error in an external library")
+
+    encoder._stream = Broken()
+    with pytest.raises(OSError, match=r"the encoder failed: .*generic error"):
+        encoder.write(np.zeros((32, 48, 3), np.uint8))
+
+
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[str]:
+    """``os.fsync`` that fails with an error number, for folders or for all."""
+    number, of = request.param
+    real, refused = os.fsync, list[str]()
+
+    def fsync(handle: int) -> None:
+        if of == "all" or stat.S_ISDIR(os.fstat(handle).st_mode):
+            refused.append(of)
+            raise OSError(number, os.strerror(number))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return refused
+
+
+@pytest.mark.parametrize(
+    "refusing", [(errno.EINVAL, "folders"), (errno.ENOTSUP, "folders"), (errno.EINVAL, "all")], indirect=True
+)
+def test_a_share_that_cannot_fsync_ends_no_video(refusing: list[str], model: Path, tmp_path: Path) -> None:
+    render_command(config(model, tmp_path, ["a red"], num_frames=13), False, ChunkProgress)
+    assert made(tmp_path) == ["0000"] and len(refusing) > 5
+    saves._write(tmp_path / "x", "text")
+    assert (tmp_path / "x").read_text() == "text"
+
+
+@pytest.mark.parametrize("refusing", [(errno.EIO, "all"), (errno.ENOSPC, "all")], indirect=True)
+def test_a_disk_that_breaks_is_no_such_share(refusing: list[str], tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space|Input/output"), storage.atomic_write(tmp_path / "x") as file:
+        file.write(b"x")
+    assert not list(tmp_path.iterdir()) and refusing
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EWOULDBLOCK])
+def test_a_share_that_knows_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(prepare.fcntl, "flock", flock)
+    if number == errno.EWOULDBLOCK:
+        with pytest.raises(ConfigError, match="another run is preparing this folder"), prepare._locked(tmp_path / "d"):
+            pass
+        return
+    with prepare._locked(tmp_path / "d"):
+        assert "its file system knows no locks" in caplog.text
