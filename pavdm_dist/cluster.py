@@ -35,6 +35,8 @@ def connect(address: str | None, log_to_driver: bool = False) -> bool:
     if ray.is_initialized():
         return False
     address = address or os.environ.get("RAY_ADDRESS")
+    if address == "local":  # Ray's word for one of this process' own
+        address = None
     if address:
         _check_reachable(address)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

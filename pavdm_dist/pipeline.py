@@ -349,7 +349,7 @@ class PAVDMPipeline:
         from pavdm_dist.engine.ray_engine import RayEngine
 
         assert self.engine is not None
-        if isinstance(self._engine, RayEngine) and self._engine.blocks == blocks:
+        if isinstance(self._engine, RayEngine) and self._engine.blocks == blocks and not self._engine.is_over:
             return self._engine
         self.close()
         recut = partial(_recut, self.checkpoint, params, self.engine)

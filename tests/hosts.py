@@ -41,7 +41,13 @@ def why_not() -> str | None:
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
     if made.returncode:
         return f"no rights: {made.stderr.strip()}"
-    subprocess.run(["ip", "netns", "del", name], check=True)
+    try:
+        with ThreadPoolExecutor() as pool:
+            os.close(pool.submit(_tap, name).result())
+    except OSError as error:
+        return f"no rights to make a network device: {error}"
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=True)
     return None
 
 

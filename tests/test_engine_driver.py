@@ -495,4 +495,20 @@ def test_who_waits_for_others_is_not_late(caplog: pytest.LogCaptureFixture) -> N
     assert not watchdog.late([1]), "300 s passed before it was its turn"
     clock.now += 15
     assert [late.seconds for late in watchdog.late([1])] == [30.0]
+    for _ in range(20):
+        clock.now += 50
+        assert not [late for late in watchdog.late([0], held_up=True) if late.stream == 0], "others fill the backlog"
+    assert not caplog.records
+
+
+def test_a_driver_that_stood_still_blames_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    """Ctrl-Z and fg, a debugger, a machine that sleeps."""
+    clock = Ticking()
+    driver = watched_driver(Watched(), clock)
+    driver.submit(streams_of("window")[0])
+    outputs: list[Output] = []
+    while not driver.idle:
+        clock.now += 4000 if len(outputs) == 2 else 1
+        outputs += driver.step(0.0)
+    check_equal(outputs, {0: undisturbed("window")[0]})
     assert not caplog.records

@@ -83,7 +83,9 @@ def test_an_interface_that_a_node_does_not_have_is_named(
 ) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth77")
     with pytest.raises(PAVDMError, match=r"GLOO_SOCKET_IFNAME=eth77: node .* has no such interface, but .*lo.*; leave"):
-        RayEngine(str(model / "transformer"), [(0, 4)], EngineOptions(1))
+        RayEngine(str(model / "transformer"), [(0, 2), (2, 4)], EngineOptions(2))
+    with RayEngine(str(model / "transformer"), [(0, 4)], EngineOptions(1)):
+        pass  # has no links
 
 
 LOCAL = """

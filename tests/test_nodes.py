@@ -12,12 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from helpers import reference_chunks, tiny_checkpoint, tiny_model, tiny_stream
@@ -40,9 +41,15 @@ def beside() -> Iterator[Beside]:
     # A folder of its own: in the usual one clusters leave their address, for whoever starts Ray next.
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
         pool = ProcessPoolExecutor(1, get_context("spawn"), _start, (folder,))
-        yield lambda function, *arguments: pool.submit(function, *arguments).result(150)
-        pool.submit(_stop).result(60)
-        pool.shutdown()
+        process = psutil.Process(pool.submit(os.getpid).result(60))
+        try:
+            yield lambda function, *arguments: pool.submit(function, *arguments).result(150)
+            pool.submit(_stop).result(60)
+        finally:  # also where it hangs
+            for left in (*process.children(recursive=True), process):
+                with suppress(psutil.NoSuchProcess):
+                    left.kill()
+            pool.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +129,14 @@ def _placed(meanwhile: Callable[[], None] | None = None, **options: Any) -> Iter
 
     asked: list[None] = []
 
-    def given_up() -> bool:  # asked once a second
+    def given_up() -> bool:  # asked ten times a second
         asked.append(None)
-        if len(asked) == 3 and meanwhile is not None:
+        if len(asked) == 25 and meanwhile is not None:
             meanwhile()
         return False
 
     chosen = place(EngineOptions(**options), given_up)
-    assert meanwhile is None or len(asked) >= 3
+    assert meanwhile is None or len(asked) >= 25
     nodes = _nodes_of(chosen)
     try:
         yield nodes
@@ -157,12 +164,19 @@ def _takes_what_is_free() -> None:
         start = time.monotonic()
         with _placed(num_stages=2) as nodes:
             assert nodes == [second.node_id] * 3
-            assert time.monotonic() - start < placement.ONE_HOST_S
+            assert time.monotonic() - start < 20, "the limit is a minute"
             # What may be had is waited for, and then refused in words.
             start = time.monotonic()
             with pytest.raises(ResourcesError, match=r"needs 2 CPU, but only 1 CPU was free within .*=3: other jobs"):
                 place(EngineOptions(2, placement_timeout_s=3))
-            assert 2.5 < time.monotonic() - start < 10
+            assert time.monotonic() - start > 2.5
+        # One that does not answer is left out, however free it is.
+        looked, placement._silent = placement._silent, lambda nodes: [second.node_id]
+        try:
+            with pytest.raises(ResourcesError, match=r"needs 2 CPU, but only .* was free within"):
+                place(EngineOptions(2, placement_timeout_s=2))
+        finally:
+            placement._silent = looked
         # Both together have room, neither alone, though one is large enough: that one is not waited for.
         with _placed(num_stages=2, cpus_per_decoder=1, placement_timeout_s=30) as nodes:
             assert set(nodes) == {first.node_id, second.node_id}

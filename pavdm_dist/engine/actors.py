@@ -4,6 +4,7 @@ stage to stage by torch.distributed and never through Ray.
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import socket
@@ -77,12 +78,17 @@ class StageActor:
         """Rank 0: opens the rendezvous store on a free port and returns it. The store lives as long as the actor.
 
         Args:
-            host: address of this node, the only one the store listens on.
+            host: address of this node, the only one the store listens on where the machine has it.
         """
         from torch.distributed import TCPStore
 
-        # Left to itself torch listens on all of the machine's addresses.
-        listening = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:  # left to itself torch listens on all of the machine's addresses
+            listening = socket.create_server((host, 0), family=family)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            listening = socket.create_server(("", 0), family=family)  # the node's address is translated on its way
         port = listening.getsockname()[1]
         self._store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
         return port
@@ -96,7 +102,8 @@ class StageActor:
         self._generation = generation
         if world == 1:
             return
-        choose_interface(_node())
+        if backend == "gloo":
+            choose_interface(_node())
         timeout = timedelta(seconds=timeout_s)
         store = self._store or dist.TCPStore(host, port, is_master=False, timeout=timeout)
         store = dist.PrefixStore(f"generation{generation}", store)

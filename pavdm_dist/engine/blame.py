@@ -54,7 +54,7 @@ def lost(loops: Sequence[Any], places: Sequence[Place], seen: BaseException | No
     """The loss, named after the stage that failed first: a dead actor before a stage whose neighbour died.
 
     Args:
-        loops: running calls of the stages, in their order; at least one has ended, or the decode actor has.
+        loops: running calls of the stages, in their order; at least one has ended, or a stage is out of reach.
         places: of each.
         seen: what was noticed.
     """
@@ -78,8 +78,10 @@ def lost(loops: Sequence[Any], places: Sequence[Place], seen: BaseException | No
             died.append(_loss(places, rank, "died", last_line(error)))
     for loss in (*died, *failed):
         return loss
-    cause = "its log has the reason" if seen is None else last_line(seen)
-    return GangLost(f"the decode actor died although all stages are running: {cause}", cause=cause)
+    cause = "nothing was said of why" if seen is None else last_line(seen)
+    return GangLost(
+        f"a stage, or the cluster, is out of reach although no stage is known to have ended: {cause}", cause=cause
+    )
 
 
 def frozen(stages: Sequence[Any], places: Sequence[Place], what: str, limit: float) -> GangLost:

@@ -120,7 +120,7 @@ class Decoding:
         now = time.monotonic()
         if not self._is_up:
             self._is_up, self._chunks[0].since = bool(ray.wait([self.facts], timeout=0)[0]), now
-            if now - self._born > self._start:
+            if not self._is_up and now - self._born > self._start:
                 raise TimeoutError(f"it did not come up within {self._start:g} s (start_timeout_s)")
         if now - self._chunks[0].since <= self._limit:
             return

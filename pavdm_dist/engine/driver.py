@@ -362,7 +362,7 @@ class Driver:
             self._watchdog.excuse()
         awaited = [flight.id for flight in self._flights.values() if flight.stand is not Stand.WAITING]
         overdue = False
-        for late in self._watchdog.late(awaited):
+        for late in self._watchdog.late(awaited, held_up=not self._has_room(held_bytes)):
             flight = self._flights[late.stream]
             usual = "" if late.usual_s is None else f", usually {late.usual_s:.1f} s a chunk"
             what = f"nothing has come for {late.seconds:.0f} s{usual}; {flight.awaited}"

@@ -11,13 +11,9 @@ from pavdm_dist.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 # Links, the hub, compiled kernels, and what GPUs may round by; never what belongs to one machine, such as PATH.
-PREFIXES = ("GLOO_", "NCCL_", "TORCH_GLOO_", "TORCH_NCCL_", "TORCHINDUCTOR_", "HF_", "HUGGING_FACE_", "PAVDM_")
-NAMES = (
-    "TORCH_DISTRIBUTED_DEBUG",
-    "NVIDIA_TF32_OVERRIDE",
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
-    "CUBLAS_WORKSPACE_CONFIG",
-)
+PREFIXES = ("GLOO_", "NCCL_", "TORCH_GLOO_", "TORCH_NCCL_", "TORCHINDUCTOR_", "HF_", "HUGGING_FACE_")
+# Not what torch reads when it is imported, as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE: an actor has it by then.
+NAMES = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG")
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
@@ -38,16 +34,12 @@ def take_on(handed: Mapping[str, str]) -> None:
     """In an actor, before anything reads them: sets the variables that its machine does not set for itself.
 
     What a node's Ray was started with stays, because folders and interfaces may have other names there.
-
-    Raises:
-        ConfigError: no such interface here.
     """
     own = {name.lower() for name in os.environ}
     taken = {name: value for name, value in handed.items() if name.lower() not in own}
     os.environ.update(taken)
     if taken:
         logger.info("from the driver's environment: %s", ", ".join(sorted(taken)))
-    _check_interfaces()
 
 
 def choose_interface(address: str) -> None:
@@ -58,7 +50,11 @@ def choose_interface(address: str) -> None:
 
     Args:
         address: of this node.
+
+    Raises:
+        ConfigError: a variable names an interface that is not here.
     """
+    _check_interfaces()
     if "GLOO_SOCKET_IFNAME" not in os.environ and (name := _interface(address)) is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = name
 

@@ -93,7 +93,10 @@ class RayGang:
         if stream.is_sampled:
             self._events.append(Prepared(stream.id))
             return
-        shared = ray.put(stream)
+        try:
+            shared = ray.put(stream)
+        except ray.exceptions.RayError as error:
+            raise lost(self._loops, self._places, error) from error
         self._preparing[stream.id] = [stage.prepare.remote(shared) for stage in self._stages], time.monotonic()
 
     def seal(self, epoch: int, entry: LogEntry) -> None:
@@ -108,7 +111,11 @@ class RayGang:
         from ray.util.placement_group import placement_group_table
 
         assert self._decoding is not None and self._placement is not None
-        if placement_group_table(self._placement.group)["state"] != "CREATED":
+        try:
+            state = placement_group_table(self._placement.group)["state"]
+        except ray.exceptions.RayError as error:
+            raise lost(self._loops, self._places, error) from error
+        if state != "CREATED":
             raise GangLost("the machine of the decode actor is gone", cause="its node was removed")
         ray.kill(self._decoding.actor)
         self._decoding = self._new_decoder(self._placement)
@@ -176,7 +183,8 @@ class RayGang:
         )
         host, port = self._places[0].node, 0
         if world > 1:
-            (port,) = control_results([self._stages[0].open_store.remote(host)], limit, "stage 0", "open its store")
+            opened = [self._stages[0].open_store.remote(host)]
+            (port,) = control_results(opened, limit, "stage 0", "open its store", given_up)
         link = (options.transport, options.link_timeout_s)
         connects = [
             stage.connect.remote(rank, world, host, port, self._generation, *link)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.errors import ResourcesError
+from pavdm_dist.errors import EngineError, ResourcesError
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 ONE_HOST_S = 2.0
 # Between two words about a wait.
 TELL_S = 60.0
+# Between two looks whether a placement group has its place.
+LOOK_S = 0.1
 # How long a node may take to accept a connection.
 ANSWER_S = 1.0
 # Ray's labels: the kind of node, which nodes have where an autoscaler counts them; the node itself.
@@ -48,13 +51,16 @@ def place(options: EngineOptions, given_up: Callable[[], bool] = lambda: False) 
 
     Raises:
         ResourcesError: the cluster can never hold it (said at once), or what it needs stays busy.
+        EngineError: ``given_up`` turned true.
     """
     import ray
-    from ray.util.placement_group import placement_group_table
+    from ray.util.placement_group import placement_group_table, remove_placement_group
 
     bundles = options.bundles()
     alive = [node for node in ray.nodes() if node["Alive"]]
-    silent = _silent(alive)
+    # A driver behind Ray's client is outside of the cluster's network.
+    is_client = (options.ray_address or os.environ.get("RAY_ADDRESS", "")).startswith("ray://")
+    silent = [] if is_client else _silent(alive)
     nodes = [node["Resources"] for node in alive if node["NodeID"] not in silent]
     grows = any(_GROUP_LABEL in node["Labels"] for node in alive)
     if not fits(bundles, nodes) and not grows:
@@ -67,16 +73,22 @@ def place(options: EngineOptions, given_up: Callable[[], bool] = lambda: False) 
     wait, group = _Wait(options, given_up, silent), None
     # Whether a host is free is Ray's to judge: the totals say only whether it is worth a try.
     if len(nodes) > 1 and any(fits(bundles, [node]) for node in nodes):
-        group = wait.group("STRICT_PACK", ONE_HOST_S)
+        group = wait.group("STRICT_PACK", min(ONE_HOST_S, options.placement_timeout_s / 2))
     group = group or wait.group("PACK", options.placement_timeout_s)
     if group is None:
+        if given_up():
+            raise EngineError("the engine is closed")
         why = "the cluster has not grown so far" if grows else "other jobs hold the rest of the cluster"
         raise ResourcesError(
             f"{_asked(options)}, but only {_free()} was free within placement_timeout_s="
             f"{options.placement_timeout_s:g}: {why}"
         )
-    of_bundle = placement_group_table(group)["bundles_to_node_id"]
-    stages = stage_order([of_bundle[bundle] for bundle in range(len(bundles))], options.num_stages)
+    try:
+        of_bundle = placement_group_table(group)["bundles_to_node_id"]
+        stages = stage_order([of_bundle[bundle] for bundle in range(len(bundles))], options.num_stages)
+    except BaseException:  # nobody else knows of it yet
+        remove_placement_group(group)
+        raise
     return Placement(group, stages, len(bundles) - 1 if len(bundles) > len(stages) else stages[-1])
 
 
@@ -108,7 +120,7 @@ def _silent(nodes: Sequence[dict[str, Any]]) -> list[str]:
 
     with ThreadPoolExecutor(32) as pool:
         silent = [node["NodeID"] for node, there in zip(nodes, pool.map(answers, nodes), strict=True) if not there]
-    # None at all answers a driver that is outside of the cluster's network (ray://).
+    # None at all answers a driver that is outside of the cluster's network.
     return silent if len(silent) < len(nodes) else []
 
 
@@ -138,10 +150,11 @@ class _Wait:
         return None
 
     def _placed(self, group: Any, end: float) -> bool:
-        while not group.wait(min(1.0, max(0.1, end - time.monotonic()))):
+        while not group.wait(0):  # it counts whole seconds
             now = time.monotonic()
             if now >= end or self._given_up():
                 return False
+            time.sleep(LOOK_S)
             if now - self._said >= TELL_S:
                 self._said = now
                 logger.warning("%s; %s is free after %.0f s", _asked(self._options), _free(), now - self._start)

@@ -138,6 +138,11 @@ class RayEngine:
         finally:
             self._end(run)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it was closed, or has ended by a fault: nothing can be run on it any more."""
+        return self._switch.over
+
     def stop(self, stream: int) -> None:
         """Lets an endless stream end: what is in flight is finished, then its last chunk comes."""
         with self._switch:
@@ -156,7 +161,15 @@ class RayEngine:
 
     def finish(self) -> list[RunReport]:
         """Ends the stages after what they were given, and returns every stage's report, in stage order."""
-        reports = self._asked_for(lambda: self._gang.finish())
+
+        def finish() -> list[RunReport]:
+            try:
+                return self._gang.finish()
+            finally:
+                with self._switch:
+                    self._switch.closing = True  # its ended stages are no loss
+
+        reports = self._asked_for(finish)
         self.close()
         return reports
 
@@ -255,7 +268,7 @@ class RayEngine:
             if self._run is None:
                 return
             self._run.take(outputs, self._driver.streams)
-            if outputs:
+            if any(not isinstance(output, Failed) for output in outputs):
                 self._restarts.went_on()
 
     def _abandon(self, run: Run) -> None:

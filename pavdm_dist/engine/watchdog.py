@@ -64,6 +64,7 @@ class Watchdog:
         self._patience, self._clock = patience, clock
         self._paces: dict[int, _Pace] = {}
         self._decoding: deque[int] = deque()
+        self._asked = clock()
 
     def starts(self, stream: int) -> None:
         """A video is taken in, for the first time or by another gang."""
@@ -103,16 +104,21 @@ class Watchdog:
         self._paces.pop(stream, None)
         self._decoding = deque(other for other in self._decoding if other != stream)
 
-    def late(self, streams: Iterable[int]) -> list[Late]:
-        """Videos that have become late, or are over, the longest silent first.
+    def late(self, streams: Iterable[int], held_up: bool = False) -> list[Late]:
+        """Videos that have become late, or are over, the longest silent first; to be asked every few seconds.
 
         Args:
             streams: those that are awaited.
+            held_up: the stages get no work, because too much waits for the decoder or the consumer.
         """
         now, found = self._clock(), list[Late]()
+        if now - self._asked > self._patience.limit_s / 4:
+            self.excuse()  # whoever asks stood still: a stopped process, a debugger
+        self._asked = now
         for stream in streams:
             pace = self._paces.setdefault(stream, _Pace(now))
-            if stream in self._decoding and stream != self._decoding[0]:
+            is_decoded = bool(self._decoding) and self._decoding[0] == stream
+            if (held_up or stream in self._decoding) and not is_decoded:
                 pace.since = now  # its turn has not come
             seconds = now - pace.since
             usual = median(pace.chunk_seconds) if pace.chunk_seconds else None

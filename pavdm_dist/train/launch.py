@@ -96,6 +96,7 @@ def _launch_here(processes: int, words: Sequence[str]) -> None:
 
 def _launch_ray(config: TrainConfig, provider: Provider) -> None:
     try:
+        import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
         from ray.train.torch import TorchConfig, TorchTrainer
     except ImportError as error:
@@ -107,7 +108,7 @@ def _launch_ray(config: TrainConfig, provider: Provider) -> None:
 
     wanted, run = config.launch, Path(config.run_dir).absolute()
     saves.check_resume(run / "checkpoints", config.resume)
-    connect(wanted.ray_address, log_to_driver=True)
+    started = connect(wanted.ray_address, log_to_driver=True)
     gpus = wanted.gpus_per_worker > 0
     resources = {"CPU": wanted.cpus_per_worker, **({"GPU": wanted.gpus_per_worker} if gpus else {})}
     settings = _anywhere(config, run)
@@ -129,6 +130,9 @@ def _launch_ray(config: TrainConfig, provider: Provider) -> None:
     except TrainingFailedError as error:
         reasons = str(error).strip().splitlines() or [type(error).__name__]
         raise EngineError(f"training on Ray failed after {wanted.max_failures} restarts: {reasons[-1]}") from error
+    finally:
+        if started:
+            ray.shutdown()
 
 
 def _anywhere(config: TrainConfig, run: Path) -> TrainConfig:
