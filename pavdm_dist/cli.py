@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pavdm_dist import __version__
@@ -96,12 +97,13 @@ def sample(arguments: argparse.Namespace) -> None:
         from pavdm_dist.commands.progress import ChunkProgress
         from pavdm_dist.commands.sample import render_command
 
-        if arguments.resume is None:
-            result = render_command(configs[0], overwrite=arguments.overwrite, progress=ChunkProgress)
-        else:
-            from pavdm_dist.commands.resume import resume_command
+        with redirect_stdout(sys.stderr):  # where Ray tells of dead workers; what comes out here is the result alone
+            if arguments.resume is None:
+                result = render_command(configs[0], overwrite=arguments.overwrite, progress=ChunkProgress)
+            else:
+                from pavdm_dist.commands.resume import resume_command
 
-            result = resume_command(configs, ChunkProgress)
+                result = resume_command(configs, ChunkProgress)
         if arguments.json and result is not None:
             _say(json.dumps(result))
 

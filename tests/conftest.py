@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
 import sys
@@ -33,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Under ``pytest -n N`` a file's tests share a process, and so its fixtures; all files on Ray share one cluster.
+    """Under ``pytest -n N`` a file's tests share a process, and so its fixtures; all tests on Ray share one cluster.
 
     Not by xdist's own groups: version 3.8 writes them into a field that pytest 9 has no more, and says nothing.
     """
@@ -42,19 +43,26 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "on Ray" if _uses_ray(config.rootpath / file) else file
+            test = nodeid.removeprefix(f"{file}::").partition("[")[0]
+            return "on Ray" if test in _on_ray(config.rootpath / file) else file
 
     return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files on Ray come first: together they take as long as all others, which the other process runs meanwhile."""
-    items.sort(key=lambda item: not _uses_ray(item.path))
+    """Those on Ray come first: together they take as long as all others, which the other process runs meanwhile."""
+    items.sort(key=lambda item: item.name.partition("[")[0] not in _on_ray(item.path))
 
 
 @cache
-def _uses_ray(file: Path) -> bool:
-    return "ray_cluster" in file.read_text()
+def _on_ray(file: Path) -> frozenset[str]:
+    """Functions of a file that ask for the cluster, or for one of its fixtures that does; whoever schedules has names."""
+    functions = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)]
+    asked = {function.name: {argument.arg for argument in function.args.args} for function in functions}
+    found = {"ray_cluster"}
+    while more := {name for name, arguments in asked.items() if name not in found and arguments & found}:
+        found |= more
+    return frozenset(found)
 
 
 @pytest.fixture(autouse=True)

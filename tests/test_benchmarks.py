@@ -140,6 +140,17 @@ def test_a_folder_of_real_videos_is_read_back_and_unfit_ones_are_refused(tmp_pat
     assert f"real.mp4 has 100 frames of {SIZE}x{SIZE}" in done.stderr
 
 
+@pytest.mark.timeout(240)
+def test_killed_at_random_moments_all_is_kept() -> None:
+    found = report("chaos.py", "--quick")
+    check_machine(found)
+    assert [kill["victim"] for kill in found["kills"]] == ["middle", "decoder", "driver"]
+    for kill in found["kills"]:
+        assert kill["equal"] and (kill["detected_s"] is None) == (kill["victim"] == "driver")
+        assert kill["streaming_again_s"] is not None
+        assert kill["rows_repeated"] is None or kill["rows_repeated"] <= kill["rows_allowed"]
+
+
 @pytest.mark.slow
 def test_quick_runs_from_the_command_line() -> None:
     check_single_process(report("single_process.py", "--quick"))

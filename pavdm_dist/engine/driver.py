@@ -7,10 +7,6 @@ and says what is new. It is not in the data path; as long as it seals ahead of t
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Protocol
-
-from torch import Tensor
 
 from pavdm_dist.engine.events import (
     Decoded,
@@ -26,6 +22,7 @@ from pavdm_dist.engine.events import (
     Shift,
 )
 from pavdm_dist.engine.flight import Flight, Stand
+from pavdm_dist.engine.gang import Gang
 from pavdm_dist.engine.order import Join, LogEntry, is_active, join_of, undecided
 from pavdm_dist.engine.watchdog import Patience, Watchdog
 from pavdm_dist.errors import PAVDMError, VideoError
@@ -38,47 +35,6 @@ logger = logging.getLogger(__name__)
 
 # Epochs sealed beyond the last finished one. Two keep the stages from ever waiting for the driver.
 SEALED_AHEAD = 2
-
-
-class Gang(Protocol):
-    """Stages (and a decoder) that work together, from their making to the first loss. All calls return at once.
-
-    Every method may raise :class:`~pavdm_dist.engine.events.GangLost`.
-
-    Attributes:
-        decodes: whether there is a decoder.
-        keep: latents that a decoder is warmed on to go on with a video; 0 without one.
-        frames_per_latent: of the decoder, in the middle of a video.
-    """
-
-    keep: int
-    frames_per_latent: int
-
-    @property
-    def decodes(self) -> bool: ...
-
-    def prepare(self, stream: Stream, warm: Tensor | None) -> None:
-        """Lets the stages take a stream in, if rows of it are left, and the decoder; when they have: ``Prepared``.
-
-        Args:
-            stream: what is sampled.
-            warm: latents ``[C, n, h, w]`` that the decoder must have seen before the next chunk.
-        """
-
-    def seal(self, epoch: int, entry: LogEntry) -> None:
-        """Fixes what changes at an epoch; epochs are sealed in order."""
-
-    def decode(self, stream: int, clean: CleanChunk) -> None:
-        """Hands a stream's next chunk to the decoder; ``Decoded`` follows, in the order of these calls."""
-
-    def renew_decoder(self, warm: Mapping[int, Tensor | None]) -> None:
-        """Puts another decoder in the place of one that was lost, with these streams open, warmed on these latents."""
-
-    def forget(self, stream: int) -> None:
-        """Drops what the decoder holds of a stream, also what waits for it; no ``Decoded`` of it follows."""
-
-    def poll(self, timeout: float) -> list[Event]:
-        """What has happened; waits up to ``timeout`` seconds for the first event."""
 
 
 class Driver:

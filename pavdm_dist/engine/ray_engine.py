@@ -18,9 +18,9 @@ from typing import TypeVar
 from pavdm_dist.cluster import connect
 from pavdm_dist.engine.driver import Driver
 from pavdm_dist.engine.events import Failed, Finished, GangLost, Grown, Output
-from pavdm_dist.engine.gang import RayGang
 from pavdm_dist.engine.loop import RunReport
 from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.engine.ray_gang import RayGang
 from pavdm_dist.engine.restart import Restarts, rebuilt
 from pavdm_dist.engine.runs import Run, Switch
 from pavdm_dist.engine.watchdog import Patience, Watchdog

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from pavdm_dist.engine.blame import log_tail
 from pavdm_dist.engine.events import GangLost
-from pavdm_dist.engine.gang import RayGang
 from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.engine.ray_gang import RayGang
 from pavdm_dist.errors import EngineError, ResourcesError
 
 logger = logging.getLogger(__name__)
