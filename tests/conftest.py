@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @cache
 def _on_ray(file: Path) -> frozenset[str]:
-    """Functions of a file that ask for the cluster, or for one of its fixtures that does; whoever schedules has names."""
+    """Functions of a file that ask for the cluster, or for a fixture that does: whoever schedules knows names alone."""
     functions = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)]
     asked = {function.name: {argument.arg for argument in function.args.args} for function in functions}
     found = {"ray_cluster"}

@@ -119,6 +119,7 @@ def test_the_trend_of_known_memory_is_found() -> None:
     assert (still["slope_kb_per_chunk"], still["end_over_after_24"], still["highest_first_at_chunk"]) == (0, 1, 1)
 
 
+@pytest.mark.slow
 def test_a_folder_of_real_videos_is_read_back_and_unfit_ones_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     scene = sample_scene(np.random.default_rng(3), "heldout", 1)

@@ -33,6 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     def render_command(config: SampleConfig, overwrite: bool, progress: Any) -> dict[str, str]:
         seen.append(("render", config, overwrite, progress))
+        print("(raylet) A worker died")  # as Ray says it
         return {"output": config.output}
 
     def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, Any]:
@@ -177,6 +178,14 @@ def test_failures_of_the_run(
     monkeypatch.setattr(sys.modules["pavdm_dist.commands.sample"], "render_command", fail)
     assert cli.main(["sample", "x"]) == status
     assert capsys.readouterr().err == line
+
+
+def test_standard_output_holds_the_result_alone(
+    calls: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["sample", "x", "output=a.mp4", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"output": "a.mp4"} and "A worker died" in said.err
 
 
 def test_faults_of_the_package_keep_their_traceback(

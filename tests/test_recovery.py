@@ -75,7 +75,12 @@ def _run(engine: RayEngine, streams: list[Stream], strikes: dict[int, Callable[[
 
 @pytest.mark.parametrize(
     ("mode", "stages", "victims"),
-    [("window", 2, (0, "decoder")), ("causal", 3, (1, 2)), ("displaced", 2, (1, 0))],
+    [
+        ("window", 2, (0, "decoder")),
+        # As benchmarks/chaos.py --quick does, with other victims.
+        pytest.param("causal", 3, (1, 2), marks=pytest.mark.slow),
+        pytest.param("displaced", 2, (1, 0), marks=pytest.mark.slow),
+    ],
 )
 def test_videos_outlive_the_actors_that_make_them(
     ray_cluster: None, model: Path, mode: Mode, stages: int, victims: tuple[int | str, ...]
@@ -91,7 +96,8 @@ def test_videos_outlive_the_actors_that_make_them(
     _check(model, finished, streams)
 
 
-@pytest.mark.parametrize("victim", [1, "decoder"])
+# That a decoder freezes is in tests/test_engine_life.py, too.
+@pytest.mark.parametrize("victim", [1, pytest.param("decoder", marks=pytest.mark.slow)])
 def test_what_freezes_is_replaced(ray_cluster: None, model: Path, victim: int | str) -> None:
     streams, stopped = _streams("window"), list[int]()
     with _engine(model, 2, link_timeout_s=3) as engine:
