@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.io import lock, storage
+from pavdm_dist.io import lock, processes, storage
 from pavdm_dist.io.lock import OutputLock, clear_locks
 
 pytestmark = pytest.mark.timeout(60)
@@ -132,12 +132,12 @@ def test_in_a_remote_store_too(soon: None) -> None:
 
 
 def test_an_owner_that_was_stopped_for_too_long_writes_no_more(soon: None, tmp_path: Path) -> None:
-    output, machine = tmp_path / "v.mp4", lock._machine
+    output, machine = tmp_path / "v.mp4", processes.machine
     other = owner(output, [])
     assert int(said(other)) == other.pid
     os.kill(other.pid, signal.SIGSTOP)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(lock, "_machine", lambda: f"not {machine()}")  # as seen from another machine
+        patched.setattr(processes, "machine", lambda: f"not {machine()}")  # as seen from another machine
         held = OutputLock.acquire(output)
     os.kill(other.pid, signal.SIGCONT)
     answer, _ = other.communicate("\n", timeout=20)
@@ -164,7 +164,7 @@ def test_containers_of_one_name_respect_each_other(soon: None, tmp_path: Path, k
     other = owner(output, ALONE)
     assert said(other) == "1", "its process numbers are its own"
     found = json.loads(Path(lock._path(output)).read_text())
-    assert found["host"] == platform.node() and found["machine"] != lock._machine()
+    assert found["host"] == platform.node() and found["machine"] != processes.machine()
     with pytest.raises(ConfigError, match=r"is being written by process 1 on"):
         OutputLock.acquire(output)
     third = subprocess.run(
@@ -186,9 +186,9 @@ def test_containers_of_one_name_respect_each_other(soon: None, tmp_path: Path, k
 def test_where_proc_counts_other_processes_it_is_not_believed(tmp_path: Path) -> None:
     program = f"""
 import os
-from pavdm_dist.io import lock
+from pavdm_dist.io import lock, processes
 held = lock.OutputLock.acquire({str(tmp_path / "v.mp4")!r})
-assert os.getpid() == 1 and lock._started(1) is None
+assert os.getpid() == 1 and processes.started(1) is None
 try:
     lock.clear_locks([{str(tmp_path / "v.mp4")!r}])
 except lock.ConfigError as error:

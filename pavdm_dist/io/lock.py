@@ -24,7 +24,7 @@ from typing import Any
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.fields import json_value
-from pavdm_dist.io import storage
+from pavdm_dist.io import processes, storage
 
 # How often an owner renews its lock, and after what time without that others take it for gone.
 RENEW_S, SILENCE_S = 10.0, 180.0
@@ -57,9 +57,9 @@ class OutputLock:
         path = _path(output)
         mine = {
             "host": platform.node(),
-            "machine": _machine(),
+            "machine": processes.machine(),
             "pid": os.getpid(),
-            "started": _started(os.getpid()),
+            "started": processes.started(os.getpid()),
             "token": uuid.uuid4().hex,
         }
         while not storage.create_new(path, json.dumps(mine).encode()):
@@ -89,7 +89,7 @@ class _Lease:
 
     def __init__(self, path: str, mine: dict[str, Any]) -> None:
         self.path, self.over, self.lost = path, threading.Event(), False
-        self._mine, self._beats, self._renewed = mine, 0, _now()
+        self._mine, self._beats, self._renewed = mine, 0, processes.now()
         self.turn = threading.RLock()  # a finaliser may run within
 
     def keep(self) -> None:
@@ -112,12 +112,12 @@ class _Lease:
                         json.dump({**self._mine, "beats": self._beats}, file)
                 else:
                     os.utime(self.path)
-                self._renewed = _now()
+                self._renewed = processes.now()
             except (OSError, ConfigError) as error:  # a share that is away comes back, or what is written fails, too
                 logger.warning("%s cannot be renewed: %s", self.path, error)
 
     def check(self) -> None:
-        if _now() - self._renewed > SILENCE_S / 2:  # this process, or its machine, stood still
+        if processes.now() - self._renewed > SILENCE_S / 2:  # this process, or its machine, stood still
             self.renew()
         if self.lost:
             raise OSError("another process took it over while this one was silent, or its lock was removed")
@@ -143,9 +143,9 @@ def clear_locks(outputs: Sequence[str | Path]) -> None:
             found = _look(_path(output))
         if found is None:
             continue
-        if found[0]["machine"] != _machine():
+        if found[0]["machine"] != processes.machine():
             watched[output] = found
-        elif _is_alive(found[0]["pid"], found[0]["started"]):
+        elif processes.is_alive(found[0]["pid"], found[0]["started"]):
             raise ConfigError(f"output={output} is being written by process {found[0]['pid']} on this machine")
         else:
             _take_away(_path(output), found[0])
@@ -228,45 +228,3 @@ def _let_go(lease: _Lease, pid: int) -> None:
             storage.remove(lease.path)
     if waited:
         lease.turn.release()
-
-
-def _machine() -> str:
-    """What this process shares its process numbers with: a machine since its start, or a container on it.
-
-    Containers of a machine, or of several, may well have the same host name.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux
-        return f"{platform.node()} {uuid.getnode():x}"
-
-
-def _now() -> float:
-    """Seconds that go on while the machine sleeps, where the system counts them."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
-
-
-def _is_alive(pid: int, started: int | None) -> bool:
-    now = _started(pid)
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        # Somebody else's, of which the system may not even tell when it started.
-        return now is None or now == started
-    # A process that got the same number later, or one that has ended and was not waited for, is another matter.
-    return now == started
-
-
-def _started(pid: int) -> int | None:
-    """When a living process started, in clock ticks since boot; None where it has ended or the system does not say."""
-    try:
-        if os.readlink("/proc/self") != str(os.getpid()):
-            return None  # it counts the processes of another container
-        # The second field is the command's name, in brackets, with any characters.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])

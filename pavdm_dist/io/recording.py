@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -23,21 +22,17 @@ from typing import Any
 
 from torch import Tensor
 
-from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.errors import MediaError
 from pavdm_dist.io import storage
-from pavdm_dist.io.latents import LATENTS_NAMES, LatentsWriter
-from pavdm_dist.io.lock import STALE_NAMES, OutputLock, clear_locks
+from pavdm_dist.io.latents import LatentsWriter
+from pavdm_dist.io.leftovers import SETTINGS, check_files, holds, latents_path, remove_own, state_to_resume
+from pavdm_dist.io.lock import OutputLock, clear_locks
 from pavdm_dist.io.metadata import Sidecar, is_complete, sidecar_path
-from pavdm_dist.io.segments import SEGMENT_NAMES, SegmentWriter
-from pavdm_dist.io.state import STATE_NAMES, Ledger, Point, State, changes, read_state, write_state
+from pavdm_dist.io.segments import SegmentWriter
+from pavdm_dist.io.state import STATE_NAMES, Ledger, Point, State, write_state
 
 # The state is replaced when a segment closes, and after so long when there is a newer point.
 SAVE_SECONDS = 60.0
-# The settings of the command that began a recording.
-SETTINGS = "settings.yaml"
-_OWN = (SEGMENT_NAMES, LATENTS_NAMES, STATE_NAMES, STALE_NAMES, re.compile(re.escape(SETTINGS)))
-_OWN_NAMES = re.compile("|".join(names.pattern for names in _OWN))
-
 logger = logging.getLogger(__name__)
 
 
@@ -48,11 +43,6 @@ class Recorded:
     output: str
     num_frames: int
     latents_sha256: str
-
-
-def latents_path(output: str | Path) -> str:
-    """``clip.mp4`` -> ``clip.safetensors``, in the same folder."""
-    return str(output)[: -len(".mp4")] + ".safetensors"
 
 
 def recording_facts(
@@ -82,8 +72,8 @@ def check_recording(
     """
     storage.check_output(output, overwrite=True)  # what would be an OSError of the lock
     clear_locks([output])
-    if overwrite or facts is None or _state_to_resume(str(output), facts) is None:
-        _check_files(output, overwrite, save_latents, resume=facts is not None)
+    if overwrite or facts is None or state_to_resume(str(output), facts) is None:
+        check_files(output, overwrite, save_latents, resume=facts is not None)
 
 
 def remove_parts(output: str | Path) -> None:
@@ -95,7 +85,7 @@ def remove_parts(output: str | Path) -> None:
     parts = storage.parts_folder(output)
     if storage.list_names(parts):
         clear_locks([output])
-        storage.remove_matching(parts, _OWN_NAMES)
+        remove_own(parts)
         storage.remove_empty(parts)
 
 
@@ -177,15 +167,15 @@ class Recording:
         lock = OutputLock.acquire(output)
         try:
             if resume and is_complete(output):
-                storage.remove_matching(parts, _OWN_NAMES)
-            state = _state_to_resume(output, facts) if resume else None
+                remove_own(parts)
+            state = state_to_resume(output, facts) if resume else None
             if state is not None:
                 for path in (output, latents_path(output), sidecar_path(output)):
                     storage.remove_staged(path)
             if state is None:
-                _check_files(output, overwrite, save_latents, resume)
+                check_files(output, overwrite, save_latents, resume)
             segments, latents = writers(state)
-            if state is not None and not _holds(state, segments, latents):
+            if state is not None and not holds(state, segments, latents):
                 logger.warning("%s: files of closed segments are gone, all is made again", parts)
                 state, (segments, latents) = None, writers(None)
             if state is None:
@@ -325,36 +315,6 @@ class Recording:
 
     def _remove(self) -> None:
         self._segments.remove()
-        storage.remove_matching(self._segments.parts, _OWN_NAMES)
+        remove_own(self._segments.parts)
         self._lock.release()
         storage.remove_empty(self._segments.parts)
-
-
-def _check_files(output: str | Path, overwrite: bool, save_latents: bool, resume: bool = False) -> None:
-    storage.check_output(output, overwrite, parts=not resume)
-    if not overwrite and storage.exists(sidecar_path(output)):
-        raise ConfigError(f"output={output}: its sidecar {sidecar_path(output)} exists; pass --overwrite")
-    if not overwrite and save_latents and storage.exists(latents_path(output)):
-        raise ConfigError(f"output={output}: its latents {latents_path(output)} exist; pass --overwrite")
-
-
-def _state_to_resume(output: str, identity: Mapping[str, Any]) -> State | None:
-    """The state of an interrupted recording of the same video; None when there is nothing to go on with."""
-    parts = storage.parts_folder(output)
-    if is_complete(output):
-        raise ConfigError(f"output={output} is complete: its sidecar {sidecar_path(output)} exists; pass --overwrite")
-    state = read_state(parts)
-    if state is None:
-        if any(SEGMENT_NAMES.fullmatch(name) for name in storage.list_names(parts)):
-            raise ConfigError(f"output={output}: {parts} holds no state to go on from; pass --overwrite to start anew")
-        return None
-    changed = changes(state.identity, identity)
-    if changed:
-        raise ConfigError(f"output={output}: {parts} was begun with {changed}; give the same to go on, or --overwrite")
-    return state
-
-
-def _holds(state: State, segments: SegmentWriter, latents: LatentsWriter | None) -> bool:
-    """Whether all that the state counts on is still there."""
-    closed = segments.closed_chunks if latents is None else min(segments.closed_chunks, latents.closed_chunks)
-    return closed >= state.first_to_decode

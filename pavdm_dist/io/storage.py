@@ -7,7 +7,6 @@ when it is complete, so there the file is staged locally and uploaded.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
@@ -20,14 +19,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.io.local import check_place, give_usual_mode, make_durable
 
 _BLOCK = 1 << 20
 PARTS_SUFFIX = ".parts"
 # In the parts folder: who is writing the video.
 LOCK_NAME = "lock.json"
-# Of a name and of a whole path, on nearly all systems; and what names of files beside an output are longer by at most:
-# .parts with what is in it, .safetensors for .mp4 while it is staged.
-_NAME_BYTES, _PATH_BYTES, _STAGED_BYTES = 255, 4095, 22
 # As stage() names them.
 _STAGED = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 
@@ -226,7 +223,7 @@ def commit(staged: Path, path: str | Path) -> None:
         fs, inner = _filesystem(path)
         fs.put_file(str(staged), inner)
     else:
-        _give_usual_mode(staged)
+        give_usual_mode(staged)
         make_durable(staged)
         os.replace(staged, path)
     discard(staged)
@@ -237,25 +234,6 @@ def commit(staged: Path, path: str | Path) -> None:
 def discard(staged: Path) -> None:
     """Removes a staged file, or its empty place; harmless when called twice."""
     shutil.rmtree(staged.parent, ignore_errors=True)
-
-
-def make_durable(path: Path) -> None:
-    """Waits until a file or folder is on the disk, as far as its file system knows how to.
-
-    Raises:
-        OSError: the disk is full or broken.
-    """
-    try:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        # Shares that cannot, for folders above all; what is there is as durable as it will be.
-        unable = error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-        if not (unable or (path.is_dir() and error.errno in (errno.EACCES, errno.EISDIR, errno.EBADF))):
-            raise
 
 
 def check_output(path: str | Path, overwrite: bool = False, field: str = "output", parts: bool = True) -> None:
@@ -274,7 +252,7 @@ def check_output(path: str | Path, overwrite: bool = False, field: str = "output
             right to write.
     """
     if not is_remote(path):
-        _check_local(Path(path), field)
+        check_place(Path(path), field)
     if overwrite:
         return
     if exists(path):
@@ -300,33 +278,6 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _check_local(path: Path, field: str) -> None:
-    if os.path.isdir(path):
-        raise ConfigError(f"{field}={path} is a folder; name a file in it")
-    folder = path.absolute().parent
-    while not os.path.lexists(folder):
-        folder = folder.parent
-    if not folder.is_dir():
-        raise ConfigError(f"{field}={path}: {folder} is a file, not a folder")
-    try:
-        longest = os.pathconf(folder, "PC_NAME_MAX")
-    except (OSError, ValueError):  # a share that does not say
-        longest = _NAME_BYTES
-    missing = path.absolute().relative_to(folder).parts
-    for name, room in zip(missing, (*[0] * (len(missing) - 1), _STAGED_BYTES), strict=True):
-        if len(os.fsencode(name)) + room > longest:
-            raise ConfigError(
-                f"{field}={path}: a name of {len(os.fsencode(name))} bytes is too long; {folder} takes at most"
-                f" {longest - room} here"
-            )
-    if len(os.fsencode(path.absolute())) + _STAGED_BYTES > _PATH_BYTES:
-        raise ConfigError(
-            f"{field}={path}: the whole path is too long, {_PATH_BYTES - _STAGED_BYTES} bytes are the most"
-        )
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"{field}={path}: no right to write in {folder}")
-
-
 def _filesystem(path: str | Path) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
@@ -335,13 +286,3 @@ def _filesystem(path: str | Path) -> tuple[Any, str]:
         return url_to_fs(str(path), use_listings_cache=False)
     except (ImportError, ValueError) as error:  # the driver is not installed, or no such protocol
         raise ConfigError(f"{path} cannot be reached: {error}") from error
-
-
-def _give_usual_mode(path: Path) -> None:
-    """Lets others read what the umask lets them read: some libraries make files that only their owner may."""
-    # The one way to ask that doesn't change it for other threads, too.
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    for umask in (line.partition(":")[2] for line in lines if line.startswith("Umask:")):
-        with suppress(OSError):  # a share without modes
-            path.chmod(0o666 & ~int(umask, 8))
