@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,14 +11,13 @@ from typing import Any
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io import storage
 from pavdm_dist.io.latents import LATENTS_NAMES, LatentsWriter
-from pavdm_dist.io.lock import STALE_NAMES
 from pavdm_dist.io.metadata import is_complete, sidecar_path
 from pavdm_dist.io.segments import SEGMENT_NAMES, SegmentWriter
 from pavdm_dist.io.state import STATE_NAMES, State, changes, read_state
 
 # The settings of the command that began a recording.
 SETTINGS = "settings.yaml"
-_OWN = (SEGMENT_NAMES, LATENTS_NAMES, STATE_NAMES, STALE_NAMES, re.compile(re.escape(SETTINGS)))
+_OWN = (SEGMENT_NAMES, LATENTS_NAMES, STATE_NAMES, storage.LOCK_NAMES, re.compile(re.escape(SETTINGS)))
 _OWN_NAMES = re.compile("|".join(names.pattern for names in _OWN))
 
 
@@ -26,9 +26,17 @@ def latents_path(output: str | Path) -> str:
     return str(output)[: -len(".mp4")] + ".safetensors"
 
 
+def recording_facts(
+    identity: Mapping[str, Any], fps: float, height: int, width: int, chunks_per_segment: int, save_latents: bool
+) -> dict[str, Any]:
+    """All that must be equal for a recording to be gone on with, as JSON gives it back."""
+    shape = {"fps": float(fps), "height": height, "width": width, "chunks_per_segment": chunks_per_segment}
+    return json.loads(json.dumps({**identity, **shape, "save_latents": save_latents}))
+
+
 def remove_own(parts: str) -> None:
-    """Removes a recording's files from its parts folder; what is not its own stays."""
-    storage.remove_matching(parts, _OWN_NAMES)
+    """Removes a recording's files from its parts folder; the lock stays, and what is not its own."""
+    storage.remove_matching(parts, _OWN_NAMES, keep=[storage.LOCK_NAME])
 
 
 def check_files(output: str | Path, overwrite: bool, save_latents: bool, resume: bool = False) -> None:
@@ -44,12 +52,38 @@ def check_files(output: str | Path, overwrite: bool, save_latents: bool, resume:
         raise ConfigError(f"output={output}: its latents {latents_path(output)} exist; pass --overwrite")
 
 
-def state_to_resume(output: str, identity: Mapping[str, Any]) -> State | None:
-    """The state of an interrupted recording of the same video; None when there is nothing to go on with."""
+def check_sidecar(output: str | Path) -> None:
+    """Refuses an output whose sidecar would replace a file of somebody else's.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    path = sidecar_path(output)
+    if storage.exists(path) and not is_complete(output):
+        raise ConfigError(
+            f"output={output}: {path} exists, which is the name of its sidecar, and is none of this program; choose"
+            " another name, or move that file"
+        )
+
+
+def state_to_resume(output: str, identity: Mapping[str, Any], mend: bool = False) -> State | None:
+    """The state of an interrupted recording of the same video; None when there is nothing to go on with.
+
+    Args:
+        output: the mp4.
+        identity: what must be equal.
+        mend: as of :func:`~pavdm_dist.io.state.read_state`.
+
+    Raises:
+        ConfigError: the video is complete, or was begun otherwise or by another version, or there is no whole state.
+    """
     parts = storage.parts_folder(output)
     if is_complete(output):
         raise ConfigError(f"output={output} is complete: its sidecar {sidecar_path(output)} exists; pass --overwrite")
-    state = read_state(parts)
+    try:
+        state = read_state(parts, mend)
+    except ConfigError as error:
+        raise ConfigError(f"output={output}: {error}") from error
     if state is None:
         if any(SEGMENT_NAMES.fullmatch(name) for name in storage.list_names(parts)):
             raise ConfigError(f"output={output}: {parts} holds no state to go on from; pass --overwrite to start anew")

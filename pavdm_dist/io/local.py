@@ -1,4 +1,4 @@
-"""What files on a local disk need, and a remote store sees to itself: a place, the usual rights, to be on the disk."""
+"""What files on a local disk need, and a remote store sees to itself: a place, being on the disk, links, rights."""
 
 from __future__ import annotations
 
@@ -67,6 +67,31 @@ def make_durable(path: Path) -> None:
         unable = error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
         if not (unable or (path.is_dir() and error.errno in (errno.EACCES, errno.EISDIR, errno.EBADF))):
             raise
+
+
+def link_new(path: str | Path, target: str | Path) -> bool:
+    """Gives a local file a second name, unless there is something of that name: only one of several at once can.
+
+    Returns:
+        Whether it has; False = there was something, and it is as it was.
+    """
+    try:
+        os.link(path, target)
+    except FileExistsError:
+        return False
+    except OSError:  # a share without hard links: a copy, which is empty for an instant
+        content = Path(path).read_bytes()
+        try:
+            file = open(target, "xb")  # noqa: SIM115
+        except FileExistsError:
+            return False
+        try:
+            with file:
+                file.write(content)
+        except BaseException:
+            Path(target).unlink(missing_ok=True)
+            raise
+    return True
 
 
 def give_usual_mode(path: Path) -> None:

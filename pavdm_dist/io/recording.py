@@ -11,7 +11,6 @@ dies between two of these leaves parts of which a resume says that only the fini
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +24,16 @@ from torch import Tensor
 from pavdm_dist.errors import MediaError
 from pavdm_dist.io import storage
 from pavdm_dist.io.latents import LatentsWriter
-from pavdm_dist.io.leftovers import SETTINGS, check_files, holds, latents_path, remove_own, state_to_resume
+from pavdm_dist.io.leftovers import (
+    SETTINGS,
+    check_files,
+    check_sidecar,
+    holds,
+    latents_path,
+    recording_facts,
+    remove_own,
+    state_to_resume,
+)
 from pavdm_dist.io.lock import OutputLock, clear_locks
 from pavdm_dist.io.metadata import Sidecar, is_complete, sidecar_path
 from pavdm_dist.io.segments import SegmentWriter
@@ -43,14 +51,6 @@ class Recorded:
     output: str
     num_frames: int
     latents_sha256: str
-
-
-def recording_facts(
-    identity: Mapping[str, Any], fps: float, height: int, width: int, chunks_per_segment: int, save_latents: bool
-) -> dict[str, Any]:
-    """All that must be equal for a recording to be gone on with, as JSON gives it back."""
-    shape = {"fps": float(fps), "height": height, "width": width, "chunks_per_segment": chunks_per_segment}
-    return json.loads(json.dumps({**identity, **shape, "save_latents": save_latents}))
 
 
 def check_recording(
@@ -72,6 +72,7 @@ def check_recording(
     """
     storage.check_output(output, overwrite=True)  # what would be an OSError of the lock
     clear_locks([output])
+    check_sidecar(output)
     if overwrite or facts is None or state_to_resume(str(output), facts) is None:
         check_files(output, overwrite, save_latents, resume=facts is not None)
 
@@ -166,17 +167,17 @@ class Recording:
         storage.check_output(output, overwrite=True)  # what would be an OSError of the lock
         lock = OutputLock.acquire(output)
         try:
+            for path in (output, latents_path(output), sidecar_path(output)):
+                storage.remove_staged(path)
+            check_sidecar(output)
             if resume and is_complete(output):
                 remove_own(parts)
-            state = state_to_resume(output, facts) if resume else None
-            if state is not None:
-                for path in (output, latents_path(output), sidecar_path(output)):
-                    storage.remove_staged(path)
+            state = state_to_resume(output, facts, mend=True) if resume else None
             if state is None:
                 check_files(output, overwrite, save_latents, resume)
             segments, latents = writers(state)
             if state is not None and not holds(state, segments, latents):
-                logger.warning("%s: files of closed segments are gone, all is made again", parts)
+                logger.warning("%s: files of closed segments are gone or damaged, all is made again", parts)
                 state, (segments, latents) = None, writers(None)
             if state is None:
                 if overwrite:
@@ -198,8 +199,10 @@ class Recording:
         """Takes the frames that come before chunk 0, uint8 ``[t, height, width, 3]``; again after a resume, too.
 
         Raises:
-            ValueError: a chunk was written before, or wrong frames.
+            ValueError: wrong frames.
+            OSError: as :meth:`write`.
         """
+        self._lock.check()
         self._segments.write_input(frames)
 
     def write(self, index: int, frames: Any, latents: Tensor, point: Point | None = None) -> bool:
@@ -255,6 +258,7 @@ class Recording:
         Raises:
             ValueError: no chunk was written, or chunks that a resume wants again were not.
             MediaError: what was written of it earlier was damaged since.
+            ConfigError: another file has got the sidecar's name.
             OSError: as :meth:`write`.
         """
         self._lock.check()
@@ -271,9 +275,13 @@ class Recording:
                 )
         self._ledger.complete()
         self._save()
+        check_sidecar(self.output)
+        # Each step may take so long that the lock is lost before the next.
         num_frames = self._segments.join(metadata=comment)
+        self._lock.check()
         if self._latents is not None:
             self._latents.join(latents_path(self.output))
+            self._lock.check()
         Sidecar(
             **{name: self._facts[name] for name in ("fps", "height", "width")},
             num_frames=num_frames,
@@ -281,6 +289,7 @@ class Recording:
             latents_sha256=self._ledger.latents_sha256,
             **facts,
         ).write(self.output)
+        self._lock.check()
         self._remove()
         return Recorded(self.output, num_frames, self._ledger.latents_sha256)
 

@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.io.local import check_place, give_usual_mode, make_durable
+from pavdm_dist.io.local import check_place, give_usual_mode, link_new, make_durable
 
 _BLOCK = 1 << 20
 PARTS_SUFFIX = ".parts"
-# In the parts folder: who is writing the video.
+# In the parts folder: who is writing the video; and locks of ended processes on their way out.
 LOCK_NAME = "lock.json"
+LOCK_NAMES = re.compile(rf"{re.escape(LOCK_NAME)}(\.[0-9a-f]{{8}}\.stale)?")
+# How often a place is made for a new small file that others remove.
+_ATTEMPTS = 5
 # As stage() names them.
 _STAGED = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 
@@ -94,8 +97,7 @@ def remove_matching(folder: str | Path, names: re.Pattern[str], keep: Collection
         keep: names that stay.
     """
     for name in list_names(folder):
-        staged = _STAGED.fullmatch(name)
-        if name not in keep and names.fullmatch(staged[1] if staged else name):
+        if name not in keep and names.fullmatch(_unstaged(name)):
             remove(join(folder, name))
     remove_empty(folder)
 
@@ -129,7 +131,8 @@ def move(path: str | Path, target: str | Path) -> None:
 def create_new(path: str | Path, content: bytes) -> bool:
     """Writes a small file unless there is one, which of several processes at once only one can do; makes the folder.
 
-    In a remote store, which need not know exclusive creation, two processes in the same moment may both succeed.
+    It is whole from its first moment on, where the file system knows hard links. In a remote store, which need not know
+    exclusive creation, two processes in the same moment may both succeed.
 
     Returns:
         Whether the file is new; False = there was one, and it is as it was.
@@ -140,18 +143,12 @@ def create_new(path: str | Path, content: bytes) -> bool:
         fs, inner = _filesystem(path)
         fs.pipe_file(inner, content)
         return True
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        file = open(path, "xb")  # noqa: SIM115
-    except FileExistsError:
+    if os.path.lexists(path):
         return False
-    try:
-        with file:
-            file.write(content)
-    except BaseException:
-        Path(path).unlink(missing_ok=True)
-        raise
-    return True
+    for _ in range(_ATTEMPTS - 1):
+        with suppress(FileNotFoundError):  # who ends a video just now removes what others stage there, and the folder
+            return _create_new(path, content)
+    return _create_new(path, content)
 
 
 @contextmanager
@@ -257,7 +254,7 @@ def check_output(path: str | Path, overwrite: bool = False, field: str = "output
         return
     if exists(path):
         raise ConfigError(f"{field}={path} exists; choose another name or pass --overwrite")
-    if parts and set(list_names(parts_folder(path))) - {LOCK_NAME}:
+    if parts and holds_work(parts_folder(path)):
         raise ConfigError(
             f"{field}={path}: {parts_folder(path)} holds the segments of an interrupted run; "
             "choose another name or pass --overwrite"
@@ -269,6 +266,11 @@ def parts_folder(path: str | Path) -> str:
     return f"{path}{PARTS_SUFFIX}"
 
 
+def holds_work(parts: str | Path) -> bool:
+    """Whether a parts folder holds anything but locks."""
+    return not all(LOCK_NAMES.fullmatch(_unstaged(name)) for name in list_names(parts))
+
+
 def sha256_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
     digest = hashlib.sha256()
@@ -276,6 +278,22 @@ def sha256_file(path: str | Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _create_new(path: str | Path, content: bytes) -> bool:
+    staged = stage(path)
+    try:
+        staged.write_bytes(content)
+        make_durable(staged)
+        return link_new(staged, path)
+    finally:
+        discard(staged)
+
+
+def _unstaged(name: str) -> str:
+    """The name that a staged file would get; any other name as it is."""
+    staged = _STAGED.fullmatch(name)
+    return staged[1] if staged else name
 
 
 def _filesystem(path: str | Path) -> tuple[Any, str]:
