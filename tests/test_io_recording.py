@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.errors import ConfigError
-from pavdm_dist.io import lock, recording, state
+from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.io import lock, processes, recording, state
 from pavdm_dist.io.latents import LatentsWriter, latents_sha256, read_latents
 from pavdm_dist.io.metadata import Sidecar, is_complete, read_sidecar
 from pavdm_dist.io.recording import Recording, check_recording
@@ -42,6 +42,8 @@ from pavdm_dist.request import SamplingParams, VideoRequest, build_stream
 HEIGHT, WIDTH, RATE, CHUNKS, LATENTS = 32, 48, 24, 7, 2
 IDENTITY = {"prompt": "a red three", "seed": 3, "sampling": {"num_inference_steps": 6, "levels": [1, 0.5]}}
 FACTS = {"config": {}, "prompt": "a red three", "negative_prompt": None, "seed": 3, "device": "cpu", "threads": 1}
+
+SIDECAR = json.dumps({"versions": {"pavdm_dist": "0.0.1"}})
 
 
 class Sampler:
@@ -350,14 +352,32 @@ def test_locks(tmp_path: Path) -> None:
     put()  # a lock of somebody who is still there, though not through this object
     with pytest.raises(ConfigError, match="is being written"):
         Way().open(output, overwrite=True)
-    file.write_text('{"pid": ')
-    with pytest.raises(ConfigError, match=rf"{file} does not say who is writing; remove it if nobody is"):
-        Way().open(output, overwrite=True)
-    # Between looking at a stale lock and taking it away another process has put its own there.
-    put(token="new")
-    lock._take_away(str(file), {**mine, "token": "stale"})
-    assert json.loads(file.read_text())["token"] == "new"
-    assert [path.name for path in file.parent.iterdir() if "lock" in path.name] == ["lock.json"]
+
+
+@pytest.mark.parametrize("then", ["made.abort()", "way.go_on(made)"])
+def test_an_owner_that_stood_still_and_was_replaced_touches_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[[int], tuple[Any, ...]], then: str
+) -> None:
+    output, way, machine = tmp_path / "v.mp4", Way(2, 1), processes.machine
+    parts = tmp_path / "v.mp4.parts"
+    # At once after it has gone on, before its thread can have looked.
+    waiting = f"way.go_on(made, 3); print('wrote', flush=True); sys.stdin.readline(); {then}"
+    other = child(str(output), way, waiting)
+    assert other.stdout is not None and other.stdout.readline() == "wrote\n"
+    os.kill(other.pid, signal.SIGSTOP)
+    with monkeypatch.context() as patched:
+        patched.setattr(lock, "SILENCE_S", 1.5)
+        patched.setattr(processes, "machine", lambda: f"not {machine()}")  # as seen from another machine
+        mine = way.open(output, resume=True)
+    way.go_on(mine, 5)
+    before = {path: path.read_bytes() for path in parts.rglob("*") if path.is_file()}
+    os.kill(other.pid, signal.SIGCONT)
+    other.communicate("\n", timeout=30)
+    assert (other.returncode == 0) == ("abort" in then)
+    assert {path: path.read_bytes() for path in parts.rglob("*") if path.is_file()} == before
+    way.go_on(mine)
+    mine.finish(FACTS, {"seed": 3})
+    assert result(output) == undisturbed(2)
 
 
 def test_a_torn_or_foreign_state_is_told_and_the_one_before_is_used(
@@ -389,6 +409,8 @@ def test_a_torn_or_foreign_state_is_told_and_the_one_before_is_used(
         assert read_state(parts).next_chunk == 4
         damage(parts / state.STATE)
         assert read_state(parts).next_chunk == 2
+        kill(way.open(output, resume=True))
+        assert damage != flip or not (parts / state.STATE).exists(), "who may write there takes it away"
     again = way.open(output, resume=True)
     assert (again.next_chunk, again.pending) == (2, {})
     way.go_on(again)
@@ -403,6 +425,61 @@ def test_a_torn_or_foreign_state_is_told_and_the_one_before_is_used(
     with pytest.raises(ConfigError, match=r"v\.mp4\.parts holds no state to go on from; pass --overwrite"):
         way.open(output, resume=True)
     assert (parts / "segment-000000-000001.mp4").exists()
+
+
+def test_a_torn_state_does_not_push_out_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[[int], tuple[Any, ...]]
+) -> None:
+    output, way, parts = tmp_path / "v.mp4", Way(2, 1), tmp_path / "v.mp4.parts"
+    made = way.open(output)
+    way.go_on(made, until=5)
+    kill(made)
+    (parts / state.STATE).write_bytes(b"torn")
+    again = way.open(output, resume=True)
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(state.storage, "commit", killed)  # of the next state, when the one that is there has moved
+        with pytest.raises(Killed):
+            write_state(parts, replace(read_state(parts), next_chunk=3))
+    assert read_state(parts).next_chunk == 2, "the one before is whole still"
+    way.go_on(again)
+    again.finish(FACTS, {"seed": 3})
+    assert result(output) == undisturbed(2)
+
+
+def test_a_state_is_on_the_disk_before_the_one_before_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_state(tmp_path, State({}))
+    seen: list[str] = []
+    storage = state.storage
+    for name in ("make_durable", "move"):
+        real = getattr(storage, name)
+        monkeypatch.setattr(
+            storage,
+            name,
+            lambda *paths, name=name, real=real: (seen.append(f"{name} {Path(paths[0]).name}"), real(*paths)),
+        )
+    write_state(tmp_path, State({}))
+    assert seen[:2] == [f"make_durable {state.STATE}", f"move {state.STATE}"]
+
+
+def test_a_state_of_another_version_is_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, way, parts = tmp_path / "v.mp4", Way(2, 1), tmp_path / "v.mp4.parts"
+    made = way.open(output)
+    way.go_on(made, until=4)
+    kill(made)
+    for identity, by in (({"versions": {"pavdm_dist": "9.8.7"}}, "pavdm_dist 9.8.7"), ([], "another pavdm_dist")):
+        facts = json.dumps({"version": 99, "identity": identity})  # and nothing else as we know it
+        save_file({"x": torch.zeros(3)}, parts / state.STATE, {"state": facts})
+        said = rf"output=.*v\.mp4: .*{state.STATE} is a state of version 99, written by {by}; .* --overwrite"
+        before = {path: path.read_bytes() for path in parts.iterdir()}
+        for refused in (lambda: way.open(output, resume=True), lambda: check_recording(output, facts={})):
+            with pytest.raises(ConfigError, match=said):
+                refused()
+        assert {path: path.read_bytes() for path in parts.iterdir()} == before
+    kill(way.open(output, overwrite=True))
 
 
 def test_states_hold_what_they_were_given(tmp_path: Path) -> None:
@@ -485,6 +562,74 @@ def test_nothing_foreign_is_touched(tmp_path: Path) -> None:
     again.finish(FACTS)
     assert {path.name for path in parts.iterdir()} == foreign
     assert {path.name for path in tmp_path.glob(".*")} == {".w.mp4.01234567.tmp"}
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+def test_what_a_kill_has_staged_goes_however_the_video_is_opened(tmp_path: Path, options: dict[str, bool]) -> None:
+    for name in ("v.mp4", "v.safetensors", "v.json", "w.mp4"):
+        (tmp_path / f".{name}.01234567.tmp").mkdir()
+        (tmp_path / f".{name}.01234567.tmp" / name).write_text("left by a kill")
+    made = Way().open(tmp_path / "v.mp4", **options)
+    assert {path.name for path in tmp_path.iterdir()} == {".w.mp4.01234567.tmp", "v.mp4.parts"}
+    kill(made)
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_file_of_the_sidecars_name_is_nobodys_to_replace(tmp_path: Path, options: dict[str, bool]) -> None:
+    output, mine, way = tmp_path / "v.mp4", tmp_path / "v.json", Way()
+    refused = rf"output={output}: {mine} exists, which is the name of its sidecar, and is none of this program"
+    mine.write_text('{"mine": 1}')
+    with pytest.raises(ConfigError, match=refused):
+        way.open(output, **options)
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=refused):
+            check_recording(output, overwrite, facts={})
+    assert [path.name for path in tmp_path.iterdir()] == ["v.json"] and mine.read_text() == '{"mine": 1}'
+    mine.unlink()
+    made = way.open(output, **options)
+    way.go_on(made)
+    mine.write_text('{"mine": 1}')  # meanwhile
+    with pytest.raises(ConfigError, match=refused):
+        made.finish(FACTS)
+    assert "53 frames" in (made.abort() or "") and mine.read_text() == '{"mine": 1}'
+    mine.unlink()
+    again = way.open(output, resume=True)
+    assert again.complete
+    again.finish(FACTS)
+
+
+def test_latents_that_are_not_what_was_written_are_told(
+    tmp_path: Path, undisturbed: Callable[[int], tuple[Any, ...]], caplog: pytest.LogCaptureFixture
+) -> None:
+    def flip(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes(content)
+
+    damages: list[Callable[[Path], Any]] = [flip, lambda path: path.write_bytes(path.read_bytes()[:-10])]
+    damages += [lambda path: path.write_bytes(b""), lambda path: save_file({"latents": torch.zeros(2, 4, 2, 3)}, path)]
+    for number, damage in enumerate(damages):
+        output, way = tmp_path / str(number) / "v.mp4", Way(2, 1)
+        made = way.open(output)
+        way.go_on(made, until=5)
+        kill(made)
+        damaged = Path(f"{output}.parts") / "latents-000002-000003.safetensors"
+        damage(damaged)
+        caplog.clear()
+        again = way.open(output, resume=True)
+        assert f"{damaged} is not what was written there" in caplog.text
+        assert (again.next_chunk, again.point) == (0, None), "at once, not when all has been sampled"
+        way.go_on(again)
+        damage(damaged)  # behind this process' back
+        with pytest.raises(MediaError, match=r"no longer what was written there|not a readable safetensors"):
+            again.finish(FACTS)
+        again.abort()
+        assert not output.exists() and not is_complete(output)
+        last = way.open(output, resume=True)
+        assert (last.next_chunk, last.complete) == (0, False)
+        way.go_on(last)
+        last.finish(FACTS, {"seed": 3})
+        assert result(output) == undisturbed(2)
 
 
 def test_files_that_are_gone_are_made_again(tmp_path: Path, undisturbed: Callable[[int], tuple[Any, ...]]) -> None:
@@ -633,14 +778,14 @@ def test_overwrite_starts_anew_and_the_old_sidecar_goes_first(
         ("v.json", "its sidecar"),
         ("v.safetensors", "its lat"),
     ):
-        (tmp_path / name).write_text("{}")
+        (tmp_path / name).write_text(SIDECAR)
         for options in ({}, {"resume": True}):
             with pytest.raises(ConfigError, match=f"{sentence}.*--overwrite|is complete"):
                 way.open(output, **options)
         (tmp_path / name).unlink()
     assert list(tmp_path.iterdir()) == []
     output.write_bytes(b"an old video")
-    (tmp_path / "v.json").write_text("{}")
+    (tmp_path / "v.json").write_text(SIDECAR)
     made = way.open(output, overwrite=True)
     assert not is_complete(output) and output.read_bytes() == b"an old video"
     way.go_on(made, until=4)

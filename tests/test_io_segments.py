@@ -272,10 +272,20 @@ def test_the_input_is_a_segment_of_its_own_in_front(tmp_path: Path) -> None:
     again.write_chunk(2, chunk(2))
     assert again.finish() == 29
     close_to(read_clip(tmp_path / "out.mp4"), np.concatenate([before, frames_of(3)]))
-    late = writer(tmp_path / "late")
-    late.write_chunk(0, chunk(0))
-    with pytest.raises(ValueError, match="the input arrived, chunk 1 is next"):
-        late.write_input(before)
+
+
+def test_an_input_that_is_gone_is_written_again(tmp_path: Path) -> None:
+    out = writer(tmp_path)
+    out.write_input(chunk(7))
+    for index in range(2):
+        out.write_chunk(index, chunk(index))
+    (Path(out.parts) / "input.mp4").unlink()
+    again = writer(tmp_path, resume=True)
+    assert again.next_chunk == 2
+    assert again.write_input(chunk(7)) and not again.write_input(chunk(7))
+    again.write_chunk(2, chunk(2))
+    assert again.finish() == 29
+    close_to(read_clip(tmp_path / "out.mp4"), np.concatenate([chunk(7), frames_of(3)]))
 
 
 def test_resume_and_removal_touch_only_what_is_the_writers_own(tmp_path: Path) -> None:

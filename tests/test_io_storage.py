@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,7 @@ from pavdm_dist.io.storage import (
     atomic_path,
     atomic_write,
     check_output,
+    create_new,
     discard,
     exists,
     local_copy,
@@ -88,6 +92,36 @@ def test_same_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert same_path("s3://b/v.json", "s3://b/v.json") and not same_path("s3://b/v.json", "v.json")
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_file_is_made_by_one_of_many_and_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    path, link = tmp_path / "new" / "lock.json", os.link
+
+    def linked(staged: Path, target: Path) -> None:
+        assert Path(staged).read_bytes() == b"whole"
+        if not links:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        link(staged, target)
+
+    monkeypatch.setattr(os, "link", linked)
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(lambda _: create_new(path, b"whole"), range(8))) == 1
+    assert path.read_bytes() == b"whole" and list(path.parent.iterdir()) == [path]
+
+
+def test_a_new_file_is_made_though_others_remove_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, link, times = tmp_path / "new" / "lock.json", os.link, iter(range(9))
+
+    def removed(staged: Path, target: Path) -> None:
+        if next(times) < 2:
+            shutil.rmtree(path.parent)
+        link(staged, target)
+
+    monkeypatch.setattr(os, "link", removed)
+    assert create_new(path, b"whole") and path.read_bytes() == b"whole"
+
+
 def test_check_output(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "out.mp4"
     check_output(path)
@@ -105,6 +139,9 @@ def test_check_output(tmp_path: Path) -> None:
     assert done.read_bytes() == b"video"
     done.unlink()
     Path(parts_folder(done)).mkdir()
+    check_output(done)
+    for name in ("lock.json", ".lock.json.01234567.tmp", "lock.json.01234567.stale"):  # left by a kill
+        (Path(parts_folder(done)) / name).touch()
     check_output(done)
     (Path(parts_folder(done)) / "segment-000000-000001.mp4").touch()
     with pytest.raises(ConfigError, match="segments of an interrupted run"):
@@ -275,6 +312,9 @@ def test_sidecar(tmp_path: Path) -> None:
         read_sidecar(video)
     assert sidecar(latents_sha256="ab").write(video) == str(tmp_path / "out.v2.json")
     assert is_complete(video)
+    for content in ("{}", "[]", "{", '{"versions": {"torch": "2"}}'):
+        (tmp_path / "mine.json").write_text(content)
+        assert not is_complete(tmp_path / "mine.mp4"), "somebody else's file of that name"
     read = read_sidecar(video)
     assert read["video_sha256"] == hashlib.sha256(b"video").hexdigest()
     assert read["prompt"] == "a red three, drifting – slowly"

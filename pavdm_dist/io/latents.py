@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import tempfile
@@ -20,7 +21,11 @@ from pavdm_dist.io.storage import atomic_path, disk_errors, is_remote, join, lis
 
 LATENTS_NAMES = re.compile(r"latents-(\d{6,})-(\d{6,})\.safetensors")
 _METADATA = {"layout": "channels time height width", "scale": "normalised"}
+# In a group's file: the checksum of the video's latents up to its end.
+_CHAIN = "sha256"
 _HASH_TAG = b"pavdm_dist latents 1"
+
+logger = logging.getLogger(__name__)
 
 
 class LatentsHash:
@@ -61,7 +66,8 @@ class LatentsWriter:
     Args:
         folder: of the files, local or remote.
         chunks_per_segment: chunks in a group.
-        resume: go on behind the files of an earlier writer; those that are no whole group are removed.
+        resume: go on behind the files of an earlier writer; those that are no whole group, or are not what was written
+            any more, are removed, and all behind them.
         num_chunks: with ``resume``, the chunks of the whole video when the earlier writer had closed all of them: then
             a shorter last file is complete, too.
     """
@@ -71,12 +77,14 @@ class LatentsWriter:
     ) -> None:
         self._folder, self._group = folder, chunks_per_segment
         self._files: list[str] = []
+        self._hash = LatentsHash()  # of all closed groups
         self._open: list[Tensor] = []
         self._frame_shape: tuple[int, ...] | None = None
         self.closed_chunks = 0
         names = list_names(folder) if resume else []
         for first, last, name in sorted((int(m[1]), int(m[2]), m[0]) for m in map(LATENTS_NAMES.fullmatch, names) if m):
-            if first == self.closed_chunks and (last + 1 == num_chunks or last + 1 == first + self._group):
+            whole = last + 1 == num_chunks or last + 1 == first + self._group
+            if first == self.closed_chunks and whole and self._is_sound(name):
                 self._files.append(name)
                 self.closed_chunks = last + 1
         remove_matching(folder, LATENTS_NAMES, keep=self._files)
@@ -120,8 +128,11 @@ class LatentsWriter:
             return
         name = f"latents-{self.closed_chunks:06d}-{self.next_chunk - 1:06d}.safetensors"
         latents = torch.cat([part.detach().to("cpu", torch.float32) for part in self._open], dim=1)
+        digest = LatentsHash(self._hash.state)
+        digest.update(latents)
         with atomic_path(join(self._folder, name)) as staged, disk_errors():
-            save_file({"latents": latents.contiguous()}, staged, _METADATA)
+            save_file({"latents": latents.contiguous()}, staged, {**_METADATA, _CHAIN: digest.hexdigest()})
+        self._hash = digest
         self._files.append(name)
         self.closed_chunks, self._open = self.next_chunk, []
 
@@ -170,6 +181,22 @@ class LatentsWriter:
             joined = np.memmap(scratch, dtype="<f4", mode="r", shape=(channels, total, height, width))
             with atomic_path(path) as staged, disk_errors():
                 save_file({"latents": joined}, staged, _METADATA)
+
+    def _is_sound(self, name: str) -> bool:
+        """Whether the next group's file holds what was written there; if so, its latents are part of the checksum."""
+        digest = LatentsHash(self._hash.state)
+        try:
+            with local_copy(join(self._folder, name)) as file:
+                digest.update(read_latents(file))
+                with safe_open(file, "np") as opened:
+                    sound = (opened.metadata() or {}).get(_CHAIN) == digest.hexdigest()
+        except MediaError:
+            sound = False
+        if sound:
+            self._hash = digest
+        else:
+            logger.warning("%s is not what was written there", join(self._folder, name))
+        return sound
 
 
 def read_latents(path: str | Path) -> Tensor:

@@ -2,8 +2,10 @@
 
 It names the process, when it started, and the machine, or container, whose process numbers these are. There a lock is
 taken over as soon as its process has ended. Whether a process elsewhere has ended cannot be seen from here, so every
-owner renews its lock while it lives, and one that is not renewed for ``SILENCE_S`` is taken over. No two clocks are
-compared: who wants it watches it for that long. An owner that was stopped for longer notices it before it writes again.
+owner renews its lock while it lives, and one that is not renewed for ``SILENCE_S`` is taken over; so is one that says
+nothing, since its writer was killed or lost power in the middle. No two clocks are compared: who wants it watches it
+for that long. An owner that was stopped for longer sees it before it writes again: it reads its lock about once a
+second of writing, and whenever it is about to tidy up.
 """
 
 from __future__ import annotations
@@ -12,25 +14,24 @@ import json
 import logging
 import os
 import platform
-import re
 import threading
 import time
 import uuid
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.fields import json_value
-from pavdm_dist.io import storage
+from pavdm_dist.io import processes, storage
+from pavdm_dist.io.lockfile import Owner, Seen, read_lock, remove_stale, touched
 
 # How often an owner renews its lock, and after what time without that others take it for gone.
 RENEW_S, SILENCE_S = 10.0, 180.0
-# Locks of ended processes on their way out.
-STALE_NAMES = re.compile(rf"{re.escape(storage.LOCK_NAME)}\.[0-9a-f]{{8}}\.stale")
-# A lock that is being written is empty for an instant.
+# How old an owner's knowledge that the lock is its own may be when it writes.
+KNOWN_S = 1.0
+# Another process may have the lock in its hands for an instant, and puts it back when it sees that it is alive.
 _PATIENCE_S = 1.0
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class OutputLock:
     In a remote store it is best effort: two processes that begin in the same moment may both succeed.
     """
 
-    def __init__(self, path: str, mine: dict[str, Any]) -> None:
+    def __init__(self, path: str, mine: Owner) -> None:
         self._lease = _Lease(path, mine)
         self._release = weakref.finalize(self, _let_go, self._lease, os.getpid())
         threading.Thread(target=self._lease.keep, name="pavdm-lock", daemon=True).start()
@@ -52,17 +53,13 @@ class OutputLock:
         """Locks a video's output; makes the parts folder. Waits as :func:`clear_locks` does.
 
         Raises:
-            ConfigError: another live process, or this one, is writing it.
+            ConfigError: as :func:`clear_locks`.
+            OSError: no lock can be written there.
         """
         path = _path(output)
-        mine = {
-            "host": platform.node(),
-            "machine": _machine(),
-            "pid": os.getpid(),
-            "started": _started(os.getpid()),
-            "token": uuid.uuid4().hex,
-        }
-        while not storage.create_new(path, json.dumps(mine).encode()):
+        pid = os.getpid()
+        mine = Owner(platform.node(), processes.machine(), pid, processes.started(pid), uuid.uuid4().hex)
+        while not storage.create_new(path, json.dumps(asdict(mine)).encode()):
             clear_locks([output])
         return cls(path, mine)
 
@@ -70,14 +67,14 @@ class OutputLock:
         """Says whether the output is still this process' to write; cheap.
 
         Raises:
-            OSError: the lock was taken over, or removed.
+            OSError: the lock was taken over, or removed, or could not be renewed for so long that it may be.
         """
         self._lease.check()
 
     @property
     def lost(self) -> bool:
-        """Whether :meth:`check` has failed, or would."""
-        return self._lease.lost
+        """Whether the output is no longer this process' to write, or nothing can be found out; reads the lock."""
+        return not self._lease.is_known_mine()
 
     def release(self) -> None:
         """Gives the output free; harmless when called twice."""
@@ -87,9 +84,10 @@ class OutputLock:
 class _Lease:
     """A lock as the thread that renews it and the owner see it."""
 
-    def __init__(self, path: str, mine: dict[str, Any]) -> None:
+    def __init__(self, path: str, mine: Owner) -> None:
         self.path, self.over, self.lost = path, threading.Event(), False
-        self._mine, self._beats, self._renewed = mine, 0, _now()
+        self._mine, self._beats = mine, 0
+        self._renewed = self._known = processes.now()
         self.turn = threading.RLock()  # a finaliser may run within
 
     def keep(self) -> None:
@@ -99,122 +97,145 @@ class _Lease:
 
     def renew(self) -> None:
         with self.turn:
-            if self.over.is_set() or self.lost:
+            if self.over.is_set():
                 return
             try:
-                if not self.is_mine():
-                    self.lost = True
-                    logger.error("%s is not this process' any more", self.path)
-                    return
-                self._beats += 1
-                if storage.is_remote(self.path):
-                    with storage.atomic_write(self.path, "w") as file:
-                        json.dump({**self._mine, "beats": self._beats}, file)
-                else:
-                    os.utime(self.path)
-                self._renewed = _now()
-            except (OSError, ConfigError) as error:  # a share that is away comes back, or what is written fails, too
-                logger.warning("%s cannot be renewed: %s", self.path, error)
+                if self._look():
+                    self._beat()
+                    self._renewed = processes.now()
+            # A share that is away comes back, or what is written fails, too. Remote stores have kinds of their own.
+            except Exception as error:
+                logger.warning("%s cannot be renewed: %s: %s", self.path, type(error).__name__, error)
 
     def check(self) -> None:
-        if _now() - self._renewed > SILENCE_S / 2:  # this process, or its machine, stood still
-            self.renew()
+        if processes.now() - self._known > KNOWN_S:
+            self.is_known_mine()
         if self.lost:
             raise OSError("another process took it over while this one was silent, or its lock was removed")
+        if processes.now() - self._renewed > SILENCE_S:
+            raise OSError(
+                f"its lock could not be renewed for {SILENCE_S:.0f} s: another process may have taken it over"
+            )
 
-    def is_mine(self) -> bool:
-        found = _look(self.path)
-        return found is not None and found[0]["token"] == self._mine["token"]
+    def is_known_mine(self) -> bool:
+        if processes.now() - self._renewed > SILENCE_S / 2:  # this process, or its machine, stood still
+            self.renew()
+        with self.turn:
+            try:
+                return self._look()
+            except Exception as error:
+                logger.warning("%s cannot be read: %s: %s", self.path, type(error).__name__, error)
+                return False
+
+    def is_mine(self, found: Seen | None) -> bool:
+        return found is not None and found.owner is not None and found.owner.token == self._mine.token
+
+    def _look(self) -> bool:
+        """Whether the lock is still this process'; once it is not, it never is again."""
+        end = time.monotonic() + _PATIENCE_S
+        while not self.lost and not self.is_mine(found := read_lock(self.path)):
+            self.lost = found is not None or time.monotonic() > end
+            if self.lost:
+                logger.error("%s is not this process' any more", self.path)
+            else:
+                time.sleep(_PATIENCE_S / 20)
+        self._known = processes.now()
+        return not self.lost
+
+    def _beat(self) -> None:
+        """Makes the lock another than before, for who watches it."""
+        self._beats += 1
+        if not storage.is_remote(self.path) and touched(self.path):
+            return
+        with storage.atomic_write(self.path, "w") as file:
+            json.dump(asdict(replace(self._mine, beats=self._beats)), file)
 
 
 def clear_locks(outputs: Sequence[str | Path]) -> None:
     """Takes away locks of processes that are gone; waits up to ``SILENCE_S`` for signs of life from other machines.
 
     Args:
-        outputs: any number, watched together. One that cannot be looked at is passed over: opening it says why.
+        outputs: any number, watched together. One whose folder cannot be looked at is passed over: opening it says why.
 
     Raises:
-        ConfigError: a live process, this one perhaps, is writing one of them.
+        ConfigError: a live process, this one perhaps, is writing one of them, or the lock of one cannot be read, or not
+            removed.
     """
-    watched: dict[str | Path, tuple[dict[str, Any], Any]] = {}
+    watched: dict[str | Path, Seen] = {}
     for output in outputs:
-        found = None
-        with suppress(OSError):
-            found = _look(_path(output))
+        found = _find(output)
         if found is None:
             continue
-        if found[0]["machine"] != _machine():
+        owner = found.owner
+        if owner is None or owner.machine != processes.machine():
             watched[output] = found
-        elif _is_alive(found[0]["pid"], found[0]["started"]):
-            raise ConfigError(f"output={output} is being written by process {found[0]['pid']} on this machine")
+        elif processes.is_alive(owner.pid, owner.started):
+            raise ConfigError(f"output={output} is being written by process {owner.pid} on this machine")
         else:
-            _take_away(_path(output), found[0])
+            _take_away(output, found)
     if watched:
         _await_silence(watched)
-    for output, (owner, _) in watched.items():
-        said = "output=%s: process %d on %s has given no sign of life for %.0f s; its lock is taken over"
-        logger.warning(said, output, owner["pid"], owner["host"], SILENCE_S)
-        _take_away(_path(output), owner)
+    for output, found in watched.items():
+        said = "output=%s: %s has given no sign of life for %.0f s; its lock is taken over"
+        logger.warning(said, output, found.who, SILENCE_S)
+        _take_away(output, found)
 
 
-def _await_silence(watched: dict[str | Path, tuple[dict[str, Any], Any]]) -> None:
+def _await_silence(watched: dict[str | Path, Seen]) -> None:
     """Watches locks of other machines for ``SILENCE_S``; drops those that are released meanwhile."""
-    for output, (owner, _) in watched.items():
-        said = "output=%s was being written by process %d on %s; waiting up to %.0f s for a sign of life"
-        logger.info(said, output, owner["pid"], owner["host"], SILENCE_S)
+    for output, before in watched.items():
+        said = "output=%s was being written by %s; waiting up to %.0f s for a sign of life"
+        logger.info(said, output, before.who, SILENCE_S)
     end = time.monotonic() + SILENCE_S
     while watched and time.monotonic() < end:
         time.sleep(min(1.0, SILENCE_S / 10))
         for output, before in list(watched.items()):
-            try:
-                found = _look(_path(output))
-            except OSError as error:
-                raise ConfigError(f"output={output}: its lock cannot be read: {error}") from error
+            found = _find(output)
             if found is None:
                 del watched[output]
             elif found != before:
-                owner = found[0]
-                raise ConfigError(f"output={output} is being written by process {owner['pid']} on {owner['host']}")
+                raise ConfigError(f"output={output} is being written by {found.who}")
 
 
 def _path(output: str | Path) -> str:
     return storage.join(storage.parts_folder(output), storage.LOCK_NAME)
 
 
-def _look(path: str) -> tuple[dict[str, Any], Any] | None:
-    """Who holds a lock, and what is different whenever it has been renewed; None where there is no lock."""
-    deadline = time.monotonic() + _PATIENCE_S
-    while True:
-        try:
-            with storage.open_read(path) as file:
-                # Of the file that was opened: a share tells that afresh, and its own time.
-                stamp = None if storage.is_remote(path) else os.fstat(file.fileno()).st_mtime_ns
-                found = json_value(file.read())
-            names = {"host", "machine", "pid", "started", "token"}
-            if isinstance(found, dict) and names <= set(found) and found["pid"] > 0:
-                return found, stamp
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError):
-            pass
-        if time.monotonic() > deadline:
-            raise ConfigError(f"{path} does not say who is writing; remove it if nobody is")
-        time.sleep(_PATIENCE_S / 20)
+def _find(output: str | Path) -> Seen | None:
+    """The lock of an output; None where there is none.
+
+    Raises:
+        ConfigError: there is something that cannot be read.
+    """
+    path = _path(output)
+    try:
+        return read_lock(path)
+    except OSError as error:
+        if storage.is_remote(path) or os.path.lexists(path):
+            raise ConfigError(
+                f"output={output}: its lock {path} cannot be read ({error.strerror or error}); remove it if nobody is"
+                " writing"
+            ) from error
+    return None
 
 
-def _take_away(path: str, stale: dict[str, Any]) -> None:
-    """Removes a stale lock, but not the one that another process may just have put in its place."""
-    if storage.is_remote(path):
-        storage.remove(path)
-        return
-    aside = f"{path}.{uuid.uuid4().hex[:8]}.stale"
-    with suppress(FileNotFoundError):  # another process was faster
-        os.rename(path, aside)
-        found = _look(aside)
-        if found is None or found[0] != stale:
-            os.rename(aside, path)
-            return
-        os.unlink(aside)
+def _take_away(output: str | Path, stale: Seen) -> None:
+    """Removes a stale lock, but not the one that another process may just have put in its place.
+
+    Raises:
+        ConfigError: it cannot be removed.
+    """
+    path = _path(output)
+    try:
+        if not storage.is_remote(path):
+            remove_stale(path, stale)
+        elif read_lock(path) == stale:
+            storage.remove(path)
+    except OSError as error:
+        raise ConfigError(
+            f"output={output}: the lock {path} of {stale.who}, which is gone, cannot be removed"
+            f" ({error.strerror or error})"
+        ) from error
 
 
 def _let_go(lease: _Lease, pid: int) -> None:
@@ -224,49 +245,7 @@ def _let_go(lease: _Lease, pid: int) -> None:
     # A remote lock that is being renewed would come back; one that cannot be is not waited for.
     waited = lease.turn.acquire(timeout=_PATIENCE_S)
     with suppress(Exception):  # at the interpreter's end there is nobody to tell
-        if lease.is_mine():
+        if not lease.lost and lease.is_mine(read_lock(lease.path)):
             storage.remove(lease.path)
     if waited:
         lease.turn.release()
-
-
-def _machine() -> str:
-    """What this process shares its process numbers with: a machine since its start, or a container on it.
-
-    Containers of a machine, or of several, may well have the same host name.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux
-        return f"{platform.node()} {uuid.getnode():x}"
-
-
-def _now() -> float:
-    """Seconds that go on while the machine sleeps, where the system counts them."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
-
-
-def _is_alive(pid: int, started: int | None) -> bool:
-    now = _started(pid)
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        # Somebody else's, of which the system may not even tell when it started.
-        return now is None or now == started
-    # A process that got the same number later, or one that has ended and was not waited for, is another matter.
-    return now == started
-
-
-def _started(pid: int) -> int | None:
-    """When a living process started, in clock ticks since boot; None where it has ended or the system does not say."""
-    try:
-        if os.readlink("/proc/self") != str(os.getpid()):
-            return None  # it counts the processes of another container
-        # The second field is the command's name, in brackets, with any characters.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])

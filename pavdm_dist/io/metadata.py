@@ -127,8 +127,13 @@ class Sidecar:
 
 
 def is_complete(output: str | Path) -> bool:
-    """Whether the video was finished, that is, has a sidecar."""
-    return exists(sidecar_path(output))
+    """Whether the video was finished, that is, has a sidecar, and no other file of that name."""
+    try:
+        found = read_sidecar(output)
+    except (MediaError, OSError):
+        return False
+    of = found.get("versions") if isinstance(found, Mapping) else None
+    return isinstance(of, Mapping) and "pavdm_dist" in of
 
 
 def read_sidecar(output: str | Path) -> dict[str, Any]:

@@ -11,9 +11,7 @@ dies between two of these leaves parts of which a resume says that only the fini
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -23,21 +21,26 @@ from typing import Any
 
 from torch import Tensor
 
-from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.errors import MediaError
 from pavdm_dist.io import storage
-from pavdm_dist.io.latents import LATENTS_NAMES, LatentsWriter
-from pavdm_dist.io.lock import STALE_NAMES, OutputLock, clear_locks
+from pavdm_dist.io.latents import LatentsWriter
+from pavdm_dist.io.leftovers import (
+    SETTINGS,
+    check_files,
+    check_sidecar,
+    holds,
+    latents_path,
+    recording_facts,
+    remove_own,
+    state_to_resume,
+)
+from pavdm_dist.io.lock import OutputLock, clear_locks
 from pavdm_dist.io.metadata import Sidecar, is_complete, sidecar_path
-from pavdm_dist.io.segments import SEGMENT_NAMES, SegmentWriter
-from pavdm_dist.io.state import STATE_NAMES, Ledger, Point, State, changes, read_state, write_state
+from pavdm_dist.io.segments import SegmentWriter
+from pavdm_dist.io.state import STATE_NAMES, Ledger, Point, State, write_state
 
 # The state is replaced when a segment closes, and after so long when there is a newer point.
 SAVE_SECONDS = 60.0
-# The settings of the command that began a recording.
-SETTINGS = "settings.yaml"
-_OWN = (SEGMENT_NAMES, LATENTS_NAMES, STATE_NAMES, STALE_NAMES, re.compile(re.escape(SETTINGS)))
-_OWN_NAMES = re.compile("|".join(names.pattern for names in _OWN))
-
 logger = logging.getLogger(__name__)
 
 
@@ -48,19 +51,6 @@ class Recorded:
     output: str
     num_frames: int
     latents_sha256: str
-
-
-def latents_path(output: str | Path) -> str:
-    """``clip.mp4`` -> ``clip.safetensors``, in the same folder."""
-    return str(output)[: -len(".mp4")] + ".safetensors"
-
-
-def recording_facts(
-    identity: Mapping[str, Any], fps: float, height: int, width: int, chunks_per_segment: int, save_latents: bool
-) -> dict[str, Any]:
-    """All that must be equal for a recording to be gone on with, as JSON gives it back."""
-    shape = {"fps": float(fps), "height": height, "width": width, "chunks_per_segment": chunks_per_segment}
-    return json.loads(json.dumps({**identity, **shape, "save_latents": save_latents}))
 
 
 def check_recording(
@@ -82,8 +72,9 @@ def check_recording(
     """
     storage.check_output(output, overwrite=True)  # what would be an OSError of the lock
     clear_locks([output])
-    if overwrite or facts is None or _state_to_resume(str(output), facts) is None:
-        _check_files(output, overwrite, save_latents, resume=facts is not None)
+    check_sidecar(output)
+    if overwrite or facts is None or state_to_resume(str(output), facts) is None:
+        check_files(output, overwrite, save_latents, resume=facts is not None)
 
 
 def remove_parts(output: str | Path) -> None:
@@ -95,7 +86,7 @@ def remove_parts(output: str | Path) -> None:
     parts = storage.parts_folder(output)
     if storage.list_names(parts):
         clear_locks([output])
-        storage.remove_matching(parts, _OWN_NAMES)
+        remove_own(parts)
         storage.remove_empty(parts)
 
 
@@ -176,17 +167,17 @@ class Recording:
         storage.check_output(output, overwrite=True)  # what would be an OSError of the lock
         lock = OutputLock.acquire(output)
         try:
+            for path in (output, latents_path(output), sidecar_path(output)):
+                storage.remove_staged(path)
+            check_sidecar(output)
             if resume and is_complete(output):
-                storage.remove_matching(parts, _OWN_NAMES)
-            state = _state_to_resume(output, facts) if resume else None
-            if state is not None:
-                for path in (output, latents_path(output), sidecar_path(output)):
-                    storage.remove_staged(path)
+                remove_own(parts)
+            state = state_to_resume(output, facts, mend=True) if resume else None
             if state is None:
-                _check_files(output, overwrite, save_latents, resume)
+                check_files(output, overwrite, save_latents, resume)
             segments, latents = writers(state)
-            if state is not None and not _holds(state, segments, latents):
-                logger.warning("%s: files of closed segments are gone, all is made again", parts)
+            if state is not None and not holds(state, segments, latents):
+                logger.warning("%s: files of closed segments are gone or damaged, all is made again", parts)
                 state, (segments, latents) = None, writers(None)
             if state is None:
                 if overwrite:
@@ -208,8 +199,10 @@ class Recording:
         """Takes the frames that come before chunk 0, uint8 ``[t, height, width, 3]``; again after a resume, too.
 
         Raises:
-            ValueError: a chunk was written before, or wrong frames.
+            ValueError: wrong frames.
+            OSError: as :meth:`write`.
         """
+        self._lock.check()
         self._segments.write_input(frames)
 
     def write(self, index: int, frames: Any, latents: Tensor, point: Point | None = None) -> bool:
@@ -265,6 +258,7 @@ class Recording:
         Raises:
             ValueError: no chunk was written, or chunks that a resume wants again were not.
             MediaError: what was written of it earlier was damaged since.
+            ConfigError: another file has got the sidecar's name.
             OSError: as :meth:`write`.
         """
         self._lock.check()
@@ -281,9 +275,13 @@ class Recording:
                 )
         self._ledger.complete()
         self._save()
+        check_sidecar(self.output)
+        # Each step may take so long that the lock is lost before the next.
         num_frames = self._segments.join(metadata=comment)
+        self._lock.check()
         if self._latents is not None:
             self._latents.join(latents_path(self.output))
+            self._lock.check()
         Sidecar(
             **{name: self._facts[name] for name in ("fps", "height", "width")},
             num_frames=num_frames,
@@ -291,6 +289,7 @@ class Recording:
             latents_sha256=self._ledger.latents_sha256,
             **facts,
         ).write(self.output)
+        self._lock.check()
         self._remove()
         return Recorded(self.output, num_frames, self._ledger.latents_sha256)
 
@@ -325,36 +324,6 @@ class Recording:
 
     def _remove(self) -> None:
         self._segments.remove()
-        storage.remove_matching(self._segments.parts, _OWN_NAMES)
+        remove_own(self._segments.parts)
         self._lock.release()
         storage.remove_empty(self._segments.parts)
-
-
-def _check_files(output: str | Path, overwrite: bool, save_latents: bool, resume: bool = False) -> None:
-    storage.check_output(output, overwrite, parts=not resume)
-    if not overwrite and storage.exists(sidecar_path(output)):
-        raise ConfigError(f"output={output}: its sidecar {sidecar_path(output)} exists; pass --overwrite")
-    if not overwrite and save_latents and storage.exists(latents_path(output)):
-        raise ConfigError(f"output={output}: its latents {latents_path(output)} exist; pass --overwrite")
-
-
-def _state_to_resume(output: str, identity: Mapping[str, Any]) -> State | None:
-    """The state of an interrupted recording of the same video; None when there is nothing to go on with."""
-    parts = storage.parts_folder(output)
-    if is_complete(output):
-        raise ConfigError(f"output={output} is complete: its sidecar {sidecar_path(output)} exists; pass --overwrite")
-    state = read_state(parts)
-    if state is None:
-        if any(SEGMENT_NAMES.fullmatch(name) for name in storage.list_names(parts)):
-            raise ConfigError(f"output={output}: {parts} holds no state to go on from; pass --overwrite to start anew")
-        return None
-    changed = changes(state.identity, identity)
-    if changed:
-        raise ConfigError(f"output={output}: {parts} was begun with {changed}; give the same to go on, or --overwrite")
-    return state
-
-
-def _holds(state: State, segments: SegmentWriter, latents: LatentsWriter | None) -> bool:
-    """Whether all that the state counts on is still there."""
-    closed = segments.closed_chunks if latents is None else min(segments.closed_chunks, latents.closed_chunks)
-    return closed >= state.first_to_decode

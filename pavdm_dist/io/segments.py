@@ -117,7 +117,7 @@ class SegmentWriter:
             self._next = self.closed_chunks
         elif overwrite:
             storage.remove_matching(self.parts, SEGMENT_NAMES)
-        elif set(storage.list_names(self.parts)) - {storage.LOCK_NAME}:
+        elif storage.holds_work(self.parts):
             raise ConfigError(
                 f"output={output}: {self.parts} holds the segments of an interrupted run; "
                 "choose another name or pass --overwrite"
@@ -150,15 +150,13 @@ class SegmentWriter:
             frames: uint8 ``[t, height, width, 3]``, t >= 1, numpy or CPU tensor.
 
         Returns:
-            Whether they were new; False = an earlier writer, which this one resumes, had them.
+            Whether they were new; False = they are there, perhaps of an earlier writer, which this one resumes.
 
         Raises:
-            ValueError: a chunk was written before, or wrong frames.
+            ValueError: wrong frames.
         """
         if self._input is not None:
             return False
-        if self._next:
-            raise ValueError(f"the input arrived, chunk {self._next} is next")
         array = check_frames(frames, *self._size)
         with storage.atomic_path(storage.join(self.parts, INPUT)) as staged:
             encoder = VideoEncoder(staged, self._rate, *self._size, self._options)

@@ -20,7 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pavdm_dist.fields import Within, json_value, made
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.fields import Within, json_value, made, show
 from pavdm_dist.io import storage
 from pavdm_dist.io.latents import LatentsHash
 
@@ -183,6 +184,10 @@ class Ledger:
         )
 
 
+class _OtherVersion(ConfigError):
+    """A state that another version of this program has written."""
+
+
 class _Place(NamedTuple):
     """A point, the chunk that it goes on with, and the checksum of all latents before that."""
 
@@ -216,18 +221,33 @@ def write_state(folder: str | Path, state: State) -> None:
     with storage.atomic_path(path) as staged:
         with storage.disk_errors():
             save_file(tensors, staged, {"state": text, "sha256": _checksum(text, tensors)})
+        storage.make_durable(staged)  # before the one that is there steps back
         if storage.exists(path):
             storage.move(path, storage.join(folder, PREVIOUS))
 
 
-def read_state(folder: str | Path) -> State | None:
-    """The newest state in a folder that is whole; None when there is none."""
+def read_state(folder: str | Path, mend: bool = False) -> State | None:
+    """The newest state in a folder that is whole; None when there is none.
+
+    Args:
+        folder: the parts.
+        mend: a torn state is removed when the one before is whole, so that the next one does not push that out; only
+            for who may write there.
+
+    Raises:
+        ConfigError: it is of another version.
+    """
     for name in (STATE, PREVIOUS):
         path = storage.join(folder, name)
         if not storage.exists(path):
             continue
         try:
-            return _read(path)
+            found = _read(path)
+            if mend and name == PREVIOUS:
+                storage.remove(storage.join(folder, STATE))
+            return found
+        except _OtherVersion:
+            raise
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s is torn or not a state of this program (%s)", path, error)
     return None
@@ -260,11 +280,10 @@ def _read(path: str) -> State:
         # Copies: what is opened is mapped, and the file may be replaced.
         tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
     text = metadata["state"]
+    _check_version(json_value(text), path)
     if _checksum(text, tensors) != metadata["sha256"]:
         raise ValueError("its checksum differs")
     facts = made(_Facts, json_value(text), path)
-    if facts.version != _VERSION:
-        raise ValueError("it is of another version")
     point = None
     if facts.point is not None:
         prefix = "point."
@@ -276,6 +295,20 @@ def _read(path: str) -> State:
     return State(
         **known, chunk_seconds=seconds, point=point, warm=tensors.get("warm"), pending=dict(sorted(pending.items()))
     )
+
+
+def _check_version(facts: Any, path: str) -> None:
+    """Before anything else is asked of a state: another version may have other facts, and another checksum."""
+    version = facts["version"]
+    if type(version) is int and version != _VERSION:
+        by: Any = facts
+        for name in ("identity", "versions", "pavdm_dist"):
+            by = by.get(name) if isinstance(by, Mapping) else None
+        writer = f"pavdm_dist {show(by)}" if isinstance(by, str) else "another pavdm_dist"
+        raise _OtherVersion(
+            f"{path} is a state of version {version}, written by {writer}; this one goes on with version"
+            f" {_VERSION}: take the one that wrote it, or pass --overwrite to start anew"
+        )
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -7,7 +7,6 @@ when it is complete, so there the file is staged locally and uploaded.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
@@ -20,14 +19,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.io.local import check_place, give_usual_mode, link_new, make_durable
 
 _BLOCK = 1 << 20
 PARTS_SUFFIX = ".parts"
-# In the parts folder: who is writing the video.
+# In the parts folder: who is writing the video; and locks of ended processes on their way out.
 LOCK_NAME = "lock.json"
-# Of a name and of a whole path, on nearly all systems; and what names of files beside an output are longer by at most:
-# .parts with what is in it, .safetensors for .mp4 while it is staged.
-_NAME_BYTES, _PATH_BYTES, _STAGED_BYTES = 255, 4095, 22
+LOCK_NAMES = re.compile(rf"{re.escape(LOCK_NAME)}(\.[0-9a-f]{{8}}\.stale)?")
+# How often a place is made for a new small file that others remove.
+_ATTEMPTS = 5
 # As stage() names them.
 _STAGED = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 
@@ -97,8 +97,7 @@ def remove_matching(folder: str | Path, names: re.Pattern[str], keep: Collection
         keep: names that stay.
     """
     for name in list_names(folder):
-        staged = _STAGED.fullmatch(name)
-        if name not in keep and names.fullmatch(staged[1] if staged else name):
+        if name not in keep and names.fullmatch(_unstaged(name)):
             remove(join(folder, name))
     remove_empty(folder)
 
@@ -132,7 +131,8 @@ def move(path: str | Path, target: str | Path) -> None:
 def create_new(path: str | Path, content: bytes) -> bool:
     """Writes a small file unless there is one, which of several processes at once only one can do; makes the folder.
 
-    In a remote store, which need not know exclusive creation, two processes in the same moment may both succeed.
+    It is whole from its first moment on, where the file system knows hard links. In a remote store, which need not know
+    exclusive creation, two processes in the same moment may both succeed.
 
     Returns:
         Whether the file is new; False = there was one, and it is as it was.
@@ -143,18 +143,12 @@ def create_new(path: str | Path, content: bytes) -> bool:
         fs, inner = _filesystem(path)
         fs.pipe_file(inner, content)
         return True
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        file = open(path, "xb")  # noqa: SIM115
-    except FileExistsError:
+    if os.path.lexists(path):
         return False
-    try:
-        with file:
-            file.write(content)
-    except BaseException:
-        Path(path).unlink(missing_ok=True)
-        raise
-    return True
+    for _ in range(_ATTEMPTS - 1):
+        with suppress(FileNotFoundError):  # who ends a video just now removes what others stage there, and the folder
+            return _create_new(path, content)
+    return _create_new(path, content)
 
 
 @contextmanager
@@ -226,7 +220,7 @@ def commit(staged: Path, path: str | Path) -> None:
         fs, inner = _filesystem(path)
         fs.put_file(str(staged), inner)
     else:
-        _give_usual_mode(staged)
+        give_usual_mode(staged)
         make_durable(staged)
         os.replace(staged, path)
     discard(staged)
@@ -237,25 +231,6 @@ def commit(staged: Path, path: str | Path) -> None:
 def discard(staged: Path) -> None:
     """Removes a staged file, or its empty place; harmless when called twice."""
     shutil.rmtree(staged.parent, ignore_errors=True)
-
-
-def make_durable(path: Path) -> None:
-    """Waits until a file or folder is on the disk, as far as its file system knows how to.
-
-    Raises:
-        OSError: the disk is full or broken.
-    """
-    try:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        # Shares that cannot, for folders above all; what is there is as durable as it will be.
-        unable = error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-        if not (unable or (path.is_dir() and error.errno in (errno.EACCES, errno.EISDIR, errno.EBADF))):
-            raise
 
 
 def check_output(path: str | Path, overwrite: bool = False, field: str = "output", parts: bool = True) -> None:
@@ -274,12 +249,12 @@ def check_output(path: str | Path, overwrite: bool = False, field: str = "output
             right to write.
     """
     if not is_remote(path):
-        _check_local(Path(path), field)
+        check_place(Path(path), field)
     if overwrite:
         return
     if exists(path):
         raise ConfigError(f"{field}={path} exists; choose another name or pass --overwrite")
-    if parts and set(list_names(parts_folder(path))) - {LOCK_NAME}:
+    if parts and holds_work(parts_folder(path)):
         raise ConfigError(
             f"{field}={path}: {parts_folder(path)} holds the segments of an interrupted run; "
             "choose another name or pass --overwrite"
@@ -291,6 +266,11 @@ def parts_folder(path: str | Path) -> str:
     return f"{path}{PARTS_SUFFIX}"
 
 
+def holds_work(parts: str | Path) -> bool:
+    """Whether a parts folder holds anything but locks."""
+    return not all(LOCK_NAMES.fullmatch(_unstaged(name)) for name in list_names(parts))
+
+
 def sha256_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
     digest = hashlib.sha256()
@@ -300,31 +280,20 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _check_local(path: Path, field: str) -> None:
-    if os.path.isdir(path):
-        raise ConfigError(f"{field}={path} is a folder; name a file in it")
-    folder = path.absolute().parent
-    while not os.path.lexists(folder):
-        folder = folder.parent
-    if not folder.is_dir():
-        raise ConfigError(f"{field}={path}: {folder} is a file, not a folder")
+def _create_new(path: str | Path, content: bytes) -> bool:
+    staged = stage(path)
     try:
-        longest = os.pathconf(folder, "PC_NAME_MAX")
-    except (OSError, ValueError):  # a share that does not say
-        longest = _NAME_BYTES
-    missing = path.absolute().relative_to(folder).parts
-    for name, room in zip(missing, (*[0] * (len(missing) - 1), _STAGED_BYTES), strict=True):
-        if len(os.fsencode(name)) + room > longest:
-            raise ConfigError(
-                f"{field}={path}: a name of {len(os.fsencode(name))} bytes is too long; {folder} takes at most"
-                f" {longest - room} here"
-            )
-    if len(os.fsencode(path.absolute())) + _STAGED_BYTES > _PATH_BYTES:
-        raise ConfigError(
-            f"{field}={path}: the whole path is too long, {_PATH_BYTES - _STAGED_BYTES} bytes are the most"
-        )
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"{field}={path}: no right to write in {folder}")
+        staged.write_bytes(content)
+        make_durable(staged)
+        return link_new(staged, path)
+    finally:
+        discard(staged)
+
+
+def _unstaged(name: str) -> str:
+    """The name that a staged file would get; any other name as it is."""
+    staged = _STAGED.fullmatch(name)
+    return staged[1] if staged else name
 
 
 def _filesystem(path: str | Path) -> tuple[Any, str]:
@@ -335,13 +304,3 @@ def _filesystem(path: str | Path) -> tuple[Any, str]:
         return url_to_fs(str(path), use_listings_cache=False)
     except (ImportError, ValueError) as error:  # the driver is not installed, or no such protocol
         raise ConfigError(f"{path} cannot be reached: {error}") from error
-
-
-def _give_usual_mode(path: Path) -> None:
-    """Lets others read what the umask lets them read: some libraries make files that only their owner may."""
-    # The one way to ask that doesn't change it for other threads, too.
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    for umask in (line.partition(":")[2] for line in lines if line.startswith("Umask:")):
-        with suppress(OSError):  # a share without modes
-            path.chmod(0o666 & ~int(umask, 8))

@@ -1,0 +1,100 @@
+"""What is there before a video is recorded: files in the way, and what an interrupted recording has left."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.io import storage
+from pavdm_dist.io.latents import LATENTS_NAMES, LatentsWriter
+from pavdm_dist.io.metadata import is_complete, sidecar_path
+from pavdm_dist.io.segments import SEGMENT_NAMES, SegmentWriter
+from pavdm_dist.io.state import STATE_NAMES, State, changes, read_state
+
+# The settings of the command that began a recording.
+SETTINGS = "settings.yaml"
+_OWN = (SEGMENT_NAMES, LATENTS_NAMES, STATE_NAMES, storage.LOCK_NAMES, re.compile(re.escape(SETTINGS)))
+_OWN_NAMES = re.compile("|".join(names.pattern for names in _OWN))
+
+
+def latents_path(output: str | Path) -> str:
+    """``clip.mp4`` -> ``clip.safetensors``, in the same folder."""
+    return str(output)[: -len(".mp4")] + ".safetensors"
+
+
+def recording_facts(
+    identity: Mapping[str, Any], fps: float, height: int, width: int, chunks_per_segment: int, save_latents: bool
+) -> dict[str, Any]:
+    """All that must be equal for a recording to be gone on with, as JSON gives it back."""
+    shape = {"fps": float(fps), "height": height, "width": width, "chunks_per_segment": chunks_per_segment}
+    return json.loads(json.dumps({**identity, **shape, "save_latents": save_latents}))
+
+
+def remove_own(parts: str) -> None:
+    """Removes a recording's files from its parts folder; the lock stays, and what is not its own."""
+    storage.remove_matching(parts, _OWN_NAMES, keep=[storage.LOCK_NAME])
+
+
+def check_files(output: str | Path, overwrite: bool, save_latents: bool, resume: bool = False) -> None:
+    """Refuses an output where something would be lost.
+
+    Raises:
+        ConfigError: naming the file that is in the way.
+    """
+    storage.check_output(output, overwrite, parts=not resume)
+    if not overwrite and storage.exists(sidecar_path(output)):
+        raise ConfigError(f"output={output}: its sidecar {sidecar_path(output)} exists; pass --overwrite")
+    if not overwrite and save_latents and storage.exists(latents_path(output)):
+        raise ConfigError(f"output={output}: its latents {latents_path(output)} exist; pass --overwrite")
+
+
+def check_sidecar(output: str | Path) -> None:
+    """Refuses an output whose sidecar would replace a file of somebody else's.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    path = sidecar_path(output)
+    if storage.exists(path) and not is_complete(output):
+        raise ConfigError(
+            f"output={output}: {path} exists, which is the name of its sidecar, and is none of this program; choose"
+            " another name, or move that file"
+        )
+
+
+def state_to_resume(output: str, identity: Mapping[str, Any], mend: bool = False) -> State | None:
+    """The state of an interrupted recording of the same video; None when there is nothing to go on with.
+
+    Args:
+        output: the mp4.
+        identity: what must be equal.
+        mend: as of :func:`~pavdm_dist.io.state.read_state`.
+
+    Raises:
+        ConfigError: the video is complete, or was begun otherwise or by another version, or there is no whole state.
+    """
+    parts = storage.parts_folder(output)
+    if is_complete(output):
+        raise ConfigError(f"output={output} is complete: its sidecar {sidecar_path(output)} exists; pass --overwrite")
+    try:
+        state = read_state(parts, mend)
+    except ConfigError as error:
+        raise ConfigError(f"output={output}: {error}") from error
+    if state is None:
+        if any(SEGMENT_NAMES.fullmatch(name) for name in storage.list_names(parts)):
+            raise ConfigError(f"output={output}: {parts} holds no state to go on from; pass --overwrite to start anew")
+        return None
+    changed = changes(state.identity, identity)
+    if changed:
+        raise ConfigError(f"output={output}: {parts} was begun with {changed}; give the same to go on, or --overwrite")
+    return state
+
+
+def holds(state: State, segments: SegmentWriter, latents: LatentsWriter | None) -> bool:
+    """Whether all that the state counts on is still there."""
+    closed = segments.closed_chunks if latents is None else min(segments.closed_chunks, latents.closed_chunks)
+    return closed >= state.first_to_decode
