@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzzing import ANY, CATEGORIES, World, as_process
+from fuzzing import ANY, CATEGORIES, as_process
+from fuzzing.world import World
 from hypothesis import HealthCheck, Phase, given, seed
 from hypothesis import settings as hypothesis_settings
 

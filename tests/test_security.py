@@ -103,8 +103,8 @@ def test_a_training_checkpoint_with_code_is_passed_over(
 
 
 def test_codec_training_goes_on_from_no_state_with_code(mark: Path, tmp_path: Path) -> None:
+    from pavdm_dist.digits.codec_run import load_codec
     from pavdm_dist.digits.codec_training import STATE as CODEC_STATE
-    from pavdm_dist.digits.codec_training import load_codec
 
     torch.save(Code(mark), tmp_path / CODEC_STATE)
     with pytest.raises(CheckpointError, match="is damaged or not a state of this program"):
