@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.commands.progress import ChunkProgress
-from pavdm_dist.commands.sample import render_command
+from pavdm_dist.commands.sample import check_videos, render_command
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.data import prepare
+from pavdm_dist.engine.trace import read_trace, write_trace
 from pavdm_dist.errors import CheckpointError, ConfigError, VideoError
 from pavdm_dist.io import storage
 from pavdm_dist.io.encode import EncoderOptions, VideoEncoder
@@ -91,10 +92,28 @@ exec '{sys.executable}' -m pavdm_dist sample {" ".join(f"'{word}'" for word in w
 
 
 def test_a_video_out_of_range_ends_alone_on_stages(ray_cluster: None, model: Path, tmp_path: Path) -> None:
-    chosen = config(model, tmp_path, ["a red three", "a seven"], num_stages=1, num_frames=13)
-    with pytest.raises(VideoError, match=r"1 of 2 videos failed.*0001-a-seven-s1.mp4: chunk 0 .* not finite"):
-        render_command(chosen, False, ChunkProgress)
+    """Its trace is of that run; the same command again, which tries the failed one again, writes it anew."""
+    trace = tmp_path / "t.json"
+    chosen = config(model, tmp_path, ["a red three", "a seven"], num_stages=1, num_frames=13, trace=str(trace))
+    stages = []
+    for _ in range(2):
+        with pytest.raises(VideoError, match=r"1 of 2 videos failed.*0001-a-seven-s1.mp4: chunk 0 .* not finite"):
+            render_command(chosen, False, ChunkProgress)
+        stages.append(read_trace(trace))
     assert made(tmp_path) == ["0000"]
+    assert len(stages[0][0]) > len(stages[1][0]) > 0, "of one video the second time"
+
+
+def test_only_a_trace_is_replaced_by_one(model: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "t.json"
+    chosen = config(model, tmp_path, ["a red three"], num_stages=1, trace=str(trace))
+    for content in ("", "{}", "[]", '{"version": 1, "stages": 3}', '{"version": 99, "stages": []}', '{"mine": 1}'):
+        trace.write_text(content)
+        with pytest.raises(ConfigError, match=r"trace=.*t\.json exists; choose another name or pass --overwrite"):
+            check_videos(chosen, overwrite=False)
+        assert trace.read_text() == content
+    write_trace(trace, [])
+    check_videos(chosen, overwrite=False)
 
 
 @pytest.mark.parametrize("stages", [0, 1])
@@ -112,14 +131,18 @@ def test_pixels_out_of_range_are_an_error_of_their_chunk(
     assert made(tmp_path) == []
 
 
-def test_a_codec_that_only_gives_nan_is_refused(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_codec_that_gives_no_numbers_is_refused(model: Path, tmp_path: Path, value: str) -> None:
     shutil.copytree(model / "vae", tmp_path / "vae")
     (file,) = (tmp_path / "vae").glob("*.safetensors")
     weights = load_file(file)
-    weights["decoder.conv_out.bias"][0] = float("nan")
+    weights["decoder.conv_out.bias"][0] = float(value)
     save_file(weights, file, {"format": "pt"})
+    codec = WanCodec.from_pretrained(tmp_path / "vae")
     with pytest.raises(CheckpointError, match="gives pixels that are not finite whatever it decodes"):
-        WanCodec.from_pretrained(tmp_path / "vae").receptive_latents()
+        codec.receptive_latents()
+    with pytest.raises(VideoError, match="the codec gave pixels that are not finite"):
+        codec.decoder().decode(torch.zeros(4, 1, 4, 6))
 
 
 def test_a_decoder_that_fails_in_this_process_ends_its_video(
