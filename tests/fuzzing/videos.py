@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fuzzing.values import DAMAGE, JSON, RAW, Damage
 from fuzzing.world import Silent, World, taken
 from pavdm_dist import cli
-from pavdm_dist.commands.resume import words_to_resume
+from pavdm_dist.commands.resume import configs_to_resume
 from pavdm_dist.commands.sample import render_command
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.io.video import probe, read_clip
@@ -82,7 +82,7 @@ def states(case: tuple[list[tuple[str, Any]], Any], world: World) -> list[str]:
 
 def judge_state(words: list[str], case: Any, world: World) -> str:
     output = world.root / "case" / "v.mp4"
-    taken(lambda: words_to_resume(f"{output}.parts"))
+    taken(lambda: configs_to_resume(f"{output}.parts"))
     whole = json.loads((world.root / "whole" / "v.json").read_text())
 
     def judge() -> None:
