@@ -115,7 +115,7 @@ def run(number: int, world: World, report: dict[str, Any]) -> None:
 
 
 def test_commands_refuse_bad_input(world: World, report: dict[str, Any]) -> None:
-    run(4, world, report)
+    run(2, world, report)
 
 
 @pytest.mark.slow
