@@ -95,7 +95,7 @@ class Checkpoint:
         source = Source.of(shipped_models().get(str(model), model), revision)
         file = source.find("model_index.json")
         if file is None:
-            raise CheckpointError(f"model={model}: {source}/model_index.json is missing, so this is no model folder")
+            raise CheckpointError(f"model={model}: {source.missing('model_index.json')}")
         where = f"model={model}: {file}"
         values = read_object(file, CheckpointError)
         index = made(_ModelIndex, values, where, ignore_unknown=True, error=CheckpointError)
@@ -151,15 +151,17 @@ class Checkpoint:
             CheckpointError: there are no weights, or not all.
         """
         if not self.has_weights:
-            raise CheckpointError(f"model={self.source} holds no weights: it can be planned, not sampled")
+            away = self.source.offline
+            what = f": a file of weights is {away}" if away else " holds no weights: it can be planned, not sampled"
+            raise CheckpointError(f"model={self.source}{what}")
         for component in (self.transformer, self.vae, self.source.part("text_encoder")):
             stored_tensors(component)
 
     @cached_property
     def text_encoder(self) -> WordTextEncoder:
         source = self.source.part("text_encoder")
-        found = load_config(source).get("_class_name", TEXT_ENCODER)
-        if found != TEXT_ENCODER:
+        found = load_config(source).get("_class_name")
+        if found not in (None, TEXT_ENCODER):
             raise CheckpointError(f"model={self.source}: text_encoder is {found}, this version runs {TEXT_ENCODER}")
         return WordTextEncoder.from_pretrained(source)
 
@@ -187,7 +189,9 @@ class Checkpoint:
                 f"{self.source}: vae has {latents} latent channels, transformer takes {spec.latent_channels}"
             )
         config = load_config(self.source.part("text_encoder"))
-        text = config.get("text_dim", config.get("d_model"))  # T5's own name for it
+        text = config.get("text_dim")
+        if text is None:
+            text = config.get("d_model")  # T5's own name for it
         if text != spec.text_dim:
             raise CheckpointError(
                 f"{self.source}: text_encoder gives {text} channels, transformer takes {spec.text_dim}"

@@ -75,16 +75,18 @@ def sample(arguments: argparse.Namespace) -> None:
     """Render one prompt, or a file of prompts, to mp4."""
     from pavdm_dist.config import SampleConfig
 
-    found: list[list[str]] = [[]]
-    if arguments.resume is not None:
-        from pavdm_dist.commands.resume import words_to_resume
-
-        outputs = [word for word in arguments.words if word.startswith("output=")]
-        if outputs:
-            raise ConfigError(f"{outputs[0]}: --resume {arguments.resume} goes on where that is; leave it out")
-        found = words_to_resume(arguments.resume)
     needs_prompt = not arguments.print_config
-    configs = [run_config(SampleConfig, [*words, *arguments.words], needs_prompt) for words in found]
+    failed: list[PAVDMError] = []
+    if arguments.resume is None:
+        configs = [run_config(SampleConfig, arguments.words, needs_prompt)]
+    else:
+        from pavdm_dist.commands.resume import configs_to_resume
+
+        config_file, overrides = _sort_settings(arguments.words)
+        given = [config_file] if config_file else [word for word in overrides if word.startswith("output=")]
+        if given:
+            raise ConfigError(f"{given[0]}: --resume {arguments.resume} goes on where and as that was; leave it out")
+        configs, failed = configs_to_resume(arguments.resume, overrides, needs_prompt=needs_prompt)
     if arguments.print_config:
         for config in configs:
             _print_config(config)
@@ -103,7 +105,7 @@ def sample(arguments: argparse.Namespace) -> None:
             else:
                 from pavdm_dist.commands.resume import resume_command
 
-                result = resume_command(configs, ChunkProgress)
+                result = resume_command(configs, failed, ChunkProgress)
         if arguments.json and result is not None:
             _say(json.dumps(result))
 
@@ -200,12 +202,15 @@ def run_config(cls: type[R], words: Sequence[str], needs_prompt: bool) -> R:
     from pavdm_dist.config import validate_sample
     from pavdm_dist.merging import load_config
 
-    prompt, config_file, overrides = _sort_words(words)
-    if prompt is not None:
-        overrides = [f"prompt={prompt}", *overrides]
-    config = load_config(cls, config_file, overrides)
+    config = load_config(cls, *_sort_settings(words))
     validate_sample(config, needs_prompt=needs_prompt)
     return config
+
+
+def _sort_settings(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The config file and the overrides; a prompt is one of these."""
+    prompt, config_file, overrides = _sort_words(words)
+    return config_file, overrides if prompt is None else [f"prompt={prompt}", *overrides]
 
 
 def _sort_words(words: Sequence[str]) -> tuple[str | None, str | None, list[str]]:

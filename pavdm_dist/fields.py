@@ -60,7 +60,8 @@ def made(
     ignore_unknown: bool = False,
     error: type[PAVDMError] = ConfigError,
 ) -> T:
-    """A dataclass from a file's names and values; names that are left out have the class's defaults.
+    """A dataclass from a file's names and values; names that are left out have the class's defaults, and so have those
+    that are null where null says nothing of its own.
 
     Args:
         cls: a dataclass whose annotations say what is legal.
@@ -77,7 +78,12 @@ def made(
     for name in values if not ignore_unknown else ():
         if name not in hints:
             raise error(f"{where}: no such key {prefix}{show(name)}; the keys are {', '.join(hints)}")
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    for field in fields:
+        optional = not field.default is field.default_factory is dataclasses.MISSING
+        if optional and values.get(field.name, ...) is None and type(None) not in members(hints[field.name]):
+            values = {name: value for name, value in values.items() if name != field.name}
+    for field in fields:
         if field.name in values:
             found = fault(hints[field.name], prefix + field.name, values[field.name])
             if found is not None:

@@ -11,7 +11,8 @@ import difflib
 import os
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,16 +21,18 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import (
     CollectionEndEvent,
     CollectionStartEvent,
+    SafeDumper,
     SafeLoader,
+    ScalarNode,
     YAMLError,
+    dump,
     parse,
-    safe_dump,
     safe_load,
 )
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.fields import check_fields, expected, members, show
-from pavdm_dist.redaction import hide_secrets
+from pavdm_dist.redaction import hide_in_urls, is_redacted
 
 T = TypeVar("T")
 # What reading YAML raises: no YAML, no text, a date that is none, a number of thousands of digits, endless nesting.
@@ -37,6 +40,7 @@ NO_YAML = (YAMLError, ValueError, RecursionError)
 _DEEPEST, _MOST = 50, 100_000
 
 _PROMPTS = ("prompt", "negative_prompt")
+_KINDS = {bool: "true or false", int: "a number", float: "a number", date: "a date", datetime: "a time"}
 
 
 def load_config(cls: type[T], yaml_path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
@@ -45,13 +49,40 @@ def load_config(cls: type[T], yaml_path: str | Path | None = None, overrides: Se
     Text fields take an override literally (``prompt=a: b``); other values are read as YAML; ``null`` is None.
 
     Raises:
-        ConfigError: unreadable file, unknown key (the nearest one is named), or a value that the field's annotation
-            does not allow.
+        ConfigError: unreadable file, unknown key (the nearest one is named), a value that the field's annotation
+            does not allow, or an address whose password :func:`to_yaml` has left out.
     """
+    if yaml_path is None:
+        return merged(cls, {}, "", overrides)
+    if not os.path.isfile(yaml_path):
+        raise ConfigError(f"{yaml_path}: no such config file (`pavdm configs ls` lists the shipped ones)")
+    try:
+        content = Path(yaml_path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{yaml_path}: not readable ({error.strerror})") from error
+    return merged(cls, settings_of(content, yaml_path), yaml_path, overrides)
+
+
+def settings_of(content: bytes, where: object) -> dict[Any, Any]:
+    """Names and values of a config file.
+
+    Raises:
+        ConfigError: naming ``where``: it is no YAML, or YAML of something else.
+    """
+    try:
+        values = read_yaml(content)
+    except NO_YAML as error:
+        raise ConfigError(f"{where}: not readable as YAML ({_first_line(error)})") from error
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"{where}: must hold `key: value` lines, not {show(values)}")
+    return values or {}
+
+
+def merged(cls: type[T], values: Mapping[Any, Any], where: object, overrides: Sequence[str] = ()) -> T:
+    """As :func:`load_config`, from what a file at ``where`` holds."""
     config = OmegaConf.structured(cls)
-    if yaml_path is not None:
-        for key, value in _read_yaml(Path(yaml_path)).items():
-            _set(config, cls, [str(key)], value, origin=f"{yaml_path}: ")
+    for key, value in values.items():
+        _set(config, cls, [str(key)], value, origin=f"{where}: ")
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals or not key:
@@ -63,6 +94,9 @@ def load_config(cls: type[T], yaml_path: str | Path | None = None, overrides: Se
         raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
     assert isinstance(result, cls)
     check_fields(result)
+    for name, value in _texts(dataclasses.asdict(typing.cast(Any, result))):
+        if is_redacted(value):
+            raise ConfigError(f"{name}={value}: *** stands for a secret that no file keeps; give {name}=... again")
     return result
 
 
@@ -88,35 +122,53 @@ def read_yaml(text: str | bytes) -> Any:
     return content
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """The settings as plain lists, dicts and scalars, for files; without secrets, which only addresses hold."""
-    return _without_secrets(dataclasses.asdict(config))
+def to_dict(config: Any, hide: Callable[[str], str] = hide_in_urls) -> dict[str, Any]:
+    """The settings as plain lists, dicts and scalars, for files.
+
+    Args:
+        config: a dataclass.
+        hide: takes secrets out of texts that are no prompts; without more said out of addresses only, so that whatever
+            else is read back is as it was.
+    """
+    return _without_secrets(dataclasses.asdict(config), hide)
 
 
 def to_yaml(config: Any) -> str:
-    """The settings as YAML that :func:`load_config` reads back to an equal object, but for secrets."""
-    return safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    """The settings as YAML that :func:`load_config` reads back to an equal object, but for secrets in addresses."""
+    return dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _without_secrets(value: Any) -> Any:
+class _Dumper(SafeDumper):
+    """Writes characters that YAML would read as ends of lines, or not at all, as escapes."""
+
+
+def _quoted(dumper: SafeDumper, text: str) -> ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _quoted)
+
+
+def _without_secrets(value: Any, hide: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
         # What a video shows is no secret, and a word changed in it would make another video.
-        return {key: entry if key in _PROMPTS else _without_secrets(entry) for key, entry in value.items()}
+        return {key: entry if key in _PROMPTS else _without_secrets(entry, hide) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_without_secrets(entry) for entry in value]
-    return hide_secrets(value) if isinstance(value, str) else value
+        return [_without_secrets(entry, hide) for entry in value]
+    return hide(value) if isinstance(value, str) else value
 
 
-def _read_yaml(path: Path) -> dict[Any, Any]:
-    if not os.path.isfile(path):
-        raise ConfigError(f"{path}: no such config file (`pavdm configs ls` lists the shipped ones)")
-    try:
-        content = read_yaml(path.read_bytes())
-    except (OSError, *NO_YAML) as error:
-        raise ConfigError(f"{path}: not readable as YAML ({_first_line(error)})") from error
-    if not isinstance(content, dict | None):
-        raise ConfigError(f"{path}: must hold `key: value` lines, not {show(content)}")
-    return content or {}
+def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every text with its setting's name, but for prompts."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            if key not in _PROMPTS:
+                yield from _texts(entry, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _texts(entry, name)
+    elif isinstance(value, str):
+        yield name, value
 
 
 def _set(config: DictConfig, cls: type, path: list[str], value: Any, *, parse: bool = False, origin: str = "") -> None:
@@ -143,6 +195,9 @@ def _set(config: DictConfig, cls: type, path: list[str], value: Any, *, parse: b
         for key, entry in value.items():
             _set(config, cls, [*path, str(key)], entry, origin=origin)
         return
+    found = _no_text(annotation, name, value)
+    if found is not None:
+        raise ConfigError(origin + found)
     try:
         nested = _escape(value)
         for key in reversed(name.split(".")):
@@ -150,6 +205,25 @@ def _set(config: DictConfig, cls: type, path: list[str], value: Any, *, parse: b
         config.merge_with(nested)
     except (OmegaConfBaseException, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ConfigError(origin + _explain(error, name, annotation, value)) from error
+
+
+def _no_text(annotation: Any, name: str, value: Any) -> str | None:
+    """What is wrong where YAML found a number, a date or a truth and text is meant: as ``False`` or ``7``, ``no`` and
+    ``007`` would be other words."""
+    kinds = members(annotation)
+    if isinstance(value, list | dict | str | None):
+        item = next((typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is list), None)
+        parts: Iterable[tuple[Any, str, Any]] = ()
+        if isinstance(value, list) and item is not None:
+            parts = ((item, f"{name}[{number}]", entry) for number, entry in enumerate(value))
+        elif isinstance(value, dict) and dataclasses.is_dataclass(kinds[0]):
+            hints = typing.get_type_hints(kinds[0])
+            parts = ((hints[key], f"{name}.{key}", entry) for key, entry in value.items() if key in hints)
+        return next((found for found in (_no_text(*part) for part in parts) if found is not None), None)
+    if str not in kinds:
+        return None
+    kind = _KINDS.get(type(value), "another kind of value")
+    return f"{name}={show(value)}: must be {expected(annotation)}; YAML reads {kind} here, put text in quotes"
 
 
 def _parse(annotation: Any, name: str, text: str) -> Any:

@@ -6,6 +6,7 @@ import ast
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -70,7 +71,8 @@ def _restore_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The command line sets the package's logger up for its process; the next test finds it as it was."""
     package = logging.getLogger("pavdm_dist")
     before = (package.handlers, package.level, package.propagate)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    for module, hook in ((sys, "excepthook"), (threading, "excepthook"), (sys, "unraisablehook")):
+        monkeypatch.setattr(module, hook, getattr(module, hook))
     yield
     package.handlers, package.level, package.propagate = before
 

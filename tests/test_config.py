@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pavdm_dist.config import PromptChange, SampleConfig, frames_wanted, validate_sample
+from pavdm_dist.data.prepare import PrepareConfig
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.shipped import configs_root
 from pavdm_dist.merging import load_config, to_dict, to_yaml
@@ -113,6 +114,65 @@ def test_dumped_yaml_reads_back_equal(tmp_path: Path, text: str) -> None:
     assert config.prompt == text
     assert load_config(SampleConfig, file) == config
     assert to_dict(config)["prompt_schedule"] == [{"from_chunk": 3, "prompt": text}]
+
+
+CONTROLS = [chr(code) for code in (*range(1, 0x20), *range(0x7F, 0xA1), 0xAD, 0x2028, 0x2029, 0xFEFF, 0xFFFE, 0x10FFFF)]
+
+
+@pytest.mark.parametrize("shape", ["{}", "a{}b", "a {} b", "{}a: 'b'", 'a"{}\\'])
+def test_characters_that_yaml_takes_for_ends_of_lines_read_back_equal(tmp_path: Path, shape: str) -> None:
+    file = tmp_path / "dump.yaml"
+    for number, character in enumerate(CONTROLS, 1):
+        config = SampleConfig(prompt=shape.format(character), prompt_schedule=[PromptChange(number, character)])
+        file.write_bytes(to_yaml(config).encode())
+        assert load_config(SampleConfig, file) == config, repr(character)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
+@settings(deadline=None, database=None)
+def test_any_text_reads_back_equal(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    file = tmp_path_factory.getbasetemp() / "any.yaml"
+    config = SampleConfig(prompt=text, output=text)
+    file.write_bytes(to_yaml(config).encode())
+    assert load_config(SampleConfig, file) == config
+
+
+def test_letters_of_any_script_stay_readable_in_files() -> None:
+    assert "prompt: 红色的三 é" in to_yaml(SampleConfig(prompt="红色的三 é"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("prompt: no", "prompt=False: must be text or null; YAML reads true or false here, put text in quotes"),
+        ("prompt: 007", "prompt=7: must be text or null; YAML reads a number here"),
+        ("negative_prompt: 1e-3", None),
+        ("negative_prompt: 1.5", "negative_prompt=1.5: must be text or null; YAML reads a number"),
+        ("output: 2026-11-26", "output=2026-11-26: must be text; YAML reads a date here"),
+        ("output: 2026-11-26 10:00:00", "YAML reads a time here"),
+        ("model: !!binary aGk=", "YAML reads another kind of value here"),
+        ("prompt_schedule: [{from_chunk: 2, prompt: yes}]", "prompt_schedule[0].prompt=True: must be text"),
+        ("prompt: [a]", "prompt=['a']: must be text or null"),
+        ("prompt: 'no'", None),
+        ("prompt: null", None),
+    ],
+)
+def test_what_yaml_takes_for_something_else_is_no_text(tmp_path: Path, content: str, said: str | None) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    if said is None:
+        load_config(SampleConfig, file)
+        return
+    with pytest.raises(ConfigError) as error:
+        load_config(SampleConfig, file)
+    assert str(error.value).startswith(f"{file}: ") and said in str(error.value), str(error.value)
+
+
+def test_lists_of_texts_in_overrides_hold_texts_too() -> None:
+    with pytest.raises(ConfigError, match=r"prompt_schedule\[0\].prompt=7: must be text; YAML reads a number"):
+        sample("prompt_schedule=[{from_chunk: 2, prompt: 007}]")
+    with pytest.raises(ConfigError, match=r"source\[1\]=2024: must be text; YAML reads a number"):
+        load_config(PrepareConfig, None, ["source=[a, 2024]"])
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import tiny_checkpoint
+from test_stdit3_weights import equal_states
 
-from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.checkpoint import Checkpoint, SamplingDefaults, _ModelIndex
+from pavdm_dist.codecs.text import _TextConfig
+from pavdm_dist.codecs.wan_config import WanConfig
 from pavdm_dist.errors import CheckpointError
+from pavdm_dist.fields import made
+from pavdm_dist.models.catalog import _ClassNames
+from pavdm_dist.models.stdit3 import STDiT3Config
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +67,37 @@ def test_a_wrong_value_names_file_field_and_what_is_legal(
         path.write_text(before)
     assert said in str(refused.value) and "\n" not in str(refused.value)
     assert str(path.parent) in str(refused.value)
+
+
+@pytest.mark.parametrize("cls", [WanConfig, STDiT3Config, _ClassNames, _ModelIndex, SamplingDefaults, _TextConfig])
+def test_null_is_as_good_as_no_key_where_there_is_a_default(cls: type) -> None:
+    required = {
+        "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16, "transformer": ["a", "b"], "vae": ["a", "b"],
+        "text_encoder": ["a", "b"], "vocabulary": ["a"],
+    }  # fmt: skip
+    names = [field.name for field in fields(cls)]
+    given = {name: value for name, value in required.items() if name in names}
+    for name in names:
+        if name in given:
+            with pytest.raises(CheckpointError, match=f"{name}=null: must be a list"):
+                made(cls, {**given, name: None}, "file", error=CheckpointError)
+        else:
+            assert made(cls, {**given, name: None}, "file") == made(cls, given, "file"), name
+
+
+def test_a_published_model_with_nulls_is_opened(model: Path, tmp_path: Path) -> None:
+    """As other programs write their configurations: every key they know, null where it has no say."""
+    folder = tmp_path / "m"
+    shutil.copytree(model, folder)
+    for part, nulls in (
+        ("transformer", ["architectures", "_class_name", "qk_norm", "causal_trained", "level_support"]),
+        ("vae", ["attn_scales", "_class_name", "decoder_base_dim", "dropout", "num_res_blocks_of_another_version"]),
+        ("text_encoder", ["_class_name", "max_length"]),
+    ):
+        path = folder / part / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **dict.fromkeys(nulls)}))
+    opened, plain = Checkpoint.open(folder), Checkpoint.open(model)
+    latents = torch.randn(4, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(opened.codec.decoder().decode(latents), plain.codec.decoder().decode(latents))
+    assert torch.equal(opened.text_encoder.encode("a red three"), plain.text_encoder.encode("a red three"))
+    assert equal_states(opened.backbone, plain.backbone)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzzing import ANY, CATEGORIES, World, as_process
+from fuzzing import ANY, CATEGORIES, as_process
+from fuzzing.world import World
 from hypothesis import HealthCheck, Phase, given, seed
 from hypothesis import settings as hypothesis_settings
 
@@ -114,7 +115,7 @@ def run(number: int, world: World, report: dict[str, Any]) -> None:
 
 
 def test_commands_refuse_bad_input(world: World, report: dict[str, Any]) -> None:
-    run(4, world, report)
+    run(2, world, report)
 
 
 @pytest.mark.slow

@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.commands.progress import ChunkProgress
-from pavdm_dist.commands.sample import render_command
+from pavdm_dist.commands.sample import check_videos, render_command
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.data import prepare
+from pavdm_dist.engine.trace import read_trace, write_trace
 from pavdm_dist.errors import CheckpointError, ConfigError, VideoError
 from pavdm_dist.io import storage
 from pavdm_dist.io.encode import EncoderOptions, VideoEncoder
@@ -35,6 +36,21 @@ from pavdm_dist.train import saves
 
 pytestmark = pytest.mark.timeout(180)
 MOUNTS = ["unshare", "--mount"]
+# Renders with a small disk and a read-only one in the place of two videos' parts, and again once both have room.
+ON_SMALL_DISKS = """
+import subprocess, sys
+from pavdm_dist.cli import main
+
+full, read_only, *words = sys.argv[1:]
+def mount(folder, options):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], check=True)
+mount(full, "size=36k")
+mount(read_only, "ro")
+first = main(words)
+mount(full, "remount,size=4m")
+mount(read_only, "remount,rw")
+sys.exit(10 * first + main(words))
+"""
 
 
 def can_mount(tmp: str) -> bool:
@@ -75,36 +91,60 @@ def test_full_and_read_only_disks_and_values_out_of_range_end_their_own_videos(m
         f"{name}={getattr(chosen, name)}"
         for name in ("model", "prompts", "output", "num_frames", "guidance_scale", "chunks_per_segment")
     ]
-    script = f"""set -e
-mount -t tmpfs -o size=36k none '{parts[0]}'
-mount -t tmpfs -o ro none '{parts[1]}'
-exec '{sys.executable}' -m pavdm_dist sample {" ".join(f"'{word}'" for word in words)}"""
-    done = subprocess.run([*MOUNTS, "sh", "-c", script], capture_output=True, text=True, timeout=150)
-    said = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    run = [*MOUNTS, sys.executable, "-c", ON_SMALL_DISKS, *map(str, parts), "sample", *words]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 22 and "Traceback" not in done.stderr, done.stderr
+    said, again = (line for line in done.stderr.splitlines() if line.startswith("pavdm: "))
     assert said.startswith("pavdm: 3 of 5 videos failed, the others are complete: "), said
     full, read_only, range_ = said.partition("complete: ")[2].split("; ")
     assert re.search(rf"{names[0]}\.mp4: cannot be written: .*No space left on device", full)
     assert re.search(rf"{names[1]}\.mp4: cannot be written: .*Read-only file system", read_only)
     assert re.search(r"0003-a-seven-up-s3\.mp4: chunk 0 holds values that are not finite after step \d+", range_)
-    assert made(tmp_path) == ["0000", "0004"]
+    assert again.startswith("pavdm: 1 of 5 videos failed, the others are complete: ") and "0003-a-seven-up-s3" in again
+    assert made(tmp_path) == ["0000", "0001", "0002", "0004"]
 
 
-def test_a_video_out_of_range_ends_alone_on_stages(ray_cluster: None, model: Path, tmp_path: Path) -> None:
-    chosen = config(model, tmp_path, ["a red three", "a seven"], num_stages=1, num_frames=13)
-    with pytest.raises(VideoError, match=r"1 of 2 videos failed.*0001-a-seven-s1.mp4: chunk 0 .* not finite"):
-        render_command(chosen, False, ChunkProgress)
+@pytest.mark.parametrize("runs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_video_out_of_range_ends_alone_on_stages(ray_cluster: None, model: Path, tmp_path: Path, runs: int) -> None:
+    """Its trace is of that run; the same command again, which tries the failed one again, writes it anew."""
+    trace = tmp_path / "t.json"
+    chosen = config(model, tmp_path, ["a red three", "a seven"], num_stages=1, num_frames=13, trace=str(trace))
+    stages = []
+    for _ in range(runs):
+        with pytest.raises(VideoError, match=r"1 of 2 videos failed.*0001-a-seven-s1.mp4: chunk 0 .* not finite"):
+            render_command(chosen, False, ChunkProgress)
+        stages.append(read_trace(trace))
     assert made(tmp_path) == ["0000"]
+    check_videos(chosen, overwrite=False)
+    if runs == 2:
+        assert len(stages[0][0]) > len(stages[1][0]) > 0, "of one video the second time"
 
 
-@pytest.mark.parametrize("stages", [0, 1])
+def test_only_a_trace_is_replaced_by_one(model: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "t.json"
+    chosen = config(model, tmp_path, ["a red three"], num_stages=1, trace=str(trace))
+    for content in ("", "{}", "[]", '{"version": 1, "stages": 3}', '{"version": 99, "stages": []}', '{"mine": 1}'):
+        trace.write_text(content)
+        with pytest.raises(ConfigError, match=r"trace=.*t\.json exists; choose another name or pass --overwrite"):
+            check_videos(chosen, overwrite=False)
+        assert trace.read_text() == content
+    write_trace(trace, [])
+    check_videos(chosen, overwrite=False)
+
+
+@pytest.mark.parametrize("stages", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_pixels_out_of_range_are_an_error_of_their_chunk(
     ray_cluster: None, model: Path, tmp_path: Path, stages: int
 ) -> None:
     broken = tmp_path / "m"
     shutil.copytree(model, broken)
     file = broken / "vae/config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "latents_std": [1e38] * 4}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "latents_mean": [0] * 4}))
+    (file,) = (broken / "vae").glob("*.safetensors")
+    weights = load_file(file)
+    weights["post_quant_conv.weight"].fill_(3e38)  # nothing of nothing, and too much of anything else
+    weights["post_quant_conv.bias"].zero_()
+    save_file(weights, file, {"format": "pt"})
     chosen = config(broken, tmp_path, ["a red three", "red"], num_stages=stages, num_frames=5)
     sentence = "chunk 0 could not be decoded: the codec gave pixels that are not finite"
     with pytest.raises(VideoError, match=f"2 of 2 videos failed.*{sentence}.*{sentence}"):
@@ -112,14 +152,18 @@ def test_pixels_out_of_range_are_an_error_of_their_chunk(
     assert made(tmp_path) == []
 
 
-def test_a_codec_that_only_gives_nan_is_refused(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_codec_that_gives_no_numbers_is_refused(model: Path, tmp_path: Path, value: str) -> None:
     shutil.copytree(model / "vae", tmp_path / "vae")
     (file,) = (tmp_path / "vae").glob("*.safetensors")
     weights = load_file(file)
-    weights["decoder.conv_out.bias"][0] = float("nan")
+    weights["decoder.conv_out.bias"][0] = float(value)
     save_file(weights, file, {"format": "pt"})
+    codec = WanCodec.from_pretrained(tmp_path / "vae")
     with pytest.raises(CheckpointError, match="gives pixels that are not finite whatever it decodes"):
-        WanCodec.from_pretrained(tmp_path / "vae").receptive_latents()
+        codec.receptive_latents()
+    with pytest.raises(VideoError, match="the codec gave pixels that are not finite"):
+        codec.decoder().decode(torch.zeros(4, 1, 4, 6))
 
 
 def test_a_decoder_that_fails_in_this_process_ends_its_video(

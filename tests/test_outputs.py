@@ -98,6 +98,7 @@ def test_the_longest_name_that_is_taken_can_be_made(model: Path, tmp_path: Path)
     assert read_sidecar(output)["num_frames"] == 8
 
 
+@pytest.mark.slow
 def test_a_read_only_disk_is_told_before_anything_is_done(model: Path, tmp_path: Path, mounts: list[str]) -> None:
     script = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
     words = ["sample", "a red three", f"model={model}", f"output={tmp_path}/o.mp4", *SHORT]
@@ -109,9 +110,8 @@ def test_a_read_only_disk_is_told_before_anything_is_done(model: Path, tmp_path:
     assert done.stderr == f"pavdm: output={tmp_path}/o.mp4: no right to write in {tmp_path}\n"
 
 
-@pytest.mark.parametrize(
-    "size", ["40k", *(pytest.param(size, marks=pytest.mark.slow) for size in ("8k", "20k", "28k", "52k", "64k", "80k"))]
-)
+@pytest.mark.slow  # tests/test_health.py has one that always runs
+@pytest.mark.parametrize("size", ["8k", "20k", "28k", "40k", "52k", "64k", "80k"])
 def test_a_full_disk_ends_one_video_and_the_same_command_goes_on(
     model: Path, tmp_path: Path, mounts: list[str], size: str
 ) -> None:

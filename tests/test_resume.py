@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 
 import av
-import numpy as np
 import pytest
 import torch
 from helpers import hear_signals, tiny_checkpoint
+from interrupting import PROMPT, interrupted, render
 
-from pavdm_dist import cli
-from pavdm_dist.commands.progress import ChunkProgress
-from pavdm_dist.commands.sample import render_command
-from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError, MediaError, VideoError
-from pavdm_dist.io.encode import EncoderOptions, VideoEncoder
 from pavdm_dist.io.latents import read_latents
 from pavdm_dist.io.metadata import read_sidecar
 
 pytestmark = pytest.mark.timeout(180)
-PROMPT = "a red three drifting up"
 SETTINGS = {"num_frames": 149, "save_latents": "true", "chunks_per_segment": 3, "guidance_scale": 1}  # 19 chunks
 
 
@@ -140,132 +130,59 @@ def test_a_video_goes_on_on_stages_and_by_its_folder_alone(
     assert bad.returncode == 2 and "is no folder of an interrupted video" in bad.stderr
 
 
-def _render(model: Path, output: Path, overwrite: bool = False, **settings: object) -> list[dict]:
-    config = SampleConfig(prompt=PROMPT, model=str(model), output=str(output), num_frames=21, guidance_scale=1.0)
-    for name, value in settings.items():
-        setattr(config, name, value)
-    return render_command(config, overwrite, ChunkProgress)["videos"]
-
-
-def _interrupted(model: Path, output: Path, monkeypatch: pytest.MonkeyPatch, after: int, **settings: object) -> None:
-    """Leaves what a command leaves that is stopped after so many chunks."""
-    given: list[int] = []
-
-    def chunk(self: ChunkProgress, stream: int, index: int, frames: int) -> None:
-        given.append(index)
-        if len(given) == after:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(1)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(ChunkProgress, "chunk", chunk)
-        with pytest.raises(KeyboardInterrupt, match="the same command again goes on"):
-            _render(model, output, **settings)
-
-
 def test_a_batch_makes_what_is_missing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red three\na blue seven\na three up\n")
     settings = {"prompt": None, "prompts": str(prompts)}
-    expected = _render(model, tmp_path / "whole", **settings)
+    expected = render(model, tmp_path / "whole", **settings)
     # Three chunks each: the second video is in the middle.
-    _interrupted(model, tmp_path / "cut", monkeypatch, 5, **settings)
+    interrupted(model, tmp_path / "cut", monkeypatch, 5, **settings)
     first = next((tmp_path / "cut").glob("0000-*.mp4"))
     stamp = first.stat().st_mtime_ns
     caplog.clear()
     with caplog.at_level("INFO"):
-        found = _render(model, tmp_path / "cut", **settings)
+        found = render(model, tmp_path / "cut", **settings)
     assert first.stat().st_mtime_ns == stamp and f"{first} is complete already" in caplog.text
     assert "goes on at chunk 2" in caplog.text
     assert [v["latents_sha256"] for v in found] == [v["latents_sha256"] for v in expected]
     stamps = [path.stat().st_mtime_ns for path in sorted((tmp_path / "cut").iterdir())]
-    assert _render(model, tmp_path / "cut", **settings) == found, "nothing is left to do"
+    assert render(model, tmp_path / "cut", **settings) == found, "nothing is left to do"
     assert stamps == [path.stat().st_mtime_ns for path in sorted((tmp_path / "cut").iterdir())]
-
-
-def test_a_folder_says_which_videos_are_finished(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Relative paths in the settings, other working directories, and no prompt file any more."""
-    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    there.mkdir()
-    shutil.copytree(model, there / "m")
-    encoder = VideoEncoder(there / "clip.mp4", Fraction(24), 32, 48, EncoderOptions())
-    for shade in range(60):
-        encoder.write(np.full((32, 48, 3), 4 * shade, np.uint8))
-    encoder.close()
-    monkeypatch.chdir(there)
-    (there / "prompts.txt").write_text("a red three\na blue seven\na three up\n")
-    settings = {
-        "prompt": None, "prompts": "prompts.txt", "video": "clip.mp4", "start": "chunk", "chunks_per_segment": 1,
-    }  # fmt: skip
-    expected = {Path(v["output"]).name: v for v in _render(Path("m"), Path("whole"), **settings)}
-    # Two unfinished videos: the third is begun as the first is, by hand.
-    _interrupted(Path("m"), Path("cut"), monkeypatch, 2, **settings)
-    shutil.move(there / "cut", there / "kept")
-    _interrupted(Path("m"), Path("cut"), monkeypatch, 5, **settings)
-    shutil.copytree(there / "kept/0000-a-red-three-s0.mp4.parts", there / "cut/0000-a-red-three-s0.mp4.parts")
-    for path in (there / "cut").glob("0000-a-red-three-s0.*[4n]"):
-        path.unlink()
-    for path in there.glob("*.txt"):
-        path.unlink()
-    monkeypatch.chdir(elsewhere)
-    parts = there / "cut/0001-a-blue-seven-s1.mp4.parts"
-    shutil.copytree(there / "cut", tmp_path / "copy")
-
-    assert cli.main(["sample", "--resume", str(parts), "output=x.mp4"]) == 2
-    assert "output=x.mp4: --resume" in capsys.readouterr().err
-    assert cli.main(["sample", "--resume", f"{parts}/", "--json"]) == 0
-    (made,) = json.loads(capsys.readouterr().out)["videos"]
-    assert made["output"] == str(parts).removesuffix(".parts")
-    assert made["latents_sha256"] == expected["0001-a-blue-seven-s1.mp4"]["latents_sha256"]
-    assert (there / "cut/0000-a-red-three-s0.mp4.parts").exists(), "that video only"
-
-    monkeypatch.chdir(tmp_path / "copy")
-    assert cli.main(["sample", "--resume", ".", "--json"]) == 0
-    made = json.loads(capsys.readouterr().out)["videos"]
-    assert [Path(v["output"]).name for v in made] == ["0000-a-red-three-s0.mp4", "0001-a-blue-seven-s1.mp4"]
-    for v in made:
-        assert v["latents_sha256"] == expected[Path(v["output"]).name]["latents_sha256"]
-    assert not list((tmp_path / "copy").glob("*.parts")) and not list(elsewhere.iterdir())
-    assert cli.main(["sample", "--resume", "."]) == 2
-    assert "is no folder of an interrupted video" in capsys.readouterr().err
 
 
 def test_another_setting_is_refused_and_named(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "v.mp4"
-    _interrupted(model, output, monkeypatch, 2)
+    interrupted(model, output, monkeypatch, 2)
     before = {path: path.read_bytes() for path in Path(f"{output}.parts").iterdir()}
     with pytest.raises(ConfigError, match=r"begun with seed=0 \(now 1\); give the same to go on, or --overwrite"):
-        _render(model, output, seed=1)
+        render(model, output, seed=1)
     with pytest.raises(ConfigError, match=r"begun with sampling.guidance_scale=1.0 \(now 2.0\)"):
-        _render(model, output, guidance_scale=2.0)
+        render(model, output, guidance_scale=2.0)
     assert before == {path: path.read_bytes() for path in Path(f"{output}.parts").iterdir()}
-    (made,) = _render(model, output)
+    (made,) = render(model, output)
     with pytest.raises(ConfigError, match=r"v.mp4 was made with prompt=.* \(now .*, and its sidecar .* exists"):
-        _render(model, output, prompt="a blue seven")
-    (anew,) = _render(model, output, overwrite=True, prompt="a blue seven")
+        render(model, output, prompt="a blue seven")
+    (anew,) = render(model, output, overwrite=True, prompt="a blue seven")
     assert anew["latents_sha256"] != made["latents_sha256"]
     # A sidecar that is not one of ours is nobody's to replace.
     output.with_suffix(".json").write_text(json.dumps({"mine": 1}))
     with pytest.raises(ConfigError, match="exists"):
-        _render(model, output)
+        render(model, output)
 
 
 def test_a_torn_state_falls_back_to_the_one_before(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (whole,) = _render(model, tmp_path / "whole.mp4", chunks_per_segment=1)
+    (whole,) = render(model, tmp_path / "whole.mp4", chunks_per_segment=1)
     output = tmp_path / "v.mp4"
-    _interrupted(model, output, monkeypatch, 2, chunks_per_segment=1)
+    interrupted(model, output, monkeypatch, 2, chunks_per_segment=1)
     state = Path(f"{output}.parts/state.safetensors")
     content = bytearray(state.read_bytes())
     content[-1] ^= 1
     state.write_bytes(bytes(content))
-    (found,) = _render(model, output, chunks_per_segment=1)
+    (found,) = render(model, output, chunks_per_segment=1)
     assert "is torn or not a state of this program" in caplog.text
     assert found["latents_sha256"] == whole["latents_sha256"]
 
@@ -277,8 +194,8 @@ def test_one_unwritable_output_ends_alone(model: Path, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "0001-a-blue-seven-s1.mp4.parts").write_text("somebody put a file here")
     with pytest.raises(VideoError, match=r"1 of 3 videos failed, the others are complete: .*0001-a-blue-seven-s1.mp4"):
-        _render(model, folder, prompt=None, prompts=str(prompts))
+        render(model, folder, prompt=None, prompts=str(prompts))
     made = sorted(path.name for path in folder.glob("*.mp4"))
     assert made == ["0000-a-red-three-s0.mp4", "0002-a-three-up-s2.mp4"]
     with pytest.raises(MediaError, match=r"0001-a-blue-seven-s1.mp4"):
-        _render(model, folder / "0001-a-blue-seven-s1.mp4", prompt="a blue seven", seed=1)
+        render(model, folder / "0001-a-blue-seven-s1.mp4", prompt="a blue seven", seed=1)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
 import pickle
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from helpers import tiny_checkpoint
 from hub import REPOSITORY, serve
 
@@ -32,6 +36,7 @@ from pavdm_dist.train import saves
 from pavdm_dist.train.processes import World
 
 SECRET = "Tr0ub4dor-and-three-more"
+HUB_TOKEN = "hf_" + "aB3" * 11 + "x"
 
 
 class Code:
@@ -103,8 +108,8 @@ def test_a_training_checkpoint_with_code_is_passed_over(
 
 
 def test_codec_training_goes_on_from_no_state_with_code(mark: Path, tmp_path: Path) -> None:
+    from pavdm_dist.digits.codec_run import load_codec
     from pavdm_dist.digits.codec_training import STATE as CODEC_STATE
-    from pavdm_dist.digits.codec_training import load_codec
 
     torch.save(Code(mark), tmp_path / CODEC_STATE)
     with pytest.raises(CheckpointError, match="is damaged or not a state of this program"):
@@ -112,12 +117,16 @@ def test_codec_training_goes_on_from_no_state_with_code(mark: Path, tmp_path: Pa
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("name", ["../weights.safetensors", "/etc/passwd", "a/../../x", "sub/w.safetensors", "..", 7])
+@pytest.mark.parametrize(
+    "name", ["../weights.safetensors", "/etc/passwd", "a/../../x", "sub/w.safetensors", "..", ".", "", 7]
+)
 def test_an_index_names_files_beside_it_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: Any) -> None:
     folder = tmp_path / "m" / "transformer"
     folder.mkdir(parents=True)
     (folder / f"{WEIGHT_NAMES[0]}.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
-    with pytest.raises(CheckpointError, match=r"tensor w is in .*, which is no name of a file beside it"):
+    with pytest.raises(
+        CheckpointError, match=r"w is placed in .*, which is no name of a file beside it|w=7: must be text"
+    ):
         tensor_files(folder)
     if name == "../weights.safetensors":
         with serve(tmp_path / "m", tmp_path / "cache", monkeypatch) as hub:
@@ -143,17 +152,40 @@ SPOKEN = [
     ("s3://user:p@ss@host/x.mp4", "s3://***@host/x.mp4"),
     ("cannot reach 'https://me:pw@host/a b' now", "cannot reach 'https://***@host/a b' now"),
     ("https://host/x?X-Amz-Signature=abc&part=1&token=t", "https://host/x?X-Amz-Signature=***&part=1&token=***"),
-    ("hf_abcdefghijklmnopqrst", "***"),
+    (HUB_TOKEN, "***"),
     ("Authorization: Bearer abc.def", "Authorization: Bearer ***"),
+    ("{'Authorization': 'Basic eDp5'}", "{'Authorization': 'Basic ***'}"),
+    (
+        "https://host/x?AWSAccessKeyId=a&key=b&sig=c&api_key=d",
+        "https://host/x?AWSAccessKeyId=***&key=***&sig=***&api_key=***",
+    ),
     (f"the key {SECRET} is wrong", "the key *** is wrong"),
-    ("model=owner/name@main, a@b, ray://host:10001, x?y", "model=owner/name@main, a@b, ray://host:10001, x?y"),
+    ("one more with a comma, " + SECRET, "one more with a comma, ***"),
+]
+# Words that only look like secrets, or are part of another word.
+HARMLESS = [
+    "model=owner/name@main, a@b, ray://host:10001, x?y",
+    "https://host/x?monkey=1&author=me&tokenizer=bert&keyframe=3&part=2",
+    "runs/hf_20260101checkpoint001/model",
+    "abfs://container@account.dfs.core.windows.net/v.mp4",
+    "/mnt/research-profile/model",
+    "/mnt/production/model",
+    "tokens/of/all/kinds",
+    f"x{SECRET}x",
+    "Bearer of light",
 ]
 
 
-@pytest.mark.parametrize(("said", "shown"), SPOKEN)
+@pytest.mark.parametrize(("said", "shown"), [*SPOKEN, *zip(HARMLESS, HARMLESS, strict=True)])
 def test_secrets_are_hidden_in_whatever_is_said(monkeypatch: pytest.MonkeyPatch, said: str, shown: str) -> None:
     monkeypatch.setenv("SOME_API_KEY", SECRET)
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    for name, value in (
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("CREDENTIAL_PROFILE", "research-profile"),
+        ("SECRET_STAGE", "production"),
+        ("TOKEN_PATH", "tokens/of/all/kinds"),
+    ):
+        monkeypatch.setenv(name, value)
     assert hide_secrets(said) == shown
     assert str(ConfigError(said)) == shown
 
@@ -172,32 +204,83 @@ def test_secrets_are_hidden_in_logs_and_tracebacks(monkeypatch: pytest.MonkeyPat
     assert SECRET not in capsys.readouterr().err
 
 
-def test_secrets_are_hidden_in_settings_but_prompts_are_kept(tmp_path: Path) -> None:
-    config = SampleConfig(prompt="http://a:b@c", ray_address="ray://me:pw@head:10001", output="s3://k:s@b/v.mp4")
-    (tmp_path / "c.yaml").write_text(to_yaml(config))
-    again = load_config(SampleConfig, tmp_path / "c.yaml")
-    assert (again.prompt, again.ray_address, again.output) == (
-        "http://a:b@c",
-        "ray://***@head:10001",
-        "s3://***@b/v.mp4",
-    )
+def test_a_fault_in_another_thread_or_while_one_is_cleaned_up_loses_secrets_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Careless:
+        def __del__(self) -> None:
+            raise ValueError("cannot close sftp://me:pw@host")
+
+    def fail() -> None:
+        raise ValueError("no answer from ftp://me:pw@host")
+
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    setup_logging()
+    thread = threading.Thread(target=fail, name="upload")
+    thread.start()
+    thread.join()
+    Careless()
+    gc.collect()
+    threading.Thread(target=sys.exit).start()
+    said = capsys.readouterr().err
+    assert "Exception in thread upload:\nTraceback" in said and "ValueError: no answer from ftp://***@host" in said
+    assert "ValueError: cannot close sftp://***@host" in said and "me:pw" not in said and "SystemExit" not in said
+
+    def mine(_: object) -> None:
+        """Of a program that uses this one."""
+
+    monkeypatch.setattr(threading, "excepthook", mine)
+    setup_logging()
+    assert threading.excepthook is mine
+
+
+def test_settings_lose_what_opens_addresses_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", SECRET)
+    path = tmp_path / "c.yaml"
+    kept = SampleConfig(prompt="http://a:b@c", model=f"/mnt/{SECRET}/{HUB_TOKEN}", output="s3://b/v.mp4?author=me")
+    path.write_text(to_yaml(kept))
+    assert load_config(SampleConfig, path) == kept
+    path.write_text(to_yaml(replace(kept, ray_address="ray://me:pw@head:10001", trace="s3://b/t?sig=abc")))
+    assert "ray://***@head:10001" in path.read_text() and "s3://b/t?sig=***" in path.read_text()
+    again = ["ray_address=ray://you:pw@head:10001", "trace=t.json"]
+    for given, name in ((again[:1], "trace"), (again[1:], "ray_address")):
+        with pytest.raises(ConfigError, match=rf"{name}=.*\*\*\* stands for a secret.*; give {name}=\.\.\. again"):
+            load_config(SampleConfig, path, given)
+    assert load_config(SampleConfig, path, again).trace == "t.json"
 
 
 def test_no_secret_is_in_what_a_command_leaves(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With tokens in its environment and a password in an address."""
+    """With tokens in its environment and in an address that it writes to; looked at half-way, and at the end."""
     monkeypatch.setenv("HF_TOKEN", "hf_" + "a" * 30)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.chdir(tmp_path)
-    words = ["sample", "a red three", f"model={model}", "num_frames=5", "save_latents=true"]
-    assert cli.main([*words, "output=v.mp4"]) == 0
+    store = MemoryFileSystem()
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
+    monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
+    words = ["sample", "a red three", f"model={model}", "num_frames=21", "chunks_per_segment=1", "save_latents=true"]
+    address = f"memory://me:{SECRET}@host/out/v.mp4"
+
+    def left() -> dict[str, bytes]:
+        return {Path(name).name: store.cat_file(name) for name in store.find("/")}
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ChunkProgress, "chunk", interrupt)
+        assert cli.main([*words, f"output={address}"]) == 130
+    begun = left()
+    assert b"memory://***@host/out/v.mp4" in begun["settings.yaml"] and "state.safetensors" in begun
+    assert cli.main([*words, f"output={address}"]) == 0
+    made = left()
+    assert set(made) == {"v.mp4", "v.json", "v.safetensors"} and b"memory://***@host/out/v.mp4" in made["v.json"]
     assert cli.main([*words, "output=nosuch://me:pw@host/v.mp4"]) == 2
     said = "".join(capsys.readouterr())
-    assert "nosuch://***@host" in said and "wrote v.mp4" in said
-    written = [path.read_bytes() for path in tmp_path.iterdir()]
-    assert len(written) == 3
-    for content in [*written, said.encode()]:
+    assert "nosuch://***@host" in said and "wrote memory://***@host/out/v.mp4" in said
+    for content in [*begun.values(), *made.values(), said.encode()]:
         assert not any(secret in content for secret in (SECRET.encode(), b"hf_aaaa", b"me:pw"))
 
 

@@ -125,6 +125,28 @@ def test_what_was_fetched_once_needs_no_network(hub: Hub, monkeypatch: pytest.Mo
     assert not again.transformer.has("nothing.safetensors") and not hub.asked
 
 
+def test_what_was_never_fetched_is_told_as_such_without_a_network(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = rf"is not in the hub's cache {tmp_path}/cache, and with HF_HUB_OFFLINE set nothing is fetched"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=rf"model={REPOSITORY}: {REPOSITORY}/model_index\.json {said}$"):
+        Checkpoint.open(REPOSITORY)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    source = Checkpoint.open(REPOSITORY).source
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    planned = Checkpoint.open(REPOSITORY)
+    assert planned.source == source, "what planning needs was fetched"
+    with pytest.raises(CheckpointError, match=rf"transformer.*{said}"):
+        load_backbone(planned.transformer)
+    with pytest.raises(CheckpointError, match=said):
+        planned.require_weights()
+    with pytest.raises(CheckpointError, match=said):
+        planned.source.part("elsewhere").folder()
+    with pytest.raises(CheckpointError, match=rf"elsewhere/config\.json {said}"):
+        planned.source.part("elsewhere").file("config.json")
+
+
 def test_hub_errors_are_one_sentence(hub: Hub, sharded: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model='some one/x y' is no folder here and no hub id: Repo id must"):
         Checkpoint.open("some one/x y")

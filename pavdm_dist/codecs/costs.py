@@ -109,5 +109,5 @@ def decode_memory(
     decoder, latent = codec.decoder(), (1, codec.spec.latent_channels, 1, latent_height, latent_width)
     with Allocated() as allocated:
         for _ in range(_SETTLED):
-            frames = to_uint8(decoder.step(torch.empty(latent, device="meta")))
+            frames = to_uint8(decoder.step(torch.empty(latent, device="meta")).clamp(-1, 1))
     return DecodeMemory(weights, decoder.cache_bytes, allocated.peak - decoder.cache_bytes, frames.nbytes)

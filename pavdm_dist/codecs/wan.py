@@ -160,7 +160,7 @@ class WanCodec:
         clean = torch.zeros(1, self.spec.latent_channels, 1, *_PROBE_SIZE, device=self._mean.device)
         # The first latent skips the temporal upsampling; the second is the first regular one.
         stream.step(clean)
-        if bool(stream.step(clean).isnan().any()):
+        if not bool(stream.step(clean).isfinite().all()):
             raise CheckpointError("vae: the codec gives pixels that are not finite whatever it decodes: it is damaged")
         stream.step(clean * torch.nan)
         for reached in range(_PROBE_LIMIT):
@@ -210,7 +210,9 @@ class WanChunkDecoder:
         Raises:
             VideoError: pixels are not finite: the latents, or the type that the codec computes in, are out of range.
         """
-        return torch.cat([to_uint8(_finite(self.step(latent))).cpu().contiguous() for latent in self._split(latents)])
+        return torch.cat(
+            [to_uint8(_finite(self.step(latent)).clamp(-1, 1)).cpu().contiguous() for latent in self._split(latents)]
+        )
 
     @torch.no_grad()
     def warm(self, latents: Tensor) -> None:
@@ -219,12 +221,12 @@ class WanChunkDecoder:
             self.step(latent)
 
     def step(self, latent: Tensor) -> Tensor:
-        """One normalised latent ``[1, C, 1, h, w]`` -> float pixels ``[1, 3, 1 or 4, H, W]`` in [-1, 1]."""
+        """One normalised latent ``[1, C, 1, h, w]`` -> float pixels ``[1, 3, 1 or 4, H, W]``, around [-1, 1]."""
         codec = self._codec
         raw = codec.vae.post_quant_conv(codec.denormalise(latent))
         pixels = codec.vae.decoder(raw, feat_cache=self._cache, feat_idx=[0], first_chunk=not self._started)
         self._started = True
-        return codec.unpatchify(pixels.float()).clamp(-1, 1)
+        return codec.unpatchify(pixels.float())
 
     @property
     def cache_bytes(self) -> int:
@@ -245,7 +247,8 @@ class WanChunkDecoder:
 
 
 def _finite(pixels: Tensor) -> Tensor:
-    if bool(pixels.isnan().any()):
+    """Pixels as the autoencoder gives them: once they are limited, an infinite one looks like any other."""
+    if not bool(pixels.isfinite().all()):
         raise VideoError("the codec gave pixels that are not finite; decoder_dtype=float32 has the widest range")
     return pixels
 
@@ -264,7 +267,9 @@ def _without_weights(source: str | Path | Source) -> nn.Module:
 
     try:
         with torch.device("meta"):
-            return AutoencoderKLWan.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+            # What is null is left out: the class has its own values for that.
+            given = {key: value for key, value in config.items() if value is not None and not key.startswith("_")}
+            return AutoencoderKLWan.from_config(given)
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{source}/config.json describes no working AutoencoderKLWan: {reason}") from error

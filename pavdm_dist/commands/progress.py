@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -24,7 +25,8 @@ logger = logging.getLogger(__name__)
 def setup_logging(verbose: bool = False, file: TextIO | None = None) -> None:
     """Send this package's log records to ``file`` (default stderr), without the root logger and without secrets.
 
-    Calling it again replaces the earlier set-up. Tracebacks of faults, which end the process, lose secrets too.
+    Calling it again replaces the earlier set-up. Tracebacks of faults lose secrets, too, in whatever thread they are;
+    hooks that are not Python's own are left alone.
     """
     package = logging.getLogger("pavdm_dist")
     handler = logging.StreamHandler(file)
@@ -33,6 +35,10 @@ def setup_logging(verbose: bool = False, file: TextIO | None = None) -> None:
     package.setLevel(logging.DEBUG if verbose else logging.INFO)
     package.propagate = False
     sys.excepthook = _excepthook
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = _thread_excepthook
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _unraisablehook
 
 
 class _Formatter(logging.Formatter):
@@ -42,6 +48,21 @@ class _Formatter(logging.Formatter):
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     sys.stderr.write(hide_secrets("".join(traceback.format_exception(kind, error, trace))))
+
+
+def _thread_excepthook(fault: threading.ExceptHookArgs) -> None:
+    if fault.exc_type is SystemExit or fault.exc_value is None or sys.stderr is None:  # as Python's own
+        return
+    name = "an unknown thread" if fault.thread is None else f"thread {fault.thread.name}"
+    sys.stderr.write(hide_secrets(f"Exception in {name}:\n"))
+    _excepthook(fault.exc_type, fault.exc_value, fault.exc_traceback)
+
+
+def _unraisablehook(fault: sys.UnraisableHookArgs) -> None:
+    if fault.exc_value is None or sys.stderr is None:
+        return
+    sys.stderr.write(hide_secrets(f"{fault.err_msg or 'Exception ignored in'}: {fault.object!r}\n"))
+    _excepthook(fault.exc_type, fault.exc_value, fault.exc_traceback)
 
 
 class ChunkProgress:

@@ -2,56 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from yaml import YAMLError, safe_load
-
 from pavdm_dist.commands.sample import render_command
 from pavdm_dist.commands.videos import Shot
-from pavdm_dist.config import SampleConfig
+from pavdm_dist.config import SampleConfig, validate_sample
 from pavdm_dist.errors import ConfigError, PAVDMError, VideoError
 from pavdm_dist.io.recording import SETTINGS
-from pavdm_dist.io.storage import PARTS_SUFFIX, exists, join, list_names, open_read
+from pavdm_dist.io.storage import LOCK_NAME, PARTS_SUFFIX, exists, join, list_names, open_read
+from pavdm_dist.merging import load_config, merged, settings_of
+
+logger = logging.getLogger(__name__)
 
 
-def words_to_resume(folder: str) -> list[list[str]]:
-    """The words of a command for each video that is to be finished, wherever the folder lies now.
+def configs_to_resume(
+    folder: str, overrides: Sequence[str] = (), *, needs_prompt: bool = True
+) -> tuple[list[SampleConfig], list[PAVDMError]]:
+    """The settings of each video that is to be finished, wherever the folder lies now.
 
     Args:
         folder: the ``.mp4.parts`` folder of one video, which is finished alone, or a folder of such folders.
+        overrides: ``key=value``, for all of them.
+        needs_prompt: see :func:`~pavdm_dist.config.validate_sample`.
+
+    Returns:
+        One of each video, and why others in the folder cannot be finished.
 
     Raises:
-        ConfigError: it is neither, or a video in it was begun without settings.
+        ConfigError: the folder is neither, an override is wrong, or no video can be finished.
     """
-    folder = folder.rstrip("/") or "/"
-    if folder.endswith(f".mp4{PARTS_SUFFIX}"):
-        found = [folder] if exists(join(folder, SETTINGS)) else []
-    else:
-        names = [name for name in list_names(folder) if name.endswith(f".mp4{PARTS_SUFFIX}")]
-        found = [join(folder, name) for name in names if exists(join(join(folder, name), SETTINGS))]
-    if not found:
+    if not folder.strip("/"):
+        raise ConfigError(f"--resume {folder!r}: name the .mp4{PARTS_SUFFIX} folder of a video, or a folder of them")
+    load_config(SampleConfig, None, overrides)  # a slip in these is said once, and of no video
+    folder = folder.rstrip("/")
+    configs: list[SampleConfig] = []
+    failed: list[PAVDMError] = []
+    for parts in [folder] if _is_parts(folder) else _parts_in(folder):
+        try:
+            config = _config_of(parts, overrides, needs_prompt)
+        except ConfigError as error:
+            failed.append(ConfigError(f"--resume {parts}: {error}"))
+        except OSError as error:
+            failed.append(ConfigError(f"--resume {parts}: cannot be read ({error.strerror or error})"))
+        else:
+            configs += [] if config is None else [config]
+    if not configs and not failed:
         raise ConfigError(
             f"--resume {folder}: is no folder of an interrupted video (NAME.mp4{PARTS_SUFFIX} with {SETTINGS}), and "
             "holds none"
         )
-    for parts in found:
-        with open_read(settings := join(parts, SETTINGS)) as file:
-            try:
-                begun = safe_load(file)
-            except (YAMLError, UnicodeDecodeError):
-                begun = None
-        if not isinstance(begun, Mapping):
-            raise ConfigError(f"--resume {parts}: {settings} is not readable; give the command that began the video")
-    return [[join(parts, SETTINGS), f"output={parts.removesuffix(PARTS_SUFFIX)}"] for parts in found]
+    if not configs:
+        raise failed[0] if len(failed) == 1 else ConfigError("; ".join(map(str, failed)))
+    for reason in failed:
+        logger.warning("%s", reason)
+    return configs, failed
 
 
-def resume_command(configs: Sequence[SampleConfig], progress: Callable[..., Any]) -> dict[str, Any]:
+def _is_parts(name: str) -> bool:
+    return name.endswith(PARTS_SUFFIX) and name.removesuffix(PARTS_SUFFIX).lower().endswith(".mp4")
+
+
+def _parts_in(folder: str) -> list[str]:
+    try:
+        return [join(folder, name) for name in list_names(folder) if _is_parts(name)]
+    except OSError as error:
+        raise ConfigError(f"--resume {folder}: cannot be read ({error.strerror or error})") from error
+
+
+def _config_of(parts: str, overrides: Sequence[str], needs_prompt: bool) -> SampleConfig | None:
+    """What a video was begun with; None where none was begun: no folder, or one that only says who was about to."""
+    if not set(list_names(parts)) - {LOCK_NAME}:
+        return None
+    settings = join(parts, SETTINGS)
+    again = "give the command that began the video"
+    if not exists(settings):
+        raise ConfigError(f"has no {SETTINGS}; {again}")
+    try:
+        with open_read(settings) as file:
+            values = settings_of(file.read(), SETTINGS)
+    except OSError as error:
+        raise ConfigError(f"{SETTINGS}: not readable ({error.strerror or error}); {again}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {again}") from error
+    if not values:
+        raise ConfigError(f"{SETTINGS}: is empty; {again}")
+    output = f"output={parts.removesuffix(PARTS_SUFFIX)}"
+    config = merged(SampleConfig, values, SETTINGS, [*overrides, output])
+    validate_sample(config, needs_prompt=needs_prompt)
+    return config
+
+
+def resume_command(
+    configs: Sequence[SampleConfig], failed: Sequence[PAVDMError], progress: Callable[..., Any]
+) -> dict[str, Any]:
     """Finishes videos; those with equal settings are made together.
 
     Args:
         configs: of one video each.
+        failed: why others cannot be finished, as :func:`configs_to_resume` says.
         progress: see :func:`~pavdm_dist.commands.sample.render_command`.
 
     Returns:
@@ -67,17 +118,17 @@ def resume_command(configs: Sequence[SampleConfig], progress: Callable[..., Any]
         common = repr(replace(config, prompt=None, seed=0, output=""))
         alike.setdefault(common, (config, []))[1].append(shot)
     results: list[dict[str, Any]] = []
-    failed: list[PAVDMError] = []
+    failed, kinds = list(failed), len(alike) + len(failed)
     for config, shots in alike.values():
         try:
             results.append(render_command(config, False, progress, shots))
         except PAVDMError as error:
-            if len(alike) == 1:
+            if kinds == 1:
                 raise
             failed.append(error)
     if failed:
         reasons = "; ".join(map(str, failed))
-        raise VideoError(f"of {len(alike)} kinds of settings {len(failed)} failed, the others are complete: {reasons}")
+        raise VideoError(f"not all could be finished, the others are complete: {reasons}")
     seconds = sum(result["seconds"] for result in results)
     frames = sum(result["frames_per_second"] * result["seconds"] for result in results)
     return {

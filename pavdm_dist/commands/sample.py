@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from pavdm_dist.config import SampleConfig, frames_wanted
 from pavdm_dist.errors import ConfigError, PAVDMError, VideoError
 from pavdm_dist.io.encode import as_rate, check_size, require_libx264
 from pavdm_dist.io.metadata import sidecar_path
-from pavdm_dist.io.storage import check_output, join, same_path
+from pavdm_dist.io.storage import check_output, exists, is_remote, join, local_copy, same_path
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.request import SamplingParams, VideoRequest, check_prompts, clip_frames_needed
 
@@ -108,10 +109,24 @@ def check_videos(config: SampleConfig, overwrite: bool, shots: Sequence[Shot] | 
     videos = Videos(made, config, params, pipeline, weights, overwrite)
     videos.check()
     if config.trace is not None:
-        check_output(config.trace, overwrite, field="trace")
+        check_output(config.trace, overwrite or _is_trace(config.trace), field="trace")
         if any(same_path(config.trace, sidecar_path(output)) for output in outputs):
             raise ConfigError(f"trace={config.trace}: is the name of a video's sidecar; choose another")
     return videos
+
+
+def _is_trace(path: str) -> bool:
+    """Whether a run wrote it: the same command again, which goes on with what failed then, writes it anew."""
+    from pavdm_dist.engine.trace import read_trace
+
+    try:
+        if not exists(path) or not (is_remote(path) or os.path.isfile(path)):
+            return False
+        with local_copy(path) as file:
+            read_trace(file)
+    except (ConfigError, OSError):
+        return False
+    return True
 
 
 def _render(videos: Videos, bar: Any, signals: Signals) -> int:

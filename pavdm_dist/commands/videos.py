@@ -28,6 +28,7 @@ from pavdm_dist.merging import to_dict, to_yaml
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
 from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk
+from pavdm_dist.redaction import hide_secrets
 from pavdm_dist.request import SamplingParams, VideoRequest, input_frames
 
 logger = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ class Videos:
         recording, request = video.recording, video.request
         assert recording is not None
         facts = {
-            "config": to_dict(self.config),
+            "config": to_dict(self.config, hide_secrets),
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
             "seed": request.seed,

@@ -52,6 +52,8 @@ def tensor_files(source: Place) -> dict[str, str]:
     source = Source.of(source)
     name, is_index = _weights(source)
     if name is None:
+        if source.offline:
+            raise CheckpointError(f"{source}: a file of weights is {source.offline}")
         names = " or ".join(WEIGHT_NAMES)
         raise CheckpointError(f"{source} has no weights: expected {names} (or their .index.json)")
     if not is_index:
@@ -61,7 +63,7 @@ def tensor_files(source: Place) -> dict[str, str]:
         _Index, read_object(index, CheckpointError), index, ignore_unknown=True, error=CheckpointError
     ).weight_map
     for key, file in files.items():
-        if Path(file).name != file:
+        if file in ("", "..") or Path(file).name != file:
             raise CheckpointError(f"{index}: {key} is placed in {file!r}, which is no name of a file beside it")
     for file in set(files.values()) if source.is_folder else ():
         if source.find(file) is None:

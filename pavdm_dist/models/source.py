@@ -108,8 +108,21 @@ class Source:
         """
         path = self.find(name)
         if path is None:
-            raise CheckpointError(f"{self}/{name} is missing: not a model folder")
+            raise CheckpointError(self.missing(name))
         return path
+
+    def missing(self, name: str = "") -> str:
+        """Why a file, or all of it, was not found, for a message."""
+        return f"{self}{name and f'/{name}'} is {self.offline or 'missing: this is no model folder'}"
+
+    @property
+    def offline(self) -> str | None:
+        """Where nothing may be fetched: what that means for a file that was not found; else None."""
+        from huggingface_hub import constants
+
+        if self.is_folder or not constants.HF_HUB_OFFLINE:
+            return None
+        return f"not in the hub's cache {constants.HF_HUB_CACHE}, and with HF_HUB_OFFLINE set nothing is fetched"
 
     def cached(self, name: str) -> Path | None:
         """A file of it, if it is on this machine already."""
@@ -121,7 +134,13 @@ class Source:
         return Path(found) if isinstance(found, str) else None
 
     def header(self, name: str) -> dict[str, Any]:
-        """Tensors (``dtype``, ``shape``, ``data_offsets``) of a safetensors file on the hub; nothing else is read."""
+        """Tensors (``dtype``, ``shape``, ``data_offsets``) of a safetensors file on the hub; nothing else is read.
+
+        Raises:
+            CheckpointError: no such file, or a damaged one; or nothing may be fetched.
+        """
+        if self.offline:
+            raise CheckpointError(self.missing(name))
         from huggingface_hub import HfApi
         from huggingface_hub.errors import SafetensorsParsingError
 
@@ -133,7 +152,13 @@ class Source:
                 raise CheckpointError(f"{self}/{name} is not a readable safetensors file: {error}") from error
 
     def read(self, name: str, first: int, size: int) -> bytes:
-        """Bytes ``first .. first + size - 1`` of a file on the hub."""
+        """Bytes ``first .. first + size - 1`` of a file on the hub.
+
+        Raises:
+            CheckpointError: they did not come, or nothing may be fetched.
+        """
+        if self.offline:
+            raise CheckpointError(self.missing(name))
         from huggingface_hub import get_session, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
@@ -147,15 +172,23 @@ class Source:
             return response.content
 
     def folder(self) -> Path:
-        """All of it as a folder on this machine; a component on the hub is fetched whole."""
+        """All of it as a folder on this machine; a component on the hub is fetched whole.
+
+        Raises:
+            CheckpointError: there is none, or the hub does not deliver.
+        """
         if self.is_folder:
             return self._here()
         from huggingface_hub import snapshot_download
 
         with self._hub():
             patterns = [f"{self.component}/*"] if self.component else None
-            path = snapshot_download(self.location, revision=self.revision, allow_patterns=patterns)
-            return Path(path) / self.component
+            path = Path(
+                snapshot_download(self.location, revision=self.revision, allow_patterns=patterns), self.component
+            )
+        if not path.is_dir():
+            raise CheckpointError(self.missing())
+        return path
 
     def pinned(self, name: str) -> Source:
         """The same at the commit that ``name`` comes from now, so that every node opens the same files."""
@@ -182,11 +215,13 @@ class Source:
     @contextmanager
     def _hub(self) -> Iterator[None]:
         """What the hub's library raises becomes one sentence."""
-        from huggingface_hub.errors import HFValidationError, HTTPError
+        from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
         try:
             yield
         except (HTTPError, HFValidationError, OSError) as error:
+            if self.offline and isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
+                raise CheckpointError(f"model={self.location!r}: some of it is {self.offline}") from error
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(f"model={self.location!r} is no folder here and no hub id: {reason}") from error
 
