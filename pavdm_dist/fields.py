@@ -74,6 +74,8 @@ def made(
     Raises:
         PAVDMError: of the kind ``error``, naming the file, the field, its value and what is legal.
     """
+    if not isinstance(values, Mapping):
+        raise error(f"{where}: must hold names and values, not {show(values)}")
     hints = _hints(typing.cast(Any, cls))
     for name in values if not ignore_unknown else ():
         if name not in hints:

@@ -247,7 +247,7 @@ REFUSED = [
         r"data\.still_batch_size=2 does not divide among 2 processes x 2 accumulated parts: use 4",
     ),
     (["log_every_steps=0"], r"log_every_steps=0: must be 1 or more"),
-    (["optimizer.lr=.nan"], r"optimizer\.lr=nan: must be 0 or more"),
+    (["optimizer.lr=.nan"], r"optimizer\.lr=nan: must be a finite number"),
     (["optimizer.grad_clip=-1"], r"optimizer\.grad_clip=-1\.0: must be 0 or more"),
     (["optimizer.ema_decay=7"], r"optimizer\.ema_decay=7\.0: must be 0 to 1"),
     (["optimizer.betas=[0.9]"], r"optimizer\.betas=\[0\.9\]: must have 2 entries"),

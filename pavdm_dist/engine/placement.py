@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 ONE_HOST_S = 2.0
 # Between two words about a wait.
 TELL_S = 60.0
-# Between two looks whether a placement group has its place.
-LOOK_S = 0.1
 # How long a node may take to accept a connection.
 ANSWER_S = 1.0
 # Ray's labels: the kind of node, which nodes have where an autoscaler counts them; the node itself.
@@ -150,11 +148,11 @@ class _Wait:
         return None
 
     def _placed(self, group: Any, end: float) -> bool:
-        while not group.wait(0):  # it counts whole seconds
+        # It counts whole seconds, and may answer no to a wait of none although the group has its place.
+        while not group.wait(1):
             now = time.monotonic()
             if now >= end or self._given_up():
                 return False
-            time.sleep(LOOK_S)
             if now - self._said >= TELL_S:
                 self._said = now
                 logger.warning("%s; %s is free after %.0f s", _asked(self._options), _free(), now - self._start)
