@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
 from pavdm_dist.cluster import connect
 from pavdm_dist.engine.driver import Driver
@@ -29,8 +28,6 @@ from pavdm_dist.method.stream import ResumePoint, Stream
 from pavdm_dist.models.source import Source
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # Seconds the driver waits for events before it looks whether something else is to be done.
 POLL_S, EAGER_POLL_S = 1.0, 0.1
@@ -161,17 +158,29 @@ class RayEngine:
 
     def finish(self) -> list[RunReport]:
         """Ends the stages after what they were given, and returns every stage's report, in stage order."""
+        done: list[list[RunReport] | BaseException] = []
 
-        def finish() -> list[RunReport]:
+        def finish() -> None:  # only the thread may
+            reports: list[RunReport] | BaseException
             try:
-                return self._gang.finish()
-            finally:
-                with self._switch:
-                    self._switch.closing = True  # its ended stages are no loss
+                reports = self._gang.finish()
+            except BaseException as error:
+                reports = error
+            with self._switch:
+                done.append(reports)
+                self._switch.closing = True  # at once, so that its ended stages are not taken for a loss
+                self._switch.notify_all()
 
-        reports = self._asked_for(finish)
+        with self._switch:
+            self._asked.append(finish)
+            self._switch.notify_all()
+            self._switch.wait_for(lambda: done or self._switch.over)
+        if not done:
+            raise self._switch.end()
+        if isinstance(done[0], BaseException):
+            raise done[0]
         self.close()
-        return reports
+        return done[0]
 
     def close(self) -> None:
         """Ends all actors and gives the resources back; safe to call twice."""
@@ -277,28 +286,6 @@ class RayEngine:
             self._driver.cancel(stream)
         with self._switch:
             run.clear()
-
-    def _asked_for(self, what: Callable[[], T]) -> T:
-        """The result of something that only the thread may do."""
-        done: list[T | BaseException] = []
-
-        def do() -> None:
-            try:
-                done.append(what())
-            except BaseException as error:
-                done.append(error)
-            with self._switch:
-                self._switch.notify_all()
-
-        with self._switch:
-            self._asked.append(do)
-            self._switch.notify_all()
-            self._switch.wait_for(lambda: done or self._switch.over)
-        if not done:
-            raise self._switch.end()
-        if isinstance(done[0], BaseException):
-            raise done[0]
-        return done[0]
 
     def _leave_ray(self) -> None:
         if self._owns_ray:
