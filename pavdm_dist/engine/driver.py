@@ -139,11 +139,6 @@ class Driver:
         waiting = sum(flight.stand is Stand.WAITING for flight in self._flights.values())
         return self.places - self._taken() + 1 - waiting
 
-    @property
-    def next_epoch(self) -> int:
-        """The first epoch that is not sealed."""
-        return self._epoch
-
     def _admit(self) -> None:
         """Streams for the free places, however much the decoder has to do."""
         free = self.places - self._taken()
