@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,29 +14,20 @@ from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.wan import WanCodec
-from pavdm_dist.engine.events import Failed, Finished
+from pavdm_dist.engine.events import Failed
 from pavdm_dist.engine.inline import InlineEngine
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
+from pavdm_dist.engines import Engines, OnFailed, OnGrown
+from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.method.sampler import StepCallback
 from pavdm_dist.method.schedule import PlanRow
-from pavdm_dist.method.stream import ResumePoint, Stream
+from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import Window
 from pavdm_dist.models.catalog import load_backbone
 from pavdm_dist.models.devices import DTYPES, check_dtype, choose_device, choose_dtype, device_model, named_dtype
 from pavdm_dist.outputs import OUTPUTS, PAVDMPipelineOutput, VideoChunk
-from pavdm_dist.planning.forecast import useful_stages
 from pavdm_dist.planning.partition import layer_split
 from pavdm_dist.request import SamplingParams, VideoRequest, build_stream, frames_left
-
-if TYPE_CHECKING:
-    from pavdm_dist.engine.ray_engine import RayEngine
-
-logger = logging.getLogger(__name__)
-
-E = TypeVar("E", "RayEngine", InlineEngine)
-OnFailed = Callable[[int, PAVDMError], None]
-OnGrown = Callable[[int, ResumePoint], None]
 
 # A whole video in memory larger than this is refused: long videos are streamed.
 MAX_RESULT_BYTES = 4 * 2**30
@@ -87,7 +76,7 @@ class PAVDMPipeline:
         self.checkpoint, self.num_stages, self.threads_per_stage = checkpoint, num_stages, threads_per_stage
         self.engine: EngineOptions | None = None
         self.resyncs: dict[int, tuple[int, ...]] = {}
-        self._engine: RayEngine | InlineEngine | None = None
+        self._engines = Engines()
         self._decoder, self._decoder_dtype = decoder, decoder_dtype
         self._options: EngineOptions | None = None
         if num_stages:
@@ -268,11 +257,13 @@ class PAVDMPipeline:
 
         if self.engine is None:
             on_step = None if callback_on_step_end is None else partial(self._step_callback, callback_on_step_end)
-            finished = self._inline().run(build(), on_grown, on_failed, on_step)
+            finished = self._engines.inline(self._load).run(build(), on_grown, on_failed, on_step)
         elif callback_on_step_end is not None:
             raise ConfigError("callback_on_step_end needs num_stages=0: steps end on the stages, not here")
         else:
-            finished = self._on_stages(build(), params, streams, on_grown, on_failed)
+            engine = self._engines.on_stages(self.checkpoint, params, self.engine)
+            self.device_name = ", ".join(engine.devices)
+            finished = self._engines.run(engine, build(), params, streams, on_grown, on_failed)
         for chunk in finished:
             assert chunk.frames is not None
             self.resyncs[chunk.stream] = chunk.resyncs
@@ -283,13 +274,13 @@ class PAVDMPipeline:
 
     def stop(self, video: int) -> None:
         """Lets an endless video of the running :meth:`iter_chunks` end: what is in flight is finished."""
-        if self._engine is not None:
-            self._engine.stop(video)
+        if self._engines.current is not None:
+            self._engines.current.stop(video)
 
     def cancel(self, video: int) -> None:
         """Ends a video of the running :meth:`iter_chunks` where it is; the others go on."""
-        if self._engine is not None:
-            self._engine.cancel(video)
+        if self._engines.current is not None:
+            self._engines.current.cancel(video)
 
     @property
     def dtype_name(self) -> str:
@@ -303,10 +294,7 @@ class PAVDMPipeline:
 
     def close(self) -> None:
         """Ends the stages and gives their resources back; the next call starts new ones. Safe to call twice."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            self._finalizer.detach()
-            engine.close()
+        self._engines.close()
 
     def __enter__(self) -> PAVDMPipeline:
         return self
@@ -314,59 +302,10 @@ class PAVDMPipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _on_stages(
-        self,
-        streams: Iterator[Stream | Failed],
-        params: SamplingParams,
-        in_flight: int,
-        on_grown: OnGrown | None,
-        on_failed: OnFailed | None,
-    ) -> Iterator[Finished]:
-        from pavdm_dist.engine.trace import write_trace
-
-        assert self.engine is not None
-        blocks = self.split(params)
-        useful = useful_stages(params, in_flight)
-        if len(blocks) > useful:
-            logger.warning(
-                "num_stages=%d: with streams=%d and mode=%s at most %d are useful, the others will idle",
-                len(blocks), in_flight, params.mode, useful,
-            )  # fmt: skip
-        engine = self._running(blocks, params)
-        self.device_name = ", ".join(engine.devices)
-        try:
-            yield from engine.run(streams, in_flight, on_grown, on_failed)
-            if self.engine.trace_file is not None:
-                reports = engine.finish()
-                self.close()
-                write_trace(self.engine.trace_file, reports)
-        except EngineError:  # the actors are gone
-            self.close()
-            raise
-
-    def _running(self, blocks: list[tuple[int, int]], params: SamplingParams) -> RayEngine:
-        """The engine of an earlier call where it is cut alike, with its weights loaded; else a new one."""
-        from pavdm_dist.engine.ray_engine import RayEngine
-
-        assert self.engine is not None
-        if isinstance(self._engine, RayEngine) and self._engine.blocks == blocks and not self._engine.is_over:
-            return self._engine
-        self.close()
-        recut = partial(_recut, self.checkpoint, params, self.engine)
-        return self._hold(RayEngine(self.checkpoint.transformer, blocks, self.engine, self.checkpoint.vae, recut))
-
-    def _inline(self) -> InlineEngine:
-        if isinstance(self._engine, InlineEngine):
-            return self._engine
+    def _load(self) -> InlineEngine:
         model = load_backbone(self.checkpoint.transformer, None, self._weights, self._place)
         codec = WanCodec.from_pretrained(self.checkpoint.vae, self._codec_place, DTYPES[self._decoder_dtype])
-        return self._hold(InlineEngine(model, codec, self._place, self.threads_per_stage))
-
-    def _hold(self, engine: E) -> E:
-        self._engine = engine
-        # Whoever forgets close(): the actors go with this object, or with the process.
-        self._finalizer = weakref.finalize(self, engine.close)
-        return engine
+        return InlineEngine(model, codec, self._place, self.threads_per_stage)
 
     def _step_callback(self, on_step: Callable[..., Any], stream: Stream) -> StepCallback:
         levels = stream.schedule.levels
@@ -377,13 +316,6 @@ class PAVDMPipeline:
             on_step(self, row.index, levels[row.steps_left[-1]], latents)
 
         return callback
-
-
-def _recut(
-    checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions, num_stages: int
-) -> list[tuple[int, int]]:
-    """The cut for fewer stages than were asked for, which take the place of lost ones."""
-    return layer_split(checkpoint, params, replace(options, num_stages=num_stages, layers_per_stage=None))
 
 
 def _seeds(generator: torch.Generator | Sequence[torch.Generator] | None, seed: int, count: int) -> list[int]:

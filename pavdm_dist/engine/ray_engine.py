@@ -47,7 +47,7 @@ class RayEngine:
             with as many.
 
     Attributes:
-        blocks: as asked for; after a restart with fewer stages the gang's may differ.
+        blocks, options: as asked for; after a restart with fewer stages the gang's may differ.
         generation: of the present gang, from 1.
         devices: models of what the stages compute on.
 
@@ -63,7 +63,7 @@ class RayEngine:
         codec: Source | str | None = None,
         recut: Callable[[int], list[tuple[int, int]]] | None = None,
     ) -> None:
-        self.blocks, self._options, self._recut = list(blocks), options, recut
+        self.blocks, self.options, self._recut = list(blocks), options, recut
         self._owns_ray = connect(options.ray_address)
 
         def gang(stages: int, generation: int, patience_s: float) -> RayGang:
@@ -245,7 +245,7 @@ class RayEngine:
                     return
             self.generation += 1
             try:
-                most, wait = len(self.blocks), self._options.node_wait_s
+                most, wait = len(self.blocks), self.options.node_wait_s
                 stages = range(1 if self._recut else most, most + 1)
                 self._gang = rebuilt(self._make, stages, self.generation, wait, lambda: self._switch.closing)
                 self._driver.adopt(self._gang)
