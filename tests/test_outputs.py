@@ -126,7 +126,7 @@ def test_a_full_disk_ends_one_video_and_the_same_command_goes_on(
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     status, left, again = json.loads(done.stdout)
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("pavdm: ")]
-    assert status == 2 and said.startswith("pavdm: 1 of 3 videos failed, the others are complete: ")
+    assert status == 101 and said.startswith("pavdm: 1 of 3 videos failed, the others are complete: ")
     assert (
         "0001-a-blue-seven-s1.mp4: cannot be written: " in said or "cannot be written: [Errno 28] No space left" in said
     )

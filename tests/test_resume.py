@@ -15,7 +15,9 @@ import torch
 from helpers import hear_signals, tiny_checkpoint
 from interrupting import PROMPT, interrupted, render
 
-from pavdm_dist.errors import ConfigError, MediaError, VideoError
+from pavdm_dist import cli
+from pavdm_dist.commands.resume import configs_to_resume
+from pavdm_dist.errors import ConfigError, FailedVideosError
 from pavdm_dist.io.latents import read_latents
 from pavdm_dist.io.metadata import read_sidecar
 
@@ -32,8 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same video, undisturbed."""
     output = tmp_path_factory.mktemp("whole") / "v.mp4"
-    done = _start(model, output)
-    assert done.wait(120) == 0, done.stderr and done.stderr.read()
+    assert cli.main(["sample", *_words(model, output)]) == 0
     return output
 
 
@@ -78,14 +79,20 @@ def _check_equal(output: Path, whole: Path) -> None:
     ("number", "status", "after"),
     [
         (signal.SIGKILL, -9, 4),
-        (signal.SIGKILL, -9, 9),
+        pytest.param(signal.SIGKILL, -9, 9, marks=pytest.mark.slow),
         (signal.SIGTERM, 143, 6),
-        (signal.SIGINT, 130, 7),
+        pytest.param(signal.SIGINT, 130, 7, marks=pytest.mark.slow),  # tests/test_pipeline.py presses it, too
         (signal.SIGHUP, 129, 2),
     ],
 )
 def test_the_same_command_again_goes_on(
-    model: Path, whole: Path, tmp_path: Path, number: signal.Signals, status: int, after: int
+    model: Path,
+    whole: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    status: int,
+    after: int,
 ) -> None:
     output = tmp_path / "v.mp4"
     process = _start(model, output)
@@ -98,9 +105,8 @@ def test_the_same_command_again_goes_on(
         last = said.splitlines()[-1]
         assert last.startswith("pavdm: interrupted: ") and "are playable in" in last
         assert last.endswith("the same command again goes on") and "Traceback" not in said
-    again = _start(model, output)
-    _, said = again.communicate(timeout=120)
-    assert again.returncode == 0, said
+    assert cli.main(["sample", *_words(model, output)]) == 0
+    said = capsys.readouterr().err
     (went_on,) = (int(line.split()[-1]) for line in said.splitlines() if "goes on at chunk" in line)
     # Killed outright, it has what was there when the last segment was closed; else every chunk that it gave.
     assert went_on >= (after + 1 if number != signal.SIGKILL else (after + 1) // 3 * 3)
@@ -109,25 +115,20 @@ def test_the_same_command_again_goes_on(
 
 
 def test_a_video_goes_on_on_stages_and_by_its_folder_alone(
-    ray_cluster: None, model: Path, whole: Path, tmp_path: Path
-) -> None:
+    ray_cluster: None, model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     output = tmp_path / "v.mp4"
     process = _start(model, output)
     list(_lines_until(process, 5))
     process.kill()
     process.communicate(timeout=60)
-    command = ["--resume", f"{output}.parts", "num_stages=2", "cpus_per_stage=0.5"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pavdm_dist", "sample", *command], capture_output=True, text=True, timeout=150,
-        cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "goes on at chunk" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["sample", "--resume", f"{output}.parts", "num_stages=2"]) == 0
+    assert "goes on at chunk" in capsys.readouterr().err
     _check_equal(output, whole)
-    bad = subprocess.run(
-        [sys.executable, "-m", "pavdm_dist", "sample", "--resume", str(tmp_path)], capture_output=True, text=True
-    )
-    assert bad.returncode == 2 and "is no folder of an interrupted video" in bad.stderr
+    with pytest.raises(ConfigError, match="is no folder of an interrupted video"):
+        configs_to_resume(str(tmp_path))
 
 
 def test_a_batch_makes_what_is_missing(
@@ -193,9 +194,11 @@ def test_one_unwritable_output_ends_alone(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "0001-a-blue-seven-s1.mp4.parts").write_text("somebody put a file here")
-    with pytest.raises(VideoError, match=r"1 of 3 videos failed, the others are complete: .*0001-a-blue-seven-s1.mp4"):
+    others = r"1 of 3 videos failed, the others are complete: .*0001-a-blue-seven-s1.mp4"
+    with pytest.raises(FailedVideosError, match=others) as error:
         render(model, folder, prompt=None, prompts=str(prompts))
+    assert error.value.count == 1
     made = sorted(path.name for path in folder.glob("*.mp4"))
     assert made == ["0000-a-red-three-s0.mp4", "0002-a-three-up-s2.mp4"]
-    with pytest.raises(MediaError, match=r"0001-a-blue-seven-s1.mp4"):
+    with pytest.raises(FailedVideosError, match=r"0001-a-blue-seven-s1.mp4"):
         render(model, folder / "0001-a-blue-seven-s1.mp4", prompt="a blue seven", seed=1)

@@ -19,7 +19,7 @@ from pavdm_dist.commands.resolve import open_pipeline, sampling_params
 from pavdm_dist.commands.signals import Signals, Stopped
 from pavdm_dist.commands.videos import Shot, Video, Videos
 from pavdm_dist.config import SampleConfig, frames_wanted
-from pavdm_dist.errors import ConfigError, PAVDMError, VideoError
+from pavdm_dist.errors import ConfigError, FailedVideosError, PAVDMError
 from pavdm_dist.io.encode import as_rate, check_size, require_libx264
 from pavdm_dist.io.metadata import sidecar_path
 from pavdm_dist.io.storage import check_output, exists, is_remote, join, local_copy, same_path
@@ -49,8 +49,9 @@ def render_command(
         ``videos`` (path, frames, latents_sha256 of each), ``seconds`` and ``frames_per_second``.
 
     Raises:
-        PAVDMError: bad input, before anything is written; a video that could not be made, after all others were; or
-            the engine's end. What is finished stays playable, and the same command goes on.
+        FailedVideosError: some could not be made, all others are complete.
+        PAVDMError: bad input, before anything is written; or the engine's end. What is finished stays playable, and
+            the same command goes on.
         Stopped: a signal; the same holds.
     """
     videos = check_videos(config, overwrite, shots)
@@ -65,15 +66,10 @@ def render_command(
     finally:
         bar.close()
     seconds = time.monotonic() - started
-    failed = [video.error for video in made if video.error is not None]
+    failed = [str(video.error) for video in made if video.error is not None]
     if failed:
-        raise (
-            failed[0]
-            if len(made) == 1
-            else VideoError(
-                f"{len(failed)} of {len(made)} videos failed, the others are complete: {'; '.join(map(str, failed))}"
-            )
-        )
+        of_how_many = f"{len(failed)} of {len(made)} videos failed, the others are complete: " if len(made) > 1 else ""
+        raise FailedVideosError(of_how_many + "; ".join(failed), len(failed))
     results = [asdict(video.result) for video in made if video.result is not None]
     for result in results:
         logger.info("wrote %s (%d frames)", result["output"], result["num_frames"])

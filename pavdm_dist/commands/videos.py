@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pavdm_dist.config import SampleConfig
-from pavdm_dist.errors import ConfigError, MediaError, PAVDMError, VideoError
+from pavdm_dist.errors import ConfigError, PAVDMError, VideoError
 from pavdm_dist.io.lock import clear_locks
 from pavdm_dist.io.metadata import is_complete, read_sidecar, sidecar_path, versions
 from pavdm_dist.io.recording import (
@@ -61,7 +61,7 @@ class Video:
     output: str
     recording: Recording | None = field(default=None, repr=False)
     result: Recorded | None = None
-    error: PAVDMError | None = None
+    error: VideoError | None = None
 
 
 @dataclass(frozen=True)
@@ -175,10 +175,7 @@ class Videos:
         left = None if video.recording is None else video.recording.abort()
         what = f"cannot be written: {error}" if isinstance(error, OSError) else str(error)
         message = what if what.startswith("output=") else f"output={video.output}: {what}"
-        kind = (
-            MediaError if isinstance(error, OSError) else type(error) if isinstance(error, PAVDMError) else VideoError
-        )
-        video.error, video.recording = kind(message), None
+        video.error, video.recording = VideoError(message), None
         logger.warning("%s%s", video.error, f"; {left}" if left else "")
 
     def abort(self) -> list[str]:
