@@ -7,10 +7,12 @@ when it is complete, so there the file is staged locally and uploaded.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Collection, Iterator
@@ -69,11 +71,23 @@ def list_names(folder: str | Path) -> list[str]:
 
 
 def open_read(path: str | Path) -> IO[bytes]:
-    """Opens a file for reading; seekable."""
+    """Opens a file for reading; seekable.
+
+    Raises:
+        OSError: it cannot be opened, or is a pipe or a device, which might never end.
+    """
     if is_remote(path):
         fs, inner = _filesystem(path)
         return fs.open(inner, "rb")
+    _check_regular(path)
     return open(path, "rb")
+
+
+def _check_regular(path: str | Path) -> None:
+    """Before it is opened: opening a pipe that nobody writes to waits for ever."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a folder says so itself
+        raise OSError(errno.EINVAL, "is a pipe or a device", str(path))
 
 
 def remove(path: str | Path) -> None:
@@ -153,8 +167,13 @@ def create_new(path: str | Path, content: bytes) -> bool:
 
 @contextmanager
 def local_copy(path: str | Path) -> Iterator[Path]:
-    """A local file with the content of ``path``: itself, or of a remote one a copy while the block runs."""
+    """A local file with the content of ``path``: itself, or of a remote one a copy while the block runs.
+
+    Raises:
+        OSError: as :func:`open_read`.
+    """
     if not is_remote(path):
+        _check_regular(path)
         yield Path(path)
         return
     fs, inner = _filesystem(path)
