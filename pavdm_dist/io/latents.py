@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
 from safetensors import safe_open
 from torch import Tensor
 
@@ -223,7 +222,7 @@ def read_latents(path: str | Path) -> Tensor:
 def _time_major(latents: Tensor) -> np.ndarray:
     if latents.ndim != 4:
         raise ValueError(f"latents must be [C, c, h, w], got {list(latents.shape)}")
-    frames = rearrange(latents.detach().to("cpu", torch.float32), "c t h w -> t c h w").contiguous()
+    frames = latents.detach().to("cpu", torch.float32).transpose(0, 1).contiguous()
     return frames.numpy().astype("<f4", copy=False)
 
 
