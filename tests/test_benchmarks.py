@@ -94,6 +94,7 @@ def test_too_few_rounds_to_finish_a_chunk_are_refused() -> None:
     assert "--rounds 3" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("scripts")
 def test_long_run_counts_what_it_made_and_repeats_its_beginning(tmp_path: Path) -> None:
     from long_run import run
