@@ -199,6 +199,7 @@ def test_training_equals_plain_torch_and_shards_its_bytes() -> None:
     assert 0 <= found["waiting_share_2_ahead"] <= found["waiting_share_0_ahead"] + 0.02
 
 
+@pytest.mark.slow
 def test_masks_compares_models_on_the_same_windows() -> None:
     found = report("masks.py", "embedded", "--clips", "1", "--windows", "2")
     assert found["models"].keys() == {"embedded"}

@@ -262,8 +262,8 @@ def test_a_fault_inside_a_stage_keeps_its_traceback(
 ) -> None:
     stream = tiny_stream(0)
     broken = replace(stream, latent_shape=(3, 4, 6))  # one latent channel too few for the model
-    engine = RayEngine(str(folder), _cut(2), EngineOptions(2))
-    with engine, pytest.raises(EngineError, match=r"stage 0 of 2 .* failed"):
+    engine = RayEngine(str(folder), _cut(1), EngineOptions(1))
+    with engine, pytest.raises(EngineError, match=r"stage 0 of 1 .* failed"):
         list(engine.run([broken]))
     assert 'stdit3.py", line' in caplog.text and "to have 4 channels, but got 3" in caplog.text
 

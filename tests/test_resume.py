@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import av
 import pytest
 import torch
-from helpers import hear_signals, tiny_checkpoint
+from forked import Program
+from helpers import tiny_checkpoint
 from interrupting import PROMPT, interrupted, render
 
 from pavdm_dist import cli
@@ -43,19 +41,11 @@ def _words(model: Path, output: Path, **settings: object) -> list[str]:
     return [PROMPT, *(f"{name}={value}" for name, value in chosen.items())]
 
 
-def _start(model: Path, output: Path, *flags: str, **settings: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pavdm_dist", "sample", *_words(model, output, **settings), *flags]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hear_signals)
-
-
-def _lines_until(process: subprocess.Popen[str], chunk: int) -> Iterator[str]:
-    """Its log until it has given so many chunks."""
-    assert process.stderr is not None
-    for line in process.stderr:
-        yield line
-        if f"chunk {chunk}:" in line:
-            return
-    raise AssertionError("it ended before")
+def _started(model: Path, output: Path, chunk: int) -> Program:
+    """The command, once it has given so many chunks."""
+    process = Program(["-m", "pavdm_dist", "sample", *_words(model, output)])
+    assert any(f"chunk {chunk}:" in line for line in process.lines()), "it ended before"
+    return process
 
 
 def _packets(path: Path) -> list[tuple[int, int, bytes]]:
@@ -95,10 +85,9 @@ def test_the_same_command_again_goes_on(
     after: int,
 ) -> None:
     output = tmp_path / "v.mp4"
-    process = _start(model, output)
-    list(_lines_until(process, after))
+    process = _started(model, output, after)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=60)
     assert process.returncode == status
     assert not output.exists() and not output.with_suffix(".json").exists()
     if number != signal.SIGKILL:
@@ -119,8 +108,7 @@ def test_a_video_goes_on_on_stages_and_by_its_folder_alone(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     output = tmp_path / "v.mp4"
-    process = _start(model, output)
-    list(_lines_until(process, 5))
+    process = _started(model, output, 5)
     process.kill()
     process.communicate(timeout=60)
     monkeypatch.chdir(tmp_path)

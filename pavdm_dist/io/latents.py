@@ -222,8 +222,8 @@ def read_latents(path: str | Path) -> Tensor:
 def _time_major(latents: Tensor) -> np.ndarray:
     if latents.ndim != 4:
         raise ValueError(f"latents must be [C, c, h, w], got {list(latents.shape)}")
-    frames = latents.detach().to("cpu", torch.float32).transpose(0, 1).contiguous()
-    return frames.numpy().astype("<f4", copy=False)
+    array = latents.detach().to("cpu", torch.float32).numpy()
+    return np.ascontiguousarray(array.swapaxes(0, 1), "<f4")
 
 
 def _shape(path: Path) -> list[int]:

@@ -36,6 +36,7 @@ from pavdm_dist.io.leftovers import (
 )
 from pavdm_dist.io.lock import OutputLock, clear_locks
 from pavdm_dist.io.metadata import Sidecar, is_complete, sidecar_path
+from pavdm_dist.io.saver import StateSaver
 from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.io.state import STATE_NAMES, Ledger, Point, State, write_state
 
@@ -117,6 +118,7 @@ class Recording:
         self._lock, self._segments, self._latents, self._clock = lock, segments, latents, clock
         self._facts = state.identity
         self._ledger = Ledger(state, segments.closed_chunks)
+        self._saver = StateSaver(segments.parts)
         self._saved_chunk, self._saved_at = state.next_chunk, clock()
         self._chunk_began = clock()
 
@@ -275,6 +277,7 @@ class Recording:
                 )
         self._ledger.complete()
         self._save()
+        self._saver.wait()
         check_sidecar(self.output)
         # Each step may take so long that the lock is lost before the next.
         num_frames = self._segments.join(metadata=comment)
@@ -302,16 +305,22 @@ class Recording:
             Where it is, as a sentence; None when there is nothing to play.
         """
         if self._lock.lost:  # what is there is another's
+            self._saver.close()
             self._segments.drop_open()
             self._lock.release()
             return None
         left = self._segments.abort()
         begun = left.playlist is not None or self._ledger.next_chunk or self._ledger.state.point is not None
+        # Of what an earlier save could not, this one may be able to: the disk has room again.
+        with suppress(OSError):
+            self._saver.wait()
         with suppress(OSError):
             if begun:
                 self._save()
+                self._saver.wait()
             else:
                 self._remove()
+        self._saver.close()
         self._lock.release()
         if left.playlist is None:
             return f"{self.output} is begun, without a frame so far" if begun else None
@@ -319,10 +328,11 @@ class Recording:
 
     def _save(self) -> None:
         state = self._ledger.state
-        write_state(self._segments.parts, state)
+        self._saver.save(state)
         self._saved_chunk, self._saved_at = state.next_chunk, self._clock()
 
     def _remove(self) -> None:
+        self._saver.close()
         self._segments.remove()
         remove_own(self._segments.parts)
         self._lock.release()

@@ -220,15 +220,41 @@ def atomic_write(path: str | Path, mode: str = "wb", encoding: str | None = None
         yield file
 
 
+def replace_bytes(path: str | Path, content: bytes, previous: str | Path) -> None:
+    """Writes a small file in one move, durably; the one that was there becomes ``previous``. Its folder must exist.
+
+    Raises:
+        OSError: it cannot be written; then both are as they were.
+    """
+    if is_remote(path):
+        if exists(path):
+            move(path, previous)
+        fs, inner = _filesystem(path)
+        fs.pipe_file(inner, content)
+        return
+    staged = _staged(path)
+    try:
+        staged.write_bytes(content)
+        make_durable(staged)  # before the one that is there steps back
+        if os.path.lexists(path):
+            os.replace(path, previous)
+        os.replace(staged, path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+    make_durable(Path(path).parent)
+
+
+def _staged(path: str | Path) -> Path:
+    return Path(path).parent / f".{Path(path).name}.{uuid.uuid4().hex[:8]}.tmp"
+
+
 def stage(path: str | Path) -> Path:
     """A fresh place for a file that :func:`commit` will move to ``path``, or :func:`discard` removes; makes the folder.
 
     It lies in a folder of its own, where what libraries write beside a file while they make it can be found, too.
     """
-    if is_remote(path):
-        folder = Path(tempfile.gettempdir()) / f"pavdm-{uuid.uuid4().hex}.tmp"
-    else:
-        folder = Path(path).parent / f".{Path(path).name}.{uuid.uuid4().hex[:8]}.tmp"
+    folder = Path(tempfile.gettempdir()) / f"pavdm-{uuid.uuid4().hex}.tmp" if is_remote(path) else _staged(path)
     folder.mkdir(0o700, parents=True)
     return folder / Path(path).name
 
