@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -12,6 +13,7 @@ from videos import numbered, numbers, write_video
 
 from pavdm_dist.errors import MediaError
 from pavdm_dist.io.reader import open_video
+from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.io.video import probe, read_clip
 
 RATE = 24
@@ -91,6 +93,28 @@ def test_time_is_read_one_way_wherever_a_film_is_read(tmp_path: Path) -> None:
     for keep, fps in (("first", None), ("last", None), ("first", 24), ("last", 24)):
         with pytest.raises(MediaError, match=r"joined\.ts(: time runs backwards| is corrupt)"):
             read_clip(path, fps=fps, keep=keep)
+
+
+@pytest.mark.parametrize("suffix", ["avi", "wmv", "asf"])
+def test_times_of_the_file_s_order_are_put_in_that_of_the_pictures(tmp_path: Path, suffix: str) -> None:
+    path = write_video(tmp_path / f"b.{suffix}", numbered(78), 24)  # with B-frames
+    with open_video(path) as reader:
+        times = [time for time, _ in reader.frames()]
+    assert all(abs(after - before - Fraction(1, 24)) < Fraction(2, 1000) for before, after in pairwise(times))
+    for keep in ("first", "last"):
+        assert numbers(read_clip(path, fps=24, keep=keep)) == list(range(78))
+    assert numbers(read_clip(path, num_frames=5, fps=24, keep="last")) == list(range(73, 78))
+
+
+def test_a_playlist_of_segments_is_a_film(tmp_path: Path) -> None:
+    """What is left of an interrupted video can be gone on from."""
+    writer = SegmentWriter(tmp_path / "v.mp4", 24, 64, 96, chunks_per_segment=1)
+    frames = numbered(80)
+    for index in range(4):
+        writer.write_chunk(index, frames[20 * index : 20 * (index + 1)])
+    assert numbers(read_clip(writer.playlist, fps=24)) == list(range(80))
+    for count in (5, 30, 77):
+        assert numbers(read_clip(writer.playlist, num_frames=count, fps=24, keep="last")) == list(range(80 - count, 80))
 
 
 def test_jumps_land_before_the_place_and_give_the_same_frames(tmp_path: Path) -> None:
