@@ -31,7 +31,7 @@ from yaml import (
 )
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.fields import check_fields, expected, members, show
+from pavdm_dist.fields import check_fields, expected, members, read, show
 from pavdm_dist.redaction import hide_in_urls, is_redacted
 
 T = TypeVar("T")
@@ -173,12 +173,13 @@ def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 def _set(config: DictConfig, cls: type, path: list[str], value: Any, *, parse: bool = False, origin: str = "") -> None:
     """Set one field, or every field of one section, descending through ``cls``'s annotations."""
-    name, annotation = "", cls
+    name, annotation, limited = "", cls, cls
     for depth, key in enumerate(path):
         known = typing.get_type_hints(annotation)
         if key not in known:
             section = f"{name}: " if name else ""
             raise ConfigError(f"{origin}{section}{_no_such_key(key, known)}")
+        limited = typing.get_type_hints(annotation, include_extras=True)[key]
         annotation, name = known[key], ".".join(path[: depth + 1])
         if not dataclasses.is_dataclass(annotation):
             break
@@ -187,6 +188,9 @@ def _set(config: DictConfig, cls: type, path: list[str], value: Any, *, parse: b
         raise ConfigError(f"{origin}{'.'.join(path)}: {name} has no keys of its own")
     if parse:
         value = _parse(annotation, name, value)
+    value = read(limited, value)
+    if isinstance(value, str) and list[str] in members(annotation):
+        value = [value]  # one is written without brackets
     for key in reversed(rest):
         value = {key: value}
     if dataclasses.is_dataclass(annotation):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, get_args
 
 from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.receptive import encoder_receptive_latents
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.method.microbatches import Displaced, MicroBatches, check_adaptive, check_displaced
 from pavdm_dist.method.schedule import End, Mode, NoiseSchedule, Start, WindowPlan, time_shift_ratio
 from pavdm_dist.method.stream import Conditioning, ResumePoint, Stream
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.devices import intra_op_threads
+from pavdm_dist.rates import as_rate
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class SamplingParams:
         defaults = checkpoint.defaults
         names = set(cls.__dataclass_fields__) - {"start", "end", "time_shift", "mode", "displaced"}
         values = {name: chosen[name] if chosen.get(name) is not None else getattr(defaults, name) for name in names}
+        if not isinstance(values["fps"], int | float):
+            values["fps"] = float(as_rate(values["fps"]))
         shift = chosen.get("time_shift") or defaults.time_shift
         if shift is None:
             latents = (values["window_chunks"] + values["context_chunks"]) * values["latent_chunk_size"]
@@ -126,6 +131,7 @@ class VideoRequest:
         prompt_schedule: ``(first chunk, prompt)`` of later prompts.
         clip: conditioning frames, uint8 ``[t, H, W, 3]`` at the run's size and rate, t = 4 k + 1.
         resume: where to go on instead of at the beginning; all else must be as it was.
+        before: frames of the clip's film that come before the clip, one by one, for whoever shows the whole film.
     """
 
     prompt: str
@@ -135,6 +141,7 @@ class VideoRequest:
     prompt_schedule: tuple[tuple[int, str], ...] = ()
     clip: Tensor | None = None
     resume: ResumePoint | None = None
+    before: Callable[[], Iterable[Any]] | None = None
 
 
 def build_stream(request: VideoRequest, stream_id: int, params: SamplingParams, checkpoint: Checkpoint) -> Stream:
@@ -259,12 +266,24 @@ def clip_frames_needed(params: SamplingParams, checkpoint: Checkpoint) -> int:
     return checkpoint.codec_spec.frames_in_chunk(params.clip_latents + (params.context_chunks == 0), first=True)
 
 
-def input_frames(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> Tensor | None:
-    """Frames of the clip that come before the first new frame (what ``include_input`` shows)."""
+def clip_frames_used(params: SamplingParams, checkpoint: Checkpoint) -> int:
+    """Most frames at the end of a conditioning clip on which anything can depend, to the bit.
+
+    Latents that take part, and those that the decoder is warmed on, must be what they would be in the whole film;
+    before them come those that the encoder makes without having seen enough.
+    """
+    codec, rerendered = checkpoint.codec, params.plan(None).given_clip * params.latent_chunk_size
+    latents = max(params.clip_latents, rerendered + codec.receptive_latents()) + encoder_receptive_latents(codec)
+    return codec.spec.frames_in_chunk(latents, first=True)
+
+
+def input_frames(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> Iterable[Any] | None:
+    """Frames of the film that come before the first new frame (what ``include_input`` shows), ``[H, W, 3]`` each."""
     if request.clip is None:
         return None
     rerendered = params.plan(None).given_clip * params.latent_chunk_size * checkpoint.codec_spec.temporal_stride
-    return request.clip[: request.clip.shape[0] - rerendered]
+    before = () if request.before is None else request.before()
+    return chain(before, request.clip[: request.clip.shape[0] - rerendered])
 
 
 def _conditioning(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> Conditioning:
@@ -282,8 +301,8 @@ def _clip_latents(
 ) -> tuple[dict[int, Tensor], Tensor | None]:
     """Given chunks by index, and the latents the decoder is warmed on.
 
-    The clip is encoded in one causal pass and its end is kept; the decoder sees everything up to the context, so
-    that the first new chunk goes on where the clip's last frame was.
+    The clip's end is encoded in one causal pass; the decoder sees what it can remember up to the context, so that the
+    first new chunk goes on where the clip's last frame was. Both are the same to the bit as if all of it were read.
     """
     if params.start == "noise":
         if request.clip is not None:
@@ -297,11 +316,14 @@ def _clip_latents(
             f"start={params.start} needs a clip of at least {needed} frames at {params.fps:g} fps "
             f"({params.clip_latents} latents), this one has {request.clip.shape[0]}"
         )
-    latents = checkpoint.codec.encode(request.clip)
+    codec = checkpoint.codec
+    codec.spec.latents_in_clip(request.clip.shape[0])
+    latents = codec.encode(request.clip[-clip_frames_used(params, checkpoint) :])
     plan, size = params.plan(None), params.latent_chunk_size
     used = latents[:, latents.shape[1] - params.clip_latents :]
     given = {
         index: used[:, (index + plan.given_context) * size :][:, :size].clone()
         for index in range(-plan.given_context, plan.given_clip)
     }
-    return given, latents[:, : latents.shape[1] - plan.given_clip * size].clone()
+    behind = latents.shape[1] - plan.given_clip * size
+    return given, latents[:, max(0, behind - codec.receptive_latents()) : behind].clone()

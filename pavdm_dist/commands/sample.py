@@ -12,19 +12,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.resolve import open_pipeline, sampling_params
 from pavdm_dist.commands.signals import Signals, Stopped
 from pavdm_dist.commands.videos import Shot, Video, Videos
 from pavdm_dist.config import SampleConfig, frames_wanted
 from pavdm_dist.errors import ConfigError, FailedVideosError, PAVDMError
-from pavdm_dist.io.encode import as_rate, check_size, require_libx264
+from pavdm_dist.io.encode import check_size, require_libx264
 from pavdm_dist.io.metadata import sidecar_path
 from pavdm_dist.io.storage import check_output, exists, is_remote, join, local_copy, same_path
 from pavdm_dist.method.stream import ResumePoint
-from pavdm_dist.request import SamplingParams, VideoRequest, check_prompts, clip_frames_needed
+from pavdm_dist.rates import as_rate
+from pavdm_dist.request import SamplingParams, VideoRequest, check_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -194,23 +193,18 @@ def _shots(config: SampleConfig) -> list[Shot]:
 def _requests(
     config: SampleConfig, shots: Sequence[Shot], params: SamplingParams, checkpoint: Checkpoint
 ) -> list[VideoRequest]:
-    clip = None
+    clip = before = None
     if config.video is not None:
-        from pavdm_dist.io.video import read_clip
+        from pavdm_dist.commands.clip import open_film
 
-        fewest = clip_frames_needed(params, checkpoint)
-        frames = read_clip(
-            config.video, None, params.height, params.width, params.fps, "last", checkpoint.codec_spec.temporal_stride
-        )
-        if len(frames) < fewest:
-            raise ConfigError(
-                f"video={config.video}: has {len(frames)} usable frames at {params.fps:g} fps, "
-                f"start={params.start} needs at least {fewest}"
-            )
-        clip = torch.from_numpy(frames)
+        film = open_film(config, params, checkpoint)
+        clip, before = film.clip, film.before
     schedule = tuple((change.from_chunk, change.prompt) for change in config.prompt_schedule)
     length = frames_wanted(config, params.fps)
-    requests = [VideoRequest(shot.prompt, shot.seed, length, config.negative_prompt, schedule, clip) for shot in shots]
+    requests = [
+        VideoRequest(shot.prompt, shot.seed, length, config.negative_prompt, schedule, clip, before=before)
+        for shot in shots
+    ]
     # A prompt that is refused in the middle of a batch would end the videos beside it.
     for request in requests:
         check_prompts(request, params, checkpoint)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,8 +197,8 @@ class Recording:
             storage.remove_empty(parts)
             raise
 
-    def write_input(self, frames: Any) -> None:
-        """Takes the frames that come before chunk 0, uint8 ``[t, height, width, 3]``; again after a resume, too.
+    def write_input(self, frames: Iterable[Any]) -> None:
+        """Takes the frames that come before chunk 0, uint8 ``[height, width, 3]`` each; again after a resume, too.
 
         Raises:
             ValueError: wrong frames.

@@ -96,7 +96,7 @@ def check_settings(config: TrainConfig, size: int) -> None:
         )
     sizes = {"data.batch_size": d.batch_size, **{f"data.batch_sizes.{k}": v for k, v in d.batch_sizes.items()}}
     groups = dict.fromkeys(sizes, size // config.sequence_parallel)
-    for name in ("data.still_batch_size",) if d.folder is None else ():
+    for name in ("data.still_batch_size",) if not d.folder else ():
         # Single frames cannot be cut, so that the processes of a window share them out.
         sizes[name], groups[name] = d.still_batch_size, size
     for name, value in sizes.items():

@@ -154,7 +154,11 @@ def _anywhere(config: TrainConfig, run: Path) -> TrainConfig:
         export=export,
         resume="must" if saves.any_there(run / "checkpoints") else "auto",
         deepspeed_config=whole(config.deepspeed_config),
-        data=replace(config.data, folder=whole(config.data.folder), model=whole(config.data.model)),
+        data=replace(
+            config.data,
+            folder=[str(Path(folder).absolute()) for folder in config.data.folder],
+            model=whole(config.data.model),
+        ),
         model=replace(config.model, pretrained=whole(config.model.pretrained)),
         codec=replace(config.codec, folder=whole(config.codec.folder)),
     )

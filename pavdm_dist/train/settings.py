@@ -28,7 +28,7 @@ class CodecSettings:
 class DataConfig:
     """What is trained on: a prepared folder of real video, or clips of moving handwritten digits made here."""
 
-    folder: str | None = None  # of `pavdm data prepare`; None renders and encodes the digits once
+    folder: list[str] = field(default_factory=list)  # of `pavdm data prepare`, one or several; [] = digits made here
     model: str | None = None  # whose codec and text encoder prepared it; None: model.pretrained, or the embedded one
     pixels: bool = False  # read the videos and encode them now, instead of cached latents
     batch_size: int = 8  # of all processes together, over all accumulated parts
