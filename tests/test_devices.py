@@ -119,6 +119,10 @@ def test_what_a_device_cannot_do_is_one_sentence(model: Path, tmp_path: Path, mo
         PAVDMPipeline(Checkpoint.open(model), decoder_dtype="float16")
     with pytest.raises(ConfigError, match=r"dtype=float64: must be auto, bfloat16, float16 or float32"):
         PAVDMPipeline.from_pretrained(model, torch_dtype=torch.float64)
+    with monkeypatch.context() as broken:
+        gpus(broken, 1)  # torch says that there is one, and fails when it is used
+        with pytest.raises(ConfigError, match=r"device=cuda: the GPU cannot be used \(.*use device=cpu"):
+            choose_device("auto")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(ConfigError, match=r"dtype=bfloat16: Tesla T4 cannot compute in it; use float16 or float32"):

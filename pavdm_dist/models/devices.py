@@ -23,7 +23,7 @@ def choose_device(device: str | torch.device, field: str = "device") -> torch.de
     """The device of a name, the value of a setting; ``auto`` is this process' GPU where it has one, else the CPU.
 
     Raises:
-        ConfigError: a GPU that is not there, or no such device.
+        ConfigError: a GPU that is not there or cannot be used, or no such device.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,6 +33,12 @@ def choose_device(device: str | torch.device, field: str = "device") -> torch.de
         raise ConfigError(f"{field}={device}: must be auto, cpu or cuda") from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"{field}={device}: this process sees {torch.cuda.device_count()} GPUs; use {field}=cpu")
+    if chosen.type == "cuda":
+        try:
+            torch.empty(1, device=chosen)
+        except (RuntimeError, AssertionError) as error:  # a driver that does not fit, a broken or a full GPU
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{field}={device}: the GPU cannot be used ({reason}); use {field}=cpu") from error
     return chosen
 
 
