@@ -28,13 +28,14 @@ from pavdm_dist.fields import (
     read_object,
 )
 from pavdm_dist.io.metadata import weights_identity
-from pavdm_dist.io.shipped import shipped_models
 from pavdm_dist.models.base import Backbone
 from pavdm_dist.models.catalog import BACKBONES, backbone_shape, load_backbone
-from pavdm_dist.models.loading import has_weights, read_tensor, stored_dtype, stored_tensors
+from pavdm_dist.models.loading import has_weights, read_tensor, stored_dtype, stored_tensors, weight_files
+from pavdm_dist.models.nearby import model_near
 from pavdm_dist.models.source import Source, load_config
 
 CODEC, TEXT_ENCODER = "AutoencoderKLWan", "WordTextEncoder"
+COMPONENTS = ("transformer", "vae", "text_encoder")
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,11 @@ class Checkpoint:
                 that do not fit each other.
             ConfigError: a revision of what has none.
         """
-        source = Source.of(shipped_models().get(str(model), model), revision)
+        source = Source.of(model, revision)
         file = source.find("model_index.json")
         if file is None:
-            raise CheckpointError(f"model={model}: {source.missing('model_index.json')}")
+            hint = model_near(source.folder()) if source.is_folder else ""
+            raise CheckpointError(f"model={model}: {source.missing('model_index.json')}{hint}")
         where = f"model={model}: {file}"
         values = read_object(file, CheckpointError)
         index = made(_ModelIndex, values, where, ignore_unknown=True, error=CheckpointError)
@@ -121,8 +123,21 @@ class Checkpoint:
 
     @property
     def identity(self) -> str:
-        """What tells these weights from others: SHA-256 of a folder's files, the commit of a hub id."""
-        return weights_identity(self.source.location) if self.source.is_folder else str(self.source)
+        """What tells these weights from others: SHA-256 of what is used of a folder, the commit of a hub id.
+
+        Raises:
+            CheckpointError: a file of it cannot be read.
+        """
+        if not self.source.is_folder:
+            return str(self.source)
+        names = {"model_index.json"}
+        for component in COMPONENTS:
+            files = weight_files(self.source.part(component))
+            names |= {f"{component}/{name}" for name in ("config.json", *files)}
+        try:
+            return weights_identity(self.source.folder(), names)
+        except OSError as error:
+            raise CheckpointError(f"model={self.source}: {error.filename} cannot be read: {error.strerror}") from error
 
     @cached_property
     def shape(self) -> Backbone:
@@ -154,8 +169,8 @@ class Checkpoint:
             away = self.source.offline
             what = f": a file of weights is {away}" if away else " holds no weights: it can be planned, not sampled"
             raise CheckpointError(f"model={self.source}{what}")
-        for component in (self.transformer, self.vae, self.source.part("text_encoder")):
-            stored_tensors(component)
+        for component in COMPONENTS:
+            stored_tensors(self.source.part(component))
 
     @cached_property
     def text_encoder(self) -> WordTextEncoder:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from typing import Any
 
 from pavdm_dist import __version__
@@ -53,18 +52,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if flags or not hasattr(arguments, "words"):
             parser.error(f"unrecognized arguments: {' '.join(flags or rest)} (settings are written key=value)")
         arguments.words += rest
-    try:
-        from pavdm_dist.commands.progress import setup_logging
+    from pavdm_dist.commands.signals import Signals, signal_of
 
-        setup_logging(arguments.verbose)
-        arguments.run(arguments)
+    try:
+        with Signals(of_process=argv is None):
+            from pavdm_dist.commands.progress import setup_logging
+
+            setup_logging(arguments.verbose)
+            arguments.run(arguments)
     except FailedVideosError as error:
         return _complain(str(error), EXIT_FAILED_VIDEOS + min(error.count, MOST_COUNTED))
     except PAVDMError as error:
         return _complain(str(error), EXIT_BAD_INPUT)
     except KeyboardInterrupt as interrupt:
         # Whoever was interrupted says in the exception where finished work lies.
-        status = 128 + getattr(interrupt, "number", signal.SIGINT)  # as a shell says it
+        status = 128 + signal_of(interrupt)  # as a shell says it
         return _complain(f"interrupted{': ' if str(interrupt) else ''}{interrupt}", status)
     except BrokenPipeError:
         # The reader of a pipe (head, less) has seen enough; closing stderr too keeps Python from reporting it.
@@ -215,19 +217,29 @@ def _print_report(report: dict[str, Any], as_json: bool) -> None:
 def _say(text: str) -> None:
     """What a command was asked for, on standard output, which may be a file on a disk that is full."""
     try:
-        print(text, flush=True)
+        print(_printable(text), flush=True)
     except BrokenPipeError:
         raise
+    except UnicodeEncodeError as error:
+        raise PAVDMError(
+            f"standard output takes {error.encoding} only, not {error.object[error.start : error.end]!a}; set"
+            " PYTHONIOENCODING=utf-8"
+        ) from error
     except OSError as error:
         # What is still held back would be tried again at the end, and complained about without a name.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         raise PAVDMError(f"standard output cannot be written: {error.strerror}") from error
 
 
+def _printable(text: str) -> str:
+    """Names of files that are no text show their bytes."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _complain(message: str, status: int) -> int:
-    # A name that is no text is shown with its bytes, whatever standard error may be.
-    text = hide_secrets(" ".join(message.split())).encode(errors="backslashreplace").decode()
-    print(f"pavdm: {text}", file=sys.stderr)
+    text = _printable(hide_secrets(" ".join(message.split())))
+    with suppress(OSError):  # nobody may be left to read it
+        print(f"pavdm: {text}", file=sys.stderr)
     return status
 
 

@@ -215,7 +215,8 @@ def _check_prompts(config: SampleConfig, needs_prompt: bool) -> None:
         raise ConfigError('nothing to render: give a prompt, pavdm sample "a red three drifting up", or prompts=FILE')
     if config.prompts is not None:
         if not os.path.isfile(config.prompts):
-            raise ConfigError(f"prompts={config.prompts}: no such file")
+            what = "is no regular file" if os.path.lexists(config.prompts) else "no such file"
+            raise ConfigError(f"prompts={config.prompts}: {what}")
         if config.output.lower().endswith(".mp4"):
             raise ConfigError(f"output={config.output}: prompts=FILE renders several videos, output must be a folder")
     previous = 0

@@ -78,6 +78,14 @@ def test_only_what_others_need_is_handed_on() -> None:
     assert handed_on({**wanted, "PATH": "/bin", "HOME": "/root", "CUDA_VISIBLE_DEVICES": "0", "MY_HF_": "1"}) == wanted
 
 
+def test_paths_mean_the_same_in_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    given = {"HF_HOME": "hf", "HF_HUB_CACHE": "~/hub", "HF_TOKEN_PATH": "", "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
+    wanted = {**given, "HF_HOME": f"{tmp_path}/hf", "HF_HUB_CACHE": "/home/me/hub"}
+    assert handed_on(given) == wanted
+
+
 def test_an_interface_that_a_node_does_not_have_is_named(
     ray_cluster: None, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

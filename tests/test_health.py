@@ -131,8 +131,9 @@ def test_only_a_trace_is_replaced_by_one(model: Path, tmp_path: Path) -> None:
     chosen = config(model, tmp_path, ["a red three"], num_stages=1, trace=str(trace))
     for content in ("", "{}", "[]", '{"version": 1, "stages": 3}', '{"version": 99, "stages": []}', '{"mine": 1}'):
         trace.write_text(content)
-        with pytest.raises(ConfigError, match=r"trace=.*t\.json exists; choose another name or pass --overwrite"):
-            check_videos(chosen, overwrite=False)
+        for overwrite in (False, True):
+            with pytest.raises(ConfigError, match=r"trace=.*t\.json exists and is no trace of this program; choose"):
+                check_videos(chosen, overwrite)
         assert trace.read_text() == content
     write_trace(trace, [])
     check_videos(chosen, overwrite=False)

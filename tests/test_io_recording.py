@@ -28,6 +28,7 @@ from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.io import latents as latents_file
 from pavdm_dist.io import lock, processes, recording, saver, state
 from pavdm_dist.io.latents import LatentsWriter, latents_sha256, read_latents
 from pavdm_dist.io.metadata import Sidecar, is_complete, read_sidecar
@@ -787,7 +788,10 @@ def test_overwrite_starts_anew_and_the_old_sidecar_goes_first(
         ("v.json", "its sidecar"),
         ("v.safetensors", "its lat"),
     ):
-        (tmp_path / name).write_text(SIDECAR)
+        if name == "v.safetensors":
+            save_file({"latents": torch.zeros(4, 1, 4, 6)}, tmp_path / name, dict(latents_file._METADATA))
+        else:
+            (tmp_path / name).write_text(SIDECAR)
         for options in ({}, {"resume": True}):
             with pytest.raises(ConfigError, match=f"{sentence}.*--overwrite|is complete"):
                 way.open(output, **options)

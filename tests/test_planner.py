@@ -183,6 +183,8 @@ def test_a_slow_decoder_is_said_and_simulated() -> None:
     checkpoint = Checkpoint.open("embedded")
     params = SamplingParams.resolve(checkpoint)
     cluster = replace(SMALL, decoder_tflops=1e-3)
+    silent = report(checkpoint, params, params.plan(8), SMALL, decoder="cpu")["why"]
+    assert "decoding on CPUs is not in these times" in silent and "cluster.decoder_tflops says" in silent
     found = report(checkpoint, params, params.plan(8), cluster, decoder="cpu")
     assert "the decoder sets the pace" in found["why"]
     assert found["choice"]["decode_tflop_per_chunk"] == pytest.approx(

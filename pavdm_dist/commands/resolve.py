@@ -59,6 +59,11 @@ def open_pipeline(config: SampleConfig) -> PAVDMPipeline:
         CheckpointError: not a model that can be sampled.
         ConfigError: a device that is not there, or options that contradict one another.
     """
+    if config.num_stages and config.decoder == "auto" and (config.gpus_per_stage or config.device == "cuda"):
+        logger.warning(
+            "decoder=auto decodes on CPUs beside stages on GPUs, which a large model waits for; decoder=shared uses the"
+            " last stage's GPU, decoder=cuda one more (decoder=cpu says that CPUs are meant)"
+        )
     return PAVDMPipeline(
         Checkpoint.open(config.model, config.revision),
         config.num_stages,

@@ -7,7 +7,10 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from typing import Any
+
+from torch import Tensor
 
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError, PAVDMError, VideoError
@@ -41,6 +44,7 @@ class Shot:
     prompt: str
     seed: int
     output: str
+    where: str = ""  # what is said before a message about its prompt
 
 
 @dataclass
@@ -242,7 +246,7 @@ class Videos:
 
     def _identity(self, request: VideoRequest) -> dict[str, Any]:
         """What a video's bits depend on, except for the device that they are computed on."""
-        clip = None if request.clip is None else hashlib.sha256(request.clip.contiguous().numpy().data).hexdigest()
+        clip = None if request.clip is None else _sha256(request.clip)
         found = versions()
         return {
             "prompt": request.prompt,
@@ -260,6 +264,11 @@ class Videos:
             "decoder_dtype": self.config.decoder_dtype,
             "versions": {name: found[name] for name in ("pavdm_dist", "torch", "av")},
         }
+
+
+@lru_cache(maxsize=1)  # videos of a command share their clip
+def _sha256(clip: Tensor) -> str:
+    return hashlib.sha256(clip.contiguous().numpy().data).hexdigest()
 
 
 def _own_settings(config: SampleConfig, video: Video) -> SampleConfig:

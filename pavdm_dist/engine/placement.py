@@ -182,6 +182,13 @@ def _take(nodes: list[dict[str, float]], bundle: dict[str, float]) -> bool:
     return False
 
 
+def gpus_of_cluster() -> int:
+    """GPUs of the cluster that this process is in, busy or free."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
 def _asked(options: EngineOptions) -> str:
     return f"num_stages={options.num_stages} needs {_total(options.bundles())}"
 

@@ -198,6 +198,21 @@ class LatentsWriter:
         return sound
 
 
+def holds_latents(path: str | Path) -> bool:
+    """Whether a file, local or remote, is one that :meth:`LatentsWriter.join` has written.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with local_copy(path) as file, safe_open(file, "np") as opened:
+            return "latents" in opened.keys() and _METADATA.items() <= (opened.metadata() or {}).items()  # noqa: SIM118
+    except SafetensorError:
+        return False
+
+
 def read_latents(path: str | Path) -> Tensor:
     """The tensor ``latents`` ``[C, N, h, w]`` of a local safetensors file, float32.
 

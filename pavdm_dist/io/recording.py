@@ -27,7 +27,7 @@ from pavdm_dist.io.latents import LatentsWriter
 from pavdm_dist.io.leftovers import (
     SETTINGS,
     check_files,
-    check_sidecar,
+    check_foreign,
     holds,
     latents_path,
     recording_facts,
@@ -73,7 +73,7 @@ def check_recording(
     """
     storage.check_output(output, overwrite=True)  # what would be an OSError of the lock
     clear_locks([output])
-    check_sidecar(output)
+    check_foreign(output, save_latents)
     if overwrite or facts is None or state_to_resume(str(output), facts) is None:
         check_files(output, overwrite, save_latents, resume=facts is not None)
 
@@ -171,7 +171,7 @@ class Recording:
         try:
             for path in (output, latents_path(output), sidecar_path(output)):
                 storage.remove_staged(path)
-            check_sidecar(output)
+            check_foreign(output, save_latents)
             if resume and is_complete(output):
                 remove_own(parts)
             state = state_to_resume(output, facts, mend=True) if resume else None
@@ -260,7 +260,7 @@ class Recording:
         Raises:
             ValueError: no chunk was written, or chunks that a resume wants again were not.
             MediaError: what was written of it earlier was damaged since.
-            ConfigError: another file has got the sidecar's name.
+            ConfigError: another file has got the name of the sidecar, or of the latents.
             OSError: as :meth:`write`.
         """
         self._lock.check()
@@ -278,7 +278,7 @@ class Recording:
         self._ledger.complete()
         self._save()
         self._saver.wait()
-        check_sidecar(self.output)
+        check_foreign(self.output, self._latents is not None)
         # Each step may take so long that the lock is lost before the next.
         num_frames = self._segments.join(metadata=comment)
         self._lock.check()

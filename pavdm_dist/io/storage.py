@@ -15,7 +15,7 @@ import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -341,11 +341,34 @@ def _unstaged(name: str) -> str:
     return staged[1] if staged else name
 
 
-def _filesystem(path: str | Path) -> tuple[Any, str]:
+class _Store:
+    """A file system of fsspec's whose drivers' own kinds of error are the OSError that they stand for."""
+
+    def __init__(self, fs: Any, path: str) -> None:
+        self._fs, self._path = fs, path
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        call = getattr(self._fs, name)
+
+        def told(*args: Any, **options: Any) -> Any:
+            try:
+                return call(*args, **options)
+            except OSError:
+                raise
+            except Exception as error:
+                raise OSError(f"{self._path}: {type(error).__name__}: {error}") from error
+
+        return told
+
+
+def _filesystem(path: str | Path) -> tuple[_Store, str]:
     from fsspec.core import url_to_fs
 
     try:
         # What other machines write is seen at once: locks and sidecars are looked for again and again.
-        return url_to_fs(str(path), use_listings_cache=False)
-    except (ImportError, ValueError) as error:  # the driver is not installed, or no such protocol
+        fs, inner = url_to_fs(str(path), use_listings_cache=False)
+    except OSError:
+        raise
+    except Exception as error:  # the driver is not installed, no such protocol, nobody to sign in as
         raise ConfigError(f"{path} cannot be reached: {error}") from error
+    return _Store(fs, str(path)), inner

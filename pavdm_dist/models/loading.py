@@ -71,6 +71,17 @@ def tensor_files(source: Place) -> dict[str, str]:
     return files
 
 
+def weight_files(source: Place) -> set[str]:
+    """Names of the files that hold the weights, and of the index of several.
+
+    Raises:
+        CheckpointError: as :func:`tensor_files`.
+    """
+    source = Source.of(source)
+    name, is_index = _weights(source)
+    return {*tensor_files(source).values(), *([name] if is_index and name is not None else [])}
+
+
 def has_weights(source: Place) -> bool:
     """Whether there are weights, or a shape only."""
     return _weights(Source.of(source))[0] is not None
