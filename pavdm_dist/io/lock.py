@@ -204,12 +204,12 @@ def _await_silence(watched: dict[str | Path, Seen], field: str) -> None:
                 raise ConfigError(f"{field}={output} is being written by {found.who}")
 
 
-def _path(output: str | Path, field: str) -> str:
+def _path(output: str | Path, field: str = OUTPUT) -> str:
     folder = storage.parts_folder(output) if field == OUTPUT else output
     return storage.join(folder, storage.LOCK_NAME)
 
 
-def _find(output: str | Path, field: str) -> Seen | None:
+def _find(output: str | Path, field: str = OUTPUT) -> Seen | None:
     """The lock of an output; None where there is none.
 
     Raises:
@@ -227,7 +227,7 @@ def _find(output: str | Path, field: str) -> Seen | None:
     return None
 
 
-def _take_away(output: str | Path, stale: Seen, field: str) -> None:
+def _take_away(output: str | Path, stale: Seen, field: str = OUTPUT) -> None:
     """Removes a stale lock, but not the one that another process may just have put in its place.
 
     Raises:
