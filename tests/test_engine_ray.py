@@ -16,8 +16,8 @@ import pytest
 import torch
 from helpers import reference_chunks, tiny_model, tiny_stream
 
+from pavdm_dist.cluster.room import fits
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.engine.placement import fits
 from pavdm_dist.engine.ray_engine import RayEngine
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
 from pavdm_dist.io.metadata import cpu_model

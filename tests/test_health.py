@@ -38,7 +38,7 @@ from pavdm_dist.errors import CheckpointError, ConfigError, VideoError
 from pavdm_dist.io import storage
 from pavdm_dist.io.encode import EncoderOptions, VideoEncoder
 from pavdm_dist.io.metadata import is_complete
-from pavdm_dist.train import saves
+from pavdm_dist.train import saving
 
 pytestmark = pytest.mark.timeout(180)
 MOUNTS = ["unshare", "--mount"]
@@ -259,7 +259,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
 def test_a_share_that_cannot_fsync_ends_no_video(refusing: list[str], model: Path, tmp_path: Path) -> None:
     render_command(config(model, tmp_path, ["a red"], num_frames=13), False, ChunkProgress)
     assert made(tmp_path) == ["0000"] and len(refusing) > 5
-    saves._write(tmp_path / "x", "text")
+    saving._write(tmp_path / "x", "text")
     assert (tmp_path / "x").read_text() == "text"
 
 
