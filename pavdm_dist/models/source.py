@@ -22,15 +22,22 @@ class Source:
         location: absolute path of a folder, or a hub id.
         revision: of a hub id: branch, tag or commit; None = the default branch.
         component: folder inside, such as ``transformer``; "" = all of it.
+        adapters: what is added to its weights as they are loaded.
     """
 
     location: str
     revision: str | None = None
     component: str = ""
+    adapters: tuple[Adapter, ...] = ()
 
     @classmethod
-    def of(cls, place: str | Path | Source, revision: str | None = None) -> Source:
+    def of(cls, place: str | Path | Source, revision: str | None = None, field: str = "model") -> Source:
         """What a user names: a folder, made absolute because others work in other folders, else a hub id.
+
+        Args:
+            place: which.
+            revision: of a hub id.
+            field: the setting it was named in, for messages.
 
         Raises:
             ConfigError: a revision of a folder.
@@ -40,13 +47,13 @@ class Source:
             return place
         if not os.path.isdir(place):
             if os.path.isabs(place):
-                raise CheckpointError(f"model={place}: no such folder")
+                raise CheckpointError(f"{field}={place}: no such folder")
             if "/" not in str(place):
                 # Said at once: without a network the hub's library tries for half a minute.
-                raise CheckpointError(f"model={place}: no such folder here, and hub ids are owner/name")
+                raise CheckpointError(f"{field}={place}: no such folder here, and hub ids are owner/name")
             return cls(str(place), revision)
         if revision is not None:
-            raise ConfigError(f"revision={revision}: model={place} is a folder, only hub ids have revisions")
+            raise ConfigError(f"revision={revision}: {field}={place} is a folder, only hub ids have revisions")
         return cls(os.path.abspath(place))
 
     def __str__(self) -> str:
@@ -233,3 +240,11 @@ def load_config(source: str | Path | Source) -> dict[str, Any]:
         CheckpointError: missing or not a JSON object.
     """
     return read_object(Source.of(source).file("config.json"), CheckpointError)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A low-rank change of a model's weights (LoRA): a folder or hub id, and how strong it is; 1 is as trained."""
+
+    source: Source
+    scale: float = 1.0
