@@ -26,6 +26,7 @@ from pavdm_dist.method.stream import ResumePoint, Stream
 from pavdm_dist.method.window import Window
 from pavdm_dist.models.catalog import load_backbone
 from pavdm_dist.models.devices import DTYPES, check_dtype, choose_device, choose_dtype, device_model, named_dtype
+from pavdm_dist.models.source import Adapter
 from pavdm_dist.outputs import OUTPUTS, PAVDMPipelineOutput, VideoChunk
 from pavdm_dist.planning.forecast import useful_stages
 from pavdm_dist.planning.partition import layer_split
@@ -106,12 +107,14 @@ class PAVDMPipeline:
         torch_dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         revision: str | None = None,
+        lora: Sequence[Adapter] = (),
     ) -> PAVDMPipeline:
         """Opens the model that ships with the package (``embedded``), a folder or a hub id.
 
         Args:
             model: which.
             revision: of a hub id: branch, tag or commit.
+            lora: changes of the weights.
             num_stages, threads_per_stage, engine, torch_dtype, device: of this class; ``torch_dtype`` is its ``dtype``,
                 None is ``auto``.
 
@@ -119,7 +122,7 @@ class PAVDMPipeline:
             CheckpointError: not a model this package runs.
             ConfigError: a device that is not there, or a type it cannot compute in.
         """
-        checkpoint = Checkpoint.open(model, revision)
+        checkpoint = Checkpoint.open(model, revision, lora)
         return cls(checkpoint, num_stages, threads_per_stage, engine, torch_dtype or "auto", device or "auto")
 
     def to(self, *targets: str | torch.device | torch.dtype) -> PAVDMPipeline:
