@@ -16,7 +16,7 @@ from pavdm_dist.codecs.base import CodecSpec
 from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.codecs.wan_config import read_spec
-from pavdm_dist.errors import CheckpointError
+from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.fields import (
     ChunkLatents,
     ContextChunks,
@@ -181,6 +181,24 @@ class Checkpoint:
     def dtype(self) -> torch.dtype:
         """The type the backbone's weights are stored in; float32 where there are none."""
         return stored_dtype(self.transformer)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Refuses a picture size, in pixels, that the codec or the backbone's patches cannot take.
+
+        Raises:
+            ConfigError: naming the nearest legal size.
+        """
+        cells = self.codec_spec.latent_size(height, width)
+        try:
+            self.shape.grid(1, *cells)
+        except ConfigError as error:
+            patch, stride = self.shape.spec.patch[1:], self.codec_spec.spatial_stride
+            units = [stride * side for side in patch]
+            nearest = [max(1, round(side / unit)) * unit for side, unit in zip((height, width), units, strict=True)]
+            raise ConfigError(
+                f"height={height}, width={width}: this model's patches cover {units[0]}x{units[1]} pixels, sides must"
+                f" be multiples of these; nearest legal: height={nearest[0]} width={nearest[1]}"
+            ) from error
 
     def require_weights(self) -> None:
         """Refuses what can only be planned, and files of weights that are lacking or torn; reads their headers.

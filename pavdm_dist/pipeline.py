@@ -230,7 +230,9 @@ class PAVDMPipeline:
         unknown = set(chosen) - {*SamplingParams.__dataclass_fields__, "allow_untrained_causal"}
         if unknown:
             raise ConfigError(f"no such argument {sorted(unknown)[0]!r}; sampling takes {_names(SamplingParams)}")
-        return SamplingParams.resolve(self.checkpoint, **chosen)
+        params = SamplingParams.resolve(self.checkpoint, **chosen)
+        self.checkpoint.check_size(params.height, params.width)
+        return params
 
     def iter_chunks(
         self,

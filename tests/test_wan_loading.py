@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +247,49 @@ def test_other_kinds_of_change_are_refused(tmp_path: Path) -> None:
         load_backbone(source)
     x, text = random(1, 4, 2, 4, 6), random(1, 5, 12)
     assert load_backbone(tmp_path)(x, staircase(2), text, INFO).isfinite().all()  # type: ignore[operator]
+
+
+# --- memory ----------------------------------------------------------------------------------------------
+
+# A stage in a process of its own: prints its private memory before and after a forward, in bytes, and bytes asked of
+# its files.
+STAGE = """
+import sys, torch
+torch.set_num_threads(1)
+from pavdm_dist.models import loading
+from pavdm_dist.models.base import Activation, BlockContext
+from pavdm_dist.models.catalog import backbone_shape, load_backbone
+from pavdm_dist.models.text_cache import TextRun
+
+def private():
+    lines = open("/proc/self/smaps_rollup").read().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) * 1024
+
+def forward(model, blocks):
+    grid = model.grid(2, 4, 6)
+    dim = model.config.width
+    run = [TextRun(0, 2, model.project_text(torch.zeros(1, 3, 12)))]
+    activation = Activation(torch.zeros(1, 2, 6, dim), torch.zeros(1, 2, 6 * dim), torch.zeros(1, 2, dim))
+    for index in range(*blocks):
+        activation = model.block(index, activation, BlockContext(grid, run))
+
+folder, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+backbone_shape(folder), forward(load_backbone(sys.argv[4], (0, 1)), (0, 1))
+before, model = private(), load_backbone(folder, (first, last))
+forward(model, (first, last))
+print(private() - before, sum(value.nbytes for value in model.state_dict().values() if not value.is_meta))
+"""
+
+
+@pytest.mark.slow
+def test_a_stage_holds_its_share_of_the_weights(tmp_path: Path) -> None:
+    """A third of 200 MB, also where all are in one file."""
+    config = replace(WAN, num_attention_heads=16, attention_head_dim=32, ffn_dim=2800, num_layers=9)
+    tiny_wan(config=config).save_pretrained(tmp_path / "model")
+    tiny_wan().save_pretrained(tmp_path / "small")
+    arguments = [str(tmp_path / "model"), "3", "6", str(tmp_path / "small")]
+    done = subprocess.run([sys.executable, "-c", STAGE, *arguments], capture_output=True, text=True, check=True)
+    held, share = map(int, done.stdout.split()[-2:])
+    whole = (tmp_path / "model" / WEIGHTS).stat().st_size
+    assert share < 0.35 * whole
+    assert held < 1.3 * share

@@ -20,12 +20,15 @@ from pavdm_dist.cli import main
 from pavdm_dist.codecs.costs import Allocated
 from pavdm_dist.engine.order import epochs, join_of
 from pavdm_dist.engine.stage import Stage
-from pavdm_dist.errors import CheckpointError
+from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.io.shipped import shipped_models
 from pavdm_dist.method.microbatches import Displaced
 from pavdm_dist.method.schedule import Mode
 from pavdm_dist.models.base import Activation
+from pavdm_dist.models.known import known_model
 from pavdm_dist.models.loading import convert
+from pavdm_dist.models.source import Source
+from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.planning.costs import chunk_reads, estimated_costs
 from pavdm_dist.planning.memory import MESSAGES, StageMemory
 
@@ -174,6 +177,26 @@ def test_a_window_longer_than_those_of_training_is_said(folder: Path, capsys: py
     assert "windows of at most" not in capsys.readouterr().err
     assert main(["plan", f"model={folder}", "num_frames=20", "latent_chunk_size=3"]) == 0
     assert "windows of at most 8 latents; 12" in capsys.readouterr().err
+
+
+def test_a_size_that_patches_do_not_divide_names_the_nearest(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sample", "a red three", f"model={folder}", "height=40", "width=48", "output=never.mp4"]
+    assert main(words) == 2
+    assert (
+        "height=40, width=48: this model's patches cover 16x16 pixels, sides must be multiples of these; nearest legal:"
+        " height=32 width=48"
+    ) in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="nearest legal: height=32 width=48"):
+        PAVDMPipeline(Checkpoint.open(folder), device="cpu").params(height=40)
+
+
+def test_the_hub_id_tells_models_of_one_shape_apart() -> None:
+    public = {name: json.loads((shipped_models()[name] / "model_index.json").read_text()) for name in SHAPES}
+    for name, index in public.items():
+        transformer = json.loads((shipped_models()[name] / "transformer" / "config.json").read_text())
+        found = known_model(Source(index["hub"]), {}, transformer, "here")
+        assert (found.hub, found.sampling) == (index["hub"], index["sampling"])
+        assert found.license == index.get("license")
 
 
 def test_two_experts_are_refused(folder: Path) -> None:

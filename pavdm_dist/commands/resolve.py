@@ -103,6 +103,7 @@ def sampling_params(config: SampleConfig, checkpoint: Checkpoint) -> SamplingPar
     chosen = {name: getattr(config, name) for name in SamplingParams.__dataclass_fields__}
     chosen["displaced"] = Displaced(**asdict(config.displaced))
     params = SamplingParams.resolve(checkpoint, config.allow_untrained_causal, **chosen)
+    checkpoint.check_size(params.height, params.width)
     trained = checkpoint.defaults
     if (params.height, params.width) != (trained.height, trained.width):
         logger.warning(

@@ -150,8 +150,7 @@ class Wan(nn.Module):
         _, ph, pw = self.config.patch_size
         if latent_height % ph or latent_width % pw:
             raise ConfigError(
-                f"{latent_height}x{latent_width} latent cells (height x width): the model takes multiples of"
-                f" {ph}x{pw}; the nearest are {_nearest(latent_height, ph)}x{_nearest(latent_width, pw)}"
+                f"{latent_height}x{latent_width} latent cells (height x width): the model takes multiples of {ph}x{pw}"
             )
         return Grid(frames, latent_height // ph, latent_width // pw, latent_height, latent_width)
 
@@ -295,7 +294,3 @@ def diffusers_arguments(config: WanConfig) -> dict[str, Any]:
     """What diffusers' constructor takes; it has no word for the rest."""
     own = {"text_len", "level_support", "causal_trained"}
     return {name: value for name, value in asdict(config).items() if name not in own}
-
-
-def _nearest(size: int, patch: int) -> int:
-    return max(1, round(size / patch)) * patch
