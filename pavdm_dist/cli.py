@@ -182,6 +182,20 @@ def data(arguments: argparse.Namespace) -> None:
     _print_report(prepare_command(config), arguments.json)
 
 
+def convert(arguments: argparse.Namespace) -> None:
+    """Turn a published file of weights (.pt, .safetensors) into a model folder."""
+    from pavdm_dist.commands.convert import ConvertConfig, convert_command
+    from pavdm_dist.merging import load_config
+
+    source, config_file, overrides = sort_words(arguments.words)
+    if source is not None:
+        overrides.insert(0, f"source={source}")
+    config = load_config(ConvertConfig, config_file, overrides)
+    if arguments.print_config:
+        return _print_config(config)
+    _print_report(convert_command(config, arguments.overwrite), arguments.json)
+
+
 def configs(arguments: argparse.Namespace) -> None:
     """List the shipped config files, or copy one to edit."""
     from pavdm_dist.commands.configs import copy_config, describe_configs
@@ -292,6 +306,12 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("words", nargs="*", metavar="SOURCE | CONFIG.yaml | key=value")
     prepare.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
     prepare.add_argument("--json", action="store_true", help="print one JSON object")
+
+    verb = add(convert, "pavdm convert FILE [CONFIG.yaml] base=MODEL output=FOLDER [key=value ...] [flags]")
+    verb.add_argument("words", nargs="*", metavar="FILE | CONFIG.yaml | key=value")
+    verb.add_argument("--overwrite", action="store_true", help="replace an earlier folder of a model")
+    verb.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
 
     verb = add(configs)
     actions = verb.add_subparsers(dest="action", required=True, metavar="ACTION")

@@ -62,6 +62,15 @@ class DisplacedConfig:
 
 
 @dataclass
+class LoraConfig:
+    """A low-rank change of the model's weights, added as they are loaded."""
+
+    model: str  # a folder or hub id
+    scale: Annotated[float, Within(-100, 100)] = 1.0
+    revision: str | None = None  # of a hub id: branch, tag or commit
+
+
+@dataclass
 class SampleConfig:
     """Everything ``pavdm sample`` knows, and ``pavdm plan`` of a run. ``None`` means the checkpoint's own default."""
 
@@ -81,6 +90,7 @@ class SampleConfig:
     # the method
     model: str = "embedded"  # embedded, a checkpoint folder or a hub id
     revision: str | None = None  # of a hub id: branch, tag or commit
+    lora: list[LoraConfig] = field(default_factory=list)  # [{model: FOLDER, scale: 0.8}]
     num_inference_steps: Steps | None = None  # T
     window_chunks: WindowChunks | None = None  # W
     latent_chunk_size: ChunkLatents | None = None  # c

@@ -36,6 +36,7 @@ from pavdm_dist.models.devices import (
     idle_on_stages,
     named_dtype,
 )
+from pavdm_dist.models.source import Adapter
 from pavdm_dist.outputs import OUTPUTS, PAVDMPipelineOutput, VideoChunk
 from pavdm_dist.planning.partition import layer_split
 from pavdm_dist.request import SamplingParams, VideoRequest, build_stream, frames_left
@@ -44,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 # A whole video in memory larger than this is refused: long videos are streamed.
 MAX_RESULT_BYTES = 4 * 2**30
-_FROM_PRETRAINED = ("model", "num_stages", "threads_per_stage", "engine", "torch_dtype", "device", "revision")
+_FROM_PRETRAINED = ("model", "num_stages", "threads_per_stage", "engine", "torch_dtype", "device", "revision", "lora")
 
 
 class PAVDMPipeline:
@@ -109,6 +110,7 @@ class PAVDMPipeline:
         torch_dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         revision: str | None = None,
+        lora: Sequence[Adapter] = (),
         **unknown: object,
     ) -> PAVDMPipeline:
         """Opens the model that ships with the package (``embedded``), a folder or a hub id.
@@ -116,6 +118,7 @@ class PAVDMPipeline:
         Args:
             model: which.
             revision: of a hub id: branch, tag or commit.
+            lora: changes of the weights.
             num_stages, threads_per_stage, engine, torch_dtype, device: of this class; ``torch_dtype`` is its ``dtype``,
                 None is ``auto``.
             unknown: any other argument is refused by name.
@@ -125,7 +128,7 @@ class PAVDMPipeline:
             ConfigError: an argument that is none, a device that is not there, or a type it cannot compute in.
         """
         check_names(unknown, _FROM_PRETRAINED, "from_pretrained")
-        checkpoint = Checkpoint.open(model, revision)
+        checkpoint = Checkpoint.open(model, revision, lora)
         return cls(checkpoint, num_stages, threads_per_stage, engine, torch_dtype or "auto", device or "auto")
 
     def to(self, *targets: str | torch.device | torch.dtype) -> PAVDMPipeline:
@@ -240,7 +243,9 @@ class PAVDMPipeline:
 
     def params(self, **chosen: Any) -> SamplingParams:
         """Settings of a run: chosen values over the checkpoint's defaults (see :class:`SamplingParams`)."""
-        return SamplingParams.resolve(self.checkpoint, **chosen)
+        params = SamplingParams.resolve(self.checkpoint, **chosen)
+        self.checkpoint.check_size(params.height, params.width)
+        return params
 
     def iter_chunks(
         self,

@@ -29,16 +29,23 @@ class Source:
             every machine, or a hub id.
         revision: of a hub id: branch, tag or commit; None = the default branch.
         component: folder inside, such as ``transformer``; "" = all of it.
+        adapters: what is added to its weights as they are loaded.
     """
 
     location: str
     revision: str | None = None
     component: str = ""
+    adapters: tuple[Adapter, ...] = ()
 
     @classmethod
-    def of(cls, place: str | Path | Source, revision: str | None = None) -> Source:
+    def of(cls, place: str | Path | Source, revision: str | None = None, field: str = "model") -> Source:
         """What a user names: a model that comes with the package, a folder, made absolute because others work in other
         folders, else a hub id.
+
+        Args:
+            place: which.
+            revision: of a hub id.
+            field: the setting it was named in, for messages.
 
         Raises:
             ConfigError: a revision of what has none.
@@ -53,14 +60,14 @@ class Source:
         if is_shipped or os.path.isdir(name):
             if revision is not None:
                 kind = "comes with this package" if is_shipped else "is a folder"
-                raise ConfigError(f"revision={revision}: model={place} {kind}, only hub ids have revisions")
+                raise ConfigError(f"revision={revision}: {field}={place} {kind}, only hub ids have revisions")
             return cls(name if is_shipped else os.path.abspath(name))
         if os.path.lexists(name):
-            raise CheckpointError(f"model={place} is no folder; name the folder of a model")
+            raise CheckpointError(f"{field}={place} is no folder; name the folder of a model")
         if os.path.isabs(name):
-            raise CheckpointError(f"model={place}: no such folder{near_name(name)}")
+            raise CheckpointError(f"{field}={place}: no such folder{near_name(name)}")
         if "/" not in name:
-            raise CheckpointError(f"model={place}: no such folder here, and hub ids are owner/name{near_name(name)}")
+            raise CheckpointError(f"{field}={place}: no such folder here, and hub ids are owner/name{near_name(name)}")
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id
 
@@ -69,7 +76,7 @@ class Source:
         except HFValidationError as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(
-                f"model={name!r} is no folder here and no hub id: {reason}{near_name(name)}"
+                f"{field}={name!r} is no folder here and no hub id: {reason}{near_name(name)}"
             ) from error
         return cls(name, revision)
 
@@ -266,3 +273,11 @@ def load_config(source: str | Path | Source) -> dict[str, Any]:
         CheckpointError: missing or not a JSON object.
     """
     return read_object(Source.of(source).file("config.json"), CheckpointError)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A low-rank change of a model's weights (LoRA): a folder or hub id, and how strong it is; 1 is as trained."""
+
+    source: Source
+    scale: float = 1.0

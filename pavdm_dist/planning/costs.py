@@ -32,9 +32,24 @@ from pavdm_dist.models.text_cache import TextBank
 logger = logging.getLogger(__name__)
 
 
-def estimated_costs(shape: Backbone, frames: int, cells: tuple[int, int]) -> Costs:
-    """FLOP of a micro-batch of so many latent frames, with the longest text; ``cells``: latent height and width."""
-    return shape.costs(shape.grid(frames, *cells), shape.spec.text_len)
+def estimated_costs(shape: Backbone, frames: int, cells: tuple[int, int], frames_read: int | None = None) -> Costs:
+    """FLOP of a micro-batch of so many latent frames, with the longest text; ``cells``: latent height and width.
+
+    ``frames_read``: as of :meth:`~pavdm_dist.models.base.Backbone.costs`.
+    """
+    return shape.costs(shape.grid(frames, *cells), shape.spec.text_len, frames_read)
+
+
+def chunk_reads(mode: Mode, window_chunks: int, context_chunks: int, size: int) -> int:
+    """Latent frames that a noisy chunk of a full window reads, on average, where a micro-batch is one chunk.
+
+    Args:
+        mode: ``causal``: itself and all before it; else the whole window.
+        window_chunks, context_chunks: of the plan.
+        size: latents of a chunk.
+    """
+    full = window_chunks + context_chunks
+    return round(size * (context_chunks + 1 + full) / 2) if mode == "causal" else size * full
 
 
 def estimated_decode(checkpoint: Checkpoint, size: int, cells: tuple[int, int]) -> float:
