@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -15,6 +15,7 @@ from pavdm_dist.method.schedule import End, Mode, NoiseSchedule, Start, WindowPl
 from pavdm_dist.method.stream import Conditioning, ResumePoint, Stream
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.devices import intra_op_threads
+from pavdm_dist.timed import chunk_schedule
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class SamplingParams:
         height, width, fps: of the frames.
         mode: which chunks of a window see each other (:attr:`~pavdm_dist.method.stream.Stream.mode`).
         displaced: when mode displaced is exact.
+        context_noise: level to which clean context is noised again; 0 = it stays clean.
+        prompt_suffix: words behind every prompt but the negative one.
     """
 
     num_inference_steps: int
@@ -44,6 +47,8 @@ class SamplingParams:
     fps: float
     mode: Mode = "window"
     displaced: Displaced = field(default_factory=Displaced)
+    context_noise: float = 0.0
+    prompt_suffix: str = ""
 
     @classmethod
     def resolve(cls, checkpoint: Checkpoint, allow_untrained_causal: bool = False, **chosen: Any) -> SamplingParams:
@@ -78,7 +83,13 @@ class SamplingParams:
         check_adaptive(MicroBatches(params.plan(None), params.mode, 0, displaced))
         if params.mode == "causal":
             _check_causal(params, checkpoint, allow_untrained_causal)
-        checkpoint.codec_spec.latent_size(params.height, params.width)
+        spec = checkpoint.codec_spec
+        spec.latent_size(params.height, params.width)
+        spec.check_chunk(params.latent_chunk_size)
+        if params.context_noise and not params.context_chunks:
+            raise ConfigError(
+                f"context_noise={params.context_noise:g}: context_chunks=0 leaves no context; use 1, or context_noise=0"
+            )
         params.plan(None)
         return params
 
@@ -124,7 +135,8 @@ class VideoRequest:
         num_frames: new frames; the last chunk is trimmed. None = endless, until it is stopped.
         negative_prompt: text of the unconditional branch; None = the model's learned null text.
         prompt_schedule: ``(first chunk, prompt)`` of later prompts.
-        clip: conditioning frames, uint8 ``[t, H, W, 3]`` at the run's size and rate, t = 4 k + 1.
+        clip: conditioning frames, uint8 ``[t, H, W, 3]`` at the run's size and rate, as many as the codec encodes.
+        image: picture that the video begins with, uint8 ``[H, W, 3]`` at the run's size; needs ``start="noise"``.
         resume: where to go on instead of at the beginning; all else must be as it was.
     """
 
@@ -134,6 +146,7 @@ class VideoRequest:
     negative_prompt: str | None = None
     prompt_schedule: tuple[tuple[int, str], ...] = ()
     clip: Tensor | None = None
+    image: Tensor | None = None
     resume: ResumePoint | None = None
 
 
@@ -150,6 +163,7 @@ def build_stream(request: VideoRequest, stream_id: int, params: SamplingParams, 
     height, width = checkpoint.codec_spec.latent_size(params.height, params.width)
     with intra_op_threads(1):
         given, warm = ({}, None) if request.resume else _clip_latents(request, params, checkpoint)
+        image = _image_latents(request, params, checkpoint)
         conditioning = _conditioning(request, params, checkpoint)
     return Stream(
         id=stream_id,
@@ -165,6 +179,8 @@ def build_stream(request: VideoRequest, stream_id: int, params: SamplingParams, 
         resume=request.resume,
         mode=params.mode,
         displaced=params.displaced,
+        image=image,
+        context_noise=params.context_noise,
     )
 
 
@@ -221,16 +237,70 @@ def check_prompts(request: VideoRequest, params: SamplingParams, checkpoint: Che
         raise ConfigError(
             f"negative_prompt={request.negative_prompt!r}: guidance_scale=1 uses none; set another, or drop the prompt"
         )
-    limit = checkpoint.shape.spec.text_len
-    texts = [request.prompt, *(prompt for _, prompt in request.prompt_schedule)]
-    for prompt in texts + ([] if request.negative_prompt is None else [request.negative_prompt]):
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(f"prompt {prompt!r} is not text: {error.reason}") from error
-        tokens = len(checkpoint.text_encoder.token_ids(prompt))
-        if tokens > limit:
-            raise ConfigError(f"prompt {prompt!r} has {tokens} tokens, the model takes at most {limit}")
+    for prompt in texts_of(request, params):
+        _check_text(prompt, checkpoint)
+
+
+def _check_text(prompt: str, checkpoint: Checkpoint) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"prompt {prompt!r} is not text: {error.reason}") from error
+    checkpoint.text_encoder.check(prompt, checkpoint.shape.spec.text_len)
+
+
+def spoken(prompt: str, params: SamplingParams) -> str:
+    """A prompt with the words that are said behind it, unless it has them already."""
+    suffix = params.prompt_suffix.strip()
+    return prompt if not suffix or suffix in prompt else f"{prompt} {suffix}"
+
+
+def prompts_of(request: VideoRequest) -> list[tuple[int, str]]:
+    """``(first chunk, prompt)`` in rising order, with what was changed while the video ran."""
+    changes = () if request.resume is None else request.resume.prompts
+    return sorted({0: request.prompt, **dict(request.prompt_schedule), **dict(changes)}.items())
+
+
+def texts_of(request: VideoRequest, params: SamplingParams) -> list[str]:
+    """All that is encoded for a video."""
+    texts = [spoken(prompt, params) for _, prompt in prompts_of(request)]
+    return texts if request.negative_prompt is None else [*texts, request.negative_prompt]
+
+
+def encoded(prompt: str, params: SamplingParams, checkpoint: Checkpoint) -> Tensor:
+    """A prompt, with what is said behind it, as ``[L, text_dim]``; always on one thread, see :func:`build_stream`.
+
+    Raises:
+        ConfigError: it is no text, or too long.
+    """
+    _check_text(spoken(prompt, params), checkpoint)
+    with intra_op_threads(1):
+        return checkpoint.text_encoder.encode(spoken(prompt, params))
+
+
+def prepare_texts(requests: Iterable[VideoRequest], params: SamplingParams, checkpoint: Checkpoint) -> None:
+    """Encodes what is not cached of these videos' texts; a large encoder is loaded once for all of them.
+
+    Raises:
+        CheckpointError: the encoder cannot be loaded.
+    """
+    texts = [text for request in requests for text in texts_of(request, params)]
+    if params.guidance_scale != 1 and checkpoint.shape.null_text_tensor is None:
+        texts.append("")
+    checkpoint.text_encoder.prepare(texts)
+
+
+def timed_prompts(
+    prompts: Mapping[str, str], params: SamplingParams, checkpoint: Checkpoint
+) -> tuple[tuple[int, str], ...]:
+    """The prompt schedule that prompts by time make, without the one of second 0.
+
+    Raises:
+        ConfigError: see :func:`~pavdm_dist.timed.chunk_schedule`.
+    """
+    spec, size = checkpoint.codec_spec, params.latent_chunk_size
+    frames = (spec.frames_in_chunk(size, first=not params.warm), spec.frames_in_chunk(size, first=False))
+    return chunk_schedule(prompts, params.fps, *frames)
 
 
 def check_schedule(starts: Sequence[int], plan: WindowPlan) -> None:
@@ -255,26 +325,41 @@ def check_schedule(starts: Sequence[int], plan: WindowPlan) -> None:
 
 def clip_frames_needed(params: SamplingParams, checkpoint: Checkpoint) -> int:
     """Fewest frames of a conditioning clip: its latents are the start of a video (1, 4, 4, ... frames)."""
-    # Without context chunks one latent more: the decoder must have a past to go on from.
-    return checkpoint.codec_spec.frames_in_chunk(params.clip_latents + (params.context_chunks == 0), first=True)
+    spec = checkpoint.codec_spec
+    # Without context chunks one latent more: the decoder must have a past to go on from, where it looks at any.
+    past = params.context_chunks == 0 and not spec.group
+    return spec.frames_in_chunk(params.clip_latents + past, first=True)
 
 
 def input_frames(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> Tensor | None:
     """Frames of the clip that come before the first new frame (what ``include_input`` shows)."""
     if request.clip is None:
         return None
-    rerendered = params.plan(None).given_clip * params.latent_chunk_size * checkpoint.codec_spec.temporal_stride
+    latents = params.plan(None).given_clip * params.latent_chunk_size
+    rerendered = checkpoint.codec_spec.frames_in_chunk(latents, first=False)
     return request.clip[: request.clip.shape[0] - rerendered]
 
 
 def _conditioning(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> Conditioning:
     check_prompts(request, params, checkpoint)
+    prepare_texts([request], params, checkpoint)
     encode = checkpoint.text_encoder.encode
     null: Tensor | None = None
     if params.guidance_scale != 1:
         null = checkpoint.null_text if request.negative_prompt is None else encode(request.negative_prompt)
-    prompts = ((0, request.prompt), *request.prompt_schedule)
-    return Conditioning.build([(start, encode(prompt)) for start, prompt in prompts], null)
+    return Conditioning.build([(start, encode(spoken(prompt, params))) for start, prompt in prompts_of(request)], null)
+
+
+def _image_latents(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> Tensor | None:
+    """Latents of the picture that chunk 0 begins with, ``[C, 1, h, w]``."""
+    if request.image is None:
+        return None
+    if params.start != "noise":
+        raise ConfigError(f"start={params.start} begins with a clip; set start=noise, or drop the image")
+    size = (params.height, params.width, 3)
+    if tuple(request.image.shape) != size:
+        raise ConfigError(f"image: must be uint8 {list(size)}, got {request.image.dtype} {list(request.image.shape)}")
+    return checkpoint.codec.encode(request.image[None]).cpu()
 
 
 def _clip_latents(
@@ -296,6 +381,11 @@ def _clip_latents(
         raise MediaError(
             f"start={params.start} needs a clip of at least {needed} frames at {params.fps:g} fps "
             f"({params.clip_latents} latents), this one has {request.clip.shape[0]}"
+        )
+    frames, usable = request.clip.shape[0], checkpoint.codec_spec.usable_frames(request.clip.shape[0])
+    if checkpoint.codec_spec.group and usable != frames:
+        raise MediaError(
+            f"a clip of {frames} frames is no whole number of the video codec's groups; use {usable} of them"
         )
     latents = checkpoint.codec.encode(request.clip)
     plan, size = params.plan(None), params.latent_chunk_size

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.method.microbatches import Displaced
@@ -59,8 +60,9 @@ def open_pipeline(config: SampleConfig) -> PAVDMPipeline:
         CheckpointError: not a model that can be sampled.
         ConfigError: a device that is not there, or options that contradict one another.
     """
+    text = TextOptions(config.text_device, config.text_dtype, config.text_cache)
     return PAVDMPipeline(
-        Checkpoint.open(config.model, config.revision),
+        replace(Checkpoint.open(config.model, config.revision), text=text),
         config.num_stages,
         config.threads_per_stage,
         engine_options(config) if config.num_stages else None,
@@ -68,6 +70,8 @@ def open_pipeline(config: SampleConfig) -> PAVDMPipeline:
         config.device,
         config.decoder,
         config.decoder_dtype,
+        config.decoder_tile,
+        config.preview_decoder,
     )
 
 

@@ -21,10 +21,19 @@ from pavdm_dist.commands.videos import Shot, Video, Videos
 from pavdm_dist.config import SampleConfig, frames_wanted
 from pavdm_dist.errors import ConfigError, PAVDMError, VideoError
 from pavdm_dist.io.encode import as_rate, check_size, require_libx264
+from pavdm_dist.io.image import read_image
 from pavdm_dist.io.metadata import sidecar_path
 from pavdm_dist.io.storage import check_output, exists, is_remote, join, local_copy, same_path
 from pavdm_dist.method.stream import ResumePoint
-from pavdm_dist.request import SamplingParams, VideoRequest, check_prompts, clip_frames_needed
+from pavdm_dist.request import (
+    SamplingParams,
+    VideoRequest,
+    check_prompts,
+    clip_frames_needed,
+    prepare_texts,
+    timed_prompts,
+)
+from pavdm_dist.timed import first_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +68,9 @@ def render_command(
     started = time.monotonic()
     frames = 0
     try:
-        if any(video.result is None and video.error is None for video in made):
+        if left := [video.request for video in made if video.result is None and video.error is None]:
             with Signals() as signals, pipeline:
+                prepare_texts(left, videos.params, pipeline.checkpoint)  # before a worker or the model is loaded
                 frames = _render(videos, bar, signals)
     finally:
         bar.close()
@@ -177,7 +187,7 @@ def _render(videos: Videos, bar: Any, signals: Signals) -> int:
 def _shots(config: SampleConfig) -> list[Shot]:
     """One per prompt, line i of a prompt file with ``seed + i``; in the file named by ``output``, or in that folder as
     ``NNNN-words-sSEED.mp4``."""
-    prompts = [config.prompt or ""]
+    prompts = [config.prompt or first_prompt(config.timed_prompts) or ""]
     if config.prompts is not None:
         try:
             lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
@@ -203,18 +213,25 @@ def _requests(
         from pavdm_dist.io.video import read_clip
 
         fewest = clip_frames_needed(params, checkpoint)
-        frames = read_clip(
-            config.video, None, params.height, params.width, params.fps, "last", checkpoint.codec_spec.temporal_stride
-        )
+        spec = checkpoint.codec_spec
+        stride = 1 if spec.group else spec.temporal_stride
+        frames = read_clip(config.video, None, params.height, params.width, params.fps, "last", stride)
+        frames = frames[len(frames) - spec.usable_frames(len(frames)) :]
         if len(frames) < fewest:
             raise ConfigError(
                 f"video={config.video}: has {len(frames)} usable frames at {params.fps:g} fps, "
                 f"start={params.start} needs at least {fewest}"
             )
         clip = torch.from_numpy(frames)
+    picture = None
+    if config.image is not None:
+        picture = torch.from_numpy(read_image(config.image, params.height, params.width))
     schedule = tuple((change.from_chunk, change.prompt) for change in config.prompt_schedule)
+    schedule = schedule or timed_prompts(config.timed_prompts, params, checkpoint)
     length = frames_wanted(config, params.fps)
-    requests = [VideoRequest(shot.prompt, shot.seed, length, config.negative_prompt, schedule, clip) for shot in shots]
+    requests = [
+        VideoRequest(shot.prompt, shot.seed, length, config.negative_prompt, schedule, clip, picture) for shot in shots
+    ]
     # A prompt that is refused in the middle of a batch would end the videos beside it.
     for request in requests:
         check_prompts(request, params, checkpoint)
