@@ -41,4 +41,5 @@ def to_finite_uint8(pixels: Tensor) -> Tensor:
     """
     if not bool(pixels.isfinite().all()):
         raise VideoError("the codec gave pixels that are not finite; decoder_dtype=float32 has the widest range")
-    return to_uint8(pixels.clamp(-1, 1)).cpu().contiguous()
+    pixels = pixels.clamp(-1, 1)  # under the same name: what came in need not be held any longer
+    return to_uint8(pixels).cpu().contiguous()
