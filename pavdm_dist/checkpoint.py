@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated
@@ -12,14 +12,15 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from pavdm_dist.codecs.base import CodecSpec
+from pavdm_dist.codecs.base import CodecSpec, VideoCodec
+from pavdm_dist.codecs.catalog import CODECS, codec_spec, load_codec
+from pavdm_dist.codecs.pretrained_text import PRETRAINED, PretrainedTextEncoder, TextOptions
 from pavdm_dist.codecs.text import WordTextEncoder
-from pavdm_dist.codecs.wan import WanCodec
-from pavdm_dist.codecs.wan_config import read_spec
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.fields import (
     ChunkLatents,
     ContextChunks,
+    ContextNoise,
     FrameRate,
     Guidance,
     Side,
@@ -41,7 +42,7 @@ from pavdm_dist.models.source import Adapter, Source, load_config
 
 logger = logging.getLogger(__name__)
 
-CODEC, TEXT_ENCODER = "AutoencoderKLWan", "WordTextEncoder"
+TEXT_ENCODER = "WordTextEncoder"
 COMPONENTS = ("transformer", "vae", "text_encoder")
 
 
@@ -51,7 +52,8 @@ class SamplingDefaults:
 
     ``time_shift`` None means the resolution-dependent formula of
     :func:`~pavdm_dist.method.schedule.time_shift_ratio`, ``trained_latents`` the longest window of training, where that
-    is known.
+    is known. ``prompt_suffix`` is said behind every prompt but the negative one: words that the captions of training
+    ended with, such as Open-Sora's ``aesthetic score: 6.5.``.
     """
 
     num_inference_steps: Steps = 30
@@ -64,6 +66,8 @@ class SamplingDefaults:
     fps: FrameRate = 24
     time_shift: TimeShift | None = None
     trained_latents: Annotated[int, Within(1)] | None = None
+    context_noise: ContextNoise = 0.0
+    prompt_suffix: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,14 @@ class Checkpoint:
         defaults: sampling defaults.
         pipeline: class of diffusers' pipeline that the model was published for, where it names one.
         adapters: what is added to the backbone's weights as they are loaded.
+        text: where a pretrained text encoder computes, and where what it gives is kept.
     """
 
     source: Source
     defaults: SamplingDefaults
     pipeline: str | None = None
     adapters: tuple[Adapter, ...] = ()
+    text: TextOptions = field(default_factory=TextOptions)
 
     @classmethod
     def open(
@@ -126,7 +132,7 @@ class Checkpoint:
         # A text encoder matters when something is sampled, not when it is planned.
         for component, found, kinds in (
             ("transformer", index.transformer[1], BACKBONES),
-            ("vae", index.vae[1], [CODEC]),
+            ("vae", index.vae[1], CODECS),
         ):
             if found not in kinds:
                 raise CheckpointError(f"model={model}: {component} is {found}, this version runs {', '.join(kinds)}")
@@ -183,7 +189,7 @@ class Checkpoint:
     @cached_property
     def codec_spec(self) -> CodecSpec:
         """Strides and channels of the codec."""
-        return read_spec(self.vae)
+        return codec_spec(self.vae)
 
     @cached_property
     def has_weights(self) -> bool:
@@ -223,22 +229,34 @@ class Checkpoint:
             away = self.source.offline
             what = f": a file of weights is {away}" if away else " holds no weights: it can be planned, not sampled"
             raise CheckpointError(f"model={self.source}{what}")
-        for component in COMPONENTS:
-            stored_tensors(self.source.part(component))
+        for component in (self.transformer, self.vae):
+            stored_tensors(component)
+        if self._text_class not in PRETRAINED:  # those may be left out where all that is rendered is cached
+            stored_tensors(self.source.part("text_encoder"))
         changes_of(self.transformer, self.shape.state_dict())
 
     @cached_property
-    def text_encoder(self) -> WordTextEncoder:
-        source = self.source.part("text_encoder")
-        found = load_config(source).get("_class_name")
-        if found not in (None, TEXT_ENCODER):
-            raise CheckpointError(f"model={self.source}: text_encoder is {found}, this version runs {TEXT_ENCODER}")
-        return WordTextEncoder.from_pretrained(source)
+    def text_encoder(self) -> WordTextEncoder | PretrainedTextEncoder:
+        """What encodes prompts. A pretrained one is loaded in a process of its own, for as long as it takes."""
+        found = self._text_class
+        if found in PRETRAINED:
+            return PretrainedTextEncoder(self.source, self.shape.spec.text_len, self.text)
+        if found != TEXT_ENCODER:
+            kinds = ", ".join((TEXT_ENCODER, *PRETRAINED))
+            raise CheckpointError(f"model={self.source}: text_encoder is {found}, this version runs {kinds}")
+        return WordTextEncoder.from_pretrained(self.source.part("text_encoder"))
 
     @cached_property
-    def codec(self) -> WanCodec:
+    def _text_class(self) -> str:
+        config = load_config(self.source.part("text_encoder"))
+        names = config.get("architectures")
+        found = config.get("_class_name") or (names[0] if isinstance(names, list) and names else TEXT_ENCODER)
+        return str(found)
+
+    @cached_property
+    def codec(self) -> VideoCodec:
         """In this process, float32, on the CPU."""
-        return WanCodec.from_pretrained(self.vae)
+        return load_codec(self.vae)
 
     @cached_property
     def backbone(self) -> Backbone:

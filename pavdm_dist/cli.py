@@ -196,6 +196,19 @@ def convert(arguments: argparse.Namespace) -> None:
     _print_report(convert_command(config, arguments.overwrite), arguments.json)
 
 
+def text_cache(arguments: argparse.Namespace) -> None:
+    """Encode a file of prompts with a model's large text encoder, so that rendering needs none."""
+    from pavdm_dist.commands.text_cache import TextCacheConfig, text_cache_report
+    from pavdm_dist.merging import load_config
+
+    overrides = [word for word in arguments.words if is_override(word)]
+    files = [word for word in arguments.words if word not in overrides]
+    if len(files) > 1:
+        raise ConfigError(f"two files of prompts, {files[0]} and {files[1]}: give one")
+    config = load_config(TextCacheConfig, None, [*(f"prompts={file}" for file in files), *overrides])
+    _print_report(text_cache_report(config), arguments.json)
+
+
 def configs(arguments: argparse.Namespace) -> None:
     """List the shipped config files, or copy one to edit."""
     from pavdm_dist.commands.configs import copy_config, describe_configs
@@ -270,7 +283,8 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(function: Any, usage: str | None = None) -> argparse.ArgumentParser:
         about = (function.__doc__ or "").strip()
-        verb = verbs.add_parser(function.__name__, help=about, description=about, usage=usage, allow_abbrev=False)
+        name = function.__name__.replace("_", "-")
+        verb = verbs.add_parser(name, help=about, description=about, usage=usage, allow_abbrev=False)
         verb.set_defaults(run=function)
         verb.add_argument("--verbose", action="store_true", help="log more")
         return verb
@@ -311,6 +325,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("words", nargs="*", metavar="FILE | CONFIG.yaml | key=value")
     verb.add_argument("--overwrite", action="store_true", help="replace an earlier folder of a model")
     verb.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+
+    verb = add(text_cache, "pavdm text-cache PROMPTS model=MODEL [key=value ...] [flags]")
+    verb.add_argument("words", nargs="*", metavar="PROMPTS | key=value")
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
     verb = add(configs)

@@ -16,6 +16,7 @@ from pavdm_dist.errors import ConfigError
 from pavdm_dist.fields import (
     ChunkLatents,
     ContextChunks,
+    ContextNoise,
     FrameRate,
     Guidance,
     Side,
@@ -26,6 +27,7 @@ from pavdm_dist.fields import (
     check_fields,
 )
 from pavdm_dist.method.schedule import WindowPlan
+from pavdm_dist.timed import first_prompt
 
 DEFAULT_SECONDS = 5.0
 
@@ -78,6 +80,10 @@ class SampleConfig:
     prompt: str | None = None
     negative_prompt: str | None = None
     prompt_schedule: list[PromptChange] = field(default_factory=list)
+    timed_prompts: dict[str, str] = field(
+        default_factory=dict
+    )  # the same by time: {0s: a red three, 20s: a blue seven}
+    prompt_suffix: str | None = None  # said behind every prompt but the negative one
     prompts: str | None = None  # file, one prompt a line; line i gets seed + i
     seed: Annotated[int, Within(0, 2**63 - 1)] = 0
     num_frames: _Frames | None = None  # new frames; or
@@ -86,6 +92,7 @@ class SampleConfig:
     width: Side | None = None
     fps: FrameRate | None = None
     video: str | None = None  # conditioning clip of start=chunk and start=clip
+    image: str | None = None  # picture that the video begins with
     include_input: bool = False  # the clip in front of the new frames in the output
     # the method
     model: str = "embedded"  # embedded, a checkpoint folder or a hub id
@@ -95,6 +102,7 @@ class SampleConfig:
     window_chunks: WindowChunks | None = None  # W
     latent_chunk_size: ChunkLatents | None = None  # c
     context_chunks: ContextChunks | None = None
+    context_noise: ContextNoise | None = None  # level to which clean context is noised again; 0 = it stays clean
     guidance_scale: Guidance | None = None  # 1 = no guidance
     time_shift: TimeShift | None = None
     start: Literal["noise", "chunk", "clip"] = "noise"
@@ -116,6 +124,11 @@ class SampleConfig:
     gpus_per_stage: _Share = 0.0  # 1, or with backend=gloo a share; device=cuda means 1
     decoder: Literal["auto", "cpu", "cuda", "shared"] = "auto"  # auto: cpu beside stages, else what samples; see README
     decoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    decoder_tile: Annotated[int, Within(1, 16_384)] | None = None  # pixels a side: large frames in blended tiles
+    preview_decoder: str | None = None  # instead of the codec: rgb, or the file of a tiny decoder (TAEHV)
+    text_device: Literal["auto", "cpu", "cuda"] = "auto"  # of a pretrained text encoder, in a process of its own
+    text_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    text_cache: str | None = None  # folder of what it has encoded; null = this user's
     threads_per_decoder: _Count | None = None  # None = threads_per_stage
     cpus_per_decoder: _Share = 0.0  # 0 = it shares the last stage's
     gpus_per_decoder: Annotated[float, Within(0, 1, above=True)] = 1.0  # of decoder=cuda
@@ -221,7 +234,8 @@ def _check_plan(config: SampleConfig) -> None:
 def _check_prompts(config: SampleConfig, needs_prompt: bool) -> None:
     if config.prompt is not None and config.prompts is not None:
         raise ConfigError(f"prompt={config.prompt!r} and prompts={config.prompts}: give one of them")
-    if needs_prompt and config.prompts is None and not (config.prompt or "").strip():
+    first = first_prompt(config.timed_prompts)
+    if needs_prompt and config.prompts is None and not (config.prompt or first or "").strip():
         raise ConfigError('nothing to render: give a prompt, pavdm sample "a red three drifting up", or prompts=FILE')
     if config.prompts is not None:
         if not os.path.isfile(config.prompts):
@@ -229,6 +243,12 @@ def _check_prompts(config: SampleConfig, needs_prompt: bool) -> None:
             raise ConfigError(f"prompts={config.prompts}: {what}")
         if config.output.lower().endswith(".mp4"):
             raise ConfigError(f"output={config.output}: prompts=FILE renders several videos, output must be a folder")
+    if config.timed_prompts and config.prompt_schedule:
+        raise ConfigError("prompt_schedule and timed_prompts: give one of them")
+    if first is not None and config.prompt not in (None, first):
+        raise ConfigError(f"prompt={config.prompt!r} and timed_prompts[0s]={first!r}: give one of them")
+    if first is not None and config.prompts is not None:
+        raise ConfigError(f"prompts={config.prompts} and timed_prompts[0s]={first!r}: give one of them")
     previous = 0
     for change in config.prompt_schedule:
         if change.from_chunk <= previous:
@@ -246,6 +266,12 @@ def _check_start(config: SampleConfig, needs_clip: bool) -> None:
         raise ConfigError(f"start={config.start}: needs a conditioning clip, video=FILE")
     if config.video is not None and not os.path.isfile(config.video):
         raise ConfigError(f"video={config.video}: no such file")
+    if config.image is not None and config.start != "noise":
+        raise ConfigError(
+            f"image={config.image}: start={config.start} begins with a clip; set start=noise, or drop the image"
+        )
+    if config.image is not None and not os.path.isfile(config.image):
+        raise ConfigError(f"image={config.image}: no such file")
     if config.include_input and config.video is None:
         raise ConfigError("include_input=true: there is no input, video=FILE is not set")
 

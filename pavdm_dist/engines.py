@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.events import Failed, Finished
 from pavdm_dist.engine.inline import InlineEngine
 from pavdm_dist.engine.options import EngineOptions
@@ -45,7 +46,9 @@ class Engines:
             return self.current
         return self._hold(make())
 
-    def on_stages(self, checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions) -> RayEngine:
+    def on_stages(
+        self, checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions, frames: FrameMaker
+    ) -> RayEngine:
         """The engine of an earlier call where it is cut alike; else a new one.
 
         Raises:
@@ -59,7 +62,7 @@ class Engines:
             return current
         self.close()
         recut = partial(_recut, checkpoint, params, options)
-        return self._hold(RayEngine(checkpoint.transformer, blocks, options, checkpoint.vae, recut))
+        return self._hold(RayEngine(checkpoint.transformer, blocks, options, frames, recut))
 
     def run(
         self,

@@ -52,6 +52,7 @@ Steps = Annotated[int, Within(0, 10_000, above=True)]
 WindowChunks = Annotated[int, Within(0, 10_000, above=True)]
 ChunkLatents = Annotated[int, Within(0, 1024, above=True)]
 ContextChunks = Annotated[int, Within(0, 1024)]
+ContextNoise = Annotated[float, Within(0, 0.9)]
 Guidance = Annotated[float, Within(0)]
 TimeShift = Annotated[float, Within(0, above=True)]
 Side = Annotated[int, Within(0, 16_384, above=True)]  # what H.264 can hold

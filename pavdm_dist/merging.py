@@ -39,7 +39,7 @@ T = TypeVar("T")
 NO_YAML = (YAMLError, ValueError, RecursionError)
 _DEEPEST, _MOST = 50, 100_000
 
-_PROMPTS = ("prompt", "negative_prompt")
+_PROMPTS = ("prompt", "negative_prompt", "timed_prompts", "prompt_suffix")
 _HALVES = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _KINDS = {bool: "true or false", int: "a number", float: "a number", date: "a date", datetime: "a time"}
 
@@ -225,6 +225,8 @@ def _no_text(annotation: Any, name: str, value: Any) -> str | None:
         elif isinstance(value, dict) and dataclasses.is_dataclass(kinds[0]):
             hints = typing.get_type_hints(kinds[0])
             parts = ((hints[key], f"{name}.{key}", entry) for key, entry in value.items() if key in hints)
+        elif isinstance(value, dict) and typing.get_origin(kinds[0]) is dict:
+            parts = ((typing.get_args(kinds[0])[1], f"{name}.{key}", entry) for key, entry in value.items())
         return next((found for found in (_no_text(*part) for part in parts) if found is not None), None)
     if str not in kinds:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,15 +15,16 @@ from torch import Tensor
 
 from pavdm_dist.arguments import check_names, seeds_of
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.codecs.wan import WanCodec
+from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.events import Failed
 from pavdm_dist.engine.inline import InlineEngine
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engines import Engines, OnFailed, OnGrown
 from pavdm_dist.errors import ConfigError, PAVDMError
+from pavdm_dist.io.image import read_image
 from pavdm_dist.method.sampler import StepCallback
-from pavdm_dist.method.schedule import PlanRow
-from pavdm_dist.method.stream import Stream
+from pavdm_dist.method.schedule import PlanRow, WindowPlan
+from pavdm_dist.method.stream import NewPrompt, Stream
 from pavdm_dist.method.window import Window
 from pavdm_dist.models.catalog import load_backbone
 from pavdm_dist.models.devices import (
@@ -39,7 +40,17 @@ from pavdm_dist.models.devices import (
 from pavdm_dist.models.source import Adapter
 from pavdm_dist.outputs import OUTPUTS, PAVDMPipelineOutput, VideoChunk
 from pavdm_dist.planning.partition import layer_split
-from pavdm_dist.request import SamplingParams, VideoRequest, build_stream, frames_left
+from pavdm_dist.request import (
+    SamplingParams,
+    VideoRequest,
+    build_stream,
+    encoded,
+    frames_left,
+    plan_of,
+    prepare_texts,
+    timed_prompts,
+)
+from pavdm_dist.timed import first_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +76,8 @@ class PAVDMPipeline:
             every stage a GPU.
         decoder: without stages, the device that decodes; ``shared`` (or ``auto``) is the one that samples.
         decoder_dtype: without stages, what the codec computes in.
+        decoder_tile: large frames are decoded in blended tiles of so many pixels a side; None = whole.
+        preview_decoder: what makes frames instead of the codec: ``rgb``, or the file of a tiny decoder.
 
     Attributes:
         resyncs: by video of the last run, rows that adaptive re-sync of mode displaced has made exact.
@@ -85,6 +98,8 @@ class PAVDMPipeline:
         device: str | torch.device = "auto",
         decoder: str = "auto",
         decoder_dtype: str = "float32",
+        decoder_tile: int | None = None,
+        preview_decoder: str | None = None,
     ) -> None:
         checkpoint.require_weights()
         num_stages = num_stages or (engine.num_stages if engine is not None else 0)
@@ -93,6 +108,10 @@ class PAVDMPipeline:
         self.resyncs: dict[int, tuple[int, ...]] = {}
         self._engines = Engines()
         self._decoder, self._decoder_dtype, self._told = decoder, decoder_dtype, False
+        self._frames = FrameMaker(checkpoint.vae, decoder_tile, preview_decoder)
+        self._frames.check()
+        self._plans: dict[int, WindowPlan] = {}
+        self._params: SamplingParams | None = None
         self._options: EngineOptions | None = None
         if num_stages:
             options = engine or EngineOptions(num_stages)
@@ -168,7 +187,7 @@ class PAVDMPipeline:
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Mapping[str, str] | Sequence[str | Mapping[str, str]],
         negative_prompt: str | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -179,6 +198,7 @@ class PAVDMPipeline:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int = 0,
         video: Tensor | np.ndarray | None = None,
+        image: Any = None,
         output_type: str = "np",
         return_dict: bool = True,
         callback_on_chunk: Callable[[VideoChunk], None] | None = None,
@@ -188,13 +208,16 @@ class PAVDMPipeline:
         """Renders whole videos into memory; argument names are those of diffusers.
 
         Args:
-            prompt: one text or several; each gives ``num_videos_per_prompt`` videos.
+            prompt: one text or several; each gives ``num_videos_per_prompt`` videos. A text may change with time:
+                ``{"0s": "a red three", "20s": "a blue seven"}``.
             negative_prompt: text of the unconditional branch; None, or a blank one, = the model's learned null text.
             height, width, num_inference_steps, guidance_scale: None = the checkpoint's default.
             num_frames: new frames per video.
             generator: what seeds come from (:func:`~pavdm_dist.arguments.seeds_of`); a list has one per video.
             seed: used without a generator; video i of the call gets ``seed + i``.
             video: conditioning clip, uint8 ``[t, H, W, 3]``; needs ``start="chunk"`` or ``"clip"``.
+            image: picture that the videos begin with: a file, a PIL image, or uint8 ``[H, W, 3]``, scaled to cover the
+                frame and cut to its centre.
             output_type: ``np`` (float ``[t, H, W, 3]`` in 0..1), ``pt`` (float ``[t, 3, H, W]``), ``pil`` or
                 ``latent`` (``[C, N, h, w]``).
             return_dict: False returns ``(frames,)``.
@@ -217,9 +240,10 @@ class PAVDMPipeline:
             guidance_scale=guidance_scale,
             **sampling,
         )
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+        prompts = [prompt] if isinstance(prompt, str | Mapping) else list(prompt or ())
         if not prompts:
             raise ConfigError(f"prompt={prompt}: give a text, or a list of them")
+        words = [self._timed(one, params) for one in prompts]
         total = len(prompts) * num_videos_per_prompt
         size = total * num_frames * params.height * params.width * 3 * 4
         if size > MAX_RESULT_BYTES and output_type != "latent":
@@ -229,10 +253,12 @@ class PAVDMPipeline:
             )
         seeds = seeds_of(generator, seed, total)
         clip = None if video is None else torch.as_tensor(np.asarray(video))
-        requests = [
-            VideoRequest(prompts[i // num_videos_per_prompt], seeds[i], num_frames, negative_prompt, clip=clip)
-            for i in range(total)
-        ]
+        picture = None if image is None else torch.from_numpy(read_image(image, params.height, params.width))
+        requests = []
+        for i in range(total):
+            text, schedule = words[i // num_videos_per_prompt]
+            requests.append(VideoRequest(text, seeds[i], num_frames, negative_prompt, schedule, clip, picture))
+        prepare_texts(requests, params, self.checkpoint)
         parts: list[list[Tensor]] = [[] for _ in requests]
         for chunk in self.iter_chunks(requests, params, streams, callback_on_step_end):
             parts[chunk.video].append(chunk.latents if output_type == "latent" else chunk.frames)
@@ -275,11 +301,14 @@ class PAVDMPipeline:
         """
         wanted: dict[int, int | None] = {}
         self.resyncs.clear()
+        self._plans.clear()
+        self._params = params
 
         def build() -> Iterator[Stream | Failed]:
             for number, request in enumerate(requests):
                 try:
                     wanted[number] = frames_left(request, params, self.checkpoint)
+                    self._plans[number] = plan_of(request, params, self.checkpoint)
                     yield build_stream(request, number, params, self.checkpoint)
                 except PAVDMError as error:
                     yield Failed(number, error)
@@ -292,7 +321,7 @@ class PAVDMPipeline:
         else:
             from pavdm_dist.engine.placement import gpus_of_cluster
 
-            engine = self._engines.on_stages(self.checkpoint, params, self.engine)
+            engine = self._engines.on_stages(self.checkpoint, params, self.engine, self._frames)
             self.device_name = ", ".join(engine.devices)
             if self.engine.device == "cpu" and (gpus := gpus_of_cluster()):
                 self._tell(idle_on_stages(gpus, "the cluster"))
@@ -309,6 +338,31 @@ class PAVDMPipeline:
         """Lets an endless video of the running :meth:`iter_chunks` end: what is in flight is finished."""
         if self._engines.current is not None:
             self._engines.current.stop(video)
+
+    def set_prompt(self, video: int, from_chunk: int, text: str) -> None:
+        """Another prompt for a video of the running :meth:`iter_chunks`, which other threads may give, too.
+
+        It is in force from ``from_chunk`` on, or where that is born already from the next chunk that is born, up to
+        where the prompt schedule has another. Resume points hold it (:attr:`ResumePoint.prompts
+        <pavdm_dist.method.stream.ResumePoint.prompts>`), with the chunk that it came to.
+
+        Args:
+            video: its number in the run.
+            from_chunk: 0-based.
+            text: the prompt.
+
+        Raises:
+            ConfigError: nothing is running, the video has no such chunk, or the text cannot be encoded.
+        """
+        engine, params = self._engines.current, self._params
+        if engine is None or params is None:
+            raise ConfigError("set_prompt: no video is running")
+        if type(from_chunk) is not int or from_chunk < 0:
+            raise ConfigError(f"from_chunk={from_chunk}: must be a whole number, 0 or more")
+        plan = self._plans.get(video)
+        if plan is not None and plan.num_chunks is not None and from_chunk >= plan.num_born:
+            raise ConfigError(f"from_chunk={from_chunk}: video {video} has chunks 0 to {plan.num_born - 1}")
+        engine.set_prompt(video, NewPrompt(from_chunk, text, encoded(text, params, self.checkpoint)))
 
     def cancel(self, video: int) -> None:
         """Ends a video of the running :meth:`iter_chunks` where it is; the others go on."""
@@ -337,8 +391,19 @@ class PAVDMPipeline:
 
     def _load(self) -> InlineEngine:
         model = load_backbone(self.checkpoint.transformer, None, self._weights, self._place)
-        codec = WanCodec.from_pretrained(self.checkpoint.vae, self._codec_place, DTYPES[self._decoder_dtype])
+        codec = self._frames.load(self._codec_place, DTYPES[self._decoder_dtype])
         return InlineEngine(model, codec, self._place, self.threads_per_stage)
+
+    def _timed(
+        self, prompt: str | Mapping[str, str], params: SamplingParams
+    ) -> tuple[str, tuple[tuple[int, str], ...]]:
+        """The first prompt, and which chunks later ones begin with."""
+        if isinstance(prompt, str):
+            return prompt, ()
+        first = first_prompt(prompt)
+        if first is None:
+            raise ConfigError(f"prompt={dict(prompt)}: needs one for 0s, which the video begins with")
+        return first, timed_prompts(prompt, params, self.checkpoint)
 
     def _step_callback(self, on_step: Callable[..., Any], stream: Stream) -> StepCallback:
         levels = stream.schedule.levels

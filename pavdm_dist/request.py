@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, get_args
@@ -13,6 +13,7 @@ from torch import Tensor
 from pavdm_dist.arguments import check_names, checked_seed
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.receptive import encoder_receptive_latents
+from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.fields import is_writable, show
 from pavdm_dist.method.microbatches import Displaced, MicroBatches, check_adaptive, check_displaced
@@ -21,6 +22,7 @@ from pavdm_dist.method.stream import Conditioning, ResumePoint, Stream
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.devices import intra_op_threads
 from pavdm_dist.rates import as_rate
+from pavdm_dist.timed import chunk_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,8 @@ class SamplingParams:
         height, width, fps: of the frames.
         mode: which chunks of a window see each other (:attr:`~pavdm_dist.method.stream.Stream.mode`).
         displaced: when mode displaced is exact.
+        context_noise: level to which clean context is noised again; 0 = it stays clean.
+        prompt_suffix: words behind every prompt but the negative one.
     """
 
     num_inference_steps: int
@@ -52,6 +56,8 @@ class SamplingParams:
     fps: float
     mode: Mode = "window"
     displaced: Displaced = field(default_factory=Displaced)
+    context_noise: float = 0.0
+    prompt_suffix: str = ""
 
     @classmethod
     def resolve(cls, checkpoint: Checkpoint, allow_untrained_causal: bool = False, **chosen: Any) -> SamplingParams:
@@ -95,7 +101,13 @@ class SamplingParams:
         check_adaptive(MicroBatches(params.plan(None), params.mode, 0, displaced))
         if params.mode == "causal":
             _check_causal(params, checkpoint, allow_untrained_causal)
-        checkpoint.codec_spec.latent_size(params.height, params.width)
+        spec = checkpoint.codec_spec
+        spec.latent_size(params.height, params.width)
+        spec.check_chunk(params.latent_chunk_size)
+        if params.context_noise and not params.context_chunks:
+            raise ConfigError(
+                f"context_noise={params.context_noise:g}: context_chunks=0 leaves no context; use 1, or context_noise=0"
+            )
         params.plan(None)
         return params
 
@@ -141,7 +153,8 @@ class VideoRequest:
         num_frames: new frames; the last chunk is trimmed. None = endless, until it is stopped.
         negative_prompt: text of the unconditional branch; None, or a blank one, = the model's learned null text.
         prompt_schedule: ``(first chunk, prompt)`` of later prompts.
-        clip: conditioning frames, uint8 ``[t, H, W, 3]`` at the run's size and rate, t = 4 k + 1.
+        clip: conditioning frames, uint8 ``[t, H, W, 3]`` at the run's size and rate, as many as the codec encodes.
+        image: picture that the video begins with, uint8 ``[H, W, 3]`` at the run's size; needs ``start="noise"``.
         resume: where to go on instead of at the beginning; all else must be as it was.
         before: frames of the clip's film that come before the clip, one by one, for whoever shows the whole film.
 
@@ -155,6 +168,7 @@ class VideoRequest:
     negative_prompt: str | None = None
     prompt_schedule: tuple[tuple[int, str], ...] = ()
     clip: Tensor | None = None
+    image: Tensor | None = None
     resume: ResumePoint | None = None
     before: Callable[[], Iterable[Any]] | None = None
 
@@ -182,6 +196,7 @@ def build_stream(request: VideoRequest, stream_id: int, params: SamplingParams, 
     height, width = checkpoint.codec_spec.latent_size(params.height, params.width)
     with intra_op_threads(1):
         given, warm = ({}, None) if request.resume else _clip_latents(request, params, checkpoint)
+        image = _image_latents(request, params, checkpoint)
         conditioning = _conditioning(request, params, checkpoint)
     return Stream(
         id=stream_id,
@@ -197,6 +212,8 @@ def build_stream(request: VideoRequest, stream_id: int, params: SamplingParams, 
         resume=request.resume,
         mode=params.mode,
         displaced=params.displaced,
+        image=image,
+        context_noise=params.context_noise,
     )
 
 
@@ -253,14 +270,68 @@ def check_prompts(request: VideoRequest, params: SamplingParams, checkpoint: Che
         raise ConfigError(
             f"negative_prompt={request.negative_prompt!r}: guidance_scale=1 uses none; set another, or drop the prompt"
         )
-    limit = checkpoint.shape.spec.text_len
-    texts = [request.prompt, *(prompt for _, prompt in request.prompt_schedule)]
-    for prompt in texts + ([] if request.negative_prompt is None else [request.negative_prompt]):
-        if not is_writable(prompt):
-            raise ConfigError(f"prompt {show(prompt)!r} is not text: a file can hold neither NUL nor half a character")
-        tokens = len(checkpoint.text_encoder.token_ids(prompt))
-        if tokens > limit:
-            raise ConfigError(f"prompt {show(prompt)!r} has {tokens} tokens, the model takes at most {limit}")
+    for prompt in texts_of(request, params):
+        _check_text(prompt, checkpoint)
+
+
+def _check_text(prompt: str, checkpoint: Checkpoint) -> None:
+    if not is_writable(prompt):
+        raise ConfigError(f"prompt {show(prompt)!r} is not text: a file can hold neither NUL nor half a character")
+    checkpoint.text_encoder.check(prompt, checkpoint.shape.spec.text_len)
+
+
+def spoken(prompt: str, params: SamplingParams) -> str:
+    """A prompt with the words that are said behind it, unless it has them already."""
+    suffix = params.prompt_suffix.strip()
+    return prompt if not suffix or suffix in prompt else f"{prompt} {suffix}"
+
+
+def prompts_of(request: VideoRequest) -> list[tuple[int, str]]:
+    """``(first chunk, prompt)`` in rising order, with what was changed while the video ran."""
+    changes = () if request.resume is None else request.resume.prompts
+    return sorted({0: request.prompt, **dict(request.prompt_schedule), **dict(changes)}.items())
+
+
+def texts_of(request: VideoRequest, params: SamplingParams) -> list[str]:
+    """All that is encoded for a video."""
+    texts = [spoken(prompt, params) for _, prompt in prompts_of(request)]
+    return texts if request.negative_prompt is None else [*texts, request.negative_prompt]
+
+
+def encoded(prompt: str, params: SamplingParams, checkpoint: Checkpoint) -> Tensor:
+    """A prompt, with what is said behind it, as ``[L, text_dim]``; always on one thread, see :func:`build_stream`.
+
+    Raises:
+        ConfigError: it is no text, or too long.
+    """
+    _check_text(spoken(prompt, params), checkpoint)
+    with intra_op_threads(1):
+        return checkpoint.text_encoder.encode(spoken(prompt, params))
+
+
+def prepare_texts(requests: Iterable[VideoRequest], params: SamplingParams, checkpoint: Checkpoint) -> None:
+    """Encodes what is not cached of these videos' texts; a large encoder is loaded once for all of them.
+
+    Raises:
+        CheckpointError: the encoder cannot be loaded.
+    """
+    texts = [text for request in requests for text in texts_of(request, params)]
+    if params.guidance_scale != 1 and checkpoint.shape.null_text_tensor is None:
+        texts.append("")
+    checkpoint.text_encoder.prepare(texts)
+
+
+def timed_prompts(
+    prompts: Mapping[str, str], params: SamplingParams, checkpoint: Checkpoint
+) -> tuple[tuple[int, str], ...]:
+    """The prompt schedule that prompts by time make, without the one of second 0.
+
+    Raises:
+        ConfigError: see :func:`~pavdm_dist.timed.chunk_schedule`.
+    """
+    spec, size = checkpoint.codec_spec, params.latent_chunk_size
+    frames = (spec.frames_in_chunk(size, first=not params.warm), spec.frames_in_chunk(size, first=False))
+    return chunk_schedule(prompts, params.fps, *frames)
 
 
 def check_schedule(starts: Sequence[int], plan: WindowPlan) -> None:
@@ -285,8 +356,10 @@ def check_schedule(starts: Sequence[int], plan: WindowPlan) -> None:
 
 def clip_frames_needed(params: SamplingParams, checkpoint: Checkpoint) -> int:
     """Fewest frames of a conditioning clip: its latents are the start of a video (1, 4, 4, ... frames)."""
-    # Without context chunks one latent more: the decoder must have a past to go on from.
-    return checkpoint.codec_spec.frames_in_chunk(params.clip_latents + (params.context_chunks == 0), first=True)
+    spec = checkpoint.codec_spec
+    # Without context chunks one latent more: the decoder must have a past to go on from, where it looks at any.
+    past = params.context_chunks == 0 and not spec.group
+    return spec.frames_in_chunk(params.clip_latents + past, first=True)
 
 
 def clip_frames_used(params: SamplingParams, checkpoint: Checkpoint) -> int:
@@ -296,7 +369,13 @@ def clip_frames_used(params: SamplingParams, checkpoint: Checkpoint) -> int:
     before them come those that the encoder makes without having seen enough.
     """
     codec, rerendered = checkpoint.codec, params.plan(None).given_clip * params.latent_chunk_size
-    latents = max(params.clip_latents, rerendered + codec.receptive_latents()) + encoder_receptive_latents(codec)
+    latents = max(params.clip_latents, rerendered + codec.receptive_latents())
+    # A group is coded without a look at others.
+    if codec.spec.group:
+        latents += -latents % codec.spec.group
+    else:
+        assert isinstance(codec, WanCodec), "the one kind without groups that can be asked"
+        latents += encoder_receptive_latents(codec)
     return codec.spec.frames_in_chunk(latents, first=True)
 
 
@@ -304,19 +383,32 @@ def input_frames(request: VideoRequest, params: SamplingParams, checkpoint: Chec
     """Frames of the film that come before the first new frame (what ``include_input`` shows), ``[H, W, 3]`` each."""
     if request.clip is None:
         return None
-    rerendered = params.plan(None).given_clip * params.latent_chunk_size * checkpoint.codec_spec.temporal_stride
+    latents = params.plan(None).given_clip * params.latent_chunk_size
+    rerendered = checkpoint.codec_spec.frames_in_chunk(latents, first=False)
     before = () if request.before is None else request.before()
     return chain(before, request.clip[: request.clip.shape[0] - rerendered])
 
 
 def _conditioning(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> Conditioning:
     check_prompts(request, params, checkpoint)
+    prepare_texts([request], params, checkpoint)
     encode = checkpoint.text_encoder.encode
     null: Tensor | None = None
     if params.guidance_scale != 1:
         null = checkpoint.null_text if request.negative_prompt is None else encode(request.negative_prompt)
-    prompts = ((0, request.prompt), *request.prompt_schedule)
-    return Conditioning.build([(start, encode(prompt)) for start, prompt in prompts], null)
+    return Conditioning.build([(start, encode(spoken(prompt, params))) for start, prompt in prompts_of(request)], null)
+
+
+def _image_latents(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> Tensor | None:
+    """Latents of the picture that chunk 0 begins with, ``[C, 1, h, w]``."""
+    if request.image is None:
+        return None
+    if params.start != "noise":
+        raise ConfigError(f"start={params.start} begins with a clip; set start=noise, or drop the image")
+    size = (params.height, params.width, 3)
+    if tuple(request.image.shape) != size:
+        raise ConfigError(f"image: must be uint8 {list(size)}, got {request.image.dtype} {list(request.image.shape)}")
+    return checkpoint.codec.encode(request.image[None]).cpu()
 
 
 def _clip_latents(
@@ -339,8 +431,12 @@ def _clip_latents(
             f"start={params.start} needs a clip of at least {needed} frames at {params.fps:g} fps "
             f"({params.clip_latents} latents), this one has {request.clip.shape[0]}"
         )
-    codec = checkpoint.codec
-    codec.spec.latents_in_clip(request.clip.shape[0])
+    codec, frames = checkpoint.codec, request.clip.shape[0]
+    if codec.spec.group and (usable := codec.spec.usable_frames(frames)) != frames:
+        raise MediaError(
+            f"a clip of {frames} frames is no whole number of the video codec's groups; use {usable} of them"
+        )
+    codec.spec.latents_in_clip(frames)
     latents = codec.encode(request.clip[-clip_frames_used(params, checkpoint) :])
     plan, size = params.plan(None), params.latent_chunk_size
     used = latents[:, latents.shape[1] - params.clip_latents :]

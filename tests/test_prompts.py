@@ -1,90 +1,37 @@
-"""Prompt files as people have them: read as they were meant, or refused with the line."""
+"""Prompts that change: by time, and while a video runs."""
 
 from __future__ import annotations
 
-import logging
-import os
-import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import tiny_checkpoint
+import torch
+from driving import CUTS, driven, equal, local_gang
+from helpers import TINY, reference_chunks, tiny_checkpoint, tiny_model, tiny_stream
+from torch import Tensor
 
-from pavdm_dist import cli
-from pavdm_dist.commands import prompts
-from pavdm_dist.commands.prompts import Line, read_prompts
-from pavdm_dist.commands.sample import check_videos
-from pavdm_dist.config import SampleConfig, validate_sample
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.commands.progress import ChunkProgress
+from pavdm_dist.commands.sample import render_command
+from pavdm_dist.commands.videos import Video, Videos
+from pavdm_dist.config import PromptChange, SampleConfig, validate_sample
+from pavdm_dist.engine.driver import Driver
+from pavdm_dist.engine.events import Finished
+from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.io.latents import read_latents
+from pavdm_dist.io.metadata import read_sidecar
+from pavdm_dist.merging import load_config, to_yaml
+from pavdm_dist.method.schedule import Mode, WindowPlan
+from pavdm_dist.method.stream import Conditioning, NewPrompt, Stream
+from pavdm_dist.outputs import VideoChunk
+from pavdm_dist.pipeline import PAVDMPipeline
+from pavdm_dist.request import VideoRequest
+from pavdm_dist.timed import chunk_schedule, first_prompt, timed
 
-MEANT = ["a red three", "ein blaues Sieben-Ü", "三"]
-TEXT = "\n".join(MEANT)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        TEXT.encode(),
-        TEXT.encode("utf-8-sig"),
-        TEXT.encode("utf-16"),
-        b"\xfe\xff" + TEXT.encode("utf-16-be"),
-        TEXT.encode("utf-32"),
-        TEXT.replace("\n", "\r\n").encode("utf-16"),
-        TEXT.replace("\n", "\r\n").encode() + b"\r\n\x1a"[:2],
-        TEXT.replace("\n", "\r").encode(),
-        TEXT.replace("\n", "  \t\n\n \u00a0\n\t ").encode() + b"\n\n\n",
-        b"# a list\n" + TEXT.replace("\n", "\n#blue seven\n").encode(),
-        "\n".join(f"\ufeff{line}" for line in MEANT).encode(),  # files with marks, joined
-    ],
-)
-def test_the_same_prompts_however_they_are_written(tmp_path: Path, content: bytes) -> None:
-    file = tmp_path / "p.txt"
-    file.write_bytes(content)
-    assert [line.prompt for line in read_prompts(file)] == MEANT
-
-
-def test_lines_are_counted_as_an_editor_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file = tmp_path / "p.txt"
-    file.write_bytes("# two\r\n\r\na\u2028b\x0bc\x85d\te\r\n  last  ".encode())
-    with caplog.at_level(logging.INFO):
-        assert read_prompts(file) == [Line(3, "a\u2028b\x0bc\x85d\te"), Line(4, "last")]
-    assert "2 prompts; comments, which begin with #: 1" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("p.txt", b"a three\ncaf\xe9 three\n", r"UTF-8 text file (line 2, byte 0xe9: "),
-        ("p.txt", b"a three\n\xff\xd8\xff\xe0JFIF", "(line 2, byte 0xff: "),
-        ("p.txt", b"\xff\xfea\0\0\xd8b\0", "is no readable UTF-8 text file ("),
-        ("p.txt", "a red three".encode("utf-16-le"), "line 1 ('a\\x00 \\x00r"),
-        (
-            "p.txt",
-            b"a three\na\0b\n",
-            "line 2 ('a\\x00b') holds NUL: it is no text, or UTF-16 without a mark; save",
-        ),
-        ("p.txt", b"", "has no prompt, one a line is expected"),
-        ("p.txt", b"\n \r\n\t\n# a comment\n", "has no prompt, one a line is expected"),
-        ("p.csv", b"prompt,seed\na three,1\n", "must be a plain text file with a prompt in every line, not .csv"),
-        ("p.JSONL", b'{"prompt": "a three"}\n', "must be a plain text file with a prompt in every line, not .JSONL"),
-    ],
-)
-def test_what_is_no_list_of_prompts_is_one_sentence(tmp_path: Path, name: str, content: bytes, said: str) -> None:
-    file = tmp_path / name
-    file.write_bytes(content)
-    with pytest.raises(ConfigError) as raised:
-        read_prompts(file)
-    text = str(raised.value)
-    assert text.startswith(f"prompts={file}: ") and said in text and "\n" not in text
-
-
-def test_a_film_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "film.mp4"
-    with open(file, "wb") as film:
-        film.truncate(2**40)
-    monkeypatch.setattr(prompts, "MOST_BYTES", 2**16)
-    with pytest.raises(ConfigError, match=r"film.mp4: is larger than 0 MiB; one prompt a line is expected"):
-        read_prompts(file)
+MODES: tuple[Mode, ...] = ("window", "causal", "displaced")
 
 
 @pytest.fixture(scope="module")
@@ -92,33 +39,252 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("model"))
 
 
-def test_a_prompt_that_cannot_be_is_named_by_its_line(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "p.txt"
-    file.write_text("a three\n\n\n" + "a red three " * 20_000 + "\n")
-    words = ["sample", f"prompts={file}", f"model={model}", f"output={tmp_path}/out"]
-    assert cli.main(words) == 2
-    err = capsys.readouterr().err
-    assert err.startswith(f"pavdm: prompts={file}: line 4: ") and err.count("\n") == 1 and len(err) < 400, err
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    for path, said in (
-        (fifo, "is no regular file"),
-        (tmp_path, "is no regular file"),
-        (tmp_path / "no", "no such file"),
+def text(seed: int) -> Tensor:
+    return torch.randn(4, TINY.caption_channels, generator=torch.Generator().manual_seed(seed))
+
+
+# --- prompts by time ---------------------------------------------------------------------------------------------
+
+
+def test_times_and_the_chunks_that_they_begin_with() -> None:
+    assert timed({"20s": "b", "0s": "a", "1m1.5s": "d", "1m": "c"}) == [(0, "a"), (20, "b"), (60, "c"), (61.5, "d")]
+    assert first_prompt({"20s": "b"}) is None and first_prompt({"0s": "a"}) == first_prompt({"0m": "a"}) == "a"
+    # 24 frames a second, chunks of 17, 20, 20, ...: chunk k >= 1 begins at frame 17 + 20 (k - 1).
+    prompts = {"0s": "a", "0.1s": "b", f"{17 / 24 + 0.02:.3f}s": "c", "20s": "d"}
+    assert chunk_schedule(prompts, 24, 17, 20) == ((1, "b"), (2, "c"), (25, "d"))
+    assert chunk_schedule({"20s": "d"}, 24, 20, 20) == ((24, "d"),)
+    assert chunk_schedule({f"{37 / 24:.6f}s": "d"}, 24, 17, 20) == ((2, "d"),)  # rounding is no new chunk
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ({"20": "a"}, "'20' is no time; write 20s"),
+        ({"": "a"}, "'' is no time"),
+        ({"1h": "a"}, "'1h' is no time"),
+        ({"-1s": "a"}, "'-1s' is no time"),
+        ({"1s": "  "}, r"timed_prompts\[1s\]='  ': must be a prompt"),
+        ({"60s": "a", "1m": "b"}, "60s and 1m are the same time"),
+        ({"20s": "a", "20.1s": "b"}, "20 s and at 20.1 s would begin with the same chunk, 25"),
+    ],
+)
+def test_times_that_are_none(prompts: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        chunk_schedule(prompts, 24, 17, 20)
+
+
+def test_settings_by_file_and_command(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text('timed_prompts:\n  0s: a red three\n  20s: "no"\n')
+    config = load_config(SampleConfig, file, ["timed_prompts.30s=a blue seven"])
+    assert config.timed_prompts == {"0s": "a red three", "20s": "no", "30s": "a blue seven"}
+    validate_sample(config)
+    file.write_text(to_yaml(config))
+    assert load_config(SampleConfig, file) == config
+    assert load_config(SampleConfig, None, ['timed_prompts={"0s": "a: b"}']).timed_prompts == {"0s": "a: b"}
+    with pytest.raises(ConfigError, match=r"timed_prompts.20s=False: must be text; YAML reads true or false"):
+        load_config(SampleConfig, None, ["timed_prompts={20s: no}"])
+    for words, message in (
+        (["prompt=x", "timed_prompts={0s: y}"], "give one of them"),
+        (["prompt=x", "timed_prompts={1s: y}", "prompt_schedule=[{from_chunk: 2, prompt: z}]"], "give one of them"),
+        (["timed_prompts={1s: y}"], "nothing to render"),
+        (["prompt=x", "timed_prompts={later: y}"], "'later' is no time"),
     ):
-        with pytest.raises(ConfigError, match=f"prompts={path}: {said}"):
-            validate_sample(SampleConfig(prompts=str(path)))
-    assert not (tmp_path / "out").exists()
+        with pytest.raises(ConfigError, match=message):
+            validate_sample(load_config(SampleConfig, None, words))
 
 
-def test_thousands_of_prompts_are_checked_in_seconds(model: Path, tmp_path: Path) -> None:
-    file = tmp_path / "p.txt"
-    file.write_text("".join(f"a red three\r\n# {number}\r\n" for number in range(3000)))
-    config = SampleConfig(prompts=str(file), model=str(model), output=str(tmp_path / "out"), num_frames=5)
-    began = time.monotonic()
-    videos = check_videos(config, overwrite=False)
-    assert time.monotonic() - began < 20
-    outputs = [video.output.rpartition("/")[2] for video in videos.all]
-    assert outputs[0] == "0000-a-red-three-s0.mp4" and outputs[-1] == "2999-a-red-three-s2999.mp4"
+def test_a_command_and_python_make_the_same_timed_video(model: Path, tmp_path: Path) -> None:
+    prompts = {"0s": "a red three", "1s": "a blue seven"}
+    config = SampleConfig(model=str(model), output=str(tmp_path / "v.mp4"), num_frames=45, timed_prompts=prompts)
+    config.save_latents = True
+    validate_sample(config)
+    render_command(config, overwrite=False, progress=ChunkProgress)
+    with PAVDMPipeline.from_pretrained(model) as pipeline:
+        (latents,) = pipeline(prompts, num_frames=45, output_type="latent").frames
+        (other,) = pipeline("a red three", num_frames=45, output_type="latent").frames
+        with pytest.raises(ConfigError, match="needs one for 0s"):
+            pipeline({"1s": "a blue seven"}, num_frames=45)
+        with pytest.raises(ConfigError, match="the video has chunks 0 to 5"):
+            pipeline({"0s": "a red three", "20s": "a blue seven"}, num_frames=45)
+    assert torch.equal(torch.as_tensor(latents), read_latents(tmp_path / "v.safetensors"))
+    assert not torch.equal(torch.as_tensor(latents), torch.as_tensor(other))
+    # The same command again sees that nothing is left to do.
+    assert render_command(config, overwrite=False, progress=ChunkProgress)["frames_per_second"] == 0
+    # Frame 24 is in chunk 3 (5 + 8 + 8 = 21): the next chunk that begins is the fourth.
+    assert read_sidecar(tmp_path / "v.mp4")["identity"]["prompt_schedule"] == [[4, "a blue seven"]]
+
+
+# --- prompts while a video runs ----------------------------------------------------------------------------------
+
+
+def scheduled(stream: Stream, from_chunk: int, new: Tensor) -> Stream:
+    """The same stream with a prompt that was known from the start."""
+    return replace(stream, conditioning=stream.conditioning.with_prompt(from_chunk, new))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_prompt_told_to_running_stages_is_one_known_before(mode: Mode) -> None:
+    stream, new = tiny_stream(num_chunks=12, mode=mode), NewPrompt(8, "new", text(9))
+
+    def at(driver: Driver, finished: Finished) -> None:
+        if finished.clean.index == 1:
+            for _ in range(2):  # told twice it is one
+                driver.set_prompt(stream.id, new)
+
+    found = driven(stream, CUTS[1], at)
+    assert equal(found, reference_chunks(tiny_model(), scheduled(stream, 8, new.text)))
+    points = [finished.resume for finished in found if finished.resume is not None]
+    assert points[-1].prompts == ((8, "new"),)
+
+
+def test_one_that_comes_late_is_in_force_at_the_next_birth() -> None:
+    stream, new = tiny_stream(num_chunks=12), NewPrompt(0, "new", text(9))
+
+    def at(driver: Driver, finished: Finished) -> None:
+        if finished.clean.index == 2:
+            driver.set_prompt(stream.id, new)
+
+    found = driven(stream, CUTS[0], at)
+    assert found[-1].resume is not None
+    ((chunk, prompt),) = found[-1].resume.prompts
+    assert prompt == "new" and 5 <= chunk < 12
+    assert equal(found, reference_chunks(tiny_model(), scheduled(stream, chunk, new.text)))
+
+
+def test_one_that_comes_too_late_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    stream = tiny_stream(num_chunks=4)
+    late = NewPrompt(9, "new", text(9))
+
+    def at(driver: Driver, finished: Finished) -> None:
+        driver.set_prompt(stream.id, late)
+
+    assert equal(driven(stream, CUTS[0], at), reference_chunks(tiny_model(), stream))
+    assert late.at(stream.plan, 0) is None and NewPrompt(3, "new", text(9)).at(stream.plan, 0) is not None
+    assert late.at(stream.plan, stream.plan.num_rows) is None
+
+
+def test_an_endless_video_changes_and_goes_on_where_it_was_left() -> None:
+    endless, new = replace(tiny_stream(), plan=WindowPlan(6, 3, 2)), NewPrompt(7, "new", text(9))
+
+    def at(driver: Driver, finished: Finished) -> None:
+        if finished.clean.index == 1:
+            driver.set_prompt(0, new)
+        if finished.clean.index == 9:
+            driver.stop(0)
+
+    found = driven(endless, CUTS[1], at)
+    whole = reference_chunks(
+        tiny_model(), scheduled(replace(endless, plan=replace(endless.plan, num_chunks=len(found))), 7, new.text)
+    )
+    assert equal(found, whole)
+    # From a point before the change came into force, and from one behind it.
+    for index in (4, 8):
+        point = found[index].resume
+        assert point is not None and point.prompts == ((7, "new"),)
+        rest = scheduled(replace(endless, resume=point, plan=replace(endless.plan, num_chunks=len(found))), 7, new.text)
+        assert equal(driven(rest, CUTS[0]), whole[index + 1 :])
+
+
+def test_a_lost_gang_keeps_what_was_told() -> None:
+    stream, new = tiny_stream(num_chunks=12), NewPrompt(8, "new", text(9))
+    driver = Driver(local_gang(CUTS[0]))
+    driver.submit(stream)
+    found: list[Finished] = []
+    while not driver.idle:
+        for output in driver.step(0.0):
+            if isinstance(output, Finished):
+                found.append(output)
+                if output.clean.index == 1:
+                    driver.set_prompt(stream.id, new)
+                if output.clean.index in (4, 8):
+                    driver.adopt(local_gang(CUTS[1]))
+    assert equal(found, reference_chunks(tiny_model(), scheduled(stream, 8, new.text)))
+
+
+def test_a_later_scheduled_prompt_keeps_its_chunk() -> None:
+    conditioning = (
+        Conditioning.build([(0, text(0)), (10, text(1))], None).with_prompt(4, text(2)).with_prompt(4, text(3))
+    )
+    keys = [conditioning.key(chunk, 0) for chunk in (3, 4, 9, 10)]
+    assert keys[1] == keys[2] and len(set(keys)) == 3
+    assert [start for start, _ in conditioning.prompts] == [0, 4, 10]
+
+
+def _chunks(
+    pipeline: PAVDMPipeline, request: VideoRequest, change: tuple[int, int, str] | None = None
+) -> Iterator[VideoChunk]:
+    """With a prompt set when a chunk has come: (that chunk, the one from which on, the prompt)."""
+    for chunk in pipeline.iter_chunks([request], pipeline.params()):
+        if change is not None and chunk.index == change[0]:
+            pipeline.set_prompt(0, *change[1:])
+        yield chunk
+
+
+def test_set_prompt_from_python_and_a_resume_with_it(model: Path) -> None:
+    known = VideoRequest("a red three", 0, 85, prompt_schedule=((8, "a blue seven"),))
+    plain = replace(known, prompt_schedule=())
+    with PAVDMPipeline.from_pretrained(model) as pipeline:
+        with pytest.raises(ConfigError, match="no video is running"):
+            pipeline.set_prompt(0, 0, "a blue seven")
+        expected = [chunk.latents for chunk in _chunks(pipeline, known)]
+        told = list(_chunks(pipeline, plain, (1, 8, "a blue seven")))
+        assert all(torch.equal(a, b.latents) for a, b in zip(expected, told, strict=True))
+        assert told[4].resume is not None
+        again = replace(plain, resume=told[4].resume)
+        rest = list(_chunks(pipeline, again))
+        assert [chunk.index for chunk in rest] == list(range(5, 11))
+        assert all(torch.equal(a, b.latents) for a, b in zip(expected[5:], rest, strict=True))
+        frames = torch.cat([chunk.frames for chunk in rest])
+        assert torch.equal(frames, torch.cat([chunk.frames for chunk in told[5:]]))
+        for wrong, message in (
+            ((0, 11, "a blue seven"), "video 0 has chunks 0 to 10"),
+            ((0, -1, "a blue seven"), "from_chunk=-1: must be a whole number"),
+            ((0, 3, "a blue seven drifting up a red"), "has 7 tokens, the model takes at most 5"),
+        ):
+            chunks = pipeline.iter_chunks([plain], pipeline.params())
+            next(chunks)
+            with pytest.raises(ConfigError, match=message):
+                pipeline.set_prompt(*wrong)
+            chunks.close()
+
+
+def test_an_interrupted_command_goes_on_with_what_was_changed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SampleConfig("a red three", model=str(model), num_frames=85, save_latents=True, chunks_per_segment=3)
+    known = replace(config, output=str(tmp_path / "k.mp4"), prompt_schedule=[PromptChange(8, "a blue seven")])
+    told = replace(config, output=str(tmp_path / "t.mp4"))
+    write = Videos.write
+
+    def interrupted(self: Videos, video: Video, chunk: VideoChunk) -> bool:
+        well = write(self, video, chunk)
+        if chunk.index == 1:
+            self.pipeline.set_prompt(chunk.video, 8, "a blue seven")
+        if chunk.index == 4:
+            raise KeyboardInterrupt
+        return well
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Videos, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            render_command(told, overwrite=False, progress=ChunkProgress)
+    results = [render_command(one, overwrite=False, progress=ChunkProgress)["videos"][0] for one in (known, told)]
+    assert results[0]["latents_sha256"] == results[1]["latents_sha256"]
+    sidecar = read_sidecar(tmp_path / "t.mp4")
+    assert sidecar["extra"]["prompt_changes"] == [[8, "a blue seven"]]
+    assert "prompt_changes" not in read_sidecar(tmp_path / "k.mp4")["extra"]
+
+
+@pytest.mark.slow  # the stages in this process show the same
+def test_a_prompt_told_to_actors_and_tiles_in_the_decoder(ray_cluster: None, model: Path) -> None:
+    request = VideoRequest("a red three", 0, 165)
+    found = []
+    for stages in (0, 2):
+        # Without a backlog the stages are two epochs ahead at most: chunk 16 is not born when chunk 1 has come.
+        engine = EngineOptions(stages, cpus_per_stage=0.5, backlog_bytes=1) if stages else None
+        with PAVDMPipeline(Checkpoint.open(model), stages, engine=engine, decoder_tile=32) as pipeline:
+            found.append(list(_chunks(pipeline, request, (1, 16, "a blue seven"))))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.latents, other.latents) and torch.equal(one.frames, other.frames)
+    assert found[1][-1].resume is not None and found[1][-1].resume.prompts == ((16, "a blue seven"),)

@@ -15,6 +15,7 @@ from hub import COMMIT, REPOSITORY, Hub, serve
 from test_stdit3_weights import WEIGHTS, by_block, equal_states, shard
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.io import shipped
@@ -184,7 +185,15 @@ def test_shapes_that_are_shipped_are_opened_by_name() -> None:
     assert checkpoint.dtype == torch.float32
     with pytest.raises(CheckpointError, match=r"stdit3-xl holds no weights: it can be planned, not sampled"):
         checkpoint.require_weights()
-    with pytest.raises(CheckpointError, match=r"text_encoder is T5EncoderModel, this version runs WordTextEncoder"):
+    assert isinstance(checkpoint.text_encoder, PretrainedTextEncoder)
+    assert checkpoint.text_encoder.max_length == 300
+
+
+def test_a_text_encoder_of_another_kind_is_refused(tmp_path: Path) -> None:
+    config = tiny_checkpoint(tmp_path) / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "CLIPTextModel"}))
+    checkpoint = Checkpoint.open(tmp_path)
+    with pytest.raises(CheckpointError, match=r"text_encoder is CLIPTextModel, this .* WordTextEncoder, UMT5"):
         _ = checkpoint.text_encoder
 
 

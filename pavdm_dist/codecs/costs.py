@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pavdm_dist.codecs.wan import WanCodec, to_uint8
+from pavdm_dist.codecs.base import CodecSpec
+from pavdm_dist.codecs.catalog import is_opensora
+from pavdm_dist.codecs.opensora import OpenSoraCodec
+from pavdm_dist.codecs.pixels import to_uint8
+from pavdm_dist.codecs.tiles import Tiles
+from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.codecs.wan_config import read_wan_config
 from pavdm_dist.models.source import Source
 
@@ -23,8 +29,10 @@ _SETTLED = 3
 def decode_flop(source: str | Path | Source, latent_height: int, latent_width: int) -> float:
     """FLOP of decoding one latent (four frames), from ``config.json`` alone.
 
-    Two per multiply-add, convolutions only: good to about a quarter, which is enough to balance stages.
+    Two per multiply-add. Of Wan's layouts convolutions only: good to about a quarter, enough to balance stages.
     """
+    if is_opensora(source):
+        return _counted_flop(source, latent_height, latent_width)
     config = read_wan_config(source)
     base = config.decoder_base_dim or config.base_dim
     widths = [base * factor for factor in [config.dim_mult[-1], *reversed(config.dim_mult)]]
@@ -43,6 +51,21 @@ def decode_flop(source: str | Path | Source, latent_height: int, latent_width: i
             places *= 4
             total += 9 * places * frames * width**2 / (1 if config.is_residual else 2)
     return 2 * (total + 27 * places * frames * widths[-1] * config.out_channels)
+
+
+def _counted_flop(source: str | Path | Source, latent_height: int, latent_width: int) -> float:
+    """By letting Open-Sora's decoder work on shapes alone; takes seconds once, to import diffusers."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    codec = OpenSoraCodec.on_meta(source)
+    with FlopCounterMode(display=False) as counter:
+        for _ in codec.pixels(_group(codec.spec, latent_height, latent_width)):
+            pass
+    return counter.get_total_flops() / codec.spec.group
+
+
+def _group(spec: CodecSpec, latent_height: int, latent_width: int) -> torch.Tensor:
+    return torch.empty(spec.latent_channels, spec.group, latent_height, latent_width, device="meta")
 
 
 class Allocated(TorchDispatchMode):
@@ -80,7 +103,7 @@ class DecodeMemory:
         weights: of the whole codec, which is loaded whole.
         cache: features that one stream keeps from latent to latent.
         working: the most that decoding one latent takes beside these.
-        frames: what a latent becomes: four uint8 frames.
+        frames: what a latent becomes: four uint8 frames, or its share of a group's.
     """
 
     weights: int
@@ -91,7 +114,12 @@ class DecodeMemory:
 
 @torch.no_grad()
 def decode_memory(
-    source: str | Path | Source, latent_height: int, latent_width: int, dtype: torch.dtype = torch.float32
+    source: str | Path | Source,
+    latent_height: int,
+    latent_width: int,
+    dtype: torch.dtype = torch.float32,
+    tile: int | None = None,
+    in_main_memory: bool = False,
 ) -> DecodeMemory:
     """Memory of decoding pictures of a size, counted by letting the decoder work on shapes alone; takes seconds once,
     to import diffusers.
@@ -100,10 +128,18 @@ def decode_memory(
         source: component folder, hub id, or :class:`~pavdm_dist.models.source.Source`; only ``config.json`` is read.
         latent_height, latent_width: latent cells.
         dtype: what the codec computes in.
+        tile: large pictures in tiles of so many pixels a side; None = whole.
+        in_main_memory: the codec computes on a GPU, so that what tiles remember waits elsewhere.
 
     Raises:
-        CheckpointError: missing, or not a Wan autoencoder's configuration.
+        CheckpointError: missing, or not a codec's configuration.
+        ConfigError: a tile that is no multiple of four latent cells.
     """
+    if is_opensora(source):
+        return _group_memory(source, latent_height, latent_width, dtype, tile)
+    tiles = None if tile is None else Tiles.of(tile, read_wan_config(source).spec.spatial_stride)
+    if tiles is not None and tiles.needed(latent_height, latent_width):
+        return _tiled_memory(source, (latent_height, latent_width), dtype, tiles, in_main_memory)
     codec = WanCodec.on_meta(source, dtype)
     weights = sum(value.numel() for value in codec.vae.state_dict().values()) * dtype.itemsize
     decoder, latent = codec.decoder(), (1, codec.spec.latent_channels, 1, latent_height, latent_width)
@@ -111,3 +147,37 @@ def decode_memory(
         for _ in range(_SETTLED):
             frames = to_uint8(decoder.step(torch.empty(latent, device="meta")).clamp(-1, 1))
     return DecodeMemory(weights, decoder.cache_bytes, allocated.peak - decoder.cache_bytes, frames.nbytes)
+
+
+def _tiled_memory(
+    source: str | Path | Source, cells: tuple[int, int], dtype: torch.dtype, tiles: Tiles, in_main_memory: bool
+) -> DecodeMemory:
+    """From what one tile takes: to let all of them work on shapes would take minutes."""
+    height, width = (min(side, tiles.size) for side in cells)
+    one = decode_memory(source, height, width, dtype)
+    heights, widths = ([min(tiles.size, side - start) for start in range(0, side, tiles.stride)] for side in cells)
+    cell = one.frames / (height * width)
+    # Pixels are float32 until all tiles of a latent are there: finished rows, the row above and the row so far.
+    # In the end they are joined, limited and rounded, each in a copy.
+    working = 16 * cell * prod(cells)
+    for row, high in enumerate(heights):
+        done = cells[1] * sum(min(tiles.stride, before) for before in heights[:row])
+        above = sum(widths) * heights[row - 1] if row else 0
+        for column, wide in enumerate(widths):
+            held = 4 * cell * (done + above + high * sum(widths[:column]))
+            working = max(working, held + one.working * high * wide / (height * width))
+    kept = one.cache * sum(heights) * sum(widths) // (height * width)
+    if in_main_memory:
+        kept, working = 0, working + one.cache
+    return DecodeMemory(one.weights, kept, int(working), int(cell * prod(cells)))
+
+
+def _group_memory(
+    source: str | Path | Source, latent_height: int, latent_width: int, dtype: torch.dtype, tile: int | None
+) -> DecodeMemory:
+    """Of Open-Sora's codec: nothing is kept, a whole group is at work."""
+    codec = OpenSoraCodec.on_meta(source, dtype, tile)
+    weights = sum(value.numel() for value in codec.modules.parameters()) * dtype.itemsize
+    with Allocated() as allocated:
+        parts = [to_uint8(part.clamp(-1, 1)) for part in codec.pixels(_group(codec.spec, latent_height, latent_width))]
+    return DecodeMemory(weights, 0, allocated.peak, sum(part.nbytes for part in parts) // codec.spec.group)

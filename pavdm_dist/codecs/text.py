@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pavdm_dist.errors import CheckpointError, ConfigError
-from pavdm_dist.fields import Within, made
+from pavdm_dist.fields import Within, made, show
 from pavdm_dist.models.loading import load_module
 from pavdm_dist.models.source import Source, load_config
 
@@ -167,6 +167,19 @@ class WordTextEncoder(nn.Module):
         rows = [torch.tensor(self.token_ids(prompt)) for prompt in prompts]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._index[PAD])
         return ids, ids != self._index[PAD]
+
+    def prepare(self, prompts: Iterable[str]) -> None:
+        """Nothing: it is small."""
+
+    def check(self, prompt: str, limit: int) -> None:
+        """Refuses a prompt of more than ``limit`` tokens.
+
+        Raises:
+            ConfigError: it is too long.
+        """
+        tokens = len(self.token_ids(prompt))
+        if tokens > limit:
+            raise ConfigError(f"prompt {show(prompt)!r} has {tokens} tokens, the model takes at most {limit}")
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of the prompt that are not in the vocabulary, each once, in order."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from pavdm_dist.codecs.pixels import check_frames, from_uint8, to_finite_uint8
+from pavdm_dist.codecs.tiles import Tiles
 from pavdm_dist.codecs.wan_config import read_wan_config, wan_config
-from pavdm_dist.errors import CheckpointError, ConfigError, VideoError
+from pavdm_dist.errors import CheckpointError, VideoError
 from pavdm_dist.models.loading import load_module, read_tensors, save_module
 from pavdm_dist.models.source import Source, load_config
 
@@ -27,7 +31,7 @@ _PROBE_LIMIT = 1000
 _PROBE_SIZE = (2, 2)
 
 
-def encoder_identity(source: str | Path | Source) -> str:
+def wan_identity(source: str | Path | Source) -> str:
     """Hash of what latents depend on: the encoder and the statistics; a decoder may be refined later."""
     read_wan_config(source)
     config = load_config(source)
@@ -44,11 +48,17 @@ class WanCodec:
     Args:
         vae: an ``AutoencoderKLWan``; it is switched to evaluation and its weights are used as they are. It computes in
             their type; latents and pixels outside it are float32.
+        tile: larger pictures are decoded in tiles of so many pixels a side, which takes less memory at a time and more
+            work, and is not bit-equal to decoding them whole; None = whole.
+
+    Raises:
+        ConfigError: a tile that is no multiple of four latent cells.
     """
 
-    def __init__(self, vae: nn.Module) -> None:
+    def __init__(self, vae: nn.Module, tile: int | None = None) -> None:
         config: Any = vae.config
         self.spec = wan_config(config, "the video codec").spec
+        self.tiles = None if tile is None else Tiles.of(tile, self.spec.spatial_stride)
         self.vae: Any = vae.eval()
         self._patch: int | None = config.get("patch_size")
         device, self._dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
@@ -62,6 +72,7 @@ class WanCodec:
         source: str | Path | Source,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        tile: int | None = None,
     ) -> WanCodec:
         """Loads ``config.json`` and safetensors weights of any precision.
 
@@ -69,13 +80,14 @@ class WanCodec:
             source: component folder, hub id, or :class:`~pavdm_dist.models.source.Source`.
             device: where the codec runs.
             dtype: what it computes in.
+            tile: see above.
 
         Raises:
             CheckpointError: no such folder, not a Wan autoencoder, or a tensor missing or of the wrong size.
         """
         vae = _without_weights(source)
         load_module(vae, source, dtype=dtype, device=device)
-        return cls(vae)
+        return cls(vae, tile)
 
     @classmethod
     def on_meta(cls, source: str | Path | Source, dtype: torch.dtype = torch.float32) -> WanCodec:
@@ -122,16 +134,12 @@ class WanCodec:
             ConfigError: another number of frames, or a size the codec cannot divide.
             VideoError: latents are not finite.
         """
-        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
-            raise ConfigError(f"frames must be uint8 [t, H, W, 3], got {frames.dtype} {list(frames.shape)}")
-        self.spec.latents_in_clip(frames.shape[0])
-        self.spec.latent_size(frames.shape[1], frames.shape[2])
+        check_frames(frames, self.spec)
         cache: list[Any] = [None] * self.vae._cached_conv_counts["encoder"]
         stride = self.spec.temporal_stride
         latents = []
         for group in frames.split([1, *[stride] * (frames.shape[0] // stride)]):
-            pixels = rearrange(group.to(self._mean.device, torch.float32), "t h w rgb -> 1 rgb t h w")
-            patches = self._patchify(pixels / 127.5 - 1).to(self._dtype)
+            patches = self._patchify(from_uint8(group, self._mean.device)).to(self._dtype)
             features = self.vae.encoder(patches, feat_cache=cache, feat_idx=[0])
             mean, _ = self.vae.quant_conv(features).chunk(2, dim=1)
             latents.append((mean.float() - self._mean) / self._std)
@@ -177,6 +185,11 @@ class WanCodec:
         """Normalised ``[1, C, n, h, w]`` -> the autoencoder's own scale and type."""
         return (latents * self._std + self._mean).to(self._dtype)
 
+    @property
+    def scale(self) -> int:
+        """Pixels per latent cell of what the network itself gives, before :meth:`unpatchify`."""
+        return self.spec.spatial_stride // (self._patch or 1)
+
     def unpatchify(self, pixels: Tensor) -> Tensor:
         """Undoes the 2.2 layout's space-to-depth; the identity for the 2.1 layout."""
         if self._patch is None:
@@ -191,14 +204,15 @@ class WanCodec:
 
 
 class WanChunkDecoder:
-    """One stream's feature cache.
+    """One stream's feature caches: one, or one for every tile of a large picture.
 
-    Every latent goes through the network alone, so the partition into chunks cannot change a bit.
+    Every latent goes through the network alone, so the partition into chunks cannot change a bit. What tiles on a GPU
+    remember waits in main memory, so that the GPU holds one tile at a time.
     """
 
     def __init__(self, codec: WanCodec) -> None:
         self._codec = codec
-        self._cache: list[Any] = [None] * codec.vae._cached_conv_counts["decoder"]
+        self._caches: dict[tuple[int, int], list[Any]] = {}
         self._started = False
 
     @torch.no_grad()
@@ -214,9 +228,7 @@ class WanChunkDecoder:
         Raises:
             VideoError: pixels are not finite: the latents, or the type that the codec computes in, are out of range.
         """
-        return torch.cat(
-            [to_uint8(_finite(self.step(latent)).clamp(-1, 1)).cpu().contiguous() for latent in self._split(latents)]
-        )
+        return torch.cat([to_finite_uint8(self.step(latent)) for latent in self._split(latents)])
 
     @torch.no_grad()
     def warm(self, latents: Tensor) -> None:
@@ -226,20 +238,44 @@ class WanChunkDecoder:
 
     def step(self, latent: Tensor) -> Tensor:
         """One normalised latent ``[1, C, 1, h, w]`` -> float pixels ``[1, 3, 1 or 4, H, W]``, around [-1, 1]."""
-        codec = self._codec
-        raw = codec.vae.post_quant_conv(codec.denormalise(latent))
-        pixels = codec.vae.decoder(raw, feat_cache=self._cache, feat_idx=[0], first_chunk=not self._started)
+        codec, tiles = self._codec, self._codec.tiles
+        if tiles is None or not tiles.needed(*latent.shape[-2:]):
+            pixels = self._decode((0, 0), latent)
+        else:
+            pixels = tiles.decode(latent, codec.scale, self._decode_tile)
         self._started = True
-        return codec.unpatchify(pixels.float())
+        return codec.unpatchify(pixels)
 
     @property
     def cache_bytes(self) -> int:
         """Of the features that later latents will read."""
-        return sum(entry.nbytes for entry in self._cache if isinstance(entry, Tensor))
+        return sum(entry.nbytes for entry in self._kept())
 
     def holds_nan(self) -> bool:
         """Whether a feature that later latents will read is NaN."""
-        return any(isinstance(entry, Tensor) and bool(entry.isnan().any()) for entry in self._cache)
+        return any(bool(entry.isnan().any()) for entry in self._kept())
+
+    def _kept(self) -> Iterator[Tensor]:
+        return (entry for cache in self._caches.values() for entry in cache if isinstance(entry, Tensor))
+
+    def _decode(self, place: tuple[int, int], latent: Tensor) -> Tensor:
+        """Pixels of one tile, float, still in patches."""
+        codec = self._codec
+        cache = self._caches.setdefault(place, [None] * codec.vae._cached_conv_counts["decoder"])
+        raw = codec.vae.post_quant_conv(codec.denormalise(latent))
+        return codec.vae.decoder(raw, feat_cache=cache, feat_idx=[0], first_chunk=not self._started).float()
+
+    def _decode_tile(self, place: tuple[int, int], latent: Tensor) -> Tensor:
+        """As :meth:`_decode`; what the tile remembers is on a GPU for so long only."""
+        self._move(place, latent.device)
+        pixels = self._decode(place, latent)
+        if latent.device.type == "cuda":
+            self._move(place, "cpu")
+        return pixels
+
+    def _move(self, place: tuple[int, int], device: torch.device | str) -> None:
+        cache = self._caches.get(place, [])
+        cache[:] = [entry.to(device) if isinstance(entry, Tensor) else entry for entry in cache]
 
     def _split(self, latents: Tensor) -> list[Tensor]:
         channels = self._codec.spec.latent_channels
@@ -250,19 +286,6 @@ class WanChunkDecoder:
         return [latent.contiguous() for latent in moved.unsqueeze(0).split(1, dim=2)]
 
 
-def _finite(pixels: Tensor) -> Tensor:
-    """Pixels as the autoencoder gives them: once they are limited, an infinite one looks like any other."""
-    if not bool(pixels.isfinite().all()):
-        raise VideoError("the codec gave pixels that are not finite; decoder_dtype=float32 has the widest range")
-    return pixels
-
-
-def to_uint8(pixels: Tensor) -> Tensor:
-    """Float pixels ``[1, 3, t, H, W]`` in [-1, 1] -> uint8 ``[t, H, W, 3]``, where they are."""
-    frames = rearrange(pixels, "1 rgb t h w -> t h w rgb")
-    return ((frames + 1) * 127.5).round().to(torch.uint8)
-
-
 def _without_weights(source: str | Path | Source) -> nn.Module:
     """The autoencoder that ``config.json`` describes, on device ``meta``."""
     read_wan_config(source)
@@ -271,8 +294,9 @@ def _without_weights(source: str | Path | Source) -> nn.Module:
 
     try:
         with torch.device("meta"):
-            # What is null is left out: the class has its own values for that.
-            given = {key: value for key, value in config.items() if value is not None and not key.startswith("_")}
+            # What is null is left out, the class has its own values for that; so are names that it does not know.
+            known = signature(AutoencoderKLWan.__init__).parameters
+            given = {key: value for key, value in config.items() if value is not None and key in known}
             return AutoencoderKLWan.from_config(given)
     except Exception as error:
         reason = str(error).splitlines()[0]

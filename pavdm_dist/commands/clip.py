@@ -52,10 +52,10 @@ def open_film(config: SampleConfig, params: SamplingParams, checkpoint: Checkpoi
     """
     assert config.video is not None
     path, rate, size = config.video, as_rate(params.fps), (params.height, params.width)
-    stride, used = checkpoint.codec_spec.temporal_stride, clip_frames_used(params, checkpoint)
+    used = clip_frames_used(params, checkpoint)
     shot = last_shot(path, rate, None if config.include_input else used)
     found = shot.num_frames(rate)
-    legal, fewest = found - (found - 1) % stride, clip_frames_needed(params, checkpoint)
+    legal, fewest = checkpoint.codec_spec.usable_frames(found), clip_frames_needed(params, checkpoint)
     if legal < fewest:
         behind = "" if shot.gap is None else f" behind a gap of {float(shot.gap):.2f} s in its timestamps"
         raise ConfigError(

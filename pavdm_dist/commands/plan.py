@@ -14,7 +14,7 @@ from pavdm_dist.models.devices import DTYPES
 from pavdm_dist.planning import planner
 from pavdm_dist.planning.forecast import pipeline_utilisation, useful_stages
 from pavdm_dist.planning.partition import layer_split
-from pavdm_dist.request import SamplingParams, check_schedule
+from pavdm_dist.request import SamplingParams, check_schedule, timed_prompts
 
 # A forecast goes through all rows, some 20,000 a second; these are 9 hours of Open-Sora.
 MAX_ROWS = 200_000
@@ -38,7 +38,8 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
     else:
         frames = spec.frames_in_chunk(size, first=not params.warm) + (chunks - 1) * spec.frames_in_chunk(size, False)
     plan = params.plan(chunks)
-    check_schedule([change.from_chunk for change in config.prompt_schedule], plan)
+    schedule = [change.from_chunk for change in config.prompt_schedule]
+    check_schedule(schedule or [chunk for chunk, _ in timed_prompts(config.timed_prompts, params, checkpoint)], plan)
     if plan.num_rows > MAX_ROWS:
         most = max(1, MAX_ROWS // plan.steps_per_shift - params.window_chunks)
         raise ConfigError(
@@ -77,4 +78,5 @@ def _cluster_report(
     """What the planner says; a cluster's devices are GPUs, which hold the weights as they are stored."""
     dtype = checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
     decoder_dtype = DTYPES[config.decoder_dtype]
-    return planner.report(checkpoint, params, plan, cluster, dtype, decoder_of_stages(config), decoder_dtype)
+    decoder = decoder_of_stages(config)
+    return planner.report(checkpoint, params, plan, cluster, dtype, decoder, decoder_dtype, config.decoder_tile)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.method.microbatches import Displaced
@@ -87,8 +88,9 @@ def open_pipeline(config: SampleConfig) -> PAVDMPipeline:
             "decoder=auto decodes on CPUs beside stages on GPUs, which a large model waits for; decoder=shared uses the"
             " last stage's GPU, decoder=cuda one more (decoder=cpu says that CPUs are meant)"
         )
+    text = TextOptions(config.text_device, config.text_dtype, config.text_cache)
     return PAVDMPipeline(
-        open_checkpoint(config),
+        replace(open_checkpoint(config), text=text),
         config.num_stages,
         config.threads_per_stage,
         engine_options(config) if config.num_stages else None,
@@ -96,6 +98,8 @@ def open_pipeline(config: SampleConfig) -> PAVDMPipeline:
         config.device,
         config.decoder,
         config.decoder_dtype,
+        config.decoder_tile,
+        config.preview_decoder,
     )
 
 

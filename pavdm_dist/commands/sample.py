@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.prompts import Line, read_prompts
 from pavdm_dist.commands.resolve import open_pipeline, sampling_params
@@ -19,11 +21,13 @@ from pavdm_dist.commands.videos import Shot, Video, Videos
 from pavdm_dist.config import SampleConfig, frames_wanted
 from pavdm_dist.errors import ConfigError, FailedVideosError, PAVDMError
 from pavdm_dist.io.encode import check_size, require_libx264
+from pavdm_dist.io.image import read_image
 from pavdm_dist.io.metadata import sidecar_path
 from pavdm_dist.io.storage import check_output, exists, is_remote, join, local_copy, parts_folder, same_path
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.rates import as_rate
-from pavdm_dist.request import SamplingParams, VideoRequest, check_prompts
+from pavdm_dist.request import SamplingParams, VideoRequest, check_prompts, prepare_texts, timed_prompts
+from pavdm_dist.timed import first_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +63,9 @@ def render_command(
     started = time.monotonic()
     frames = 0
     try:
-        if any(video.result is None and video.error is None for video in made):
+        if left := [video.request for video in made if video.result is None and video.error is None]:
             with Signals() as signals, pipeline:
+                prepare_texts(left, videos.params, pipeline.checkpoint)  # before a worker or the model is loaded
                 frames = _render(videos, bar, signals)
     finally:
         bar.close()
@@ -185,7 +190,8 @@ def _render(videos: Videos, bar: Any, signals: Signals) -> int:
 def _shots(config: SampleConfig) -> list[Shot]:
     """One per prompt, line i of a prompt file with ``seed + i``; in the file named by ``output``, or in that folder as
     ``NNNN-words-sSEED.mp4``."""
-    lines = [Line(0, config.prompt or "")] if config.prompts is None else read_prompts(config.prompts)
+    first = config.prompt or first_prompt(config.timed_prompts) or ""
+    lines = [Line(0, first)] if config.prompts is None else read_prompts(config.prompts)
     if config.output.lower().endswith(".mp4"):
         return [Shot(lines[0].prompt, config.seed, config.output)]
     shots = []
@@ -205,10 +211,14 @@ def _requests(
 
         film = open_film(config, params, checkpoint)
         clip, before = film.clip, film.before
+    picture = None
+    if config.image is not None:
+        picture = torch.from_numpy(read_image(config.image, params.height, params.width))
     schedule = tuple((change.from_chunk, change.prompt) for change in config.prompt_schedule)
+    schedule = schedule or timed_prompts(config.timed_prompts, params, checkpoint)
     length = frames_wanted(config, params.fps)
     requests = [
-        VideoRequest(shot.prompt, shot.seed, length, config.negative_prompt, schedule, clip, before=before)
+        VideoRequest(shot.prompt, shot.seed, length, config.negative_prompt, schedule, clip, picture, before=before)
         for shot in shots
     ]
     # A prompt that is refused in the middle of a batch would end the videos beside it.

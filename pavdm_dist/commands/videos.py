@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from pavdm_dist.codecs.catalog import RGB
+from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError, PAVDMError, VideoError
 from pavdm_dist.io.lock import clear_locks
@@ -58,6 +60,7 @@ class Video:
         recording: its files while they are made.
         result: once it is complete.
         error: why it never will be.
+        changes: ``(first chunk, prompt)`` of what was changed while it ran.
     """
 
     number: int
@@ -66,6 +69,7 @@ class Video:
     recording: Recording | None = field(default=None, repr=False)
     result: Recorded | None = None
     error: VideoError | None = None
+    changes: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,7 @@ class Videos:
         A disk that is full, a share that went away, or parts that were damaged there end this one only.
         """
         assert video.recording is not None
+        video.changes = video.changes if chunk.resume is None else chunk.resume.prompts
         try:
             video.recording.write(chunk.index, chunk.frames, chunk.latents, _point(chunk.resume))
             if chunk.last:
@@ -168,7 +173,11 @@ class Videos:
             "threads": self.config.threads_per_stage,
             "weights": self.weights,
             "identity": self._identity(request),
-            "extra": {"sampling": asdict(self.params), **({"resyncs": list(resyncs)} if resyncs else {})},
+            "extra": {
+                "sampling": asdict(self.params),
+                **({"resyncs": list(resyncs)} if resyncs else {}),
+                **({"prompt_changes": [list(change) for change in video.changes]} if video.changes else {}),
+            },
         }
         comment = {"software": "pavdm_dist", "prompt": request.prompt, "seed": request.seed}
         video.result = recording.finish(facts, comment)
@@ -246,7 +255,6 @@ class Videos:
 
     def _identity(self, request: VideoRequest) -> dict[str, Any]:
         """What a video's bits depend on, except for the device that they are computed on."""
-        clip = None if request.clip is None else _sha256(request.clip)
         found = versions()
         return {
             "prompt": request.prompt,
@@ -254,7 +262,7 @@ class Videos:
             "prompt_schedule": [list(change) for change in request.prompt_schedule],
             "seed": request.seed,
             "num_frames": request.num_frames,
-            "clip": clip,
+            "clip": _pixels(request.clip),
             "include_input": self.config.include_input,
             "sampling": asdict(self.params),
             "weights": self.weights,
@@ -263,19 +271,28 @@ class Videos:
             "dtype": self.pipeline.dtype_name,
             "decoder_dtype": self.config.decoder_dtype,
             "versions": {name: found[name] for name in ("pavdm_dist", "torch", "av")},
+            **self._further(request),
         }
 
+    def _further(self, request: VideoRequest) -> dict[str, Any]:
+        """Facts that most videos do not have."""
+        facts = {"image": _pixels(request.image)}
+        facts |= {name: getattr(self.config, name) for name in ("decoder_tile", "preview_decoder")}
+        if isinstance(self.pipeline.checkpoint.text_encoder, PretrainedTextEncoder):
+            facts["text_encoder"] = self.pipeline.checkpoint.text_encoder.identity
+        return {name: value for name, value in facts.items() if value is not None}
 
-@lru_cache(maxsize=1)  # videos of a command share their clip
-def _sha256(clip: Tensor) -> str:
-    return hashlib.sha256(clip.contiguous().numpy().data).hexdigest()
+
+@lru_cache(maxsize=2)  # videos of a command share their clip and their picture
+def _pixels(frames: Tensor | None) -> str | None:
+    return None if frames is None else hashlib.sha256(frames.contiguous().numpy().data).hexdigest()
 
 
 def _own_settings(config: SampleConfig, video: Video) -> SampleConfig:
     """Settings that make one video of a command alone, and mean the same in every working directory."""
 
-    def absolute(path: str) -> str:
-        return path if is_remote(path) else os.path.abspath(path)
+    def absolute(path: str | None) -> str | None:
+        return path if path is None or path == RGB or is_remote(path) else os.path.abspath(path)
 
     is_folder = config.model not in shipped_models() and os.path.isdir(config.model)
     return replace(
@@ -283,10 +300,13 @@ def _own_settings(config: SampleConfig, video: Video) -> SampleConfig:
         prompt=video.request.prompt,
         prompts=None,
         seed=video.request.seed,
-        output=absolute(video.output),
+        output=absolute(video.output) or "",
         model=os.path.abspath(config.model) if is_folder else config.model,
-        video=config.video and absolute(config.video),
-        trace=config.trace and absolute(config.trace),
+        video=absolute(config.video),
+        image=absolute(config.image),
+        preview_decoder=absolute(config.preview_decoder),
+        text_cache=absolute(config.text_cache),
+        trace=absolute(config.trace),
     )
 
 
@@ -298,7 +318,12 @@ def _point(resume: ResumePoint | None) -> Point | None:
     tensors = {str(index): latents for index, latents in snapshot.latents.items()}
     return Point(
         tensors,
-        {"row": snapshot.row, "exact_rows": sorted(snapshot.exact_rows), "resyncs": list(resume.resyncs)},
+        {
+            "row": snapshot.row,
+            "exact_rows": sorted(snapshot.exact_rows),
+            "resyncs": list(resume.resyncs),
+            "prompts": [list(change) for change in resume.prompts],
+        },
         resume.warm,
     )
 
@@ -311,4 +336,5 @@ def _resume_point(recording: Recording, request: VideoRequest) -> ResumePoint | 
     latents = {int(index): tensor for index, tensor in point.tensors.items()}
     snapshot = WindowSnapshot(point.facts["row"], latents, frozenset(point.facts["exact_rows"]))
     undecoded = tuple(CleanChunk(index, latents) for index, latents in sorted(recording.pending.items()))
-    return ResumePoint(snapshot, recording.warm, undecoded, tuple(point.facts.get("resyncs", ())))
+    prompts = tuple((chunk, prompt) for chunk, prompt in point.facts.get("prompts", ()))
+    return ResumePoint(snapshot, recording.warm, undecoded, tuple(point.facts.get("resyncs", ())), prompts)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.base import TextEncoder, VideoCodec
-from pavdm_dist.codecs.wan import encoder_identity
+from pavdm_dist.codecs.catalog import encoder_identity
 from pavdm_dist.data.buckets import Bucket
 from pavdm_dist.data.clips import read_frames
 from pavdm_dist.data.index import locate

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.codecs.wan import encoder_identity
+from pavdm_dist.codecs.catalog import encoder_identity
 from pavdm_dist.data.buckets import Bucket, parse_buckets
 from pavdm_dist.data.clips import ClipRef
 from pavdm_dist.data.index import Captions, Sources, read_sources

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.codecs.wan import WanCodec
+from pavdm_dist.codecs.base import VideoCodec
+from pavdm_dist.codecs.catalog import load_codec
 from pavdm_dist.data.buckets import Bucket, smallest
 from pavdm_dist.data.clips import plan_clips, read_frames, scan_video
 from pavdm_dist.data.index import SourceVideo, locate
@@ -222,12 +223,12 @@ def _checkpoint(model: str) -> Checkpoint:
 
 
 @lru_cache(maxsize=1)
-def _encoders(model: str, device: str, worker: int) -> tuple[WanCodec, Checkpoint]:
+def _encoders(model: str, device: str, worker: int) -> tuple[VideoCodec, Checkpoint]:
     """Loaded once per process; the processes of a machine share its GPUs in turn."""
     checkpoint = _checkpoint(model)
     if device == "cuda":
         device = f"cuda:{worker % torch.cuda.device_count()}"
-    return WanCodec.from_pretrained(checkpoint.vae, device), checkpoint
+    return load_codec(checkpoint.vae, device), checkpoint
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pavdm_dist.codecs.wan import WanCodec, encoder_identity
+from pavdm_dist.codecs.catalog import encoder_identity
+from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.digits.world import WORLD_SETTINGS, render, sample_scene, scene_prompt
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.storage import atomic_path

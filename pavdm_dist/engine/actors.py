@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.cluster.environment import choose_interface, take_on
+from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.events import Event, Place
 from pavdm_dist.engine.loop import EpochFeed, Links, RunReport, StageLoop
 from pavdm_dist.engine.order import LogEntry, Unit
@@ -177,7 +178,7 @@ class DecodeActor:
     Calls of the default group run in the order in which they were made; those of the group ``control`` beside them.
 
     Args:
-        source: the codec, opened here.
+        source: the codec, or what else makes frames, opened here.
         threads: intra-op threads.
         device: ``cpu`` or ``cuda``.
         dtype: what it computes in.
@@ -186,20 +187,19 @@ class DecodeActor:
 
     def __init__(
         self,
-        source: Source | str,
+        source: FrameMaker | Source | str,
         threads: int,
         device: str,
         dtype: str = "float32",
         environment: Mapping[str, str] | None = None,
     ) -> None:
         take_on(environment or {})
-        from pavdm_dist.codecs.wan import WanCodec  # what it imports reads the environment
-
         self._threads = threads
         torch.set_num_threads(threads)
         self._device = choose_device(device)
         check_dtype("decoder_dtype", dtype, self._device)
-        self._codec = WanCodec.from_pretrained(source, self._device, DTYPES[dtype])
+        maker = source if isinstance(source, FrameMaker) else FrameMaker(Source.of(source))
+        self._codec = maker.load(self._device, DTYPES[dtype])
         self._decoders: dict[int, Any] = {}
         self._dropped: set[int] = set()
         self._latents = 0

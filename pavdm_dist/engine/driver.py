@@ -28,7 +28,7 @@ from pavdm_dist.engine.watchdog import Patience, Watchdog
 from pavdm_dist.errors import PAVDMError, VideoError
 from pavdm_dist.method.microbatches import check_adaptive
 from pavdm_dist.method.schedule import WindowPlan
-from pavdm_dist.method.stream import Stream
+from pavdm_dist.method.stream import NewPrompt, Stream
 from pavdm_dist.method.window import CleanChunk, not_finite_error
 
 logger = logging.getLogger(__name__)
@@ -93,6 +93,13 @@ class Driver:
         flight = self._flights.get(stream)
         if flight is not None and flight.stream.plan.num_chunks is None:
             flight.stopping = True
+
+    def set_prompt(self, stream: int, new: NewPrompt) -> None:
+        """Another prompt for a stream; others are left alone, and so is one that has been told it already."""
+        flight = self._flights.get(stream)
+        if flight is not None and new not in flight.told:
+            flight.told.append(new)
+            flight.asked.append(new)
 
     # --- what happens --------------------------------------------------------------------------------------
 
@@ -173,13 +180,18 @@ class Driver:
             joins = self._join()
             if not (active or joins or self._leaves):
                 return
+            prompts = {
+                flight.id: told
+                for flight, join in self._active()
+                if flight.asked and (told := flight.change(join.row_at(self._epoch)))
+            }
             # The row before this epoch's first one says which latents are on their way back.
             exact = {
                 flight.id: flight.batches.exact_from(join.row_at(self._epoch) - 1)
                 for flight, join in self._active()
                 if flight.batches.adaptive
             }
-            self._gang.seal(self._epoch, LogEntry(tuple(joins), tuple(self._leaves), stops, exact))
+            self._gang.seal(self._epoch, LogEntry(tuple(joins), tuple(self._leaves), stops, exact, prompts))
             self._leaves = []
             self._epoch += 1
 

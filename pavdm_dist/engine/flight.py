@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -13,8 +14,10 @@ from pavdm_dist.engine.events import Decoded, Finished, KeysChanged, Shift
 from pavdm_dist.engine.order import Join
 from pavdm_dist.method.microbatches import MicroBatches
 from pavdm_dist.method.schedule import WindowPlan
-from pavdm_dist.method.stream import ResumePoint, Stream
+from pavdm_dist.method.stream import NewPrompt, ResumePoint, Stream
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
+
+logger = logging.getLogger(__name__)
 
 
 class Stand(Enum):
@@ -43,6 +46,9 @@ class Flight:
         undecoded: clean chunks whose frames are still to come, oldest first, with their resume points.
         past: clean latents ``[C, n, h, w]`` right before the oldest of these, for a decoder that takes the stream over.
         stopping: an endless stream's end is asked for.
+        told: prompts that were asked for, whatever became of them.
+        asked: those of them that the stages do not know yet.
+        prompts: ``(first chunk, prompt)`` of those that it follows since it began.
     """
 
     stream: Stream
@@ -51,6 +57,9 @@ class Flight:
     join: Join | None = None
     reported: int = -1
     stopping: bool = False
+    told: list[NewPrompt] = field(default_factory=list)
+    asked: list[NewPrompt] = field(default_factory=list)
+    prompts: tuple[tuple[int, str], ...] = field(init=False)
     batches: MicroBatches = field(init=False)
     next_chunk: int = field(init=False)
     undecoded: deque[tuple[CleanChunk, ResumePoint | None]] = field(default_factory=deque)
@@ -65,6 +74,7 @@ class Flight:
         self.batches = stream.batches
         self._tail = self.past = stream.decoder_warm
         self.next_chunk = 0
+        self.prompts = () if resume is None else resume.prompts
         if resume is None:
             return
         self._latest, row = resume.snapshot, resume.snapshot.row
@@ -150,6 +160,20 @@ class Flight:
         if self.join is not None:
             self.join = self.join.stopped(plan)
 
+    def change(self, row: int) -> tuple[NewPrompt, ...]:
+        """Takes what was asked for into force before ``row``; what the stages must be told."""
+        asked, self.asked = self.asked, []
+        told = []
+        for new in asked:
+            at = new.at(self.stream.plan, row)
+            if at is None:
+                logger.warning("video %d: %r comes too late, no chunk is left to be born", self.id, new.prompt)
+                continue
+            told.append(at)
+            self.stream = self.stream.changed(at)
+            self.prompts += ((at.from_chunk, at.prompt),)
+        return tuple(told)
+
     def restarted(self) -> None:
         """For another gang: goes on at the last shift from which it goes on bit for bit, or at its beginning."""
         self.stand, self.join, self.reported = Stand.WAITING, None, -1
@@ -158,7 +182,7 @@ class Flight:
         self.batches = self.stream.batches
 
     def _point(self, snapshot: WindowSnapshot) -> ResumePoint:
-        return ResumePoint(snapshot, self._tail, resyncs=self.resyncs)
+        return ResumePoint(snapshot, self._tail, resyncs=self.resyncs, prompts=self.prompts)
 
     def _behind(self, before: Tensor | None, clean: CleanChunk) -> Tensor | None:
         """What a decoder must have seen behind ``clean``, which follows ``before``."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from pavdm_dist.codecs.base import VideoCodec
+from pavdm_dist.codecs.base import FrameDecoder
 from pavdm_dist.engine.events import Decoded, Failed, Finished, Shift
 from pavdm_dist.engine.flight import Flight
 from pavdm_dist.engine.watchdog import Patience, Watchdog
@@ -21,7 +21,7 @@ from pavdm_dist.errors import PAVDMError, VideoError
 from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.sampler import StepCallback, sample
 from pavdm_dist.method.schedule import PlanRow
-from pavdm_dist.method.stream import ResumePoint, Stream
+from pavdm_dist.method.stream import NewPrompt, ResumePoint, Stream
 from pavdm_dist.method.window import CleanChunk, Window
 from pavdm_dist.models.base import Backbone
 from pavdm_dist.models.text_cache import TextBank
@@ -46,7 +46,7 @@ class InlineEngine:
     def __init__(
         self,
         model: Backbone,
-        codec: VideoCodec,
+        codec: FrameDecoder,
         device: torch.device | str = "cpu",
         threads: int = 1,
         patience: Patience | None = None,
@@ -55,6 +55,7 @@ class InlineEngine:
         self._patience = patience or Patience()
         self._stopping: set[int] = set()
         self._cancelled: set[int] = set()
+        self._prompts: dict[int, list[NewPrompt]] = {}
 
     def run(
         self,
@@ -70,6 +71,7 @@ class InlineEngine:
             on_grown, on_failed: see :meth:`RayEngine.run <pavdm_dist.engine.ray_engine.RayEngine.run>`.
             on_step: makes what is called after every row of a stream.
         """
+        self._prompts.clear()  # of a run that had ended when they came
         before = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         try:
@@ -97,11 +99,16 @@ class InlineEngine:
         finally:
             self._stopping.clear()
             self._cancelled.clear()
+            self._prompts.clear()
             torch.set_num_threads(before)
 
     def stop(self, stream: int) -> None:
         """Lets an endless stream end after what is in flight."""
         self._stopping.add(stream)
+
+    def set_prompt(self, stream: int, new: NewPrompt) -> None:
+        """Another prompt for a stream of the running :meth:`run`."""
+        self._prompts.setdefault(stream, []).append(new)
 
     def cancel(self, stream: int) -> None:
         """Ends a stream where it is."""
@@ -115,6 +122,13 @@ class InlineEngine:
     ) -> Iterator[Finished]:
         denoise = StreamDenoiser(self._model, stream, TextBank(self._model.project_text, self._device))
         flight, decoder = Flight(stream, self._codec.receptive_latents()), self._codec.decoder()
+
+        def change(row: int) -> None:
+            flight.asked = self._prompts.pop(stream.id, [])
+            if flight.change(row):
+                denoise.follow(flight.stream)
+
+        change(stream.first_row)
         if flight.past is not None:
             decoder.warm(flight.past)
         ended: list[Shift] = []
@@ -127,6 +141,7 @@ class InlineEngine:
                 flight.stopped(window.plan)
                 denoise.batches = replace(denoise.batches, plan=window.plan)
             flight.batches = denoise.batches
+            change(window.row)
             if not window.plan.closes_shift(row.index):
                 return
             shift = Shift(stream.id, window.snapshot(), None)

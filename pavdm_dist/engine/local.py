@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pavdm_dist.codecs.base import VideoCodec
+from pavdm_dist.codecs.base import FrameDecoder
 from pavdm_dist.engine.driver import Driver
 from pavdm_dist.engine.events import Decoded, EpochDone, Event, Failed, Finished, Prepared
 from pavdm_dist.engine.loop import EpochFeed, events_of
@@ -29,7 +29,7 @@ class LocalGang:
         codec: makes frames; None leaves latents.
     """
 
-    def __init__(self, stages: Sequence[Stage], codec: VideoCodec | None = None) -> None:
+    def __init__(self, stages: Sequence[Stage], codec: FrameDecoder | None = None) -> None:
         self._stages, self._codec = list(stages), codec
         self.decodes = codec is not None
         self.keep = 0 if codec is None else codec.receptive_latents()
@@ -78,6 +78,9 @@ class LocalGang:
                     stage.leave(stream)
                 for stream, plan in epoch.entry.stops.items():
                     stage.stop(stream, plan)
+                for stream, changes in epoch.entry.prompts.items():
+                    for new in changes:
+                        stage.change(stream, new)
             for unit in epoch.units:
                 self._run_unit(unit)
                 yield True

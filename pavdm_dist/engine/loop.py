@@ -173,6 +173,9 @@ class StageLoop:
                 self._leave(stream)
             for stream, plan in epoch.entry.stops.items():
                 self._stage.stop(stream, plan)
+            for stream, changes in epoch.entry.prompts.items():
+                for new in changes:
+                    self._stage.change(stream, new)
             for position, unit in enumerate(epoch.units):
                 self._run_unit(unit, epoch.units[position + 1 :][:1] or self._first_of_next(), report)
             self._tell(EpochDone(epoch.number))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from pavdm_dist.method.microbatches import LEAST_ADAPTIVE_STEPS, WHOLE, MicroBatches, check_adaptive
 from pavdm_dist.method.schedule import WindowPlan
-from pavdm_dist.method.stream import Stream
+from pavdm_dist.method.stream import NewPrompt, Stream
 
 # Rows every stream advances in one epoch. A log entry takes effect at an epoch's first row; the driver seals
 # epochs ahead of the stages, so more rows mean fewer control messages and later joins. A row's report of adaptive
@@ -59,12 +59,14 @@ class LogEntry:
         leaves: streams that end where they are: their units are gone from this epoch on, what stages hold of them too.
         stops: endless streams whose end is known now, with the plan they follow from here.
         exact: by stream, the rows that adaptive re-sync has made exact so far.
+        prompts: by stream, other prompts for chunks that are born from here on.
     """
 
     joins: tuple[Join, ...] = ()
     leaves: tuple[int, ...] = ()
     stops: Mapping[int, WindowPlan] = field(default_factory=dict)
     exact: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    prompts: Mapping[int, tuple[NewPrompt, ...]] = field(default_factory=dict)
 
     def applied(self, log: Sequence[Join], epoch: int) -> list[Join]:
         """The log of the streams that have units in ``epoch``, after this entry."""

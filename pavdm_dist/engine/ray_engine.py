@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 
 from pavdm_dist.cluster.joining import connect
+from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.driver import Driver
 from pavdm_dist.engine.events import Failed, Finished, GangLost, Grown, Output
 from pavdm_dist.engine.loop import RunReport
@@ -24,7 +25,7 @@ from pavdm_dist.engine.restart import Restarts, rebuilt
 from pavdm_dist.engine.runs import Run, Switch
 from pavdm_dist.engine.watchdog import Patience, Watchdog
 from pavdm_dist.errors import ConfigError, PAVDMError, ResourcesError
-from pavdm_dist.method.stream import ResumePoint, Stream
+from pavdm_dist.method.stream import NewPrompt, ResumePoint, Stream
 from pavdm_dist.models.source import Source
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class RayEngine:
         source: Source | str,
         blocks: Sequence[tuple[int, int]],
         options: EngineOptions,
-        codec: Source | str | None = None,
+        codec: FrameMaker | Source | str | None = None,
         recut: Callable[[int], list[tuple[int, int]]] | None = None,
     ) -> None:
         self.blocks, self.options, self._recut = list(blocks), options, recut
@@ -151,6 +152,14 @@ class RayEngine:
             self._asked.append(partial(self._driver.stop, stream))
             if self._run is not None:
                 self._run.stop(stream)
+            self._switch.notify_all()
+
+    def set_prompt(self, stream: int, new: NewPrompt) -> None:
+        """Another prompt for a stream of the running :meth:`run`, in force at the next chunk that is born."""
+        with self._switch:
+            self._asked.append(partial(self._driver.set_prompt, stream, new))
+            if self._run is not None:
+                self._run.set_prompt(stream, new)
             self._switch.notify_all()
 
     def cancel(self, stream: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from pavdm_dist.cluster.environment import handed_on
+from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.blame import control_results, frozen, lost, video_error
 from pavdm_dist.engine.decoding import Decoding
 from pavdm_dist.engine.events import EpochDone, Event, GangLost, Place, Prepared
@@ -52,7 +53,7 @@ class RayGang:
         source: Source | str,
         blocks: Sequence[tuple[int, int]],
         options: EngineOptions,
-        codec: Source | str | None = None,
+        codec: FrameMaker | Source | str | None = None,
         generation: int = 1,
         given_up: Callable[[], bool] = lambda: False,
     ) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pavdm_dist.engine.driver import Driver
 from pavdm_dist.engine.events import Failed, Finished, Output
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
-from pavdm_dist.method.stream import Stream
+from pavdm_dist.method.stream import NewPrompt, Stream
 
 
 class Switch(threading.Condition):
@@ -66,6 +66,7 @@ class Run:
         self._built: deque[Stream] = deque()  # taken from the source, not yet the driver's
         self._stopping: set[int] = set()  # were asked to end, perhaps before the driver had them
         self._cancelled: set[int] = set()
+        self._prompts: dict[int, list[NewPrompt]] = {}
 
     def next(self) -> Output | None:
         """The oldest output, waited for; None when nothing follows.
@@ -135,6 +136,8 @@ class Run:
                 self._error = error
             if stream.id in self._stopping:
                 driver.stop(stream.id)
+            for new in self._prompts.pop(stream.id, []):
+                driver.set_prompt(stream.id, new)
         if (wanted := driver.wants) != self._wanted:
             self._wanted = wanted
             self._switch.notify_all()
@@ -160,6 +163,11 @@ class Run:
     def stop(self, stream: int) -> None:
         """Notes that a stream, perhaps still on its way, is to end."""
         self._stopping.add(stream)
+
+    def set_prompt(self, stream: int, new: NewPrompt) -> None:
+        """Notes a prompt of a stream that is perhaps still on its way."""
+        if stream not in self.open:
+            self._prompts.setdefault(stream, []).append(new)
 
     def cancel(self, stream: int) -> None:
         """Drops a stream, and what of it waits."""

@@ -16,7 +16,7 @@ from pavdm_dist.method.denoiser import change_of, memories_of, unit_context
 from pavdm_dist.method.microbatches import WHOLE
 from pavdm_dist.method.sampler import guide
 from pavdm_dist.method.schedule import PlanRow, WindowPlan
-from pavdm_dist.method.stream import Stream
+from pavdm_dist.method.stream import NewPrompt, Stream
 from pavdm_dist.method.window import CleanChunk, Window, WindowSnapshot, row_levels
 from pavdm_dist.models.base import Activation, Backbone, BlockContext, Grid
 from pavdm_dist.models.kv_cache import Memory
@@ -80,7 +80,7 @@ class Stage:
         if self.first:
             window = self._windows.get(stream.id) or stream.window(self.device)
             row = stream.plan.row(stream.first_row)
-            self._inputs[stream.id] = {chunk: window.chunk(chunk) for chunk in row.window}
+            self._inputs[stream.id] = {chunk: window.input(chunk, row) for chunk in row.window}
         self._memories[stream.id] = memories_of(stream, self.model.spec)
         self._streams[stream.id] = stream
 
@@ -96,6 +96,11 @@ class Stage:
         self._streams[stream] = replace(self._streams[stream], plan=plan)
         if stream in self._windows:
             self._windows[stream].plan = plan
+
+    def change(self, stream: int, new: NewPrompt) -> None:
+        """Gives a stream another prompt, for chunks that are not born yet."""
+        changed = self._streams[stream] = self._streams[stream].changed(new)
+        self._texts.add(stream, changed.conditioning.texts)
 
     def feed(self, stream: int, row: int, chunk: int, latents: Tensor) -> None:
         """First stage: latents ``[1, C, F, h, w]`` for ``row`` of a stream, of one chunk or of the whole window."""
@@ -152,7 +157,7 @@ class Stage:
 
     def _levels(self, stream: Stream, row: PlanRow, unit: Unit) -> Tensor:
         size = stream.plan.latent_chunk_size
-        levels = row_levels(row, stream.schedule.levels, size)[None]
+        levels = row_levels(row, stream.schedule.levels, size, stream.held)[None]
         if unit.chunk != WHOLE:
             first = row.window.index(unit.chunk) * size
             levels = levels[:, first : first + size]
@@ -192,7 +197,7 @@ class Stage:
                 change = change_of(self._memories[unit.stream])
         if unit.feeds:
             following = stream.plan.row(unit.row + 1)
-            latents = window.inputs(following)[0] if unit.chunk == WHOLE else window.chunk(unit.chunk)
+            latents = window.inputs(following)[0] if unit.chunk == WHOLE else window.input(unit.chunk, following)
         self._forget(unit)
         return RowDone(latents, snapshot, clean, not_finite, change)
 

@@ -66,6 +66,11 @@ class StreamDenoiser:
         self._texts = texts or TextBank(backbone.project_text)
         self._texts.add(stream.id, stream.conditioning.texts)
 
+    def follow(self, stream: Stream) -> None:
+        """Goes on with the same stream under other prompts."""
+        self._stream = stream
+        self._texts.add(stream.id, stream.conditioning.texts)
+
     @torch.inference_mode()
     def __call__(self, x: Tensor, levels: Tensor, row: PlanRow, branch: int) -> Tensor:
         """``x [1, C, F, h, w]``, ``levels [1, F]`` -> velocity ``[1, C, F, h, w]``, float32; 0 for a clean chunk."""

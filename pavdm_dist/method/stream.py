@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from pavdm_dist.method.microbatches import Displaced, MicroBatches
 from pavdm_dist.method.sampler import UNCONDITIONAL, num_branches
 from pavdm_dist.method.schedule import Mode, NoiseSchedule, PlanRow, WindowPlan
-from pavdm_dist.method.window import CleanChunk, Window, WindowSnapshot, chunk_noise
+from pavdm_dist.method.window import CONTEXT, CleanChunk, Held, Window, WindowSnapshot, chunk_noise
 from pavdm_dist.models.base import FrameInfo
 
 
@@ -57,6 +57,12 @@ class Conditioning:
                 current = key
         return current
 
+    def with_prompt(self, from_chunk: int, text: Tensor) -> Conditioning:
+        """From chunk ``from_chunk`` on another text, ``[L, text_dim]``, up to where a later one begins already."""
+        key = text_key(text)
+        kept = [entry for entry in self.prompts if entry[0] != from_chunk]
+        return replace(self, texts={**self.texts, key: text}, prompts=tuple(sorted([*kept, (from_chunk, key)])))
+
     def expired(self, row: PlanRow) -> set[str]:
         """Prompts whose last chunk has left the window before ``row``."""
         if len(self.prompts) == 1:
@@ -75,12 +81,39 @@ class ResumePoint:
         warm: latents ``[C, n, h, w]`` right before the next chunk, which the decoder is warmed on; None = none.
         undecoded: chunks that are clean already and follow ``warm``, whose frames are still to be made.
         resyncs: of mode displaced, all rows that adaptive re-sync has made exact up to here, for the record.
+        prompts: ``(first chunk, prompt)`` of what was changed while the video ran, in the order in which it was.
     """
 
     snapshot: WindowSnapshot
     warm: Tensor | None = None
     undecoded: tuple[CleanChunk, ...] = ()
     resyncs: tuple[int, ...] = ()
+    prompts: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class NewPrompt:
+    """Another prompt for a video that is running.
+
+    Attributes:
+        from_chunk: the first chunk that follows it; where that is born already, the next one that is born.
+        prompt: in words, for the record.
+        text: encoded, ``[L, text_dim]``.
+    """
+
+    from_chunk: int
+    prompt: str
+    text: Tensor = field(repr=False)
+
+    def at(self, plan: WindowPlan, row: int) -> NewPrompt | None:
+        """As it is in force when it is told before ``row``; None where no chunk is left that could follow it."""
+        if plan.is_over(row):
+            return None
+        now = plan.row(row)
+        first = max(self.from_chunk, now.born[0] if now.born else now.chunks[-1] + 1)
+        if plan.num_chunks is not None and first >= plan.num_born:
+            return None
+        return replace(self, from_chunk=first)
 
 
 @dataclass(frozen=True)
@@ -101,6 +134,8 @@ class Stream:
         mode: ``window``: chunks of a row see each other; ``causal``: each sees itself and cleaner ones; ``displaced``:
             noisier ones too, as they were a step ago.
         displaced: of mode displaced.
+        image: latents ``[C, n, h, w]`` that chunk 0 begins with, which are clean from the start and stay as they are.
+        context_noise: level to which clean context is noised again, and which the model is told; 0 = it is clean.
     """
 
     id: int
@@ -116,6 +151,8 @@ class Stream:
     resume: ResumePoint | None = None
     mode: Mode = "window"
     displaced: Displaced = field(default_factory=Displaced)
+    image: Tensor | None = None
+    context_noise: float = 0.0
 
     @property
     def branches(self) -> int:
@@ -142,10 +179,25 @@ class Stream:
         exact = frozenset[int]() if self.resume is None else self.resume.snapshot.exact_rows
         return MicroBatches(self.plan, self.mode, self.first_row, self.displaced, exact)
 
+    def changed(self, new: NewPrompt) -> Stream:
+        """With another prompt."""
+        return replace(self, conditioning=self.conditioning.with_prompt(new.from_chunk, new.text))
+
+    @property
+    def held(self) -> Held:
+        """Which latents are not what they would be otherwise."""
+        return Held(0 if self.image is None else self.image.shape[1], self.context_noise)
+
     def noise(self, index: int, device: torch.device | str = "cpu") -> Tensor:
-        """Noise ``[C, c, h, w]`` that chunk ``index`` is born from."""
+        """Noise ``[C, c, h, w]`` that chunk ``index`` is born from; the image in front of it, if there is one."""
+        noise = self._unit_noise(index)
+        if index == 0 and self.image is not None:
+            noise = torch.cat([self.image.float().cpu(), noise[:, self.image.shape[1] :]], dim=1)
+        return noise.to(device)
+
+    def _unit_noise(self, index: int, use: str = "") -> Tensor:
         channels, height, width = self.latent_shape
-        return chunk_noise(self.seed, index, (channels, self.plan.latent_chunk_size, height, width)).to(device)
+        return chunk_noise(self.seed, index, (channels, self.plan.latent_chunk_size, height, width), use)
 
     def window(self, device: torch.device | str = "cpu") -> Window:
         """The stream's window before its first row."""
@@ -153,9 +205,14 @@ class Stream:
         def noise(index: int) -> Tensor:
             return self.noise(index, device)
 
+        def again(index: int) -> Tensor:
+            return self._unit_noise(index, CONTEXT).to(device)
+
         if self.resume is not None:
             snapshot = self.resume.snapshot
             latents = {index: value.to(device) for index, value in snapshot.latents.items()}
-            return Window.restore(WindowSnapshot(snapshot.row, latents), self.plan, self.schedule, noise)
+            return Window.restore(
+                WindowSnapshot(snapshot.row, latents), self.plan, self.schedule, noise, self.held, again
+            )
         given = {index: value.to(device) for index, value in self.given.items()}
-        return Window(self.plan, self.schedule, noise, given)
+        return Window(self.plan, self.schedule, noise, given, self.held, again)

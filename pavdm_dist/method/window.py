@@ -13,9 +13,11 @@ from pavdm_dist.errors import ConfigError, VideoError
 from pavdm_dist.method.schedule import NoiseSchedule, PlanRow, WindowPlan
 
 NoiseSource = Callable[[int], Tensor]
+# The use of noise that context is noised with again.
+CONTEXT = "context"
 
 
-def chunk_noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
+def chunk_noise(seed: int, index: int, shape: tuple[int, ...], use: str = "") -> Tensor:
     """Unit-variance float32 noise of one chunk, a function of (seed, chunk index) alone.
 
     Drawn by a CPU generator, so that it is the same on every device, engine and restart.
@@ -24,10 +26,27 @@ def chunk_noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
         seed: any integer.
         index: chunk index, 0 and up.
         shape: ``[channels, latent frames, height, width]``.
+        use: what it is for, where that is not the chunk's birth: other noise.
     """
-    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}:{index}{use and f':{use}'}".encode()).digest()
     generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Latents whose level is not that of their chunk.
+
+    Attributes:
+        image: so many leading latents of chunk 0 are given: clean from its birth on, and never changed.
+        context: level that clean context is noised to whenever it is read; 0 = none.
+    """
+
+    image: int = 0
+    context: float = 0.0
+
+
+NOTHING_HELD = Held()
 
 
 @dataclass(frozen=True)
@@ -70,13 +89,21 @@ class Window:
         noise: chunk index -> ``[C, c, h, w]`` unit noise (:func:`chunk_noise` with seed and shape bound).
         given: latents of the input: context chunks under -1, -2, ..., and with ``start="clip"`` the clean
             latents of chunks 0 .. W-2, which are noised to their slot's level here.
+        held: latents with levels of their own.
+        again: as ``noise``, for context that is noised again.
 
     Raises:
         ConfigError: ``given`` does not hold what the plan's start needs.
     """
 
     def __init__(
-        self, plan: WindowPlan, schedule: NoiseSchedule, noise: NoiseSource, given: Mapping[int, Tensor] | None = None
+        self,
+        plan: WindowPlan,
+        schedule: NoiseSchedule,
+        noise: NoiseSource,
+        given: Mapping[int, Tensor] | None = None,
+        held: Held = NOTHING_HELD,
+        again: NoiseSource | None = None,
     ) -> None:
         if schedule.num_inference_steps != plan.num_inference_steps:
             raise ConfigError(
@@ -86,7 +113,7 @@ class Window:
         self.plan = plan
         self.row = 0
         self._levels = schedule.levels
-        self._noise = noise
+        self._noise, self._again, self._held = noise, again, held
         self._latents: dict[int, Tensor] = {}
         given = dict(given or {})
         needed = set(range(-plan.given_context, plan.given_clip))
@@ -106,11 +133,19 @@ class Window:
                 self._latents[index] = (1 - t) * latents.float() + t * noise(index)
 
     @classmethod
-    def restore(cls, snapshot: WindowSnapshot, plan: WindowPlan, schedule: NoiseSchedule, noise: NoiseSource) -> Window:
+    def restore(
+        cls,
+        snapshot: WindowSnapshot,
+        plan: WindowPlan,
+        schedule: NoiseSchedule,
+        noise: NoiseSource,
+        held: Held = NOTHING_HELD,
+        again: NoiseSource | None = None,
+    ) -> Window:
         """The window as it was when ``snapshot`` was taken; the same arguments must be given otherwise."""
         window = cls.__new__(cls)
         window.plan, window.row = plan, snapshot.row
-        window._levels, window._noise = schedule.levels, noise
+        window._levels, window._noise, window._again, window._held = schedule.levels, noise, again, held
         window._latents = {index: latents.clone() for index, latents in snapshot.latents.items()}
         return window
 
@@ -134,11 +169,11 @@ class Window:
 
         Chunks born at this row get their noise here.
         """
-        return torch.cat([self.chunk(index) for index in row.window], dim=2), self.levels(row).unsqueeze(0)
+        return torch.cat([self.input(index, row) for index in row.window], dim=2), self.levels(row).unsqueeze(0)
 
     def levels(self, row: PlanRow) -> Tensor:
-        """Noise level of every latent frame at ``row``: float32 ``[F]``, zeros for the context."""
-        return row_levels(row, self._levels, self.plan.latent_chunk_size)
+        """Noise level of every latent frame at ``row``: float32 ``[F]``, zeros for clean context."""
+        return row_levels(row, self._levels, self.plan.latent_chunk_size, self._held)
 
     def update(self, row: PlanRow, velocity: Tensor) -> CleanChunk | None:
         """One Euler step of every noisy chunk, z <- z + v (t - t'); the context's velocity is never read.
@@ -155,6 +190,14 @@ class Window:
             self.advance(row, index, velocity[:, :, slot * size : (slot + 1) * size])
         return self.close(row)
 
+    def input(self, index: int, row: PlanRow) -> Tensor:
+        """Latents ``[1, C, c, h, w]`` of one chunk as the model sees them at ``row``."""
+        latents, level = self.chunk(index), self._held.context
+        if index not in row.context or not level:
+            return latents
+        assert self._again is not None, "context is noised again with noise of its own"
+        return (1 - level) * latents + level * self._again(index)
+
     def chunk(self, index: int) -> Tensor:
         """Latents ``[1, C, c, h, w]`` of one chunk; its noise, where it is only now being born."""
         if index not in self._latents:
@@ -167,7 +210,10 @@ class Window:
             raise ValueError(f"row {row.index} applied to a window that is at row {self.row}")
         left = row.steps_left[row.chunks.index(index)]
         drop = self._levels[left] - self._levels[left - 1]
-        self._latents[index] = self._latents[index] + velocity[0].float() * drop
+        moved = self._latents[index] + velocity[0].float() * drop
+        if index == 0 and self._held.image:
+            moved[:, : self._held.image] = self._latents[index][:, : self._held.image]
+        self._latents[index] = moved
 
     def close(self, row: PlanRow) -> CleanChunk | None:
         """Ends a row all of whose chunks have advanced; the chunk that became clean, if the plan keeps it."""
@@ -184,7 +230,11 @@ class Window:
             del self._latents[index]
 
 
-def row_levels(row: PlanRow, levels: tuple[float, ...], latent_chunk_size: int) -> Tensor:
+def row_levels(row: PlanRow, levels: tuple[float, ...], latent_chunk_size: int, held: Held = NOTHING_HELD) -> Tensor:
     """Noise level of every latent frame at ``row``: float32 ``[F]``; ``levels[j]`` is the level at j steps left."""
-    per_chunk = [0.0] * len(row.context) + [levels[left] for left in row.steps_left]
-    return torch.tensor(per_chunk, dtype=torch.float32).repeat_interleave(latent_chunk_size)
+    per_chunk = [held.context] * len(row.context) + [levels[left] for left in row.steps_left]
+    found = torch.tensor(per_chunk, dtype=torch.float32).repeat_interleave(latent_chunk_size)
+    if held.image and 0 in row.chunks:
+        first = row.window.index(0) * latent_chunk_size
+        found[first : first + held.image] = 0.0
+    return found

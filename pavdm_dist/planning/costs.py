@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.catalog import load_codec
 from pavdm_dist.codecs.costs import decode_flop
-from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.io.local import cache_folder
 from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.io.storage import atomic_write
@@ -191,7 +191,7 @@ def profiled_decode(
 
     def measure() -> dict[str, float]:
         with intra_op_threads(threads):
-            codec = WanCodec.from_pretrained(checkpoint.vae, device, dtype)
+            codec = load_codec(checkpoint.vae, device, dtype)
             decoder, times = codec.decoder(), list[float]()
             for _ in range(4):
                 started = time.perf_counter()

@@ -60,10 +60,11 @@ def report(
     dtype: torch.dtype = torch.float32,
     decoder: str | None = None,
     decoder_dtype: torch.dtype = torch.float32,
+    decoder_tile: int | None = None,
 ) -> dict[str, Any]:
     """What ``pavdm plan`` says about the cluster; draws the chart of the chosen set-up's first chunks."""
     _check(cluster)
-    job = Job(checkpoint, params, plan, dtype, decoder, decoder_dtype)
+    job = Job(checkpoint, params, plan, dtype, decoder, decoder_dtype, decoder_tile)
     best, setups, why = _chosen(job, cluster)
     choice = _row(best, cluster)
     choice["simulated_utilisation"] = job.draw(best, cluster)

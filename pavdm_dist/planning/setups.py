@@ -85,6 +85,7 @@ class Job:
         dtype: torch.dtype = torch.float32,
         decoder: str | None = None,
         decoder_dtype: torch.dtype = torch.float32,
+        decoder_tile: int | None = None,
     ) -> None:
         self.params, self.plan, self.dtype, self.decoder = params, plan, dtype, decoder
         self.decoder_devices = int(decoder == "cuda")
@@ -95,7 +96,10 @@ class Job:
         self.full = params.window_chunks + params.context_chunks
         self.decode_flop = estimated_decode(checkpoint, self.size, self.cells)
         self.memory = StageMemory(self.model, dtype, self.branches, self.size, self.full, self.cells)
-        self._decoding = None if decoder is None else decode_memory(checkpoint.vae, *self.cells, decoder_dtype)
+        self._decoding = None
+        if decoder is not None:
+            on_gpu = decoder != "cpu"
+            self._decoding = decode_memory(checkpoint.vae, *self.cells, decoder_dtype, decoder_tile, on_gpu)
 
     def setup(self, mode: Mode, stages: int, cluster: ClusterConfig) -> Setup:
         """The set-up with so many stages and as many replicas as the devices and videos allow."""

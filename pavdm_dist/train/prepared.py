@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.codecs.wan import encoder_identity
+from pavdm_dist.codecs.catalog import encoder_identity
 from pavdm_dist.data.dataset import BatchOrder, CachedClips, PixelClips
 from pavdm_dist.data.prefetch import Prefetch
 from pavdm_dist.data.several import SeveralClips

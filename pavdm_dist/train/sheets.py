@@ -11,8 +11,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from pavdm_dist.codecs.catalog import load_codec
 from pavdm_dist.codecs.text import WordTextEncoder
-from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.method.denoiser import ModelDenoiser
 from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.schedule import WindowPlan
@@ -56,12 +56,12 @@ def draw_sheet(
     from PIL import Image
 
     device, end = torch.device(device), time.monotonic() + seconds
-    codec, info = WanCodec.from_pretrained(parts.vae, device), parts.info
+    codec, info = load_codec(parts.vae, device), parts.info
     model = filled(config, channels, parts.vocabulary, weights)
     encoder = model.text_encoder or WordTextEncoder.from_pretrained(str(parts.text_encoder))
     o = config.objective.kinds()[0][1].at_size(info.height, info.width)
     plan = WindowPlan(o.num_inference_steps, o.window_chunks, o.latent_chunk_size, o.context_chunks, num_chunks=chunks)
-    height, width = codec.latent_size(info.height, info.width)
+    height, width = codec.spec.latent_size(info.height, info.width)
     null = model.transformer.null_text()
     model.transformer.to(device)
     rows = []

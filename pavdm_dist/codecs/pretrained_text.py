@@ -1,0 +1,276 @@
+"""Large pretrained text encoders (UMT5 of the Wan family, T5 of Open-Sora): loaded elsewhere, and as rarely as can be.
+
+An encoder may be larger than the model that reads its embeddings. It is loaded in a process of its own, which encodes
+all prompts that are new and ends; nothing of it is left when rendering begins. What it gives is kept on disk, without
+padding, under a hash of all that it depends on: a prompt is encoded once, and machines that render need no encoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.io.local import cache_folder
+from pavdm_dist.io.storage import atomic_write
+from pavdm_dist.models.source import Source, load_config
+
+PRETRAINED = ("UMT5EncoderModel", "T5EncoderModel", "UMT5ForConditionalGeneration", "T5ForConditionalGeneration")
+# Of a file of weights so much at both ends tells it from others of its name and size.
+_TOLD_BYTES = 2**20
+_SHOWN = 120
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Where a pretrained text encoder computes, and where what it gives is kept.
+
+    Attributes:
+        device: ``auto`` is this machine's GPU where it has one with room for the encoder.
+        dtype: what the encoder computes in, and embeddings are kept as.
+        cache: folder; None = that of this user.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    cache: str | None = None
+
+
+class PretrainedTextEncoder:
+    """Prompts -> embeddings, from the cache or from a process that is started for it.
+
+    Args:
+        model: with ``text_encoder/`` and ``tokenizer/``.
+        max_length: tokens of a prompt that the encoder was made for; further ones are cut, and said.
+        options: see there.
+
+    Attributes:
+        encoded: prompts that a process was started for, so far.
+    """
+
+    def __init__(self, model: Source, max_length: int, options: TextOptions) -> None:
+        self._encoder, self._tokenizer = model.part("text_encoder"), model.part("tokenizer")
+        self.max_length, self.options = max_length, options
+        config = load_config(self._encoder)
+        self.text_dim = int(config["d_model"])
+        # Open-Sora's T5 has met lower-case captions only.
+        self._lower = not str((config.get("architectures") or [""])[0]).startswith("UMT5")
+        self._said: set[str] = set()
+        self.encoded = 0
+        self._unkept: dict[str, Tensor] = {}
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of weights, tokenizer, length and type.
+
+        Of weights in a folder names, sizes and both ends are told, not all bytes. Where there are none, what is cached
+        for this tokenizer and shape is taken to be theirs.
+
+        Raises:
+            CheckpointError: no weights, and nothing is cached.
+        """
+        facts = [self._weights, self._shape, self.max_length, self.options.dtype]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def prepare(self, prompts: Iterable[str]) -> None:
+        """Encodes those of the prompts that are not cached, all of them in one process.
+
+        Raises:
+            CheckpointError: there are no weights to encode them with, or these cannot be loaded.
+            ConfigError: a package is missing, or the device has no room.
+        """
+        cleaned = dict.fromkeys(self.cleaned(prompt) for prompt in prompts)
+        missing = [text for text in cleaned if self._kept(self._key(text)) is None]
+        if not missing:
+            return
+        logger.info("encoding %d prompts with %s", len(missing), self._encoder)
+        for text, embedding in zip(missing, self._run(missing), strict=True):
+            self.encoded += 1
+            self._keep(self._key(text), embedding)
+
+    def encode(self, prompt: str) -> Tensor:
+        """Float32 ``[L, text_dim]``, one row per token, no padding; raises as :meth:`prepare`."""
+        key = self._key(self.cleaned(prompt))
+        found = self._kept(key)
+        if found is None:
+            self.prepare([prompt])
+            found = self._kept(key)
+            assert found is not None
+        return found.float()
+
+    def check(self, prompt: str, limit: int) -> None:
+        """Says, once per prompt, which words are cut; starts nothing.
+
+        Raises:
+            CheckpointError: there is no tokenizer.
+            ConfigError: a package is missing.
+        """
+        limit = min(limit, self.max_length)
+        if prompt in self._said:
+            return
+        self._said.add(prompt)
+        text = self.cleaned(prompt)
+        ends = self._token_ends(text)
+        if len(ends) > limit:
+            # The last one kept is the end-of-text token.
+            lost = text[ends[limit - 2] :].strip()
+            logger.warning(
+                "prompt %r has %d tokens, the text encoder takes %d: %r is not read",
+                _short(prompt), len(ends), limit, _short(lost),
+            )  # fmt: skip
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """None: what is no word is read by its parts."""
+        return []
+
+    def cleaned(self, prompt: str) -> str:
+        """What is encoded: without HTML escapes and doubled spaces; lower case for T5."""
+        text = " ".join(html.unescape(html.unescape(prompt)).split())
+        return text.lower() if self._lower else text
+
+    # --- what tells encoders apart -------------------------------------------------------------------------
+
+    @cached_property
+    def _shape(self) -> str:
+        """Hash of configuration and tokenizer, which machines without an encoder have, too."""
+        digest = hashlib.sha256(json.dumps(load_config(self._encoder), sort_keys=True).encode())
+        for name in ("tokenizer.json", "spiece.model"):
+            file = self._tokenizer.find(name)
+            digest.update(b"" if file is None else name.encode() + file.read_bytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def _weights(self) -> str:
+        if not self._encoder.is_folder:
+            return str(self._encoder)
+        folder = self._encoder.folder()
+        files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+        known = self.folder / "encoders" / f"{self._shape}.json"
+        if not files:
+            try:
+                return str(json.loads(known.read_text())["weights"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(
+                    f"{self._encoder} has no weights, and text_cache={self.folder} holds nothing for it; "
+                    "`pavdm text-cache` fills it where the weights are"
+                ) from error
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            with file.open("rb") as opened:
+                digest.update(opened.read(_TOLD_BYTES))
+                opened.seek(max(0, file.stat().st_size - _TOLD_BYTES))
+                digest.update(opened.read())
+        try:
+            with atomic_write(known, "w") as aside:
+                json.dump({"weights": digest.hexdigest(), "model": str(self._encoder)}, aside)
+        except OSError as error:
+            logger.warning("text_cache=%s cannot be written: %s", self.folder, error)
+        return digest.hexdigest()
+
+    # --- what is kept --------------------------------------------------------------------------------------
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where embeddings are kept."""
+        return Path(self.options.cache) if self.options.cache is not None else cache_folder("text")
+
+    def _key(self, text: str) -> str:
+        return hashlib.sha256(f"{self.identity}\n{text}".encode()).hexdigest()
+
+    def _file(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def _kept(self, key: str) -> Tensor | None:
+        if key in self._unkept:
+            return self._unkept[key]
+        try:
+            found = load_file(self._file(key))["embedding"]
+        except (OSError, SafetensorError, KeyError):
+            return None
+        return found if found.ndim == 2 and found.shape[1] == self.text_dim and bool(found.isfinite().all()) else None
+
+    def _keep(self, key: str, embedding: Tensor) -> None:
+        try:
+            with atomic_write(self._file(key), "wb") as file:
+                file.write(save({"embedding": embedding}))
+        except OSError as error:
+            logger.warning("text_cache=%s cannot be written: %s", self.folder, error)
+            self._unkept[key] = embedding
+
+    # --- the encoder ---------------------------------------------------------------------------------------
+
+    def _run(self, texts: list[str]) -> list[Tensor]:
+        """What a process that ends with it makes of some texts, in order."""
+        with tempfile.TemporaryDirectory(prefix="pavdm-text-") as folder:
+            order = {
+                "encoder": str(self._encoder.folder()),
+                "tokenizer": str(self._tokenizer.folder()),
+                "texts": texts,
+                "max_length": self.max_length,
+                "output": os.path.join(folder, "embeddings.safetensors"),
+                **{name: value for name, value in asdict(self.options).items() if name != "cache"},
+            }
+            command = [sys.executable, "-m", "pavdm_dist.codecs.encode_texts"]
+            done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True)
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
+                kind = ConfigError if done.returncode == BAD_SETTINGS else CheckpointError
+                raise kind(f"text encoder {self._encoder}: {reason}")
+            found = load_file(order["output"])
+        return [found[str(number)] for number in range(len(texts))]
+
+    def _token_ends(self, text: str) -> list[int]:
+        """Of every token of a text, the end-of-text one included, where it ends in it."""
+        file = self._tokenizer.find("tokenizer.json")
+        if file is None:
+            if self._tokenizer.find("spiece.model") is None:
+                raise CheckpointError(self._tokenizer.missing("tokenizer.json"))
+            slow = imported("transformers").AutoTokenizer.from_pretrained(str(self._tokenizer.folder()))
+            return [end for _, end in slow(text, return_offsets_mapping=True)["offset_mapping"]]
+        tokenizers = imported("tokenizers")
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library's own, which is no class of its
+            raise CheckpointError(f"{file} is no tokenizer: {str(error).splitlines()[0]}") from error
+        tokenizer.no_truncation()
+        return [end for _, end in tokenizer.encode(text).offsets]
+
+
+# How the process that encodes says that it is not the weights' fault.
+BAD_SETTINGS = 3
+
+
+def imported(name: str) -> Any:
+    """A package of the extra ``text``.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"the model's text encoder needs {name}: pip install 'pavdm-dist[text]'") from error
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
