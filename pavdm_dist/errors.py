@@ -38,9 +38,12 @@ class FailedVideosError(VideoError):
         count: how many failed.
     """
 
-    def __init__(self, message: str, count: int) -> None:
+    def __init__(self, message: str, count: int = 1) -> None:
         super().__init__(message)
         self.count = count
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (*self.args, self.count)
 
 
 class EngineError(PAVDMError, RuntimeError):

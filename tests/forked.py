@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -45,6 +46,8 @@ class Program:
         given = (arguments, environment or dict(os.environ), str(folder or Path.cwd()), self._output.name)
         self._process = forking().Process(target=_run, args=given)
         self._process.start()
+        # A test that fails leaves it running, and this process would wait for it at its end.
+        weakref.finalize(self, self._process.kill)
 
     @property
     def returncode(self) -> int | None:

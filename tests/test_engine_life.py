@@ -215,6 +215,14 @@ def test_a_decoder_that_ends_is_noticed(ray_cluster: None, model: Path, fate: st
             list(run)
 
 
+@pytest.mark.parametrize("num_stages", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_closed_pipeline_starts_anew(ray_cluster: None, model: Path, num_stages: int) -> None:
+    with PAVDMPipeline.from_pretrained(model, num_stages=num_stages) as pipeline:
+        first = pipeline(PROMPT, num_frames=9, output_type="latent").frames[0]
+    assert torch.equal(first, pipeline(PROMPT, num_frames=9, output_type="latent").frames[0])
+    pipeline.close()
+
+
 def test_a_pipeline_keeps_its_stages_until_it_is_closed(ray_cluster: None, model: Path) -> None:
     alone = PAVDMPipeline.from_pretrained(model)
     with PAVDMPipeline.from_pretrained(model, num_stages=1) as pipeline:

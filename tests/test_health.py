@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from fractions import Fraction
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,9 @@ from pavdm_dist.data import prepare
 from pavdm_dist.engine import inline
 from pavdm_dist.engine.inline import InlineEngine
 from pavdm_dist.engine.trace import read_trace, write_trace
-from pavdm_dist.engine.watchdog import Patience
-from pavdm_dist.errors import CheckpointError, ConfigError, VideoError
-from pavdm_dist.io import storage
+from pavdm_dist.engine.watchdog import Patience, Watchdog
+from pavdm_dist.errors import CheckpointError, ConfigError, FailedVideosError, VideoError
+from pavdm_dist.io import recording, saver, storage
 from pavdm_dist.io.encode import EncoderOptions, VideoEncoder
 from pavdm_dist.io.metadata import is_complete
 from pavdm_dist.train import saving
@@ -197,31 +198,82 @@ def test_a_decoder_that_fails_in_this_process_ends_its_video(
     assert made(tmp_path) == ["0001"] and "Traceback" in caplog.text, "a fault keeps its traceback"
 
 
+def test_what_cannot_be_tidied_up_costs_no_video(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A share that goes away when a video is complete: it is, and so are those behind it."""
+    real, calls = recording.remove_own, count(1)
+
+    def away(parts: str) -> None:
+        if next(calls) == 1:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        real(parts)
+
+    monkeypatch.setattr(recording, "remove_own", away)
+    render_command(config(model, tmp_path, ["a red", "red"], num_frames=5), False, ChunkProgress)
+    assert made(tmp_path) == ["0000", "0001"] and "0000-a-red-s0.mp4.parts cannot be removed" in caplog.text
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("state")]
+
+
+def test_a_state_that_cannot_be_written_ends_its_own_video(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever kind of error it is, and however late it is found."""
+    real, fault = saver.write_state, [OSError(errno.ENOSPC, "No space left on device"), ValueError("a fault of ours")]
+
+    def full(folder: str, state: Any, check: Any) -> None:
+        if "0000-" in folder:
+            raise fault[0]
+        real(folder, state, check)
+
+    monkeypatch.setattr(saver, "write_state", full)
+    with pytest.raises(FailedVideosError, match=r"1 of 2 .*0000-a-red-s0.mp4: cannot be written: .*No space left"):
+        render_command(config(model, tmp_path, ["a red", "red"]), False, ChunkProgress)
+    assert made(tmp_path) == ["0001"]
+    fault.pop(0)
+    with pytest.raises(ValueError, match="a fault of ours"):
+        render_command(config(model, tmp_path, ["a red", "red"]), True, ChunkProgress)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("state")]
+    monkeypatch.undo()
+    render_command(config(model, tmp_path, ["a red", "red"]), False, ChunkProgress)
+    assert made(tmp_path) == ["0000", "0001"]
+
+
 def test_a_video_that_stands_still_in_this_process_is_reported(
     model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Once, with how long and what is usual; the consumer's own time is not its."""
-    real = WanCodec.decoder
+    real, now = WanCodec.decoder, [0.0]
+
+    def stand_still(seconds: float) -> None:
+        now[0] += seconds
+        time.sleep(0.3)  # so that the other thread looks, many times
 
     def decoder(codec: WanCodec) -> Any:
         found, calls = real(codec), count(1)
         decode = found.decode
 
         def slow(latents: torch.Tensor) -> torch.Tensor:
-            time.sleep(1.0 if next(calls) == 3 else 0.0)
+            now[0] += 2.0
+            if next(calls) == 3:
+                stand_still(98.0)
             return decode(latents)
 
         found.decode = slow
         return found
 
     monkeypatch.setattr(WanCodec, "decoder", decoder)
-    monkeypatch.setattr(inline, "LOOK_S", 0.02)
+    monkeypatch.setattr(inline, "LOOK_S", 0.01)
+    monkeypatch.setattr(inline, "Watchdog", partial(Watchdog, clock=lambda: now[0]))
     codec = WanCodec.from_pretrained(model / "vae")
-    engine = InlineEngine(tiny_model(), codec, patience=Patience(factor=2, floor_s=0.5, limit_s=1000))
-    for finished in engine.run([tiny_stream(7, num_chunks=4)]):
-        time.sleep(0.8 if finished.clean.index == 1 else 0.0)
-    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert re.fullmatch(r"video 7: nothing has come for \d+ s, usually 0\.\d s a chunk", said), said
+    for limit in (1000.0, 80.0):
+        caplog.clear()
+        engine = InlineEngine(tiny_model(), codec, patience=Patience(factor=10, floor_s=5, limit_s=limit))
+        for finished in engine.run([tiny_stream(7, num_chunks=4)]):
+            if finished.clean.index == 1:
+                stand_still(100.0)
+        said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert said == ["video 7: nothing has come for 100 s, usually 2.0 s a chunk"]
     assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
 
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from array import array
 from collections.abc import Callable
@@ -459,6 +460,29 @@ def test_a_torn_state_does_not_push_out_the_one_before(
     assert result(output) == undisturbed(2)
 
 
+def test_a_state_that_was_on_its_way_when_the_lock_was_lost_replaces_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, parts = Way(2, 1).open(tmp_path / "v.mp4"), tmp_path / "v.mp4.parts"
+    theirs, waits = State({"mine": False}), threading.Event()
+    real = state.storage.make_durable
+
+    def slow(path: Path) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            assert waits.wait(30)
+        real(path)
+
+    monkeypatch.setattr(state.storage, "make_durable", slow)
+    made._saver.save(State({"mine": True}))
+    (parts / state.storage.LOCK_NAME).unlink()  # taken over
+    write_state(parts, theirs)
+    assert made._lock.lost
+    waits.set()
+    assert made.abort() is None
+    assert read_state(parts).identity == theirs.identity
+    assert not [path for path in parts.iterdir() if path.name.endswith(".tmp")]
+
+
 def test_a_state_is_on_the_disk_before_the_one_before_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_state(tmp_path, State({}))
     seen: list[str] = []
@@ -659,7 +683,7 @@ def test_the_state_is_written_when_a_segment_closes_and_every_minute(
 ) -> None:
     saved: list[State] = []
     for module in (recording, saver):
-        monkeypatch.setattr(module, "write_state", lambda folder, state: saved.append(state))
+        monkeypatch.setattr(module, "write_state", lambda folder, state, *_: saved.append(state))
     clock = Clock()
     size = {"fps": RATE, "height": HEIGHT, "width": WIDTH, "identity": IDENTITY, "chunks_per_segment": 4}
     made = Recording.open(tmp_path / "v.mp4", **size, clock=clock)
@@ -696,10 +720,10 @@ def test_points_inside_a_segment_wait_where_no_decoder_could_be_warmed(tmp_path:
 def test_killed_between_a_segment_and_its_state_it_loses_no_point(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[[int], tuple[Any, ...]]
 ) -> None:
-    def killed(folder: str, state: State) -> None:
+    def killed(folder: str, state: State, check: Callable[[], None]) -> None:
         if state.closed_chunks == 4:
             raise Killed
-        write_state(folder, state)
+        write_state(folder, state, check)
 
     way, output = Way(2, 1, recording.SAVE_SECONDS), tmp_path / "v.mp4"
     made = way.open(output)

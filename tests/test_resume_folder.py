@@ -19,6 +19,7 @@ from interrupting import interrupted, render
 from pavdm_dist import cli
 from pavdm_dist.commands.videos import Shot
 from pavdm_dist.config import SampleConfig
+from pavdm_dist.errors import EngineError, FailedVideosError
 from pavdm_dist.io.encode import EncoderOptions, VideoEncoder
 from pavdm_dist.io.metadata import read_sidecar
 
@@ -187,6 +188,23 @@ def test_a_folder_is_resumed_whatever_its_name(
 def test_words_beside_a_folder(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["sample", "--resume", "v.mp4.parts", *words]) == 2
     assert capsys.readouterr().err == f"pavdm: {said}\n"
+
+
+def test_a_group_that_fails_when_all_is_there_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, length in (("a", 5), ("b", 13), ("c", 13)):
+        parts = tmp_path / f"{name}.mp4.parts"
+        parts.mkdir()
+        (parts / "settings.yaml").write_text(f"prompt: a three\nnum_frames: {length}\n")
+
+    def render(config: SampleConfig, overwrite: bool, progress: object, shots: list[Shot]) -> dict[str, Any]:
+        if len(shots) == 1:
+            (tmp_path / "a.json").write_text("{}")
+            raise EngineError("the trace cannot be written")
+        raise FailedVideosError("both failed", 2)
+
+    monkeypatch.setattr("pavdm_dist.commands.resume.render_command", render)
+    monkeypatch.setattr("pavdm_dist.commands.resume.is_complete", lambda output: True)
+    assert cli.main(["sample", "--resume", str(tmp_path)]) == 103
 
 
 def test_groups_that_name_one_trace_write_one_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

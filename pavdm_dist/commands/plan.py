@@ -6,7 +6,13 @@ from dataclasses import asdict
 from typing import Any
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.commands.resolve import decoder_of_stages, engine_options, open_checkpoint, sampling_params
+from pavdm_dist.commands.resolve import (
+    decoder_of_stages,
+    engine_options,
+    open_checkpoint,
+    sampling_params,
+    say_what_to_expect,
+)
 from pavdm_dist.config import ClusterConfig, PlanConfig, SampleConfig, frames_wanted
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.schedule import WindowPlan
@@ -31,6 +37,7 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
     """
     checkpoint = open_checkpoint(config)
     params = sampling_params(config, checkpoint)
+    say_what_to_expect(params, checkpoint)
     spec, size = checkpoint.codec_spec, params.latent_chunk_size
     if chunks is None:
         frames = frames_wanted(config, params.fps)

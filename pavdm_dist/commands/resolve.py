@@ -113,6 +113,11 @@ def sampling_params(config: SampleConfig, checkpoint: Checkpoint) -> SamplingPar
     chosen["displaced"] = Displaced(**asdict(config.displaced))
     params = SamplingParams.resolve(checkpoint, config.allow_untrained_causal, **chosen)
     checkpoint.check_size(params.height, params.width)
+    return params
+
+
+def say_what_to_expect(params: SamplingParams, checkpoint: Checkpoint) -> None:
+    """Warns of what a model was not trained for; to be said once all is checked, beside no refusal."""
     trained = checkpoint.defaults
     if (params.height, params.width) != (trained.height, trained.width):
         logger.warning(
@@ -128,4 +133,3 @@ def sampling_params(config: SampleConfig, checkpoint: Checkpoint) -> SamplingPar
         )  # fmt: skip
     if (expectation := _EXPECTATIONS.get(checkpoint.level_support)) is not None:
         logger.warning("%s", expectation)
-    return params

@@ -131,7 +131,9 @@ def resume_command(
             if kinds == 1:
                 raise
             reasons.append(str(error))
-            count += sum(not is_complete(shot.output) for shot in shots)
+            # An error of the whole group may come when the sidecars are there already.
+            unfinished = max(1, sum(not is_complete(shot.output) for shot in shots))
+            count += error.count if isinstance(error, FailedVideosError) else unfinished
     if reasons:
         raise FailedVideosError(f"not all could be finished, the others are complete: {'; '.join(reasons)}", count)
     seconds = sum(result["seconds"] for result in results)

@@ -15,7 +15,7 @@ import torch
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.prompts import Line, read_prompts
-from pavdm_dist.commands.resolve import open_pipeline, sampling_params
+from pavdm_dist.commands.resolve import open_pipeline, sampling_params, say_what_to_expect
 from pavdm_dist.commands.signals import Signals, Stopped
 from pavdm_dist.commands.videos import Shot, Video, Videos
 from pavdm_dist.config import SampleConfig, frames_wanted
@@ -115,6 +115,7 @@ def check_videos(config: SampleConfig, overwrite: bool, shots: Sequence[Shot] | 
             raise ConfigError(f"trace={config.trace} exists and is no trace of this program; choose another name")
         if any(same_path(config.trace, sidecar_path(output)) for output in outputs):
             raise ConfigError(f"trace={config.trace}: is the name of a video's sidecar; choose another")
+    say_what_to_expect(params, pipeline.checkpoint)
     return videos
 
 

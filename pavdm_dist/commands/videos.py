@@ -185,15 +185,22 @@ class Videos:
 
     def fail(self, video: Video, error: PAVDMError | OSError) -> None:
         """Ends a video; what is finished of it stays."""
-        left = None if video.recording is None else video.recording.abort()
+        recording, video.recording = video.recording, None
+        left = None if recording is None else recording.abort()
         what = f"cannot be written: {error}" if isinstance(error, OSError) else str(error)
         message = what if what.startswith("output=") else f"output={video.output}: {what}"
-        video.error, video.recording = VideoError(message), None
+        video.error = VideoError(message)
         logger.warning("%s%s", video.error, f"; {left}" if left else "")
 
     def abort(self) -> list[str]:
         """Leaves all that is unfinished playable and ready to go on; says where."""
-        left = [video.recording.abort() for video in self.all if video.recording is not None]
+        left = []
+        for video in self.all:
+            recording, video.recording = video.recording, None
+            try:
+                left.append(None if recording is None else recording.abort())
+            except Exception:  # a fault of this program in one must not cost the others what they have
+                logger.exception("%s may have lost its last chunks", video.output)
         return [sentence for sentence in left if sentence is not None]
 
     def _is_made(self, video: Video) -> bool:

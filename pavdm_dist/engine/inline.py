@@ -172,14 +172,14 @@ class _Pace:
 
     def __init__(self, stream: int, patience: Patience) -> None:
         self._stream, self._watchdog = stream, Watchdog(patience)
-        self._lock, self._is_awaited = threading.Lock(), True
+        self._lock, self._is_awaited, self._is_told = threading.Lock(), True, False
         self._watchdog.starts(stream)
 
     def gave(self) -> None:
         """A chunk, which somebody is busy with now."""
         with self._lock:
             self._watchdog.gave(self._stream)
-            self._is_awaited = False
+            self._is_awaited = self._is_told = False
 
     def goes_on(self) -> None:
         """The next chunk is awaited from now on."""
@@ -191,9 +191,12 @@ class _Pace:
         """Reports it where it has given nothing for long."""
         with self._lock:
             for late in self._watchdog.late([self._stream] if self._is_awaited else []):
-                if late.usual_s is not None and not late.over:
-                    what = f"nothing has come for {late.seconds:.0f} s, usually {late.usual_s:.1f} s a chunk"
-                    logger.warning("video %d: %s", late.stream, what)
+                # One past the limit is told of again and again; here nothing can end it, and once is enough.
+                if self._is_told:
+                    return
+                self._is_told = True
+                usual = "" if late.usual_s is None else f", usually {late.usual_s:.1f} s a chunk"
+                logger.warning("video %d: nothing has come for %.0f s%s", late.stream, late.seconds, usual)
 
 
 @contextmanager

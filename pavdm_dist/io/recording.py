@@ -118,7 +118,7 @@ class Recording:
         self._lock, self._segments, self._latents, self._clock = lock, segments, latents, clock
         self._facts = state.identity
         self._ledger = Ledger(state, segments.closed_chunks)
-        self._saver = StateSaver(segments.parts)
+        self._saver = StateSaver(segments.parts, lock.check)
         self._saved_chunk, self._saved_at = state.next_chunk, clock()
         self._chunk_began = clock()
 
@@ -221,7 +221,8 @@ class Recording:
 
         Raises:
             ValueError: a chunk is missing in between, or wrong frames or latents.
-            OSError: it cannot be written, or another process has taken the output over.
+            OSError: it, or the state of an earlier chunk, cannot be written, or another process has taken the output
+                over.
         """
         self._lock.check()
         due = min(self._ledger.num_chunks, self._segments.next_chunk)
@@ -293,7 +294,13 @@ class Recording:
             **facts,
         ).write(self.output)
         self._lock.check()
-        self._remove()
+        try:
+            self._remove()
+        except OSError as error:  # the video is complete all the same
+            logger.warning("%s cannot be removed: %s", self._segments.parts, error)
+        finally:
+            self._saver.close()
+            self._lock.release()
         return Recorded(self.output, num_frames, self._ledger.latents_sha256)
 
     def abort(self) -> str | None:
@@ -304,24 +311,27 @@ class Recording:
         Returns:
             Where it is, as a sentence; None when there is nothing to play.
         """
-        if self._lock.lost:  # what is there is another's
+        try:
+            if self._lock.lost:  # what is there is another's
+                self._segments.drop_open()
+                return None
+            return self._leave()
+        finally:
             self._saver.close()
-            self._segments.drop_open()
             self._lock.release()
-            return None
+
+    def _leave(self) -> str | None:
         left = self._segments.abort()
         begun = left.playlist is not None or self._ledger.next_chunk or self._ledger.state.point is not None
-        # Of what an earlier save could not, this one may be able to: the disk has room again.
-        with suppress(OSError):
+        # Whatever an earlier save could not, this one may be able to: the disk has room again.
+        with suppress(Exception):
             self._saver.wait()
-        with suppress(OSError):
+        with suppress(Exception):
             if begun:
                 self._save()
                 self._saver.wait()
             else:
                 self._remove()
-        self._saver.close()
-        self._lock.release()
         if left.playlist is None:
             return f"{self.output} is begun, without a frame so far" if begun else None
         return f"{left.num_frames} frames of {self.output} are playable in {left.playlist}"
@@ -332,7 +342,7 @@ class Recording:
         self._saved_chunk, self._saved_at = state.next_chunk, self._clock()
 
     def _remove(self) -> None:
-        self._saver.close()
+        self._saver.wait()
         self._segments.remove()
         remove_own(self._segments.parts)
         self._lock.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,10 +14,11 @@ class StateSaver:
 
     Args:
         folder: of the states.
+        check: raises OSError where they are no longer this process' to write; asked before one takes its place.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: str | Path, check: Callable[[], None]) -> None:
+        self._folder, self._check = folder, check
         self._thread = ThreadPoolExecutor(1, "state")
         self._pending: Future[None] | None = None
 
@@ -27,7 +29,7 @@ class StateSaver:
             OSError: of the one before.
         """
         self.wait()
-        self._pending = self._thread.submit(write_state, self._folder, state)
+        self._pending = self._thread.submit(write_state, self._folder, state, self._check)
 
     def wait(self) -> None:
         """Returns when the last state is on the disk.

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -196,8 +196,14 @@ class _Place(NamedTuple):
     latents_hash: bytes
 
 
-def write_state(folder: str | Path, state: State) -> None:
-    """Replaces the state in a folder; the one that was there becomes the one before."""
+def write_state(folder: str | Path, state: State, check: Callable[[], None] = lambda: None) -> None:
+    """Replaces the state in a folder; the one that was there becomes the one before.
+
+    Args:
+        folder: of the states.
+        state: to write.
+        check: see :func:`~pavdm_dist.io.storage.replace_bytes`.
+    """
     from safetensors.torch import save
 
     tensors = {f"latents.{index}": latents for index, latents in state.pending.items()}
@@ -218,7 +224,7 @@ def write_state(folder: str | Path, state: State) -> None:
     }
     text = json.dumps(facts)
     content = save(tensors, {"state": text, "sha256": _checksum(text, tensors)})
-    storage.replace_bytes(storage.join(folder, STATE), content, storage.join(folder, PREVIOUS))
+    storage.replace_bytes(storage.join(folder, STATE), content, storage.join(folder, PREVIOUS), check)
 
 
 def read_state(folder: str | Path, mend: bool = False) -> State | None:

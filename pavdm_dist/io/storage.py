@@ -220,13 +220,22 @@ def atomic_write(path: str | Path, mode: str = "wb", encoding: str | None = None
         yield file
 
 
-def replace_bytes(path: str | Path, content: bytes, previous: str | Path) -> None:
-    """Writes a small file in one move, durably; the one that was there becomes ``previous``. Its folder must exist.
+def replace_bytes(
+    path: str | Path, content: bytes, previous: str | Path, check: Callable[[], None] = lambda: None
+) -> None:
+    """Writes a small file durably; the one that was there becomes ``previous``. At every moment one of them is whole.
+
+    Args:
+        path: of the file, in a folder that there is.
+        content: of it.
+        previous: where the one that is there goes.
+        check: raises where nothing may be replaced any more; asked when all that can take long is done.
 
     Raises:
-        OSError: it cannot be written; then both are as they were.
+        OSError: it cannot be written.
     """
     if is_remote(path):
+        check()
         if exists(path):
             move(path, previous)
         fs, inner = _filesystem(path)
@@ -236,6 +245,7 @@ def replace_bytes(path: str | Path, content: bytes, previous: str | Path) -> Non
     try:
         staged.write_bytes(content)
         make_durable(staged)  # before the one that is there steps back
+        check()
         if os.path.lexists(path):
             os.replace(path, previous)
         os.replace(staged, path)
