@@ -77,7 +77,7 @@ def test_a_codec_without_a_decoder_is_named(tmp_path: Path) -> None:
     whole = write_video(tmp_path / "a.mp4", numbered(12)).read_bytes()
     path = tmp_path / "x.mp4"
     path.write_bytes(whole.replace(b"avc1", b"zzz1"))
-    with pytest.raises(MediaError, match=r"x\.mp4: this FFmpeg has no decoder for its video \(.*zzz1.*\)"):
+    with pytest.raises(MediaError, match=r"x\.mp4: this FFmpeg has no decoder for its video \(zzz1\)"):
         read_clip(path)
     matroska = write_video(tmp_path / "a.mkv", numbered(12)).read_bytes()
     path = tmp_path / "x.mkv"

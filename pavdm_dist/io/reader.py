@@ -45,7 +45,7 @@ class _Seen:
     following: Fraction = Fraction(0)
     end: Fraction = Fraction(0)
     reached: Fraction = Fraction(0)
-    waiting: deque[Fraction] = field(default_factory=deque)
+    waiting: deque[Fraction | None] = field(default_factory=deque)
 
     def __str__(self) -> str:
         return f"after frame {self.count} ({float(self.end - self.first):.2f} s)"
@@ -140,8 +140,10 @@ class VideoReader:
         import av
 
         try:
+            if self._in_file_order and self._container.format.name == "asf":
+                raise ValueError("behind a jump its times are those of other packets")
             self._container.seek(math.floor(start / self._stream.time_base), stream=self._stream, backward=True)
-        except (av.FFmpegError, OverflowError) as error:
+        except (av.FFmpegError, OverflowError, ValueError) as error:
             raise MediaError(f"{self.path}: no way to {float(start):.2f} s") from error
 
     def _decoded(self, seen: _Seen) -> Iterator[Any]:
@@ -154,8 +156,8 @@ class VideoReader:
                     seen.reached = max(seen.reached, (packet.pts + (packet.duration or 0)) * packet.time_base)
                 if packet.stream_index != self._stream.index:
                     continue
-                if self._in_file_order and packet.size and packet.pts is not None:
-                    seen.waiting.append(Fraction(packet.pts * packet.time_base))
+                if self._in_file_order and packet.size:
+                    seen.waiting.append(None if packet.pts is None else Fraction(packet.pts * packet.time_base))
                 damaged = packet.is_corrupt
                 for frame in () if damaged else packet.decode():
                     damaged = damaged or frame.is_corrupt
@@ -248,4 +250,4 @@ def _codec_tag(container: Any, stream: Any) -> str:
     finally:
         av.logging.set_level(level)
     found = re.search(rf"Stream #0:{stream.index}\D.*?Video: ([^,\n]+)", said)
-    return found[1].strip() if found else "unknown"
+    return found[1].strip().removeprefix("none (").split(" /")[0] if found else "unknown"
