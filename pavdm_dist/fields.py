@@ -233,7 +233,7 @@ def _fault(kind: Any, name: str, value: Any) -> str | None:
         if type(value) not in (int, float):
             return ""
         return None if _is_finite(value) else f"{name}={show(value)}: must be a finite number"
-    if kind is str and type(value) is str and not _is_writable(value):
+    if kind is str and type(value) is str and not is_writable(value):
         return f"{name}={value!r}: is not text that a file or its name can hold"
     return None if kind is Any or type(value) is kind else ""
 
@@ -253,7 +253,8 @@ def _is_finite(value: float) -> bool:
         return False
 
 
-def _is_writable(text: str) -> bool:
+def is_writable(text: str) -> bool:
+    """Whether a file, and its name, can hold it: no NUL, and no half of a character."""
     try:
         return "\0" not in text and bool(text.encode() or True)
     except UnicodeEncodeError:

@@ -40,6 +40,7 @@ NO_YAML = (YAMLError, ValueError, RecursionError)
 _DEEPEST, _MOST = 50, 100_000
 
 _PROMPTS = ("prompt", "negative_prompt")
+_HALVES = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _KINDS = {bool: "true or false", int: "a number", float: "a number", date: "a date", datetime: "a time"}
 
 
@@ -202,6 +203,7 @@ def _set(config: DictConfig, cls: type, path: list[str], value: Any, *, parse: b
     found = _no_text(annotation, name, value)
     if found is not None:
         raise ConfigError(origin + found)
+    value = _as_meant(name, value)
     try:
         nested = _escape(value)
         for key in reversed(name.split(".")):
@@ -272,6 +274,20 @@ def _escape(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _escape(entry) for key, entry in value.items()}
     return [_escape(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _as_meant(name: str, value: Any) -> Any:
+    """Texts as they are meant: ``~/`` in front of a path, which few shells replace behind an equals sign and none in a
+    file; and characters that JSON, which is YAML to nearly all who write it, gives in two halves."""
+    if isinstance(value, list):
+        return [_as_meant(name, entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: _as_meant(str(key), entry) for key, entry in value.items()}
+    if not isinstance(value, str):
+        return value
+    text = _HALVES.sub(lambda found: found[0].encode("utf-16", "surrogatepass").decode("utf-16"), value)
+    is_path = text.startswith("~/") and name.rpartition(".")[2] not in _PROMPTS
+    return os.path.expanduser(text) if is_path else text
 
 
 def _first_line(error: Exception) -> str:

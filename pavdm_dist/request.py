@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -9,15 +10,19 @@ from typing import Any, get_args
 
 from torch import Tensor
 
+from pavdm_dist.arguments import check_names, checked_seed
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.receptive import encoder_receptive_latents
 from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.fields import is_writable, show
 from pavdm_dist.method.microbatches import Displaced, MicroBatches, check_adaptive, check_displaced
 from pavdm_dist.method.schedule import End, Mode, NoiseSchedule, Start, WindowPlan, time_shift_ratio
 from pavdm_dist.method.stream import Conditioning, ResumePoint, Stream
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.devices import intra_op_threads
 from pavdm_dist.rates import as_rate
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class SamplingParams:
     Attributes:
         num_inference_steps, window_chunks, latent_chunk_size, context_chunks: T, W, c and the clean chunks.
         start, end: see :class:`~pavdm_dist.method.schedule.WindowPlan`.
-        guidance_scale: g; 1 = none.
+        guidance_scale: g; 1 = none, 0 = without the prompt.
         time_shift: r of :func:`~pavdm_dist.method.schedule.shift_time`.
         height, width, fps: of the frames.
         mode: which chunks of a window see each other (:attr:`~pavdm_dist.method.stream.Stream.mode`).
@@ -58,8 +63,9 @@ class SamplingParams:
             chosen: fields of this class.
 
         Raises:
-            ConfigError: an impossible combination, naming the nearest legal values.
+            ConfigError: an impossible combination, naming the nearest legal values, or a name that is no field.
         """
+        check_names(chosen, cls.__dataclass_fields__, "sampling")
         defaults = checkpoint.defaults
         names = set(cls.__dataclass_fields__) - {"start", "end", "time_shift", "mode", "displaced"}
         values = {name: chosen[name] if chosen.get(name) is not None else getattr(defaults, name) for name in names}
@@ -79,6 +85,12 @@ class SamplingParams:
         if not isinstance(displaced, Displaced):
             raise ConfigError(f"displaced={displaced!r}: must be a pavdm_dist.method.microbatches.Displaced")
         params = cls(time_shift=shift, displaced=displaced, **values)
+        if params.guidance_scale < 1:
+            logger.warning(
+                "guidance_scale=%g: below 1 the prompt counts for less than it does without guidance, and at 0 for"
+                " nothing; 1 is no guidance",
+                params.guidance_scale,
+            )
         check_displaced(params.mode, displaced)
         check_adaptive(MicroBatches(params.plan(None), params.mode, 0, displaced))
         if params.mode == "causal":
@@ -125,13 +137,16 @@ class VideoRequest:
 
     Attributes:
         prompt: text of the first chunk.
-        seed: noise of chunk k is a function of (seed, k).
+        seed: 0 or more; noise of chunk k is a function of (seed, k).
         num_frames: new frames; the last chunk is trimmed. None = endless, until it is stopped.
-        negative_prompt: text of the unconditional branch; None = the model's learned null text.
+        negative_prompt: text of the unconditional branch; None, or a blank one, = the model's learned null text.
         prompt_schedule: ``(first chunk, prompt)`` of later prompts.
         clip: conditioning frames, uint8 ``[t, H, W, 3]`` at the run's size and rate, t = 4 k + 1.
         resume: where to go on instead of at the beginning; all else must be as it was.
         before: frames of the clip's film that come before the clip, one by one, for whoever shows the whole film.
+
+    Raises:
+        ConfigError: a prompt that is no text, or a seed that is no whole number from 0 on.
     """
 
     prompt: str
@@ -142,6 +157,16 @@ class VideoRequest:
     clip: Tensor | None = None
     resume: ResumePoint | None = None
     before: Callable[[], Iterable[Any]] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            text = getattr(self, name)
+            if not isinstance(text, str) and (name == "prompt" or text is not None):
+                raise ConfigError(f"{name}={show(text)}: must be text, one for each video")
+        object.__setattr__(self, "seed", checked_seed(self.seed))
+        # What forms and other programs send where nothing was written.
+        if self.negative_prompt is not None and not self.negative_prompt.strip():
+            object.__setattr__(self, "negative_prompt", None)
 
 
 def build_stream(request: VideoRequest, stream_id: int, params: SamplingParams, checkpoint: Checkpoint) -> Stream:
@@ -231,13 +256,11 @@ def check_prompts(request: VideoRequest, params: SamplingParams, checkpoint: Che
     limit = checkpoint.shape.spec.text_len
     texts = [request.prompt, *(prompt for _, prompt in request.prompt_schedule)]
     for prompt in texts + ([] if request.negative_prompt is None else [request.negative_prompt]):
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(f"prompt {prompt!r} is not text: {error.reason}") from error
+        if not is_writable(prompt):
+            raise ConfigError(f"prompt {show(prompt)!r} is not text: a file can hold neither NUL nor half a character")
         tokens = len(checkpoint.text_encoder.token_ids(prompt))
         if tokens > limit:
-            raise ConfigError(f"prompt {prompt!r} has {tokens} tokens, the model takes at most {limit}")
+            raise ConfigError(f"prompt {show(prompt)!r} has {tokens} tokens, the model takes at most {limit}")
 
 
 def check_schedule(starts: Sequence[int], plan: WindowPlan) -> None:

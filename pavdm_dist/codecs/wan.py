@@ -120,6 +120,7 @@ class WanCodec:
 
         Raises:
             ConfigError: another number of frames, or a size the codec cannot divide.
+            VideoError: latents are not finite.
         """
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
             raise ConfigError(f"frames must be uint8 [t, H, W, 3], got {frames.dtype} {list(frames.shape)}")
@@ -134,7 +135,10 @@ class WanCodec:
             features = self.vae.encoder(patches, feat_cache=cache, feat_idx=[0])
             mean, _ = self.vae.quant_conv(features).chunk(2, dim=1)
             latents.append((mean.float() - self._mean) / self._std)
-        return torch.cat(latents, dim=2)[0].contiguous()
+        result = torch.cat(latents, dim=2)[0].contiguous()
+        if not bool(result.isfinite().all()):
+            raise VideoError("the codec gave latents that are not finite: its encoder is damaged, or its type narrow")
+        return result
 
     def decoder(self) -> WanChunkDecoder:
         """A decoder at the start of a new stream; any number may interleave on this codec."""

@@ -7,10 +7,13 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
+from torch import Tensor
+
 from pavdm_dist.config import SampleConfig
-from pavdm_dist.errors import ConfigError, MediaError, PAVDMError, VideoError
+from pavdm_dist.errors import ConfigError, PAVDMError, VideoError
 from pavdm_dist.io.lock import clear_locks
 from pavdm_dist.io.metadata import is_complete, read_sidecar, sidecar_path, versions
 from pavdm_dist.io.recording import (
@@ -41,6 +44,7 @@ class Shot:
     prompt: str
     seed: int
     output: str
+    where: str = ""  # what is said before a message about its prompt
 
 
 @dataclass
@@ -61,7 +65,7 @@ class Video:
     output: str
     recording: Recording | None = field(default=None, repr=False)
     result: Recorded | None = None
-    error: PAVDMError | None = None
+    error: VideoError | None = None
 
 
 @dataclass(frozen=True)
@@ -175,10 +179,7 @@ class Videos:
         left = None if video.recording is None else video.recording.abort()
         what = f"cannot be written: {error}" if isinstance(error, OSError) else str(error)
         message = what if what.startswith("output=") else f"output={video.output}: {what}"
-        kind = (
-            MediaError if isinstance(error, OSError) else type(error) if isinstance(error, PAVDMError) else VideoError
-        )
-        video.error, video.recording = kind(message), None
+        video.error, video.recording = VideoError(message), None
         logger.warning("%s%s", video.error, f"; {left}" if left else "")
 
     def abort(self) -> list[str]:
@@ -245,7 +246,7 @@ class Videos:
 
     def _identity(self, request: VideoRequest) -> dict[str, Any]:
         """What a video's bits depend on, except for the device that they are computed on."""
-        clip = None if request.clip is None else hashlib.sha256(request.clip.contiguous().numpy().data).hexdigest()
+        clip = None if request.clip is None else _sha256(request.clip)
         found = versions()
         return {
             "prompt": request.prompt,
@@ -263,6 +264,11 @@ class Videos:
             "decoder_dtype": self.config.decoder_dtype,
             "versions": {name: found[name] for name in ("pavdm_dist", "torch", "av")},
         }
+
+
+@lru_cache(maxsize=1)  # videos of a command share their clip
+def _sha256(clip: Tensor) -> str:
+    return hashlib.sha256(clip.contiguous().numpy().data).hexdigest()
 
 
 def _own_settings(config: SampleConfig, video: Video) -> SampleConfig:

@@ -122,24 +122,23 @@ def follow_parent() -> None:
 def _ray(address: str, cpus: int, gpu: bool) -> Iterator[Run]:
     import ray
 
-    from pavdm_dist.cluster import connect
+    from pavdm_dist.cluster.environment import handed_on
+    from pavdm_dist.cluster.joining import connect
+    from pavdm_dist.cluster.room import may_grow
 
-    connect(address)
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(node.get("CPU", 0) >= cpus and (not gpu or node.get("GPU", 0) >= 1) for node in resources):
-        most = int(max((node.get("CPU", 0) for node in resources), default=0))
-        wanted = f"threads={cpus}" + (" with device=cuda" if gpu else "")
-        raise ConfigError(f"{wanted}: no node of ray_address={address!r} has that; the largest has {most} CPUs")
+    membership = connect(address)
     pending: list[Any] = []
 
     def run(function: Function, tasks: Iterable[Task]) -> Iterator[int]:
-        call = ray.remote(num_cpus=cpus, num_gpus=int(gpu))(function)
+        call, told = ray.remote(num_cpus=cpus, num_gpus=int(gpu))(_told), handed_on()
         waiting = iter(tasks)
         while True:
             # Asked each time: a cluster may grow.
             found = ray.cluster_resources()
             at_once = _AHEAD * max(1, int(found.get("GPU", 1) if gpu else found.get("CPU", 1) // cpus))
-            pending.extend(call.remote(*task) for task in islice(waiting, max(0, at_once - len(pending))))
+            # References in a list reach the task as they are: what they stand for is read once the environment is set.
+            some = islice(waiting, max(0, at_once - len(pending)))
+            pending.extend(call.remote(told, [ray.put((function, task))]) for task in some)
             if not pending:
                 return
             done, pending[:] = ray.wait(pending)
@@ -153,6 +152,12 @@ def _ray(address: str, cpus: int, gpu: bool) -> Iterator[Run]:
                 raise WorkerDied(f"ray_address={address!r}: {reason}; run again to go on") from error
 
     try:
+        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = any(node.get("CPU", 0) >= cpus and (not gpu or node.get("GPU", 0) >= 1) for node in resources)
+        if not room and not may_grow():
+            most = int(max((node.get("CPU", 0) for node in resources), default=0))
+            wanted = f"threads={cpus}" + (" with device=cuda" if gpu else "")
+            raise ConfigError(f"{wanted}: no node of ray_address={address!r} has that; the largest has {most} CPUs")
         yield run
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
@@ -161,3 +166,15 @@ def _ray(address: str, cpus: int, gpu: bool) -> Iterator[Run]:
     finally:
         for reference in pending:
             ray.cancel(reference)
+        membership.leave()
+
+
+def _told(told: dict[str, str], work: list[Any]) -> int:
+    """A task on some node, whose imports must find the driver's environment."""
+    import ray
+
+    from pavdm_dist.cluster.environment import take_on
+
+    take_on(told)
+    function, task = ray.get(work[0])
+    return function(*task)

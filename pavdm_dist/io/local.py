@@ -102,3 +102,15 @@ def give_usual_mode(path: Path) -> None:
     for umask in (line.partition(":")[2] for line in lines if line.startswith("Umask:")):
         with suppress(OSError):  # a share without modes
             path.chmod(0o666 & ~int(umask, 8))
+
+
+def cache_folder(kind: str) -> Path:
+    """Where what can be found out again is kept: ``$XDG_CACHE_HOME`` or ``~/.cache``, in ``pavdm_dist/KIND``.
+
+    Raises:
+        OSError: this user has no home.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(base):
+        raise OSError(errno.ENOENT, "this user has no home for a cache; XDG_CACHE_HOME names a folder")
+    return Path(base, "pavdm_dist", kind)

@@ -98,13 +98,14 @@ class ZeroConfig:
 
 @dataclass
 class LaunchConfig:
-    """Processes of this machine, or workers of a Ray cluster; ignored under a launcher that started several."""
+    """Processes of this machine, or workers of a Ray cluster; without effect under a launcher that started several."""
 
     processes: int = 1  # on this machine
     ray_workers: int = 0  # on a Ray cluster, by Ray Train
     ray_address: str | None = None  # None: RAY_ADDRESS, or a cluster on this machine
     gpus_per_worker: float = 0.0
     cpus_per_worker: float = 1.0
+    placement_timeout_s: float = 60.0  # how long resources that others hold, or an autoscaler brings, are waited for
     max_failures: int = 3  # restarts of the group after a worker died
     timeout_seconds: float = 1800.0  # of a collective, before a missing process ends the run
 
