@@ -12,7 +12,7 @@ import pytest
 from videos import numbered, numbers, write_video
 
 from pavdm_dist.errors import MediaError
-from pavdm_dist.io.reader import open_video
+from pavdm_dist.io.reader import _Source, open_video
 from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.io.video import probe, read_clip
 
@@ -126,3 +126,11 @@ def test_jumps_land_before_the_place_and_give_the_same_frames(tmp_path: Path) ->
             behind = {time: numbers(reader.picture(frame, None)[None]) for time, frame in reader.frames(Fraction(4))}
         assert 0 < len(behind) < len(whole)
         assert behind.items() <= whole.items()
+
+
+def test_places_that_no_file_has_are_no_exception(tmp_path: Path) -> None:
+    """PyAV prints a traceback for every one that a damaged film makes it ask for."""
+    path = write_video(tmp_path / "a.mp4", numbered(3))
+    with open(path, "rb") as file:
+        source = _Source(file)
+        assert (source.seek(-5), source.seek(3), source.tell(), source.name) == (-1, 3, 3, str(path))

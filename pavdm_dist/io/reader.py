@@ -6,11 +6,11 @@ import math
 import re
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -151,7 +151,7 @@ class VideoReader:
         import av
 
         try:
-            for packet in self._container.demux():
+            for packet in _all_of(self._container.demux()):
                 if packet.pts is not None:
                     seen.reached = max(seen.reached, (packet.pts + (packet.duration or 0)) * packet.time_base)
                 if packet.stream_index != self._stream.index:
@@ -200,6 +200,28 @@ class VideoReader:
             )
 
 
+class _Source:
+    """A file for PyAV, which prints a traceback where a damaged film sends it to a place that no file has."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        try:
+            return self._file.seek(offset, whence)
+        except (OSError, ValueError, OverflowError):
+            return -1
+
+
+def _all_of(packets: Iterator[Any]) -> Iterator[Any]:
+    """Packets to their end, at which PyAV stumbles over streams that have shown up on the way."""
+    with suppress(IndexError):
+        yield from packets
+
+
 @contextmanager
 def open_video(path: str | Path) -> Iterator[VideoReader]:
     """A film, local or remote.
@@ -214,7 +236,7 @@ def open_video(path: str | Path) -> Iterator[VideoReader]:
             raise MediaError(f"{path}: no such file")
         with open_read(path) as file:
             try:
-                container: Any = av.open(file, metadata_errors="replace")
+                container: Any = av.open(_Source(file), metadata_errors="replace")
             except (av.FFmpegError, OSError) as error:
                 raise MediaError(f"{path} is not a video, or it is truncated: {error.strerror}") from error
             with container:
