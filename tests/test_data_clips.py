@@ -293,3 +293,23 @@ def test_a_slow_bucket_takes_what_a_fast_one_leaves(tmp_path: Path) -> None:
     _, clips, _ = planned(path, "64x96x3@24", "64x96x3@0.5", scene_cuts=False)
     assert [(bucket, clip.first, clip.frames) for bucket, clip in clips] == [(1, 0, 9), (1, 9, 9)]
     assert planned(path, "64x96x3@24", scene_cuts=False)[1:] == ([], 1)
+
+
+def test_what_lies_before_a_fault_can_be_taken(tmp_path: Path) -> None:
+    """A transport stream with a packet that was lost on the way."""
+    whole = write_video(tmp_path / "whole.ts", shots([48, 48]), 24).read_bytes()
+    packets = [whole[at : at + 188] for at in range(0, len(whole), 188)]
+    path = tmp_path / "lost.ts"
+    path.write_bytes(b"".join(packets[: len(packets) * 3 // 4] + packets[len(packets) * 3 // 4 + 1 :]))
+    with pytest.raises(MediaError, match="corrupt or truncated after frame") as refused:
+        scan_video(str(path), scene_cuts=True)
+    scan = scan_video(str(path), scene_cuts=True, cut=True)
+    assert scan.fault == str(refused.value) and 48 < len(scan.times) < 96 and scan.cuts == [48]
+    shapes = parse_buckets(["64x96x3@24"], 24, SPEC)
+    clips, _ = plan_clips("v", "", scan, shapes, SPEC, upscale=False)
+    assert len(clips) > 5
+    for _, clip in clips:
+        np.testing.assert_array_equal(read(path, shapes[0], clip), read(tmp_path / "whole.ts", shapes[0], clip))
+    (tmp_path / "none.mp4").write_bytes(b"nothing")
+    with pytest.raises(MediaError, match="not a video"):
+        scan_video(str(tmp_path / "none.mp4"), scene_cuts=False, cut=True)

@@ -516,6 +516,19 @@ def test_what_files_say_of_their_pictures_is_reported(config: PrepareConfig, tmp
     assert prepare_command(chosen)["remarks"] == {"cropped": 1}, "a complete set still knows"
 
 
+def test_damaged_videos_give_what_lies_before_the_fault_when_asked(config: PrepareConfig, tmp_path: Path) -> None:
+    whole = write_video(tmp_path / "whole.mkv", numbered(70).repeat(2, axis=0)).read_bytes()
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "cut.mkv").write_bytes(whole[: len(whole) * 2 // 3])
+    chosen = replace(config, source=[str(tmp_path / "v")], output=str(tmp_path / "set"), captions="stem", encode=False)
+    with pytest.raises(ConfigError, match=r"none of 1 videos gives a clip: .*cut\.mkv is .*truncated"):
+        prepare_command(chosen)
+    report = prepare_command(replace(chosen, damaged="cut"))
+    assert report["remarks"] == {"damaged": 1} and not report["skipped"] and sum(report["clips"].values()) > 5
+    with pytest.raises(ConfigError, match="made with damaged=cut, this run has skip"):
+        prepare_command(chosen)
+
+
 def test_the_command_line(source: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "p.yaml"
     file.write_text(f"model: {model}\nbuckets: [32x48x3@24]\nencode: false\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from helpers import tiny_checkpoint
 from videos import numbered, write_video
 
 from pavdm_dist.data import prepare as prepare_module
+from pavdm_dist.data import readers as readers_module
 from pavdm_dist.data.prepare import PrepareConfig, prepare_command
 from pavdm_dist.data.readers import NOTES, forget, left_behind, reading, survived
 from pavdm_dist.errors import EngineError
@@ -61,9 +63,12 @@ def test_notes_are_taken_and_taken_away(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_what_a_process_of_its_own_gives() -> None:
+def test_what_a_process_of_its_own_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     assert survived(abs, -3) == 3
     assert survived(os._exit, 9) is None
+    monkeypatch.setattr(readers_module, "follow_parent", partial(os._exit, 1))
+    with pytest.raises(EngineError, match="no process of its own can be started"):
+        survived(abs, -3)
 
 
 @pytest.mark.slow

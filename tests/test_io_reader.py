@@ -12,7 +12,7 @@ import pytest
 from videos import numbered, numbers, write_video
 
 from pavdm_dist.errors import MediaError
-from pavdm_dist.io.reader import open_video
+from pavdm_dist.io.reader import _Source, open_video
 from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.io.video import probe, read_clip
 
@@ -77,7 +77,7 @@ def test_a_codec_without_a_decoder_is_named(tmp_path: Path) -> None:
     whole = write_video(tmp_path / "a.mp4", numbered(12)).read_bytes()
     path = tmp_path / "x.mp4"
     path.write_bytes(whole.replace(b"avc1", b"zzz1"))
-    with pytest.raises(MediaError, match=r"x\.mp4: this FFmpeg has no decoder for its video \(.*zzz1.*\)"):
+    with pytest.raises(MediaError, match=r"x\.mp4: this FFmpeg has no decoder for its video \(zzz1\)"):
         read_clip(path)
     matroska = write_video(tmp_path / "a.mkv", numbered(12)).read_bytes()
     path = tmp_path / "x.mkv"
@@ -126,3 +126,11 @@ def test_jumps_land_before_the_place_and_give_the_same_frames(tmp_path: Path) ->
             behind = {time: numbers(reader.picture(frame, None)[None]) for time, frame in reader.frames(Fraction(4))}
         assert 0 < len(behind) < len(whole)
         assert behind.items() <= whole.items()
+
+
+def test_places_that_no_file_has_are_no_exception(tmp_path: Path) -> None:
+    """PyAV prints a traceback for every one that a damaged film makes it ask for."""
+    path = write_video(tmp_path / "a.mp4", numbered(3))
+    with open(path, "rb") as file:
+        source = _Source(file)
+        assert (source.seek(-5), source.seek(3), source.tell(), source.name) == (-1, 3, 3, str(path))

@@ -41,6 +41,7 @@ class Scan:
         end: when the last frame stops being shown.
         cuts: frames that begin a new scene, rising, without frame 0.
         remarks: see :func:`~pavdm_dist.io.picture.remarks`; of the first frame.
+        fault: what is wrong behind the last frame; None = nothing.
     """
 
     height: int
@@ -49,6 +50,7 @@ class Scan:
     end: Fraction
     cuts: list[int]
     remarks: tuple[str, ...] = ()
+    fault: str | None = None
 
     def shots(self, rate: Fraction) -> tuple[list[int], list[Fraction]]:
         """The frames behind the last one of each shot of a clip at ``rate``, rising, and when these last frames end.
@@ -105,32 +107,38 @@ class ClipRef:
         return cls(**{**entry, **times, "scene": tuple(entry["scene"])})
 
 
-def scan_video(location: str, scene_cuts: bool) -> Scan:
+def scan_video(location: str, scene_cuts: bool, cut: bool = False) -> Scan:
     """Decodes a whole video once; keeps one time per frame and no pixels.
 
     Args:
         location: file or address.
         scene_cuts: look for cuts.
+        cut: of a corrupt or truncated video, take what lies before the fault.
 
     Raises:
-        MediaError: missing, not a video, corrupt or truncated.
+        MediaError: missing, not a video, or, without ``cut``, corrupt or truncated.
         ConfigError: the cut detector is not installed.
     """
     finder = CutFinder() if scene_cuts else None
     times: list[Fraction] = []
+    fault = None
     with open_video(location) as reader:
-        for time, frame in reader.frames():
-            if not times:
-                reader.picture(
-                    frame, _SMALL
-                )  # colours that cannot be read are found here, not in the middle of a shard
-                height, width = reader.shown_size(frame)
-                said = remarks(frame)
-            times.append(time)
-            if finder is not None:
-                finder.add(frame)
-        end = time + reader.shown_for(frame)
-    return Scan(height, width, times, end, finder.cuts() if finder is not None else [], said)
+        try:
+            for time, frame in reader.frames():
+                if not times:
+                    # Colours that cannot be read are found here, not in the middle of a shard.
+                    reader.picture(frame, _SMALL)
+                    height, width = reader.shown_size(frame)
+                    said = remarks(frame)
+                times.append(time)
+                end = time + reader.shown_for(frame)
+                if finder is not None:
+                    finder.add(frame)
+        except MediaError as error:
+            if not (cut and times):
+                raise
+            fault = str(error)
+    return Scan(height, width, times, end, finder.cuts() if finder is not None else [], said, fault)
 
 
 def plan_clips(

@@ -42,6 +42,7 @@ _REMARKS = {
     "hdr": "are HDR: they are brought to the range of SDR",
     "transparent": "are transparent in parts: they are shown on black",
     "interlaced": "are interlaced: their fields are not taken apart",
+    "damaged": "are damaged: the clips before the fault are taken",
     "cropped": "lose more than a quarter of their picture to buckets of another shape; one of theirs would keep it",
 }
 # Videos a worker looks at before it writes what it found: what a kill can cost, and files per million videos.
@@ -67,6 +68,7 @@ class PrepareConfig:
     threads: int = 1  # of torch in each worker; part of what the latents' last bits depend on
     device: Literal["cpu", "cuda"] = "cpu"  # where the codec runs
     ray_address: str | None = None  # cluster that takes the place of processes; sources and output are shared folders
+    damaged: Literal["skip", "cut"] = "skip"  # cut = of a corrupt or truncated video, what is before the fault is used
     besides: list[str] = field(default_factory=list)  # data sets whose videos are left out: this one is for new ones
 
 
@@ -259,6 +261,7 @@ def _job(config: PrepareConfig, checkpoint: Checkpoint, sources: Sources) -> Job
         shard_clips=config.shard_clips,
         device=config.device,
         threads=config.threads,
+        damaged=config.damaged,
         identities=(
             ("codec", encoder_identity(checkpoint.vae)),
             ("text_encoder", checkpoint.text_encoder.identity),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pavdm_dist.data.workers import follow_parent
+from pavdm_dist.errors import EngineError
 from pavdm_dist.io.storage import remove
 
 T = TypeVar("T")
@@ -53,8 +54,16 @@ def survived(function: Callable[..., T], *arguments: Any) -> T | None:
     """What a function returns in a process of its own; None where it ended that process.
 
     ``function`` must be importable by name. What it raises is raised here.
+
+    Raises:
+        EngineError: no such process can be started.
     """
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), follow_parent)
+    try:
+        pool.submit(os.getpid).result()
+    except BrokenProcessPool as error:  # says nothing of the function
+        pool.shutdown()
+        raise EngineError("no process of its own can be started to read a video alone; run again to go on") from error
     try:
         return pool.submit(function, *arguments).result()
     except BrokenProcessPool:

@@ -40,6 +40,7 @@ def settle(job: Job, encode: bool, output: str, sources: Sources) -> None:
         "shard_clips": job.shard_clips,
         "threads": job.threads,
         "device": job.device,
+        "damaged": job.damaged,
         **dict(job.identities),
     }
     path = job.output / SETTINGS
@@ -53,7 +54,8 @@ def settle(job: Job, encode: bool, output: str, sources: Sources) -> None:
         write_json(path, wanted)
         return
     before, now = json.loads((job.output / SIZES).read_text(encoding="utf-8")), _sizes(sources)
-    found = json.loads(path.read_text(encoding="utf-8"))
+    # What sets of older versions do not say.
+    found = {"damaged": "skip", **json.loads(path.read_text(encoding="utf-8"))}
     for name in (*wanted, *(found.keys() - wanted.keys())):
         if found.get(name) != wanted.get(name):
             both = f"{name}={found.get(name)}, this run has {wanted.get(name)}"

@@ -43,7 +43,7 @@ class Job:
         root: of the sources.
         model: folder with codec and text encoder.
         buckets: shapes of clips.
-        scene_cuts, upscale, shard_clips, device, threads: as in ``PrepareConfig``.
+        scene_cuts, damaged, upscale, shard_clips, device, threads: as in ``PrepareConfig``.
         identities: of codec and text encoder, for the shards' headers.
     """
 
@@ -57,6 +57,7 @@ class Job:
     device: str
     threads: int
     identities: tuple[tuple[str, str], ...]
+    damaged: str = "skip"
 
 
 def scan_file(output: Path, part: int) -> Path:
@@ -186,7 +187,9 @@ def _scan(job: Job, video: SourceVideo) -> dict[str, Any]:
     entry["unknown_words"] = bool(checkpoint.text_encoder.unknown_words(video.caption))
     try:
         with reading(job.output, video.path):
-            scan = scan_video(locate(job.root, video.path), job.scene_cuts)
+            place = locate(job.root, video.path)
+            cut = {"cut": True} if job.damaged == "cut" else {}
+            scan = scan_video(place, job.scene_cuts, **cut)
     except MediaError as error:
         return {**entry, "skipped": "unreadable", "reason": str(error)}
     except (ConfigError, MemoryError):
@@ -200,7 +203,12 @@ def _scan(job: Job, video: SourceVideo) -> dict[str, Any]:
     entry = {**entry, "frames": len(scan.times), "short_scenes": short, "clips": listed}
     if clips:
         kept = min(job.buckets[bucket].kept(scan.height, scan.width) for bucket, _ in clips)
-        return {**entry, "remarks": [*scan.remarks, *(["cropped"] if kept < _LEAST_KEPT else [])]}
+        if scan.fault is not None:
+            logger.warning("%s; the clips before are taken", scan.fault)
+        more = {"cropped": kept < _LEAST_KEPT, "damaged": scan.fault is not None}
+        return {**entry, "remarks": [*scan.remarks, *(name for name, holds in more.items() if holds)]}
+    if scan.fault is not None:
+        return {**entry, "skipped": "unreadable", "reason": scan.fault}
     size = f"{scan.height}x{scan.width}"
     if not job.upscale and all(b.height > scan.height or b.width > scan.width for b in job.buckets):
         least = smallest(job.buckets)

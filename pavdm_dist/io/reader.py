@@ -6,11 +6,11 @@ import math
 import re
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class _Seen:
     following: Fraction = Fraction(0)
     end: Fraction = Fraction(0)
     reached: Fraction = Fraction(0)
-    waiting: deque[Fraction] = field(default_factory=deque)
+    waiting: deque[Fraction | None] = field(default_factory=deque)
 
     def __str__(self) -> str:
         return f"after frame {self.count} ({float(self.end - self.first):.2f} s)"
@@ -140,8 +140,10 @@ class VideoReader:
         import av
 
         try:
+            if self._in_file_order and self._container.format.name == "asf":
+                raise ValueError("behind a jump its times are those of other packets")
             self._container.seek(math.floor(start / self._stream.time_base), stream=self._stream, backward=True)
-        except (av.FFmpegError, OverflowError) as error:
+        except (av.FFmpegError, OverflowError, ValueError) as error:
             raise MediaError(f"{self.path}: no way to {float(start):.2f} s") from error
 
     def _decoded(self, seen: _Seen) -> Iterator[Any]:
@@ -149,13 +151,13 @@ class VideoReader:
         import av
 
         try:
-            for packet in self._container.demux():
+            for packet in _all_of(self._container.demux()):
                 if packet.pts is not None:
                     seen.reached = max(seen.reached, (packet.pts + (packet.duration or 0)) * packet.time_base)
                 if packet.stream_index != self._stream.index:
                     continue
-                if self._in_file_order and packet.size and packet.pts is not None:
-                    seen.waiting.append(Fraction(packet.pts * packet.time_base))
+                if self._in_file_order and packet.size:
+                    seen.waiting.append(None if packet.pts is None else Fraction(packet.pts * packet.time_base))
                 damaged = packet.is_corrupt
                 for frame in () if damaged else packet.decode():
                     damaged = damaged or frame.is_corrupt
@@ -198,6 +200,28 @@ class VideoReader:
             )
 
 
+class _Source:
+    """A file for PyAV, which prints a traceback where a damaged film sends it to a place that no file has."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        try:
+            return self._file.seek(offset, whence)
+        except (OSError, ValueError, OverflowError):
+            return -1
+
+
+def _all_of(packets: Iterator[Any]) -> Iterator[Any]:
+    """Packets to their end, at which PyAV stumbles over streams that have shown up on the way."""
+    with suppress(IndexError):
+        yield from packets
+
+
 @contextmanager
 def open_video(path: str | Path) -> Iterator[VideoReader]:
     """A film, local or remote.
@@ -212,7 +236,7 @@ def open_video(path: str | Path) -> Iterator[VideoReader]:
             raise MediaError(f"{path}: no such file")
         with open_read(path) as file:
             try:
-                container: Any = av.open(file, metadata_errors="replace")
+                container: Any = av.open(_Source(file), metadata_errors="replace")
             except (av.FFmpegError, OSError) as error:
                 raise MediaError(f"{path} is not a video, or it is truncated: {error.strerror}") from error
             with container:
@@ -248,4 +272,4 @@ def _codec_tag(container: Any, stream: Any) -> str:
     finally:
         av.logging.set_level(level)
     found = re.search(rf"Stream #0:{stream.index}\D.*?Video: ([^,\n]+)", said)
-    return found[1].strip() if found else "unknown"
+    return found[1].strip().removeprefix("none (").split(" /")[0] if found else "unknown"

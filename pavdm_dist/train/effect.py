@@ -51,7 +51,7 @@ def _unused(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
     d, m, o = config.data, config.model, config.optimizer
     codec = tuple(field.name for field in dataclasses.fields(config.codec))
     groups: list[tuple[str, Any, Iterable[str], str]] = []
-    if d.folder is not None:
+    if d.folder:
         why = f"data.folder={d.folder} is trained on, not the digit world"
         groups += [
             ("data", d, _OF_DIGITS, why),
