@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from videos import numbered, numbers, shipped_videos, shots, write_video
 
 from pavdm_dist.codecs.base import CodecSpec
 from pavdm_dist.data import clips as clips_module
 from pavdm_dist.data.buckets import Bucket, parse_buckets
 from pavdm_dist.data.clips import ClipRef, plan_clips, read_frames, scan_video
+from pavdm_dist.data.shards import write_shard
 from pavdm_dist.errors import ConfigError, MediaError
 
 SPEC = CodecSpec(16, 8)
@@ -262,3 +264,14 @@ def test_pictures_that_are_refreshed_bit_by_bit_are_whole_behind_a_jump(tmp_path
     for bucket, clip in clips:
         expected = clips_module._read(str(path), clip, shapes[bucket], 9, seek=None)
         np.testing.assert_array_equal(read(path, shapes[bucket], clip), expected)
+
+
+@pytest.mark.parametrize(("latent", "word", "said"), [(1e6, 1.0, "latents"), (1.0, float("nan"), "text")])
+def test_numbers_that_are_none_reach_no_shard(tmp_path: Path, latent: float, word: float, said: str) -> None:
+    """Too large for float16 is infinite there."""
+    clips = [ClipRef(name, "a three", 0, 5, Fraction(0), Fraction(1, 24), (0, 5)) for name in ("a.mp4", "b.mp4")]
+    latents = [torch.ones(4, 2, 2, 3), torch.full((4, 2, 2, 3), latent)]
+    texts = [torch.ones(1, 3), torch.full((2, 3), word)]
+    with pytest.raises(MediaError, match=f"b.mp4: its {said} cannot be held in float16: the model is damaged"):
+        write_shard(tmp_path / "s.safetensors", latents, texts, clips, {})
+    assert not list(tmp_path.iterdir())
