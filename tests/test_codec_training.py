@@ -204,3 +204,16 @@ def test_exporting_needs_a_run(tmp_path: Path) -> None:
 def test_impossible_settings_are_refused(field: str, value: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CodecTraining(**{field: value})
+
+
+def test_a_gradient_that_is_no_number_reaches_no_weight() -> None:
+    trainer = CodecTrainer(TINY)
+    trainer.step()
+    before = {name: value.clone() for name, value in trainer.vae.state_dict().items()}
+    average = {name: value.clone() for name, value in trainer.average.items()}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(codec_training, "reconstruction_loss", lambda config, out, x, mask: out.mean() * torch.nan)
+        with pytest.raises(ConfigError, match=r"gradient is not finite in step 1: lower codec.learning_rate"):
+            trainer.step()
+    assert all(torch.equal(value, trainer.vae.state_dict()[name]) for name, value in before.items())
+    assert all(torch.equal(value, trainer.average[name]) for name, value in average.items())

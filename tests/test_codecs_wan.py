@@ -13,7 +13,7 @@ from torch import Tensor
 from pavdm_dist.codecs.base import CodecSpec
 from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.codecs.wan_config import read_spec
-from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.errors import CheckpointError, ConfigError, VideoError
 
 LAYOUTS = {
     "2.1": {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "temperal_downsample": [False, True, True]},
@@ -151,6 +151,15 @@ def test_encode_refuses_what_does_not_fit(plain: WanCodec) -> None:
         plain.encode(frames.float())
     with pytest.raises(ValueError, match=r"latents must be \[4, n >= 1, h, w\]"):
         plain.decoder().decode(noise(5)[:3])
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_an_encoder_that_gives_no_numbers_is_told(plain: WanCodec, tmp_path: Path, value: str) -> None:
+    plain.save_pretrained(tmp_path)
+    codec = WanCodec.from_pretrained(tmp_path)
+    codec.vae.encoder.conv_out.bias.fill_(float(value))
+    with pytest.raises(VideoError, match="the codec gave latents that are not finite: its encoder is damaged"):
+        codec.encode(torch.zeros(5, 16, 16, 3, dtype=torch.uint8))
 
 
 def test_frame_arithmetic() -> None:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from videos import numbered, numbers, shipped_videos, shots, write_video
 
 from pavdm_dist.codecs.base import CodecSpec
 from pavdm_dist.data import clips as clips_module
 from pavdm_dist.data.buckets import Bucket, parse_buckets
 from pavdm_dist.data.clips import ClipRef, Scan, plan_clips, read_frames, scan_video
+from pavdm_dist.data.shards import write_shard
 from pavdm_dist.errors import ConfigError, MediaError
 
 SPEC = CodecSpec(16, 8)
@@ -313,3 +315,14 @@ def test_what_lies_before_a_fault_can_be_taken(tmp_path: Path) -> None:
     (tmp_path / "none.mp4").write_bytes(b"nothing")
     with pytest.raises(MediaError, match="not a video"):
         scan_video(str(tmp_path / "none.mp4"), scene_cuts=False, cut=True)
+
+
+@pytest.mark.parametrize(("latent", "word", "said"), [(1e6, 1.0, "latents"), (1.0, float("nan"), "text")])
+def test_numbers_that_are_none_reach_no_shard(tmp_path: Path, latent: float, word: float, said: str) -> None:
+    """Too large for float16 is infinite there."""
+    clips = [ClipRef(name, "a three", 0, 5, Fraction(0), Fraction(1, 24), (0, 5)) for name in ("a.mp4", "b.mp4")]
+    latents = [torch.ones(4, 2, 2, 3), torch.full((4, 2, 2, 3), latent)]
+    texts = [torch.ones(1, 3), torch.full((2, 3), word)]
+    with pytest.raises(MediaError, match=f"b.mp4: its {said} cannot be held in float16: the model is damaged"):
+        write_shard(tmp_path / "s.safetensors", latents, texts, clips, {})
+    assert not list(tmp_path.iterdir())

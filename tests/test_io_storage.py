@@ -12,6 +12,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -82,6 +83,24 @@ def test_atomic_write_to_a_store() -> None:
     assert sha256_file(path) == hashlib.sha256(b"abc").hexdigest()
     with pytest.raises(ConfigError, match="cannot be reached"):
         exists("nonsense://bucket/a")
+
+
+def test_what_a_driver_says_of_its_own_is_an_error_of_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As clouds' drivers do of tokens that have run out, or of quotas."""
+
+    class HttpError(Exception):
+        pass
+
+    def refused(*_: object, **__: object) -> None:
+        raise HttpError("quota exceeded, 403")
+
+    store = type(fsspec.filesystem("memory"))
+    for name in ("put_file", "exists"):
+        monkeypatch.setattr(store, name, refused)
+    with pytest.raises(OSError, match="memory://bucket/x: HttpError: quota exceeded, 403"):
+        exists("memory://bucket/x")
+    with pytest.raises(OSError, match="HttpError: quota"), atomic_write("memory://bucket/x") as file:
+        file.write(b"x")
 
 
 def test_same_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
