@@ -16,7 +16,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
+from helpers import tiny_checkpoint
 
 from pavdm_dist.cluster import address
 from pavdm_dist.cluster.joining import connect
@@ -218,3 +220,23 @@ def test_all_of_a_reason_is_said() -> None:
     assert address.one_line(error).startswith(
         "Version mismatch: The cluster was started with: Ray: 2.50.0 Python: 3.11.7"
     )
+
+
+@pytest.mark.slow
+def test_a_node_that_goes_with_the_driver_on_it_is_a_sentence_and_costs_no_frame(tmp_path: Path) -> None:
+    """Without Ray's process on this machine no restart is possible; what Ray says of it is not an error of its own."""
+    model, output = tiny_checkpoint(tmp_path / "model"), tmp_path / "video.mp4"
+    words = ["a red three", f"model={model}", "num_frames=100000", "num_stages=1", f"output={output}"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "pavdm_dist", "sample", *words]
+    run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    parts = tmp_path / "video.mp4.parts"
+    while not list(parts.glob("segment-*.mp4")) and run.poll() is None:
+        time.sleep(0.05)
+    family = psutil.Process(run.pid).children(recursive=True)
+    next(process for process in family if process.name() == "raylet").kill()
+    assert run.stderr is not None
+    said = run.stderr.read()
+    assert run.wait(100) == 2, said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("pavdm: ") and "are playable in" in last and "the same command again goes on" in last, said

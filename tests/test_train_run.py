@@ -109,7 +109,7 @@ def test_a_torn_checkpoint_is_never_the_latest(tmp_path: Path, clips: LatentClip
     trainer.train_step()
 
     def torn(root: Path, tag: str, _: int) -> None:
-        (root / tag).mkdir()
+        (root / tag).mkdir(exist_ok=True)
         raise KeyboardInterrupt
 
     whole, trainer.engine.save = trainer.engine.save, torn

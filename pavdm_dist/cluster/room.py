@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from pavdm_dist.cluster.address import one_line
 from pavdm_dist.errors import EngineError, ResourcesError
 
 logger = logging.getLogger(__name__)
@@ -131,8 +132,7 @@ class Room:
         )
 
     def _placed(self, group: Any, end: float) -> bool:
-        # It counts whole seconds, and may answer no to a wait of none although the group has its place.
-        while not group.wait(1):
+        while not self._is_placed(group):
             now = time.monotonic()
             if now >= end or self._given_up():
                 return False
@@ -140,6 +140,15 @@ class Room:
                 self._said = now
                 logger.warning("%s; %s is free after %.0f s", self._demand, total(self._free()), now - self._start)
         return True
+
+    def _is_placed(self, group: Any) -> bool:
+        try:
+            # It counts whole seconds, and may answer no to a wait of none although the group has its place.
+            return bool(group.wait(1))
+        except Exception as error:  # Ray has no finer type for a group that is no more
+            raise EngineError(
+                f"{self._demand}, but Ray waits no longer, as where the node of this process is gone: {one_line(error)}"
+            ) from error
 
     def _free(self) -> list[Resources]:
         """What is free now, of every node in the order of ``nodes``; all in one where the driver is outside."""

@@ -24,7 +24,7 @@ from pavdm_dist.engine.ray_gang import RayGang
 from pavdm_dist.engine.restart import Restarts, rebuilt
 from pavdm_dist.engine.runs import Run, Switch
 from pavdm_dist.engine.watchdog import Patience, Watchdog
-from pavdm_dist.errors import ConfigError, PAVDMError, ResourcesError
+from pavdm_dist.errors import ConfigError, EngineError, PAVDMError, ResourcesError
 from pavdm_dist.method.stream import NewPrompt, ResumePoint, Stream
 from pavdm_dist.models.source import Source
 
@@ -239,6 +239,9 @@ class RayEngine:
                 except GangLost as loss:
                     self._recover(loss)
         except BaseException as error:
+            if isinstance(error, OSError):  # as Ray says it, wherever it finds out
+                gone = "the connection to Ray's process on this machine, which any restart would need, is lost"
+                error = EngineError(f"{gone}: {error.strerror or error}")
             with self._switch:
                 self._switch.error = error
                 self._switch.notify_all()

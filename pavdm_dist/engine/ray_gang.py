@@ -157,13 +157,13 @@ class RayGang:
             return
         # Where the cluster itself is gone nothing can be given back, and nothing needs to be.
         for actor in (*self._stages, *([self._decoding.actor] if self._decoding else [])):
-            with suppress(ray.exceptions.RayError):
+            with suppress(ray.exceptions.RayError, OSError):
                 ray.kill(actor)
         self._stages, self._loops, self._decoding = [], [], None
         if self._placement is not None:
             from ray.util.placement_group import remove_placement_group
 
-            with suppress(ray.exceptions.RayError):
+            with suppress(ray.exceptions.RayError, OSError):
                 remove_placement_group(self._placement.group)
             self._placement = None
 

@@ -96,7 +96,8 @@ def _fit(config: TrainConfig, provider: Provider, run: Path) -> None:
         """The workers get the driver's environment before they are connected, and before anything reads it."""
 
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            worker_group.execute(_prepare_worker, backend_config.told, backend_config.backend)
+            # In a list, for what a reference stands for would be there before the call.
+            worker_group.execute(_prepare_worker, [backend_config.told], backend_config.backend)
             super().on_start(worker_group, backend_config)
 
     @dataclass
@@ -136,10 +137,10 @@ def _fit(config: TrainConfig, provider: Provider, run: Path) -> None:
         raise EngineError(f"training on Ray failed after {wanted.max_failures} restarts: {reasons[-1]}") from error
 
 
-def _prepare_worker(told: Any, backend: str) -> None:
+def _prepare_worker(told: list[Any], backend: str) -> None:
     import ray
 
-    take_on(ray.get(told))
+    take_on(ray.get(told[0]))
     if backend == "gloo":
         choose_interface(ray.util.get_node_ip_address())
 

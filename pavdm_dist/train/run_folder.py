@@ -43,6 +43,7 @@ def owned(run_dir: str | Path) -> Iterator[Guard]:
     Raises:
         ConfigError: another run is writing it, or it cannot be made.
     """
+    is_new = not Path(run_dir).exists()
     try:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         lock = OutputLock.acquire(run_dir, FIELD)
@@ -65,6 +66,9 @@ def owned(run_dir: str | Path) -> Iterator[Guard]:
         yield guard
     finally:
         lock.release()
+        if is_new:
+            with suppress(OSError):  # there is something in it, as there should be
+                Path(run_dir).rmdir()
 
 
 @contextmanager
