@@ -177,7 +177,7 @@ def test_a_text_encoder_of_another_kind_is_refused(tmp_path: Path) -> None:
     config = tiny_checkpoint(tmp_path) / "text_encoder" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "CLIPTextModel"}))
     checkpoint = Checkpoint.open(tmp_path)
-    with pytest.raises(CheckpointError, match=r"text_encoder is CLIPTextModel, this version runs WordTextEncoder, UMT5"):
+    with pytest.raises(CheckpointError, match="text_encoder is CLIPTextModel, this version runs Word"):
         _ = checkpoint.text_encoder
 
 
