@@ -79,7 +79,7 @@ def test_a_clip_is_whole_groups(model: Path, tmp_path: Path) -> None:
 
 
 def test_chunks_that_are_no_groups_are_refused(model: Path) -> None:
-    with pytest.raises(ConfigError, match="latent_chunk_size=2: .* groups of 5 latents; nearest legal: 5"):
+    with pytest.raises(ConfigError, match=r"latent_chunk_size=2: .* groups of 5 latents; nearest legal: 5"):
         plan_report(SampleConfig(PROMPT, model=str(model), latent_chunk_size=2))
 
 
