@@ -38,11 +38,12 @@ from helpers import hear_signals, tiny_checkpoint
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.wan import WanCodec
-from pavdm_dist.io.encode import EncoderOptions, VideoEncoder, as_rate
+from pavdm_dist.io.encode import EncoderOptions, VideoEncoder
 from pavdm_dist.io.latents import LatentsHash, read_latents
 from pavdm_dist.io.metadata import read_sidecar
 from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.sampler import sample
+from pavdm_dist.rates import as_rate
 from pavdm_dist.request import SamplingParams, VideoRequest, build_stream
 
 PROMPT, FPS, SIDE, CHUNK, GROUP = "a red three drifting up", 24, 16, 8, 6

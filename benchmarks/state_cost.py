@@ -7,10 +7,11 @@ included: the embedded model at its own size, and the tests' tiny untrained mode
 
 * ``snapshot``: copies of window and context at every shift, and whether all latents are finite;
 * ``ledger``: the latents' checksum, and what is kept of every chunk;
-* ``state``: writing the state when a segment closes, with its fsyncs.
+* ``state``: putting the state together when a segment closes, and waiting for the one before to be on the disk.
 
 Their sum is ``share`` (goal: 1 %); ``cpu_share`` is the same of CPU time, without waiting for the disk, which others
-may keep busy. ``files`` is beside it: making segments, their latents and the playlist durable.
+may keep busy. ``beside`` is what a thread takes to write states while the sampler works, fsyncs included; ``files`` is
+making segments, their latents and the playlist durable.
 On P stages snapshots are the last one's, whose time per shift is about a P-th: ``snapshot`` is to be taken P times.
 """
 
@@ -20,6 +21,7 @@ import json
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -37,7 +39,8 @@ from helpers import tiny_checkpoint
 from pavdm_dist.commands.progress import ChunkProgress
 from pavdm_dist.commands.sample import render_command
 from pavdm_dist.config import SampleConfig
-from pavdm_dist.io import recording, storage
+from pavdm_dist.io import saver, storage
+from pavdm_dist.io.recording import Recording
 from pavdm_dist.io.state import Ledger
 from pavdm_dist.method.window import Window
 
@@ -45,7 +48,8 @@ TIMED: tuple[tuple[str, Any, str], ...] = (
     ("snapshot", Window, "snapshot"),
     ("snapshot", Window, "not_finite"),
     ("ledger", Ledger, "take"),
-    ("state", recording, "write_state"),
+    ("state", Recording, "_save"),
+    ("beside", saver, "write_state"),
     ("files", storage, "commit"),
 )
 PROMPT, GROUP = "a red three drifting up", 6
@@ -79,7 +83,7 @@ def run(model: str, chunks: int, folder: Path) -> dict[str, float]:
         started, busy = time.perf_counter(), time.thread_time()
         render_command(config, True, ChunkProgress)
         seconds["run"], seconds["cpu run"] = time.perf_counter() - started, time.thread_time() - busy
-    names = ("run", "snapshot", "ledger", "state", "files")
+    names = ("run", "snapshot", "ledger", "state", "beside", "files")
     return {name: 1000 * seconds[name] / chunks for name in (*names, *(f"cpu {name}" for name in names))}
 
 
@@ -87,18 +91,19 @@ def run(model: str, chunks: int, folder: Path) -> dict[str, float]:
 def timed() -> Iterator[Counter[str]]:
     """Seconds by name; what happens inside another timed function counts there only."""
     seconds: Counter[str] = Counter()
-    inside: list[str] = []
+    inside: set[int] = set()  # threads
 
     def wrapped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
-            if inside:
+            thread = threading.get_ident()
+            if thread in inside:
                 return function(*arguments, **named)
-            inside.append(name)
+            inside.add(thread)
             started, busy = time.perf_counter(), time.thread_time()
             try:
                 return function(*arguments, **named)
             finally:
-                inside.pop()
+                inside.discard(thread)
                 seconds[name] += time.perf_counter() - started
                 seconds[f"cpu {name}"] += time.thread_time() - busy
 

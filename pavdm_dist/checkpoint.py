@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from pavdm_dist.codecs.base import CodecSpec, VideoCodec
 from pavdm_dist.codecs.catalog import CODECS, codec_spec, load_codec
 from pavdm_dist.codecs.pretrained_text import PRETRAINED, PretrainedTextEncoder, TextOptions
 from pavdm_dist.codecs.text import WordTextEncoder
-from pavdm_dist.errors import CheckpointError
+from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.fields import (
     ChunkLatents,
     ContextChunks,
@@ -25,17 +27,23 @@ from pavdm_dist.fields import (
     Steps,
     TimeShift,
     WindowChunks,
+    Within,
     made,
     read_object,
 )
 from pavdm_dist.io.metadata import weights_identity
-from pavdm_dist.io.shipped import shipped_models
-from pavdm_dist.models.base import Backbone
+from pavdm_dist.models.base import Backbone, LevelSupport
 from pavdm_dist.models.catalog import BACKBONES, backbone_shape, load_backbone
-from pavdm_dist.models.loading import has_weights, read_tensor, stored_dtype, stored_tensors
-from pavdm_dist.models.source import Source, load_config
+from pavdm_dist.models.known import ONE_LEVEL, known_model
+from pavdm_dist.models.loading import has_weights, read_tensor, stored_dtype, stored_tensors, weight_files
+from pavdm_dist.models.lora import changes_of, lora_file
+from pavdm_dist.models.nearby import model_near
+from pavdm_dist.models.source import Adapter, Source, load_config
+
+logger = logging.getLogger(__name__)
 
 TEXT_ENCODER = "WordTextEncoder"
+COMPONENTS = ("transformer", "vae", "text_encoder")
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,9 @@ class SamplingDefaults:
     """What a checkpoint was trained for; every value can be overridden per run.
 
     ``time_shift`` None means the resolution-dependent formula of
-    :func:`~pavdm_dist.method.schedule.time_shift_ratio`. ``prompt_suffix`` is said behind every prompt but the negative
-    one: words that the captions of training ended with, such as Open-Sora's ``aesthetic score: 6.5.``.
+    :func:`~pavdm_dist.method.schedule.time_shift_ratio`, ``trained_latents`` the longest window of training, where that
+    is known. ``prompt_suffix`` is said behind every prompt but the negative one: words that the captions of training
+    ended with, such as Open-Sora's ``aesthetic score: 6.5.``.
     """
 
     num_inference_steps: Steps = 30
@@ -56,6 +65,7 @@ class SamplingDefaults:
     width: Side = 424
     fps: FrameRate = 24
     time_shift: TimeShift | None = None
+    trained_latents: Annotated[int, Within(1)] | None = None
     context_noise: ContextNoise = 0.0
     prompt_suffix: str = ""
 
@@ -67,7 +77,8 @@ class _ModelIndex:
     transformer: tuple[str, str]
     vae: tuple[str, str]
     text_encoder: tuple[str, str]
-    sampling: dict[str, Any] = field(default_factory=dict)
+    transformer_2: tuple[str | None, str | None] = (None, None)
+    _class_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,31 +88,44 @@ class Checkpoint:
     Attributes:
         source: with ``model_index.json``, ``transformer/``, ``vae/`` and ``text_encoder/``; small, it may travel.
         defaults: sampling defaults.
+        pipeline: class of diffusers' pipeline that the model was published for, where it names one.
+        adapters: what is added to the backbone's weights as they are loaded.
         text: where a pretrained text encoder computes, and where what it gives is kept.
     """
 
     source: Source
     defaults: SamplingDefaults
+    pipeline: str | None = None
+    adapters: tuple[Adapter, ...] = ()
     text: TextOptions = field(default_factory=TextOptions)
 
     @classmethod
-    def open(cls, model: str | Path | Source = "embedded", revision: str | None = None) -> Checkpoint:
+    def open(
+        cls,
+        model: str | Path | Source = "embedded",
+        revision: str | None = None,
+        lora: Sequence[Adapter] = (),
+    ) -> Checkpoint:
         """Opens a model that comes with the package (``embedded``, or a shape such as ``stdit3-xl``), a folder or a
         hub id; reads configuration files only.
 
         Args:
             model: which.
             revision: of a hub id: branch, tag or commit; None = the default branch.
+            lora: changes of the backbone's weights.
+
+        A licence that restricts what may be done with the weights is logged, once.
 
         Raises:
             CheckpointError: not a model folder, a component of a kind this package does not have, or components
                 that do not fit each other.
             ConfigError: a revision of what has none.
         """
-        source = Source.of(shipped_models().get(str(model), model), revision)
+        source = Source.of(model, revision)
         file = source.find("model_index.json")
         if file is None:
-            raise CheckpointError(f"model={model}: {source.missing('model_index.json')}")
+            hint = model_near(source.folder()) if source.is_folder else ""
+            raise CheckpointError(f"model={model}: {source.missing('model_index.json')}{hint}")
         where = f"model={model}: {file}"
         values = read_object(file, CheckpointError)
         index = made(_ModelIndex, values, where, ignore_unknown=True, error=CheckpointError)
@@ -112,14 +136,23 @@ class Checkpoint:
         ):
             if found not in kinds:
                 raise CheckpointError(f"model={model}: {component} is {found}, this version runs {', '.join(kinds)}")
-        defaults = made(SamplingDefaults, index.sampling, where, prefix="sampling.", error=CheckpointError)
-        checkpoint = cls(source.pinned("model_index.json"), defaults)
+        if index.transformer_2[1] is not None:
+            raise CheckpointError(
+                f"model={model}: has two transformers, one for high and one for low levels; this version runs one"
+            )
+        source = source.pinned("model_index.json")
+        known = known_model(source, values, load_config(source.part("transformer")), where)
+        defaults = made(SamplingDefaults, known.sampling, where, prefix="sampling.", error=CheckpointError)
+        adapters = (replace(adapter, source=adapter.source.pinned(lora_file(adapter.source))) for adapter in lora)
+        checkpoint = cls(source, defaults, index._class_name, tuple(adapters))
         checkpoint._check_fit()
+        if known.license is not None:
+            _say_once(f"model={model}: its weights are under {known.license}")
         return checkpoint
 
     @property
     def transformer(self) -> Source:
-        return self.source.part("transformer")
+        return replace(self.source.part("transformer"), adapters=self.adapters)
 
     @property
     def vae(self) -> Source:
@@ -127,8 +160,26 @@ class Checkpoint:
 
     @property
     def identity(self) -> str:
-        """What tells these weights from others: SHA-256 of a folder's files, the commit of a hub id."""
-        return weights_identity(self.source.location) if self.source.is_folder else str(self.source)
+        """What tells these weights from others: SHA-256 of what is used of a folder, the commit of a hub id.
+
+        Raises:
+            CheckpointError: a file of it cannot be read.
+        """
+        names = {"model_index.json"}
+        if self.source.is_folder:
+            for component in COMPONENTS:
+                files = weight_files(self.source.part(component))
+                names |= {f"{component}/{name}" for name in ("config.json", *files)}
+        identities = [_identity(self.source, names)]
+        for adapter in self.adapters:
+            identity = _identity(adapter.source, [lora_file(adapter.source)])
+            identities.append(f"{identity} x {adapter.scale:g}")
+        return " + ".join(identities)
+
+    @property
+    def level_support(self) -> LevelSupport:
+        """How the weights met per-frame levels in training."""
+        return "accepts" if self.pipeline in ONE_LEVEL else self.shape.spec.level_support
 
     @cached_property
     def shape(self) -> Backbone:
@@ -150,6 +201,24 @@ class Checkpoint:
         """The type the backbone's weights are stored in; float32 where there are none."""
         return stored_dtype(self.transformer)
 
+    def check_size(self, height: int, width: int) -> None:
+        """Refuses a picture size, in pixels, that the codec or the backbone's patches cannot take.
+
+        Raises:
+            ConfigError: naming the nearest legal size.
+        """
+        cells = self.codec_spec.latent_size(height, width)
+        try:
+            self.shape.grid(1, *cells)
+        except ConfigError as error:
+            patch, stride = self.shape.spec.patch[1:], self.codec_spec.spatial_stride
+            units = [stride * side for side in patch]
+            nearest = [max(1, round(side / unit)) * unit for side, unit in zip((height, width), units, strict=True)]
+            raise ConfigError(
+                f"height={height}, width={width}: this model's patches cover {units[0]}x{units[1]} pixels, sides must"
+                f" be multiples of these; nearest legal: height={nearest[0]} width={nearest[1]}"
+            ) from error
+
     def require_weights(self) -> None:
         """Refuses what can only be planned, and files of weights that are lacking or torn; reads their headers.
 
@@ -164,6 +233,7 @@ class Checkpoint:
             stored_tensors(component)
         if self._text_class not in PRETRAINED:  # those may be left out where all that is rendered is cached
             stored_tensors(self.source.part("text_encoder"))
+        changes_of(self.transformer, self.shape.state_dict())
 
     @cached_property
     def text_encoder(self) -> WordTextEncoder | PretrainedTextEncoder:
@@ -214,3 +284,18 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.source}: text_encoder gives {text} channels, transformer takes {spec.text_dim}"
             )
+
+
+def _identity(source: Source, names: Iterable[str]) -> str:
+    """Of some of a folder's files; the commit of a hub id."""
+    if not source.is_folder:
+        return str(source)
+    try:
+        return weights_identity(source.folder(), names)
+    except OSError as error:
+        raise CheckpointError(f"model={source}: {error.filename} cannot be read: {error.strerror}") from error
+
+
+@cache
+def _say_once(text: str) -> None:
+    logger.warning("%s", text)

@@ -9,25 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import signal
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import redirect_stdout, suppress
+from typing import Any
 
 from pavdm_dist import __version__
-from pavdm_dist.errors import ConfigError, PAVDMError
+from pavdm_dist.commands.words import is_override, run_config, sort_settings, sort_words
+from pavdm_dist.errors import ConfigError, FailedVideosError, PAVDMError
 from pavdm_dist.redaction import hide_secrets
 
-if TYPE_CHECKING:
-    from pavdm_dist.config import SampleConfig
-
-    R = TypeVar("R", bound=SampleConfig)
-
 EXIT_BAD_INPUT = 2
+# So many more than this failed; below what shells use for themselves (126 and more), 125 stands for all from 25 on.
+EXIT_FAILED_VIDEOS, MOST_COUNTED = 100, 25
 
-_OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 _EPILOG = """\
 Settings are dataclass defaults <- CONFIG.yaml <- key=value. `pavdm sample --print-config` shows all of them,
 `pavdm configs ls` lists the shipped files. Examples:
@@ -41,7 +36,11 @@ Settings are dataclass defaults <- CONFIG.yaml <- key=value. `pavdm sample --pri
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status (0 done, 2 bad input or a failed run, 130 interrupted)."""
+    """Run the command line; returns the exit status.
+
+    0 all is done; 2 bad input, or the run as a whole ended; 100 + n: n videos failed (125: 25 or more), all others are
+    complete; 128 + the number of the signal that ended it (130, 143).
+    """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if arguments.verb is None:
@@ -53,16 +52,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if flags or not hasattr(arguments, "words"):
             parser.error(f"unrecognized arguments: {' '.join(flags or rest)} (settings are written key=value)")
         arguments.words += rest
-    try:
-        from pavdm_dist.commands.progress import setup_logging
+    from pavdm_dist.commands.signals import Signals, signal_of
 
-        setup_logging(arguments.verbose)
-        arguments.run(arguments)
+    try:
+        with Signals(of_process=argv is None):
+            from pavdm_dist.commands.progress import setup_logging
+
+            setup_logging(arguments.verbose)
+            arguments.run(arguments)
+    except FailedVideosError as error:
+        return _complain(str(error), EXIT_FAILED_VIDEOS + min(error.count, MOST_COUNTED))
     except PAVDMError as error:
         return _complain(str(error), EXIT_BAD_INPUT)
     except KeyboardInterrupt as interrupt:
         # Whoever was interrupted says in the exception where finished work lies.
-        status = 128 + getattr(interrupt, "number", signal.SIGINT)  # as a shell says it
+        status = 128 + signal_of(interrupt)  # as a shell says it
         return _complain(f"interrupted{': ' if str(interrupt) else ''}{interrupt}", status)
     except BrokenPipeError:
         # The reader of a pipe (head, less) has seen enough; closing stderr too keeps Python from reporting it.
@@ -82,7 +86,7 @@ def sample(arguments: argparse.Namespace) -> None:
     else:
         from pavdm_dist.commands.resume import configs_to_resume
 
-        config_file, overrides = _sort_settings(arguments.words)
+        config_file, overrides = sort_settings(arguments.words)
         given = [config_file] if config_file else [word for word in overrides if word.startswith("output=")]
         if given:
             raise ConfigError(f"{given[0]}: --resume {arguments.resume} goes on where and as that was; leave it out")
@@ -135,7 +139,7 @@ def simulate(arguments: argparse.Namespace) -> None:
     from pavdm_dist.commands.simulate import SimulateConfig, simulate_report
     from pavdm_dist.merging import load_config
 
-    prompt, config_file, overrides = _sort_words(arguments.words)
+    prompt, config_file, overrides = sort_words(arguments.words)
     if prompt is not None:
         raise ConfigError(f"{prompt!r} is neither a .yaml file nor key=value")
     config = load_config(SimulateConfig, config_file, overrides)
@@ -149,7 +153,7 @@ def train(arguments: argparse.Namespace) -> None:
     from pavdm_dist.merging import load_config
     from pavdm_dist.train.settings import TrainConfig
 
-    prompt, config_file, overrides = _sort_words(arguments.words)
+    prompt, config_file, overrides = sort_words(arguments.words)
     if prompt is not None:
         raise ConfigError(f"{prompt!r} is neither a .yaml file nor key=value")
     config = load_config(TrainConfig, config_file, overrides)
@@ -165,7 +169,7 @@ def data(arguments: argparse.Namespace) -> None:
     from pavdm_dist.data.prepare import PrepareConfig, prepare_command
     from pavdm_dist.merging import load_config
 
-    overrides = [word for word in arguments.words if _OVERRIDE.match(word)]
+    overrides = [word for word in arguments.words if is_override(word)]
     files = [word for word in arguments.words if word.endswith((".yaml", ".yml")) and word not in overrides]
     if len(files) > 1:
         raise ConfigError(f"two config files, {files[0]} and {files[1]}: give one")
@@ -178,12 +182,26 @@ def data(arguments: argparse.Namespace) -> None:
     _print_report(prepare_command(config), arguments.json)
 
 
+def convert(arguments: argparse.Namespace) -> None:
+    """Turn a published file of weights (.pt, .safetensors) into a model folder."""
+    from pavdm_dist.commands.convert import ConvertConfig, convert_command
+    from pavdm_dist.merging import load_config
+
+    source, config_file, overrides = sort_words(arguments.words)
+    if source is not None:
+        overrides.insert(0, f"source={source}")
+    config = load_config(ConvertConfig, config_file, overrides)
+    if arguments.print_config:
+        return _print_config(config)
+    _print_report(convert_command(config, arguments.overwrite), arguments.json)
+
+
 def text_cache(arguments: argparse.Namespace) -> None:
     """Encode a file of prompts with a model's large text encoder, so that rendering needs none."""
     from pavdm_dist.commands.text_cache import TextCacheConfig, text_cache_report
     from pavdm_dist.merging import load_config
 
-    overrides = [word for word in arguments.words if _OVERRIDE.match(word)]
+    overrides = [word for word in arguments.words if is_override(word)]
     files = [word for word in arguments.words if word not in overrides]
     if len(files) > 1:
         raise ConfigError(f"two files of prompts, {files[0]} and {files[1]}: give one")
@@ -210,41 +228,6 @@ def env(arguments: argparse.Namespace) -> None:
     _print_report(environment(), arguments.json)
 
 
-def run_config(cls: type[R], words: Sequence[str], needs_prompt: bool) -> R:
-    """The checked configuration that a verb's words (prompt, config file, overrides) make."""
-    from pavdm_dist.config import validate_sample
-    from pavdm_dist.merging import load_config
-
-    config = load_config(cls, *_sort_settings(words))
-    validate_sample(config, needs_prompt=needs_prompt)
-    return config
-
-
-def _sort_settings(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The config file and the overrides; a prompt is one of these."""
-    prompt, config_file, overrides = _sort_words(words)
-    return config_file, overrides if prompt is None else [f"prompt={prompt}", *overrides]
-
-
-def _sort_words(words: Sequence[str]) -> tuple[str | None, str | None, list[str]]:
-    """Tell the prompt, the config file and the overrides apart by their form."""
-    prompt: str | None = None
-    config_file: str | None = None
-    overrides = []
-    for word in words:
-        if _OVERRIDE.match(word):
-            overrides.append(word)
-        elif word.endswith((".yaml", ".yml")):
-            if config_file is not None:
-                raise ConfigError(f"two config files, {config_file} and {word}: give one")
-            config_file = word
-        elif prompt is not None:
-            raise ConfigError(f"two prompts, {prompt!r} and {word!r}: quote the prompt as one word")
-        else:
-            prompt = word
-    return prompt, config_file, overrides
-
-
 def _print_config(config: Any) -> None:
     from pavdm_dist.merging import to_yaml
 
@@ -261,19 +244,29 @@ def _print_report(report: dict[str, Any], as_json: bool) -> None:
 def _say(text: str) -> None:
     """What a command was asked for, on standard output, which may be a file on a disk that is full."""
     try:
-        print(text, flush=True)
+        print(_printable(text), flush=True)
     except BrokenPipeError:
         raise
+    except UnicodeEncodeError as error:
+        raise PAVDMError(
+            f"standard output takes {error.encoding} only, not {error.object[error.start : error.end]!a}; set"
+            " PYTHONIOENCODING=utf-8"
+        ) from error
     except OSError as error:
         # What is still held back would be tried again at the end, and complained about without a name.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         raise PAVDMError(f"standard output cannot be written: {error.strerror}") from error
 
 
+def _printable(text: str) -> str:
+    """Names of files that are no text show their bytes."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _complain(message: str, status: int) -> int:
-    # A name that is no text is shown with its bytes, whatever standard error may be.
-    text = hide_secrets(" ".join(message.split())).encode(errors="backslashreplace").decode()
-    print(f"pavdm: {text}", file=sys.stderr)
+    text = _printable(hide_secrets(" ".join(message.split())))
+    with suppress(OSError):  # nobody may be left to read it
+        print(f"pavdm: {text}", file=sys.stderr)
     return status
 
 
@@ -327,6 +320,12 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("words", nargs="*", metavar="SOURCE | CONFIG.yaml | key=value")
     prepare.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
     prepare.add_argument("--json", action="store_true", help="print one JSON object")
+
+    verb = add(convert, "pavdm convert FILE [CONFIG.yaml] base=MODEL output=FOLDER [key=value ...] [flags]")
+    verb.add_argument("words", nargs="*", metavar="FILE | CONFIG.yaml | key=value")
+    verb.add_argument("--overwrite", action="store_true", help="replace an earlier folder of a model")
+    verb.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
 
     verb = add(text_cache, "pavdm text-cache PROMPTS model=MODEL [key=value ...] [flags]")
     verb.add_argument("words", nargs="*", metavar="PROMPTS | key=value")

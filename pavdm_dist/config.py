@@ -64,6 +64,15 @@ class DisplacedConfig:
 
 
 @dataclass
+class LoraConfig:
+    """A low-rank change of the model's weights, added as they are loaded."""
+
+    model: str  # a folder or hub id
+    scale: Annotated[float, Within(-100, 100)] = 1.0
+    revision: str | None = None  # of a hub id: branch, tag or commit
+
+
+@dataclass
 class SampleConfig:
     """Everything ``pavdm sample`` knows, and ``pavdm plan`` of a run. ``None`` means the checkpoint's own default."""
 
@@ -88,6 +97,7 @@ class SampleConfig:
     # the method
     model: str = "embedded"  # embedded, a checkpoint folder or a hub id
     revision: str | None = None  # of a hub id: branch, tag or commit
+    lora: list[LoraConfig] = field(default_factory=list)  # [{model: FOLDER, scale: 0.8}]
     num_inference_steps: Steps | None = None  # T
     window_chunks: WindowChunks | None = None  # W
     latent_chunk_size: ChunkLatents | None = None  # c
@@ -229,7 +239,8 @@ def _check_prompts(config: SampleConfig, needs_prompt: bool) -> None:
         raise ConfigError('nothing to render: give a prompt, pavdm sample "a red three drifting up", or prompts=FILE')
     if config.prompts is not None:
         if not os.path.isfile(config.prompts):
-            raise ConfigError(f"prompts={config.prompts}: no such file")
+            what = "is no regular file" if os.path.lexists(config.prompts) else "no such file"
+            raise ConfigError(f"prompts={config.prompts}: {what}")
         if config.output.lower().endswith(".mp4"):
             raise ConfigError(f"output={config.output}: prompts=FILE renders several videos, output must be a folder")
     if config.timed_prompts and config.prompt_schedule:

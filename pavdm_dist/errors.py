@@ -30,6 +30,19 @@ class VideoError(PAVDMError, RuntimeError):
     """One video cannot be finished: what was computed for it is unsound, or could not be decoded. Others go on."""
 
 
+class FailedVideosError(VideoError):
+    """Of a command's videos some failed, all others are complete.
+
+    Args:
+        message: which, and why.
+        count: how many failed.
+    """
+
+    def __init__(self, message: str, count: int) -> None:
+        super().__init__(message)
+        self.count = count
+
+
 class EngineError(PAVDMError, RuntimeError):
     """The distributed run ended: an actor died, a link timed out, or resources are missing."""
 

@@ -11,12 +11,14 @@ import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
 from pavdm_dist.errors import ConfigError, PAVDMError
+from pavdm_dist.rates import as_rate
 
 T = TypeVar("T")
 
@@ -39,6 +41,11 @@ class Within:
         return f"{low} and at most {self.high:,}" if self.above else f"{self.low:,} to {self.high:,}"
 
 
+@dataclass(frozen=True)
+class Rate(Within):
+    """Frames per second, which may also be written as text that :func:`~pavdm_dist.rates.as_rate` knows."""
+
+
 # What settings and model folders both give. The upper ends are far above any use: they are there so that a slip of the
 # finger is a sentence at once, and not a computation without an end.
 Steps = Annotated[int, Within(0, 10_000, above=True)]
@@ -49,7 +56,7 @@ ContextNoise = Annotated[float, Within(0, 0.9)]
 Guidance = Annotated[float, Within(0)]
 TimeShift = Annotated[float, Within(0, above=True)]
 Side = Annotated[int, Within(0, 16_384, above=True)]  # what H.264 can hold
-FrameRate = Annotated[float, Within(0, 1000, above=True)]
+FrameRate = Annotated[float, Rate(0, 1000, above=True)]
 
 
 def made(
@@ -78,6 +85,7 @@ def made(
     if not isinstance(values, Mapping):
         raise error(f"{where}: must hold names and values, not {show(values)}")
     hints = _hints(typing.cast(Any, cls))
+    values = {name: read(hints[name], value) if name in hints else value for name, value in values.items()}
     for name in values if not ignore_unknown else ():
         if name not in hints:
             raise error(f"{where}: no such key {prefix}{show(name)}; the keys are {', '.join(hints)}")
@@ -146,6 +154,15 @@ def fault(annotation: Any, name: str, value: Any) -> str | None:
     return precise[0] if precise else f"{name}={show(value)}: must be {expected(annotation)}"
 
 
+def read(annotation: Any, value: Any) -> Any:
+    """A value as its annotation holds it: of a frame rate's text the number; what is none stays as it is."""
+    limits = (limit for kind in members(annotation) for limit in getattr(kind, "__metadata__", ()))
+    if isinstance(value, str) and any(isinstance(limit, Rate) for limit in limits):
+        with suppress(ConfigError):
+            return float(as_rate(value))
+    return value
+
+
 def members(annotation: Any) -> tuple[Any, ...]:
     """The kinds of a union, or the one kind there is."""
     union = typing.get_origin(annotation) in (Union, types.UnionType)
@@ -163,7 +180,8 @@ def expected(annotation: Any) -> str:
 def _expected(kind: Any) -> str:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        return _expected(arguments[0])
+        also = ", a fraction such as 30000/1001 or a name such as ntsc" if isinstance(arguments[1], Rate) else ""
+        return _expected(arguments[0]) + also
     if origin is Literal:
         return ", ".join(arguments[:-1]) + " or " + arguments[-1]
     if origin is tuple and arguments[-1] is not Ellipsis:
@@ -216,7 +234,7 @@ def _fault(kind: Any, name: str, value: Any) -> str | None:
         if type(value) not in (int, float):
             return ""
         return None if _is_finite(value) else f"{name}={show(value)}: must be a finite number"
-    if kind is str and type(value) is str and not _is_writable(value):
+    if kind is str and type(value) is str and not is_writable(value):
         return f"{name}={value!r}: is not text that a file or its name can hold"
     return None if kind is Any or type(value) is kind else ""
 
@@ -236,7 +254,8 @@ def _is_finite(value: float) -> bool:
         return False
 
 
-def _is_writable(text: str) -> bool:
+def is_writable(text: str) -> bool:
+    """Whether a file, and its name, can hold it: no NUL, and no half of a character."""
     try:
         return "\0" not in text and bool(text.encode() or True)
     except UnicodeEncodeError:

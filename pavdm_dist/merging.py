@@ -31,7 +31,7 @@ from yaml import (
 )
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.fields import check_fields, expected, members, show
+from pavdm_dist.fields import check_fields, expected, members, read, show
 from pavdm_dist.redaction import hide_in_urls, is_redacted
 
 T = TypeVar("T")
@@ -40,6 +40,7 @@ NO_YAML = (YAMLError, ValueError, RecursionError)
 _DEEPEST, _MOST = 50, 100_000
 
 _PROMPTS = ("prompt", "negative_prompt", "timed_prompts", "prompt_suffix")
+_HALVES = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _KINDS = {bool: "true or false", int: "a number", float: "a number", date: "a date", datetime: "a time"}
 
 
@@ -173,12 +174,13 @@ def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 def _set(config: DictConfig, cls: type, path: list[str], value: Any, *, parse: bool = False, origin: str = "") -> None:
     """Set one field, or every field of one section, descending through ``cls``'s annotations."""
-    name, annotation = "", cls
+    name, annotation, limited = "", cls, cls
     for depth, key in enumerate(path):
         known = typing.get_type_hints(annotation)
         if key not in known:
             section = f"{name}: " if name else ""
             raise ConfigError(f"{origin}{section}{_no_such_key(key, known)}")
+        limited = typing.get_type_hints(annotation, include_extras=True)[key]
         annotation, name = known[key], ".".join(path[: depth + 1])
         if not dataclasses.is_dataclass(annotation):
             break
@@ -187,6 +189,9 @@ def _set(config: DictConfig, cls: type, path: list[str], value: Any, *, parse: b
         raise ConfigError(f"{origin}{'.'.join(path)}: {name} has no keys of its own")
     if parse:
         value = _parse(annotation, name, value)
+    value = read(limited, value)
+    if isinstance(value, str) and list[str] in members(annotation):
+        value = [value]  # one is written without brackets
     for key in reversed(rest):
         value = {key: value}
     if dataclasses.is_dataclass(annotation):
@@ -198,6 +203,7 @@ def _set(config: DictConfig, cls: type, path: list[str], value: Any, *, parse: b
     found = _no_text(annotation, name, value)
     if found is not None:
         raise ConfigError(origin + found)
+    value = _as_meant(name, value)
     try:
         nested = _escape(value)
         for key in reversed(name.split(".")):
@@ -270,6 +276,20 @@ def _escape(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _escape(entry) for key, entry in value.items()}
     return [_escape(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _as_meant(name: str, value: Any) -> Any:
+    """Texts as they are meant: ``~/`` in front of a path, which few shells replace behind an equals sign and none in a
+    file; and characters that JSON, which is YAML to nearly all who write it, gives in two halves."""
+    if isinstance(value, list):
+        return [_as_meant(name, entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: _as_meant(str(key), entry) for key, entry in value.items()}
+    if not isinstance(value, str):
+        return value
+    text = _HALVES.sub(lambda found: found[0].encode("utf-16", "surrogatepass").decode("utf-16"), value)
+    is_path = text.startswith("~/") and name.rpartition(".")[2] not in _PROMPTS
+    return os.path.expanduser(text) if is_path else text
 
 
 def _first_line(error: Exception) -> str:

@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pavdm_dist.arguments import check_names, seeds_of
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.catalog import FrameMaker
-from pavdm_dist.engine.events import Failed, Finished
+from pavdm_dist.engine.events import Failed
 from pavdm_dist.engine.inline import InlineEngine
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
+from pavdm_dist.engines import Engines, OnFailed, OnGrown
+from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.io.image import read_image
 from pavdm_dist.method.sampler import StepCallback
 from pavdm_dist.method.schedule import PlanRow, WindowPlan
-from pavdm_dist.method.stream import NewPrompt, ResumePoint, Stream
+from pavdm_dist.method.stream import NewPrompt, Stream
 from pavdm_dist.method.window import Window
 from pavdm_dist.models.catalog import load_backbone
-from pavdm_dist.models.devices import DTYPES, check_dtype, choose_device, choose_dtype, device_model, named_dtype
+from pavdm_dist.models.devices import (
+    DTYPES,
+    check_dtype,
+    choose_device,
+    choose_dtype,
+    device_model,
+    idle_gpus,
+    idle_on_stages,
+    named_dtype,
+)
+from pavdm_dist.models.source import Adapter
 from pavdm_dist.outputs import OUTPUTS, PAVDMPipelineOutput, VideoChunk
-from pavdm_dist.planning.forecast import useful_stages
 from pavdm_dist.planning.partition import layer_split
 from pavdm_dist.request import (
     SamplingParams,
@@ -42,17 +52,11 @@ from pavdm_dist.request import (
 )
 from pavdm_dist.timed import first_prompt
 
-if TYPE_CHECKING:
-    from pavdm_dist.engine.ray_engine import RayEngine
-
 logger = logging.getLogger(__name__)
-
-E = TypeVar("E", "RayEngine", InlineEngine)
-OnFailed = Callable[[int, PAVDMError], None]
-OnGrown = Callable[[int, ResumePoint], None]
 
 # A whole video in memory larger than this is refused: long videos are streamed.
 MAX_RESULT_BYTES = 4 * 2**30
+_FROM_PRETRAINED = ("model", "num_stages", "threads_per_stage", "engine", "torch_dtype", "device", "revision", "lora")
 
 
 class PAVDMPipeline:
@@ -102,8 +106,8 @@ class PAVDMPipeline:
         self.checkpoint, self.num_stages, self.threads_per_stage = checkpoint, num_stages, threads_per_stage
         self.engine: EngineOptions | None = None
         self.resyncs: dict[int, tuple[int, ...]] = {}
-        self._engine: RayEngine | InlineEngine | None = None
-        self._decoder, self._decoder_dtype = decoder, decoder_dtype
+        self._engines = Engines()
+        self._decoder, self._decoder_dtype, self._told = decoder, decoder_dtype, False
         self._frames = FrameMaker(checkpoint.vae, decoder_tile, preview_decoder)
         self._frames.check()
         self._plans: dict[int, WindowPlan] = {}
@@ -125,20 +129,25 @@ class PAVDMPipeline:
         torch_dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         revision: str | None = None,
+        lora: Sequence[Adapter] = (),
+        **unknown: object,
     ) -> PAVDMPipeline:
         """Opens the model that ships with the package (``embedded``), a folder or a hub id.
 
         Args:
             model: which.
             revision: of a hub id: branch, tag or commit.
+            lora: changes of the weights.
             num_stages, threads_per_stage, engine, torch_dtype, device: of this class; ``torch_dtype`` is its ``dtype``,
                 None is ``auto``.
+            unknown: any other argument is refused by name.
 
         Raises:
             CheckpointError: not a model this package runs.
-            ConfigError: a device that is not there, or a type it cannot compute in.
+            ConfigError: an argument that is none, a device that is not there, or a type it cannot compute in.
         """
-        checkpoint = Checkpoint.open(model, revision)
+        check_names(unknown, _FROM_PRETRAINED, "from_pretrained")
+        checkpoint = Checkpoint.open(model, revision, lora)
         return cls(checkpoint, num_stages, threads_per_stage, engine, torch_dtype or "auto", device or "auto")
 
     def to(self, *targets: str | torch.device | torch.dtype) -> PAVDMPipeline:
@@ -163,10 +172,18 @@ class PAVDMPipeline:
             shared = self._decoder in ("auto", "shared")
             self._codec_place = self._place if shared else choose_device(self._decoder, "decoder")
             check_dtype("decoder_dtype", self._decoder_dtype, self._codec_place)
+            self._tell(idle_gpus(on_stages=False) if self._place.type == "cpu" else "")
             return
         self.engine = self._options.on(str(device), str(dtype).removeprefix("torch."))
         self.device_name = self.engine.device
         self._weights = named_dtype(self.engine.dtype, torch.device(self.engine.device), self.checkpoint.transformer)
+        self._tell(idle_gpus(on_stages=True) if self.engine.device == "cpu" else "")
+
+    def _tell(self, idle: str) -> None:
+        """Says once what device=auto leaves idle."""
+        if idle and str(self._wanted[1]) == "auto" and not self._told:
+            self._told = True
+            logger.warning("%s", idle)
 
     def __call__(
         self,
@@ -193,10 +210,10 @@ class PAVDMPipeline:
         Args:
             prompt: one text or several; each gives ``num_videos_per_prompt`` videos. A text may change with time:
                 ``{"0s": "a red three", "20s": "a blue seven"}``.
-            negative_prompt: text of the unconditional branch; None = the model's learned null text.
+            negative_prompt: text of the unconditional branch; None, or a blank one, = the model's learned null text.
             height, width, num_inference_steps, guidance_scale: None = the checkpoint's default.
             num_frames: new frames per video.
-            generator: its ``initial_seed()`` is the seed; a list gives one per video.
+            generator: what seeds come from (:func:`~pavdm_dist.arguments.seeds_of`); a list has one per video.
             seed: used without a generator; video i of the call gets ``seed + i``.
             video: conditioning clip, uint8 ``[t, H, W, 3]``; needs ``start="chunk"`` or ``"clip"``.
             image: picture that the videos begin with: a file, a PIL image, or uint8 ``[H, W, 3]``, scaled to cover the
@@ -206,7 +223,7 @@ class PAVDMPipeline:
             return_dict: False returns ``(frames,)``.
             callback_on_chunk: called with every finished chunk.
             callback_on_step_end: called with (pipeline, row, level of the noisiest chunk, {"latents": the window's
-                input of the next row}); only with ``num_stages=0``.
+                input of the next row}), to look at; only with ``num_stages=0``.
             sampling: ``window_chunks``, ``latent_chunk_size``, ``context_chunks``, ``start``, ``end``, ``fps``,
                 ``time_shift``, ``mode``, ``displaced``, ``allow_untrained_causal``, ``streams`` (videos in flight).
 
@@ -223,7 +240,9 @@ class PAVDMPipeline:
             guidance_scale=guidance_scale,
             **sampling,
         )
-        prompts = [prompt] if isinstance(prompt, str | Mapping) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str | Mapping) else list(prompt or ())
+        if not prompts:
+            raise ConfigError(f"prompt={prompt}: give a text, or a list of them")
         words = [self._timed(one, params) for one in prompts]
         total = len(prompts) * num_videos_per_prompt
         size = total * num_frames * params.height * params.width * 3 * 4
@@ -232,7 +251,7 @@ class PAVDMPipeline:
                 f"num_frames={num_frames}: the result would take {size / 2**30:.1f} GiB; use iter_chunks(), or "
                 "`pavdm sample`, which write as they go"
             )
-        seeds = _seeds(generator, seed, total)
+        seeds = seeds_of(generator, seed, total)
         clip = None if video is None else torch.as_tensor(np.asarray(video))
         picture = None if image is None else torch.from_numpy(read_image(image, params.height, params.width))
         requests = []
@@ -250,10 +269,9 @@ class PAVDMPipeline:
 
     def params(self, **chosen: Any) -> SamplingParams:
         """Settings of a run: chosen values over the checkpoint's defaults (see :class:`SamplingParams`)."""
-        unknown = set(chosen) - {*SamplingParams.__dataclass_fields__, "allow_untrained_causal"}
-        if unknown:
-            raise ConfigError(f"no such argument {sorted(unknown)[0]!r}; sampling takes {_names(SamplingParams)}")
-        return SamplingParams.resolve(self.checkpoint, **chosen)
+        params = SamplingParams.resolve(self.checkpoint, **chosen)
+        self.checkpoint.check_size(params.height, params.width)
+        return params
 
     def iter_chunks(
         self,
@@ -297,11 +315,17 @@ class PAVDMPipeline:
 
         if self.engine is None:
             on_step = None if callback_on_step_end is None else partial(self._step_callback, callback_on_step_end)
-            finished = self._inline().run(build(), on_grown, on_failed, on_step)
+            finished = self._engines.inline(self._load).run(build(), on_grown, on_failed, on_step)
         elif callback_on_step_end is not None:
             raise ConfigError("callback_on_step_end needs num_stages=0: steps end on the stages, not here")
         else:
-            finished = self._on_stages(build(), params, streams, on_grown, on_failed)
+            from pavdm_dist.engine.placement import gpus_of_cluster
+
+            engine = self._engines.on_stages(self.checkpoint, params, self.engine, self._frames)
+            self.device_name = ", ".join(engine.devices)
+            if self.engine.device == "cpu" and (gpus := gpus_of_cluster()):
+                self._tell(idle_on_stages(gpus, "the cluster"))
+            finished = self._engines.run(engine, build(), params, streams, on_grown, on_failed)
         for chunk in finished:
             assert chunk.frames is not None
             self.resyncs[chunk.stream] = chunk.resyncs
@@ -312,8 +336,8 @@ class PAVDMPipeline:
 
     def stop(self, video: int) -> None:
         """Lets an endless video of the running :meth:`iter_chunks` end: what is in flight is finished."""
-        if self._engine is not None:
-            self._engine.stop(video)
+        if self._engines.current is not None:
+            self._engines.current.stop(video)
 
     def set_prompt(self, video: int, from_chunk: int, text: str) -> None:
         """Another prompt for a video of the running :meth:`iter_chunks`, which other threads may give, too.
@@ -330,7 +354,7 @@ class PAVDMPipeline:
         Raises:
             ConfigError: nothing is running, the video has no such chunk, or the text cannot be encoded.
         """
-        engine, params = self._engine, self._params
+        engine, params = self._engines.current, self._params
         if engine is None or params is None:
             raise ConfigError("set_prompt: no video is running")
         if type(from_chunk) is not int or from_chunk < 0:
@@ -342,8 +366,8 @@ class PAVDMPipeline:
 
     def cancel(self, video: int) -> None:
         """Ends a video of the running :meth:`iter_chunks` where it is; the others go on."""
-        if self._engine is not None:
-            self._engine.cancel(video)
+        if self._engines.current is not None:
+            self._engines.current.cancel(video)
 
     @property
     def dtype_name(self) -> str:
@@ -357,10 +381,7 @@ class PAVDMPipeline:
 
     def close(self) -> None:
         """Ends the stages and gives their resources back; the next call starts new ones. Safe to call twice."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            self._finalizer.detach()
-            engine.close()
+        self._engines.close()
 
     def __enter__(self) -> PAVDMPipeline:
         return self
@@ -368,59 +389,10 @@ class PAVDMPipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _on_stages(
-        self,
-        streams: Iterator[Stream | Failed],
-        params: SamplingParams,
-        in_flight: int,
-        on_grown: OnGrown | None,
-        on_failed: OnFailed | None,
-    ) -> Iterator[Finished]:
-        from pavdm_dist.engine.trace import write_trace
-
-        assert self.engine is not None
-        blocks = self.split(params)
-        useful = useful_stages(params, in_flight)
-        if len(blocks) > useful:
-            logger.warning(
-                "num_stages=%d: with streams=%d and mode=%s at most %d are useful, the others will idle",
-                len(blocks), in_flight, params.mode, useful,
-            )  # fmt: skip
-        engine = self._running(blocks, params)
-        self.device_name = ", ".join(engine.devices)
-        try:
-            yield from engine.run(streams, in_flight, on_grown, on_failed)
-            if self.engine.trace_file is not None:
-                reports = engine.finish()
-                self.close()
-                write_trace(self.engine.trace_file, reports)
-        except EngineError:  # the actors are gone
-            self.close()
-            raise
-
-    def _running(self, blocks: list[tuple[int, int]], params: SamplingParams) -> RayEngine:
-        """The engine of an earlier call where it is cut alike, with its weights loaded; else a new one."""
-        from pavdm_dist.engine.ray_engine import RayEngine
-
-        assert self.engine is not None
-        if isinstance(self._engine, RayEngine) and self._engine.blocks == blocks and not self._engine.is_over:
-            return self._engine
-        self.close()
-        recut = partial(_recut, self.checkpoint, params, self.engine)
-        return self._hold(RayEngine(self.checkpoint.transformer, blocks, self.engine, self._frames, recut))
-
-    def _inline(self) -> InlineEngine:
-        if isinstance(self._engine, InlineEngine):
-            return self._engine
+    def _load(self) -> InlineEngine:
         model = load_backbone(self.checkpoint.transformer, None, self._weights, self._place)
         codec = self._frames.load(self._codec_place, DTYPES[self._decoder_dtype])
-        return self._hold(InlineEngine(model, codec, self._place, self.threads_per_stage))
-
-    def _hold(self, engine: E) -> E:
-        self._engine = engine
-        # Whoever forgets close(): the actors go with this object, or with the process.
-        self._finalizer = weakref.finalize(self, engine.close)
-        return engine
+        return InlineEngine(model, codec, self._place, self.threads_per_stage)
 
     def _timed(
         self, prompt: str | Mapping[str, str], params: SamplingParams
@@ -438,28 +410,10 @@ class PAVDMPipeline:
 
         def callback(row: PlanRow, window: Window) -> None:
             over = window.plan.is_over(row.index + 1)
-            latents = {} if over else {"latents": window.inputs(window.plan.row(row.index + 1))[0]}
-            on_step(self, row.index, levels[row.steps_left[-1]], latents)
+            shown = None if over else window.inputs(window.plan.row(row.index + 1))[0]
+            given = on_step(self, row.index, levels[row.steps_left[-1]], {} if shown is None else {"latents": shown})
+            # Where diffusers goes on with what comes back, silence would be another video than was meant.
+            if isinstance(given, dict) and given.get("latents", shown) is not shown:
+                raise ConfigError("callback_on_step_end: gave other latents back; here they can be looked at only")
 
         return callback
-
-
-def _recut(
-    checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions, num_stages: int
-) -> list[tuple[int, int]]:
-    """The cut for fewer stages than were asked for, which take the place of lost ones."""
-    return layer_split(checkpoint, params, replace(options, num_stages=num_stages, layers_per_stage=None))
-
-
-def _seeds(generator: torch.Generator | Sequence[torch.Generator] | None, seed: int, count: int) -> list[int]:
-    if generator is None:
-        return [seed + i for i in range(count)]
-    if isinstance(generator, torch.Generator):
-        return [generator.initial_seed() + i for i in range(count)]
-    if len(generator) != count:
-        raise ConfigError(f"generator: {len(generator)} generators for {count} videos")
-    return [one.initial_seed() for one in generator]
-
-
-def _names(cls: type) -> str:
-    return ", ".join(cls.__dataclass_fields__)  # type: ignore[attr-defined]

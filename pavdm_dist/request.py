@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, get_args
 
 from torch import Tensor
 
+from pavdm_dist.arguments import check_names, checked_seed
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.receptive import encoder_receptive_latents
+from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.fields import is_writable, show
 from pavdm_dist.method.microbatches import Displaced, MicroBatches, check_adaptive, check_displaced
 from pavdm_dist.method.schedule import End, Mode, NoiseSchedule, Start, WindowPlan, time_shift_ratio
 from pavdm_dist.method.stream import Conditioning, ResumePoint, Stream
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.devices import intra_op_threads
+from pavdm_dist.rates import as_rate
 from pavdm_dist.timed import chunk_schedule
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,7 @@ class SamplingParams:
     Attributes:
         num_inference_steps, window_chunks, latent_chunk_size, context_chunks: T, W, c and the clean chunks.
         start, end: see :class:`~pavdm_dist.method.schedule.WindowPlan`.
-        guidance_scale: g; 1 = none.
+        guidance_scale: g; 1 = none, 0 = without the prompt.
         time_shift: r of :func:`~pavdm_dist.method.schedule.shift_time`.
         height, width, fps: of the frames.
         mode: which chunks of a window see each other (:attr:`~pavdm_dist.method.stream.Stream.mode`).
@@ -60,11 +69,14 @@ class SamplingParams:
             chosen: fields of this class.
 
         Raises:
-            ConfigError: an impossible combination, naming the nearest legal values.
+            ConfigError: an impossible combination, naming the nearest legal values, or a name that is no field.
         """
+        check_names(chosen, cls.__dataclass_fields__, "sampling")
         defaults = checkpoint.defaults
         names = set(cls.__dataclass_fields__) - {"start", "end", "time_shift", "mode", "displaced"}
         values = {name: chosen[name] if chosen.get(name) is not None else getattr(defaults, name) for name in names}
+        if not isinstance(values["fps"], int | float):
+            values["fps"] = float(as_rate(values["fps"]))
         shift = chosen.get("time_shift") or defaults.time_shift
         if shift is None:
             latents = (values["window_chunks"] + values["context_chunks"]) * values["latent_chunk_size"]
@@ -79,6 +91,12 @@ class SamplingParams:
         if not isinstance(displaced, Displaced):
             raise ConfigError(f"displaced={displaced!r}: must be a pavdm_dist.method.microbatches.Displaced")
         params = cls(time_shift=shift, displaced=displaced, **values)
+        if params.guidance_scale < 1:
+            logger.warning(
+                "guidance_scale=%g: below 1 the prompt counts for less than it does without guidance, and at 0 for"
+                " nothing; 1 is no guidance",
+                params.guidance_scale,
+            )
         check_displaced(params.mode, displaced)
         check_adaptive(MicroBatches(params.plan(None), params.mode, 0, displaced))
         if params.mode == "causal":
@@ -131,13 +149,17 @@ class VideoRequest:
 
     Attributes:
         prompt: text of the first chunk.
-        seed: noise of chunk k is a function of (seed, k).
+        seed: 0 or more; noise of chunk k is a function of (seed, k).
         num_frames: new frames; the last chunk is trimmed. None = endless, until it is stopped.
-        negative_prompt: text of the unconditional branch; None = the model's learned null text.
+        negative_prompt: text of the unconditional branch; None, or a blank one, = the model's learned null text.
         prompt_schedule: ``(first chunk, prompt)`` of later prompts.
         clip: conditioning frames, uint8 ``[t, H, W, 3]`` at the run's size and rate, as many as the codec encodes.
         image: picture that the video begins with, uint8 ``[H, W, 3]`` at the run's size; needs ``start="noise"``.
         resume: where to go on instead of at the beginning; all else must be as it was.
+        before: frames of the clip's film that come before the clip, one by one, for whoever shows the whole film.
+
+    Raises:
+        ConfigError: a prompt that is no text, or a seed that is no whole number from 0 on.
     """
 
     prompt: str
@@ -148,6 +170,17 @@ class VideoRequest:
     clip: Tensor | None = None
     image: Tensor | None = None
     resume: ResumePoint | None = None
+    before: Callable[[], Iterable[Any]] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            text = getattr(self, name)
+            if not isinstance(text, str) and (name == "prompt" or text is not None):
+                raise ConfigError(f"{name}={show(text)}: must be text, one for each video")
+        object.__setattr__(self, "seed", checked_seed(self.seed))
+        # What forms and other programs send where nothing was written.
+        if self.negative_prompt is not None and not self.negative_prompt.strip():
+            object.__setattr__(self, "negative_prompt", None)
 
 
 def build_stream(request: VideoRequest, stream_id: int, params: SamplingParams, checkpoint: Checkpoint) -> Stream:
@@ -242,10 +275,8 @@ def check_prompts(request: VideoRequest, params: SamplingParams, checkpoint: Che
 
 
 def _check_text(prompt: str, checkpoint: Checkpoint) -> None:
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"prompt {prompt!r} is not text: {error.reason}") from error
+    if not is_writable(prompt):
+        raise ConfigError(f"prompt {show(prompt)!r} is not text: a file can hold neither NUL nor half a character")
     checkpoint.text_encoder.check(prompt, checkpoint.shape.spec.text_len)
 
 
@@ -331,13 +362,31 @@ def clip_frames_needed(params: SamplingParams, checkpoint: Checkpoint) -> int:
     return spec.frames_in_chunk(params.clip_latents + past, first=True)
 
 
-def input_frames(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> Tensor | None:
-    """Frames of the clip that come before the first new frame (what ``include_input`` shows)."""
+def clip_frames_used(params: SamplingParams, checkpoint: Checkpoint) -> int:
+    """Most frames at the end of a conditioning clip on which anything can depend, to the bit.
+
+    Latents that take part, and those that the decoder is warmed on, must be what they would be in the whole film;
+    before them come those that the encoder makes without having seen enough.
+    """
+    codec, rerendered = checkpoint.codec, params.plan(None).given_clip * params.latent_chunk_size
+    latents = max(params.clip_latents, rerendered + codec.receptive_latents())
+    # A group is coded without a look at others.
+    if codec.spec.group:
+        latents += -latents % codec.spec.group
+    else:
+        assert isinstance(codec, WanCodec), "the one kind without groups that can be asked"
+        latents += encoder_receptive_latents(codec)
+    return codec.spec.frames_in_chunk(latents, first=True)
+
+
+def input_frames(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> Iterable[Any] | None:
+    """Frames of the film that come before the first new frame (what ``include_input`` shows), ``[H, W, 3]`` each."""
     if request.clip is None:
         return None
     latents = params.plan(None).given_clip * params.latent_chunk_size
     rerendered = checkpoint.codec_spec.frames_in_chunk(latents, first=False)
-    return request.clip[: request.clip.shape[0] - rerendered]
+    before = () if request.before is None else request.before()
+    return chain(before, request.clip[: request.clip.shape[0] - rerendered])
 
 
 def _conditioning(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> Conditioning:
@@ -367,8 +416,8 @@ def _clip_latents(
 ) -> tuple[dict[int, Tensor], Tensor | None]:
     """Given chunks by index, and the latents the decoder is warmed on.
 
-    The clip is encoded in one causal pass and its end is kept; the decoder sees everything up to the context, so
-    that the first new chunk goes on where the clip's last frame was.
+    The clip's end is encoded in one causal pass; the decoder sees what it can remember up to the context, so that the
+    first new chunk goes on where the clip's last frame was. Both are the same to the bit as if all of it were read.
     """
     if params.start == "noise":
         if request.clip is not None:
@@ -382,16 +431,18 @@ def _clip_latents(
             f"start={params.start} needs a clip of at least {needed} frames at {params.fps:g} fps "
             f"({params.clip_latents} latents), this one has {request.clip.shape[0]}"
         )
-    frames, usable = request.clip.shape[0], checkpoint.codec_spec.usable_frames(request.clip.shape[0])
-    if checkpoint.codec_spec.group and usable != frames:
+    codec, frames = checkpoint.codec, request.clip.shape[0]
+    if codec.spec.group and (usable := codec.spec.usable_frames(frames)) != frames:
         raise MediaError(
             f"a clip of {frames} frames is no whole number of the video codec's groups; use {usable} of them"
         )
-    latents = checkpoint.codec.encode(request.clip)
+    codec.spec.latents_in_clip(frames)
+    latents = codec.encode(request.clip[-clip_frames_used(params, checkpoint) :])
     plan, size = params.plan(None), params.latent_chunk_size
     used = latents[:, latents.shape[1] - params.clip_latents :]
     given = {
         index: used[:, (index + plan.given_context) * size :][:, :size].clone()
         for index in range(-plan.given_context, plan.given_clip)
     }
-    return given, latents[:, : latents.shape[1] - plan.given_clip * size].clone()
+    behind = latents.shape[1] - plan.given_clip * size
+    return given, latents[:, max(0, behind - codec.receptive_latents()) : behind].clone()

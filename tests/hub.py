@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,10 +21,12 @@ class Hub:
 
     Attributes:
         asked: ``(method, file, bytes sent)`` of every request.
+        odd: called with a request's handler and whether its body is wanted; true = it has answered itself.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.asked = folder, list[tuple[str, str, int]]()
+        self.odd: Callable[[BaseHTTPRequestHandler, bool], bool] = lambda handler, body: False
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -37,6 +39,8 @@ class Hub:
                 self._answer(True)
 
             def _answer(self, body: bool) -> None:
+                if hub.odd(self, body):
+                    return None
                 path = self.path.partition("?")[0]
                 match = re.fullmatch(rf"/{REPOSITORY}/resolve/(main|v2|{COMMIT})/(.+)", path)
                 file = hub.folder / match[2] if match else None
@@ -101,7 +105,7 @@ def serve(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     from huggingface_hub import constants
 
     hub = Hub(folder)
-    thread = threading.Thread(target=hub.server.serve_forever, daemon=True)
+    thread = threading.Thread(target=hub.server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"

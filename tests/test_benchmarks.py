@@ -94,6 +94,7 @@ def test_too_few_rounds_to_finish_a_chunk_are_refused() -> None:
     assert "--rounds 3" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("scripts")
 def test_long_run_counts_what_it_made_and_repeats_its_beginning(tmp_path: Path) -> None:
     from long_run import run
@@ -198,6 +199,7 @@ def test_training_equals_plain_torch_and_shards_its_bytes() -> None:
     assert 0 <= found["waiting_share_2_ahead"] <= found["waiting_share_0_ahead"] + 0.02
 
 
+@pytest.mark.slow
 def test_masks_compares_models_on_the_same_windows() -> None:
     found = report("masks.py", "embedded", "--clips", "1", "--windows", "2")
     assert found["models"].keys() == {"embedded"}

@@ -19,7 +19,7 @@ from pavdm_dist import cli
 from pavdm_dist.commands.printing import report_lines
 from pavdm_dist.commands.progress import ChunkProgress
 from pavdm_dist.config import SampleConfig
-from pavdm_dist.errors import EngineError
+from pavdm_dist.errors import EngineError, FailedVideosError
 from pavdm_dist.merging import load_config
 from pavdm_dist.train.settings import TrainConfig
 
@@ -194,6 +194,18 @@ def test_faults_of_the_package_keep_their_traceback(
     monkeypatch.setattr(sys.modules["pavdm_dist.commands.plan"], "plan_report", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["plan"])
+
+
+@pytest.mark.parametrize(("count", "status"), [(1, 101), (3, 103), (25, 125), (26, 125), (400, 125)])
+def test_the_exit_status_says_how_many_videos_failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], count: int, status: int
+) -> None:
+    def render(*_: Any, **__: Any) -> None:
+        raise FailedVideosError("some failed", count)
+
+    monkeypatch.setattr("pavdm_dist.commands.sample.render_command", render)
+    assert cli.main(["sample", "a red three"]) == status
+    assert capsys.readouterr().err == "pavdm: some failed\n"
 
 
 @pytest.mark.parametrize("words", [["sample", "x", "--seed", "3"], ["env", "stray"], ["configs"], ["render"]])

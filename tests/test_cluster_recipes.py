@@ -6,8 +6,10 @@ import copy
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,9 +131,11 @@ def recorder(tmp_path: Path) -> Path:
     return script
 
 
-def submit(recorder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def submit(
+    recorder: Path, *words: str, script: Path = ROOT / "cluster" / "ray_job" / "submit.sh", **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", ROOT / "cluster" / "ray_job" / "submit.sh", *words],
+        ["bash", script, *words],
         capture_output=True,
         text=True,
         timeout=30,
@@ -150,10 +154,44 @@ def test_submit_sends_the_working_tree_and_names_the_interpreter(recorder: Path,
     options, entrypoint = words[:split], words[split + 1 :]
     assert options[options.index("--address") + 1] == "http://head:8265"
     assert options[options.index("--working-dir") + 1] == str(ROOT)
-    assert ".venv" in json.loads(options[options.index("--runtime-env-json") + 1])["excludes"]
+    assert json.loads(options[options.index("--runtime-env-json") + 1])["env_vars"] == {"OMP_NUM_THREADS": "1"}
     assert entrypoint[:4] == [str(recorder), "-m", "pavdm_dist", "sample"]
     config = run_config(SampleConfig, [word for word in entrypoint[4:] if not word.startswith("--")], needs_prompt=True)
     assert (config.output, config.seed, config.num_stages) == (str(output), 7, 2)
+
+
+def test_submit_sends_code_and_nothing_that_lies_beside_it(recorder: Path, tmp_path: Path) -> None:
+    from ray._private.runtime_env.packaging import create_package
+
+    checkout = tmp_path / "checkout"
+    skip = shutil.ignore_patterns("__pycache__")
+    for name in ("pavdm_dist", "configs", "cluster"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=skip)
+    for name in ("prepared/bucket-0-00000.safetensors", "holiday.mp4", ".venv/bin/python", "tests/x.py", "x"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text("")
+    done = submit(recorder, script=checkout / "cluster" / "ray_job" / "submit.sh", OUTPUT=str(tmp_path / "a.mp4"))
+    options = json.loads(done.stdout)
+    about = json.loads(options[options.index("--runtime-env-json") + 1])
+    folder, package = options[options.index("--working-dir") + 1], tmp_path / "sent.zip"
+    create_package(folder, package, include_gitignore=True, excludes=about["excludes"])
+    sent = {info.filename for info in zipfile.ZipFile(package).infolist() if not info.is_dir()}
+    assert {"pavdm_dist/cli.py", "pavdm_dist/embedded/model_index.json", "configs/train/embedded.yaml"} <= sent
+    assert {name.partition("/")[0] for name in sent} <= {"pavdm_dist", "configs", "x"}
+    # What Ray would refuse after minutes of packing.
+    with open(checkout / "pavdm_dist" / "holiday.mp4", "wb") as file:
+        file.write(bytes(160 << 20))
+    done = submit(recorder, script=checkout / "cluster" / "ray_job" / "submit.sh", OUTPUT=str(tmp_path / "a.mp4"))
+    assert (
+        done.returncode == 2 and "submit.sh: pavdm_dist configs in " in done.stderr and "Ray takes 100" in done.stderr
+    )
+
+
+def test_no_recipe_throws_away_what_was_rendered() -> None:
+    """A retry, or the same command again, goes on with what an earlier one left."""
+    for recipe in (MANIFEST, ROOT / "cluster" / "ray_job" / "submit.sh"):
+        commands = [line for line in recipe.read_text().splitlines() if not line.strip().startswith("#")]
+        assert "--overwrite" not in "\n".join(commands), recipe
 
 
 @pytest.mark.parametrize(

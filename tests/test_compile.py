@@ -6,11 +6,13 @@ import copy
 import shutil
 from dataclasses import replace
 from functools import cache, partial
+from typing import get_args
 
 import pytest
 import torch
 from helpers import TINY, reference_chunks, tiny_model, tiny_stream
 from torch._dynamo.utils import counters
+from wan_models import SKYREELS, tiny_wan
 
 from pavdm_dist.config import SampleConfig, validate_sample
 from pavdm_dist.engine.local import LocalEngine
@@ -59,6 +61,25 @@ def test_stages_with_compiled_blocks_agree(plain: STDiT3, compiled: STDiT3, mode
     for one, three, expected in zip(found[1], found[3], reference_chunks(plain, stream), strict=True):
         assert torch.equal(one, three)
         assert relative(one, expected.latents) < 1e-5
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_compiled_blocks_of_the_wan_family_agree() -> None:
+    plain = tiny_wan(config=SKYREELS)
+    compiled = copy.deepcopy(plain)
+    compiled.compile_repeated_blocks()
+    before = counters["stats"]["unique_graphs"]
+    for mode in get_args(Mode):
+        stream = tiny_stream(mode=mode, num_chunks=4)
+        found = [
+            [clean.latents for _, clean in LocalEngine([Stage(compiled, blocks) for blocks in cuts]).run([stream])]
+            for cuts in ([(0, 3)], [(0, 1), (1, 3)])
+        ]
+        for one, two, expected in zip(*found, reference_chunks(plain, stream), strict=True):
+            assert torch.equal(one, two)
+            assert relative(one, expected.latents) < 1e-5
+    assert counters["stats"]["unique_graphs"] - before <= 6, "three parts of a block, for one size and then for all"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -117,12 +118,14 @@ def test_dumped_yaml_reads_back_equal(tmp_path: Path, text: str) -> None:
 
 
 CONTROLS = [chr(code) for code in (*range(1, 0x20), *range(0x7F, 0xA1), 0xAD, 0x2028, 0x2029, 0xFEFF, 0xFFFE, 0x10FFFF)]
+ENDS = ["\t", "\n", "\r", "\x1f", "\x85", "\xa0", "\u2028", "\u2029", "\ufeff"]
 
 
 @pytest.mark.parametrize("shape", ["{}", "a{}b", "a {} b", "{}a: 'b'", 'a"{}\\'])
 def test_characters_that_yaml_takes_for_ends_of_lines_read_back_equal(tmp_path: Path, shape: str) -> None:
     file = tmp_path / "dump.yaml"
-    changes = [PromptChange(number, shape.format(character)) for number, character in enumerate(CONTROLS, 1)]
+    characters = CONTROLS if shape == "a{}b" else ENDS
+    changes = [PromptChange(number, shape.format(character)) for number, character in enumerate(characters, 1)]
     file.write_bytes(to_yaml(SampleConfig(prompt="x", prompt_schedule=changes)).encode())
     assert load_config(SampleConfig, file).prompt_schedule == changes
 
@@ -247,3 +250,26 @@ def test_shipped_files_are_valid() -> None:
             load_config(TrainConfig, file)
         else:
             validate_sample(load_config(SampleConfig, file), needs_prompt=False)
+
+
+def test_a_home_in_front_of_a_path_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file, and few shells, replace it behind an equals sign; a folder named ~ is nobody's wish."""
+    monkeypatch.setenv("HOME", "/home/me")
+    file = tmp_path / "c.yaml"
+    file.write_text("model: ~/models/m\nprompt: ~/ and ~\nseed: 1")
+    config = load_config(SampleConfig, file, ["output=~/o.mp4", "negative_prompt=~/x"])
+    assert (config.model, config.output) == ("/home/me/models/m", "/home/me/o.mp4")
+    assert (config.prompt, config.negative_prompt) == ("~/ and ~", "~/x")
+    assert load_config(PrepareConfig, None, ["source=[~/a, b/~/c]"]).source == ["/home/me/a", "b/~/c"]
+    assert load_config(TrainConfig, None, ["run_dir=~/run"]).run_dir == "/home/me/run"
+
+
+def test_json_is_a_config_file_whatever_letters_it_holds(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    prompt, later = "a red three 😀 三", "𝟟"
+    file.write_text(json.dumps({"prompt": prompt, "prompt_schedule": [{"from_chunk": 1, "prompt": later}]}))
+    config = load_config(SampleConfig, file)
+    assert config.prompt == prompt and config.prompt_schedule == [PromptChange(1, later)]
+    file.write_text(r'prompt: "half \ud83d"')
+    with pytest.raises(ConfigError, match=r"prompt='half \\ud83d': is not text that a file or its name can hold"):
+        load_config(SampleConfig, file)

@@ -12,7 +12,7 @@ from videos import numbered, numbers, shipped_videos, shots, write_video
 from pavdm_dist.codecs.base import CodecSpec
 from pavdm_dist.data import clips as clips_module
 from pavdm_dist.data.buckets import Bucket, parse_buckets
-from pavdm_dist.data.clips import ClipRef, plan_clips, read_frames, scan_video
+from pavdm_dist.data.clips import ClipRef, Scan, plan_clips, read_frames, scan_video
 from pavdm_dist.errors import ConfigError, MediaError
 
 SPEC = CodecSpec(16, 8)
@@ -262,3 +262,34 @@ def test_pictures_that_are_refreshed_bit_by_bit_are_whole_behind_a_jump(tmp_path
     for bucket, clip in clips:
         expected = clips_module._read(str(path), clip, shapes[bucket], 9, seek=None)
         np.testing.assert_array_equal(read(path, shapes[bucket], clip), expected)
+
+
+@pytest.mark.parametrize("frames_before", [112, 100, 115, 1])
+def test_no_clip_is_made_of_a_frame_that_stands_still(tmp_path: Path, frames_before: int) -> None:
+    """A camera that was paused for an hour: what is before it and what is behind it are two shots of one scene."""
+    times = [42 * i + 3_600_000 * (i >= frames_before) for i in range(frames_before + 60)]
+    path = write_video(tmp_path / "gap.mkv", numbered(80).repeat(3, axis=0)[: len(times)], 24, times)
+    shapes, clips, short = planned(path, "64x96x10@24", "64x96x1@24", scene_cuts=False)
+    assert short == 0
+    for bucket, clip in clips:
+        assert bucket == 1 or clip.frames >= 36
+        assert not clip.first < frames_before < clip.first + clip.frames
+        assert read(path, shapes[bucket], clip).shape[0] == (37, 1)[bucket]
+    assert sum(clip.frames for _, clip in clips) == len(times), "every frame is in a clip"
+
+
+def test_a_last_frame_that_is_shown_for_long_is_not_held(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "credits.mp4", numbered(20), 24)
+    scan = scan_video(str(path), scene_cuts=False)
+    held = Scan(scan.height, scan.width, scan.times, scan.end + 60, scan.cuts)
+    buckets = parse_buckets(["64x96x3@24"], 24, SPEC)
+    plans = [plan_clips("v", "", one, buckets, SPEC, upscale=False) for one in (held, scan)]
+    assert plans[0] == plans[1] and len(plans[0][0]) == 2
+
+
+def test_a_slow_bucket_takes_what_a_fast_one_leaves(tmp_path: Path) -> None:
+    """A picture every two seconds: a film at half a frame per second, single pictures at 24."""
+    path = write_video(tmp_path / "slow.mp4", numbered(20), 0.5)
+    _, clips, _ = planned(path, "64x96x3@24", "64x96x3@0.5", scene_cuts=False)
+    assert [(bucket, clip.first, clip.frames) for bucket, clip in clips] == [(1, 0, 9), (1, 9, 9)]
+    assert planned(path, "64x96x3@24", scene_cuts=False)[1:] == ([], 1)

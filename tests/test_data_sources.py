@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,32 @@ def test_the_closest_aspect_decides_then_the_length_then_the_size() -> None:
     assert chosen(100, 180) == ["64x112x9", "64x112x3"]
     assert chosen(100, 180, upscale=True) == ["128x224x9", "64x112x9", "720x1280x3", "64x112x3"]
     assert chosen(48, 64) == []
+
+
+def test_what_other_systems_leave_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path / "in", a="one")
+    (tmp_path / "in" / "._a.mp4").write_bytes(bytes(4096))  # what a Mac leaves beside a.mp4 on a share
+    (tmp_path / "in" / "._a.txt").write_bytes(b"\x00\x05\x16\x07\xb0\xff")
+    for folder in (".Trash-0", "@eaDir/a.mp4", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "deep/.snapshot"):
+        touch(tmp_path / "in" / folder, old=None)
+    with caplog.at_level("INFO"):
+        assert read_sources([str(tmp_path / "in")]).videos == [SourceVideo("a.mp4", "one")]
+    assert "8 hidden files and folders are passed over, such as" in caplog.text
+    (tmp_path / "in" / "a.mp4").unlink()
+    with pytest.raises(ConfigError, match=r"holds no video \(\.avi.*\); 8 hidden files and folders are passed over"):
+        read_sources([str(tmp_path / "in")])
+    # Whoever names one means it.
+    touch(tmp_path / ".hidden", b="two")
+    assert len(read_sources([str(tmp_path / ".hidden")]).videos) == 1
+    (tmp_path / "i.jsonl").write_text('{"path": ".hidden/b.mp4", "caption": "two"}\n')
+    assert read_sources([str(tmp_path / "i.jsonl")]).videos == [SourceVideo(".hidden/b.mp4", "two")]
+
+
+@pytest.mark.parametrize(("on_disk", "written"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_accents_may_be_apart_or_together(tmp_path: Path, on_disk: str, written: str) -> None:
+    name = unicodedata.normalize(on_disk, "Fräulein.mp4")
+    (tmp_path / name).touch()
+    path = unicodedata.normalize(written, name)
+    (tmp_path / "i.jsonl").write_text(json.dumps({"path": path, "caption": "a"}), encoding="utf-8")
+    found = read_sources([str(tmp_path / "i.jsonl")])
+    assert os.path.exists(locate(found.root, found.videos[0].path))

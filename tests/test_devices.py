@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,8 @@ from helpers import reference_chunks, tiny_checkpoint, tiny_model, tiny_stream
 from whole_window import whole_window
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.commands.resolve import open_pipeline
+from pavdm_dist.config import SampleConfig
 from pavdm_dist.engine.local import LocalEngine
 from pavdm_dist.engine.messages import LATENTS, Header
 from pavdm_dist.engine.options import EngineOptions
@@ -21,6 +24,7 @@ from pavdm_dist.engine.transport import HostStagedLink, LocalLink
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.method.schedule import Mode
+from pavdm_dist.models import devices
 from pavdm_dist.models.base import Activation
 from pavdm_dist.models.devices import check_dtype, choose_device, choose_dtype
 from pavdm_dist.models.loading import convert
@@ -115,6 +119,10 @@ def test_what_a_device_cannot_do_is_one_sentence(model: Path, tmp_path: Path, mo
         PAVDMPipeline(Checkpoint.open(model), decoder_dtype="float16")
     with pytest.raises(ConfigError, match=r"dtype=float64: must be auto, bfloat16, float16 or float32"):
         PAVDMPipeline.from_pretrained(model, torch_dtype=torch.float64)
+    with monkeypatch.context() as broken:
+        gpus(broken, 1)  # torch says that there is one, and fails when it is used
+        with pytest.raises(ConfigError, match=r"device=cuda: the GPU cannot be used \(.*use device=cpu"):
+            choose_device("auto")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(ConfigError, match=r"dtype=bfloat16: Tesla T4 cannot compute in it; use float16 or float32"):
@@ -150,6 +158,51 @@ def test_stages_get_their_device_from_the_pipeline(model: Path) -> None:
     assert pipeline.to("cpu").engine.gpus_per_stage == 0  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match=r"device=cpu: gpus_per_stage=1 gives every stage a GPU"):
         PAVDMPipeline(checkpoint, 2, engine=EngineOptions(2, gpus_per_stage=1), device="cpu")
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+def test_gpus_that_stay_idle_are_told(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("pavdm_dist").propagate = True
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    gpus(monkeypatch, 4)
+    checkpoint = Checkpoint.open(model)
+    for device in ("cpu", "cuda"):
+        PAVDMPipeline(checkpoint, 2, device=device)
+    assert not caplog.records, "that is what was asked for"
+    pipeline = PAVDMPipeline(checkpoint, 2).to(torch.bfloat16)
+    (record,) = caplog.records
+    said = "4 GPUs of this machine stay idle: to stages device=auto means CPUs; device=cuda gives every stage a GPU"
+    assert record.levelname == "WARNING" and said in record.getMessage() and pipeline.engine is not None
+    caplog.clear()
+    # A machine with a GPU that torch cannot use: a wheel for CPUs, or an old driver.
+    gpus(monkeypatch, 0)
+    monkeypatch.setattr(devices, "_GPU_FILES", str(tmp_path / "nvidia[0-9]*"))
+    PAVDMPipeline(checkpoint)
+    assert not caplog.records
+    (tmp_path / "nvidia0").touch()
+    PAVDMPipeline(checkpoint)
+    assert "nvidia0 is a GPU, but torch" in caplog.text and "can use none: it was built without CUDA" in caplog.text
+    caplog.clear()
+    PAVDMPipeline(checkpoint, device="cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    PAVDMPipeline(checkpoint)
+    assert not caplog.records
+
+
+def test_a_decoder_on_cpus_beside_stages_on_gpus_is_told(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("pavdm_dist").propagate = True
+    for chosen, told in (({"device": "cuda"}, 1), ({"device": "cuda", "decoder": "cpu"}, 0), ({"device": "cpu"}, 0)):
+        caplog.clear()
+        open_pipeline(SampleConfig(model=str(model), num_stages=2, **chosen))  # type: ignore[arg-type]
+        assert caplog.text.count("decoder=auto decodes on CPUs beside stages on GPUs") == told
 
 
 def test_bundles_hold_the_decoder_where_it_is() -> None:

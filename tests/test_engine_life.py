@@ -40,9 +40,9 @@ def engine(ray_cluster: None, model: Path) -> Iterator[RayEngine]:
         yield up
 
 
-def _engine(model: Path, stages: int = 2, **options: object) -> RayEngine:
-    cut = {1: [(0, 4)], 2: [(0, 2), (2, 4)]}[stages]
-    return RayEngine(str(model / "transformer"), cut, EngineOptions(stages, **options), str(model / "vae"))  # type: ignore[arg-type]
+def _engine(model: Path, stages: int = 2, decoder: bool = True, **options: object) -> RayEngine:
+    cut, codec = {1: [(0, 4)], 2: [(0, 2), (2, 4)]}[stages], str(model / "vae") if decoder else None
+    return RayEngine(str(model / "transformer"), cut, EngineOptions(stages, **options), codec)  # type: ignore[arg-type]
 
 
 def _until(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -91,7 +91,7 @@ def test_a_source_that_thinks_does_not_stop_the_stages(engine: RayEngine) -> Non
 def test_what_waits_for_the_consumer_is_bounded(ray_cluster: None, model: Path) -> None:
     stream = tiny_stream(0, num_chunks=40, guidance_scale=1.0)
     frame_bytes = 3 * 32 * 48
-    with _engine(model, backlog_bytes=5 * 8 * frame_bytes) as engine:
+    with _engine(model, 1, backlog_bytes=5 * 8 * frame_bytes) as engine:
         run = engine.run([stream])
         finished, seen = [next(run)], 0
         for _ in range(60):  # longer than all forty would take
@@ -160,15 +160,20 @@ def test_an_endless_video_is_stopped(engine: RayEngine) -> None:
     _check(finished, replace(endless, plan=replace(plan, num_chunks=len(finished))))
 
 
-@pytest.mark.parametrize("num_stages", [0, 2])
-def test_one_video_is_cancelled_and_the_others_go_on(ray_cluster: None, model: Path, num_stages: int) -> None:
-    with PAVDMPipeline.from_pretrained(model, num_stages=num_stages) as pipeline:
-        requests, found = [VideoRequest(PROMPT, 0, 4000), VideoRequest(PROMPT, 1, 29)], list[int]()
-        for chunk in pipeline.iter_chunks(requests, pipeline.params(), 2):
-            found.append(chunk.video)
-            if found.count(0) == 2:
-                pipeline.cancel(0)
-        assert found.count(1) == 4 and found.count(0) < 40
+@pytest.fixture(scope="module", params=[0, 2])
+def pipeline(request: pytest.FixtureRequest, ray_cluster: None, model: Path) -> Iterator[PAVDMPipeline]:
+    """In this process and on stages; one outlives every test here that leaves it whole."""
+    with PAVDMPipeline.from_pretrained(model, num_stages=request.param) as up:
+        yield up
+
+
+def test_one_video_is_cancelled_and_the_others_go_on(pipeline: PAVDMPipeline) -> None:
+    requests, found = [VideoRequest(PROMPT, 0, 4000), VideoRequest(PROMPT, 1, 29)], list[int]()
+    for chunk in pipeline.iter_chunks(requests, pipeline.params(), 2):
+        found.append(chunk.video)
+        if found.count(0) == 2:
+            pipeline.cancel(0)
+    assert found.count(1) == 4 and found.count(0) < 40
 
 
 @contextmanager
@@ -181,7 +186,7 @@ def _stopped(pid: int) -> Iterator[None]:
 
 
 def test_a_stage_that_freezes_alone_is_noticed(ray_cluster: None, model: Path) -> None:
-    with _engine(model, 1, link_timeout_s=2, max_restarts=0) as engine:
+    with _engine(model, 1, decoder=False, link_timeout_s=2, max_restarts=0) as engine:
         run = engine.run([tiny_stream(0, num_chunks=4000)])
         next(run)
         with (
@@ -193,7 +198,8 @@ def test_a_stage_that_freezes_alone_is_noticed(ray_cluster: None, model: Path) -
             list(engine.run([tiny_stream(0)]))
 
 
-@pytest.mark.parametrize("fate", ["freezes", "dies"])
+# That one dies is in tests/test_recovery.py, too.
+@pytest.mark.parametrize("fate", ["freezes", pytest.param("dies", marks=pytest.mark.slow)])
 def test_a_decoder_that_ends_is_noticed(ray_cluster: None, model: Path, fate: str) -> None:
     with _engine(model, 1, link_timeout_s=2, max_restarts=0) as engine:
         run = engine.run([tiny_stream(0, num_chunks=4000)])
@@ -211,52 +217,43 @@ def test_a_decoder_that_ends_is_noticed(ray_cluster: None, model: Path, fate: st
 
 def test_a_pipeline_keeps_its_stages_until_it_is_closed(ray_cluster: None, model: Path) -> None:
     alone = PAVDMPipeline.from_pretrained(model)
-    with PAVDMPipeline.from_pretrained(model, num_stages=2) as pipeline:
+    with PAVDMPipeline.from_pretrained(model, num_stages=1) as pipeline:
         first = pipeline(PROMPT, num_frames=9, output_type="latent").frames[0]
-        running = pipeline._engine
+        running = pipeline._engines.current
         again = pipeline(PROMPT, num_frames=9, seed=1, output_type="latent").frames[0]
-        assert pipeline._engine is running is not None
+        assert pipeline._engines.current is running is not None
         assert torch.equal(first, alone(PROMPT, num_frames=9, output_type="latent").frames[0])
         assert torch.equal(again, alone(PROMPT, num_frames=9, seed=1, output_type="latent").frames[0])
-    assert pipeline._engine is None
-    third = pipeline(PROMPT, num_frames=9, output_type="latent").frames[0]  # a closed one starts anew
-    assert torch.equal(first, third)
-    pipeline.close()
+    assert pipeline._engines.current is None
 
 
-@pytest.mark.parametrize("num_stages", [0, 2])
-def test_a_pipeline_goes_on_from_a_chunk_and_ends_endless_videos(
-    ray_cluster: None, model: Path, num_stages: int
-) -> None:
-    with PAVDMPipeline.from_pretrained(model, num_stages=num_stages) as pipeline:
-        params = pipeline.params()
-        request = VideoRequest(PROMPT, 5, 29)
-        points: list = []
-        whole = list(pipeline.iter_chunks([request], params, on_grown=lambda video, point: points.append((0, point))))
-        points += [(chunk.index + 1, chunk.resume) for chunk in whole]
-        assert [done for done, _ in points] == [0, 0, 1, 2, 3, 4] and sum(len(c.frames) for c in whole) == 29
-        for done, point in points:
-            rest = list(pipeline.iter_chunks([replace(request, resume=point)], params))
-            assert [chunk.index for chunk in rest] == list(range(done, 4))
-            for chunk, before in zip(rest, whole[done:], strict=True):
-                assert torch.equal(chunk.latents, before.latents) and torch.equal(chunk.frames, before.frames)
-                assert chunk.last == before.last
-        endless = []
-        for chunk in pipeline.iter_chunks([VideoRequest(PROMPT, 5, None)], params):
-            endless.append(chunk)
-            if len(endless) == 3:
-                pipeline.stop(0)
-        assert endless[-1].last and len(endless) >= 5
-        assert torch.equal(endless[0].frames, whole[0].frames)
+def test_a_pipeline_goes_on_from_a_chunk_and_ends_endless_videos(pipeline: PAVDMPipeline) -> None:
+    params = pipeline.params()
+    request = VideoRequest(PROMPT, 5, 29)
+    points: list = []
+    whole = list(pipeline.iter_chunks([request], params, on_grown=lambda video, point: points.append((0, point))))
+    points += [(chunk.index + 1, chunk.resume) for chunk in whole]
+    assert [done for done, _ in points] == [0, 0, 1, 2, 3, 4] and sum(len(c.frames) for c in whole) == 29
+    for done, point in points:
+        rest = list(pipeline.iter_chunks([replace(request, resume=point)], params))
+        assert [chunk.index for chunk in rest] == list(range(done, 4))
+        for chunk, before in zip(rest, whole[done:], strict=True):
+            assert torch.equal(chunk.latents, before.latents) and torch.equal(chunk.frames, before.frames)
+            assert chunk.last == before.last
+    endless = []
+    for chunk in pipeline.iter_chunks([VideoRequest(PROMPT, 5, None)], params):
+        endless.append(chunk)
+        if len(endless) == 3:
+            pipeline.stop(0)
+    assert endless[-1].last and len(endless) >= 5
+    assert torch.equal(endless[0].frames, whole[0].frames)
 
 
-@pytest.mark.parametrize("num_stages", [0, 2])
-def test_a_request_that_cannot_be_built_fails_alone(ray_cluster: None, model: Path, num_stages: int) -> None:
+def test_a_request_that_cannot_be_built_fails_alone(pipeline: PAVDMPipeline) -> None:
     requests = [VideoRequest(PROMPT, 1, 9), VideoRequest("a " * 40, 1, 9), VideoRequest(PROMPT, 2, 9)]
-    with PAVDMPipeline.from_pretrained(model, num_stages=num_stages) as pipeline:
-        failed: dict[int, PAVDMError] = {}
-        done = list(pipeline.iter_chunks(requests, pipeline.params(), on_failed=failed.__setitem__))
-        assert {chunk.video for chunk in done if chunk.last} == {0, 2}
-        assert list(failed) == [1] and "tokens" in str(failed[1])
-        with pytest.raises(ConfigError, match="tokens"):
-            list(pipeline.iter_chunks(requests[1:2], pipeline.params()))
+    failed: dict[int, PAVDMError] = {}
+    done = list(pipeline.iter_chunks(requests, pipeline.params(), on_failed=failed.__setitem__))
+    assert {chunk.video for chunk in done if chunk.last} == {0, 2}
+    assert list(failed) == [1] and "tokens" in str(failed[1])
+    with pytest.raises(ConfigError, match="tokens"):
+        list(pipeline.iter_chunks(requests[1:2], pipeline.params()))

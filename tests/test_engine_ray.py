@@ -16,8 +16,8 @@ import pytest
 import torch
 from helpers import reference_chunks, tiny_model, tiny_stream
 
+from pavdm_dist.cluster.room import fits
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.engine.placement import fits
 from pavdm_dist.engine.ray_engine import RayEngine
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
 from pavdm_dist.io.metadata import cpu_model
@@ -86,7 +86,15 @@ def test_a_model_that_is_not_on_a_node_is_said(ray_cluster: None, tmp_path: Path
         RayEngine(Source(str(tmp_path / "gone"), component="transformer"), _cut(2), EngineOptions(2))
 
 
-@pytest.mark.parametrize(("num_stages", "in_flight"), [(1, (2,)), (2, (1, 3)), (3, (2,)), (4, (4,))])
+@pytest.mark.parametrize(
+    ("num_stages", "in_flight"),
+    [
+        pytest.param(1, (2,), marks=pytest.mark.slow),
+        (2, (1, 3)),
+        (3, (2,)),
+        pytest.param(4, (4,), marks=pytest.mark.slow),
+    ],
+)
 def test_actors_equal_the_sampler(ray_cluster: None, folder: Path, num_stages: int, in_flight: tuple[int, ...]) -> None:
     """In all modes, one after another on the same gang."""
     ids, streams = count(10), list[Stream]()
@@ -189,7 +197,10 @@ def _check_every_snapshot(engine: RayEngine, stream: Stream, expected: list[int]
     return snapshots
 
 
-@pytest.mark.parametrize(("num_stages", "steps"), [(1, 6), (2, 6), (3, 9)])
+@pytest.mark.parametrize(
+    ("num_stages", "steps"),
+    [pytest.param(1, 6, marks=pytest.mark.slow), (2, 6), pytest.param(3, 9, marks=pytest.mark.slow)],
+)
 def test_adaptive_resync_is_the_samplers(gang: Callable[[int], RayEngine], num_stages: int, steps: int) -> None:
     adaptive = Displaced(None, exact_growing=False, adaptive=0.2)
     plan = {"num_inference_steps": steps, "mode": "displaced", "displaced": adaptive}
@@ -211,7 +222,7 @@ def test_adaptive_resync_is_the_samplers(gang: Callable[[int], RayEngine], num_s
             assert torch.equal(clean.latents, reference.latents)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_stage_ends_the_run_quickly(ray_cluster: None, folder: Path, victim: int) -> None:
     stream = tiny_stream(0, num_chunks=4000)
     with RayEngine(str(folder), _cut(2), EngineOptions(2, max_restarts=0)) as engine:
@@ -228,6 +239,7 @@ def test_a_killed_stage_ends_the_run_quickly(ray_cluster: None, folder: Path, vi
         assert time.monotonic() - killed < 15
 
 
+@pytest.mark.slow  # tests/test_recovery.py has one that is replaced, too
 def test_a_frozen_stage_is_noticed_by_its_peer(ray_cluster: None, folder: Path) -> None:
     stream = tiny_stream(0, num_chunks=4000)
     with RayEngine(str(folder), _cut(2), EngineOptions(2, link_timeout_s=3, max_restarts=0)) as engine:
@@ -250,8 +262,8 @@ def test_a_fault_inside_a_stage_keeps_its_traceback(
 ) -> None:
     stream = tiny_stream(0)
     broken = replace(stream, latent_shape=(3, 4, 6))  # one latent channel too few for the model
-    engine = RayEngine(str(folder), _cut(2), EngineOptions(2))
-    with engine, pytest.raises(EngineError, match=r"stage 0 of 2 .* failed"):
+    engine = RayEngine(str(folder), _cut(1), EngineOptions(1))
+    with engine, pytest.raises(EngineError, match=r"stage 0 of 1 .* failed"):
         list(engine.run([broken]))
     assert 'stdit3.py", line' in caplog.text and "to have 4 channels, but got 3" in caplog.text
 

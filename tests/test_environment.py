@@ -13,7 +13,8 @@ import psutil
 import pytest
 from helpers import tiny_checkpoint
 
-from pavdm_dist.engine.environment import handed_on, take_on
+from pavdm_dist.cluster.environment import handed_on, take_on
+from pavdm_dist.data.workers import workers
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.ray_engine import RayEngine
 from pavdm_dist.errors import PAVDMError
@@ -78,6 +79,14 @@ def test_only_what_others_need_is_handed_on() -> None:
     assert handed_on({**wanted, "PATH": "/bin", "HOME": "/root", "CUDA_VISIBLE_DEVICES": "0", "MY_HF_": "1"}) == wanted
 
 
+def test_paths_mean_the_same_in_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    given = {"HF_HOME": "hf", "HF_HUB_CACHE": "~/hub", "HF_TOKEN_PATH": "", "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
+    wanted = {**given, "HF_HOME": f"{tmp_path}/hf", "HF_HUB_CACHE": "/home/me/hub"}
+    assert handed_on(given) == wanted
+
+
 def test_an_interface_that_a_node_does_not_have_is_named(
     ray_cluster: None, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,7 +99,7 @@ def test_an_interface_that_a_node_does_not_have_is_named(
 
 LOCAL = """
 import psutil
-from pavdm_dist.cluster import connect
+from pavdm_dist.cluster.joining import connect
 assert connect(None)
 import os, ray
 assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ and ray.util.get_node_ip_address() == "127.0.0.1"
@@ -111,3 +120,21 @@ def test_a_cluster_that_is_started_here_listens_on_loopback_only() -> None:
     assert done.returncode == 0, done.stderr
     addresses = ast.literal_eval(done.stdout.splitlines()[-1])
     assert addresses and addresses <= {"127.0.0.1", "::ffff:127.0.0.1"}
+
+
+def test_tasks_of_data_preparation_get_the_drivers_environment(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is imported for them that reads it."""
+    monkeypatch.setenv("NCCL_OF_THIS_TEST", "http://mirror")  # workers may serve other tests afterwards
+    monkeypatch.setenv("SOME_OTHER", "1")
+
+    class Early:
+        def __reduce__(self) -> Any:  # what a task brings along is read where it runs
+            return os.getenv, ("NCCL_OF_THIS_TEST",)
+
+    def task(early: str, length: int) -> int:
+        return len(early) * length * ("SOME_OTHER" not in os.environ)
+
+    with workers(1, "auto", 1, gpu=False) as run:
+        assert sorted(run(task, [(Early(), 1), (Early(), 2)])) == [13, 26]

@@ -123,7 +123,7 @@ def test_a_resume_point_lies_in_main_memory_and_goes_on_bit_for_bit(model: Path)
 def test_auto_is_what_the_files_hold(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path)
     tiny_model().save_pretrained(folder / "transformer", torch.bfloat16)
-    engine = PAVDMPipeline.from_pretrained(folder)._inline()
+    engine = PAVDMPipeline.from_pretrained(folder)._load()
     model, codec = engine._model, engine._codec
     assert model.state_dict()["t_block.1.weight"].dtype == torch.bfloat16
     assert model.state_dict()["rope.freqs"].dtype == torch.float32

@@ -259,7 +259,7 @@ def test_a_lock_that_says_nothing_but_changes_is_respected(patient: None, tmp_pa
         OutputLock.acquire(tmp_path / "v.mp4")
 
 
-@pytest.mark.parametrize("kind", ["folder", "link", "broken"])
+@pytest.mark.parametrize("kind", ["folder", "link", "pipe", "broken"])
 def test_a_lock_that_cannot_be_read_is_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -270,6 +270,8 @@ def test_a_lock_that_cannot_be_read_is_refused_at_once(
         path.mkdir()
     elif kind == "link":
         path.symlink_to(tmp_path / "nowhere")
+    elif kind == "pipe":  # whoever opens one waits until somebody writes to it
+        os.mkfifo(path)
     else:
 
         def broken(path: str) -> None:
@@ -277,7 +279,12 @@ def test_a_lock_that_cannot_be_read_is_refused_at_once(
 
         path.touch()
         monkeypatch.setattr(storage, "open_read", broken)
-    said = {"folder": "Is a directory", "link": "a link to nothing", "broken": "Input/output error"}[kind]
+    said = {
+        "folder": "Is a directory",
+        "link": "a link to nothing",
+        "pipe": "is a pipe or a device",
+        "broken": "Input/output error",
+    }[kind]
     for refused in (lambda: OutputLock.acquire(output), lambda: clear_locks([output])):
         with pytest.raises(
             ConfigError, match=rf"output={output}: its lock {path} cannot be read \({said}\); remove it"

@@ -338,13 +338,14 @@ def test_a_sidecar_that_cannot_be_written_leaves_none(tmp_path: Path) -> None:
 
 def test_weights_identity(tmp_path: Path) -> None:
     (tmp_path / "vae").mkdir()
+    names = ["vae/config.json", "vae/model.safetensors"]
     (tmp_path / "vae" / "config.json").write_text(json.dumps({"z_dim": 4}))
     save_file({"w": torch.zeros(3)}, tmp_path / "vae" / "model.safetensors")
-    first = weights_identity(tmp_path)
+    first = weights_identity(tmp_path, names)
     (tmp_path / "README.md").write_text("no part of the weights")
-    assert weights_identity(tmp_path) == first
+    assert weights_identity(tmp_path, reversed(names)) == first
     save_file({"w": torch.ones(3)}, tmp_path / "vae" / "model.safetensors")
-    assert weights_identity(tmp_path) != first
+    assert weights_identity(tmp_path, reversed(names)) != first
 
 
 def test_weights_in_the_hubs_cache_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,9 +361,9 @@ def test_weights_in_the_hubs_cache_are_not_read(tmp_path: Path, monkeypatch: pyt
     small.write_text("{}")
     (cached / "model.safetensors").symlink_to(large)
     (cached / "config.json").symlink_to(small)
-    read: list[Path] = []
-    monkeypatch.setattr("pavdm_dist.io.metadata.sha256_file", lambda path: read.append(path) or sha256_file(path))
-    assert weights_identity(cached) == weights_identity(plain)
+    read, names = list[Path](), ["config.json", "model.safetensors"]
+    monkeypatch.setattr("pavdm_dist.io.metadata.kept_sha256", lambda path: read.append(path) or sha256_file(path))
+    assert weights_identity(cached, names) == weights_identity(plain, names)
     assert read == [cached / "config.json", plain / "config.json", plain / "model.safetensors"]
 
 

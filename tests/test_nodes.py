@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import tempfile
 import threading
 import time
@@ -23,9 +24,9 @@ import pytest
 import torch
 from helpers import reference_chunks, tiny_checkpoint, tiny_model, tiny_stream
 
-from pavdm_dist.engine import placement
+from pavdm_dist.cluster import room
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.engine.placement import place, stage_order
+from pavdm_dist.engine.placement import Placement, place, stage_order
 from pavdm_dist.engine.ray_engine import RayEngine
 from pavdm_dist.errors import ResourcesError
 
@@ -144,7 +145,7 @@ def _placed(meanwhile: Callable[[], None] | None = None, **options: Any) -> Iter
         remove_placement_group(chosen.group)
 
 
-def _nodes_of(chosen: placement.Placement) -> list[str]:
+def _nodes_of(chosen: Placement) -> list[str]:
     from ray.util.placement_group import placement_group_table
 
     of_bundle = placement_group_table(chosen.group)["bundles_to_node_id"]
@@ -171,12 +172,17 @@ def _takes_what_is_free() -> None:
                 place(EngineOptions(2, placement_timeout_s=3))
             assert time.monotonic() - start > 2.5
         # One that does not answer is left out, however free it is.
-        looked, placement._silent = placement._silent, lambda nodes: [second.node_id]
+        looked, room.silent = room.silent, lambda nodes: [second.node_id]
         try:
             with pytest.raises(ResourcesError, match=r"needs 2 CPU, but only .* was free within"):
                 place(EngineOptions(2, placement_timeout_s=2))
         finally:
-            placement._silent = looked
+            room.silent = looked
+        # Together they have what is asked for, and no node has it: each is named.
+        with _busy(second, 1), pytest.raises(ResourcesError) as refused:
+            place(EngineOptions(1, cpus_per_stage=2, placement_timeout_s=2))
+        said = r"needs 2 CPU, 2 CPU on one node for every actor, .*=2: node \S+ has 1 CPU of . CPU free, node \S+ has 1"
+        assert re.search(said, str(refused.value)), refused.value
         # Both together have room, neither alone, though one is large enough: that one is not waited for.
         with _placed(num_stages=2, cpus_per_decoder=1, placement_timeout_s=30) as nodes:
             assert set(nodes) == {first.node_id, second.node_id}
@@ -201,13 +207,13 @@ def _heard() -> Iterator[list[str]]:
     """What placement logs meanwhile; pytest hears only its own process."""
     handler, lines = logging.Handler(), list[str]()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    placement.logger.addHandler(handler)
+    room.logger.addHandler(handler)
     yield lines
-    placement.logger.removeHandler(handler)
+    room.logger.removeHandler(handler)
 
 
 def _waits_for_a_node() -> None:
-    placement.TELL_S = 1.0
+    room.TELL_S = 1.0
     with _nodes(2) as (first,), _busy(first, 1):
         grow = lambda: _cluster.add_node(num_cpus=1)  # noqa: E731
         with _heard() as lines, _placed(grow, num_stages=2) as nodes:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from helpers import tiny_checkpoint
 
+from pavdm_dist import cli
 from pavdm_dist.cli import main
 from pavdm_dist.io.metadata import read_sidecar
 from pavdm_dist.io.storage import check_output
@@ -126,7 +127,7 @@ def test_a_full_disk_ends_one_video_and_the_same_command_goes_on(
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     status, left, again = json.loads(done.stdout)
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("pavdm: ")]
-    assert status == 2 and said.startswith("pavdm: 1 of 3 videos failed, the others are complete: ")
+    assert status == 101 and said.startswith("pavdm: 1 of 3 videos failed, the others are complete: ")
     assert (
         "0001-a-blue-seven-s1.mp4: cannot be written: " in said or "cannot be written: [Errno 28] No space left" in said
     )
@@ -137,6 +138,29 @@ def test_a_full_disk_ends_one_video_and_the_same_command_goes_on(
     alone = tmp_path / "alone.mp4"
     assert main(["sample", "a blue seven", "seed=1", f"model={model}", f"output={alone}", *SHORT]) == 0
     assert read_sidecar(kept / "0001-a-blue-seven-s1.mp4")["latents_sha256"] == read_sidecar(alone)["latents_sha256"]
+
+
+def test_a_standard_output_without_letters_is_one_sentence() -> None:
+    words = [sys.executable, "-m", "pavdm_dist", "sample", "--print-config", "prompt=Ümlaut"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(words, capture_output=True, env=environment, timeout=60)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
+    assert done.stderr.startswith(b"pavdm: standard output takes ascii only, not '\\xdc'; set PYTHONIOENCODING=utf-8")
+
+
+def test_names_that_are_no_text_can_be_told(capsys: pytest.CaptureFixture[str]) -> None:
+    cli._say("caf\udce9.mp4 is short")
+    assert capsys.readouterr().out == "caf\\udce9.mp4 is short\n"
+
+
+def test_a_folder_whose_name_is_no_text_can_be_worked_in(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    os.mkdir(there)
+    monkeypatch.chdir(there)
+    assert main(["sample", "a red three", f"model={model}", "output=o.mp4", *SHORT, "num_frames=8"]) == 0
+    assert sorted(os.listdir(there)) == ["o.json", "o.mp4", "o.safetensors"]
 
 
 def test_a_full_standard_output_is_one_sentence(capfd: pytest.CaptureFixture[str]) -> None:

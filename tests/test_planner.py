@@ -64,8 +64,15 @@ def test_a_model_that_does_not_fit_is_split() -> None:
         planned(replace(SMALL, memory_gib=1e-5))
 
 
-@pytest.mark.parametrize("mode", ["window", "causal", "displaced"])
-@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize(
+    ("stages", "mode"),
+    [
+        (1, "window"),
+        (2, "causal"),
+        (1, "displaced"),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in ((2, "window"), (1, "causal"), (2, "displaced"))),
+    ],
+)
 def test_stages_need_the_memory_that_is_predicted(mode: Mode, stages: int) -> None:
     checkpoint = Checkpoint.open("embedded")
     # Displaced: a full window is run whole at row 16.
@@ -176,6 +183,8 @@ def test_a_slow_decoder_is_said_and_simulated() -> None:
     checkpoint = Checkpoint.open("embedded")
     params = SamplingParams.resolve(checkpoint)
     cluster = replace(SMALL, decoder_tflops=1e-3)
+    silent = report(checkpoint, params, params.plan(8), SMALL, decoder="cpu")["why"]
+    assert "decoding on CPUs is not in these times" in silent and "cluster.decoder_tflops says" in silent
     found = report(checkpoint, params, params.plan(8), cluster, decoder="cpu")
     assert "the decoder sets the pace" in found["why"]
     assert found["choice"]["decode_tflop_per_chunk"] == pytest.approx(

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from helpers import tiny_checkpoint
 from interrupting import interrupted, render
 
 from pavdm_dist import cli
+from pavdm_dist.commands.videos import Shot
+from pavdm_dist.config import SampleConfig
 from pavdm_dist.io.encode import EncoderOptions, VideoEncoder
 from pavdm_dist.io.metadata import read_sidecar
 
@@ -126,7 +129,7 @@ def test_what_cannot_be_finished_is_named_and_the_others_are(
     other = tmp_path / "b.mp4.parts"
     other.mkdir()
     (other / "settings.yaml").write_text(f"prompt: a three\nmodel: {model}\nnum_frames: 5\nguidance_scale: 1.0\n")
-    assert cli.main(["sample", "--resume", str(tmp_path)]) == 2
+    assert cli.main(["sample", "--resume", str(tmp_path)]) == 101
     *_, last = capsys.readouterr().err.splitlines()
     assert (
         last.startswith(f"pavdm: not all could be finished, the others are complete: --resume {parts}: ")
@@ -184,3 +187,19 @@ def test_a_folder_is_resumed_whatever_its_name(
 def test_words_beside_a_folder(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["sample", "--resume", "v.mp4.parts", *words]) == 2
     assert capsys.readouterr().err == f"pavdm: {said}\n"
+
+
+def test_groups_that_name_one_trace_write_one_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, length in (("a", 5), ("b", 13), ("c", 13), ("d", 21)):
+        parts = tmp_path / f"{name}.mp4.parts"
+        parts.mkdir()
+        (parts / "settings.yaml").write_text(f"prompt: a three\nnum_frames: {length}\nnum_stages: 1\ntrace: t.json\n")
+    traces: list[tuple[str | None, int]] = []
+
+    def render(config: SampleConfig, overwrite: bool, progress: object, shots: list[Shot]) -> dict[str, Any]:
+        traces.append((config.trace, len(shots)))
+        return {"videos": [], "seconds": 1.0, "frames_per_second": 0.0}
+
+    monkeypatch.setattr("pavdm_dist.commands.resume.render_command", render)
+    assert cli.main(["sample", "--resume", str(tmp_path)]) == 0
+    assert traces == [("t.json", 1), ("t-2.json", 2), ("t-3.json", 1)]

@@ -96,7 +96,7 @@ def test_a_training_checkpoint_with_code_is_passed_over(
 ) -> None:
     file = tmp_path / "mp_rank_00_model_states.pt"
     torch.save({"module": {"w": torch.zeros(2)}, "x": Code(mark)}, file, pickle_protocol=protocol)
-    manifest = {"files": {file.name: saves._fingerprint(file)} if listed else {}}
+    manifest = {"files": {file.name: saves.fingerprint(file)} if listed else {}}
     (tmp_path / saves.MANIFEST).write_text(json.dumps(manifest))
     found, fault = saves._checked(tmp_path, World(0, 1))
     assert found == manifest and fault is not None

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from forked import forking
 from helpers import TINY, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import forking
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import FrameInfo, WindowSlice

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import hear_signals
+from forked import Program
 from safetensors import safe_open
 from safetensors.torch import save_file
 from training import TINY, environments, launch, processes_of, start, tiny_codec, write_clips
@@ -93,6 +93,7 @@ def expected(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> list[f
     return [trainer.train_step()["loss"] for _ in range(STEPS)]
 
 
+@pytest.mark.slow  # tests/test_train_parallel.py has the losses, and below they are stopped by a signal
 @pytest.mark.timeout(180)
 def test_two_local_processes_train_and_export(run_dir: Path, expected: list[float]) -> None:
     done = pavdm(words(run_dir, "launch.processes=2"))
@@ -127,11 +128,8 @@ def test_torchrun_on_two_nodes(run_dir: Path, expected: list[float]) -> None:
     ],
 )
 def test_a_signal_saves_and_ends_well(run_dir: Path, more: list[str], number: int, code: int, said: str) -> None:
-    command = [sys.executable, "-m", "pavdm_dist", *words(run_dir, "optimizer.total_steps=100000", *more)]
-    process = subprocess.Popen(
-        command, env=alone(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=hear_signals
-    )
-    while not (run_dir / "log.jsonl").exists() and process.poll() is None:
+    process = Program(["-m", "pavdm_dist", *words(run_dir, "optimizer.total_steps=100000", *more)], alone())
+    while not (run_dir / "log.jsonl").exists() and process.returncode is None:
         time.sleep(0.1)
     process.send_signal(number)
     output = process.communicate(timeout=100)[0]

@@ -18,7 +18,7 @@ from training import launch, processes_of, start, write_clips
 from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import CheckpointError, ConfigError, EngineError
 from pavdm_dist.merging import load_config
-from pavdm_dist.train import saves
+from pavdm_dist.train import saves, saving
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
 
@@ -115,7 +115,7 @@ def test_code_in_a_checkpoint_is_not_run(
     file = next(folder.glob("*model_states.pt"))
     torch.save({**torch.load(file, weights_only=False), "code": Code()}, file)
     manifest = json.loads((folder / saves.MANIFEST).read_text())
-    manifest["files"][file.name] = saves._fingerprint(file)
+    manifest["files"][file.name] = saves.fingerprint(file)
     (folder / saves.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="no checkpoint is whole; the newest is step0000005"):
         start(load_config(TrainConfig, None, [*SETTINGS, *stage(number), f"run_dir={run_dir}"]), LatentClips(clips))
@@ -204,7 +204,7 @@ def test_what_was_passed_over_does_not_push_out_what_is_whole(tmp_path: Path, cl
     (tmp_path / "checkpoints" / "step0000001-universal").mkdir()
     trainer = one(tmp_path, clips, "keep_last=2")
     assert trainer.step == 2
-    saves.save(
+    saving.save(
         trainer.engine, trainer.average, tmp_path / "checkpoints", 2, trainer._identity(), trainer.layout,
         trainer.world, 2,
     )  # fmt: skip

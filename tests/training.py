@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import runpy
-import subprocess
 import sys
-import tempfile
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import torch
+from forked import Program
 from safetensors.torch import save_file
 
 from pavdm_dist.digits.batches import INFO, DigitBatches
@@ -39,13 +35,6 @@ def start(
     return Trainer(config, batches, Parts(codec, None, INFO, prompts, VOCABULARY, WORLD_SETTINGS))
 
 
-def forking() -> ForkServerContext:
-    """Where processes come from that have made a trainer's imports already: most of a short run's time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deepspeed.runtime.engine", "deepspeed.runtime.zero.muon.muon_optimizer"])
-    return context
-
-
 def environments(size: int, **more: str) -> list[dict[str, str]]:
     """What torchrun sets for each of ``size`` processes; ``more`` variables."""
     shared = {
@@ -58,47 +47,6 @@ def environments(size: int, **more: str) -> list[dict[str, str]]:
         **more,
     }
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
-
-
-class Program:
-    """``python ARGUMENTS`` in a forked process, with what of :class:`subprocess.Popen` is needed."""
-
-    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
-        self._output = tempfile.NamedTemporaryFile()  # noqa: SIM115  # goes with this object
-        self._process = forking().Process(target=_run, args=(arguments, environment, self._output.name))
-        self._process.start()
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
-
-    def communicate(self, timeout: float) -> tuple[str, None]:
-        """What it printed to either stream, once it has ended."""
-        self._process.join(timeout)
-        if self.returncode is None:
-            raise subprocess.TimeoutExpired("a program", timeout)
-        return Path(self._output.name).read_text(), None
-
-    def kill(self) -> None:
-        self._process.kill()
-
-
-def _run(arguments: list[str], environment: dict[str, str], output: str) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
-    with open(output, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    what, *rest = arguments
-    if what == "-c":
-        sys.argv = ["-c", *rest[1:]]
-        exec(rest[0], {"__name__": "__main__"})
-    elif what == "-m":
-        sys.argv = rest
-        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = arguments
-        runpy.run_path(what, run_name="__main__")
 
 
 def processes_of(arguments: list[str], size: int = 2, **more: str) -> list[Program]:

@@ -103,9 +103,10 @@ class WholeWindow(nn.Module):
         dim = self.config.dim
         return (1, grid.frames, grid.tokens_per_frame, dim), (1, grid.frames, 6, dim), (1, grid.frames, dim)
 
-    def costs(self, grid: Grid, text_len: int) -> Costs:
+    def costs(self, grid: Grid, text_len: int, frames_read: int | None = None) -> Costs:
         tokens, dim = grid.frames * grid.tokens_per_frame, self.config.dim
-        block = tokens * dim * (2 * 10 * dim + 4 * tokens + 4 * text_len)
+        read = (frames_read or grid.frames) * grid.tokens_per_frame
+        block = tokens * dim * (2 * 10 * dim + 4 * read + 4 * text_len)
         ends = 8 * tokens * dim * self.config.channels
         return Costs((float(block),) * self.config.depth, ends, ends)
 

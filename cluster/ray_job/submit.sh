@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Submit the 60 s demo to a running Ray cluster as a Ray job, follow its log, and end with its status.
+# Submit the 60 s demo to a running Ray cluster as a Ray job, follow its log, and end with its status. The same command
+# again leaves a complete video alone, and goes on with one that was interrupted.
 #
 #   cluster/ray_job/submit.sh [key=value ...]        further settings of `pavdm sample`
 #
@@ -22,6 +23,16 @@ if [[ "$output" != /* ]]; then
   exit 2
 fi
 
+# The code is sent, and nothing that lies beside it: prepared data, videos, runs. Ray's limit is 100 MiB, compressed.
+sent=(pavdm_dist configs)
+size=$(cd "$repository" && du -cm "${sent[@]}" | tail -n 1 | cut -f 1)
+if ((size > 150)); then
+  echo "submit.sh: ${sent[*]} in $repository hold $size MiB, and Ray takes 100: move what is not code elsewhere" >&2
+  exit 2
+fi
+excludes='"/??*"' # of the working tree's files and folders all but these; a pattern that takes "." would take all of them
+for folder in "${sent[@]}"; do excludes+=", \"!/$folder\", \"!/$folder/**\""; done
+
 # Ray's client sends a token only when told to; one that the cluster doesn't ask for does no harm.
 if [[ -n "${RAY_AUTH_TOKEN:-}${RAY_AUTH_TOKEN_PATH:-}" || -f "${HOME:-/nonexistent}/.ray/auth_token" ]]; then
   export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
@@ -30,7 +41,7 @@ fi
 exec "$python" -m ray.scripts.scripts job submit \
   --address "$address" \
   --working-dir "$repository" \
-  --runtime-env-json '{"excludes": [".git", ".venv", "docs", "tests"], "env_vars": {"OMP_NUM_THREADS": "1"}}' \
+  --runtime-env-json "{\"excludes\": [$excludes], \"env_vars\": {\"OMP_NUM_THREADS\": \"1\"}}" \
   -- \
   "$python" -m pavdm_dist sample "a red three drifting up and to the left, a blue seven bouncing" \
-  seconds=60 num_stages=2 "output=$output" --overwrite "$@"
+  seconds=60 num_stages=2 "output=$output" "$@"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pavdm_dist.errors import CheckpointError, ConfigError
-from pavdm_dist.fields import Within, made
+from pavdm_dist.fields import Within, made, show
 from pavdm_dist.models.loading import load_module
 from pavdm_dist.models.source import Source, load_config
 
@@ -179,7 +179,7 @@ class WordTextEncoder(nn.Module):
         """
         tokens = len(self.token_ids(prompt))
         if tokens > limit:
-            raise ConfigError(f"prompt {prompt!r} has {tokens} tokens, the model takes at most {limit}")
+            raise ConfigError(f"prompt {show(prompt)!r} has {tokens} tokens, the model takes at most {limit}")
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of the prompt that are not in the vocabulary, each once, in order."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pavdm_dist.codecs.pixels import check_frames, from_uint8, to_finite_uint8
 from pavdm_dist.codecs.tiles import Tiles
 from pavdm_dist.codecs.wan_config import read_wan_config, wan_config
-from pavdm_dist.errors import CheckpointError
+from pavdm_dist.errors import CheckpointError, VideoError
 from pavdm_dist.models.loading import load_module, read_tensors, save_module
 from pavdm_dist.models.source import Source, load_config
 
@@ -132,6 +132,7 @@ class WanCodec:
 
         Raises:
             ConfigError: another number of frames, or a size the codec cannot divide.
+            VideoError: latents are not finite.
         """
         check_frames(frames, self.spec)
         cache: list[Any] = [None] * self.vae._cached_conv_counts["encoder"]
@@ -142,7 +143,10 @@ class WanCodec:
             features = self.vae.encoder(patches, feat_cache=cache, feat_idx=[0])
             mean, _ = self.vae.quant_conv(features).chunk(2, dim=1)
             latents.append((mean.float() - self._mean) / self._std)
-        return torch.cat(latents, dim=2)[0].contiguous()
+        result = torch.cat(latents, dim=2)[0].contiguous()
+        if not bool(result.isfinite().all()):
+            raise VideoError("the codec gave latents that are not finite: its encoder is damaged, or its type narrow")
+        return result
 
     def decoder(self) -> WanChunkDecoder:
         """A decoder at the start of a new stream; any number may interleave on this codec."""

@@ -51,6 +51,8 @@ class WanConfig:
         for key in ("latents_mean", "latents_std"):
             if len(getattr(self, key)) != self.z_dim:
                 raise CheckpointError(f"{key} has {len(getattr(self, key))} entries, z_dim={self.z_dim} needs as many")
+        if not all(self.latents_std):
+            raise CheckpointError("latents_std holds 0, by which latents would be divided")
         if not self.dim_mult or len(self.temperal_downsample) != len(self.dim_mult) - 1:
             raise CheckpointError(
                 f"temperal_downsample={list(self.temperal_downsample)}: needs one entry less than"

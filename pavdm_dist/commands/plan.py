@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.commands.resolve import decoder_of_stages, engine_options, sampling_params
+from pavdm_dist.commands.resolve import decoder_of_stages, engine_options, open_checkpoint, sampling_params
 from pavdm_dist.config import ClusterConfig, PlanConfig, SampleConfig, frames_wanted
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.schedule import WindowPlan
@@ -29,7 +29,7 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
 
     With ``cluster.devices`` the planner says how to use them (:mod:`pavdm_dist.planning.planner`).
     """
-    checkpoint = Checkpoint.open(config.model, config.revision)
+    checkpoint = open_checkpoint(config)
     params = sampling_params(config, checkpoint)
     spec, size = checkpoint.codec_spec, params.latent_chunk_size
     if chunks is None:

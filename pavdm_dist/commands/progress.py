@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import TextIO
 
@@ -108,9 +109,12 @@ class ChunkProgress:
         left = self._eta()
         pace = f"{rate:.1f} s of video/min, {left} left"
         if self._bar is not None:
-            self._bar.set_postfix_str(pace, refresh=False)
-            self._bar.n = self._done
-            self._bar.refresh()
+            try:
+                self._bar.set_postfix_str(pace, refresh=False)
+                self._bar.n = self._done
+                self._bar.refresh()
+            except OSError:  # its terminal is closed; the videos go on
+                self._bar.disable, self._bar = True, None
             return
         video = f"video {stream} " if self._several else ""
         logger.info("%schunk %d: %d/%d frames, %s", video, index, self._done, self._total, pace)
@@ -124,7 +128,8 @@ class ChunkProgress:
     def close(self) -> None:
         """Leave the bar as it is and give the line back; harmless when called twice."""
         if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError):
+                self._bar.close()
 
     def _eta(self) -> str:
         if not self._done:

@@ -10,10 +10,23 @@ from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.method.microbatches import Displaced
+from pavdm_dist.models.source import Adapter, Source
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.request import SamplingParams
 
 logger = logging.getLogger(__name__)
+
+# What to expect of weights that were not trained with the window's staircase of noise levels.
+_EXPECTATIONS = {
+    "mixed-trained": (
+        "the model was trained with clean frames beside noisy ones, not with a staircase of levels: it runs without"
+        " further training, with some loss of quality"
+    ),
+    "accepts": (
+        "the model was never trained with different noise levels in one window: expect flicker and drift; finetune"
+        " it, or use more steps (num_inference_steps), so that neighbours differ less"
+    ),
+}
 
 
 def engine_options(config: SampleConfig) -> EngineOptions:
@@ -53,6 +66,16 @@ def decoder_of_stages(config: SampleConfig) -> str:
     return "cpu" if config.decoder == "auto" else config.decoder
 
 
+def open_checkpoint(config: SampleConfig) -> Checkpoint:
+    """The model and what changes its weights; reads configuration files only.
+
+    Raises:
+        CheckpointError: not a model this package runs, or no LoRA.
+    """
+    lora = [Adapter(Source.of(entry.model, entry.revision, field="lora"), entry.scale) for entry in config.lora]
+    return Checkpoint.open(config.model, config.revision, lora)
+
+
 def open_pipeline(config: SampleConfig) -> PAVDMPipeline:
     """The model, and where it will run; loads no weights yet.
 
@@ -60,9 +83,14 @@ def open_pipeline(config: SampleConfig) -> PAVDMPipeline:
         CheckpointError: not a model that can be sampled.
         ConfigError: a device that is not there, or options that contradict one another.
     """
+    if config.num_stages and config.decoder == "auto" and (config.gpus_per_stage or config.device == "cuda"):
+        logger.warning(
+            "decoder=auto decodes on CPUs beside stages on GPUs, which a large model waits for; decoder=shared uses the"
+            " last stage's GPU, decoder=cuda one more (decoder=cpu says that CPUs are meant)"
+        )
     text = TextOptions(config.text_device, config.text_dtype, config.text_cache)
     return PAVDMPipeline(
-        replace(Checkpoint.open(config.model, config.revision), text=text),
+        replace(open_checkpoint(config), text=text),
         config.num_stages,
         config.threads_per_stage,
         engine_options(config) if config.num_stages else None,
@@ -84,10 +112,20 @@ def sampling_params(config: SampleConfig, checkpoint: Checkpoint) -> SamplingPar
     chosen = {name: getattr(config, name) for name in SamplingParams.__dataclass_fields__}
     chosen["displaced"] = Displaced(**asdict(config.displaced))
     params = SamplingParams.resolve(checkpoint, config.allow_untrained_causal, **chosen)
+    checkpoint.check_size(params.height, params.width)
     trained = checkpoint.defaults
     if (params.height, params.width) != (trained.height, trained.width):
         logger.warning(
             "the model was trained at %dx%d (height x width); %dx%d may look wrong",
             trained.height, trained.width, params.height, params.width,
         )  # fmt: skip
+    latents = (params.window_chunks + params.context_chunks) * params.latent_chunk_size
+    if trained.trained_latents is not None and latents > trained.trained_latents:
+        logger.warning(
+            "the model was trained with windows of at most %d latents; %d, (window_chunks + context_chunks) x"
+            " latent_chunk_size, may look wrong",
+            trained.trained_latents, latents,
+        )  # fmt: skip
+    if (expectation := _EXPECTATIONS.get(checkpoint.level_support)) is not None:
+        logger.warning("%s", expectation)
     return params

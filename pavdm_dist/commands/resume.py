@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 from pavdm_dist.commands.sample import render_command
 from pavdm_dist.commands.videos import Shot
 from pavdm_dist.config import SampleConfig, validate_sample
-from pavdm_dist.errors import ConfigError, PAVDMError, VideoError
+from pavdm_dist.errors import ConfigError, FailedVideosError, PAVDMError
+from pavdm_dist.io.metadata import is_complete
 from pavdm_dist.io.recording import SETTINGS
 from pavdm_dist.io.storage import LOCK_NAME, PARTS_SUFFIX, exists, join, list_names, open_read
 from pavdm_dist.merging import load_config, merged, settings_of
@@ -109,7 +111,8 @@ def resume_command(
         What :func:`~pavdm_dist.commands.sample.render_command` does, of all videos.
 
     Raises:
-        PAVDMError: what could not be finished, after all others were.
+        FailedVideosError: some could not be finished, all others are.
+        PAVDMError: nothing could be: see :func:`~pavdm_dist.commands.sample.render_command`.
         Stopped: a signal.
     """
     alike: dict[str, tuple[SampleConfig, list[Shot]]] = {}
@@ -118,17 +121,19 @@ def resume_command(
         common = repr(replace(config, prompt=None, seed=0, output=""))
         alike.setdefault(common, (config, []))[1].append(shot)
     results: list[dict[str, Any]] = []
-    failed, kinds = list(failed), len(alike) + len(failed)
+    reasons, count, kinds = [str(error) for error in failed], len(failed), len(alike) + len(failed)
+    traces: Counter[str | None] = Counter()
     for config, shots in alike.values():
+        traces[config.trace] += 1
         try:
-            results.append(render_command(config, False, progress, shots))
+            results.append(render_command(_with_own_trace(config, traces[config.trace]), False, progress, shots))
         except PAVDMError as error:
             if kinds == 1:
                 raise
-            failed.append(error)
-    if failed:
-        reasons = "; ".join(map(str, failed))
-        raise VideoError(f"not all could be finished, the others are complete: {reasons}")
+            reasons.append(str(error))
+            count += sum(not is_complete(shot.output) for shot in shots)
+    if reasons:
+        raise FailedVideosError(f"not all could be finished, the others are complete: {'; '.join(reasons)}", count)
     seconds = sum(result["seconds"] for result in results)
     frames = sum(result["frames_per_second"] * result["seconds"] for result in results)
     return {
@@ -136,3 +141,10 @@ def resume_command(
         "seconds": round(seconds, 3),
         "frames_per_second": round(frames / seconds, 3) if seconds else 0.0,
     }
+
+
+def _with_own_trace(config: SampleConfig, nth: int) -> SampleConfig:
+    """The second group of videos that names a trace gets ``NAME-2.json``: one file holds one run."""
+    if config.trace is None or nth == 1:
+        return config
+    return replace(config, trace=f"{config.trace.removesuffix('.json')}-{nth}.json")

@@ -9,30 +9,24 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.commands.prompts import Line, read_prompts
 from pavdm_dist.commands.resolve import open_pipeline, sampling_params
 from pavdm_dist.commands.signals import Signals, Stopped
 from pavdm_dist.commands.videos import Shot, Video, Videos
 from pavdm_dist.config import SampleConfig, frames_wanted
-from pavdm_dist.errors import ConfigError, PAVDMError, VideoError
-from pavdm_dist.io.encode import as_rate, check_size, require_libx264
+from pavdm_dist.errors import ConfigError, FailedVideosError, PAVDMError
+from pavdm_dist.io.encode import check_size, require_libx264
 from pavdm_dist.io.image import read_image
 from pavdm_dist.io.metadata import sidecar_path
-from pavdm_dist.io.storage import check_output, exists, is_remote, join, local_copy, same_path
+from pavdm_dist.io.storage import check_output, exists, is_remote, join, local_copy, parts_folder, same_path
 from pavdm_dist.method.stream import ResumePoint
-from pavdm_dist.request import (
-    SamplingParams,
-    VideoRequest,
-    check_prompts,
-    clip_frames_needed,
-    prepare_texts,
-    timed_prompts,
-)
+from pavdm_dist.rates import as_rate
+from pavdm_dist.request import SamplingParams, VideoRequest, check_prompts, prepare_texts, timed_prompts
 from pavdm_dist.timed import first_prompt
 
 logger = logging.getLogger(__name__)
@@ -58,8 +52,9 @@ def render_command(
         ``videos`` (path, frames, latents_sha256 of each), ``seconds`` and ``frames_per_second``.
 
     Raises:
-        PAVDMError: bad input, before anything is written; a video that could not be made, after all others were; or
-            the engine's end. What is finished stays playable, and the same command goes on.
+        FailedVideosError: some could not be made, all others are complete.
+        PAVDMError: bad input, before anything is written; or the engine's end. What is finished stays playable, and
+            the same command goes on.
         Stopped: a signal; the same holds.
     """
     videos = check_videos(config, overwrite, shots)
@@ -75,15 +70,10 @@ def render_command(
     finally:
         bar.close()
     seconds = time.monotonic() - started
-    failed = [video.error for video in made if video.error is not None]
+    failed = [str(video.error) for video in made if video.error is not None]
     if failed:
-        raise (
-            failed[0]
-            if len(made) == 1
-            else VideoError(
-                f"{len(failed)} of {len(made)} videos failed, the others are complete: {'; '.join(map(str, failed))}"
-            )
-        )
+        of_how_many = f"{len(failed)} of {len(made)} videos failed, the others are complete: " if len(made) > 1 else ""
+        raise FailedVideosError(of_how_many + "; ".join(failed), len(failed))
     results = [asdict(video.result) for video in made if video.result is not None]
     for result in results:
         logger.info("wrote %s (%d frames)", result["output"], result["num_frames"])
@@ -95,7 +85,7 @@ def check_videos(config: SampleConfig, overwrite: bool, shots: Sequence[Shot] | 
 
     Args:
         config: validated settings.
-        overwrite: existing outputs may be replaced.
+        overwrite: existing outputs may be replaced; what is none of this program never is.
         shots: the videos; None = those that the settings name.
 
     Returns:
@@ -112,17 +102,30 @@ def check_videos(config: SampleConfig, overwrite: bool, shots: Sequence[Shot] | 
     if pipeline.engine is not None:
         pipeline.split(params)
     shots = _shots(config) if shots is None else shots
-    requests = _requests(config, shots, params, pipeline.checkpoint)
     outputs = [shot.output for shot in shots]
+    _check_clip(config, outputs)
+    requests = _requests(config, shots, params, pipeline.checkpoint)
     weights = pipeline.checkpoint.identity
     made = [Video(number, *pair) for number, pair in enumerate(zip(requests, outputs, strict=True))]
     videos = Videos(made, config, params, pipeline, weights, overwrite)
     videos.check()
     if config.trace is not None:
-        check_output(config.trace, overwrite or _is_trace(config.trace), field="trace")
+        check_output(config.trace, overwrite=True, field="trace")
+        if exists(config.trace) and not _is_trace(config.trace):
+            raise ConfigError(f"trace={config.trace} exists and is no trace of this program; choose another name")
         if any(same_path(config.trace, sidecar_path(output)) for output in outputs):
             raise ConfigError(f"trace={config.trace}: is the name of a video's sidecar; choose another")
     return videos
+
+
+def _check_clip(config: SampleConfig, outputs: Sequence[str]) -> None:
+    """Refuses a clip that making the videos would replace or remove."""
+    clip = config.video
+    if clip is None:
+        return
+    for output in outputs:
+        if same_path(clip, output) or same_path(os.path.dirname(clip), parts_folder(output)):
+            raise ConfigError(f"output={output} would replace video={clip}; choose another name")
 
 
 def _is_trace(path: str) -> bool:
@@ -187,42 +190,27 @@ def _render(videos: Videos, bar: Any, signals: Signals) -> int:
 def _shots(config: SampleConfig) -> list[Shot]:
     """One per prompt, line i of a prompt file with ``seed + i``; in the file named by ``output``, or in that folder as
     ``NNNN-words-sSEED.mp4``."""
-    prompts = [config.prompt or first_prompt(config.timed_prompts) or ""]
-    if config.prompts is not None:
-        try:
-            lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"prompts={config.prompts}: is no readable UTF-8 text file ({error})") from error
-        prompts = [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            raise ConfigError(f"prompts={config.prompts}: has no prompt, one a line is expected")
-    seeds = range(config.seed, config.seed + len(prompts))
+    first = config.prompt or first_prompt(config.timed_prompts) or ""
+    lines = [Line(0, first)] if config.prompts is None else read_prompts(config.prompts)
     if config.output.lower().endswith(".mp4"):
-        return [Shot(prompts[0], seeds[0], config.output)]
-    names = [
-        f"{i:04d}-{_slug(prompt)}-s{seed}.mp4" for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
-    ]
-    return [Shot(*shot) for shot in zip(prompts, seeds, (join(config.output, name) for name in names), strict=True)]
+        return [Shot(lines[0].prompt, config.seed, config.output)]
+    shots = []
+    for number, (line, prompt) in enumerate(lines):
+        seed = config.seed + number
+        output = join(config.output, f"{number:04d}-{_slug(prompt)}-s{seed}.mp4")
+        shots.append(Shot(prompt, seed, output, f"prompts={config.prompts}: line {line}: " if line else ""))
+    return shots
 
 
 def _requests(
     config: SampleConfig, shots: Sequence[Shot], params: SamplingParams, checkpoint: Checkpoint
 ) -> list[VideoRequest]:
-    clip = None
+    clip = before = None
     if config.video is not None:
-        from pavdm_dist.io.video import read_clip
+        from pavdm_dist.commands.clip import open_film
 
-        fewest = clip_frames_needed(params, checkpoint)
-        spec = checkpoint.codec_spec
-        stride = 1 if spec.group else spec.temporal_stride
-        frames = read_clip(config.video, None, params.height, params.width, params.fps, "last", stride)
-        frames = frames[len(frames) - spec.usable_frames(len(frames)) :]
-        if len(frames) < fewest:
-            raise ConfigError(
-                f"video={config.video}: has {len(frames)} usable frames at {params.fps:g} fps, "
-                f"start={params.start} needs at least {fewest}"
-            )
-        clip = torch.from_numpy(frames)
+        film = open_film(config, params, checkpoint)
+        clip, before = film.clip, film.before
     picture = None
     if config.image is not None:
         picture = torch.from_numpy(read_image(config.image, params.height, params.width))
@@ -230,11 +218,15 @@ def _requests(
     schedule = schedule or timed_prompts(config.timed_prompts, params, checkpoint)
     length = frames_wanted(config, params.fps)
     requests = [
-        VideoRequest(shot.prompt, shot.seed, length, config.negative_prompt, schedule, clip, picture) for shot in shots
+        VideoRequest(shot.prompt, shot.seed, length, config.negative_prompt, schedule, clip, picture, before=before)
+        for shot in shots
     ]
     # A prompt that is refused in the middle of a batch would end the videos beside it.
-    for request in requests:
-        check_prompts(request, params, checkpoint)
+    for shot, request in zip(shots, requests, strict=True):
+        try:
+            check_prompts(request, params, checkpoint)
+        except ConfigError as error:
+            raise ConfigError(f"{shot.where}{error}") from error
     return requests
 
 

@@ -10,7 +10,7 @@ from pavdm_dist.errors import ConfigError
 from pavdm_dist.fields import Steps, WindowChunks, Within
 from pavdm_dist.method.microbatches import Displaced, check_displaced
 from pavdm_dist.method.schedule import WindowPlan
-from pavdm_dist.planning.chart import draw_chart
+from pavdm_dist.planning.chart import check_chart, draw_chart
 from pavdm_dist.planning.simulate import Machine, Result, bars, of_trace, simulate
 
 # Some 50,000 a second.
@@ -49,8 +49,8 @@ def simulate_report(config: SimulateConfig) -> dict[str, Any]:
     Raises:
         ConfigError: impossible settings.
     """
-    if config.chart is not None and not config.chart.endswith(".png"):
-        raise ConfigError(f"chart={config.chart}: must end in .png")
+    if config.chart is not None:
+        check_chart(config.chart, "chart")
     if config.trace is not None:
         for setting in fields(SimulateConfig):
             value = getattr(config, setting.name)

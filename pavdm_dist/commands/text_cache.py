@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder, TextOptions
+from pavdm_dist.commands.prompts import read_prompts
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.request import SamplingParams, VideoRequest, check_prompts, prepare_texts
 
@@ -67,11 +67,4 @@ def _prompts(config: TextCacheConfig) -> list[str]:
                 "nothing to encode: give a file of prompts, pavdm text-cache prompts.txt, or prompt=WORDS"
             )
         return [config.prompt or ""]
-    try:
-        lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"prompts={config.prompts}: is no readable UTF-8 text file ({error})") from error
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
-        raise ConfigError(f"prompts={config.prompts}: has no prompt, one a line is expected")
-    return found
+    return [line.prompt for line in read_prompts(config.prompts)]

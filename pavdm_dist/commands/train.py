@@ -28,4 +28,4 @@ def training_data(config: TrainConfig, world: World, end: float) -> tuple[Batche
 
     A :data:`~pavdm_dist.train.run.Provider`.
     """
-    return digit_data(config, world, end) if config.data.folder is None else video_data(config)
+    return digit_data(config, world, end) if not config.data.folder else video_data(config)

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from pavdm_dist.codecs.catalog import RGB
 from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder
 from pavdm_dist.config import SampleConfig
-from pavdm_dist.errors import ConfigError, MediaError, PAVDMError, VideoError
+from pavdm_dist.errors import ConfigError, PAVDMError, VideoError
 from pavdm_dist.io.lock import clear_locks
 from pavdm_dist.io.metadata import is_complete, read_sidecar, sidecar_path, versions
 from pavdm_dist.io.recording import (
@@ -45,6 +46,7 @@ class Shot:
     prompt: str
     seed: int
     output: str
+    where: str = ""  # what is said before a message about its prompt
 
 
 @dataclass
@@ -66,7 +68,7 @@ class Video:
     output: str
     recording: Recording | None = field(default=None, repr=False)
     result: Recorded | None = None
-    error: PAVDMError | None = None
+    error: VideoError | None = None
     changes: tuple[tuple[int, str], ...] = ()
 
 
@@ -186,10 +188,7 @@ class Videos:
         left = None if video.recording is None else video.recording.abort()
         what = f"cannot be written: {error}" if isinstance(error, OSError) else str(error)
         message = what if what.startswith("output=") else f"output={video.output}: {what}"
-        kind = (
-            MediaError if isinstance(error, OSError) else type(error) if isinstance(error, PAVDMError) else VideoError
-        )
-        video.error, video.recording = kind(message), None
+        video.error, video.recording = VideoError(message), None
         logger.warning("%s%s", video.error, f"; {left}" if left else "")
 
     def abort(self) -> list[str]:
@@ -284,6 +283,7 @@ class Videos:
         return {name: value for name, value in facts.items() if value is not None}
 
 
+@lru_cache(maxsize=2)  # videos of a command share their clip and their picture
 def _pixels(frames: Tensor | None) -> str | None:
     return None if frames is None else hashlib.sha256(frames.contiguous().numpy().data).hexdigest()
 

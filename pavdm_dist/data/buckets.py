@@ -10,9 +10,10 @@ from fractions import Fraction
 
 from pavdm_dist.codecs.base import CodecSpec
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.io.encode import as_rate
+from pavdm_dist.io.picture import kept_share
+from pavdm_dist.rates import as_rate, rate_text
 
-_FORM = re.compile(r"(\d+)x(\d+)x(\d+)(?:@(\d+(?:\.\d+)?))?")
+_FORM = re.compile(r"(\d+)x(\d+)x(\d+)(?:@([\w./:-]+))?")
 # Buckets that keep nearly as much of the picture as the best one compete by length; the others are not considered.
 _ASPECT_SHARE = 0.9
 
@@ -33,19 +34,26 @@ class Bucket:
     fps: float
 
     def __str__(self) -> str:
-        return f"{self.height}x{self.width}x{self.num_latents}@{self.fps:.10g}"
+        return f"{self.height}x{self.width}x{self.num_latents}@{rate_text(self.fps)}"
 
     @classmethod
     def parse(cls, text: str, fps: float | None = None) -> Bucket:
         """Reads ``HEIGHTxWIDTHxLATENTS@FPS``; ``fps``: when the text names none.
 
         Raises:
-            ConfigError: another form, or no rate.
+            ConfigError: another form, no rate, or one that :func:`~pavdm_dist.rates.as_rate` does not know.
         """
         match = _FORM.fullmatch(text.strip())
         if match is None or (match[4] is None and fps is None):
             raise ConfigError(f"bucket {text!r}: write HEIGHTxWIDTHxLATENTS@FPS, such as 240x424x35@24")
-        return cls(int(match[1]), int(match[2]), int(match[3]), float(match[4] or fps or 0))
+        try:
+            rate = float(match[4] or fps or 0)
+        except ValueError:  # a fraction or a name
+            try:
+                rate = float(as_rate(match[4] or str(fps)))
+            except ConfigError as error:
+                raise ConfigError(f"bucket {text!r}: {error}") from error
+        return cls(int(match[1]), int(match[2]), int(match[3]), rate)
 
     def check(self, spec: CodecSpec) -> None:
         """Refuses a shape that the codec cannot encode.
@@ -63,9 +71,13 @@ class Bucket:
                 f"bucket {self}: must have at least 1 latent; nearest legal: {replace(self, num_latents=1)}"
             )
 
+    def same(self, other: Bucket) -> bool:
+        """Whether both are one shape, however their rates are written."""
+        return replace(self, fps=0) == replace(other, fps=0) and self.rate == other.rate
+
     @property
     def rate(self) -> Fraction:
-        """``fps`` as the exact fraction that clips are cut with (29.97 is 30000/1001)."""
+        """``fps`` as the exact fraction that clips are cut with; see :func:`~pavdm_dist.rates.as_rate`."""
         return as_rate(self.fps)
 
     def num_frames(self, spec: CodecSpec) -> int:
@@ -78,8 +90,7 @@ class Bucket:
 
     def kept(self, height: int, width: int) -> Fraction:
         """Share of a picture of this size that the centre crop keeps, 0..1."""
-        ratio = Fraction(height * self.width, width * self.height)
-        return min(ratio, 1 / ratio)
+        return kept_share((height, width), (self.height, self.width))
 
 
 def parse_buckets(texts: Sequence[str], fps: float, spec: CodecSpec) -> list[Bucket]:
@@ -97,7 +108,7 @@ def parse_buckets(texts: Sequence[str], fps: float, spec: CodecSpec) -> list[Buc
     for text in texts:
         bucket = Bucket.parse(text, fps)
         bucket.check(spec)
-        if bucket in buckets:
+        if any(bucket.same(other) for other in buckets):
             raise ConfigError(f"bucket {bucket} is given twice")
         buckets.append(bucket)
     if not buckets:

@@ -3,17 +3,18 @@
 A clip starts at a frame of its scene and has the instants ``start + k / fps``. At each of them the frame shown nearest
 to it is taken (the earlier one where two are equally near), so a faster source loses frames, a slower one shows
 some twice, and a variable frame rate needs no case of its own. The next clip starts behind the last frame taken:
-every frame is in one clip at most, and no clip leaves its scene.
+every frame is in one clip at most, and no clip leaves its scene or reaches over a gap in the timestamps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice, pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -21,12 +22,13 @@ from pavdm_dist.codecs.base import CodecSpec
 from pavdm_dist.data.buckets import Bucket, order_buckets
 from pavdm_dist.data.scenes import CutFinder
 from pavdm_dist.errors import MediaError
-from pavdm_dist.io.video import average_rate, decoded_frames, open_video, picture, quarter_turns
-
-T = TypeVar("T")
+from pavdm_dist.io.picture import remarks
+from pavdm_dist.io.reader import VideoReader, open_video
+from pavdm_dist.io.shots import last_shown_for, longest_wait, shown_at
 
 # Seconds before a clip that a reader jumps to, one after the other: in transport streams a jump lands late.
 _SEEK_EARLIER = (0, 1, 4)
+_SMALL = (32, 32)
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Scan:
         times: of every frame, in seconds.
         end: when the last frame stops being shown.
         cuts: frames that begin a new scene, rising, without frame 0.
+        remarks: see :func:`~pavdm_dist.io.picture.remarks`; of the first frame.
     """
 
     height: int
@@ -45,6 +48,23 @@ class Scan:
     times: list[Fraction]
     end: Fraction
     cuts: list[int]
+    remarks: tuple[str, ...] = ()
+
+    def shots(self, rate: Fraction) -> tuple[list[int], list[Fraction]]:
+        """The frames behind the last one of each shot of a clip at ``rate``, rising, and when these last frames end.
+
+        A shot ends with its scene, and where a frame is shown for longer than a clip can show it.
+        """
+        wait, cuts = longest_wait(rate), {*self.cuts, len(self.times)}
+        behind, ends = list[int](), list[Fraction]()
+        first = 0
+        for number, (time, following) in enumerate(pairwise([*self.times, self.end]), 1):
+            if number in cuts or following - time > wait:
+                before = time - self.times[number - 2] if number - first > 1 else None
+                behind.append(number)
+                ends.append(time + last_shown_for(following - time, before, rate))
+                first = number
+        return behind, ends
 
 
 @dataclass(frozen=True)
@@ -98,30 +118,25 @@ def scan_video(location: str, scene_cuts: bool) -> Scan:
     """
     finder = CutFinder() if scene_cuts else None
     times: list[Fraction] = []
-    with open_video(location) as (container, stream):
-        aspect = Fraction(stream.sample_aspect_ratio or 1)
-        for time, frame in decoded_frames(location, container, stream):
+    with open_video(location) as reader:
+        for time, frame in reader.frames():
             if not times:
-                height, width = frame.height, round(frame.width * aspect)
-                if quarter_turns(frame) % 2:
-                    height, width = width, height
-            elif time < times[-1]:
-                raise MediaError(
-                    f"{location}: time runs backwards at frame {len(times)}, from {float(times[-1]):.2f} s to"
-                    f" {float(time):.2f} s (joined videos, or B-frames in AVI or WMV): write it anew with ffmpeg"
-                )
+                reader.picture(
+                    frame, _SMALL
+                )  # colours that cannot be read are found here, not in the middle of a shard
+                height, width = reader.shown_size(frame)
+                said = remarks(frame)
             times.append(time)
             if finder is not None:
                 finder.add(frame)
-        # In a variable-rate video the average rate says nothing about its last frame.
-        end = times[-1] + (frame.duration * frame.time_base if frame.duration else 1 / average_rate(stream))
-    return Scan(height, width, times, end, finder.cuts() if finder is not None else [])
+        end = time + reader.shown_for(frame)
+    return Scan(height, width, times, end, finder.cuts() if finder is not None else [], said)
 
 
 def plan_clips(
     video: str, caption: str, scan: Scan, buckets: Sequence[Bucket], spec: CodecSpec, upscale: bool
 ) -> tuple[list[tuple[int, ClipRef]], int]:
-    """Divides every scene into clips, each as long as its scene still allows.
+    """Divides every scene into clips, each as long as its scene and the next gap still allow.
 
     Args:
         video, caption: for the clips.
@@ -134,42 +149,34 @@ def plan_clips(
         (position of the bucket, clip) in order of time, and the number of scenes that gave no clip.
     """
     order = order_buckets(buckets, scan.height, scan.width, upscale, spec)
+    shots = {rate: scan.shots(rate) for rate in {buckets[i].rate for i in order}}
     clips: list[tuple[int, ClipRef]] = []
     short = 0
     for begin, behind in pairwise([0, *scan.cuts, len(scan.times)]):
         first, before = begin, len(clips)
-        scene_end = scan.times[behind] if behind < len(scan.times) else scan.end
         while first < behind:
-            left = scene_end - scan.times[first]
-            # Half an interval of tolerance: containers round timestamps.
-            fit = (i for i in order if (buckets[i].num_frames(spec) - Fraction(1, 2)) / buckets[i].rate <= left)
-            chosen = next(fit, None)
-            if chosen is None:
-                break
-            bucket = buckets[chosen]
-            frames = ((scan.times[i], i) for i in range(first, behind))
-            last = max(at_instants(frames, bucket.rate, bucket.num_frames(spec)))
-            start, end = scan.times[first], scan.times[last]
-            clips.append((chosen, ClipRef(video, caption, first, last - first + 1, start, end, (begin, behind))))
+            for chosen in order:
+                bucket, frames = buckets[chosen], buckets[chosen].num_frames(spec)
+                number = bisect_right(shots[bucket.rate][0], first)
+                shot_behind, shot_end = shots[bucket.rate][0][number], shots[bucket.rate][1][number]
+                # Half an interval of tolerance: containers round timestamps.
+                if (frames - Fraction(1, 2)) / bucket.rate <= shot_end - scan.times[first]:
+                    break
+            else:
+                first = min((behinds[bisect_right(behinds, first)] for behinds, _ in shots.values()), default=behind)
+                continue
+            start = scan.times[first]
+            ahead = ((scan.times[i], i) for i in range(first, shot_behind))
+            last = max(shown_at(ahead, _instants(start, bucket.rate, frames)))
+            reference = ClipRef(video, caption, first, last - first + 1, start, scan.times[last], (begin, behind))
+            clips.append((chosen, reference))
             first = last + 1
         short += len(clips) == before
     return clips, short
 
 
-def at_instants(frames: Iterable[tuple[Fraction, T]], rate: Fraction, number: int) -> Iterator[T]:
-    """Of ``(time, item)`` the item nearest to each of the instants ``k / rate`` after the first, ``k < number``."""
-    later = iter(frames)
-    start, item = next(later)
-    shown, k = start, 0
-    for time, following in later:
-        while k < number and k / rate <= (shown + time) / 2 - start:
-            yield item
-            k += 1
-        if k == number:
-            return
-        shown, item = time, following
-    for _ in range(k, number):
-        yield item
+def _instants(start: Fraction, rate: Fraction, number: int) -> Iterator[Fraction]:
+    return (start + k / rate for k in range(number))
 
 
 def read_frames(location: str, clip: ClipRef, bucket: Bucket, num_frames: int) -> np.ndarray:
@@ -195,53 +202,29 @@ def read_frames(location: str, clip: ClipRef, bucket: Bucket, num_frames: int) -
 
 
 def _read(location: str, clip: ClipRef, bucket: Bucket, num_frames: int, seek: Fraction | None) -> np.ndarray:
-    import av
-
     pictures: list[np.ndarray] = []
-    with open_video(location) as (container, stream):
-        if seek is not None:
-            try:
-                container.seek(int(seek / stream.time_base), stream=stream, backward=True)
-            except av.FFmpegError as error:
-                raise MediaError(f"{location}: no way to {float(clip.start):.2f} s") from error
-        aspect = Fraction(stream.sample_aspect_ratio or 1)
+    with open_video(location) as reader:
         size = bucket.height, bucket.width
-        decoded = decoded_frames(location, container, stream)
-        if seek is not None:
-            decoded = _from_key_frame(location, decoded)
-        frames = _wanted(location, clip, decoded, seek is not None)
         shown: Any = None
-        for frame in at_instants(frames, bucket.rate, num_frames):
-            pictures.append(pictures[-1] if frame is shown else picture(frame, size, aspect))
+        frames = _wanted(reader, clip, seek)
+        for frame in shown_at(frames, _instants(clip.start, bucket.rate, num_frames)):
+            pictures.append(pictures[-1] if frame is shown else reader.picture(frame, size))
             shown = frame
     return np.stack(pictures)
 
 
-def _from_key_frame(location: str, frames: Iterator[tuple[Fraction, Any]]) -> Iterator[tuple[Fraction, Any]]:
-    """Behind a jump to where pictures are refreshed bit by bit, the first ones are half-built and do not say so."""
-    first = next(frames)
-    if not first[1].key_frame:
-        raise MediaError(f"{location}: no key frame behind the jump")
-    yield first
-    yield from frames
-
-
-def _wanted(
-    location: str, clip: ClipRef, frames: Iterator[tuple[Fraction, Any]], seek: bool
-) -> Iterator[tuple[Fraction, Any]]:
+def _wanted(reader: VideoReader, clip: ClipRef, seek: Fraction | None) -> Iterator[tuple[Fraction, Any]]:
     """The clip's own frames; a check that they begin and end where the scan saw them."""
-    ahead: Iterator[tuple[Fraction, Any]]
-    if seek:
-        # Without timestamps of its own a frame behind a jump cannot be placed.
-        ahead = (pair for pair in frames if pair[0] >= clip.start or pair[1].pts is None)
-    else:
-        ahead = islice(frames, clip.first, None)
+    frames = reader.frames(seek)
+    ahead = islice(frames, clip.first, None) if seek is None else (pair for pair in frames if pair[0] >= clip.start)
     time = None
     for number, (time, frame) in enumerate(islice(ahead, clip.frames)):
-        if (number == 0 and time != clip.start) or (seek and frame.pts is None):
+        if number == 0 and time != clip.start:
             break
         yield time, frame
     else:
         if time == clip.end:
             return
-    raise MediaError(f"{location} is not the video that was scanned: frames {clip.first} to {clip.first + clip.frames}")
+    raise MediaError(
+        f"{reader.path} is not the video that was scanned: frames {clip.first} to {clip.first + clip.frames}"
+    )

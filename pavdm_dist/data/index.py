@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +15,19 @@ from pavdm_dist.errors import ConfigError
 from pavdm_dist.fields import json_value
 from pavdm_dist.io.storage import is_remote
 
+logger = logging.getLogger(__name__)
+
 Captions = Literal["required", "stem", "skip"]
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
 INDEX_SUFFIXES = (".csv", ".jsonl")
 PATH_COLUMNS = ("path", "video", "video_path", "file")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
+# Folders of file servers, archives and trash cans; those that begin with a dot are passed over, too.
+_FOREIGN = (
+    "@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "@tmp", "~snapshot", "$RECYCLE.BIN",
+    "System Volume Information", "lost+found", "__MACOSX",
+)  # fmt: skip
 # Names in an error; more would hide the sentence.
 _SHOWN = 3
 
@@ -108,9 +117,14 @@ def read_sources(sources: Sequence[str], captions: Captions = "required") -> Sou
 
 def _read(source: Path) -> list[_Entry]:
     if source.is_dir():
-        found = sorted(_videos_in(os.path.realpath(source)))
+        hidden: list[str] = []
+        found = sorted(_videos_in(os.path.realpath(source), hidden))
+        passed = f"{len(hidden)} hidden files and folders are passed over, such as {hidden[0]}" if hidden else ""
         if not found:
-            raise ConfigError(f"source={source}: holds no video ({', '.join(VIDEO_SUFFIXES)})")
+            more = passed and f"; {passed}"
+            raise ConfigError(f"source={source}: holds no video ({', '.join(VIDEO_SUFFIXES)}){more}")
+        if passed:
+            logger.info("source=%s: %s", source, passed)
         return [_with_sidecar(path) for path in found]
     suffix = source.suffix.lower()
     if suffix in VIDEO_SUFFIXES:
@@ -130,18 +144,26 @@ def _read(source: Path) -> list[_Entry]:
     return entries
 
 
-def _videos_in(folder: str) -> Iterator[Path]:
-    """All videos of a folder and its subfolders, linked ones too; links that lead nowhere are reported when read."""
+def _videos_in(folder: str, hidden: list[str]) -> Iterator[Path]:
+    """All videos of a folder and its subfolders, linked ones too; links that lead nowhere are reported when read.
+
+    ``hidden`` gets what is passed over: what Macs, file servers and trash cans leave beside videos.
+    """
 
     def refuse(error: OSError) -> None:
         raise ConfigError(f"source={folder}: {error.filename} cannot be read: {error.strerror}") from error
 
     seen = {folder}
     for place, subfolders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        videos = [name for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES]
+        foreign = sorted(name for name in subfolders if name.startswith(".") or name in _FOREIGN)
+        dotted = sorted(name for name in videos if name.startswith("."))
+        hidden += [os.path.join(place, name) for name in (*foreign, *dotted)]
+        subfolders[:] = [name for name in subfolders if name not in foreign]
         real = {name: os.path.realpath(os.path.join(place, name)) for name in subfolders}
         subfolders[:] = [name for name in subfolders if real[name] not in seen]
         seen.update(real.values())
-        yield from (Path(place, name) for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES)
+        yield from (Path(place, name) for name in videos if not name.startswith("."))
 
 
 def _with_sidecar(path: Path) -> _Entry:
@@ -157,6 +179,12 @@ def _with_sidecar(path: Path) -> _Entry:
 def _physical(path: Path) -> str:
     """The path through its real folder, so that ``..`` in a relative one leads where it seems to."""
     return os.path.join(os.path.realpath(path.absolute().parent), path.name)
+
+
+def _as_spelled(path: str) -> str:
+    """The file that a path means: Macs take letters with accents apart in names, most others put them together."""
+    spellings = (path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD")))
+    return next((spelling for spelling in spellings if os.path.lexists(spelling)), path)
 
 
 def _csv_rows(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -189,7 +217,7 @@ def _from_row(source: Path, line: int, row: dict[str, Any]) -> _Entry:
     caption = _column(row, CAPTION_COLUMNS, place)
     if not path:
         raise ConfigError(f"{place}: the path is empty")
-    location = path if is_remote(path) else _physical(source.parent / path)
+    location = path if is_remote(path) else _as_spelled(_physical(source.parent / path))
     return _Entry(location, " ".join(caption.split()), place)
 
 

@@ -26,15 +26,24 @@ from pavdm_dist.codecs.catalog import encoder_identity
 from pavdm_dist.data.buckets import Bucket, parse_buckets
 from pavdm_dist.data.clips import ClipRef
 from pavdm_dist.data.index import Captions, Sources, read_sources
-from pavdm_dist.data.settled import settle, unreadable
+from pavdm_dist.data.readers import forget, left_behind
+from pavdm_dist.data.settled import settle, unreadable, without
 from pavdm_dist.data.shards import INDEX, SETTINGS, SIZES, VERSION, clips_file, shard_file, write_clips, write_json
-from pavdm_dist.data.work import Job, encode_shard, read_scan, scan_file, scan_part
-from pavdm_dist.data.workers import Run, workers
-from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.data.work import Job, encode_shard, look_alone, read_scan, scan_file, scan_part
+from pavdm_dist.data.workers import Run, WorkerDied, workers
+from pavdm_dist.errors import ConfigError, EngineError, MediaError
+from pavdm_dist.fields import FrameRate
 from pavdm_dist.io.storage import is_remote, remove
 
 logger = logging.getLogger(__name__)
 
+# What users should know of videos that are taken.
+_REMARKS = {
+    "hdr": "are HDR: they are brought to the range of SDR",
+    "transparent": "are transparent in parts: they are shown on black",
+    "interlaced": "are interlaced: their fields are not taken apart",
+    "cropped": "lose more than a quarter of their picture to buckets of another shape; one of theirs would keep it",
+}
 # Videos a worker looks at before it writes what it found: what a kill can cost, and files per million videos.
 PART_VIDEOS = 8
 
@@ -47,7 +56,7 @@ class PrepareConfig:
     output: str = "prepared"  # folder of the data set
     model: str = "embedded"  # whose codec and text encoder are used
     buckets: list[str] = field(default_factory=list)  # HEIGHTxWIDTHxLATENTS@FPS; [] = one, as the model samples
-    fps: float | None = None  # of buckets without @FPS; None = the model's
+    fps: FrameRate | None = None  # of buckets without @FPS; None = the model's
     captions: Captions = "required"  # of a video without one: an error, the file's name, or the video is left out
     scene_cuts: bool = True  # look for cuts; false = every video is one shot
     upscale: bool = False  # enlarge videos that are smaller than a bucket
@@ -58,6 +67,7 @@ class PrepareConfig:
     threads: int = 1  # of torch in each worker; part of what the latents' last bits depend on
     device: Literal["cpu", "cuda"] = "cpu"  # where the codec runs
     ray_address: str | None = None  # cluster that takes the place of processes; sources and output are shared folders
+    besides: list[str] = field(default_factory=list)  # data sets whose videos are left out: this one is for new ones
 
 
 def prepare_command(config: PrepareConfig) -> dict[str, Any]:
@@ -73,7 +83,8 @@ def prepare_command(config: PrepareConfig) -> dict[str, Any]:
     """
     _check(config)
     checkpoint = Checkpoint.open(config.model)
-    job = _job(config, checkpoint, sources := read_sources(config.source, config.captions))
+    sources = without(read_sources(config.source, config.captions), config.besides)
+    job = _job(config, checkpoint, sources)
     gpu = config.device == "cuda"
     with _locked(job.output), workers(config.processes, config.ray_address, config.threads, gpu) as run:
         try:
@@ -91,20 +102,17 @@ def _prepare(job: Job, config: PrepareConfig, sources: Sources, run: Run) -> dic
     frames = 0
     scanned = 1.0
     if index is None:
-        parts = range(-(-len(sources.videos) // PART_VIDEOS))
-        missing = [part for part in parts if not scan_file(job.output, part).exists() or unreadable(job.output, part)]
-        tasks = ((job, p, sources.videos[p * PART_VIDEOS : (p + 1) * PART_VIDEOS]) for p in missing)
-        for number, read in enumerate(run(scan_part, tasks), 1):
-            frames += read
-            logger.info("looked at %d of %d parts of the videos, %d frames", number, len(missing), frames)
+        parts = -(-len(sources.videos) // PART_VIDEOS)
+        frames = _look(job, sources, parts, run)
         scanned = time.monotonic() - began
-        index = _list_clips(job, config, sources, len(parts))
+        index = _list_clips(job, config, sources, parts)
     complete = (job.output / INDEX).exists() and index["root"] == sources.root
     if config.encode:
         _encode(job, index, run)  # only shards that are missing
     if not complete:
         write_json(job.output / INDEX, {**index, "root": sources.root})
     remove(job.output / "scan")
+    forget(job.output)
     _check_readable(config, index["skipped"], index["videos"])
     return {
         "output": str(job.output),
@@ -113,6 +121,7 @@ def _prepare(job: Job, config: PrepareConfig, sources: Sources, run: Run) -> dic
         "shards": sum(len(bucket["shards"]) for bucket in index["buckets"]),
         "short_scenes": index["short_scenes"],
         "captions_with_unknown_words": index["captions_with_unknown_words"],
+        "remarks": index.get("remarks", {}),
         "frames_read": frames,
         "frames_per_second": frames / scanned,
         "seconds": time.monotonic() - began,
@@ -120,23 +129,46 @@ def _prepare(job: Job, config: PrepareConfig, sources: Sources, run: Run) -> dic
     }
 
 
+def _look(job: Job, sources: Sources, parts: int, run: Run) -> int:
+    """Looks at all videos that were not looked at yet, also when one of them ends its reader; the frames read."""
+    frames = 0
+    look_alone(job, sources.videos, again=True)
+    while True:
+        missing = [p for p in range(parts) if not scan_file(job.output, p).exists() or unreadable(job.output, p)]
+        tasks = ((job, p, sources.videos[p * PART_VIDEOS : (p + 1) * PART_VIDEOS]) for p in missing)
+        try:
+            for number, read in enumerate(run(scan_part, tasks), 1):
+                frames += read
+                logger.info("looked at %d of %d parts of the videos, %d frames", number, len(missing), frames)
+            return frames
+        except WorkerDied:
+            if not look_alone(job, sources.videos):
+                raise
+
+
 def _list_clips(job: Job, config: PrepareConfig, sources: Sources, parts: int) -> dict[str, Any]:
     """The clip lists on disk, and the index that will complete the data set."""
     skipped: list[dict[str, str]] = []
     totals: Counter[str] = Counter()
+    remarks: dict[str, list[str]] = {}
     for entry in (entry for part in range(parts) for entry in read_scan(job.output, part)):
         totals["short_scenes"] += entry["short_scenes"]
         totals["unknown"] += entry.get("unknown_words", False)
         totals["clips"] += len(entry["clips"])
+        for remark in entry.get("remarks", ()):
+            remarks.setdefault(remark, []).append(entry["video"])
         if "skipped" in entry:
             skipped.append({name: entry[name] for name in ("video", "skipped", "reason")})
     for entry in skipped:
         logger.warning("skipped %s: %s", entry["video"], entry["reason"])
+    for remark, names in remarks.items():
+        logger.warning("%d videos, the first of them %s, %s", len(names), names[0], _REMARKS[remark])
     _check_readable(config, skipped, len(sources.videos))
     if not totals["clips"]:
         # Nothing is kept, so that other settings may be tried in the same folder.
         for path in (job.output / "scan", job.output / SETTINGS, job.output / SIZES):
             remove(path)
+        forget(job.output)
         reasons = "; ".join(f"{entry['video']}: {entry['reason']}" for entry in skipped[:3])
         raise ConfigError(f"none of {len(sources.videos)} videos gives a clip: {reasons}")
     buckets = []
@@ -151,6 +183,7 @@ def _list_clips(job: Job, config: PrepareConfig, sources: Sources, parts: int) -
         "videos": len(sources.videos),
         "short_scenes": totals["short_scenes"],
         "captions_with_unknown_words": totals["unknown"],
+        "remarks": {remark: len(names) for remark, names in remarks.items()},
         "shard_clips": job.shard_clips,
         "identities": dict(job.identities),
         "buckets": buckets,
@@ -179,10 +212,18 @@ def _encode(job: Job, index: dict[str, Any], run: Run) -> None:
     missing = [(job, b, n) for b, n in shards if not shard_file(job.output, b, n).exists()]
     clips = 0
     began = time.monotonic()
-    for number, done in enumerate(run(encode_shard, missing), 1):
-        clips += done
-        rate = clips / (time.monotonic() - began)
-        logger.info("encoded %d of %d shards, %.2f clips/s", len(shards) - len(missing) + number, len(shards), rate)
+    try:
+        for number, done in enumerate(run(encode_shard, missing), 1):
+            clips += done
+            rate = clips / (time.monotonic() - began)
+            logger.info("encoded %d of %d shards, %.2f clips/s", len(shards) - len(missing) + number, len(shards), rate)
+    except WorkerDied as error:
+        names = " or ".join(left_behind(job.output))
+        if not names:
+            raise
+        raise EngineError(
+            f"{error}; it was reading {names}: where that ends every run, prepare another folder without it"
+        ) from error
 
 
 def _check(config: PrepareConfig) -> None:
@@ -247,7 +288,10 @@ def _locked(output: Path) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output={output}: cannot be made: {error.strerror}") from error
-    folder = os.open(output, os.O_RDONLY)
+    try:
+        folder = os.open(output, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"output={output}: cannot be opened: {error.strerror}") from error
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)

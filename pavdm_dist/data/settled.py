@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pavdm_dist.data.index import Sources, locate
-from pavdm_dist.data.shards import SETTINGS, SIZES, VERSION, clips_file, write_json
+from pavdm_dist.data.shards import SETTINGS, SIZES, VERSION, clips_file, read_index, write_json
 from pavdm_dist.data.work import Job, read_scan
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.fields import json_value
 from pavdm_dist.io.storage import remove
 
 
@@ -56,7 +58,13 @@ def settle(job: Job, encode: bool, output: str, sources: Sources) -> None:
         if found.get(name) != wanted.get(name):
             both = f"{name}={found.get(name)}, this run has {wanted.get(name)}"
             said = _other_videos(before, now) if name == "source" else both
-            raise ConfigError(f"output={output} was made with {said}: name another output, or delete that folder")
+            advice = "name another output, or delete that folder"
+            if said.startswith("fewer"):
+                advice = (
+                    f"the new ones go into a folder of their own (output=... besides=[{output}]), and training takes"
+                    f" both (data.folder=[{output}, ...])"
+                )
+            raise ConfigError(f"output={output} was made with {said}: {advice}")
     for leftover in list(job.output.rglob(".*.tmp")):  # of a run that was killed
         remove(leftover)
     # A video that is gone is missed where its clips are read, if any are still to be.
@@ -75,6 +83,25 @@ def settle(job: Job, encode: bool, output: str, sources: Sources) -> None:
         write_json(job.output / SIZES, {name: size or before[name] for name, size in now.items()})
 
 
+def without(sources: Sources, folders: Sequence[str]) -> Sources:
+    """The sources without the videos of other data sets, which are complete.
+
+    Raises:
+        ConfigError: a folder that holds no data set, or nothing is left.
+    """
+    if not folders:
+        return sources
+    known: set[str] = set()
+    for folder in folders:
+        index = read_index(folder)
+        names = json_value((Path(folder) / SIZES).read_bytes())
+        known |= {os.path.realpath(locate(index["root"], name)) for name in names}
+    videos = [video for video in sources.videos if os.path.realpath(locate(sources.root, video.path)) not in known]
+    if not videos:
+        raise ConfigError(f"besides={', '.join(folders)}: all {len(sources.videos)} videos are in there, none is new")
+    return replace(sources, videos=videos)
+
+
 def unreadable(output: Path, part: int) -> set[str]:
     """Videos that could not be read when a part was looked at, and may have been repaired or delivered since.
 
@@ -86,9 +113,11 @@ def unreadable(output: Path, part: int) -> set[str]:
 
 
 def _other_videos(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    for names, what in ((before.keys() - now.keys(), "is gone"), (now.keys() - before.keys(), "is new")):
-        if names:
-            return f"other videos ({min(names)} {what}, {len(names)} such; put them back to go on)"
+    gone, new = before.keys() - now.keys(), now.keys() - before.keys()
+    if gone:
+        return f"other videos ({min(gone)} is gone, {len(gone)} such; put them back to go on)"
+    if new:
+        return f"fewer videos ({min(new)} is new, {len(new)} such)"
     return "other captions, or videos in another order"
 
 

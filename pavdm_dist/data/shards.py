@@ -119,9 +119,16 @@ def write_shard(
         texts: ``[L_i, D]`` per clip; stored as fp16 ``text [n, L, D]`` and bool ``text_mask [n, L]``.
         clips: what they are.
         about: bucket and identities; stored in the header with the clips, as JSON under ``pavdm``.
+
+    Raises:
+        MediaError: naming the video whose numbers are none, or too large.
     """
     text, mask = pad_texts(texts)
     tensors = {"latents": torch.stack(list(latents)).half().cpu(), "text": text.half().cpu(), "text_mask": mask}
+    for name in ("latents", "text"):
+        for clip, values in zip(clips, tensors[name], strict=True):
+            if not values.isfinite().all():
+                raise MediaError(f"{clip.video}: its {name} cannot be held in float16: the model is damaged")
     # One entry: the order of several is random in safetensors, and equal data must give equal bytes.
     header = json.dumps({**about, "clips": [clip.as_json() for clip in clips]}, ensure_ascii=False)
     with atomic_path(path) as staged:

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,16 @@ from pavdm_dist.codecs.catalog import load_codec
 from pavdm_dist.data.buckets import Bucket, smallest
 from pavdm_dist.data.clips import plan_clips, read_frames, scan_video
 from pavdm_dist.data.index import SourceVideo, locate
+from pavdm_dist.data.readers import NOTES, forget, left_behind, reading, survived
 from pavdm_dist.data.shards import SETTINGS, ClipList, clips_file, shard_file, write_json, write_shard
 from pavdm_dist.data.workers import worker_number
 from pavdm_dist.errors import ConfigError, EngineError, MediaError
 from pavdm_dist.models.devices import intra_op_threads
 
 logger = logging.getLogger(__name__)
+
+# Share of a picture below which its loss to a bucket of another shape is reported.
+_LEAST_KEPT = Fraction(3, 4)
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,53 @@ def scan_part(job: Job, part: int, videos: Sequence[SourceVideo]) -> int:
     _check_folders(job)
     entries = read_scan(job.output, part) if scan_file(job.output, part).exists() else []
     before = {entry["video"]: entry for entry in entries if entry.get("skipped") != "unreadable"}
-    found = [before.get(video.path) or _scan(job, video) for video in videos]
+    alone = _read_alone(job.output)
+    found = [before.get(video.path) or alone.get(video.path) or _scan(job, video) for video in videos]
     write_json(scan_file(job.output, part), {"videos": found})
     return sum(entry["frames"] for entry in found if entry["video"] not in before)
+
+
+def look_alone(job: Job, videos: Sequence[SourceVideo], again: bool = False) -> bool:
+    """Looks at videos whose readers were ended, each in a process of its own, and keeps what is found for
+    :func:`scan_part`.
+
+    Args:
+        job: whose readers; none may be at work.
+        videos: of the job.
+        again: also at those that ended such a process in an earlier run: they may have been repaired.
+
+    Returns:
+        Whether there were any.
+    """
+    known = {} if clips_file(job.output, 0).exists() else _read_alone(job.output)
+    suspects = set(left_behind(job.output))
+    if again:
+        suspects |= {name for name, entry in known.items() if entry.get("skipped") == "unreadable"}
+    found = [video for video in videos if video.path in suspects]
+    if clips_file(job.output, 0).exists():
+        for video in found:
+            logger.warning("an earlier run was ended while it read %s", video.path)
+        found = []
+    for video in found:
+        logger.warning("%s: the process that read it was ended; it is looked at alone", video.path)
+        entry = survived(_scan, job, video)
+        reason = f"{video.path}: it ended the process that read it (the decoder crashed, or memory was lacking)"
+        known[video.path] = entry or {**_nothing(video), "skipped": "unreadable", "reason": reason}
+    forget(job.output)
+    if known:
+        (job.output / NOTES).mkdir(exist_ok=True)
+        write_json(_alone_file(job.output), {"videos": list(known.values())})
+    return bool(found)
+
+
+def _alone_file(output: Path) -> Path:
+    return output / NOTES / "alone.json"
+
+
+def _read_alone(output: Path) -> dict[str, dict[str, Any]]:
+    file = _alone_file(output)
+    entries = json.loads(file.read_text(encoding="utf-8"))["videos"] if file.exists() else []
+    return {entry["video"]: entry for entry in entries}
 
 
 def encode_shard(job: Job, bucket: int, number: int) -> int:
@@ -88,7 +137,8 @@ def encode_shard(job: Job, bucket: int, number: int) -> int:
     with intra_op_threads(job.threads), _quiet(), _memory_advice(shape):
         for clip in clips:
             try:
-                frames = read_frames(locate(job.root, clip.video), clip, shape, shape.num_frames(codec.spec))
+                with reading(job.output, clip.video):
+                    frames = read_frames(locate(job.root, clip.video), clip, shape, shape.num_frames(codec.spec))
             except MediaError as error:
                 raise MediaError(
                     f"{error}; its clips are listed: put the video back and run again, or prepare another folder"
@@ -119,8 +169,12 @@ def _memory_advice(bucket: Bucket) -> Iterator[None]:
         ) from error
 
 
+def _nothing(video: SourceVideo) -> dict[str, Any]:
+    return {"video": video.path, "frames": 0, "short_scenes": 0, "clips": []}
+
+
 def _scan(job: Job, video: SourceVideo) -> dict[str, Any]:
-    entry: dict[str, Any] = {"video": video.path, "frames": 0, "short_scenes": 0, "clips": []}
+    entry = _nothing(video)
     if video.caption is None:
         return {**entry, "skipped": "caption", "reason": "it has no caption"}
     checkpoint = _checkpoint(job.model)
@@ -131,7 +185,8 @@ def _scan(job: Job, video: SourceVideo) -> dict[str, Any]:
         return {**entry, "skipped": "caption", "reason": str(error)}
     entry["unknown_words"] = bool(checkpoint.text_encoder.unknown_words(video.caption))
     try:
-        scan = scan_video(locate(job.root, video.path), job.scene_cuts)
+        with reading(job.output, video.path):
+            scan = scan_video(locate(job.root, video.path), job.scene_cuts)
     except MediaError as error:
         return {**entry, "skipped": "unreadable", "reason": str(error)}
     except (ConfigError, MemoryError):
@@ -144,7 +199,8 @@ def _scan(job: Job, video: SourceVideo) -> dict[str, Any]:
     listed = [{"bucket": bucket, **clip.as_json()} for bucket, clip in clips]
     entry = {**entry, "frames": len(scan.times), "short_scenes": short, "clips": listed}
     if clips:
-        return entry
+        kept = min(job.buckets[bucket].kept(scan.height, scan.width) for bucket, _ in clips)
+        return {**entry, "remarks": [*scan.remarks, *(["cropped"] if kept < _LEAST_KEPT else [])]}
     size = f"{scan.height}x{scan.width}"
     if not job.upscale and all(b.height > scan.height or b.width > scan.width for b in job.buckets):
         least = smallest(job.buckets)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import partial
 from itertools import islice
 from multiprocessing.connection import wait as wait_for_end
 from typing import Any
@@ -37,7 +36,8 @@ def workers(processes: int, ray_address: str | None, cpus: int, gpu: bool) -> It
         cpus, gpu: what a task takes of the cluster.
 
     Raises:
-        EngineError: a worker died, or the cluster cannot be reached.
+        WorkerDied: a worker died, and what the others were doing is lost; the function can be called again.
+        EngineError: the cluster cannot be reached.
     """
     if ray_address is not None:
         with _ray(ray_address, cpus, gpu) as run:
@@ -45,31 +45,46 @@ def workers(processes: int, ray_address: str | None, cpus: int, gpu: bool) -> It
     elif processes == 1:
         yield lambda function, tasks: (function(*task) for task in tasks)
     else:
-        # spawn: forking a process that holds threads (torch, FFmpeg) can lock up.
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(processes, context, _begin, (context.Value("i", 0),))
+        pool = _Pool(processes)
         try:
-            yield partial(_in_processes, pool, processes)
+            yield pool.run
         finally:
+            pool.close()
+
+
+class WorkerDied(EngineError):
+    """A worker was ended by what it was doing, or from outside."""
+
+
+class _Pool:
+    """Processes for tasks; new ones where a death has ended all."""
+
+    def __init__(self, processes: int) -> None:
+        self._processes = processes
+        self._pool: ProcessPoolExecutor | None = None
+
+    def run(self, function: Function, tasks: Iterable[Task]) -> Iterator[int]:
+        if self._pool is None:
+            # spawn: forking a process that holds threads (torch, FFmpeg) can lock up.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._processes, context, _begin, (context.Value("i", 0),))
+        waiting, most = iter(tasks), _AHEAD * self._processes
+        pending: set[Future[int]] = set()
+        try:
+            while True:
+                pending |= {self._pool.submit(function, *task) for task in islice(waiting, most - len(pending))}
+                if not pending:
+                    return
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        except BrokenProcessPool as error:
+            self.close()
+            raise WorkerDied("a worker process died, perhaps for lack of memory; run again to go on") from error
+
+    def close(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is not None:
             pool.shutdown(cancel_futures=True)
-
-
-def _in_processes(
-    pool: ProcessPoolExecutor, processes: int, function: Function, tasks: Iterable[Task]
-) -> Iterator[int]:
-    waiting = iter(tasks)
-    pending: set[Future[int]] = set()
-    try:
-        while True:
-            pending |= {pool.submit(function, *task) for task in islice(waiting, _AHEAD * processes - len(pending))}
-            if not pending:
-                return
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in done)
-    except BrokenProcessPool as error:
-        raise EngineError(
-            "a worker process died, perhaps for lack of memory; run again to go on (processes=1 shows where)"
-        ) from error
 
 
 _number = 0
@@ -85,10 +100,10 @@ def _begin(counter: Any) -> None:
     global _number
     with counter.get_lock():
         _number, counter.value = counter.value, counter.value + 1
-    _follow_parent()
+    follow_parent()
 
 
-def _follow_parent() -> None:
+def follow_parent() -> None:
     """Ends this worker with its parent, even a killed one; an interrupt is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -107,30 +122,42 @@ def _follow_parent() -> None:
 def _ray(address: str, cpus: int, gpu: bool) -> Iterator[Run]:
     import ray
 
-    from pavdm_dist.cluster import connect
+    from pavdm_dist.cluster.environment import handed_on
+    from pavdm_dist.cluster.joining import connect
+    from pavdm_dist.cluster.room import may_grow
 
-    connect(address)
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(node.get("CPU", 0) >= cpus and (not gpu or node.get("GPU", 0) >= 1) for node in resources):
-        most = int(max((node.get("CPU", 0) for node in resources), default=0))
-        wanted = f"threads={cpus}" + (" with device=cuda" if gpu else "")
-        raise ConfigError(f"{wanted}: no node of ray_address={address!r} has that; the largest has {most} CPUs")
+    membership = connect(address)
     pending: list[Any] = []
 
     def run(function: Function, tasks: Iterable[Task]) -> Iterator[int]:
-        call = ray.remote(num_cpus=cpus, num_gpus=int(gpu))(function)
+        call, told = ray.remote(num_cpus=cpus, num_gpus=int(gpu))(_told), handed_on()
         waiting = iter(tasks)
         while True:
             # Asked each time: a cluster may grow.
             found = ray.cluster_resources()
             at_once = _AHEAD * max(1, int(found.get("GPU", 1) if gpu else found.get("CPU", 1) // cpus))
-            pending.extend(call.remote(*task) for task in islice(waiting, max(0, at_once - len(pending))))
+            # References in a list reach the task as they are: what they stand for is read once the environment is set.
+            some = islice(waiting, max(0, at_once - len(pending)))
+            pending.extend(call.remote(told, [ray.put((function, task))]) for task in some)
             if not pending:
                 return
             done, pending[:] = ray.wait(pending)
-            yield from ray.get(done)
+            try:
+                yield from ray.get(done)
+            except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+                for reference in pending:
+                    ray.cancel(reference)
+                pending.clear()
+                reason = str(error).splitlines()[0]
+                raise WorkerDied(f"ray_address={address!r}: {reason}; run again to go on") from error
 
     try:
+        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = any(node.get("CPU", 0) >= cpus and (not gpu or node.get("GPU", 0) >= 1) for node in resources)
+        if not room and not may_grow():
+            most = int(max((node.get("CPU", 0) for node in resources), default=0))
+            wanted = f"threads={cpus}" + (" with device=cuda" if gpu else "")
+            raise ConfigError(f"{wanted}: no node of ray_address={address!r} has that; the largest has {most} CPUs")
         yield run
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
@@ -139,3 +166,15 @@ def _ray(address: str, cpus: int, gpu: bool) -> Iterator[Run]:
     finally:
         for reference in pending:
             ray.cancel(reference)
+        membership.leave()
+
+
+def _told(told: dict[str, str], work: list[Any]) -> int:
+    """A task on some node, whose imports must find the driver's environment."""
+    import ray
+
+    from pavdm_dist.cluster.environment import take_on
+
+    take_on(told)
+    function, task = ray.get(work[0])
+    return function(*task)

@@ -156,7 +156,11 @@ class CodecTrainer:
         return min(self.elapsed / self.config.budget_seconds, 1.0)
 
     def step(self) -> dict[str, float]:
-        """One update; returns its losses."""
+        """One update; returns its losses.
+
+        Raises:
+            ConfigError: its gradient is not finite; the weights stay as they were.
+        """
         config = self.config
         if not self.frozen and self.elapsed >= config.budget_seconds:
             self.freeze_encoder()
@@ -183,6 +187,11 @@ class CodecTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         (reconstruction + config.kl_weight * divergence).backward()
         norm = nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
+        if not math.isfinite(norm):
+            raise ConfigError(
+                f"the codec's gradient is not finite in step {self.steps}: lower codec.learning_rate (now"
+                f" {config.learning_rate:g}); the run folder goes on from what it saved last"
+            )
         self.optimizer.step()
         self.steps += 1
         decay = min(config.ema_decay, (1 + self.steps) / (10 + self.steps))

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pavdm_dist.cluster.environment import choose_interface, take_on
 from pavdm_dist.codecs.catalog import FrameMaker
-from pavdm_dist.engine.environment import choose_interface, take_on
 from pavdm_dist.engine.events import Event, Place
 from pavdm_dist.engine.loop import EpochFeed, Links, RunReport, StageLoop
 from pavdm_dist.engine.order import LogEntry, Unit
@@ -42,7 +42,7 @@ class StageActor:
         threads: intra-op threads.
         compiled: whether blocks are compiled.
         dtype: of weights and of what travels between stages, see :func:`~pavdm_dist.models.devices.choose_dtype`.
-        environment: of the driver (:func:`~pavdm_dist.engine.environment.handed_on`).
+        environment: of the driver (:func:`~pavdm_dist.cluster.environment.handed_on`).
     """
 
     def __init__(

@@ -6,7 +6,9 @@ Gives what :class:`~pavdm_dist.engine.ray_engine.RayEngine` gives, bit for bit.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -14,6 +16,7 @@ import torch
 from pavdm_dist.codecs.base import FrameDecoder
 from pavdm_dist.engine.events import Decoded, Failed, Finished, Shift
 from pavdm_dist.engine.flight import Flight
+from pavdm_dist.engine.watchdog import Patience, Watchdog
 from pavdm_dist.errors import PAVDMError, VideoError
 from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.sampler import StepCallback, sample
@@ -25,6 +28,9 @@ from pavdm_dist.models.text_cache import TextBank
 
 logger = logging.getLogger(__name__)
 
+# Seconds between two looks at whether the video that is made gives anything.
+LOOK_S = 1.0
+
 
 class InlineEngine:
     """A whole backbone and a codec in this process.
@@ -34,12 +40,19 @@ class InlineEngine:
         codec: makes frames.
         device: that the model is on.
         threads: intra-op threads while it computes; the caller's own number holds in between.
+        patience: when a video that gives nothing is reported. Nothing can end it: what stands still is the caller.
     """
 
     def __init__(
-        self, model: Backbone, codec: FrameDecoder, device: torch.device | str = "cpu", threads: int = 1
+        self,
+        model: Backbone,
+        codec: FrameDecoder,
+        device: torch.device | str = "cpu",
+        threads: int = 1,
+        patience: Patience | None = None,
     ) -> None:
         self._model, self._codec, self._device, self._threads = model, codec, torch.device(device), threads
+        self._patience = patience or Patience()
         self._stopping: set[int] = set()
         self._cancelled: set[int] = set()
         self._prompts: dict[int, list[NewPrompt]] = {}
@@ -68,14 +81,17 @@ class InlineEngine:
                 try:
                     if isinstance(stream, Failed):
                         raise stream.error
-                    for finished in self._sampled(stream, on_grown, None if on_step is None else on_step(stream)):
-                        # The consumer's own thread count while it works; ours again, whatever it did, for the next row.
-                        torch.set_num_threads(before)
-                        yield finished
-                        before = torch.get_num_threads()
-                        torch.set_num_threads(self._threads)
-                        if stream.id in self._cancelled:
-                            break
+                    with _watched(stream.id, self._patience) as pace:
+                        for finished in self._sampled(stream, on_grown, None if on_step is None else on_step(stream)):
+                            pace.gave()
+                            # The consumer's own thread count while it works; ours again, whatever it did, for the next.
+                            torch.set_num_threads(before)
+                            yield finished
+                            before = torch.get_num_threads()
+                            torch.set_num_threads(self._threads)
+                            pace.goes_on()
+                            if stream.id in self._cancelled:
+                                break
                 except PAVDMError as error:
                     if on_failed is None:
                         raise
@@ -149,3 +165,49 @@ class InlineEngine:
             clean = CleanChunk(clean.index, clean.latents.cpu())
             flight.shifted(replace(ended.pop(), clean=clean))
             yield finished(clean)
+
+
+class _Pace:
+    """What one video gives, seen from a thread beside the one that makes it."""
+
+    def __init__(self, stream: int, patience: Patience) -> None:
+        self._stream, self._watchdog = stream, Watchdog(patience)
+        self._lock, self._is_awaited = threading.Lock(), True
+        self._watchdog.starts(stream)
+
+    def gave(self) -> None:
+        """A chunk, which somebody is busy with now."""
+        with self._lock:
+            self._watchdog.gave(self._stream)
+            self._is_awaited = False
+
+    def goes_on(self) -> None:
+        """The next chunk is awaited from now on."""
+        with self._lock:
+            self._watchdog.excuse()
+            self._is_awaited = True
+
+    def look(self) -> None:
+        """Reports it where it has given nothing for long."""
+        with self._lock:
+            for late in self._watchdog.late([self._stream] if self._is_awaited else []):
+                if late.usual_s is not None and not late.over:
+                    what = f"nothing has come for {late.seconds:.0f} s, usually {late.usual_s:.1f} s a chunk"
+                    logger.warning("video %d: %s", late.stream, what)
+
+
+@contextmanager
+def _watched(stream: int, patience: Patience) -> Iterator[_Pace]:
+    pace, over = _Pace(stream, patience), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(LOOK_S):
+            pace.look()
+
+    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+    thread.start()
+    try:
+        yield pace
+    finally:
+        over.set()
+        thread.join()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-from pavdm_dist.cluster import connect
+from pavdm_dist.cluster.joining import connect
 from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.driver import Driver
 from pavdm_dist.engine.events import Failed, Finished, GangLost, Grown, Output
@@ -24,7 +24,7 @@ from pavdm_dist.engine.ray_gang import RayGang
 from pavdm_dist.engine.restart import Restarts, rebuilt
 from pavdm_dist.engine.runs import Run, Switch
 from pavdm_dist.engine.watchdog import Patience, Watchdog
-from pavdm_dist.errors import ConfigError, PAVDMError
+from pavdm_dist.errors import ConfigError, PAVDMError, ResourcesError
 from pavdm_dist.method.stream import NewPrompt, ResumePoint, Stream
 from pavdm_dist.models.source import Source
 
@@ -48,7 +48,7 @@ class RayEngine:
             with as many.
 
     Attributes:
-        blocks: as asked for; after a restart with fewer stages the gang's may differ.
+        blocks, options: as asked for; after a restart with fewer stages the gang's may differ.
         generation: of the present gang, from 1.
         devices: models of what the stages compute on.
 
@@ -64,8 +64,8 @@ class RayEngine:
         codec: FrameMaker | Source | str | None = None,
         recut: Callable[[int], list[tuple[int, int]]] | None = None,
     ) -> None:
-        self.blocks, self._options, self._recut = list(blocks), options, recut
-        self._owns_ray = connect(options.ray_address)
+        self.blocks, self.options, self._recut = list(blocks), options, recut
+        self._membership = connect(options.ray_address)
 
         def gang(stages: int, generation: int, patience_s: float) -> RayGang:
             cut = self.blocks if stages == len(self.blocks) or recut is None else recut(stages)
@@ -77,8 +77,13 @@ class RayEngine:
         self._make, self.generation = gang, 1
         try:
             self._gang = gang(len(self.blocks), 1, options.placement_timeout_s)
-        except BaseException:
-            self._leave_ray()
+        except BaseException as error:
+            others = self._membership.others
+            self._membership.leave()
+            if isinstance(error, ResourcesError) and others:
+                raise ResourcesError(
+                    f"{error}; {others} other pipeline(s) of this process have stages: close them"
+                ) from error
             raise
         self.devices = self._gang.devices
         self._restarts = Restarts(options)
@@ -199,7 +204,7 @@ class RayEngine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
         self._gang.close()
-        self._leave_ray()
+        self._membership.leave()
 
     # --- the consumer's side -------------------------------------------------------------------------------
 
@@ -254,7 +259,7 @@ class RayEngine:
                     return
             self.generation += 1
             try:
-                most, wait = len(self.blocks), self._options.node_wait_s
+                most, wait = len(self.blocks), self.options.node_wait_s
                 stages = range(1 if self._recut else most, most + 1)
                 self._gang = rebuilt(self._make, stages, self.generation, wait, lambda: self._switch.closing)
                 self._driver.adopt(self._gang)
@@ -295,10 +300,3 @@ class RayEngine:
             self._driver.cancel(stream)
         with self._switch:
             run.clear()
-
-    def _leave_ray(self) -> None:
-        if self._owns_ray:
-            import ray
-
-            ray.shutdown()
-            self._owns_ray = False

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
+from pavdm_dist.cluster.environment import handed_on
 from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.blame import control_results, frozen, lost, video_error
 from pavdm_dist.engine.decoding import Decoding
-from pavdm_dist.engine.environment import handed_on
 from pavdm_dist.engine.events import EpochDone, Event, GangLost, Place, Prepared
 from pavdm_dist.engine.loop import RunReport
 from pavdm_dist.engine.options import EngineOptions

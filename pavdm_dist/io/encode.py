@@ -14,6 +14,7 @@ import numpy as np
 
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.io.storage import atomic_path, open_read
+from pavdm_dist.rates import as_rate
 
 # Without mbtree: its SIMD code reads beyond the last macroblock of a row when their number is no multiple of 4,
 # so that at such widths the same frames gave different packets, depending on what was in memory.
@@ -38,17 +39,6 @@ class EncoderOptions:
     preset: str = "medium"
     threads: int = 1
     keyframe_seconds: float = 2.0
-
-
-def as_rate(fps: float | Fraction) -> Fraction:
-    """Frames per second as the fraction that a container stores, such as 30000/1001.
-
-    Raises:
-        ConfigError: not between 1/1000 and 1000.
-    """
-    if not 1 / 1000 <= fps <= 1000:
-        raise ConfigError(f"fps={fps}: must be between 0.001 and 1000")
-    return Fraction(fps).limit_denominator(1001)
 
 
 def check_size(height: int, width: int) -> None:
@@ -219,7 +209,7 @@ def check_whole(path: Path, num_frames: int) -> None:
 def remux(
     segments: Sequence[str | Path],
     output: str | Path,
-    fps: float | Fraction,
+    fps: float | Fraction | str,
     num_frames: int,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
@@ -274,7 +264,7 @@ def remux(
 
 
 def export_to_video(
-    frames: Iterable[Any], path: str | Path, fps: float = 24, options: EncoderOptions | None = None
+    frames: Iterable[Any], path: str | Path, fps: float | str = 24, options: EncoderOptions | None = None
 ) -> str:
     """Writes frames to an mp4, in one pass and in one move.
 
@@ -282,7 +272,7 @@ def export_to_video(
         frames: pictures of equal size, any iterable: ``[H, W, 3]`` arrays or tensors, uint8 or float in [0, 1],
             or PIL images.
         path: the mp4, local or remote; replaced when it exists.
-        fps: frames per second.
+        fps: frames per second; see :func:`~pavdm_dist.rates.as_rate`.
 
     Returns:
         ``path`` as text.

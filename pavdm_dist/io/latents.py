@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
 from safetensors import safe_open
 from torch import Tensor
 
@@ -199,6 +198,21 @@ class LatentsWriter:
         return sound
 
 
+def holds_latents(path: str | Path) -> bool:
+    """Whether a file, local or remote, is one that :meth:`LatentsWriter.join` has written.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with local_copy(path) as file, safe_open(file, "np") as opened:
+            return "latents" in opened.keys() and _METADATA.items() <= (opened.metadata() or {}).items()  # noqa: SIM118
+    except SafetensorError:
+        return False
+
+
 def read_latents(path: str | Path) -> Tensor:
     """The tensor ``latents`` ``[C, N, h, w]`` of a local safetensors file, float32.
 
@@ -223,8 +237,8 @@ def read_latents(path: str | Path) -> Tensor:
 def _time_major(latents: Tensor) -> np.ndarray:
     if latents.ndim != 4:
         raise ValueError(f"latents must be [C, c, h, w], got {list(latents.shape)}")
-    frames = rearrange(latents.detach().to("cpu", torch.float32), "c t h w -> t c h w").contiguous()
-    return frames.numpy().astype("<f4", copy=False)
+    array = latents.detach().to("cpu", torch.float32).numpy()
+    return np.ascontiguousarray(array.swapaxes(0, 1), "<f4")
 
 
 def _shape(path: Path) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io import storage
-from pavdm_dist.io.latents import LATENTS_NAMES, LatentsWriter
+from pavdm_dist.io.latents import LATENTS_NAMES, LatentsWriter, holds_latents
 from pavdm_dist.io.metadata import is_complete, sidecar_path
 from pavdm_dist.io.segments import SEGMENT_NAMES, SegmentWriter
 from pavdm_dist.io.state import STATE_NAMES, State, changes, read_state
@@ -52,18 +52,23 @@ def check_files(output: str | Path, overwrite: bool, save_latents: bool, resume:
         raise ConfigError(f"output={output}: its latents {latents_path(output)} exist; pass --overwrite")
 
 
-def check_sidecar(output: str | Path) -> None:
-    """Refuses an output whose sidecar would replace a file of somebody else's.
+def check_foreign(output: str | Path, save_latents: bool) -> None:
+    """Refuses an output beside which a file of somebody else's would be replaced.
+
+    Args:
+        output: the mp4.
+        save_latents: latents will be written beside it.
 
     Raises:
-        ConfigError: naming it.
+        ConfigError: naming that file.
+        OSError: one cannot be read.
     """
-    path = sidecar_path(output)
+    path, latents = sidecar_path(output), latents_path(output)
+    said = "and is none of this program; choose another name, or move that file"
     if storage.exists(path) and not is_complete(output):
-        raise ConfigError(
-            f"output={output}: {path} exists, which is the name of its sidecar, and is none of this program; choose"
-            " another name, or move that file"
-        )
+        raise ConfigError(f"output={output}: {path} exists, which is the name of its sidecar, {said}")
+    if save_latents and storage.exists(latents) and not holds_latents(latents):
+        raise ConfigError(f"output={output}: {latents} exists, which is the name of its latents, {said}")
 
 
 def state_to_resume(output: str, identity: Mapping[str, Any], mend: bool = False) -> State | None:

@@ -29,6 +29,8 @@ from pavdm_dist.io.lockfile import Owner, Seen, read_lock, remove_stale, touched
 
 # How often an owner renews its lock, and after what time without that others take it for gone.
 RENEW_S, SILENCE_S = 10.0, 180.0
+# The setting that names a video, whose lock is in its parts folder.
+OUTPUT = "output"
 # How old an owner's knowledge that the lock is its own may be when it writes.
 KNOWN_S = 1.0
 # Another process may have the lock in its hands for an instant, and puts it back when it sees that it is alive.
@@ -49,18 +51,22 @@ class OutputLock:
         threading.Thread(target=self._lease.keep, name="pavdm-lock", daemon=True).start()
 
     @classmethod
-    def acquire(cls, output: str | Path) -> OutputLock:
-        """Locks a video's output; makes the parts folder. Waits as :func:`clear_locks` does.
+    def acquire(cls, output: str | Path, field: str = OUTPUT) -> OutputLock:
+        """Locks a video's output, and makes the parts folder; or a folder. Waits as :func:`clear_locks` does.
+
+        Args:
+            output: what is going to be written.
+            field: the setting that names it; any but ``output`` names a folder.
 
         Raises:
             ConfigError: as :func:`clear_locks`.
             OSError: no lock can be written there.
         """
-        path = _path(output)
+        path = _path(output, field)
         pid = os.getpid()
         mine = Owner(platform.node(), processes.machine(), pid, processes.started(pid), uuid.uuid4().hex)
         while not storage.create_new(path, json.dumps(asdict(mine)).encode()):
-            clear_locks([output])
+            clear_locks([output], field)
         return cls(path, mine)
 
     def check(self) -> None:
@@ -151,11 +157,12 @@ class _Lease:
             json.dump(asdict(replace(self._mine, beats=self._beats)), file)
 
 
-def clear_locks(outputs: Sequence[str | Path]) -> None:
+def clear_locks(outputs: Sequence[str | Path], field: str = OUTPUT) -> None:
     """Takes away locks of processes that are gone; waits up to ``SILENCE_S`` for signs of life from other machines.
 
     Args:
         outputs: any number, watched together. One whose folder cannot be looked at is passed over: opening it says why.
+        field: the setting that names them.
 
     Raises:
         ConfigError: a live process, this one perhaps, is writing one of them, or the lock of one cannot be read, or not
@@ -163,69 +170,70 @@ def clear_locks(outputs: Sequence[str | Path]) -> None:
     """
     watched: dict[str | Path, Seen] = {}
     for output in outputs:
-        found = _find(output)
+        found = _find(output, field)
         if found is None:
             continue
         owner = found.owner
         if owner is None or owner.machine != processes.machine():
             watched[output] = found
         elif processes.is_alive(owner.pid, owner.started):
-            raise ConfigError(f"output={output} is being written by process {owner.pid} on this machine")
+            raise ConfigError(f"{field}={output} is being written by process {owner.pid} on this machine")
         else:
-            _take_away(output, found)
+            _take_away(output, found, field)
     if watched:
-        _await_silence(watched)
+        _await_silence(watched, field)
     for output, found in watched.items():
-        said = "output=%s: %s has given no sign of life for %.0f s; its lock is taken over"
-        logger.warning(said, output, found.who, SILENCE_S)
-        _take_away(output, found)
+        said = "%s=%s: %s has given no sign of life for %.0f s; its lock is taken over"
+        logger.warning(said, field, output, found.who, SILENCE_S)
+        _take_away(output, found, field)
 
 
-def _await_silence(watched: dict[str | Path, Seen]) -> None:
+def _await_silence(watched: dict[str | Path, Seen], field: str) -> None:
     """Watches locks of other machines for ``SILENCE_S``; drops those that are released meanwhile."""
     for output, before in watched.items():
-        said = "output=%s was being written by %s; waiting up to %.0f s for a sign of life"
-        logger.info(said, output, before.who, SILENCE_S)
+        said = "%s=%s was being written by %s; waiting up to %.0f s for a sign of life"
+        logger.info(said, field, output, before.who, SILENCE_S)
     end = time.monotonic() + SILENCE_S
     while watched and time.monotonic() < end:
         time.sleep(min(1.0, SILENCE_S / 10))
         for output, before in list(watched.items()):
-            found = _find(output)
+            found = _find(output, field)
             if found is None:
                 del watched[output]
             elif found != before:
-                raise ConfigError(f"output={output} is being written by {found.who}")
+                raise ConfigError(f"{field}={output} is being written by {found.who}")
 
 
-def _path(output: str | Path) -> str:
-    return storage.join(storage.parts_folder(output), storage.LOCK_NAME)
+def _path(output: str | Path, field: str = OUTPUT) -> str:
+    folder = storage.parts_folder(output) if field == OUTPUT else output
+    return storage.join(folder, storage.LOCK_NAME)
 
 
-def _find(output: str | Path) -> Seen | None:
+def _find(output: str | Path, field: str = OUTPUT) -> Seen | None:
     """The lock of an output; None where there is none.
 
     Raises:
         ConfigError: there is something that cannot be read.
     """
-    path = _path(output)
+    path = _path(output, field)
     try:
         return read_lock(path)
     except OSError as error:
         if storage.is_remote(path) or os.path.lexists(path):
             raise ConfigError(
-                f"output={output}: its lock {path} cannot be read ({error.strerror or error}); remove it if nobody is"
+                f"{field}={output}: its lock {path} cannot be read ({error.strerror or error}); remove it if nobody is"
                 " writing"
             ) from error
     return None
 
 
-def _take_away(output: str | Path, stale: Seen) -> None:
+def _take_away(output: str | Path, stale: Seen, field: str = OUTPUT) -> None:
     """Removes a stale lock, but not the one that another process may just have put in its place.
 
     Raises:
         ConfigError: it cannot be removed.
     """
-    path = _path(output)
+    path = _path(output, field)
     try:
         if not storage.is_remote(path):
             remove_stale(path, stale)
@@ -233,7 +241,7 @@ def _take_away(output: str | Path, stale: Seen) -> None:
             storage.remove(path)
     except OSError as error:
         raise ConfigError(
-            f"output={output}: the lock {path} of {stale.who}, which is gone, cannot be removed"
+            f"{field}={output}: the lock {path} of {stale.who}, which is gone, cannot be removed"
             f" ({error.strerror or error})"
         ) from error
 

@@ -7,9 +7,10 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pavdm_dist
 from pavdm_dist.errors import MediaError
 from pavdm_dist.fields import json_value
+from pavdm_dist.io.checksums import kept_sha256
 from pavdm_dist.io.storage import atomic_write, exists, open_read, sha256_file
 
 _PACKAGES = ("torch", "ray", "deepspeed", "diffusers", "av", "numpy", "safetensors", "omegaconf")
@@ -33,6 +35,11 @@ def sidecar_path(output: str | Path) -> str:
 
 def versions() -> dict[str, str | None]:
     """Versions of Python, this package and those it stands on; None = not installed. Imports none of them."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {"python": platform.python_version(), "pavdm_dist": pavdm_dist.__version__}
     for name in _PACKAGES:
         try:
@@ -50,23 +57,26 @@ def cpu_model() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def weights_identity(folder: str | Path) -> str:
-    """SHA-256 over the names and bytes of a checkpoint's JSON and safetensors files, in order of name.
+def weights_identity(folder: str | Path, names: Iterable[str]) -> str:
+    """SHA-256 over the names and bytes of a checkpoint's files, in order of name.
 
-    Large files in the hub's cache are not read for it: the cache names them by their SHA-256.
+    Large files in the hub's cache are not read for it: the cache names them by their SHA-256. Others are read once and
+    known again (:func:`~pavdm_dist.io.checksums.kept_sha256`).
+
+    Args:
+        folder: of the checkpoint.
+        names: of the files in it that make it what it is, relative, with slashes.
     """
-    root = Path(folder)
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*")):
-        if path.suffix in (".json", ".safetensors"):
-            digest.update(f"{path.relative_to(root).as_posix()} {_file_sha256(path)}\n".encode())
+    for path in sorted(Path(folder, name) for name in names):
+        digest.update(f"{path.relative_to(folder).as_posix()} {_file_sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
 def _file_sha256(path: Path) -> str:
     blob = path.resolve()
     known = blob.parent.name == "blobs" and _HUB_BLOB.fullmatch(blob.name)
-    return blob.name if known else sha256_file(path)
+    return blob.name if known else kept_sha256(path)
 
 
 @dataclass

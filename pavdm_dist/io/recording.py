@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from pavdm_dist.io.latents import LatentsWriter
 from pavdm_dist.io.leftovers import (
     SETTINGS,
     check_files,
-    check_sidecar,
+    check_foreign,
     holds,
     latents_path,
     recording_facts,
@@ -36,6 +36,7 @@ from pavdm_dist.io.leftovers import (
 )
 from pavdm_dist.io.lock import OutputLock, clear_locks
 from pavdm_dist.io.metadata import Sidecar, is_complete, sidecar_path
+from pavdm_dist.io.saver import StateSaver
 from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.io.state import STATE_NAMES, Ledger, Point, State, write_state
 
@@ -72,7 +73,7 @@ def check_recording(
     """
     storage.check_output(output, overwrite=True)  # what would be an OSError of the lock
     clear_locks([output])
-    check_sidecar(output)
+    check_foreign(output, save_latents)
     if overwrite or facts is None or state_to_resume(str(output), facts) is None:
         check_files(output, overwrite, save_latents, resume=facts is not None)
 
@@ -117,6 +118,7 @@ class Recording:
         self._lock, self._segments, self._latents, self._clock = lock, segments, latents, clock
         self._facts = state.identity
         self._ledger = Ledger(state, segments.closed_chunks)
+        self._saver = StateSaver(segments.parts)
         self._saved_chunk, self._saved_at = state.next_chunk, clock()
         self._chunk_began = clock()
 
@@ -169,7 +171,7 @@ class Recording:
         try:
             for path in (output, latents_path(output), sidecar_path(output)):
                 storage.remove_staged(path)
-            check_sidecar(output)
+            check_foreign(output, save_latents)
             if resume and is_complete(output):
                 remove_own(parts)
             state = state_to_resume(output, facts, mend=True) if resume else None
@@ -195,8 +197,8 @@ class Recording:
             storage.remove_empty(parts)
             raise
 
-    def write_input(self, frames: Any) -> None:
-        """Takes the frames that come before chunk 0, uint8 ``[t, height, width, 3]``; again after a resume, too.
+    def write_input(self, frames: Iterable[Any]) -> None:
+        """Takes the frames that come before chunk 0, uint8 ``[height, width, 3]`` each; again after a resume, too.
 
         Raises:
             ValueError: wrong frames.
@@ -258,7 +260,7 @@ class Recording:
         Raises:
             ValueError: no chunk was written, or chunks that a resume wants again were not.
             MediaError: what was written of it earlier was damaged since.
-            ConfigError: another file has got the sidecar's name.
+            ConfigError: another file has got the name of the sidecar, or of the latents.
             OSError: as :meth:`write`.
         """
         self._lock.check()
@@ -275,7 +277,8 @@ class Recording:
                 )
         self._ledger.complete()
         self._save()
-        check_sidecar(self.output)
+        self._saver.wait()
+        check_foreign(self.output, self._latents is not None)
         # Each step may take so long that the lock is lost before the next.
         num_frames = self._segments.join(metadata=comment)
         self._lock.check()
@@ -302,16 +305,22 @@ class Recording:
             Where it is, as a sentence; None when there is nothing to play.
         """
         if self._lock.lost:  # what is there is another's
+            self._saver.close()
             self._segments.drop_open()
             self._lock.release()
             return None
         left = self._segments.abort()
         begun = left.playlist is not None or self._ledger.next_chunk or self._ledger.state.point is not None
+        # Of what an earlier save could not, this one may be able to: the disk has room again.
+        with suppress(OSError):
+            self._saver.wait()
         with suppress(OSError):
             if begun:
                 self._save()
+                self._saver.wait()
             else:
                 self._remove()
+        self._saver.close()
         self._lock.release()
         if left.playlist is None:
             return f"{self.output} is begun, without a frame so far" if begun else None
@@ -319,10 +328,11 @@ class Recording:
 
     def _save(self) -> None:
         state = self._ledger.state
-        write_state(self._segments.parts, state)
+        self._saver.save(state)
         self._saved_chunk, self._saved_at = state.next_chunk, self._clock()
 
     def _remove(self) -> None:
+        self._saver.close()
         self._segments.remove()
         remove_own(self._segments.parts)
         self._lock.release()

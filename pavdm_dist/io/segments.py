@@ -10,7 +10,7 @@ Frames that come before chunk 0 (a clip that the video goes on from) are a segme
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,12 +22,12 @@ from pavdm_dist.io import storage
 from pavdm_dist.io.encode import (
     EncoderOptions,
     VideoEncoder,
-    as_rate,
     check_frames,
     check_size,
     remux,
     require_libx264,
 )
+from pavdm_dist.rates import as_rate
 
 PLAYLIST = "playlist.ffconcat"
 INPUT = "input.mp4"
@@ -143,26 +143,29 @@ class SegmentWriter:
         """Path of the playlist of all complete segments."""
         return storage.join(self.parts, PLAYLIST)
 
-    def write_input(self, frames: Any) -> bool:
+    def write_input(self, frames: Iterable[Any]) -> bool:
         """Takes the frames that come before chunk 0; they are a complete segment when this returns.
 
         Args:
-            frames: uint8 ``[t, height, width, 3]``, t >= 1, numpy or CPU tensor.
+            frames: uint8 ``[height, width, 3]``, numpy or CPU tensors, one or more; read one after the other, and not
+                at all when they are not new.
 
         Returns:
             Whether they were new; False = they are there, perhaps of an earlier writer, which this one resumes.
 
         Raises:
-            ValueError: wrong frames.
+            ValueError: wrong frames, or none.
         """
         if self._input is not None:
             return False
-        array = check_frames(frames, *self._size)
         with storage.atomic_path(storage.join(self.parts, INPUT)) as staged:
             encoder = VideoEncoder(staged, self._rate, *self._size, self._options)
-            for frame in array:
-                encoder.write(frame)
-            count = encoder.close()
+            count = 0
+            for count, frame in enumerate(frames, 1):  # noqa: B007
+                encoder.write(check_frames(frame[None], *self._size)[0])
+            if not count:
+                raise ValueError("there are no frames to write")
+            encoder.close()
         self._input = self._segment(INPUT, -1, -1, count)
         self._write_playlist()
         return True

@@ -198,7 +198,7 @@ class _Place(NamedTuple):
 
 def write_state(folder: str | Path, state: State) -> None:
     """Replaces the state in a folder; the one that was there becomes the one before."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {f"latents.{index}": latents for index, latents in state.pending.items()}
     if state.warm is not None:
@@ -217,13 +217,8 @@ def write_state(folder: str | Path, state: State) -> None:
         "point": None if state.point is None else dict(state.point.facts),
     }
     text = json.dumps(facts)
-    path = storage.join(folder, STATE)
-    with storage.atomic_path(path) as staged:
-        with storage.disk_errors():
-            save_file(tensors, staged, {"state": text, "sha256": _checksum(text, tensors)})
-        storage.make_durable(staged)  # before the one that is there steps back
-        if storage.exists(path):
-            storage.move(path, storage.join(folder, PREVIOUS))
+    content = save(tensors, {"state": text, "sha256": _checksum(text, tensors)})
+    storage.replace_bytes(storage.join(folder, STATE), content, storage.join(folder, PREVIOUS))
 
 
 def read_state(folder: str | Path, mend: bool = False) -> State | None:

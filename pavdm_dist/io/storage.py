@@ -7,13 +7,15 @@ when it is complete, so there the file is staged locally and uploaded.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -69,11 +71,23 @@ def list_names(folder: str | Path) -> list[str]:
 
 
 def open_read(path: str | Path) -> IO[bytes]:
-    """Opens a file for reading; seekable."""
+    """Opens a file for reading; seekable.
+
+    Raises:
+        OSError: it cannot be opened, or is a pipe or a device, which might never end.
+    """
     if is_remote(path):
         fs, inner = _filesystem(path)
         return fs.open(inner, "rb")
+    _check_regular(path)
     return open(path, "rb")
+
+
+def _check_regular(path: str | Path) -> None:
+    """Before it is opened: opening a pipe that nobody writes to waits for ever."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a folder says so itself
+        raise OSError(errno.EINVAL, "is a pipe or a device", str(path))
 
 
 def remove(path: str | Path) -> None:
@@ -153,8 +167,13 @@ def create_new(path: str | Path, content: bytes) -> bool:
 
 @contextmanager
 def local_copy(path: str | Path) -> Iterator[Path]:
-    """A local file with the content of ``path``: itself, or of a remote one a copy while the block runs."""
+    """A local file with the content of ``path``: itself, or of a remote one a copy while the block runs.
+
+    Raises:
+        OSError: as :func:`open_read`.
+    """
     if not is_remote(path):
+        _check_regular(path)
         yield Path(path)
         return
     fs, inner = _filesystem(path)
@@ -201,15 +220,41 @@ def atomic_write(path: str | Path, mode: str = "wb", encoding: str | None = None
         yield file
 
 
+def replace_bytes(path: str | Path, content: bytes, previous: str | Path) -> None:
+    """Writes a small file in one move, durably; the one that was there becomes ``previous``. Its folder must exist.
+
+    Raises:
+        OSError: it cannot be written; then both are as they were.
+    """
+    if is_remote(path):
+        if exists(path):
+            move(path, previous)
+        fs, inner = _filesystem(path)
+        fs.pipe_file(inner, content)
+        return
+    staged = _staged(path)
+    try:
+        staged.write_bytes(content)
+        make_durable(staged)  # before the one that is there steps back
+        if os.path.lexists(path):
+            os.replace(path, previous)
+        os.replace(staged, path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+    make_durable(Path(path).parent)
+
+
+def _staged(path: str | Path) -> Path:
+    return Path(path).parent / f".{Path(path).name}.{uuid.uuid4().hex[:8]}.tmp"
+
+
 def stage(path: str | Path) -> Path:
     """A fresh place for a file that :func:`commit` will move to ``path``, or :func:`discard` removes; makes the folder.
 
     It lies in a folder of its own, where what libraries write beside a file while they make it can be found, too.
     """
-    if is_remote(path):
-        folder = Path(tempfile.gettempdir()) / f"pavdm-{uuid.uuid4().hex}.tmp"
-    else:
-        folder = Path(path).parent / f".{Path(path).name}.{uuid.uuid4().hex[:8]}.tmp"
+    folder = Path(tempfile.gettempdir()) / f"pavdm-{uuid.uuid4().hex}.tmp" if is_remote(path) else _staged(path)
     folder.mkdir(0o700, parents=True)
     return folder / Path(path).name
 
@@ -296,11 +341,34 @@ def _unstaged(name: str) -> str:
     return staged[1] if staged else name
 
 
-def _filesystem(path: str | Path) -> tuple[Any, str]:
+class _Store:
+    """A file system of fsspec's whose drivers' own kinds of error are the OSError that they stand for."""
+
+    def __init__(self, fs: Any, path: str) -> None:
+        self._fs, self._path = fs, path
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        call = getattr(self._fs, name)
+
+        def told(*args: Any, **options: Any) -> Any:
+            try:
+                return call(*args, **options)
+            except OSError:
+                raise
+            except Exception as error:
+                raise OSError(f"{self._path}: {type(error).__name__}: {error}") from error
+
+        return told
+
+
+def _filesystem(path: str | Path) -> tuple[_Store, str]:
     from fsspec.core import url_to_fs
 
     try:
         # What other machines write is seen at once: locks and sidecars are looked for again and again.
-        return url_to_fs(str(path), use_listings_cache=False)
-    except (ImportError, ValueError) as error:  # the driver is not installed, or no such protocol
+        fs, inner = url_to_fs(str(path), use_listings_cache=False)
+    except OSError:
+        raise
+    except Exception as error:  # the driver is not installed, no such protocol, nobody to sign in as
         raise ConfigError(f"{path} cannot be reached: {error}") from error
+    return _Store(fs, str(path)), inner

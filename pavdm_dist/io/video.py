@@ -4,32 +4,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from pavdm_dist.errors import ConfigError, MediaError
-from pavdm_dist.io.encode import as_rate, export_to_video
-from pavdm_dist.io.storage import exists, is_remote, open_read
+from pavdm_dist.io.encode import export_to_video
+from pavdm_dist.io.reader import VideoReader, open_video
+from pavdm_dist.io.shots import last_pictures, last_shot, last_shown_for, longest_wait
+from pavdm_dist.rates import as_rate
 
-__all__ = [
-    "ClipInfo",
-    "average_rate",
-    "decoded_frames",
-    "export_to_video",
-    "open_video",
-    "picture",
-    "probe",
-    "quarter_turns",
-    "read_clip",
-]
-
-# FFmpeg plays any text file as an animated terminal.
-_NOT_VIDEO = ("tty",)
+__all__ = ["ClipInfo", "export_to_video", "probe", "read_clip"]
 
 
 @dataclass(frozen=True)
@@ -37,10 +26,10 @@ class ClipInfo:
     """What a file says about its video.
 
     Attributes:
-        height, width: as shown, after rotation.
+        height, width: as shown, upright, in square pixels.
         fps: average rate.
         num_frames: None when the container does not tell.
-        seconds: None when the container does not tell.
+        seconds: of the pictures where the container tells, else of its longest stream; None when it tells neither.
     """
 
     height: int
@@ -56,13 +45,10 @@ def probe(path: str | Path) -> ClipInfo:
     Raises:
         MediaError: missing, not a video, audio only, or without a readable frame.
     """
-    with open_video(path) as (container, stream):
-        _, first = next(decoded_frames(path, container, stream))
-        height, width = first.height, first.width
-        if quarter_turns(first) % 2:
-            height, width = width, height
-        seconds = container.duration / 1_000_000 if container.duration else None
-        return ClipInfo(height, width, float(average_rate(stream)), stream.frames or None, seconds)
+    with open_video(path) as reader:
+        _, first = next(reader.frames())
+        seconds = None if reader.seconds is None else float(reader.seconds)
+        return ClipInfo(*reader.shown_size(first), float(reader.rate), reader.num_frames, seconds)
 
 
 def read_clip(
@@ -70,17 +56,21 @@ def read_clip(
     num_frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
-    fps: float | None = None,
+    fps: float | str | None = None,
     keep: Literal["first", "last"] = "first",
     temporal_stride: int = 1,
 ) -> np.ndarray:
     """Reads a clip.
 
+    A film that stands still for more than a second (or two frames at a rate below one) is not one shot: of its first
+    or its last one the clip is taken. With ``keep="last"``, ``fps`` and ``num_frames`` what lies before is not read.
+
     Args:
         path: the file, local or remote.
         num_frames: frames to return; None = all.
         height, width: size to return, both or none: the picture is scaled to cover it and cut to its centre.
-        fps: rate to return: for each of its instants the frame shown nearest to it is taken. None = as in the file.
+        fps: rate to return, a number or a name such as ``30000/1001`` or ``ntsc``: for each of its instants the frame
+            shown nearest to it is taken; they are counted from the end that is kept. None = as in the file.
         keep: which end of the clip is wanted.
         temporal_stride: what the codec needs: without ``num_frames`` the number is cut to a multiple of this
             plus one.
@@ -97,146 +87,81 @@ def read_clip(
     if num_frames is not None and num_frames < 1:
         raise ConfigError(f"num_frames={num_frames}: must be at least 1")
     size = None if height is None or width is None else (height, width)
-    pictures: deque[np.ndarray] = deque(maxlen=num_frames)
-    with open_video(path) as (container, stream):
-        frames = decoded_frames(path, container, stream)
-        rate = None if fps is None else as_rate(fps)
-        aspect = Fraction(stream.sample_aspect_ratio or 1)
-        for frame in _resample(frames, rate, 1 / average_rate(stream)):
-            pictures.append(picture(frame, size, aspect))
-            if keep == "first" and len(pictures) == num_frames:
-                break
+    rate = None if fps is None else as_rate(fps)
+    if keep == "first":
+        pictures, gap = _first_pictures(path, rate, num_frames, size)
+    elif rate is None:
+        pictures, gap = _last_as_stored(path, num_frames, size)
+    else:
+        shot = last_shot(path, rate, num_frames)
+        found, gap = shot.num_frames(rate), shot.gap
+        pictures = list(last_pictures(path, shot, rate, min(found, num_frames or found), size))
     found = len(pictures)
     legal = found - (found - 1) % temporal_stride
     if num_frames is not None and found < num_frames:
-        at = "" if fps is None else f" at {fps:g} fps"
+        at = "" if rate is None else f" at {float(rate):g} fps"
+        side = "before" if keep == "first" else "behind"
+        where = "" if gap is None else f" {side} a gap of {float(gap):.2f} s in its timestamps"
         raise MediaError(
-            f"{path} has {found} frames{at}, {num_frames} are needed; nearest legal number for this clip: {legal}"
+            f"{path} has {found} frames{at}{where}, {num_frames} are needed; nearest legal number for this clip:"
+            f" {legal}"
         )
+    if len({shown.shape for shown in pictures}) > 1:
+        raise MediaError(f"{path}: the size of its pictures changes on the way; give height and width")
     start = found - (num_frames or legal) if keep == "last" else 0
-    return np.stack(list(pictures)[start : start + (num_frames or legal)])
+    return np.stack(pictures[start : start + (num_frames or legal)])
 
 
-@contextmanager
-def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its first real video stream.
-
-    Raises:
-        MediaError: missing, not a video, or audio only.
-    """
-    import av
-
-    try:
-        if not exists(path) or (not is_remote(path) and not Path(path).is_file()):
-            raise MediaError(f"{path}: no such file")
-        with open_read(path) as file:
-            try:
-                container: Any = av.open(file, metadata_errors="replace")
-            except (av.FFmpegError, OSError) as error:
-                raise MediaError(f"{path} is not a video, or it is truncated: {error.strerror}") from error
-            with container:
-                yield container, _video_stream(path, container)
-    except OSError as error:
-        raise MediaError(f"{path} cannot be read: {error}") from error
+def _first_pictures(
+    path: str | Path, rate: Fraction | None, most: int | None, size: tuple[int, int] | None
+) -> tuple[list[np.ndarray], Fraction | None]:
+    """Pictures up to the film's first gap, and how long that is; None where it was not reached."""
+    gaps: list[Fraction] = []
+    pictures: list[np.ndarray] = []
+    with open_video(path) as reader:
+        taken: Any = None
+        for frame in islice(_first_shot(reader, rate, gaps), most):
+            pictures.append(pictures[-1] if frame is taken else reader.picture(frame, size))
+            taken = frame
+    return pictures, next(iter(gaps), None)
 
 
-def _video_stream(path: str | Path, container: Any) -> Any:
-    from av.stream import Disposition
-
-    if container.format.name in _NOT_VIDEO:
-        raise MediaError(f"{path} is not a video")
-    # The cover of a music file is a video stream with one picture.
-    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    if streams:
-        return streams[0]
-    kinds = sorted({str(stream.type) for stream in container.streams})
-    raise MediaError(f"{path} has no video, only {' and '.join(kinds) or 'no stream at all'}")
-
-
-def decoded_frames(path: str | Path, container: Any, stream: Any) -> Iterator[tuple[Fraction, Any]]:
-    """(time in seconds, decoded frame) in showing order; at the end a check that nothing is missing.
-
-    Raises:
-        MediaError: corrupt, truncated, or without a frame.
-    """
-    import av
-
-    count = 0
-    step = 1 / average_rate(stream)
-    first = end = Fraction(0)
-    try:
-        for packet in container.demux(stream):
-            damaged = packet.is_corrupt
-            for frame in () if damaged else packet.decode():
-                time = end if frame.pts is None else frame.pts * frame.time_base
-                first = first if count else time
-                if frame.is_corrupt:
-                    damaged = True
-                    break
-                yield time, frame
-                count += 1
-                end = time + step
-            if damaged:
-                raise MediaError(f"{path} is corrupt or truncated after frame {count} ({float(end - first):.2f} s)")
-    except av.FFmpegError as error:
-        where = f"after frame {count} ({float(end - first):.2f} s)"
-        raise MediaError(f"{path} is corrupt or truncated {where}: {error.strerror}") from error
-    if not count:
-        raise MediaError(f"{path} has a video stream without frames")
-    # Containers without an index (Matroska) just end early; a packet of sound at the break ends others without a word.
-    # Some durations count from 0 and some from the first frame. Sound may last a little longer than the pictures.
-    declared = Fraction(container.duration or 0, 1_000_000)
-    tolerance = Fraction(1, 2) if len(container.streams) == 1 else Fraction(1) + declared / 10
-    if stream.frames:  # the pictures' own duration is known; frames may be left out by an edit list
-        declared, tolerance = Fraction(stream.duration or 0) * stream.time_base, max(Fraction(1, 2), 2 * step)
-    if declared:
-        found = max(end - first, end)
-        if declared - found > tolerance:
-            raise MediaError(
-                f"{path} is truncated: {float(declared):.2f} s are announced, "
-                f"{float(found):.2f} s ({count} frames) are there"
-            )
-
-
-def _resample(frames: Iterator[tuple[Fraction, Any]], rate: Fraction | None, step: Fraction) -> Iterator[Any]:
+def _first_shot(reader: VideoReader, rate: Fraction | None, gaps: list[Fraction]) -> Iterator[Any]:
     """Frames nearest to the instants k / rate after the first; the earlier one where two are equally near."""
-    if rate is None:
-        yield from (frame for _, frame in frames)
-        return
-    start, frame = next(frames)
-    shown = start
-    k = 0
+    frames = reader.frames()
+    shown, frame = next(frames)
+    start, before, k = shown, None, 0
     for time, later in frames:
-        while k / rate <= (shown + time) / 2 - start:
+        if time - shown > longest_wait(rate or reader.rate):
+            gaps.append(time - shown)
+            break
+        if rate is None:
+            yield frame
+        while rate is not None and k / rate <= (shown + time) / 2 - start:
             yield frame
             k += 1
-        shown, frame = time, later
+        before, shown, frame = time - shown, time, later
+    if rate is None:
+        yield frame
+        return
+    end = shown + last_shown_for(reader.shown_for(frame), before, rate)
     # Half an interval of tolerance: containers round timestamps.
-    while k == 0 or (k + Fraction(1, 2)) / rate <= shown + step - start:
+    while k == 0 or (k + Fraction(1, 2)) / rate <= end - start:
         yield frame
         k += 1
 
 
-def picture(frame: Any, size: tuple[int, int] | None, aspect: Fraction) -> np.ndarray:
-    """Upright RGB ``[H, W, 3]`` of ``size``; ``aspect``: width over height of a stored pixel."""
-    turns = quarter_turns(frame)
-    if size is None:
-        return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
-    height, width = size if turns % 2 == 0 else size[::-1]
-    shown_width = frame.width * aspect
-    scale = max(Fraction(height, frame.height), width / shown_width)
-    scaled_height, scaled_width = max(height, round(frame.height * scale)), max(width, round(shown_width * scale))
-    scaled = frame.reformat(width=scaled_width, height=scaled_height, format="rgb24", interpolation="BICUBIC")
-    top, left = (scaled_height - height) // 2, (scaled_width - width) // 2
-    cut = scaled.to_ndarray()[top : top + height, left : left + width]
-    return np.ascontiguousarray(np.rot90(cut, turns))
-
-
-def quarter_turns(frame: Any) -> int:
-    """Quarter turns, counter-clockwise, that set a frame upright (phones store pictures lying)."""
-    return round(frame.rotation / 90) % 4
-
-
-def average_rate(stream: Any) -> Fraction:
-    """Frames per second as the container tells, 25 where it does not."""
-    return Fraction(stream.average_rate or stream.guessed_rate or 25)
+def _last_as_stored(
+    path: str | Path, most: int | None, size: tuple[int, int] | None
+) -> tuple[list[np.ndarray], Fraction | None]:
+    """Pictures behind the film's last gap at its own rate, and how long that is; None where there is none."""
+    pictures: deque[np.ndarray] = deque(maxlen=most)
+    gap = shown = None
+    with open_video(path) as reader:
+        for time, frame in reader.frames():
+            if shown is not None and time - shown > longest_wait(reader.rate):
+                gap = time - shown
+                pictures.clear()
+            shown = time
+            pictures.append(reader.picture(frame, size))
+    return list(pictures), gap

@@ -159,6 +159,9 @@ class Window:
         Nothing sound comes out of a window again once it holds one: every chunk reads the others.
         """
         held = dict(self._latents) if clean is None else {clean.index: clean.latents, **self._latents}
+        # Nothing but finite values has a finite sum, and one sum is one answer to wait for.
+        if not held or torch.cat([latents.flatten() for latents in held.values()]).sum().isfinite():
+            return None
         return next((index for index, latents in sorted(held.items()) if not latents.isfinite().all()), None)
 
     def inputs(self, row: PlanRow) -> tuple[Tensor, Tensor]:

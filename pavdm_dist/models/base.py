@@ -240,8 +240,15 @@ class Backbone(Protocol):
     def activation_shapes(self, grid: Grid) -> tuple[tuple[int, ...], ...]:
         """Shapes of the :class:`Activation` between two blocks, in order of its fields, for a batch of one."""
 
-    def costs(self, grid: Grid, text_len: int) -> Costs:
-        """FLOP of a micro-batch that attends to itself alone; two per multiply-add."""
+    def costs(self, grid: Grid, text_len: int, frames_read: int | None = None) -> Costs:
+        """FLOP of a micro-batch; two per multiply-add.
+
+        Args:
+            grid: of the micro-batch.
+            text_len: tokens of the text.
+            frames_read: latent frames that attention over frames reads, those that others left included; None for the
+                micro-batch's own.
+        """
 
     def kv_values(self, grid: Grid, block: int) -> int:
         """Numbers in the keys and values that a block keeps of so many frames; 0 where it does not mix frames.

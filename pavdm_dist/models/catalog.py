@@ -12,11 +12,15 @@ import torch
 from pavdm_dist.errors import CheckpointError
 from pavdm_dist.fields import made
 from pavdm_dist.models.base import Backbone
+from pavdm_dist.models.skyreels_v2 import SkyReelsV2
 from pavdm_dist.models.source import Source, load_config
 from pavdm_dist.models.stdit3 import STDiT3
+from pavdm_dist.models.wan import Wan
 
 BACKBONES: dict[str, type[Backbone]] = {
     "STDiT3": STDiT3,
+    "SkyReelsV2Transformer3DModel": SkyReelsV2,
+    "WanTransformer3DModel": Wan,
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,13 +15,15 @@ from pavdm_dist.models.loading import stored_dtype
 from pavdm_dist.models.source import Source
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# What the system shows of NVIDIA's GPUs, and what hides them from torch.
+_GPU_FILES, _HIDDEN = "/dev/nvidia[0-9]*", ("", "-1")
 
 
 def choose_device(device: str | torch.device, field: str = "device") -> torch.device:
     """The device of a name, the value of a setting; ``auto`` is this process' GPU where it has one, else the CPU.
 
     Raises:
-        ConfigError: a GPU that is not there, or no such device.
+        ConfigError: a GPU that is not there or cannot be used, or no such device.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,7 +33,39 @@ def choose_device(device: str | torch.device, field: str = "device") -> torch.de
         raise ConfigError(f"{field}={device}: must be auto, cpu or cuda") from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"{field}={device}: this process sees {torch.cuda.device_count()} GPUs; use {field}=cpu")
+    if chosen.type == "cuda":
+        try:
+            torch.empty(1, device=chosen)
+        except (RuntimeError, AssertionError) as error:  # a driver that does not fit, a broken or a full GPU
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{field}={device}: the GPU cannot be used ({reason}); use {field}=cpu") from error
     return chosen
+
+
+def idle_gpus(on_stages: bool) -> str:
+    """What to say of GPUs of this machine that ``device=auto`` leaves idle; empty where there are none.
+
+    Args:
+        on_stages: whether stages compute; ``auto`` means CPUs to them, and this process' GPU without them.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count:
+        return idle_on_stages(count, "this machine") if on_stages else ""
+    here = sorted(glob.glob(_GPU_FILES))
+    if not here or os.environ.get("CUDA_VISIBLE_DEVICES") in _HIDDEN:
+        return ""
+    return (
+        f"{here[0]} is a GPU, but torch {torch.__version__} can use none: it was built without CUDA, or for a newer"
+        " driver; this runs on the CPU (device=cpu says that it is meant)"
+    )
+
+
+def idle_on_stages(count: int, where: str) -> str:
+    """What to say of so many GPUs beside stages on CPUs."""
+    return (
+        f"{count} GPUs of {where} stay idle: to stages device=auto means CPUs; device=cuda gives every stage a GPU"
+        " (device=cpu says that it is meant)"
+    )
 
 
 def named_dtype(dtype: str | torch.dtype, device: torch.device, source: Source) -> torch.dtype:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from pavdm_dist.errors import CheckpointError
 from pavdm_dist.fields import made, read_object
+from pavdm_dist.models.lora import Changes, changes_of
+from pavdm_dist.models.original_names import diffusers_names
 from pavdm_dist.models.source import Source
 
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
@@ -43,13 +45,31 @@ class _Index:
     weight_map: dict[str, str]
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is: the name of its file, and its own name in there."""
+
+    file: str
+    name: str
+
+
 def tensor_files(source: Place) -> dict[str, str]:
-    """Tensor name -> the safetensors file of ``source`` that holds it.
+    """Tensor name (:func:`~pavdm_dist.models.original_names.diffusers_names`) -> the file of ``source`` that holds it.
 
     Raises:
         CheckpointError: no weight file, or a shard named by the index is missing.
     """
-    source = Source.of(source)
+    return {key: place.file for key, place in _places(Source.of(source)).items()}
+
+
+def _places(source: Source) -> dict[str, _Place]:
+    """As :func:`tensor_files`, with the name a tensor has in its file."""
+    files = _stored_files(source)
+    return {key: _Place(files[stored], stored) for key, stored in diffusers_names(files).items()}
+
+
+def _stored_files(source: Source) -> dict[str, str]:
+    """A tensor's name in its file -> the file."""
     name, is_index = _weights(source)
     if name is None:
         if source.offline:
@@ -71,6 +91,17 @@ def tensor_files(source: Place) -> dict[str, str]:
     return files
 
 
+def weight_files(source: Place) -> set[str]:
+    """Names of the files that hold the weights, and of the index of several.
+
+    Raises:
+        CheckpointError: as :func:`tensor_files`.
+    """
+    source = Source.of(source)
+    name, is_index = _weights(source)
+    return {*tensor_files(source).values(), *([name] if is_index and name is not None else [])}
+
+
 def has_weights(source: Place) -> bool:
     """Whether there are weights, or a shape only."""
     return _weights(Source.of(source))[0] is not None
@@ -81,10 +112,8 @@ def stored_tensors(source: Place, want: Choose | None = None) -> dict[str, Store
     source, found = Source.of(source), dict[str, Stored]()
     for file, keys in _by_file(source, want).items():
         header = _header(source, file)
-        absent = sorted(set(keys) - set(header))
-        if absent:
-            raise CheckpointError(f"{source}/{file} lacks tensor {absent[0]}, which the index places there")
-        found.update({key: header[key] for key in keys})
+        _check_index(source, file, keys, header)
+        found.update({key: header[stored] for key, stored in keys.items()})
     return found
 
 
@@ -103,6 +132,7 @@ def read_tensors(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     keeps_float32: Choose | None = None,
+    changes: Iterable[Changes] = (),
 ) -> dict[str, Tensor]:
     """The wanted tensors as copies in torch's own memory; only files that hold one are opened, or fetched.
 
@@ -112,16 +142,18 @@ def read_tensors(
         dtype: what they are converted to, one by one.
         device: where they are put; nothing else of a file passes through main memory.
         keeps_float32: names that are float32 whatever ``dtype`` is.
+        changes: what is added to them before they are converted.
     """
     source, device, found = Source.of(source), _exact(device), dict[str, Tensor]()
     for file, keys in _by_file(source, want).items():
         with _open(source.file(file), str(device)) as reader:
-            absent = sorted(set(keys) - set(reader.keys()))
-            if absent:
-                raise CheckpointError(f"{source}/{file} lacks tensor {absent[0]}, which the index places there")
-            for key in keys:
+            _check_index(source, file, keys, reader.keys())
+            for key, stored in keys.items():
                 kind = torch.float32 if keeps_float32 is not None and keeps_float32(key) else dtype
-                found[key] = reader.get_tensor(key).to(kind, copy=device.type == "cpu")
+                tensor = reader.get_tensor(stored)
+                for change in changes:
+                    tensor = change.added(key, tensor)
+                found[key] = tensor.to(kind, copy=device.type == "cpu")
     return found
 
 
@@ -132,12 +164,13 @@ def read_tensor(source: Place, name: str) -> Tensor:
         CheckpointError: there is none of that name.
     """
     source = Source.of(source)
-    file = tensor_files(source).get(name)
-    if file is None:
+    place = _places(source).get(name)
+    if place is None:
         raise CheckpointError(f"{source} lacks tensor {name}")
+    file = place.file
     if source.cached(file) is not None:
         return read_tensors(source, lambda key: key == name)[name]
-    info = source.header(file)[name]
+    info = source.header(file)[place.name]
     if info.dtype not in _DTYPES:
         raise CheckpointError(f"{source}: tensor {name} is {info.dtype}, it must be one of {', '.join(_DTYPES)}")
     # Behind the header, whose length is the file's first number.
@@ -167,8 +200,9 @@ def load_module(
     Raises:
         CheckpointError: naming the first tensor that is missing, has the wrong size or is unknown.
     """
-    check_tensors(module.state_dict(), source, want, optional or ())
-    tensors = read_tensors(source, want, dtype, device, keeps_float32)
+    source, state = Source.of(source), module.state_dict()
+    check_tensors(state, source, want, optional or ())
+    tensors = read_tensors(source, want, dtype, device, keeps_float32, changes_of(source, state))
     for key, value in (optional or {}).items():
         tensors.setdefault(key, value.to(device, copy=True))
     module.load_state_dict(tensors, strict=False, assign=True)
@@ -184,21 +218,31 @@ def check_tensors(
         CheckpointError: naming the first tensor that is missing, has the wrong size or type, or is unknown.
     """
     source = Source.of(source)
-    stored = stored_tensors(source, want)
-    found = {key: tensor.shape for key, tensor in stored.items()}
-    shapes = {key: list(value.shape) for key, value in expected.items() if want is None or want(key)}
-    for key, shape in shapes.items():
-        if key not in found and key not in optional:
-            raise CheckpointError(f"{source} lacks tensor {key} of shape {shape}")
-        if found.get(key, shape) != shape:
-            raise CheckpointError(f"{source}: tensor {key} is {found[key]}, the model needs {shape}")
-        if key in stored and stored[key].dtype not in _DTYPES:
-            raise CheckpointError(
-                f"{source}: tensor {key} is {stored[key].dtype}, it must be one of {', '.join(_DTYPES)}"
-            )
-    unknown = sorted(set(found) - set(shapes))
+    wanted = {key: value for key, value in expected.items() if want is None or want(key)}
+    check_stored(wanted, stored_tensors(source, want), source, optional)
+
+
+def check_stored(
+    expected: Mapping[str, Tensor], stored: Mapping[str, Stored], where: object, optional: Iterable[str] = ()
+) -> None:
+    """As :func:`check_tensors`, for what files at ``where`` are known to hold."""
+    for key, value in expected.items():
+        shape, found = list(value.shape), stored.get(key)
+        if found is None and key not in optional:
+            raise CheckpointError(f"{where} lacks tensor {key} of shape {shape}")
+        if found is not None and found.shape != shape:
+            raise CheckpointError(f"{where}: tensor {key} is {found.shape}, the model needs {shape}")
+        if found is not None and found.dtype not in _DTYPES:
+            raise CheckpointError(f"{where}: tensor {key} is {found.dtype}, it must be one of {', '.join(_DTYPES)}")
+    unknown = sorted(set(stored) - set(expected))
     if unknown:
-        raise CheckpointError(f"{source}: tensor {unknown[0]} ({len(unknown)} in all) is not part of this model")
+        raise CheckpointError(f"{where}: tensor {unknown[0]} ({len(unknown)} in all) is not part of this model")
+
+
+def as_stored(tensor: Tensor) -> Stored:
+    """What a file's header would say of a tensor."""
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    return Stored(list(tensor.shape), names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.")))
 
 
 def convert(module: nn.Module, dtype: torch.dtype, device: torch.device | str, keeps_float32: Choose) -> None:
@@ -213,18 +257,25 @@ def save_module(
     module: nn.Module, folder: str | Path, config: Mapping[str, Any], dtype: torch.dtype | None, shard: str = "5GB"
 ) -> None:
     """Writes ``config.json`` and one safetensors file, or several of at most ``shard`` with an index."""
-    from huggingface_hub import save_torch_state_dict
-
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
     # Buffers are tables (rotary angles, the null text): rounding them would move every position.
     converted = {name for name, _ in module.named_parameters()} if dtype else set()
     state = {
         key: value.detach().to("cpu", dtype if key in converted else value.dtype).contiguous()
         for key, value in module.state_dict().items()
     }
+    save_tensors(state, folder, config, shard)
+
+
+def save_tensors(
+    state: Mapping[str, Tensor], folder: str | Path, config: Mapping[str, Any], shard: str = "5GB"
+) -> None:
+    """As :func:`save_module`, of tensors by name, as they are."""
+    from huggingface_hub import save_torch_state_dict
+
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
     pattern = WEIGHT_NAMES[0].replace(".safetensors", "{suffix}.safetensors")
-    save_torch_state_dict(state, path, filename_pattern=pattern, max_shard_size=shard, metadata={"format": "pt"})
+    save_torch_state_dict(dict(state), path, filename_pattern=pattern, max_shard_size=shard, metadata={"format": "pt"})
     (path / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
 
 
@@ -238,13 +289,19 @@ def _weights(source: Source) -> tuple[str | None, bool]:
     return None, False
 
 
-def _by_file(source: Source, want: Choose | None) -> dict[str, list[str]]:
-    """The wanted tensors of each file."""
-    by_file: dict[str, list[str]] = {}
-    for key, file in tensor_files(source).items():
+def _by_file(source: Source, want: Choose | None) -> dict[str, dict[str, str]]:
+    """The wanted tensors of each file, with their names in there."""
+    by_file: dict[str, dict[str, str]] = {}
+    for key, place in _places(source).items():
         if want is None or want(key):
-            by_file.setdefault(file, []).append(key)
+            by_file.setdefault(place.file, {})[key] = place.name
     return by_file
+
+
+def _check_index(source: Source, file: str, keys: Mapping[str, str], stored: Iterable[str]) -> None:
+    absent = sorted(set(keys.values()) - set(stored))
+    if absent:
+        raise CheckpointError(f"{source}/{file} lacks tensor {absent[0]}, which the index places there")
 
 
 def _header(source: Source, file: str) -> dict[str, Stored]:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pavdm_dist import __version__
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.fields import read_object
+from pavdm_dist.io.shipped import shipped_models
+from pavdm_dist.models.hub import hub_errors
+from pavdm_dist.models.nearby import near_name
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -19,35 +25,60 @@ class Source:
     """A model, or one of its components.
 
     Attributes:
-        location: absolute path of a folder, or a hub id.
+        location: absolute path of a folder, a name of a model that comes with the package, which lies elsewhere on
+            every machine, or a hub id.
         revision: of a hub id: branch, tag or commit; None = the default branch.
         component: folder inside, such as ``transformer``; "" = all of it.
+        adapters: what is added to its weights as they are loaded.
     """
 
     location: str
     revision: str | None = None
     component: str = ""
+    adapters: tuple[Adapter, ...] = ()
 
     @classmethod
-    def of(cls, place: str | Path | Source, revision: str | None = None) -> Source:
-        """What a user names: a folder, made absolute because others work in other folders, else a hub id.
+    def of(cls, place: str | Path | Source, revision: str | None = None, field: str = "model") -> Source:
+        """What a user names: a model that comes with the package, a folder, made absolute because others work in other
+        folders, else a hub id.
+
+        Args:
+            place: which.
+            revision: of a hub id.
+            field: the setting it was named in, for messages.
 
         Raises:
-            ConfigError: a revision of a folder.
-            CheckpointError: neither.
+            ConfigError: a revision of what has none.
+            CheckpointError: none of these, with what may have been meant.
         """
         if isinstance(place, Source):
             return place
-        if not os.path.isdir(place):
-            if os.path.isabs(place):
-                raise CheckpointError(f"model={place}: no such folder")
-            if "/" not in str(place):
-                # Said at once: without a network the hub's library tries for half a minute.
-                raise CheckpointError(f"model={place}: no such folder here, and hub ids are owner/name")
-            return cls(str(place), revision)
-        if revision is not None:
-            raise ConfigError(f"revision={revision}: model={place} is a folder, only hub ids have revisions")
-        return cls(os.path.abspath(place))
+        name = os.path.expanduser(place)
+        if revision == "":
+            raise ConfigError("revision=: is empty; leave it out for the default branch")
+        is_shipped = name in shipped_models()
+        if is_shipped or os.path.isdir(name):
+            if revision is not None:
+                kind = "comes with this package" if is_shipped else "is a folder"
+                raise ConfigError(f"revision={revision}: {field}={place} {kind}, only hub ids have revisions")
+            return cls(name if is_shipped else os.path.abspath(name))
+        if os.path.lexists(name):
+            raise CheckpointError(f"{field}={place} is no folder; name the folder of a model")
+        if os.path.isabs(name):
+            raise CheckpointError(f"{field}={place}: no such folder{near_name(name)}")
+        if "/" not in name:
+            raise CheckpointError(f"{field}={place}: no such folder here, and hub ids are owner/name{near_name(name)}")
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        try:  # at once: without a network the hub's library tries for half a minute
+            validate_repo_id(name)
+        except HFValidationError as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(
+                f"{field}={name!r} is no folder here and no hub id: {reason}{near_name(name)}"
+            ) from error
+        return cls(name, revision)
 
     def __str__(self) -> str:
         at = f"@{self.revision}" if self.revision else ""
@@ -55,8 +86,8 @@ class Source:
 
     @property
     def is_folder(self) -> bool:
-        """Whether it is a folder and not on the hub."""
-        return os.path.isabs(self.location)
+        """Whether it is a folder, or comes with the package, and is not on the hub."""
+        return os.path.isabs(self.location) or "/" not in self.location
 
     def part(self, component: str) -> Source:
         """One of its components."""
@@ -71,6 +102,8 @@ class Source:
         if self.is_folder:
             path = self._here() / name
             return path if os.path.exists(path) else None
+        if self._is_known_absent(name):
+            return None
         from huggingface_hub import constants, hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -91,7 +124,7 @@ class Source:
         from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
         from huggingface_hub.errors import EntryNotFoundError
 
-        if constants.HF_HUB_OFFLINE:
+        if constants.HF_HUB_OFFLINE or self._is_known_absent(name):
             return False
         with self._hub():
             try:
@@ -167,9 +200,15 @@ class Source:
             wanted = {"range": f"bytes={first}-{first + size - 1}"}
             response = get_session().get(url, headers={**build_hf_headers(), **wanted})
             hf_raise_for_status(response)
-            if len(response.content) != size:
-                raise CheckpointError(f"{self}/{name}: {size} bytes were asked for, {len(response.content)} came")
-            return response.content
+            if len(response.content) == size:
+                return response.content
+        # A mirror that knows no parts of files sends all of it.
+        with open(self.file(name), "rb") as file:
+            file.seek(first)
+            content = file.read(size)
+        if len(content) != size:
+            raise CheckpointError(f"{self}/{name}: {size} bytes were asked for, it has {len(content)}")
+        return content
 
     def folder(self) -> Path:
         """All of it as a folder on this machine; a component on the hub is fetched whole.
@@ -198,10 +237,13 @@ class Source:
         return replace(self, revision=self.file(name).parents[name.count("/")].name)
 
     def _here(self) -> Path:
-        path = Path(self.location, self.component)
+        here = socket.gethostname()
+        root = Path(self.location) if os.path.isabs(self.location) else shipped_models().get(self.location)
+        if root is None:
+            raise CheckpointError(f"model={self.location} is not in pavdm_dist {__version__} on {here}")
+        path = root / self.component
         if not path.is_dir():
-            here = socket.gethostname()
-            if Path(self.location).is_dir():
+            if root.is_dir():
                 raise CheckpointError(f"{path} does not exist in the checkpoint on {here}")
             raise CheckpointError(
                 f"{path} is not on {here}: a model folder must have the same path on every node; "
@@ -209,21 +251,19 @@ class Source:
             )
         return path
 
+    def _is_known_absent(self, name: str) -> bool:
+        """Whether the hub said before that this commit has no such file: then it need not be asked, nor be up."""
+        from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+
+        pinned = self.revision is not None and _COMMIT.fullmatch(self.revision) is not None
+        where = self._inside(name)
+        return pinned and try_to_load_from_cache(self.location, where, revision=self.revision) is _CACHED_NO_EXIST
+
     def _inside(self, name: str) -> str:
         return f"{self.component}/{name}" if self.component else name
 
-    @contextmanager
-    def _hub(self) -> Iterator[None]:
-        """What the hub's library raises becomes one sentence."""
-        from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-        try:
-            yield
-        except (HTTPError, HFValidationError, OSError) as error:
-            if self.offline and isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
-                raise CheckpointError(f"model={self.location!r}: some of it is {self.offline}") from error
-            reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"model={self.location!r} is no folder here and no hub id: {reason}") from error
+    def _hub(self) -> AbstractContextManager[None]:
+        return hub_errors(self.location, self.revision, self.offline)
 
 
 def load_config(source: str | Path | Source) -> dict[str, Any]:
@@ -233,3 +273,11 @@ def load_config(source: str | Path | Source) -> dict[str, Any]:
         CheckpointError: missing or not a JSON object.
     """
     return read_object(Source.of(source).file("config.json"), CheckpointError)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A low-rank change of a model's weights (LoRA): a folder or hub id, and how strong it is; 1 is as trained."""
+
+    source: Source
+    scale: float = 1.0

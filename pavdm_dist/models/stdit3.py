@@ -214,12 +214,12 @@ class STDiT3(nn.Module):
         dim = self.config.hidden_size
         return (1, grid.frames, grid.tokens_per_frame, dim), (1, grid.frames, 6 * dim), (1, grid.frames, dim)
 
-    def costs(self, grid: Grid, text_len: int) -> Costs:
+    def costs(self, grid: Grid, text_len: int, frames_read: int | None = None) -> Costs:
         dim, frames, patches = self.config.hidden_size, grid.frames, grid.tokens_per_frame
         tokens = frames * patches
         dense = tokens * dim * dim * (8 + 4 + 16)  # self-attention, cross-attention (q, out), MLP of ratio 4
         cross = 4 * tokens * text_len * dim
-        spatial, temporal = (dense + cross + 4 * tokens * span * dim for span in (patches, frames))
+        spatial, temporal = (dense + cross + 4 * tokens * span * dim for span in (patches, frames_read or frames))
         patch_values = self.config.in_channels * self.config.patch_size[1] * self.config.patch_size[2]
         embed = 2 * tokens * patch_values * dim + 2 * frames * dim * (256 + 7 * dim)
         head = 2 * tokens * dim * 2 * patch_values

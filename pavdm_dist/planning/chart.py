@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import colorsys
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pavdm_dist.errors import MediaError
+from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.io.storage import atomic_path
 
 WIDTH, LANE, GAP, LEFT, TOP = 1400, 34, 8, 70, 8
 GOLDEN = 0.618034  # turns neighbouring numbers into colours far apart
+SOFTWARE = "pavdm_dist"  # what a chart says of who drew it
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def draw_chart(path: str, num_stages: int, bars: Sequence[Bar], title: str = "",
         MediaError: it cannot be written.
     """
     from PIL import Image, ImageDraw
+    from PIL.PngImagePlugin import PngInfo
 
     first = min((bar.start for bar in bars), default=0.0)
     span = max((bar.end for bar in bars), default=1.0) - first
@@ -64,11 +67,38 @@ def draw_chart(path: str, num_stages: int, bars: Sequence[Bar], title: str = "",
         edge = "white" if right - left > 3 else None
         pen.rectangle((left, top, max(right, left + 0.5), top + LANE), fill=_colour(bar), outline=edge)
     pen.text((LEFT, height - 22), f"{title}{'  ' if title else ''}0 to {span:g}", fill="black")
+    made_by = PngInfo()
+    made_by.add_text("Software", SOFTWARE)
     try:
         with atomic_path(path) as staged:
-            picture.save(staged, "PNG", optimize=True)
+            picture.save(staged, "PNG", optimize=True, pnginfo=made_by)
     except OSError as error:
         raise MediaError(f"chart={path}: cannot be written ({error.strerror or error})") from error
+
+
+def check_chart(path: str, field: str) -> None:
+    """Refuses a picture that cannot be one, or would replace one of somebody else's.
+
+    Args:
+        path: of it.
+        field: the setting that names it.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if not path.endswith(".png"):
+        raise ConfigError(f"{field}={path}: must end in .png")
+    if not os.path.lexists(path):
+        return
+    try:
+        with Image.open(path) as found:
+            ours = found.info.get("Software") == SOFTWARE
+    except (Image.DecompressionBombError, UnidentifiedImageError, OSError, ValueError):
+        ours = False
+    if not ours:
+        raise ConfigError(f"{field}={path} exists and is no chart of this program; choose another name")
 
 
 def _colour(bar: Bar) -> tuple[int, int, int]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ import torch
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.catalog import load_codec
 from pavdm_dist.codecs.costs import decode_flop
+from pavdm_dist.io.local import cache_folder
 from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.io.storage import atomic_write
 from pavdm_dist.method.denoiser import memories_of, unit_context
@@ -33,14 +32,24 @@ from pavdm_dist.models.text_cache import TextBank
 logger = logging.getLogger(__name__)
 
 
-def cache_folder() -> Path:
-    """Where measurements are kept: ``$XDG_CACHE_HOME`` or ``~/.cache``, in ``pavdm_dist/costs``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pavdm_dist" / "costs"
+def estimated_costs(shape: Backbone, frames: int, cells: tuple[int, int], frames_read: int | None = None) -> Costs:
+    """FLOP of a micro-batch of so many latent frames, with the longest text; ``cells``: latent height and width.
+
+    ``frames_read``: as of :meth:`~pavdm_dist.models.base.Backbone.costs`.
+    """
+    return shape.costs(shape.grid(frames, *cells), shape.spec.text_len, frames_read)
 
 
-def estimated_costs(shape: Backbone, frames: int, cells: tuple[int, int]) -> Costs:
-    """FLOP of a micro-batch of so many latent frames, with the longest text; ``cells``: latent height and width."""
-    return shape.costs(shape.grid(frames, *cells), shape.spec.text_len)
+def chunk_reads(mode: Mode, window_chunks: int, context_chunks: int, size: int) -> int:
+    """Latent frames that a noisy chunk of a full window reads, on average, where a micro-batch is one chunk.
+
+    Args:
+        mode: ``causal``: itself and all before it; else the whole window.
+        window_chunks, context_chunks: of the plan.
+        size: latents of a chunk.
+    """
+    full = window_chunks + context_chunks
+    return round(size * (context_chunks + 1 + full) / 2) if mode == "causal" else size * full
 
 
 def estimated_decode(checkpoint: Checkpoint, size: int, cells: tuple[int, int]) -> float:
@@ -200,17 +209,17 @@ def _where(device: str, threads: int) -> str:
 def kept(kind: str, facts: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """A measurement under its ``facts``; taken now where none is kept, or what is kept cannot be read."""
     key = hashlib.sha256(json.dumps([kind, facts], sort_keys=True).encode()).hexdigest()[:24]
-    file = cache_folder() / f"{key}.json"
+    name = f"{key}.json"
     try:
-        content = json.loads(file.read_text())
+        content = json.loads((cache_folder("costs") / name).read_text())
         if content["facts"] == json.loads(json.dumps(facts)):
             return content["found"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
     found = measure()
     try:
-        with atomic_write(file, "w") as aside:  # several runs may measure at once
+        with atomic_write(cache_folder("costs") / name, "w") as aside:  # several runs may measure at once
             json.dump({"facts": facts, "found": found}, aside)
     except OSError as error:
-        logger.warning("%s: the measured costs cannot be kept (%s)", file.parent, error.strerror)
+        logger.warning("the measured costs cannot be kept: %s", error)
     return found

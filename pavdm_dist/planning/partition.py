@@ -16,6 +16,7 @@ from pavdm_dist.models.base import Costs
 from pavdm_dist.models.devices import DTYPES, named_dtype
 from pavdm_dist.models.loading import check_tensors
 from pavdm_dist.planning.costs import (
+    chunk_reads,
     estimated_costs,
     estimated_decode,
     profiled_costs,
@@ -100,8 +101,10 @@ def _costs(
     """Costs of a micro-batch and of decoding a chunk, in one unit."""
     size = params.latent_chunk_size
     if options.balance == "estimated":
-        frames = size * (params.window_chunks + params.context_chunks if params.mode == "window" else 1)
-        return estimated_costs(checkpoint.shape, frames, cells), estimated_decode(checkpoint, size, cells)
+        window, context = params.window_chunks, params.context_chunks
+        read = chunk_reads(params.mode, window, context, size)
+        frames = read if params.mode == "window" else size
+        return estimated_costs(checkpoint.shape, frames, cells, read), estimated_decode(checkpoint, size, cells)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("balance=measured: this process has no GPU to time blocks on; use balance=estimated")
     dtype = named_dtype(options.dtype, torch.device(options.device), checkpoint.transformer)

@@ -18,6 +18,7 @@ from pavdm_dist.config import ClusterConfig
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.fields import fault
 from pavdm_dist.method.schedule import Mode, WindowPlan
+from pavdm_dist.planning.chart import check_chart
 from pavdm_dist.planning.setups import WORTH, Job, Setup
 from pavdm_dist.planning.simulate import MAX_STAGES
 from pavdm_dist.request import SamplingParams
@@ -93,15 +94,15 @@ def _chosen(job: Job, cluster: ClusterConfig) -> tuple[Setup, list[Setup], str]:
     for setup in fitting[1:]:
         if setup.seconds * WORTH < best.seconds:
             best = setup
-    return best, fitting, _why(best, fitting, cluster) + _slow_decoder(best, job.plan, cluster)
+    return best, fitting, _why(best, fitting, cluster) + _decoder(best, job, cluster)
 
 
 def _check(cluster: ClusterConfig) -> None:
     found = fault(ClusterConfig, "cluster", cluster)
     if found is not None:
         raise ConfigError(found)
-    if cluster.chart is not None and not cluster.chart.endswith(".png"):
-        raise ConfigError(f"cluster.chart={cluster.chart}: must end in .png")
+    if cluster.chart is not None:
+        check_chart(cluster.chart, "cluster.chart")
 
 
 def _why(best: Setup, setups: list[Setup], cluster: ClusterConfig) -> str:
@@ -119,9 +120,14 @@ def _why(best: Setup, setups: list[Setup], cluster: ClusterConfig) -> str:
     )
 
 
-def _slow_decoder(best: Setup, plan: WindowPlan, cluster: ClusterConfig) -> str:
-    """A remark where the decoder sets the pace."""
-    chunks = (plan.num_chunks or 0) * math.ceil(cluster.videos / best.replicas)
+def _decoder(best: Setup, job: Job, cluster: ClusterConfig) -> str:
+    """A remark where the decoder sets the pace, or may well do so."""
+    if job.decoder == "cpu" and cluster.decoder_tflops is None:
+        return (
+            f"; decoding on CPUs is not in these times, {job.decode_flop / 1e12:.3g} TFLOP a chunk:"
+            " cluster.decoder_tflops says what they sustain"
+        )
+    chunks = (job.plan.num_chunks or 0) * math.ceil(cluster.videos / best.replicas)
     if chunks * best.decode_seconds < best.seconds / WORTH:
         return ""
     return f"; the decoder sets the pace, {best.decode_seconds:.3g} s a chunk: give it more (decoder, decoder_tflops)"

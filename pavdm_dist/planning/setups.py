@@ -16,7 +16,7 @@ from pavdm_dist.method.sampler import num_branches
 from pavdm_dist.method.schedule import Mode, WindowPlan
 from pavdm_dist.models.base import Costs
 from pavdm_dist.planning.chart import draw_chart
-from pavdm_dist.planning.costs import estimated_costs, estimated_decode, with_codec
+from pavdm_dist.planning.costs import chunk_reads, estimated_costs, estimated_decode, with_codec
 from pavdm_dist.planning.forecast import RowShape, UnitTime, makespan, rows_of, work
 from pavdm_dist.planning.memory import StageMemory, decoder_bytes
 from pavdm_dist.planning.partition import partition, units_per_chunk
@@ -160,7 +160,9 @@ class Job:
 
     def costs(self, mode: Mode, chunks: int) -> Costs:
         """FLOP of a unit of so many chunks; decoding on the last stage is spread over the units of a full window."""
-        costs = estimated_costs(self.model, chunks * self.size, self.cells)
+        alone = mode != "window" and chunks == 1
+        read = chunk_reads(mode, self.params.window_chunks, self.params.context_chunks, self.size) if alone else None
+        costs = estimated_costs(self.model, chunks * self.size, self.cells, read)
         if self.decoder != "shared":
             return costs
         whole: Mode = "window" if mode == "window" or chunks > 1 else mode

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.train.saves import any_there
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.zero_settings import deepspeed_json, engine_settings
 
@@ -21,7 +23,8 @@ _LIMITS = {
     "optimizer.final_ratio": _SHARE, "optimizer.ema_decay": _SHARE,
     "objective.prompt_dropout": _SHARE, "objective.full_share": _SHARE, "objective.growing_share": _SHARE,
     "objective.causal_share": _SHARE,
-    "zero.bucket_elements": _FROM_1, "launch.timeout_seconds": _POSITIVE,
+    "zero.bucket_elements": _FROM_1, "launch.timeout_seconds": _POSITIVE, "launch.placement_timeout_s": _POSITIVE,
+    "launch.gpus_per_worker": _FROM_0, "launch.cpus_per_worker": _FROM_0,
 }  # fmt: skip
 
 
@@ -96,7 +99,7 @@ def check_settings(config: TrainConfig, size: int) -> None:
         )
     sizes = {"data.batch_size": d.batch_size, **{f"data.batch_sizes.{k}": v for k, v in d.batch_sizes.items()}}
     groups = dict.fromkeys(sizes, size // config.sequence_parallel)
-    for name in ("data.still_batch_size",) if d.folder is None else ():
+    for name in ("data.still_batch_size",) if not d.folder else ():
         # Single frames cannot be cut, so that the processes of a window share them out.
         sizes[name], groups[name] = d.still_batch_size, size
     for name, value in sizes.items():
@@ -104,10 +107,32 @@ def check_settings(config: TrainConfig, size: int) -> None:
         if value < 1 or value % unit:
             parts = f" x {o.accumulation} accumulated parts" if o.accumulation > 1 else ""
             among = f"{groups[name]} processes{parts}"
+            if value > 0 and name != "data.still_batch_size" and (counts := _counts_of_old_run(config, sizes, size)):
+                raise ConfigError(
+                    f"{name}={value} does not divide among {among}, and a run that is gone on with keeps it: use"
+                    f" {counts} processes"
+                )
             below, above = value - value % unit, value - value % unit + unit
             legal = " or ".join(str(number) for number in (below, above) if number > 0)
             raise ConfigError(f"{name}={value} does not divide among {among}: use {legal}")
     engine_settings(config, size)
+
+
+def _counts_of_old_run(config: TrainConfig, sizes: dict[str, int], size: int) -> str:
+    """Numbers of processes next to ``size`` that can go on with what is in ``run_dir``; empty where nothing is."""
+    if config.resume == "never" or not any_there(Path(config.run_dir) / "checkpoints"):
+        return ""
+
+    def fits(count: int) -> bool:
+        groups = {
+            name: count if name == "data.still_batch_size" else count // config.sequence_parallel for name in sizes
+        }
+        return all(value % (groups[name] * config.optimizer.accumulation) == 0 for name, value in sizes.items())
+
+    step, most = config.sequence_parallel, max(sizes.values()) * config.sequence_parallel
+    below = [count for count in range(step, size, step) if fits(count)][-1:]
+    above = [count for count in range(size - size % step + step, most + 1, step) if fits(count)][:1]
+    return " or ".join(map(str, below + above))
 
 
 def memory_advice(config: TrainConfig, step: int, size: int) -> str:

@@ -6,27 +6,24 @@ the same everywhere: it looks only at RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR 
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pavdm_dist.cluster import connect
+from pavdm_dist.cluster.starting import imports_from
 from pavdm_dist.errors import ConfigError, EngineError
 from pavdm_dist.train.checks import check_settings
-from pavdm_dist.train.processes import launched_size
+from pavdm_dist.train.effect import check_effect
+from pavdm_dist.train.processes import check_alone, launched_size
+from pavdm_dist.train.ray_launch import launch_ray
+from pavdm_dist.train.run_folder import check_free
 from pavdm_dist.train.settings import TrainConfig
 
 if TYPE_CHECKING:
     from pavdm_dist.train.run import Provider
-
-logger = logging.getLogger(__name__)
 
 
 def launch(config: TrainConfig, provider: Provider, words: Sequence[str]) -> None:
@@ -50,29 +47,55 @@ def launch(config: TrainConfig, provider: Provider, words: Sequence[str]) -> Non
         raise ConfigError(
             f"launch.processes={wanted.processes} and launch.ray_workers={wanted.ray_workers}: choose one of the two"
         )
-    if "WORLD_SIZE" in os.environ:
-        from pavdm_dist.train.run import train_slice
-
-        check_settings(config, launched_size())
-        train_slice(config, provider)
+    size = launched_size()
+    check_effect(config, size)
+    if size > 1:
+        check_settings(config, size)
+        _train_here(config, provider)
     elif wanted.ray_workers:
         check_settings(config, wanted.ray_workers)
-        _launch_ray(config, provider)
+        launch_ray(config, provider)
     elif wanted.processes > 1:
         check_settings(config, wanted.processes)
+        check_alone()
+        check_gpus(wanted.processes)
+        check_free(config.run_dir)
         _launch_here(wanted.processes, words)
     else:
-        from pavdm_dist.train.run import train_slice
-
         check_settings(config, 1)
-        train_slice(config, provider)
+        check_alone()
+        _train_here(config, provider)
+
+
+def _train_here(config: TrainConfig, provider: Provider) -> None:
+    from pavdm_dist.train.run import train_slice  # with torch and DeepSpeed, once all is known to be well
+
+    train_slice(config, provider)
+
+
+def check_gpus(processes: int) -> None:
+    """Refuses more processes on this machine than it has GPUs, if it has any.
+
+    Raises:
+        ConfigError: naming both numbers.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    if 0 < count < processes:
+        raise ConfigError(
+            f"launch.processes={processes}: there are {count} GPUs here, which NCCL lets no two processes share; use at"
+            f" most {count}, or CUDA_VISIBLE_DEVICES= to train on CPUs"
+        )
 
 
 def _launch_here(processes: int, words: Sequence[str]) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    torchrun = ["-m", "pavdm_dist.train.torchrun", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *torchrun, "-m", "pavdm_dist", "train", *words]
     # torchrun kills processes that take longer to save and export.
     given = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1800"}
+    if not imports_from(os.getcwd()):  # with -m Python would, though some script here is named like a library
+        given["PYTHONSAFEPATH"] = "1"
     child = subprocess.Popen(command, env={**given, **os.environ})
     told: list[int] = []
 
@@ -90,82 +113,9 @@ def _launch_here(processes: int, words: Sequence[str]) -> None:
         signal.signal(signal.SIGTERM, before)
     if told:  # torchrun's own status is 1 then, however well its processes ended
         raise EngineError("stopped by SIGTERM; the lines above say where the processes saved; run again to go on")
+    if code > 128:  # nobody was there to say so
+        name = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else str(code - 128)
+        memory = ", perhaps for lack of memory" if code - 128 == signal.SIGKILL else ""
+        raise EngineError(f"a training process was ended by {name}{memory}; run again to go on")
     if code:
         raise EngineError(f"a training process failed (exit status {code}); its message is above")
-
-
-def _launch_ray(config: TrainConfig, provider: Provider) -> None:
-    try:
-        import ray
-        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-        from ray.train.torch import TorchConfig, TorchTrainer
-    except ImportError as error:
-        raise ConfigError(
-            f"launch.ray_workers={config.launch.ray_workers} needs Ray Train: pip install 'pavdm-dist[cluster]'"
-        ) from error
-
-    from pavdm_dist.train import saves
-
-    wanted, run = config.launch, Path(config.run_dir).absolute()
-    saves.check_resume(run / "checkpoints", config.resume)
-    started = connect(wanted.ray_address, log_to_driver=True)
-    gpus = wanted.gpus_per_worker > 0
-    resources = {"CPU": wanted.cpus_per_worker, **({"GPU": wanted.gpus_per_worker} if gpus else {})}
-    settings = _anywhere(config, run)
-    trainer = TorchTrainer(
-        _ray_worker,
-        train_loop_config={
-            "config": settings,
-            "provider": provider,
-            "deadline": time.time() + config.max_seconds,
-        },
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=int(wanted.timeout_seconds)),
-        scaling_config=ScalingConfig(num_workers=wanted.ray_workers, use_gpu=gpus, resources_per_worker=resources),
-        run_config=RunConfig(
-            name="ray", storage_path=str(run), failure_config=FailureConfig(max_failures=wanted.max_failures)
-        ),
-    )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        reasons = str(error).strip().splitlines() or [type(error).__name__]
-        raise EngineError(f"training on Ray failed after {wanted.max_failures} restarts: {reasons[-1]}") from error
-    finally:
-        if started:
-            ray.shutdown()
-
-
-def _anywhere(config: TrainConfig, run: Path) -> TrainConfig:
-    """The settings for workers, which start in folders of their own: with whole paths.
-
-    A restarted worker goes on with what the run itself left; one that does not see what is there must not start afresh.
-    """
-
-    def whole(path: str | None) -> str | None:
-        # A hub id or "embedded" is no path here.
-        return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
-
-    from pavdm_dist.train import saves
-
-    export = None if config.export is None else str(Path(config.export).absolute())
-    return replace(
-        config,
-        run_dir=str(run),
-        export=export,
-        resume="must" if saves.any_there(run / "checkpoints") else "auto",
-        deepspeed_config=whole(config.deepspeed_config),
-        data=replace(config.data, folder=whole(config.data.folder), model=whole(config.data.model)),
-        model=replace(config.model, pretrained=whole(config.model.pretrained)),
-        codec=replace(config.codec, folder=whole(config.codec.folder)),
-    )
-
-
-def _ray_worker(settings: dict[str, Any]) -> None:
-    """One process of the group; Ray Train has set the five variables and joined the processes."""
-    import ray.train
-
-    from pavdm_dist.train.run import train_slice
-
-    config: TrainConfig = settings["config"]
-    left = max(settings["deadline"] - time.time(), 0)
-    train_slice(replace(config, max_seconds=left), settings["provider"], ray.train.report)

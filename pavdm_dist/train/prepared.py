@@ -10,6 +10,7 @@ from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.catalog import encoder_identity
 from pavdm_dist.data.dataset import BatchOrder, CachedClips, PixelClips
 from pavdm_dist.data.prefetch import Prefetch
+from pavdm_dist.data.several import SeveralClips
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.train.batches import Batch, draw_kind, draw_prompts
@@ -40,7 +41,12 @@ class VideoBatches:
     """
 
     def __init__(
-        self, clips: CachedClips | PixelClips, objective: Objective, data: DataConfig, seed: int, channels: int
+        self,
+        clips: CachedClips | PixelClips | SeveralClips,
+        objective: Objective,
+        data: DataConfig,
+        seed: int,
+        channels: int,
     ) -> None:
         self.clips, self.data, self.seed, self.channels = clips, data, seed, channels
         self.identity = {"data_set": {"clips": clips.identity}}
@@ -118,13 +124,12 @@ class VideoBatches:
 
 
 def video_data(config: TrainConfig) -> tuple[VideoBatches, Parts]:
-    """The prepared data set of ``data.folder``, and the codec and text encoder it was made with.
+    """The prepared data sets of ``data.folder`` as one, and the codec and text encoder it was made with.
 
     Raises:
         ConfigError: no complete data set, one made with another model, or latents and text that do not fit.
     """
     d = config.data
-    assert d.folder is not None
     source = Checkpoint.open(d.model or config.model.pretrained or "embedded")
     channels = source.codec_spec.latent_channels
     shape = shape_of(config, channels)
@@ -133,7 +138,12 @@ def video_data(config: TrainConfig) -> tuple[VideoBatches, Parts]:
             f"model.caption_channels={shape.caption_channels}: the text encoder of {source.source} gives "
             f"{source.text_encoder.text_dim}"
         )
-    clips = PixelClips(d.folder, source.codec, source.text_encoder) if d.pixels else CachedClips(d.folder, source)
+    clips = SeveralClips(
+        [
+            PixelClips(folder, source.codec, source.text_encoder) if d.pixels else CachedClips(folder, source)
+            for folder in d.folder
+        ]
+    )
     batches = VideoBatches(clips, config.objective, d, config.seed, channels)
     batches.identity["data_set"] |= {
         "codec": encoder_identity(source.vae),

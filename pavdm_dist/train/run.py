@@ -10,15 +10,18 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
+from pavdm_dist.errors import EngineError
+from pavdm_dist.io.storage import disk_errors
 from pavdm_dist.train.batches import Batches
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.export import Parts, check_target
 from pavdm_dist.train.processes import World, join_world
+from pavdm_dist.train.run_folder import Guard, check_shared, owned_together
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.trainer import Report, Trainer
 
@@ -29,7 +32,9 @@ Provider = Callable[[TrainConfig, World, float], tuple[Batches, Parts] | None]
 logger = logging.getLogger(__name__)
 
 
-def train_slice(config: TrainConfig, provider: Provider, report: Report | None = None) -> None:
+def train_slice(
+    config: TrainConfig, provider: Provider, report: Report | None = None, guard: Guard | None = None
+) -> None:
     """Runs one slice of ``config.max_seconds``; call again until it says that all steps are done.
 
     SIGTERM (a preempted job) ends the slice early, with a checkpoint and the exported model; so does Ctrl-C, which a
@@ -39,9 +44,13 @@ def train_slice(config: TrainConfig, provider: Provider, report: Report | None =
         config: settings.
         provider: of the data.
         report: called on every process with the metrics of each logged step.
+        guard: of who owns the run's folder already (:func:`~pavdm_dist.train.run_folder.owned`); None = the first
+            process makes it its own.
 
     Raises:
-        ConfigError: impossible settings, a run folder that was made with others (named), or missing extras.
+        ConfigError: impossible settings, a run folder that was made with others (named), that another run is writing
+            or that not all processes see, or missing extras.
+        EngineError: what must be written cannot be; the last checkpoint is kept.
         KeyboardInterrupt: after Ctrl-C, saying where the weights are.
     """
     target = Path(config.export or Path(config.run_dir) / "model")
@@ -50,17 +59,25 @@ def train_slice(config: TrainConfig, provider: Provider, report: Report | None =
     end = time.monotonic() + config.max_seconds
     world = join_world(config.launch.timeout_seconds)
     check_settings(config, world.size)
-    found = provider(config, world, end)
-    if found is None:
-        return
-    batches, parts = found
-    try:
-        trainer = Trainer(config, batches, parts, world, report)
-        with _stopped_by_signals(trainer) as interrupted:
-            finished = trainer.run(end)
-    finally:
-        batches.close()
-    trainer.export(target)
+    with nullcontext(guard) if guard is not None else owned_together(config.run_dir, world) as guard:
+        check_shared(config, world)
+        try:
+            with disk_errors():
+                found = provider(config, world, end)
+        except OSError as error:
+            raise EngineError(
+                f"run_dir={config.run_dir}: the training data cannot be written or read: {error}; run again to go on"
+            ) from error
+        if found is None:
+            return
+        batches, parts = found
+        try:
+            trainer = Trainer(config, batches, parts, world, report, guard)
+            with _stopped_by_signals(trainer) as interrupted:
+                finished = trainer.run(end)
+        finally:
+            batches.close()
+        trainer.export(target)
     if interrupted:
         raise KeyboardInterrupt(f"saved at step {trainer.step}, weights in {target}; run again to go on")
     if world.first:

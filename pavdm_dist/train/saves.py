@@ -1,8 +1,6 @@
-"""Checkpoints of a training run that cannot tear, and that another number of processes can go on from.
+"""Finds the checkpoint that a training run goes on from, also with another number of processes.
 
-DeepSpeed names a checkpoint ``latest`` before it is complete, and writes no hashes. Here every process writes under a
-temporary name; when all are done, a manifest with sizes and hashes is added, the folder gets its name in one rename,
-and only then does ``latest`` point to it. A checkpoint that was damaged later is passed over for an older one.
+A checkpoint that was damaged since it was written (:mod:`pavdm_dist.train.saving`) is passed over for an older one.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 LATEST = "latest"
 MANIFEST = "complete.json"
-PARTIAL = ".partial"
 UNIVERSAL = "-universal"
 
 
@@ -57,49 +54,6 @@ class Found:
     convert: bool
 
 
-def save(
-    engine: ZeroEngine,
-    average: Average,
-    root: str | Path,
-    step: int,
-    identity: Mapping[str, Any],
-    layout: SaveLayout,
-    world: World,
-    keep_last: int = 2,
-    keep_every: int = 0,
-) -> None:
-    """Writes checkpoint ``step``, publishes it, and drops old ones; every process must call it.
-
-    Args:
-        engine: the model and its optimizer.
-        average: averaged weights.
-        root: folder of checkpoints.
-        step: number of optimizer steps done.
-        identity: settings (parts of names and values) that :func:`find` insists on.
-        layout: of this run.
-        world: all processes.
-        keep_last: how many stay.
-        keep_every: those at multiples of it stay for good; 0 = none.
-    """
-    folder = Path(root)
-    tag = f"step{step:07d}"
-    partial = folder / f"{tag}{PARTIAL}"
-    if world.first:
-        shutil.rmtree(partial, ignore_errors=True)
-    world.wait()
-    engine.save(folder, partial.name, step)
-    average.save(partial, world.rank, world.size)
-    world.wait()
-    files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
-    mine = {name: _fingerprint(partial / name, flush=True) for name in files[world.rank :: world.size]}
-    hashes = {name: value for part in world.gather(mine) for name, value in part.items()}  # type: ignore[attr-defined]
-    if world.first:
-        manifest = {"step": step, "layout": asdict(layout), "identity": identity, "files": hashes}
-        _publish(folder, tag, partial, manifest)
-        _drop(folder, tag, keep_last, keep_every)
-    world.wait()
-
-
 def find(root: str | Path, identity: Mapping[str, Any], layout: SaveLayout, resume: str, world: World) -> Found | None:
     """The newest whole checkpoint that this run may go on from; every process must call it.
 
@@ -118,7 +72,7 @@ def find(root: str | Path, identity: Mapping[str, Any], layout: SaveLayout, resu
         CheckpointError: there are checkpoints, and none is whole.
     """
     # One process looks: a shared folder need not show all of them the same at the same moment.
-    tags = [str(tag) for tag in world.gather(_tags(Path(root)) if world.first else None)[0]]  # type: ignore[attr-defined]
+    tags = [str(tag) for tag in world.gather(tags_in(Path(root)) if world.first else None)[0]]  # type: ignore[attr-defined]
     check_resume(root, resume, tags)
     for tag in tags:
         manifest, fault = _checked(Path(root) / tag, world)
@@ -141,7 +95,7 @@ def find(root: str | Path, identity: Mapping[str, Any], layout: SaveLayout, resu
 
 def any_there(root: str | Path) -> bool:
     """Whether a folder holds a checkpoint, whole or not."""
-    return bool(_tags(Path(root)))
+    return bool(tags_in(Path(root)))
 
 
 def check_resume(root: str | Path, resume: str, tags: list[str] | None = None) -> None:
@@ -155,7 +109,7 @@ def check_resume(root: str | Path, resume: str, tags: list[str] | None = None) -
     Raises:
         ConfigError: ``resume=must`` without a checkpoint, or ``never`` with one.
     """
-    found = bool(_tags(Path(root)) if tags is None else tags)
+    found = bool(tags_in(Path(root)) if tags is None else tags)
     if resume == "must" and not found:
         raise ConfigError(f"resume=must: {root} holds no checkpoint; resume=auto starts afresh")
     if resume == "never" and found:
@@ -193,7 +147,7 @@ def load(engine: ZeroEngine, average: Average, root: str | Path, found: Found, w
     return step
 
 
-def _tags(root: Path) -> list[str]:
+def tags_in(root: Path) -> list[str]:
     """Names of published checkpoints, the one ``latest`` names first, then from the newest on."""
     names = sorted((path.name for path in root.glob("step*") if path.name[4:].isdecimal()), reverse=True)
     pointer = root / LATEST
@@ -212,7 +166,7 @@ def _checked(folder: Path, world: World) -> tuple[dict[str, Any] | None, str | N
         return None, f"its {MANIFEST} is missing or broken ({type(error).__name__})"
     for name in sorted(files)[world.rank :: world.size]:
         try:
-            if _fingerprint(folder / name) != files[name]:
+            if fingerprint(folder / name) != files[name]:
                 return manifest, f"{name} is not what was written"
         except OSError as error:
             return manifest, f"{name}: {error.strerror}"
@@ -230,36 +184,10 @@ def _compare(root: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> N
                 raise ConfigError(f"{root} was trained with {part}.{name}={found}, this run has {value}")
 
 
-def _fingerprint(path: Path, flush: bool = False) -> dict[str, Any]:
+def fingerprint(path: Path, flush: bool = False) -> dict[str, Any]:
+    """Size and hash of a file, which ``flush`` first makes durable."""
     if flush:
         make_durable(path)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
-
-
-def _publish(folder: Path, tag: str, partial: Path, manifest: dict[str, Any]) -> None:
-    _write(partial / MANIFEST, json.dumps(manifest, indent=1))
-    shutil.rmtree(folder / tag, ignore_errors=True)  # damaged, or it would not be written again
-    os.replace(partial, folder / tag)
-    _write(folder / f"{LATEST}{PARTIAL}", tag)
-    os.replace(folder / f"{LATEST}{PARTIAL}", folder / LATEST)
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
-    make_durable(path)
-
-
-def _drop(folder: Path, newest: str, keep_last: int, keep_every: int) -> None:
-    """Leaves ``keep_last`` checkpoints up to the newest, and those that are kept for good.
-
-    Later ones were damaged and passed over: the run has taken another way since.
-    """
-    tags = sorted(_tags(folder), reverse=True, key=lambda tag: int(tag[4:]))
-    abandoned = [tag for tag in tags if int(tag[4:]) > int(newest[4:])]
-    old = [tag for tag in tags if tag not in abandoned][max(keep_last, 1) :]
-    for tag in abandoned + [tag for tag in old if not keep_every or int(tag[4:]) % keep_every]:
-        shutil.rmtree(folder / tag)
-    for left in (*folder.glob(f"step*{PARTIAL}"), *folder.glob(f"step*{UNIVERSAL}")):
-        shutil.rmtree(left)

@@ -28,7 +28,7 @@ class CodecSettings:
 class DataConfig:
     """What is trained on: a prepared folder of real video, or clips of moving handwritten digits made here."""
 
-    folder: str | None = None  # of `pavdm data prepare`; None renders and encodes the digits once
+    folder: list[str] = field(default_factory=list)  # of `pavdm data prepare`, one or several; [] = digits made here
     model: str | None = None  # whose codec and text encoder prepared it; None: model.pretrained, or the embedded one
     pixels: bool = False  # read the videos and encode them now, instead of cached latents
     batch_size: int = 8  # of all processes together, over all accumulated parts
@@ -98,13 +98,14 @@ class ZeroConfig:
 
 @dataclass
 class LaunchConfig:
-    """Processes of this machine, or workers of a Ray cluster; ignored under a launcher that started several."""
+    """Processes of this machine, or workers of a Ray cluster; without effect under a launcher that started several."""
 
     processes: int = 1  # on this machine
     ray_workers: int = 0  # on a Ray cluster, by Ray Train
     ray_address: str | None = None  # None: RAY_ADDRESS, or a cluster on this machine
     gpus_per_worker: float = 0.0
     cpus_per_worker: float = 1.0
+    placement_timeout_s: float = 60.0  # how long resources that others hold, or an autoscaler brings, are waited for
     max_failures: int = 3  # restarts of the group after a worker died
     timeout_seconds: float = 1800.0  # of a collective, before a missing process ends the run
 

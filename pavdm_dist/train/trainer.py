@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.errors import EngineError
+from pavdm_dist.io.storage import disk_errors
 from pavdm_dist.merging import to_dict
-from pavdm_dist.train import saves
+from pavdm_dist.train import saves, saving
 from pavdm_dist.train.average import Average, whole_tensors
 from pavdm_dist.train.batches import Batch, Batches
 from pavdm_dist.train.checks import check_settings, memory_advice
@@ -28,6 +29,7 @@ from pavdm_dist.train.export import Parts, export_model
 from pavdm_dist.train.loss import velocity_loss
 from pavdm_dist.train.model import shape_of
 from pavdm_dist.train.processes import World, join_world
+from pavdm_dist.train.run_folder import CHECKPOINTS, Guard
 from pavdm_dist.train.sequence import join_sequence
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.start import start_engine
@@ -47,6 +49,7 @@ class Trainer:
         parts: what the exported model needs besides the trained modules.
         world: all processes.
         report: called on every process with the metrics of each logged step.
+        guard: says what keeps this process from writing into the run's folder, before it does.
 
     Raises:
         ConfigError: impossible settings, or a run folder that was made with others.
@@ -59,15 +62,16 @@ class Trainer:
         parts: Parts,
         world: World | None = None,
         report: Report | None = None,
+        guard: Guard = lambda: None,
     ) -> None:
-        self.config, self.batches, self.parts, self.report = config, batches, parts, report
+        self.config, self.batches, self.parts, self.report, self.guard = config, batches, parts, report, guard
         self.stopping = False
         self.world = world or join_world(config.launch.timeout_seconds)
         check_settings(config, self.world.size)
         self.run_dir = Path(config.run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.layout = saves.SaveLayout(config.zero.stage, self.world.size)
-        folder = self.run_dir / "checkpoints"
+        folder = self.run_dir / CHECKPOINTS
         found = saves.find(folder, self._identity(), self.layout, config.resume, self.world)
         shortest = min(kind.latent_chunk_size for _, kind in config.objective.kinds())
         heads = shape_of(config, batches.channels).num_heads
@@ -214,12 +218,18 @@ class Trainer:
         )
 
     def save(self) -> None:
-        """Writes a checkpoint; every process must call it."""
+        """Writes a checkpoint; every process must call it.
+
+        Raises:
+            EngineError: it cannot be written, or the folder is another run's by now; the last checkpoint is kept.
+        """
         config = self.config
         if self.step == self.saved:  # nothing happened since
             return
-        folder, keep = self.run_dir / "checkpoints", (config.keep_last, config.keep_every_steps)
-        saves.save(self.engine, self.average, folder, self.step, self._identity(), self.layout, self.world, *keep)
+        if faults := self.world.faults(self.guard()):
+            raise EngineError(f"{faults[0]}; nothing more is written there")
+        folder, keep = self.run_dir / CHECKPOINTS, (config.keep_last, config.keep_every_steps)
+        saving.save(self.engine, self.average, folder, self.step, self._identity(), self.layout, self.world, *keep)
         self.saved = self.step
 
     def whole_weights(self, averaged: bool = True) -> dict[str, Tensor]:
@@ -231,11 +241,20 @@ class Trainer:
         """Writes a whole model folder with averaged weights, readable by ``pavdm sample model=FOLDER``.
 
         Every process must call it.
+
+        Raises:
+            EngineError: it cannot be written.
         """
         weights = self.whole_weights(self.config.export_weights == "average")
+        fault = None
         if self.world.first:
-            export_model(self.config, weights, self.batches.channels, self.parts, folder, self.step)
-        self.world.wait()
+            try:
+                with disk_errors():
+                    export_model(self.config, weights, self.batches.channels, self.parts, folder, self.step)
+            except OSError as error:
+                fault = f"export={folder}: cannot be written: {error.strerror or error}"
+        if faults := self.world.faults(fault):
+            raise EngineError(f"{faults[0]}; the checkpoint is kept, make room and run again to export it")
 
     def sheet(self) -> None:
         """Draws a contact sheet of sampled videos with the averaged weights; every process must call it."""
@@ -259,8 +278,11 @@ class Trainer:
             self.report(line)
         if not self.world.first:
             return
-        with open(self.run_dir / "log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with open(self.run_dir / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # a line is not worth a run
+            logger.warning("step %d is not logged: %s", self.step, error)
         logger.info("step %d: loss %.4f, %.1f clips/s", self.step, metrics["loss"], metrics["samples_per_second"])
 
     def _rate(self) -> float:

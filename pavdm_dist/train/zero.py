@@ -12,14 +12,16 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pavdm_dist.errors import EngineError
 
 
 def join_group(timeout_seconds: float, device_type: str) -> bool:
@@ -31,6 +33,9 @@ def join_group(timeout_seconds: float, device_type: str) -> bool:
 
     Returns:
         Whether the group is new; False where it was there already.
+
+    Raises:
+        EngineError: the processes could not be connected within that time.
     """
     if device_type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -44,7 +49,12 @@ def join_group(timeout_seconds: float, device_type: str) -> bool:
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     if torch.distributed.is_initialized() and deepspeed.comm.is_initialized():
         return False
-    deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(seconds=timeout_seconds))
+    try:
+        deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(seconds=timeout_seconds))
+    except (RuntimeError, ValueError) as error:  # torch has no finer type for a head that is not there
+        where = " ".join(f"{name}={os.environ[name]}" for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"))
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EngineError(f"the processes could not be connected ({where}): {reason}") from error
     return True
 
 
@@ -103,9 +113,15 @@ class ZeroEngine:
         told = self._engine.get_global_grad_norm() if last else None
         return norm if told is None else float(told)
 
-    def save(self, root: str | Path, tag: str, step: int) -> None:
-        """Writes ``root/tag``, without naming it the latest; every process must call it."""
-        self._engine.save_checkpoint(str(root), tag=tag, client_state={"step": step}, save_latest=False)
+    def save(self, root: str | Path, tag: str, step: int) -> Exception | None:
+        """Writes ``root/tag``, without naming it the latest; every process must call it.
+
+        Returns:
+            What kept this process from writing its files, if anything did: the others must not be left waiting.
+        """
+        with _noting_faults(self._engine) as faults:
+            self._engine.save_checkpoint(str(root), tag=tag, client_state={"step": step}, save_latest=False)
+        return faults[0] if faults else None
 
     def load(self, root: str | Path, tag: str) -> int | None:
         """Reads ``root/tag``; the number of steps done, None where nothing was read. Every process must call it."""
@@ -117,6 +133,28 @@ class ZeroEngine:
     def destroy(self) -> None:
         """Takes DeepSpeed's hooks off the model; the engine is of no more use."""
         self._engine.destroy()
+
+
+@contextmanager
+def _noting_faults(engine: Any) -> Iterator[list[Exception]]:
+    """Files that cannot be written are noted, and DeepSpeed goes on to where its processes wait for each other."""
+    faults: list[Exception] = []
+
+    def noting(write: Callable[..., Any]) -> Callable[..., None]:
+        def call(*given: Any, **more: Any) -> None:
+            try:
+                write(*given, **more)
+            except (OSError, RuntimeError) as error:  # torch's writer has no finer type for a full disk
+                faults.append(error)
+
+        return call
+
+    writer = engine.checkpoint_engine
+    writer.save, engine._copy_recovery_script = noting(writer.save), noting(engine._copy_recovery_script)
+    try:
+        yield faults
+    finally:  # the methods of their classes again
+        del writer.save, engine._copy_recovery_script
 
 
 def foreign_names(path: Path) -> list[str]:
@@ -154,7 +192,7 @@ def to_universal(root: Path, tag: str, target: str) -> str | None:
     # The converter must not take itself for one of our processes.
     alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
     done = subprocess.run(
-        [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *words],
+        [sys.executable, "-P", "-m", "deepspeed.checkpoint.ds_to_universal", *words],
         env={**alone, "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,

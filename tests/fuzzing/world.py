@@ -132,7 +132,7 @@ def taken(judge: Callable[[], object], also: tuple[type[Exception], ...] = ()) -
 
 
 def command(words: list[str]) -> str:
-    """The same of a command line, run in this process: one line that begins ``pavdm: ``, exit status 2."""
+    """The same of a command line, run in this process: one line that begins ``pavdm: ``, exit status 2 or 101."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -146,7 +146,7 @@ def command(words: list[str]) -> str:
 
 def refusal(status: int, said: str) -> str:
     """The sentence, behind what may have been logged before it."""
-    assert status == 2, (status, said)
+    assert status in (2, 101), (status, said)  # bad input, or a video that its input made fail
     *_, last = said.rstrip("\n").split("\n")
     assert last.startswith("pavdm: ") and len(last) > 15, said
     assert "Traceback" not in said, said

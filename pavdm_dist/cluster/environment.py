@@ -15,6 +15,8 @@ PREFIXES = ("GLOO_", "NCCL_", "TORCH_GLOO_", "TORCH_NCCL_", "TORCHINDUCTOR_", "H
 # Not what torch reads when it is imported, as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE: an actor has it by then.
 NAMES = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG")
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+# Of these, names of folders and files, which may be relative; actors work in other folders.
+_PATHS_OF, _PATHS = ("HF_", "HUGGING", "TORCHINDUCTOR_"), ("_HOME", "_HUB_CACHE", "_PATH", "_DIR", "_FILE")
 
 
 def handed_on(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -23,11 +25,15 @@ def handed_on(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     They travel as an argument of the actors, not as Ray's runtime environment: that one Ray shows in its dashboard, and
     there is a token among these (``HF_TOKEN``), and passwords of proxies. Values must not be logged.
     """
-    return {
+    taken = {
         name: value
         for name, value in environment.items()
         if name.startswith(PREFIXES) or name in NAMES or name.lower() in PROXIES
     }
+    for name, value in taken.items():
+        if value and name.startswith(_PATHS_OF) and name.endswith(_PATHS):
+            taken[name] = os.path.abspath(os.path.expanduser(value))
+    return taken
 
 
 def take_on(handed: Mapping[str, str]) -> None:

@@ -1,0 +1,119 @@
+"""Joining a Ray cluster, or starting one that nobody else can reach; several users in one process share it."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pavdm_dist.cluster import address as addresses
+from pavdm_dist.cluster.starting import settings_of_own, workers_paths
+from pavdm_dist.errors import EngineError
+
+# A finaliser may end another membership while this thread makes one.
+_turn = threading.RLock()
+
+
+class _Session:
+    """This process' connection that was made here, and how many use it."""
+
+    def __init__(self) -> None:
+        self.members = 0
+
+
+_session: _Session | None = None
+
+
+class Membership:
+    """One user's part in the cluster that this process is in, made by :func:`connect`."""
+
+    def __init__(self, session: _Session | None) -> None:
+        self._session = session
+
+    @property
+    def others(self) -> int:
+        """How many others in this process use the same connection, as far as it was made here."""
+        return 0 if self._session is None else self._session.members - 1
+
+    def leave(self) -> None:
+        """Gives the part up; safe to call twice.
+
+        The last one ends the connection, and with it a cluster that was started here. One that this process was in
+        already, because somebody else had joined it, stays.
+        """
+        global _session
+        import ray
+
+        with _turn:
+            session, self._session = self._session, None
+            if session is None:
+                return
+            session.members -= 1
+            if session.members == 0 and session is _session:
+                _session = None
+                ray.shutdown()
+
+
+def connect(address: str | None, log_to_driver: bool = False) -> Membership:
+    """Joins the Ray cluster that this process is in, or that of the address, else starts a local one.
+
+    Args:
+        address: None = that of ``RAY_ADDRESS``.
+        log_to_driver: what workers print, tracebacks too, comes out of this process; else it stays in their logs. The
+            first user of a connection decides.
+
+    Raises:
+        EngineError: no cluster answers there, another Ray version does, this process is in another cluster, or none can
+            be started here.
+    """
+    global _session
+    import ray
+
+    with _turn:
+        if ray.is_initialized():
+            addresses.check_same(address)
+            session = _session
+        else:
+            wanted = addresses.given(address)
+            if wanted is not None:
+                addresses.check_reachable(wanted)
+            with _signals_kept():
+                _join(wanted, log_to_driver)
+            session = _session = _Session()
+        if session is not None:
+            session.members += 1
+        return Membership(session)
+
+
+def _join(address: str | None, log_to_driver: bool) -> None:
+    import ray
+
+    settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": log_to_driver}
+    if address is None or not address.startswith("ray://"):
+        settings["job_config"] = workers_paths()
+    try:
+        if address is not None:
+            ray.init(address=address, **settings)
+            return
+        with settings_of_own() as own:
+            ray.init(address="local", **own, **settings)
+    except (OSError, RuntimeError, ValueError) as error:
+        why = addresses.one_line(error)
+        if address is None:
+            raise EngineError(f"no Ray could be started on this machine: {why}") from error
+        raise EngineError(f"ray_address={address!r}: no Ray cluster could be joined: {why}") from error
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray ends the process at SIGTERM, with whatever is half done; who runs the process decides that here."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)

@@ -1,0 +1,124 @@
+"""``pavdm convert``: a published file of weights becomes a model folder that everything here takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.fields import read_object
+from pavdm_dist.models.base import Backbone
+from pavdm_dist.models.catalog import backbone_shape
+from pavdm_dist.models.devices import DTYPES
+from pavdm_dist.models.loading import as_stored, check_stored, save_tensors
+from pavdm_dist.models.published import read_published
+from pavdm_dist.models.source import Source, load_config
+
+INDEX = "model_index.json"
+
+
+@dataclass
+class ConvertConfig:
+    """Everything ``pavdm convert`` knows."""
+
+    source: str | None = None  # the published file: .pt, .pth, .ckpt, .bin or .safetensors
+    weights: str | None = None  # one of several sets in it; None = generator_ema, generator, ... or the file itself
+    base: str | None = None  # model folder or hub id of that shape, for all but the transformer's weights
+    revision: str | None = None  # of a hub id: branch, tag or commit
+    output: str | None = None  # the new model folder
+    dtype: Literal["as stored", "bfloat16", "float16", "float32"] = "as stored"
+    # what the folder says of these weights; None = as of the base
+    level_support: Literal["staircase-trained", "mixed-trained", "accepts"] | None = None
+    causal_trained: bool | None = None  # whether they met the chunk-causal mask
+    license: str | None = None  # said whenever the model is opened
+    sampling: dict[str, Any] = field(default_factory=dict)  # defaults, as in a model_index.json
+
+
+def convert_command(config: ConvertConfig, overwrite: bool) -> dict[str, Any]:
+    """Writes the folder; it appears whole or not at all.
+
+    Args:
+        config: settings.
+        overwrite: an earlier folder of a model may be replaced.
+
+    Returns:
+        ``output``, ``tensors``, ``bytes``.
+
+    Raises:
+        ConfigError: a setting is missing, or the folder cannot be written.
+        CheckpointError: the file cannot be read, or its tensors are not those of the base's transformer.
+    """
+    for name in ("source", "base", "output"):
+        if not getattr(config, name):
+            raise ConfigError(f"{name}: must be given; pavdm convert FILE base=MODEL output=FOLDER")
+    assert config.source and config.base and config.output
+    folder = Path(config.output)
+    if os.path.lexists(folder) and not overwrite:
+        raise ConfigError(f"output={folder}: exists already; --overwrite replaces it")
+    if os.path.lexists(folder) and not (folder / INDEX).exists():
+        raise ConfigError(f"output={folder}: holds no model that could be replaced; name another")
+    base = Source.of(config.base, config.revision, field="base")
+    shape = backbone_shape(base.part("transformer"))
+    tensors = read_published(Path(config.source), config.weights)
+    check_stored(shape.state_dict(), {name: as_stored(value) for name, value in tensors.items()}, config.source)
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        _other_components(base, partial)
+        size = _write(config, base, shape, tensors, partial)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    except OSError as error:
+        raise ConfigError(f"output={folder}: cannot be written ({error.strerror})") from error
+    return {"output": str(folder), "tensors": len(tensors), "bytes": size}
+
+
+def _write(config: ConvertConfig, base: Source, shape: Backbone, tensors: dict[str, Tensor], folder: Path) -> int:
+    """The transformer and the index; bytes of the weights."""
+
+    def kind(name: str, tensor: Tensor) -> torch.dtype:
+        if config.dtype == "as stored" or not tensor.is_floating_point():
+            return tensor.dtype
+        return torch.float32 if shape.keeps_float32(name) else DTYPES[config.dtype]
+
+    said = {"level_support": config.level_support, "causal_trained": config.causal_trained}
+    values = load_config(base.part("transformer")) | {name: value for name, value in said.items() if value is not None}
+    converted = {name: value.to(kind(name, value)).contiguous() for name, value in tensors.items()}
+    save_tensors(converted, folder / "transformer", values)
+    index = read_object(base.file(INDEX), CheckpointError)
+    index["transformer"] = ["diffusers", values.get("_class_name")]
+    index |= {"sampling": {**index.get("sampling", {}), **config.sampling}} if config.sampling else {}
+    index |= {"license": config.license} if config.license else {}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return sum(value.nbytes for value in converted.values())
+
+
+def _other_components(base: Source, folder: Path) -> None:
+    """All of the base but its transformer; files are linked where the disk allows it, they may be large."""
+
+    def link(source: str, target: str) -> str:
+        try:
+            os.link(os.path.realpath(source), target)
+        except OSError:
+            shutil.copy2(source, target)
+        return target
+
+    def without_transformer(_: str, names: list[str]) -> list[str]:
+        return [name for name in names if name in ("transformer", INDEX, ".git")]
+
+    if base.is_folder:
+        shutil.copytree(base.folder(), folder, copy_function=link, ignore=without_transformer)
+        return
+    folder.mkdir(parents=True)
+    index = read_object(base.file(INDEX), CheckpointError)
+    for name, value in index.items():
+        if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and name != "transformer":
+            shutil.copytree(base.part(name).folder(), folder / name, copy_function=link)

@@ -1,0 +1,117 @@
+"""The engine behind a pipeline: made when a call needs it, kept for the next one, and ended with its owner."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.catalog import FrameMaker
+from pavdm_dist.engine.events import Failed, Finished
+from pavdm_dist.engine.inline import InlineEngine
+from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.errors import EngineError, PAVDMError
+from pavdm_dist.method.stream import ResumePoint, Stream
+from pavdm_dist.planning.forecast import useful_stages
+from pavdm_dist.planning.partition import layer_split
+from pavdm_dist.request import SamplingParams
+
+if TYPE_CHECKING:
+    from pavdm_dist.engine.ray_engine import RayEngine
+
+logger = logging.getLogger(__name__)
+
+E = TypeVar("E", "RayEngine", InlineEngine)
+OnFailed = Callable[[int, PAVDMError], None]
+OnGrown = Callable[[int, ResumePoint], None]
+
+
+class Engines:
+    """At most one engine at a time, with the weights that it has loaded.
+
+    Attributes:
+        current: that one; None = none is up.
+    """
+
+    def __init__(self) -> None:
+        self.current: RayEngine | InlineEngine | None = None
+
+    def inline(self, make: Callable[[], InlineEngine]) -> InlineEngine:
+        """The engine of this process, which ``make`` loads unless it is up."""
+        if isinstance(self.current, InlineEngine):
+            return self.current
+        return self._hold(make())
+
+    def on_stages(
+        self, checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions, frames: FrameMaker
+    ) -> RayEngine:
+        """The engine of an earlier call where it is cut alike; else a new one.
+
+        Raises:
+            PAVDMError: as :class:`~pavdm_dist.engine.ray_engine.RayEngine`.
+        """
+        from pavdm_dist.engine.ray_engine import RayEngine
+
+        blocks = layer_split(checkpoint, params, options)
+        current = self.current
+        if isinstance(current, RayEngine) and current.blocks == blocks and not current.is_over:
+            return current
+        self.close()
+        recut = partial(_recut, checkpoint, params, options)
+        return self._hold(RayEngine(checkpoint.transformer, blocks, options, frames, recut))
+
+    def run(
+        self,
+        engine: RayEngine,
+        streams: Iterator[Stream | Failed],
+        params: SamplingParams,
+        in_flight: int,
+        on_grown: OnGrown | None,
+        on_failed: OnFailed | None,
+    ) -> Iterator[Finished]:
+        """What an engine of stages makes of streams; afterwards its trace is written, where one is wanted.
+
+        Raises:
+            EngineError: the engine as a whole has ended.
+        """
+        from pavdm_dist.engine.trace import write_trace
+
+        useful, options = useful_stages(params, in_flight), engine.options
+        if len(engine.blocks) > useful:
+            logger.warning(
+                "num_stages=%d: with streams=%d and mode=%s at most %d are useful, the others will idle",
+                len(engine.blocks), in_flight, params.mode, useful,
+            )  # fmt: skip
+        try:
+            yield from engine.run(streams, in_flight, on_grown, on_failed)
+            if options.trace_file is not None:
+                reports = engine.finish()
+                self.close()
+                write_trace(options.trace_file, reports)
+        except EngineError:  # the actors are gone
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the engine and gives its resources back. Safe to call twice."""
+        engine, self.current = self.current, None
+        if engine is not None:
+            self._finalizer.detach()
+            engine.close()
+
+    def _hold(self, engine: E) -> E:
+        self.current = engine
+        # Whoever forgets close(): the actors go with this object, or with the process.
+        self._finalizer = weakref.finalize(self, engine.close)
+        return engine
+
+
+def _recut(
+    checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions, num_stages: int
+) -> list[tuple[int, int]]:
+    """The cut for fewer stages than were asked for, which take the place of lost ones."""
+    return layer_split(checkpoint, params, replace(options, num_stages=num_stages, layers_per_stage=None))

@@ -1,0 +1,63 @@
+"""What is known of public models beyond what their folders say: sampling defaults and licences.
+
+The shapes in ``configs/model`` hold it. A model is told by its hub id, or by a transformer of the same shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pavdm_dist.errors import CheckpointError
+from pavdm_dist.fields import made, read_object
+from pavdm_dist.io.shipped import shipped_models
+from pavdm_dist.models.source import Source
+
+# Diffusers' pipelines for weights of a trained-per-frame class that met one level a window all the same.
+ONE_LEVEL = ("SkyReelsV2Pipeline", "SkyReelsV2ImageToVideoPipeline")
+
+
+@dataclass(frozen=True)
+class Known:
+    """What ``model_index.json`` says of a model, or that of its public sibling.
+
+    Attributes:
+        hub: id of the public model that has this shape.
+        license: of its weights, where it restricts their use.
+        sampling: defaults.
+    """
+
+    hub: str | None = None
+    license: str | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+
+def known_model(source: Source, index: Mapping[str, Any], transformer: Mapping[str, Any], where: object) -> Known:
+    """What a model's own index says; what it leaves out is that of the public model with its hub id or shape.
+
+    Args:
+        source: the model.
+        index: its ``model_index.json``.
+        transformer: its transformer's ``config.json``.
+        where: the index is, for messages.
+
+    Raises:
+        CheckpointError: an entry of a wrong kind.
+    """
+    own = _read(index, where)
+    if own.sampling and own.license:
+        return own
+    others = []
+    for folder in shipped_models().values():
+        other = _read(read_object(folder / "model_index.json", CheckpointError), folder)
+        shape = read_object(folder / "transformer" / "config.json", CheckpointError) if other.hub else {}
+        if shape and all(transformer.get(name) == value for name, value in shape.items()):
+            others.append(other)
+    named = [other for other in others if other.hub == source.location] or others
+    sibling = named[0] if named else Known()
+    return Known(own.hub or sibling.hub, own.license or sibling.license, own.sampling or sibling.sampling)
+
+
+def _read(index: Mapping[str, Any], where: object) -> Known:
+    return made(Known, index, where, ignore_unknown=True, error=CheckpointError)

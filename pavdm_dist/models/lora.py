@@ -1,0 +1,176 @@
+"""Low-rank changes of a model's weights (LoRA), added to them as they are loaded.
+
+Files may have the names of diffusers, of peft, or of the programs that Wan models are trained with (diffusers' own
+converters read those). What a stage does not load is not changed, so that any cut has the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pavdm_dist.errors import CheckpointError
+from pavdm_dist.fields import Within, json_value, made, read_object
+from pavdm_dist.models.source import Source
+
+FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+PEFT_CONFIG = "adapter_config.json"
+# Where diffusers keeps a file's settings, in the file's own header.
+_METADATA = "lora_adapter_metadata"
+_PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.")
+_TRAINERS = ("self_attn", "cross_attn")
+
+_Rank = Annotated[int, Within(1, 65_536)]
+_Alpha = Annotated[float, Within(0, 1e6)]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What ``adapter_config.json``, or a file's header, says."""
+
+    r: _Rank | None = None
+    lora_alpha: _Alpha | None = None
+    alpha_pattern: dict[str, _Alpha] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+
+    def strength(self, module: str, rank: int) -> float:
+        """What the product of a module's two matrices is multiplied by."""
+        named = (alpha for name, alpha in self.alpha_pattern.items() if module == name or module.endswith(f".{name}"))
+        alpha = next(named, self.lora_alpha)
+        return 1.0 if alpha is None else alpha / (rank**0.5 if self.use_rslora else rank)
+
+
+class Changes:
+    """Of one file: what is added to which tensor.
+
+    Args:
+        source: folder or hub id with one of ``FILES``.
+        scale: how strong; 1 is as trained.
+
+    Raises:
+        CheckpointError: no such file, or one of another kind of change.
+    """
+
+    def __init__(self, source: Source, scale: float = 1.0) -> None:
+        self._source, self._scale = source, scale
+        tensors, self._settings = _read(source)
+        self._tensors = tensors
+        self._modules = {name.rpartition(".lora_A.weight")[0] for name in tensors if name.endswith(".lora_A.weight")}
+        known = {
+            f"{module}.{part}" for module in self._modules for part in ("lora_A.weight", "lora_B.weight", "lora_B.bias")
+        }
+        strange = sorted(set(tensors) - known)
+        absent = sorted(f"{module}.lora_B.weight" for module in self._modules) if not strange else []
+        missing = next((name for name in absent if name not in tensors), None)
+        if strange or missing or not tensors:
+            what = f"tensor {strange[0]} is no part of a LoRA" if strange else f"lacks tensor {missing or 'of a LoRA'}"
+            raise CheckpointError(f"lora={source}: {what}")
+
+    def check(self, expected: Mapping[str, Tensor]) -> None:
+        """Refuses what does not fit a model's tensors, of the whole model, by name and shape.
+
+        Raises:
+            CheckpointError: naming the first tensor.
+        """
+        for module in sorted(self._modules):
+            down, up = (self._tensors[f"{module}.lora_{part}.weight"] for part in "AB")
+            target = expected.get(f"{module}.weight")
+            if target is None:
+                raise CheckpointError(f"lora={self._source}: the model has no {module}.weight, which it would change")
+            if [up.shape[0], down.shape[1]] != list(target.shape) or up.shape[1] != down.shape[0]:
+                raise CheckpointError(
+                    f"lora={self._source}: changes {module}.weight by {list(up.shape)} times {list(down.shape)},"
+                    f" it is {list(target.shape)}"
+                )
+
+    def added(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor with its change, float32; itself where it has none."""
+        module, _, kind = name.rpartition(".")
+        if module not in self._modules:
+            return tensor
+        down = self._tensors[f"{module}.lora_A.weight"]
+        strength = self._scale * self._settings.strength(module, down.shape[0])
+        if kind == "bias":
+            bias = self._tensors.get(f"{module}.lora_B.bias")
+            return tensor if bias is None else tensor.float() + strength * bias.to(tensor.device, torch.float32)
+        up, down = (self._tensors[f"{module}.lora_{part}.weight"].to(tensor.device, torch.float32) for part in "BA")
+        return tensor.float() + strength * (up @ down)
+
+
+def changes_of(source: Source, expected: Mapping[str, Tensor]) -> list[Changes]:
+    """The changes that a component's source names, checked against the model's tensors."""
+    found = [Changes(adapter.source, adapter.scale) for adapter in source.adapters]
+    for changes in found:
+        changes.check(expected)
+    return found
+
+
+def lora_file(source: Source) -> str:
+    """Name of the file of weights.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    name = next((name for name in FILES if source.has(name)), None)
+    if name is None:
+        raise CheckpointError(f"lora={source}: has neither {' nor '.join(FILES)}")
+    return name
+
+
+def _read(source: Source) -> tuple[dict[str, Tensor], _Settings]:
+    """Tensors by the model's own names, and the settings."""
+    file = source.file(lora_file(source))
+    try:
+        with safe_open(file, framework="pt") as reader:
+            header = reader.metadata() or {}
+            tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own Rust-side type for a broken header
+        raise CheckpointError(f"lora={file}: is not a readable safetensors file: {error}") from error
+    settings = _settings(source, header)
+    if settings.use_dora or any("dora_scale" in key or "lora_magnitude" in key for key in tensors):
+        raise CheckpointError(f"lora={source}: is a DoRA; only plain LoRA can be added to weights as they are loaded")
+    return _own_names(source, tensors), settings
+
+
+def _settings(source: Source, header: Mapping[str, str]) -> _Settings:
+    values: Mapping[str, Any] = {}
+    if source.has(PEFT_CONFIG):
+        values = read_object(source.file(PEFT_CONFIG), CheckpointError)
+    elif _METADATA in header:
+        try:
+            values = json_value(header[_METADATA])
+        except ValueError as error:
+            raise CheckpointError(f"lora={source}: {_METADATA} is not valid JSON: {error}") from error
+        values = {key.removeprefix("transformer."): value for key, value in values.items()}
+    return made(_Settings, values, f"lora={source}", ignore_unknown=True, error=CheckpointError)
+
+
+def _own_names(source: Source, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As ``MODULE.lora_A.weight`` and so on; strengths that files hold as tensors are multiplied in."""
+    plain = {_without(name, _PREFIXES): value for name, value in tensors.items()}
+    if any(part in name for name in plain for part in _TRAINERS) and not _has(tensors, "lora_unet_"):
+        plain = {f"diffusion_model.{name}": value for name, value in plain.items()}
+    if _has(plain, "diffusion_model.") or _has(plain, "lora_unet_"):
+        from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
+
+        try:
+            plain = WanLoraLoaderMixin.lora_state_dict(plain)
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"lora={source}: its names are not those of a Wan LoRA: {error}") from error
+    return {_without(name, _PREFIXES).replace(".default.", "."): value for name, value in plain.items()}
+
+
+def _has(names: Iterable[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
+
+
+def _without(name: str, prefixes: Iterable[str]) -> str:
+    for prefix in prefixes:
+        name = name.removeprefix(prefix)
+    return name

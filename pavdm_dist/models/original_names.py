@@ -1,0 +1,38 @@
+"""Tensors by diffusers' names, also where files hold them under those of the Wan models' own programs.
+
+That is how Wan 2.1, SkyReels-V2, Rolling Forcing, Causal-Forcing and Self-Forcing were published; some have a wrapper's
+prefixes besides. A name says all, so stages rename what they read and nothing else is opened.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+# In every file of that layout, and in no other.
+_MARK = "head.modulation"
+_SHARDED = "_fsdp_wrapped_module."
+_WRAPPERS = re.compile(r"^(?:module\.)?(?:model\.)?(?:diffusion_model\.)?")
+# What diffusers' converter does not know of: SkyReels-V2's frame rate.
+_FPS = {"fps_projection.0.": "fps_projection.net.0.proj.", "fps_projection.2.": "fps_projection.net.2."}
+
+
+def diffusers_names(stored: Iterable[str]) -> dict[str, str]:
+    """Diffusers' name of each tensor -> the one it has in its file.
+
+    Names that are not of the layout above are kept.
+    """
+    names = list(stored)
+    plain = {_WRAPPERS.sub("", name.replace(_SHARDED, "")): name for name in names}
+    if _MARK not in plain:
+        return dict(zip(names, names, strict=True))
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    renamed = convert_wan_transformer_to_diffusers(plain)
+    return {_with_fps(name): original for name, original in renamed.items()}
+
+
+def _with_fps(name: str) -> str:
+    for before, after in _FPS.items():
+        name = name.replace(before, after)
+    return name

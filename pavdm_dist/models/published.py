@@ -1,0 +1,84 @@
+"""Files of weights as authors publish them (``.pt``, ``.pth``, ``.ckpt``, ``.bin``, ``.safetensors``), under any of the
+names that :mod:`pavdm_dist.models.original_names` knows. Nothing in them is run: they may hold tensors alone."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pavdm_dist.errors import CheckpointError
+from pavdm_dist.models.original_names import diffusers_names
+
+# Which of several sets of weights in a file is meant, the first that is there. A critic makes no videos.
+SETS = ("generator_ema", "generator", "state_dict", "model", "module")
+NOT_SAMPLED = ("critic", "optimizer")
+
+
+def read_published(file: Path, chosen: str | None = None) -> dict[str, Tensor]:
+    """A file's tensors by diffusers' names, on the CPU; of most files nothing is read before it is used.
+
+    Args:
+        file: which.
+        chosen: one of several sets of weights in it, as a training program saves them; None takes the first of
+            ``SETS``, or the file itself where it holds tensors alone.
+
+    Raises:
+        CheckpointError: no such file or set, or one that holds more than tensors.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"source={file}: no such file")
+    if file.suffix == ".safetensors":
+        if chosen is not None:
+            raise CheckpointError(f"weights={chosen}: {file} holds one set of tensors; leave it out")
+        tensors: Mapping[str, Any] = _safe(file)
+    else:
+        tensors = _chosen(_unpickled(file), chosen, file)
+    strange = next((name for name, value in tensors.items() if not isinstance(value, Tensor)), None)
+    if strange is not None or not tensors:
+        raise CheckpointError(f"{file}: {strange} is no tensor" if strange is not None else f"{file} holds no tensors")
+    return {name: tensors[stored] for name, stored in diffusers_names(tensors).items()}
+
+
+def _chosen(content: Any, chosen: str | None, file: Path) -> Mapping[str, Any]:
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{file} holds a {type(content).__name__}, weights by name are expected")
+    sets = [str(name) for name, value in content.items() if isinstance(value, Mapping)]
+    if chosen is None and not sets:
+        return content
+    usable = [name for name in sets if name not in NOT_SAMPLED]
+    name = chosen or next((name for name in SETS if name in usable), None)
+    if name not in usable:
+        what = f"weights={chosen}: " if chosen else ""
+        raise CheckpointError(
+            f"{what}{file} holds {', '.join(sets) or 'tensors alone'}; name one that samples with weights=NAME"
+            if usable
+            else f"{what}{file} holds {', '.join(sets) or 'tensors alone'}, no set that samples"
+        )
+    return content[name]
+
+
+def _unpickled(file: Path) -> Any:
+    try:
+        try:
+            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError:  # a file of torch before 1.6, which cannot be mapped
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} is not read: it is damaged, or holds more than tensors, which could run code"
+            f" ({str(error).strip().splitlines()[0]})"
+        ) from error
+
+
+def _safe(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as reader:
+            return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own Rust-side type for a broken header
+        raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error

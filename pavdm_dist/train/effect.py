@@ -1,0 +1,93 @@
+"""Settings that were given and that this run would not read: refused where they say who trains, told of elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.train.settings import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+_OF_RAY = ("ray_address", "gpus_per_worker", "cpus_per_worker", "max_failures", "placement_timeout_s")
+_OF_DIGITS = ("clips", "num_latents", "still_steps", "still_share", "still_batch_size")
+_OF_FOLDERS = ("model", "pixels", "batch_sizes", "prefetch")
+
+
+def check_effect(config: TrainConfig, size: int) -> None:
+    """Refuses settings of launchers that are not used, and warns of others that have no effect.
+
+    Args:
+        config: settings.
+        size: how many processes a launcher started; 1 without one.
+
+    Raises:
+        ConfigError: naming the setting, its value, and what it is for.
+    """
+    wanted = config.launch
+    if size > 1:
+        if wanted.processes == size:  # as one of these was started
+            return
+        if os.environ.get("RANK", "0").strip() == "0":
+            _tell(_unused(config))
+            for name in ("processes", "ray_workers"):
+                if value := dict(_given(wanted, (name,))):
+                    logger.warning(
+                        "launch.%s=%s has no effect: a launcher started %d processes", name, value[name], size
+                    )
+        return
+    if not wanted.ray_workers:
+        for name, value in _given(wanted, _OF_RAY):
+            raise ConfigError(f"launch.{name}={value}: is for workers on Ray, there are none with launch.ray_workers=0")
+    _tell(_unused(config))
+
+
+def _unused(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
+    """Name, value and why of every setting outside ``launch`` that was given and is not read."""
+    d, m, o = config.data, config.model, config.optimizer
+    codec = tuple(field.name for field in dataclasses.fields(config.codec))
+    groups: list[tuple[str, Any, Iterable[str], str]] = []
+    if d.folder is not None:
+        why = f"data.folder={d.folder} is trained on, not the digit world"
+        groups += [
+            ("data", d, _OF_DIGITS, why),
+            ("codec", config.codec, codec, why),
+            ("model", m, ("text_depth",), why),
+        ]
+    else:
+        groups.append(("data", d, _OF_FOLDERS, "it is of data.folder"))
+        if config.codec.folder is not None:
+            groups.append(("codec", config.codec, codec[1:], f"codec.folder={config.codec.folder} is trained already"))
+        elif m.pretrained is not None:
+            groups.append(("codec", config.codec, codec[1:], f"the codec of model.pretrained={m.pretrained} is used"))
+    if m.pretrained is not None:
+        sizes = tuple(field.name for field in dataclasses.fields(m))[1:]
+        groups.append(("model", m, sizes, f"the sizes of model.pretrained={m.pretrained} count"))
+    if o.name != "muon":
+        groups.append(("optimizer", o, ("matrix_ratio",), "it is of optimizer.name=muon"))
+    if config.zero.stage == 0:
+        groups.append(("zero", config.zero, ("bucket_elements",), "it is of zero.stage=1, 2 and 3"))
+    patterns = {config.objective.pattern, *(kind.pattern for kind in config.objective.mixture)}
+    if not any("variance" in (pattern or "") for pattern in patterns):
+        why = "it is of objective.pattern=linear-variance and linear-variance-shift"
+        groups.append(("objective", config.objective, ("variance_scale",), why))
+    for section, values, names, why in groups:
+        yield from ((f"{section}.{name}", value, why) for name, value in _given(values, names))
+
+
+def _given(values: Any, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Fields that are not what they are by default."""
+    default = type(values)()
+    return ((name, getattr(values, name)) for name in names if getattr(values, name) != getattr(default, name))
+
+
+def _tell(unused: Iterable[tuple[str, Any, str]]) -> None:
+    by_reason: dict[str, list[str]] = {}
+    for name, value, why in unused:
+        by_reason.setdefault(why, []).append(f"{name}={value}")
+    for why, settings in by_reason.items():
+        logger.warning("no effect: %s; %s", ", ".join(dict.fromkeys(settings)), why)

@@ -1,0 +1,207 @@
+"""Training on the workers of a Ray cluster, by Ray Train."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pavdm_dist.cluster.environment import choose_interface, handed_on, take_on
+from pavdm_dist.cluster.joining import connect
+from pavdm_dist.cluster.room import Demand, Room
+from pavdm_dist.errors import ConfigError, EngineError
+from pavdm_dist.train.run_folder import CHECKPOINTS, check_free, owned
+from pavdm_dist.train.settings import TrainConfig
+
+if TYPE_CHECKING:
+    from pavdm_dist.train.run import Provider
+
+# How long Ray Train itself waits for a group of workers, before it counts a failure and tries again.
+GROUP_S = 60.0
+# An actor of Ray's that finds no address of its own where several clusters run on a machine, and says so in tracebacks.
+_NOISY = "PlacementGroupCleaner"
+
+
+def launch_ray(config: TrainConfig, provider: Provider) -> None:
+    """Runs training in ``config.launch.ray_workers`` processes of a cluster, once it has room for them.
+
+    Raises:
+        ConfigError: Ray Train is not installed, or a GPU share that no worker can train on.
+        EngineError: no cluster, no room for the workers, or a process failed more often than is allowed.
+    """
+    wanted, run = config.launch, Path(config.run_dir).absolute()
+    try:
+        import ray
+        import ray.train.torch  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"launch.ray_workers={wanted.ray_workers} needs Ray Train: pip install 'pavdm-dist[cluster]'"
+        ) from error
+
+    from pavdm_dist.train import saves
+
+    if wanted.gpus_per_worker not in (0, 1):
+        raise ConfigError(
+            f"launch.gpus_per_worker={wanted.gpus_per_worker:g}: a worker computes on one GPU, which NCCL lets nobody"
+            " share; use 1, or 0 for CPUs"
+        )
+    saves.check_resume(run / CHECKPOINTS, config.resume)
+    check_free(run)
+    membership = connect(wanted.ray_address, log_to_driver=True)
+    try:
+        _wait_for_room(config)
+        with owned(run), _without_noise():  # by this process, which outlives its workers
+            _fit(config, provider, run)
+    finally:
+        membership.leave()
+
+
+def _resources(config: TrainConfig) -> dict[str, float]:
+    wanted = config.launch
+    return {"CPU": wanted.cpus_per_worker, **({"GPU": wanted.gpus_per_worker} if wanted.gpus_per_worker else {})}
+
+
+def _wait_for_room(config: TrainConfig) -> None:
+    """Ray Train would ask for workers again and again, for ever, whether or not the cluster can ever hold them."""
+    from ray.util.placement_group import remove_placement_group
+
+    wanted = config.launch
+    needs = {name: amount for name, amount in _resources(config).items() if amount} or {"CPU": 0.001}
+    demand = Demand(
+        f"launch.ray_workers={wanted.ray_workers}",
+        [needs] * wanted.ray_workers,
+        wanted.placement_timeout_s,
+        "launch.placement_timeout_s",
+        "fewer workers, smaller launch.cpus_per_worker or launch.gpus_per_worker",
+    )
+    room = Room(demand, wanted.ray_address)
+    group = room.group("PACK", wanted.placement_timeout_s)
+    if group is None:
+        raise room.refusal()
+    remove_placement_group(group)  # Ray Train takes its own
+
+
+def _fit(config: TrainConfig, provider: Provider, run: Path) -> None:
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch.config import _TorchBackend
+
+    class Backend(_TorchBackend):
+        """The workers get the driver's environment before they are connected, and before anything reads it."""
+
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(_prepare_worker, backend_config.told, backend_config.backend)
+            super().on_start(worker_group, backend_config)
+
+    @dataclass
+    class Config(TorchConfig):
+        told: Any = (
+            None  # a reference: what is in a configuration may be shown in Ray's dashboard, and tokens are in it
+        )
+
+        @property
+        def backend_cls(self) -> type:
+            return Backend
+
+    wanted, gpus = config.launch, config.launch.gpus_per_worker > 0
+    failures = FailureConfig(
+        max_failures=wanted.max_failures,
+        # Groups that did not come up, although there was room for one.
+        controller_failure_limit=math.ceil(wanted.placement_timeout_s / GROUP_S),
+    )
+    backend = "nccl" if gpus else "gloo"
+    trainer = TorchTrainer(
+        _ray_worker,
+        train_loop_config={
+            "config": _anywhere(config, run),
+            "provider": provider,
+            "deadline": time.time() + config.max_seconds,
+        },
+        torch_config=Config(backend=backend, timeout_s=int(wanted.timeout_seconds), told=ray.put(handed_on())),
+        scaling_config=ScalingConfig(
+            num_workers=wanted.ray_workers, use_gpu=gpus, resources_per_worker=_resources(config)
+        ),
+        run_config=RunConfig(name="ray", storage_path=str(run), failure_config=failures),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        reasons = str(error).strip().splitlines() or [type(error).__name__]
+        raise EngineError(f"training on Ray failed after {wanted.max_failures} restarts: {reasons[-1]}") from error
+
+
+def _prepare_worker(told: Any, backend: str) -> None:
+    import ray
+
+    take_on(ray.get(told))
+    if backend == "gloo":
+        choose_interface(ray.util.get_node_ip_address())
+
+
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    """What workers print comes out of this process, but for one actor of Ray's own."""
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+
+    printing = [pair for pair in dispatcher.handlers if pair[0] == "ray_print_logs"]
+    dispatcher.remove_handler("ray_print_logs")
+    for name, handler in printing:
+        dispatcher.add_handler(name, partial(_print_others, handler))
+    try:
+        yield
+    finally:
+        if printing and any(name == "ray_print_logs" for name, _ in dispatcher.handlers):
+            dispatcher.remove_handler("ray_print_logs")
+            for name, handler in printing:
+                dispatcher.add_handler(name, handler)
+
+
+def _print_others(handler: Callable[[dict[str, Any]], None], data: dict[str, Any]) -> None:
+    if data.get("actor_name") != _NOISY:
+        handler(data)
+
+
+def _anywhere(config: TrainConfig, run: Path) -> TrainConfig:
+    """The settings for workers, which start in folders of their own: with whole paths.
+
+    A restarted worker goes on with what the run itself left; one that does not see what is there must not start afresh.
+    """
+
+    def whole(path: str | None) -> str | None:
+        # A hub id or "embedded" is no path here.
+        return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
+
+    from pavdm_dist.train import saves
+
+    export = None if config.export is None else str(Path(config.export).absolute())
+    return replace(
+        config,
+        run_dir=str(run),
+        export=export,
+        resume="must" if saves.any_there(run / CHECKPOINTS) else "auto",
+        deepspeed_config=whole(config.deepspeed_config),
+        data=replace(
+            config.data,
+            folder=[str(Path(folder).absolute()) for folder in config.data.folder],
+            model=whole(config.data.model),
+        ),
+        model=replace(config.model, pretrained=whole(config.model.pretrained)),
+        codec=replace(config.codec, folder=whole(config.codec.folder)),
+    )
+
+
+def _ray_worker(settings: dict[str, Any]) -> None:
+    """One process of the group; Ray Train has set the five variables and joined the processes."""
+    import ray.train
+
+    from pavdm_dist.train.run import train_slice
+
+    config: TrainConfig = settings["config"]
+    left = max(settings["deadline"] - time.time(), 0)
+    train_slice(replace(config, max_seconds=left), settings["provider"], ray.train.report, guard=lambda: None)

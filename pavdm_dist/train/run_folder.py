@@ -1,0 +1,140 @@
+"""The folder of a run: that all its processes see the same one, and that no other run writes there."""
+
+from __future__ import annotations
+
+import platform
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.io.lock import OutputLock, clear_locks
+from pavdm_dist.train.processes import World, several_tasks
+from pavdm_dist.train.saving import SHARED_S, clear_unfinished
+from pavdm_dist.train.settings import TrainConfig
+
+FIELD = "run_dir"
+CHECKPOINTS = "checkpoints"
+_TOKEN = ".seen-by-all-"
+
+# Says what keeps this process from writing into the folder; None where nothing.
+Guard = Callable[[], str | None]
+
+
+def check_free(run_dir: str | Path) -> None:
+    """Refuses a folder that another run is writing; waits for a sign of life of one on another machine.
+
+    Raises:
+        ConfigError: naming the other run.
+    """
+    try:
+        clear_locks([run_dir], FIELD)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{several_tasks()}") from error
+
+
+@contextmanager
+def owned(run_dir: str | Path) -> Iterator[Guard]:
+    """Makes the folder and keeps other runs out of it while the block runs; for one process of a run.
+
+    Raises:
+        ConfigError: another run is writing it, or it cannot be made.
+    """
+    try:
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        lock = OutputLock.acquire(run_dir, FIELD)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{several_tasks()}") from error
+    except OSError as error:
+        raise ConfigError(f"{FIELD}={run_dir}: cannot be written: {error.strerror or error}") from error
+
+    def guard() -> str | None:
+        try:
+            lock.check()
+        except OSError as error:
+            return f"{FIELD}={run_dir}: {error}"
+        return None
+
+    try:
+        clear_unfinished(Path(run_dir) / CHECKPOINTS)
+        for token in Path(run_dir).glob(f"{_TOKEN}*"):
+            token.unlink(missing_ok=True)
+        yield guard
+    finally:
+        lock.release()
+
+
+@contextmanager
+def owned_together(run_dir: str | Path, world: World) -> Iterator[Guard]:
+    """As :func:`owned`, by the first process; every process must call it.
+
+    Raises:
+        ConfigError: on every process.
+    """
+    fault: str | None = None
+    guard: Guard = _nothing
+    with ExitStack() as stack:
+        if world.first:
+            try:
+                guard = stack.enter_context(owned(run_dir))
+            except ConfigError as error:
+                fault = str(error)
+        if faults := world.faults(fault):
+            raise ConfigError(faults[0])
+        yield guard
+
+
+def check_shared(config: TrainConfig, world: World) -> None:
+    """Refuses folders that not all processes see; every process must call it, the first one owns ``run_dir``.
+
+    The first process writes a token that all others must find. What it reads from folders the others must have, too.
+
+    Raises:
+        ConfigError: naming the folder, the machine that lacks it, and where a relative path led there.
+    """
+    run_dir, token = Path(config.run_dir), ""
+    if world.first:
+        token = f"{_TOKEN}{uuid.uuid4().hex}"
+        (run_dir / token).touch()
+    named = [
+        *(("data.folder", folder) for folder in config.data.folder),
+        ("data.model", config.data.model),
+        ("codec.folder", config.codec.folder),
+        ("model.pretrained", config.model.pretrained),
+    ]
+    there = [(name, path) for name, path in named if path is not None and Path(path).exists()]
+    theirs: Any = world.gather((platform.node(), token, there))[0]
+    first, token, expected = theirs
+    fault = None
+    if not _appears(run_dir / token):
+        fault = f"{FIELD}={run_dir}: {_here(run_dir)} does not show what process 0 on {first} wrote there"
+    for name, path in expected:
+        if fault is None and (name, path) not in there:
+            fault = f"{name}={path}: {_here(Path(path))} is not there, as it is for process 0 on {first}"
+    faults = world.faults(fault and f"{fault}; it must be a folder that all machines share, under the same path")
+    if world.first:
+        with suppress(OSError):
+            (run_dir / token).unlink()
+    if faults:
+        raise ConfigError(faults[0])
+
+
+def _here(path: Path) -> str:
+    return f"{path.absolute()} on {platform.node()}"
+
+
+def _appears(path: Path) -> bool:
+    """A share may be late to show what another machine wrote."""
+    end = time.monotonic() + SHARED_S
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _nothing() -> None:
+    return None

@@ -1,0 +1,140 @@
+"""Calls as diffusers' users write them: generators, blank texts, names and values that mean something else there."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_checkpoint
+
+from pavdm_dist import PAVDMPipeline, SamplingParams, VideoRequest
+from pavdm_dist.arguments import seeds_of
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.errors import ConfigError
+
+PROMPT = "a red three"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(model: Path) -> PAVDMPipeline:
+    return PAVDMPipeline.from_pretrained(model, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["embedded", "some-org/some-model"])
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("revison", "did you mean revision?"),
+        ("torch_type", "did you mean torch_dtype?"),
+        ("variant", "torch_dtype is what weights are turned into"),
+        ("cache_dir", "HF_HUB_CACHE names the cache"),
+        ("use_safetensors", "from_pretrained takes model, num_stages"),
+    ],
+)
+def test_an_argument_that_is_none_is_named(name: str, argument: str, said: str) -> None:
+    arguments: dict[str, Any] = {argument: "main"}
+    with pytest.raises(ConfigError) as raised:
+        PAVDMPipeline.from_pretrained(name, **arguments)
+    assert f"no such argument {argument!r}" in str(raised.value) and said in str(raised.value)
+
+
+def test_sampling_arguments_are_named_too(pipeline: PAVDMPipeline) -> None:
+    with pytest.raises(ConfigError, match=r"no such argument 'num_inference_step', did you mean num_inference_steps\?"):
+        SamplingParams.resolve(pipeline.checkpoint, num_inference_step=3)
+    with pytest.raises(ConfigError, match=r"no such argument 'eta'; sampling takes"):
+        pipeline(PROMPT, eta=0.0)
+
+
+def test_a_generator_that_is_used_gives_other_seeds() -> None:
+    generator = torch.Generator().manual_seed(5)
+    assert seeds_of(generator, 0, 3) == [5, 6, 7], "a fresh one is a seed"
+    second, third = seeds_of(generator, 0, 2), seeds_of(generator, 0, 2)
+    assert len({5, 6, 7, *second, *third}) == 7
+    again = torch.Generator().manual_seed(5)
+    assert [seeds_of(again, 0, n) for n in (3, 2, 2)] == [[5, 6, 7], second, third], "and can be had again"
+    advanced = torch.Generator().manual_seed(5)
+    torch.rand(1, generator=advanced)
+    assert seeds_of(advanced, 0, 1) != [5]
+    shared = torch.Generator().manual_seed(8)
+    first, *others = seeds_of([shared] * 3, 0, 3)
+    assert first == 8 and len({8, *others}) == 3
+
+
+def test_one_generator_in_a_loop_makes_another_video_each_time(pipeline: PAVDMPipeline) -> None:
+    generator = torch.Generator().manual_seed(0)
+    settings: dict[str, Any] = {"num_frames": 5, "output_type": "latent", "guidance_scale": 1}
+    one, two = (pipeline(PROMPT, generator=generator, **settings).frames[0] for _ in range(2))
+    assert not torch.equal(one, two)
+    assert torch.equal(one, pipeline(PROMPT, seed=0, **settings).frames[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"seed": -1}, "seed=-1: must be 0 or more; random.randrange"),
+        ({"seed": None}, "seed=null: must be a whole number"),
+        ({"seed": 1.0}, "seed=1.0: must be a whole number"),
+        ({"generator": 3}, "generator: must be a torch.Generator, or a list of them; seed takes a number"),
+        ({"generator": [torch.Generator()] * 2}, "generator: 2 generators for 1 videos"),
+        ({"prompt": None}, "prompt=None: give a text"),
+        ({"prompt": []}, "give a text, or a list of them"),
+        ({"prompt": [7]}, "prompt=7: must be text, one for each video"),
+        ({"prompt": "a\0b"}, "prompt 'a\\x00b' is not text: a file can hold neither NUL nor half a character"),
+        ({"negative_prompt": ["a seven"]}, "negative_prompt=['a seven']: must be text"),
+    ],
+)
+def test_values_that_cannot_be_are_named(pipeline: PAVDMPipeline, arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        pipeline(**{"prompt": PROMPT, "num_frames": 5, **arguments})
+    assert said in str(raised.value)
+
+
+def test_a_blank_negative_prompt_is_none(pipeline: PAVDMPipeline) -> None:
+    for blank in ("", " ", "\t\n", "\u00a0"):
+        assert VideoRequest(PROMPT, 0, 5, blank) == VideoRequest(PROMPT, 0, 5)
+    made = [
+        pipeline(PROMPT, negative_prompt=text, num_frames=5, output_type="latent").frames[0]
+        for text in (None, "", "seven")
+    ]
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+    # Nor is it one that guidance_scale=1 would not use.
+    pipeline(PROMPT, negative_prompt=" ", num_frames=5, guidance_scale=1)
+
+
+def test_seeds_of_numpy_are_numbers() -> None:
+    request = VideoRequest(PROMPT, np.int64(3), 5)  # type: ignore[arg-type]
+    assert type(request.seed) is int and request == VideoRequest(PROMPT, 3, 5)
+
+
+def test_guidance_below_one_is_told(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Elsewhere anything up to 1 is no guidance; here 0 is the model without its prompt."""
+    logging.getLogger("pavdm_dist").propagate = True
+    checkpoint = Checkpoint.open(model)
+    SamplingParams.resolve(checkpoint, guidance_scale=1.0)
+    assert not caplog.records
+    SamplingParams.resolve(checkpoint, guidance_scale=0.0)
+    assert "guidance_scale=0: below 1 the prompt counts for less" in caplog.text
+
+
+def test_latents_that_a_callback_changes_are_refused(pipeline: PAVDMPipeline) -> None:
+    def same(pipe: Any, step: int, level: float, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return given
+
+    def others(pipe: Any, step: int, level: float, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        given["latents"] = given["latents"] * 0
+        return given
+
+    settings: dict[str, Any] = {"num_frames": 5, "guidance_scale": 1}
+    pipeline(PROMPT, callback_on_step_end=same, **settings)
+    pipeline(PROMPT, callback_on_step_end=lambda *_: {}, **settings)
+    with pytest.raises(ConfigError, match="callback_on_step_end: gave other latents back; here they can be looked at"):
+        pipeline(PROMPT, callback_on_step_end=others, **settings)

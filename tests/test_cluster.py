@@ -1,0 +1,220 @@
+"""Joining a Ray cluster and starting one: odd addresses, folders and scripts that lie about, several users at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from pavdm_dist.cluster import address
+from pavdm_dist.cluster.joining import connect
+from pavdm_dist.cluster.starting import folder_of_own, imports_from
+from pavdm_dist.errors import EngineError
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+def own_temporary(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No variable says where temporary files go."""
+    for name in ("RAY_TMPDIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder whose name is short."""
+    with tempfile.TemporaryDirectory(prefix="p", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def _deep(folder: Path) -> Path:
+    """As batch systems name the temporary folder of a job: longer than the name of a socket may be."""
+    return folder / ("x" * 60) / "job" / "1355700" / "tmp.t0016"
+
+
+def test_ray_gets_a_folder_whose_sockets_have_names(own_temporary: pytest.MonkeyPatch, short: Path) -> None:
+    own_temporary.setenv("TMPDIR", str(_deep(short)))
+    assert folder_of_own() in ("/tmp/ray", f"/tmp/ray-{os.getuid()}")
+    own_temporary.setenv("RAY_TMPDIR", "")  # as good as none
+    assert folder_of_own().startswith("/tmp/ray")
+    own_temporary.setenv("RAY_TMPDIR", str(short))
+    assert folder_of_own() == f"{short}/ray"
+
+
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [
+        ("{deep}", "its name is .* bytes too long for sockets"),
+        ("{file}", "a part of .* is a file"),
+        ("{taken}", "ray is a file"),
+        ("relative", "it is no absolute path"),
+        ("/proc", r"/proc/ray cannot be made \(.*\)"),
+    ],
+)
+def test_a_folder_that_ray_cannot_use_is_named(
+    own_temporary: pytest.MonkeyPatch, short: Path, where: str, why: str
+) -> None:
+    (short / "file").write_text("")
+    (short / "taken").mkdir()
+    (short / "taken" / "ray").write_text("")
+    chosen = where.format(deep=_deep(short), file=short / "file", taken=short / "taken")
+    own_temporary.setenv("RAY_TMPDIR", chosen)
+    with pytest.raises(EngineError, match=rf"RAY_TMPDIR={re.escape(chosen)}: .*{why}; set RAY_TMPDIR=/"):
+        folder_of_own()
+    own_temporary.delenv("RAY_TMPDIR")
+    own_temporary.setenv("TMPDIR", chosen)  # nobody chose it for Ray
+    assert folder_of_own().startswith("/tmp/ray")
+
+
+OWN = """
+import json, sys
+from pathlib import Path
+from pavdm_dist.cluster.joining import connect
+first, second = connect(None), connect("auto")
+import ray
+
+@ray.remote(num_cpus=0)
+def lookup():
+    try:
+        import pavdm_stray
+    except ImportError:
+        return "not found"
+
+first.leave()
+first.leave()  # harmless
+assert ray.is_initialized(), "another uses it"
+print(json.dumps([ray.get(lookup.remote()), ray._private.worker._global_node.get_temp_dir_path()]))
+try:
+    connect("127.0.0.1:1")
+except Exception as error:
+    print(error)
+second.leave()
+assert not ray.is_initialized()
+"""
+
+
+def test_a_cluster_of_this_process_own(tmp_path: Path) -> None:
+    """In a short folder whatever TMPDIR says; its workers run no scripts of the current folder; all users share it."""
+    (tmp_path / "pavdm_stray.py").write_text("")
+    script = tmp_path / "elsewhere" / "script.py"
+    script.parent.mkdir()
+    script.write_text(OWN)
+    _deep(tmp_path).mkdir(parents=True)
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
+    environment["TMPDIR"] = str(_deep(tmp_path))
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    found, folder = json.loads(said[0])
+    assert found == "not found"
+    assert folder.startswith("/tmp/ray")
+    assert re.match(r"ray_address='127.0.0.1:1': this process is in the Ray cluster at \S+, and can be in one", said[1])
+
+
+def test_workers_import_from_the_current_folder_where_this_process_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not imports_from(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path, ""])
+    assert imports_from(str(tmp_path))
+
+
+@contextmanager
+def _listening(http: bool) -> Iterator[int]:
+    """A port at which something else listens."""
+
+    class Quiet(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    if http:
+        server = HTTPServer(("127.0.0.1", 0), Quiet)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+        server.server_close()
+        return
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        yield silent.getsockname()[1]
+
+
+@pytest.mark.parametrize("http", [True, False])
+def test_a_port_where_something_else_listens_is_no_cluster(http: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(address, "ANSWER_S", 1.0)
+    # Ray takes loopback for the machine's own address, at which this server does not listen.
+    monkeypatch.setattr("ray._private.services.canonicalize_bootstrap_address", lambda where: where)
+    started = time.monotonic()
+    with _listening(http) as port, pytest.raises(EngineError, match=rf"ray_address='127.0.0.1:{port}': .* 6379 is the"):
+        address.check_reachable(f"127.0.0.1:{port}")
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("127.0.0.1:1", r"no Ray cluster could be reached: .*refused"),
+        ("http://127.0.0.1:8265", "must be auto, HOST:PORT or ray://HOST:PORT; .* 8265 that of its dashboard"),
+        ("head", "must be auto, HOST:PORT or ray://HOST:PORT"),
+        ("head:port", "must be auto, HOST:PORT or ray://HOST:PORT"),
+        ("127.0.0.1:77777", "no Ray cluster could be reached"),
+        ("no.such.host.invalid:6379", "no Ray cluster could be reached"),
+        ("ray://127.0.0.1:1", "no Ray cluster could be reached: .*refused"),
+    ],
+)
+def test_an_address_where_nothing_is_says_so_at_once(where: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(EngineError, match=rf"ray_address='{re.escape(where)}': .*{said}"):
+        address.check_reachable(where)
+    monkeypatch.setenv("RAY_ADDRESS", where)  # where the setting says nothing
+    assert address.given(None) == address.given("auto") == where and address.given("other:1") == "other:1"
+
+
+def test_auto_may_stand_for_a_cluster_that_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", list)
+    with pytest.raises(EngineError, match=r"ray_address='auto': Could not find any running Ray instance"):
+        address.check_reachable("auto")
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    with pytest.raises(
+        EngineError, match=r"ray_address='auto', which stands for \S+:1: no Ray cluster could be reached"
+    ):
+        address.check_reachable("auto")
+
+
+def test_a_process_is_in_one_cluster_at_a_time(ray_cluster: None) -> None:
+    import ray
+
+    here = ray.get_runtime_context().gcs_address
+    for same in (None, "auto", here):
+        connect(same).leave()
+    assert ray.is_initialized(), "somebody else's"
+    with pytest.raises(
+        EngineError, match=rf"ray_address='10.0.0.1:6379': this process is in the Ray cluster at {here}"
+    ):
+        connect("10.0.0.1:6379")
+
+
+def test_all_of_a_reason_is_said() -> None:
+    error = RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.50.0\n    Python: 3.11.7\nThis ")
+    assert address.one_line(error).startswith(
+        "Version mismatch: The cluster was started with: Ray: 2.50.0 Python: 3.11.7"
+    )

@@ -1,0 +1,138 @@
+"""``pavdm convert``: published files become model folders; what could run code, or is no model, is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_checkpoint
+from safetensors.torch import save_file
+from test_wan_loading import equal_states, original_names
+from wan_models import WAN, tiny_wan
+
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.cli import main
+from pavdm_dist.models.wan import Wan
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A model folder of the shape, with other weights."""
+    folder = tiny_checkpoint(tmp_path / "base")
+    for file in (folder / "transformer").iterdir():
+        file.unlink()
+    tiny_wan(seed=3).save_pretrained(folder / "transformer")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def publish(file: Path, wrap: Callable[[dict], object] = lambda state: state, prefix: str = "model.") -> Path:
+    """The tiny model by its authors' names."""
+    torch.save(wrap(original_names(tiny_wan(seed=7).state_dict(), prefix)), file)
+    return file
+
+
+SETS = {
+    "plain": (lambda state: state, "", []),
+    "prefix": (lambda state: state, "model.", []),
+    "averaged": (
+        lambda state: {"critic": {}, "generator": {"x": torch.zeros(1)}, "generator_ema": state},
+        "model._fsdp_wrapped_module.", [],
+    ),
+    "generator": (lambda state: {"generator": state, "critic": {"x": torch.zeros(1)}, "step": 3}, "model.", []),
+    "chosen": (lambda state: {"generator": {"x": torch.zeros(1)}, "mine": state}, "model.", ["weights=mine"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_published_file_becomes_a_model(name: str, base: Path, tmp_path: Path) -> None:
+    wrap, prefix, words = SETS[name]
+    file, folder = publish(tmp_path / "published.pt", wrap, prefix), tmp_path / "out"
+    said = ["level_support=staircase-trained", "license=terms of its own", "sampling.num_inference_steps=9"]
+    assert main(["convert", str(file), f"base={base}", f"output={folder}", *said, *words]) == 0
+    found = Checkpoint.open(folder)
+    assert isinstance(found.backbone, Wan) and equal_states(found.backbone, tiny_wan(seed=7))
+    assert found.shape.spec.level_support == "staircase-trained" and found.defaults.num_inference_steps == 9
+    assert found.defaults.window_chunks == Checkpoint.open(base).defaults.window_chunks
+    assert (found.vae.folder() / "config.json").read_bytes() == (base / "vae" / "config.json").read_bytes()
+    assert found.text_encoder.encode("a red three").isfinite().all()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_types_are_kept_or_chosen(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def half(state: dict) -> dict:
+        return {name: value.bfloat16() for name, value in state.items()}
+
+    file = publish(tmp_path / "published.pt", half)
+    assert main(["convert", str(file), f"base={base}", f"output={tmp_path / 'kept'}"]) == 0
+    assert Checkpoint.open(tmp_path / "kept").dtype == torch.bfloat16
+    words = ["convert", f"base={base}", f"output={tmp_path / 'kept'}", str(file), "dtype=float16", "--json"]
+    capsys.readouterr()
+    assert main(words) == 2 and "exists already; --overwrite replaces it" in capsys.readouterr().err
+    assert main([*words, "--overwrite"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    model = Checkpoint.open(tmp_path / "kept")
+    assert model.dtype == torch.float16 and report["tensors"] == len(model.shape.state_dict())
+    sizes = {name: value.numel() for name, value in model.shape.state_dict().items()}
+    assert report["bytes"] == sum(size * (4 if model.shape.keeps_float32(name) else 2) for name, size in sizes.items())
+
+
+class Program:
+    """What a file could hold besides tensors."""
+
+    def __reduce__(self) -> tuple:
+        return print, ("run",)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "words", "message"),
+    [
+        (lambda state: {**state, "model.head.head.weight": Program()}, [],
+         "holds more than tensors, which could run code"),
+        (lambda state: {"critic": state}, [], "holds critic, no set that samples"),
+        (lambda state: {"critic": state, "generator": state}, ["weights=critic"],
+         "weights=critic: .* holds critic, generator"),
+        (lambda state: {"other": state}, [], "holds other; name one that samples with weights=NAME"),
+        (lambda state: {"model.head.head.weight": torch.zeros(1), "epoch": 3}, [], "epoch is no tensor"),
+        (lambda state: [1, 2], [], "holds a list, weights by name are expected"),
+        (lambda state: {k: v for k, v in state.items() if "blocks.1.ffn.0.w" not in k}, [],
+         r"lacks tensor blocks\.1\.ffn\.net\.0\.proj\.weight"),
+        (lambda state: {**state, "model.blocks.3.ffn.0.bias": torch.zeros(40)}, [],
+         r"tensor blocks\.3\.ffn\.net\.0\.proj\.bias \(1 in all\) is not part of this model"),
+        (lambda state: {**state, "model.head.head.bias": torch.zeros(4)}, [], r"tensor proj_out\.bias is \[4\]"),
+    ],
+    ids=["code", "critic", "critic chosen", "unknown set", "no tensor", "list", "missing", "unknown", "size"],
+)  # fmt: skip
+def test_other_files_are_refused(
+    wrap: Callable, words: list[str], message: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = publish(tmp_path / "published.pt", wrap)
+    assert main(["convert", str(file), f"base={base}", f"output={tmp_path / 'out'}", *words]) == 2
+    captured = capsys.readouterr()
+    assert re.search(message, captured.err), captured.err
+    assert "run" not in captured.out.split() and not (tmp_path / "out").exists()
+
+
+def test_settings_that_are_missing_are_named(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "weights.safetensors"
+    save_file(original_names(tiny_wan(seed=7).state_dict()), file)
+    for words, message in (
+        ([], "source: must be given"),
+        ([str(file)], "base: must be given"),
+        ([str(file), f"base={base}"], "output: must be given"),
+        ([str(file), f"base={tmp_path / 'gone'}", "output=x"], r"base=.*gone: no such folder"),
+        ([str(tmp_path / "gone.pt"), f"base={base}", "output=x"], "gone.pt: no such file"),
+        ([str(file), f"base={base}", "weights=ema", "output=x"], "weights=ema: .* holds one set of tensors"),
+        ([str(file), f"base={base}", f"output={tmp_path}", "--overwrite"], "holds no model that could be replaced"),
+    ):
+        assert main(["convert", *words]) == 2
+        captured = capsys.readouterr()
+        assert re.search(message, captured.err), captured.err
+    assert main(["convert", str(file), f"base={base}", f"output={tmp_path / 'out'}"]) == 0
+    assert Checkpoint.open(tmp_path / "out").shape.config == WAN

@@ -1,0 +1,128 @@
+"""How long a film is, in whose clock, and what decodes it: containers as recorders, editors and browsers leave them."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from videos import numbered, numbers, write_video
+
+from pavdm_dist.errors import MediaError
+from pavdm_dist.io.reader import open_video
+from pavdm_dist.io.segments import SegmentWriter
+from pavdm_dist.io.video import probe, read_clip
+
+RATE = 24
+
+
+def with_sound(path: Path, pictures: int, seconds: int, **options: str) -> Path:
+    """Noisy pictures, and sound that lasts so many seconds."""
+    rng = np.random.default_rng(0)
+    codecs = {".webm": ("libvpx", "libopus", 48000), ".wmv": ("msmpeg4", "wmav2", 44100), ".flv": ("flv", "aac", 16000)}
+    video_codec, sound_codec, hertz = codecs.get(path.suffix, ("libx264", "aac", 16000))
+    with av.open(str(path), "w", options=options) as container:
+        video, sound = container.add_stream(video_codec, rate=RATE), container.add_stream(sound_codec, rate=hertz)
+        video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
+        sound.layout, sound.bit_rate = "mono", 64_000
+        for index in range(pictures):
+            frame = av.VideoFrame.from_ndarray(rng.integers(0, 255, (64, 64, 3), np.uint8), format="rgb24")
+            frame.pts, frame.time_base = index, Fraction(1, RATE)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        size = sound.codec_context.frame_size or 960
+        kind = sound.codec_context.format.name
+        for number in range(seconds * hertz // size):
+            silence = np.zeros((1, size), np.int16 if kind.startswith("s16") else np.float32)
+            part = av.AudioFrame.from_ndarray(silence, format=kind, layout="mono")
+            part.sample_rate, part.pts, part.time_base = hertz, number * size, Fraction(1, hertz)
+            container.mux(sound.encode(part))
+        container.mux(sound.encode(None))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options"),
+    [
+        ("mkv", {}), ("webm", {}), ("ts", {}), ("wmv", {}), ("flv", {}), ("avi", {}), ("mov", {}), ("mp4", {}),
+        ("mp4", {"movflags": "frag_keyframe+empty_moov"}),
+        ("mp4", {"movflags": "dash+frag_keyframe"}),
+    ],
+)  # fmt: skip
+def test_sound_that_lasts_longer_than_the_pictures(tmp_path: Path, suffix: str, options: dict[str, str]) -> None:
+    path = with_sound(tmp_path / f"a.{suffix}", 48, 8, **options)
+    assert len(read_clip(path)) == 48
+    last = read_clip(path, num_frames=5, fps=RATE, keep="last")
+    np.testing.assert_array_equal(last, read_clip(path)[-5:])
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "webm", "flv", "wmv"])
+def test_what_was_cut_off_is_told_from_what_lasts_shorter(tmp_path: Path, suffix: str) -> None:
+    whole = with_sound(tmp_path / f"a.{suffix}", 96, 4).read_bytes()
+    (tmp_path / f"cut.{suffix}").write_bytes(whole[: len(whole) // 3])
+    for keep in ("first", "last"):
+        with pytest.raises(MediaError, match=rf"cut\.{suffix} is (corrupt or )?truncated"):
+            read_clip(tmp_path / f"cut.{suffix}", fps=RATE, keep=keep)
+
+
+def test_the_length_of_the_pictures_is_their_own(tmp_path: Path) -> None:
+    assert probe(with_sound(tmp_path / "a.mkv", 48, 8)).seconds == pytest.approx(2, abs=0.1)
+    assert probe(with_sound(tmp_path / "a.mp4", 48, 8)).seconds == 2
+
+
+def test_a_codec_without_a_decoder_is_named(tmp_path: Path) -> None:
+    whole = write_video(tmp_path / "a.mp4", numbered(12)).read_bytes()
+    path = tmp_path / "x.mp4"
+    path.write_bytes(whole.replace(b"avc1", b"zzz1"))
+    with pytest.raises(MediaError, match=r"x\.mp4: this FFmpeg has no decoder for its video \(.*zzz1.*\)"):
+        read_clip(path)
+    matroska = write_video(tmp_path / "a.mkv", numbered(12)).read_bytes()
+    path = tmp_path / "x.mkv"
+    path.write_bytes(matroska.replace(b"V_MPEG4/ISO/AVC", b"V_MPEG9/ISO/XYZ"))
+    with pytest.raises(MediaError, match=r"x\.mkv: this FFmpeg has no decoder for its video"):
+        read_clip(path)
+
+
+def test_time_is_read_one_way_wherever_a_film_is_read(tmp_path: Path) -> None:
+    parts = b"".join(write_video(tmp_path / f"{n}.ts", numbered(30, start=10 * n), 24).read_bytes() for n in range(2))
+    path = tmp_path / "joined.ts"
+    path.write_bytes(parts)
+    for keep, fps in (("first", None), ("last", None), ("first", 24), ("last", 24)):
+        with pytest.raises(MediaError, match=r"joined\.ts(: time runs backwards| is corrupt)"):
+            read_clip(path, fps=fps, keep=keep)
+
+
+@pytest.mark.parametrize("suffix", ["avi", "wmv", "asf"])
+def test_times_of_the_file_s_order_are_put_in_that_of_the_pictures(tmp_path: Path, suffix: str) -> None:
+    path = write_video(tmp_path / f"b.{suffix}", numbered(78), 24)  # with B-frames
+    with open_video(path) as reader:
+        times = [time for time, _ in reader.frames()]
+    assert all(abs(after - before - Fraction(1, 24)) < Fraction(2, 1000) for before, after in pairwise(times))
+    for keep in ("first", "last"):
+        assert numbers(read_clip(path, fps=24, keep=keep)) == list(range(78))
+    assert numbers(read_clip(path, num_frames=5, fps=24, keep="last")) == list(range(73, 78))
+
+
+def test_a_playlist_of_segments_is_a_film(tmp_path: Path) -> None:
+    """What is left of an interrupted video can be gone on from."""
+    writer = SegmentWriter(tmp_path / "v.mp4", 24, 64, 96, chunks_per_segment=1)
+    frames = numbered(80)
+    for index in range(4):
+        writer.write_chunk(index, frames[20 * index : 20 * (index + 1)])
+    assert numbers(read_clip(writer.playlist, fps=24)) == list(range(80))
+    for count in (5, 30, 77):
+        assert numbers(read_clip(writer.playlist, num_frames=count, fps=24, keep="last")) == list(range(80 - count, 80))
+
+
+def test_jumps_land_before_the_place_and_give_the_same_frames(tmp_path: Path) -> None:
+    for suffix in ("mp4", "mkv", "ts"):
+        path = write_video(tmp_path / f"a.{suffix}", numbered(78).repeat(2, axis=0))
+        with open_video(path) as reader:
+            whole = {time: numbers(reader.picture(frame, None)[None]) for time, frame in reader.frames()}
+        with open_video(path) as reader:
+            behind = {time: numbers(reader.picture(frame, None)[None]) for time, frame in reader.frames(Fraction(4))}
+        assert 0 < len(behind) < len(whole)
+        assert behind.items() <= whole.items()
