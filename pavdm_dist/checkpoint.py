@@ -162,12 +162,14 @@ class Checkpoint:
     def identity(self) -> str:
         """What tells these weights from others: SHA-256 of what is used of a folder, the commit of a hub id.
 
+        A pretrained text encoder is not a part of it, it has an identity of its own: machines that render may lack it.
+
         Raises:
             CheckpointError: a file of it cannot be read.
         """
         names = {"model_index.json"}
         if self.source.is_folder:
-            for component in COMPONENTS:
+            for component in self._components:
                 files = weight_files(self.source.part(component))
                 names |= {f"{component}/{name}" for name in ("config.json", *files)}
         identities = [_identity(self.source, names)]
@@ -229,10 +231,8 @@ class Checkpoint:
             away = self.source.offline
             what = f": a file of weights is {away}" if away else " holds no weights: it can be planned, not sampled"
             raise CheckpointError(f"model={self.source}{what}")
-        for component in (self.transformer, self.vae):
-            stored_tensors(component)
-        if self._text_class not in PRETRAINED:  # those may be left out where all that is rendered is cached
-            stored_tensors(self.source.part("text_encoder"))
+        for component in self._components:
+            stored_tensors(self.source.part(component))
         changes_of(self.transformer, self.shape.state_dict())
 
     @cached_property
@@ -245,6 +245,11 @@ class Checkpoint:
             kinds = ", ".join((TEXT_ENCODER, *PRETRAINED))
             raise CheckpointError(f"model={self.source}: text_encoder is {found}, this version runs {kinds}")
         return WordTextEncoder.from_pretrained(self.source.part("text_encoder"))
+
+    @property
+    def _components(self) -> tuple[str, ...]:
+        """Folders whose weights every machine needs; what a pretrained text encoder gives may be cached."""
+        return COMPONENTS[:-1] if self._text_class in PRETRAINED else COMPONENTS
 
     @cached_property
     def _text_class(self) -> str:

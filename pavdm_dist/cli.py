@@ -201,11 +201,10 @@ def text_cache(arguments: argparse.Namespace) -> None:
     from pavdm_dist.commands.text_cache import TextCacheConfig, text_cache_report
     from pavdm_dist.merging import load_config
 
-    overrides = [word for word in arguments.words if is_override(word)]
-    files = [word for word in arguments.words if word not in overrides]
-    if len(files) > 1:
-        raise ConfigError(f"two files of prompts, {files[0]} and {files[1]}: give one")
-    config = load_config(TextCacheConfig, None, [*(f"prompts={file}" for file in files), *overrides])
+    prompts, config_file, overrides = sort_words(arguments.words)
+    if prompts is not None:
+        overrides.insert(0, f"prompts={prompts}")
+    config = load_config(TextCacheConfig, config_file, overrides)
     _print_report(text_cache_report(config), arguments.json)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from pavdm_dist.arguments import check_names, seeds_of
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.catalog import FrameMaker
+from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.engine.events import Failed
 from pavdm_dist.engine.inline import InlineEngine
 from pavdm_dist.engine.options import EngineOptions
@@ -56,7 +57,10 @@ logger = logging.getLogger(__name__)
 
 # A whole video in memory larger than this is refused: long videos are streamed.
 MAX_RESULT_BYTES = 4 * 2**30
-_FROM_PRETRAINED = ("model", "num_stages", "threads_per_stage", "engine", "torch_dtype", "device", "revision", "lora")
+_FROM_PRETRAINED = (
+    "model", "num_stages", "threads_per_stage", "engine", "torch_dtype", "device", "revision", "lora", "text",
+    "decoder_tile", "preview_decoder",
+)  # fmt: skip
 
 
 class PAVDMPipeline:
@@ -130,6 +134,9 @@ class PAVDMPipeline:
         device: str | torch.device | None = None,
         revision: str | None = None,
         lora: Sequence[Adapter] = (),
+        text: TextOptions | None = None,
+        decoder_tile: int | None = None,
+        preview_decoder: str | None = None,
         **unknown: object,
     ) -> PAVDMPipeline:
         """Opens the model that ships with the package (``embedded``), a folder or a hub id.
@@ -140,6 +147,8 @@ class PAVDMPipeline:
             lora: changes of the weights.
             num_stages, threads_per_stage, engine, torch_dtype, device: of this class; ``torch_dtype`` is its ``dtype``,
                 None is ``auto``.
+            text: where a pretrained text encoder computes, and where what it gives is kept.
+            decoder_tile, preview_decoder: of this class.
             unknown: any other argument is refused by name.
 
         Raises:
@@ -148,7 +157,16 @@ class PAVDMPipeline:
         """
         check_names(unknown, _FROM_PRETRAINED, "from_pretrained")
         checkpoint = Checkpoint.open(model, revision, lora)
-        return cls(checkpoint, num_stages, threads_per_stage, engine, torch_dtype or "auto", device or "auto")
+        return cls(
+            checkpoint if text is None else replace(checkpoint, text=text),
+            num_stages,
+            threads_per_stage,
+            engine,
+            torch_dtype or "auto",
+            device or "auto",
+            decoder_tile=decoder_tile,
+            preview_decoder=preview_decoder,
+        )
 
     def to(self, *targets: str | torch.device | torch.dtype) -> PAVDMPipeline:
         """Another device, another type, or both, from the next call on; returns itself, as diffusers' pipelines do."""

@@ -445,4 +445,5 @@ def _clip_latents(
         for index in range(-plan.given_context, plan.given_clip)
     }
     behind = latents.shape[1] - plan.given_clip * size
-    return given, latents[:, max(0, behind - codec.receptive_latents()) : behind].clone()
+    past = min(behind, codec.receptive_latents())
+    return given, latents[:, behind - past : behind].clone() if past else None

@@ -50,6 +50,7 @@ def whole(codec: WanCodec, latents: Tensor) -> Tensor:
 def test_any_partition_snapshot_and_interleaving_give_the_same_bits(folder: Path, dtype: torch.dtype) -> None:
     codec = WanCodec.from_pretrained(folder, dtype=dtype)
     count = codec.receptive_latents()
+    assert count == 39
     first, second = noise(codec, count + 5, 1, 2), noise(codec, 6, 1, 2, seed=1)
     expected, other = whole(codec, first), whole(codec, second)
     one, two = codec.decoder(), codec.decoder()
