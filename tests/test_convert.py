@@ -136,3 +136,13 @@ def test_settings_that_are_missing_are_named(base: Path, tmp_path: Path, capsys:
         assert re.search(message, captured.err), captured.err
     assert main(["convert", str(file), f"base={base}", f"output={tmp_path / 'out'}"]) == 0
     assert Checkpoint.open(tmp_path / "out").shape.config == WAN
+
+
+def test_a_folder_of_shards_becomes_a_model(base: Path, tmp_path: Path) -> None:
+    state = list(original_names(tiny_wan(seed=7).state_dict()).items())
+    (tmp_path / "shards").mkdir()
+    for number in range(3):
+        save_file(dict(state[number::3]), tmp_path / "shards" / f"part-{number}.safetensors")
+    assert main(["convert", str(tmp_path / "shards"), f"base={base}", f"output={tmp_path / 'out'}"]) == 0
+    found = Checkpoint.open(tmp_path / "out").backbone
+    assert isinstance(found, Wan) and equal_states(found, tiny_wan(seed=7))
