@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_checkpoint
+from hub import REPOSITORY, serve
 from safetensors.torch import save_file
 from test_wan_loading import equal_states, original_names
 from wan_models import WAN, tiny_wan
@@ -146,3 +147,17 @@ def test_a_folder_of_shards_becomes_a_model(base: Path, tmp_path: Path) -> None:
     assert main(["convert", str(tmp_path / "shards"), f"base={base}", f"output={tmp_path / 'out'}"]) == 0
     found = Checkpoint.open(tmp_path / "out").backbone
     assert isinstance(found, Wan) and equal_states(found, tiny_wan(seed=7))
+
+
+def test_a_base_on_the_hub_gives_all_but_the_transformer(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = publish(tmp_path / "published.pt")
+    with serve(base, tmp_path / "cache", monkeypatch) as hub:
+        assert main(["convert", str(file), f"base={REPOSITORY}", f"output={tmp_path / 'out'}"]) == 0
+        fetched = hub.fetched()
+    assert {name for name in fetched if name.startswith("transformer/")} == {"transformer/config.json"}
+    found = Checkpoint.open(tmp_path / "out")
+    assert isinstance(found.backbone, Wan) and equal_states(found.backbone, tiny_wan(seed=7))
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+    found.require_weights()

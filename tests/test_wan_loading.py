@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub import REPOSITORY, serve
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from wan_models import INFO, SKYREELS, WAN, random, staircase, tiny_wan
@@ -133,6 +134,26 @@ def test_wrong_tensors_are_named(break_it: Callable, message: str, original: boo
     save_file(original_names(state, "model.") if original else state, tmp_path / WEIGHTS)
     with pytest.raises(CheckpointError, match=message):
         load_backbone(tmp_path)
+
+
+def test_a_stage_fetches_only_the_files_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the hub, by the authors' names; so is a LoRA."""
+    model, folder = tiny_wan(), tmp_path / "model"
+    model.save_pretrained(folder / "transformer")
+    save_file(original_names(load_file(folder / "transformer" / WEIGHTS), "model."), folder / "transformer" / WEIGHTS)
+    shard(folder / "transformer", by_block)
+    (folder / "lora").mkdir()
+    as_peft(low_rank(model), folder / "lora")
+    source = Source(REPOSITORY, component="transformer")
+    changed = replace(source, adapters=(Adapter(replace(source, component="lora")),))
+    with serve(folder, tmp_path / "cache", monkeypatch) as hub:
+        stage = load_backbone(source, (1, 2)).state_dict()
+        fetched = {name.removeprefix("transformer/") for name in hub.fetched() if name.endswith(".safetensors")}
+        other = load_backbone(changed, (1, 2)).state_dict()
+    assert "blocks.1.safetensors" in fetched and len([name for name in fetched if "blocks" in name]) == 1
+    assert len(fetched) < 7, "and the text's projection"
+    different = {name for name, value in stage.items() if not (value.is_meta or torch.equal(value, other[name]))}
+    assert different == {"blocks.1.ffn.net.0.proj.weight"}
 
 
 # --- LoRA ------------------------------------------------------------------------------------------------
