@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from hub import REPOSITORY, serve
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from wan_models import INFO, SKYREELS, WAN, random, staircase, tiny_wan
@@ -93,18 +94,38 @@ def test_a_stage_opens_only_the_files_it_needs(
         save_file(original_names(load_file(tmp_path / WEIGHTS), "model."), tmp_path / WEIGHTS)
     shard(tmp_path, by_block)
     opened: set[str] = set()
-    reader = loading.safe_open
+    read = 0
 
-    def counting(file: Path, *args: Any, **kwargs: Any) -> Any:
-        opened.add(Path(file).name)
-        return reader(file, *args, **kwargs)
+    class Counting:
+        """A reader that counts what is taken from it."""
 
-    monkeypatch.setattr(loading, "safe_open", counting)
+        def __init__(self, file: Path, **options: Any) -> None:
+            opened.add(Path(file).name)
+            self._reader = safe_open(file, **options)
+
+        def __enter__(self) -> Counting:
+            self._reader.__enter__()
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self._reader.__exit__(*error)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._reader, name)
+
+        def get_tensor(self, name: str) -> Tensor:
+            nonlocal read
+            tensor = self._reader.get_tensor(name)
+            read += tensor.nbytes
+            return tensor
+
+    monkeypatch.setattr(loading, "safe_open", Counting)
     stage = load_backbone(tmp_path, blocks)
     want = model.keys(*blocks, first=blocks[0] == 0, last=blocks[1] == 3)
     loaded = {name for name, value in stage.state_dict().items() if not value.is_meta}
     assert loaded == {name for name in model.state_dict() if want(name)}
     assert all(torch.equal(stage.state_dict()[name], model.state_dict()[name]) for name in loaded)
+    assert read == sum(stage.state_dict()[name].nbytes for name in loaded), "each once"
     of_blocks = {f"blocks.{index}.safetensors" for index in range(*blocks)}
     assert {file for file in opened if file.startswith("blocks")} == of_blocks
     names = original_names(model.state_dict(), "model.") if original else model.state_dict()
