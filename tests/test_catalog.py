@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import TINY, reference_chunks, tiny_checkpoint, tiny_model, tiny_stream
 from safetensors.torch import load_file, save_file
+from wan_models import SKYREELS, tiny_wan
 from whole_window import WholeWindow, whole_window
 
 from pavdm_dist.checkpoint import Checkpoint
@@ -107,6 +108,8 @@ def test_its_blocks_are_timed_by_kind(model: Path) -> None:
     whole = Checkpoint.open(model).shape.shortened(torch.float32, "cpu")
     costs = measure_costs(whole, tiny_stream(), repeats=1)
     assert len(costs.blocks) == 1 and min(*costs.blocks, costs.embed, costs.head) > 0
+    costs = measure_costs(tiny_wan(config=SKYREELS).shortened(torch.bfloat16, "cpu"), tiny_stream(), repeats=1)
+    assert len(costs.blocks) == 1 and min(*costs.blocks, costs.embed, costs.head) > 0
 
 
 def test_a_stage_reads_its_own_tensors(model: Path) -> None:
@@ -134,7 +137,7 @@ def test_an_unknown_class_names_the_known_ones(tmp_path: Path) -> None:
 
 def test_a_backbone_knows_what_it_needs() -> None:
     stdit3, whole = tiny_model(), whole_window()
-    for model in (stdit3, whole):
+    for model in (stdit3, whole, tiny_wan(), tiny_wan(config=SKYREELS)):
         grid, stream = model.grid(6, 4, 6), tiny_stream()
         x, levels = torch.zeros(1, 4, 6, 4, 6), torch.zeros(1, 6)
         activation = model.embed(x, levels, stream.info)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_checkpoint
+from hub import REPOSITORY, serve
 from safetensors.torch import save_file
 from test_wan_loading import equal_states, original_names
 from wan_models import WAN, tiny_wan
@@ -136,3 +137,27 @@ def test_settings_that_are_missing_are_named(base: Path, tmp_path: Path, capsys:
         assert re.search(message, captured.err), captured.err
     assert main(["convert", str(file), f"base={base}", f"output={tmp_path / 'out'}"]) == 0
     assert Checkpoint.open(tmp_path / "out").shape.config == WAN
+
+
+def test_a_folder_of_shards_becomes_a_model(base: Path, tmp_path: Path) -> None:
+    state = list(original_names(tiny_wan(seed=7).state_dict()).items())
+    (tmp_path / "shards").mkdir()
+    for number in range(3):
+        save_file(dict(state[number::3]), tmp_path / "shards" / f"part-{number}.safetensors")
+    assert main(["convert", str(tmp_path / "shards"), f"base={base}", f"output={tmp_path / 'out'}"]) == 0
+    found = Checkpoint.open(tmp_path / "out").backbone
+    assert isinstance(found, Wan) and equal_states(found, tiny_wan(seed=7))
+
+
+def test_a_base_on_the_hub_gives_all_but_the_transformer(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = publish(tmp_path / "published.pt")
+    with serve(base, tmp_path / "cache", monkeypatch) as hub:
+        assert main(["convert", str(file), f"base={REPOSITORY}", f"output={tmp_path / 'out'}"]) == 0
+        fetched = hub.fetched()
+    assert {name for name in fetched if name.startswith("transformer/")} == {"transformer/config.json"}
+    found = Checkpoint.open(tmp_path / "out")
+    assert isinstance(found.backbone, Wan) and equal_states(found.backbone, tiny_wan(seed=7))
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+    found.require_weights()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import reference_chunks, tiny_checkpoint, tiny_model, tiny_stream
 from torch import Tensor
+from wan_models import tiny_wan
 from whole_window import whole_window
 
 from pavdm_dist.checkpoint import Checkpoint
@@ -58,7 +59,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("mode", ["window", "causal", "displaced"])
-@pytest.mark.parametrize("build", [tiny_model, whole_window])
+@pytest.mark.parametrize("build", [tiny_model, whole_window, tiny_wan])
 def test_any_cut_gives_the_same_bits(build: type, mode: Mode, dtype: torch.dtype) -> None:
     model, stream = on_gpu(build, dtype), tiny_stream(mode=mode)
     denoise = StreamDenoiser(model, stream, TextBank(model.project_text, CUDA))

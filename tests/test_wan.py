@@ -228,6 +228,8 @@ def test_texts_are_padded_and_the_padding_is_read() -> None:
     assert torch.equal(model(x, levels, text, INFO), model(x, levels, whole, INFO))
     whole[:, -1] = 1.0
     assert relative(model(x, levels, whole, INFO), model(x, levels, text, INFO)) > 1e-2
+    with pytest.raises(ConfigError, match="a text of 7 tokens: the model reads 6"):
+        model.project_text(random(1, 7, 12))
 
 
 def test_a_text_is_projected_once_a_block_and_switches_with_the_frames() -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hub import REPOSITORY, serve
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from wan_models import INFO, SKYREELS, WAN, random, staircase, tiny_wan
@@ -92,18 +94,38 @@ def test_a_stage_opens_only_the_files_it_needs(
         save_file(original_names(load_file(tmp_path / WEIGHTS), "model."), tmp_path / WEIGHTS)
     shard(tmp_path, by_block)
     opened: set[str] = set()
-    reader = loading.safe_open
+    read = 0
 
-    def counting(file: Path, *args: Any, **kwargs: Any) -> Any:
-        opened.add(Path(file).name)
-        return reader(file, *args, **kwargs)
+    class Counting:
+        """A reader that counts what is taken from it."""
 
-    monkeypatch.setattr(loading, "safe_open", counting)
+        def __init__(self, file: Path, **options: Any) -> None:
+            opened.add(Path(file).name)
+            self._reader = safe_open(file, **options)
+
+        def __enter__(self) -> Counting:
+            self._reader.__enter__()
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self._reader.__exit__(*error)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._reader, name)
+
+        def get_tensor(self, name: str) -> Tensor:
+            nonlocal read
+            tensor = self._reader.get_tensor(name)
+            read += tensor.nbytes
+            return tensor
+
+    monkeypatch.setattr(loading, "safe_open", Counting)
     stage = load_backbone(tmp_path, blocks)
     want = model.keys(*blocks, first=blocks[0] == 0, last=blocks[1] == 3)
     loaded = {name for name, value in stage.state_dict().items() if not value.is_meta}
     assert loaded == {name for name in model.state_dict() if want(name)}
     assert all(torch.equal(stage.state_dict()[name], model.state_dict()[name]) for name in loaded)
+    assert read == sum(stage.state_dict()[name].nbytes for name in loaded), "each once"
     of_blocks = {f"blocks.{index}.safetensors" for index in range(*blocks)}
     assert {file for file in opened if file.startswith("blocks")} == of_blocks
     names = original_names(model.state_dict(), "model.") if original else model.state_dict()
@@ -133,6 +155,26 @@ def test_wrong_tensors_are_named(break_it: Callable, message: str, original: boo
     save_file(original_names(state, "model.") if original else state, tmp_path / WEIGHTS)
     with pytest.raises(CheckpointError, match=message):
         load_backbone(tmp_path)
+
+
+def test_a_stage_fetches_only_the_files_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the hub, by the authors' names; so is a LoRA."""
+    model, folder = tiny_wan(), tmp_path / "model"
+    model.save_pretrained(folder / "transformer")
+    save_file(original_names(load_file(folder / "transformer" / WEIGHTS), "model."), folder / "transformer" / WEIGHTS)
+    shard(folder / "transformer", by_block)
+    (folder / "lora").mkdir()
+    as_peft(low_rank(model), folder / "lora")
+    source = Source(REPOSITORY, component="transformer")
+    changed = replace(source, adapters=(Adapter(replace(source, component="lora")),))
+    with serve(folder, tmp_path / "cache", monkeypatch) as hub:
+        stage = load_backbone(source, (1, 2)).state_dict()
+        fetched = {name.removeprefix("transformer/") for name in hub.fetched() if name.endswith(".safetensors")}
+        other = load_backbone(changed, (1, 2)).state_dict()
+    assert "blocks.1.safetensors" in fetched and len([name for name in fetched if "blocks" in name]) == 1
+    assert len(fetched) < 7, "and the text's projection"
+    different = {name for name, value in stage.items() if not (value.is_meta or torch.equal(value, other[name]))}
+    assert different == {"blocks.1.ffn.net.0.proj.weight"}
 
 
 # --- LoRA ------------------------------------------------------------------------------------------------

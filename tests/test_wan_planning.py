@@ -99,9 +99,8 @@ def counted(model: Wan, stream: Stream, dtype: torch.dtype, device: str) -> tupl
     return StageMemory(model, dtype, 2, size, full, cells).bytes(mode, (1, 3), 1) - weights - messages, allocated.peak
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", ["window", "causal", "displaced"])
-@pytest.mark.parametrize("ffn_dim", [560, 260], ids=["as 1.3B", "as 14B"])
+@pytest.mark.parametrize(("ffn_dim", "dtype"), [(560, torch.float32), (260, torch.bfloat16)], ids=["1.3B", "14B"])
 def test_stages_need_the_memory_that_is_predicted(ffn_dim: int, mode: Mode, dtype: torch.dtype) -> None:
     """In the proportions of the public models."""
     model = tiny_wan(config=replace(SKYREELS, num_attention_heads=8, ffn_dim=ffn_dim, num_layers=4))

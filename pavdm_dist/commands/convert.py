@@ -28,7 +28,7 @@ INDEX = "model_index.json"
 class ConvertConfig:
     """Everything ``pavdm convert`` knows."""
 
-    source: str | None = None  # the published file: .pt, .pth, .ckpt, .bin or .safetensors
+    source: str | None = None  # the published file: .pt, .pth, .ckpt, .bin or .safetensors, or a folder of the last
     weights: str | None = None  # one of several sets in it; None = generator_ema, generator, ... or the file itself
     base: str | None = None  # model folder or hub id of that shape, for all but the transformer's weights
     revision: str | None = None  # of a hub id: branch, tag or commit

@@ -59,17 +59,14 @@ class Changes:
 
     def __init__(self, source: Source, scale: float = 1.0) -> None:
         self._source, self._scale = source, scale
-        tensors, self._settings = _read(source)
-        self._tensors = tensors
+        self._tensors, self._settings = _read(source)
+        tensors = self._tensors
         self._modules = {name.rpartition(".lora_A.weight")[0] for name in tensors if name.endswith(".lora_A.weight")}
-        known = {
-            f"{module}.{part}" for module in self._modules for part in ("lora_A.weight", "lora_B.weight", "lora_B.bias")
-        }
-        strange = sorted(set(tensors) - known)
-        absent = sorted(f"{module}.lora_B.weight" for module in self._modules) if not strange else []
-        missing = next((name for name in absent if name not in tensors), None)
-        if strange or missing or not tensors:
-            what = f"tensor {strange[0]} is no part of a LoRA" if strange else f"lacks tensor {missing or 'of a LoRA'}"
+        needed = {f"{module}.lora_{part}.weight" for module in self._modules for part in "AB"}
+        strange = sorted(set(tensors) - needed - {f"{module}.lora_B.bias" for module in self._modules})
+        missing = sorted(needed - set(tensors)) if tensors else ["of a LoRA"]
+        if strange or missing:
+            what = f"tensor {strange[0]} is no part of a LoRA" if strange else f"lacks tensor {missing[0]}"
             raise CheckpointError(f"lora={source}: {what}")
 
     def check(self, expected: Mapping[str, Tensor]) -> None:

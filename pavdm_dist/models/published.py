@@ -24,19 +24,20 @@ def read_published(file: Path, chosen: str | None = None) -> dict[str, Tensor]:
     """A file's tensors by diffusers' names, on the CPU; of most files nothing is read before it is used.
 
     Args:
-        file: which.
+        file: which; or a folder, for all ``.safetensors`` in it.
         chosen: one of several sets of weights in it, as a training program saves them; None takes the first of
             ``SETS``, or the file itself where it holds tensors alone.
 
     Raises:
         CheckpointError: no such file or set, or one that holds more than tensors.
     """
-    if not file.is_file():
+    if not file.exists():
         raise CheckpointError(f"source={file}: no such file")
-    if file.suffix == ".safetensors":
+    if file.is_dir() or file.suffix == ".safetensors":
         if chosen is not None:
             raise CheckpointError(f"weights={chosen}: {file} holds one set of tensors; leave it out")
-        tensors: Mapping[str, Any] = _safe(file)
+        files = sorted(file.glob("*.safetensors")) if file.is_dir() else [file]
+        tensors: Mapping[str, Any] = {name: value for part in files for name, value in _safe(part).items()}
     else:
         tensors = _chosen(_unpickled(file), chosen, file)
     strange = next((name for name, value in tensors.items() if not isinstance(value, Tensor)), None)

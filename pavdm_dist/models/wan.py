@@ -155,10 +155,15 @@ class Wan(nn.Module):
         return Grid(frames, latent_height // ph, latent_width // pw, latent_height, latent_width)
 
     def project_text(self, text: Tensor) -> Tensor:
-        """``[b, L, text_dim]`` -> ``[b, text_len, D]``; rows behind the text's end are zero before the projection."""
-        projection = self.condition_embedder.text_embedder
-        text = F.pad(text.to(projection.linear_1.weight.dtype), (0, 0, 0, self.config.text_len - text.shape[1]))
-        return projection(text)
+        """``[b, L, text_dim]`` -> ``[b, text_len, D]``; rows behind the text's end are zero before the projection.
+
+        Raises:
+            ConfigError: a longer text.
+        """
+        projection, room = self.condition_embedder.text_embedder, self.config.text_len - text.shape[1]
+        if room < 0:
+            raise ConfigError(f"a text of {text.shape[1]} tokens: the model reads {self.config.text_len}")
+        return projection(F.pad(text.to(projection.linear_1.weight.dtype), (0, 0, 0, room)))
 
     def embed(self, x: Tensor, levels: Tensor, info: FrameInfo) -> Activation:
         """Latents ``[b, C, F, h, w]`` and levels ``[b, F]`` (float32, 1 = noise) -> tokens and modulation."""
