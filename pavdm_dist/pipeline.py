@@ -190,6 +190,8 @@ class PAVDMPipeline:
             shared = self._decoder in ("auto", "shared")
             self._codec_place = self._place if shared else choose_device(self._decoder, "decoder")
             check_dtype("decoder_dtype", self._decoder_dtype, self._codec_place)
+            if str(self._codec_place) != self.checkpoint.codec_device:
+                self.checkpoint = replace(self.checkpoint, codec_device=str(self._codec_place))
             self._tell(idle_gpus(on_stages=False) if self._place.type == "cpu" else "")
             return
         self.engine = self._options.on(str(device), str(dtype).removeprefix("torch."))

@@ -437,7 +437,7 @@ def _clip_latents(
             f"a clip of {frames} frames is no whole number of the video codec's groups; use {usable} of them"
         )
     codec.spec.latents_in_clip(frames)
-    latents = codec.encode(request.clip[-clip_frames_used(params, checkpoint) :])
+    latents = codec.encode(request.clip[-clip_frames_used(params, checkpoint) :]).cpu()
     plan, size = params.plan(None), params.latent_chunk_size
     used = latents[:, latents.shape[1] - params.clip_latents :]
     given = {
