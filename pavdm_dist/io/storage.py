@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.local import check_place, give_usual_mode, link_new, make_durable
+from pavdm_dist.io.remote import filesystem, is_remote
 
 _BLOCK = 1 << 20
 PARTS_SUFFIX = ".parts"
@@ -32,11 +33,6 @@ LOCK_NAMES = re.compile(rf"{re.escape(LOCK_NAME)}(\.[0-9a-f]{{8}}\.stale)?")
 _ATTEMPTS = 5
 # As stage() names them.
 _STAGED = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
-
-
-def is_remote(path: str | Path) -> bool:
-    """Whether the path names a store of fsspec's (``s3://...``) instead of a local file."""
-    return "://" in str(path)
 
 
 def join(folder: str | Path, name: str) -> str:
@@ -54,7 +50,7 @@ def same_path(one: str | Path, other: str | Path) -> bool:
 def exists(path: str | Path) -> bool:
     """Whether there is a file or folder."""
     if is_remote(path):
-        fs, inner = _filesystem(path)
+        fs, inner = filesystem(path)
         return bool(fs.exists(inner))
     return os.path.lexists(path)
 
@@ -62,7 +58,7 @@ def exists(path: str | Path) -> bool:
 def list_names(folder: str | Path) -> list[str]:
     """Sorted names of the files in a folder; empty when there is no such folder."""
     if is_remote(folder):
-        fs, inner = _filesystem(folder)
+        fs, inner = filesystem(folder)
         if not fs.exists(inner):
             return []
         return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(inner, detail=False))
@@ -77,7 +73,7 @@ def open_read(path: str | Path) -> IO[bytes]:
         OSError: it cannot be opened, or is a pipe or a device, which might never end.
     """
     if is_remote(path):
-        fs, inner = _filesystem(path)
+        fs, inner = filesystem(path)
         return fs.open(inner, "rb")
     _check_regular(path)
     return open(path, "rb")
@@ -93,7 +89,7 @@ def _check_regular(path: str | Path) -> None:
 def remove(path: str | Path) -> None:
     """Removes a file or a whole folder; nothing happens when there is none."""
     if is_remote(path):
-        fs, inner = _filesystem(path)
+        fs, inner = filesystem(path)
         if fs.exists(inner):
             fs.rm(inner, recursive=True)
     elif os.path.isdir(path) and not os.path.islink(path):
@@ -136,8 +132,8 @@ def remove_empty(folder: str | Path) -> None:
 def move(path: str | Path, target: str | Path) -> None:
     """Renames a file within its store, replacing what was under ``target``."""
     if is_remote(path):
-        fs, inner = _filesystem(path)
-        fs.mv(inner, _filesystem(target)[1])
+        fs, inner = filesystem(path)
+        fs.mv(inner, filesystem(target)[1])
     else:
         os.replace(path, target)
 
@@ -154,7 +150,7 @@ def create_new(path: str | Path, content: bytes) -> bool:
     if is_remote(path):
         if exists(path):
             return False
-        fs, inner = _filesystem(path)
+        fs, inner = filesystem(path)
         fs.pipe_file(inner, content)
         return True
     if os.path.lexists(path):
@@ -176,7 +172,7 @@ def local_copy(path: str | Path) -> Iterator[Path]:
         _check_regular(path)
         yield Path(path)
         return
-    fs, inner = _filesystem(path)
+    fs, inner = filesystem(path)
     copy = stage(path)
     try:
         fs.get_file(inner, str(copy))
@@ -238,7 +234,7 @@ def replace_bytes(
         check()
         if exists(path):
             move(path, previous)
-        fs, inner = _filesystem(path)
+        fs, inner = filesystem(path)
         fs.pipe_file(inner, content)
         return
     staged = _staged(path)
@@ -272,7 +268,7 @@ def stage(path: str | Path) -> Path:
 def commit(staged: Path, path: str | Path) -> None:
     """Makes a staged file durable and moves it to ``path``, replacing what was there."""
     if is_remote(path):
-        fs, inner = _filesystem(path)
+        fs, inner = filesystem(path)
         fs.put_file(str(staged), inner)
     else:
         give_usual_mode(staged)
@@ -349,36 +345,3 @@ def _unstaged(name: str) -> str:
     """The name that a staged file would get; any other name as it is."""
     staged = _STAGED.fullmatch(name)
     return staged[1] if staged else name
-
-
-class _Store:
-    """A file system of fsspec's whose drivers' own kinds of error are the OSError that they stand for."""
-
-    def __init__(self, fs: Any, path: str) -> None:
-        self._fs, self._path = fs, path
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        call = getattr(self._fs, name)
-
-        def told(*args: Any, **options: Any) -> Any:
-            try:
-                return call(*args, **options)
-            except OSError:
-                raise
-            except Exception as error:
-                raise OSError(f"{self._path}: {type(error).__name__}: {error}") from error
-
-        return told
-
-
-def _filesystem(path: str | Path) -> tuple[_Store, str]:
-    from fsspec.core import url_to_fs
-
-    try:
-        # What other machines write is seen at once: locks and sidecars are looked for again and again.
-        fs, inner = url_to_fs(str(path), use_listings_cache=False)
-    except OSError:
-        raise
-    except Exception as error:  # the driver is not installed, no such protocol, nobody to sign in as
-        raise ConfigError(f"{path} cannot be reached: {error}") from error
-    return _Store(fs, str(path)), inner

@@ -1,0 +1,53 @@
+"""Stores of fsspec's: what is reached by a path with ``://``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pavdm_dist.errors import ConfigError
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether the path names a store of fsspec's (``s3://...``) instead of a local file."""
+    return "://" in str(path)
+
+
+class _Store:
+    """A file system of fsspec's whose drivers' own kinds of error are the OSError that they stand for."""
+
+    def __init__(self, fs: Any, path: str) -> None:
+        self._fs, self._path = fs, path
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        call = getattr(self._fs, name)
+
+        def told(*args: Any, **options: Any) -> Any:
+            try:
+                return call(*args, **options)
+            except OSError:
+                raise
+            except Exception as error:
+                raise OSError(f"{self._path}: {type(error).__name__}: {error}") from error
+
+        return told
+
+
+def filesystem(path: str | Path) -> tuple[_Store, str]:
+    """The store of a path with ``://``, and the path inside it.
+
+    Raises:
+        ConfigError: no such kind of store, or nobody to sign in as.
+        OSError: it cannot be reached.
+    """
+    from fsspec.core import url_to_fs
+
+    try:
+        # What other machines write is seen at once: locks and sidecars are looked for again and again.
+        fs, inner = url_to_fs(str(path), use_listings_cache=False)
+    except OSError:
+        raise
+    except Exception as error:  # the driver is not installed, no such protocol, nobody to sign in as
+        raise ConfigError(f"{path} cannot be reached: {error}") from error
+    return _Store(fs, str(path)), inner
