@@ -41,16 +41,9 @@ from pavdm_dist.models.devices import (
 from pavdm_dist.models.source import Adapter
 from pavdm_dist.outputs import OUTPUTS, PAVDMPipelineOutput, VideoChunk
 from pavdm_dist.planning.partition import layer_split
-from pavdm_dist.request import (
-    SamplingParams,
-    VideoRequest,
-    build_stream,
-    encoded,
-    frames_left,
-    plan_of,
-    prepare_texts,
-    timed_prompts,
-)
+from pavdm_dist.request import SamplingParams, VideoRequest, frames_left, plan_of
+from pavdm_dist.streams import build_stream
+from pavdm_dist.texts import encoded, prepare_texts, timed_prompts
 from pavdm_dist.timed import first_prompt
 
 logger = logging.getLogger(__name__)
