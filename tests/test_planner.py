@@ -104,6 +104,16 @@ def test_stages_need_the_memory_that_is_predicted(mode: Mode, stages: int) -> No
         assert predicted == pytest.approx(allocated.peak, rel=0.12)
 
 
+def test_views_of_what_was_there_are_no_new_memory() -> None:
+    weights = torch.zeros(30, 20)
+    with Allocated() as allocated:
+        made = torch.ones(5, 20) @ weights.t().contiguous().t().t()
+    assert allocated.peak == 4 * (5 * 20 + 20 * 30 + 5 * 30) and made.shape == (5, 30)
+    with Allocated() as allocated:
+        weights.t()
+    assert allocated.peak == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model", ["embedded", "tiny"])
 def test_decoders_need_the_memory_that_is_predicted(model: str, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -81,9 +81,14 @@ class Allocated(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
+        # What is only looked at in another way is no new memory: whether a product transposes its weights is torch's
+        # affair, and depends on what else is imported.
+        given = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        }
         for tensor in tree_leaves(made):
             storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage._cdata not in self._alive:
+            if storage is not None and storage._cdata not in self._alive | given:
                 self._alive.add(storage._cdata)
                 self.bytes += storage.nbytes()
                 self.peak = max(self.peak, self.bytes)
