@@ -20,7 +20,10 @@ def test_weights_are_small() -> None:
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize(("colour", "channel"), [("red", 0), ("green", 1), ("blue", 2)])
+@pytest.mark.parametrize(
+    ("colour", "channel"),
+    [("red", 0), *(pytest.param(*other, marks=pytest.mark.slow) for other in (("green", 1), ("blue", 2)))],
+)
 def test_the_prompted_colour_is_on_the_screen(colour: str, channel: int) -> None:
     pipeline = PAVDMPipeline.from_pretrained()
     frames = pipeline(f"a {colour} three bouncing", num_frames=37, seed=1).frames[0]
@@ -42,7 +45,10 @@ def test_words_outside_the_vocabulary_are_named(caplog: pytest.LogCaptureFixture
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize(("prompt", "seed"), [("a yellow zero bouncing slowly", 1), ("a white four drifting down", 2)])
+@pytest.mark.parametrize(
+    ("prompt", "seed"),
+    [pytest.param("a yellow zero bouncing slowly", 1, marks=pytest.mark.slow), ("a white four drifting down", 2)],
+)
 def test_the_prompted_digit_is_read_back(prompt: str, seed: int) -> None:
     pytest.importorskip("sklearn")
     from pavdm_dist.digits.judge import Judge

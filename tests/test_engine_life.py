@@ -88,6 +88,7 @@ def test_a_source_that_thinks_does_not_stop_the_stages(engine: RayEngine) -> Non
     _check(finished, second)
 
 
+@pytest.mark.slow  # tests/test_engine_driver.py has the bound
 def test_what_waits_for_the_consumer_is_bounded(ray_cluster: None, model: Path) -> None:
     stream = tiny_stream(0, num_chunks=40, guidance_scale=1.0)
     frame_bytes = 3 * 32 * 48

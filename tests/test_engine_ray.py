@@ -91,7 +91,7 @@ def test_a_model_that_is_not_on_a_node_is_said(ray_cluster: None, tmp_path: Path
     [
         pytest.param(1, (2,), marks=pytest.mark.slow),
         (2, (1, 3)),
-        (3, (2,)),
+        pytest.param(3, (2,), marks=pytest.mark.slow),
         pytest.param(4, (4,), marks=pytest.mark.slow),
     ],
 )

@@ -69,7 +69,7 @@ def displaced(ray_cluster: None, model: Path, tmp_path_factory: pytest.TempPathF
 @pytest.mark.timeout(120)
 def test_any_number_of_stages_writes_the_same_video(ray_cluster: None, model: Path, tmp_path: Path) -> None:
     results = {}
-    for stages, streams in ((0, 1), (2, 2), (4, 1)):
+    for stages, streams in ((0, 1), (2, 2)):
         output = tmp_path / f"{stages}.mp4"
         (results[stages],) = _render(
             model, output, num_frames=23, num_stages=stages, streams=streams, save_latents=True, chunks_per_segment=2
@@ -82,6 +82,7 @@ def test_any_number_of_stages_writes_the_same_video(ray_cluster: None, model: Pa
     assert len({(tmp_path / f"{stages}.mp4").read_bytes() for stages in results}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_the_decoder_has_threads_and_a_type_of_its_own(ray_cluster: None, model: Path, tmp_path: Path) -> None:
     own = {"decoder": "cpu", "cpus_per_decoder": 1.0, "threads_per_decoder": 2, "decoder_dtype": "bfloat16"}

@@ -235,7 +235,7 @@ def _process(rank: int, size: int, port: int, folder: Path, check: Callable[[Wor
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(("size", "check"), [(2, on_two), (4, on_four)])
+@pytest.mark.parametrize(("size", "check"), [(2, on_two), pytest.param(4, on_four, marks=pytest.mark.slow)])
 def test_a_window_cut_among_processes_is_the_whole_one(
     size: int, check: Callable[[World], None], tmp_path: Path
 ) -> None:
