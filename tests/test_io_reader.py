@@ -106,6 +106,31 @@ def test_times_of_the_file_s_order_are_put_in_that_of_the_pictures(tmp_path: Pat
     assert numbers(read_clip(path, num_frames=5, fps=24, keep="last")) == list(range(73, 78))
 
 
+@pytest.mark.parametrize(("name", "codec"), [("x.avi", "mpeg4"), ("x.asf", "mpeg4"), ("x.avi", "mpeg2video")])
+def test_times_that_ffmpeg_has_worked_out_are_taken(tmp_path: Path, name: str, codec: str) -> None:
+    """XviD and DivX: B-frames of an open group, which are not there behind a jump."""
+    path, frames = tmp_path / name, numbered(78)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=RATE)
+        stream.height, stream.width, stream.pix_fmt, stream.bit_rate = *frames.shape[1:3], "yuv420p", 4_000_000
+        stream.codec_context.max_b_frames, stream.codec_context.gop_size = 2, 12
+        for index, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts, picture.time_base = index, Fraction(1, RATE)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    with open_video(path) as reader:
+        times = [time for time, _ in reader.frames()]
+    assert all(abs(after - before - Fraction(1, RATE)) < Fraction(2, 1000) for before, after in pairwise(times))
+    for keep in ("first", "last"):
+        assert numbers(read_clip(path, fps=RATE, keep=keep)) == list(range(78))
+    assert numbers(read_clip(path, num_frames=5, fps=RATE, keep="last")) == list(range(73, 78))
+    if path.suffix == ".avi":
+        with open_video(path) as reader:
+            behind = {time: numbers(reader.picture(frame, None)[None]) for time, frame in reader.frames(Fraction(2))}
+        assert len(behind) < 40 and behind == {time: [n] for n, time in enumerate(times) if time in behind}
+
+
 def test_a_playlist_of_segments_is_a_film(tmp_path: Path) -> None:
     """What is left of an interrupted video can be gone on from."""
     writer = SegmentWriter(tmp_path / "v.mp4", 24, 64, 96, chunks_per_segment=1)
