@@ -146,6 +146,11 @@ def encode_shard(job: Job, bucket: int, number: int) -> int:
                     f"{error}; its clips are listed: put the video back and run again, or prepare another folder"
                     " without it"
                 ) from error
+            except MemoryError as error:
+                raise EngineError(
+                    f"{clip.video}: memory was lacking while a clip of bucket {shape} was read: use smaller buckets or"
+                    " fewer processes; run again to go on"
+                ) from error
             latents.append(codec.encode(torch.from_numpy(frames)).half())
             texts.append(checkpoint.text_encoder.encode(clip.caption))
     about = {"bucket": str(shape), **dict(job.identities)}
@@ -193,8 +198,11 @@ def _scan(job: Job, video: SourceVideo) -> dict[str, Any]:
             scan = scan_video(place, job.scene_cuts, **cut)
     except MediaError as error:
         return {**entry, "skipped": "unreadable", "reason": str(error)}
-    except (ConfigError, MemoryError):
+    except ConfigError:
         raise
+    except MemoryError as error:  # a size that no machine has, or one that this machine lacks today: looked at again
+        reason = f"{video.path}: memory was lacking{f' ({error})' if str(error) else ''}"
+        return {**entry, "skipped": "unreadable", "reason": reason}
     except Exception as error:  # a decoder's or detector's own; one video must not end a run over thousands
         logger.exception("%s", video.path)
         return {**entry, "skipped": "unreadable", "reason": f"{video.path}: {type(error).__name__}: {error}"}
