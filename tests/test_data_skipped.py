@@ -12,7 +12,7 @@ from videos import numbered, write_video
 
 from pavdm_dist.data import work as work_module
 from pavdm_dist.data.prepare import PrepareConfig, prepare_command
-from pavdm_dist.errors import EngineError
+from pavdm_dist.errors import ConfigError, EngineError
 
 
 @pytest.fixture
@@ -55,4 +55,14 @@ def test_memory_that_lacks_while_latents_are_made_names_the_video(
 ) -> None:
     monkeypatch.setattr(work_module, "read_frames", lacking(work_module.read_frames))
     with pytest.raises(EngineError, match=r"b\.mp4: memory was lacking while a clip of bucket 32x48x3@24 was read"):
+        prepare_command(config)
+
+
+def test_a_film_of_gaps_is_measured_between_them(config: PrepareConfig, tmp_path: Path) -> None:
+    """Five seconds a picture, as of a slide show: no clip reaches over one."""
+    write_video(tmp_path / "w" / "gaps.mp4", numbered(6), times=[5000 * k for k in range(6)])
+    config = replace(config, source=[str(tmp_path / "w")], encode=False, scene_cuts=False)
+    with pytest.raises(
+        ConfigError, match=r"gaps\.mp4: its longest scene between gaps in its timestamps has 0\.\d\d s, no bucket"
+    ):
         prepare_command(config)

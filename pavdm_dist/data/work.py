@@ -223,15 +223,15 @@ def _scan(job: Job, video: SourceVideo) -> dict[str, Any]:
         least = smallest(job.buckets)
         reason = f"{size} is smaller than every bucket (smallest {least}); upscale=true enlarges it"
         return {**entry, "skipped": "small", "reason": reason}
-    seconds = float(min(bucket.seconds(spec) for bucket in job.buckets))
-    longest = float(max(b - a for a, b in _scenes(scan.times, scan.cuts, scan.end)))
-    reason = f"its longest scene has {longest:.2f} s, no bucket for its shape is that short (shortest {seconds:.2f} s)"
+    shortest = min(job.buckets, key=lambda bucket: bucket.seconds(spec))
+    behind, ends = scan.shots(shortest.rate)
+    longest = float(max(end - scan.times[first] for first, end in zip([0, *behind[:-1]], ends, strict=True)))
+    between = " between gaps in its timestamps" if len(behind) > len(scan.cuts) + 1 else ""
+    reason = (
+        f"its longest scene{between} has {longest:.2f} s, no bucket for its shape is that short"
+        f" (shortest {float(shortest.seconds(spec)):.2f} s)"
+    )
     return {**entry, "skipped": "short", "reason": reason}
-
-
-def _scenes(times: Sequence[Any], cuts: Sequence[int], end: Any) -> Iterator[tuple[Any, Any]]:
-    begins = [times[first] for first in (0, *cuts)]
-    yield from zip(begins, [*begins[1:], end], strict=True)
 
 
 @lru_cache(maxsize=1)
