@@ -59,6 +59,24 @@ def test_sound_that_lasts_longer_than_the_pictures(tmp_path: Path, suffix: str, 
     np.testing.assert_array_equal(last, read_clip(path)[-5:])
 
 
+@pytest.mark.parametrize("suffix", ["mkv", "ts", "mp4"])
+def test_the_last_frames_of_a_film_whose_sound_comes_first(tmp_path: Path, suffix: str) -> None:
+    """Some frames leave the decoder only when it is told that nothing follows."""
+    path = tmp_path / f"a.{suffix}"
+    with av.open(str(path), "w") as container:
+        sound, video = container.add_stream("aac", rate=16000), container.add_stream("libx264", rate=RATE)
+        sound.layout, video.height, video.width, video.pix_fmt = "mono", 64, 96, "yuv420p"
+        for index, frame in enumerate(numbered(30)):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts, picture.time_base = index, Fraction(1, RATE)
+            container.mux(video.encode(picture))
+        container.mux(video.encode(None))
+        part = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        part.sample_rate, part.pts, part.time_base = 16000, 0, Fraction(1, 16000)
+        container.mux([*sound.encode(part), *sound.encode(None)])
+    assert numbers(read_clip(path, fps=RATE)) == list(range(30))
+
+
 @pytest.mark.parametrize("suffix", ["mkv", "webm", "flv", "wmv"])
 def test_what_was_cut_off_is_told_from_what_lasts_shorter(tmp_path: Path, suffix: str) -> None:
     whole = with_sound(tmp_path / f"a.{suffix}", 96, 4).read_bytes()

@@ -167,7 +167,7 @@ class VideoReader:
             for packet in _all_of(self._container.demux()):
                 if packet.pts is not None:
                     seen.reached = max(seen.reached, (packet.pts + (packet.duration or 0)) * packet.time_base)
-                if packet.stream_index != self._stream.index:
+                if packet.stream is not self._stream:  # numbers do not tell: what ends a stream bears that of the first
                     continue
                 if self._in_file_order and packet.size:
                     seen.note(None if packet.pts is None else Fraction(packet.pts * packet.time_base))
