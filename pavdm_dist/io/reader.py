@@ -16,6 +16,7 @@ import numpy as np
 
 from pavdm_dist.errors import MediaError
 from pavdm_dist.io import picture as pictures
+from pavdm_dist.io.decoders import decoder_of
 from pavdm_dist.io.storage import exists, is_remote, open_read
 
 # FFmpeg plays any text file as an animated terminal.
@@ -77,6 +78,7 @@ class VideoReader:
         from av.video.reformatter import VideoReformatter
 
         self.path, self._container, self._stream = path, container, stream
+        self._decoder = decoder_of(path, stream)
         self.rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
         self.num_frames: int | None = stream.frames or None
         self._in_file_order = container.format.name in _IN_FILE_ORDER and bool(stream.codec_context.has_b_frames)
@@ -172,7 +174,7 @@ class VideoReader:
                 if self._in_file_order and packet.size:
                     seen.note(None if packet.pts is None else Fraction(packet.pts * packet.time_base))
                 damaged = packet.is_corrupt
-                for frame in () if damaged else packet.decode():
+                for frame in () if damaged else self._decoder.decode(packet):
                     damaged = damaged or frame.is_corrupt
                     if not damaged:
                         yield frame
