@@ -16,6 +16,7 @@ from pavdm_dist.data import prepare as prepare_module
 from pavdm_dist.data import readers as readers_module
 from pavdm_dist.data.prepare import PrepareConfig, prepare_command
 from pavdm_dist.data.readers import NOTES, forget, left_behind, reading, survived
+from pavdm_dist.data.workers import workers
 from pavdm_dist.errors import EngineError
 
 # A worker learns from its environment which videos are deadly: it imports everything anew.
@@ -69,6 +70,20 @@ def test_what_a_process_of_its_own_gives(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(readers_module, "follow_parent", partial(os._exit, 1))
     with pytest.raises(EngineError, match="no process of its own can be started"):
         survived(abs, -3)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("library", ["pickle", "struct"])
+def test_a_script_named_like_a_library_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    """Processes are started with the current folder first among the places that Python imports from."""
+    (tmp_path / f"{library}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit(3)\n")
+    monkeypatch.chdir(tmp_path)
+    assert survived(abs, -3) == 3
+    with workers(2, None, 1, False) as run:
+        assert sorted(run(abs, [(-1,), (-2,)])) == [1, 2]
+    assert not (tmp_path / "ran").exists() and "PYTHONSAFEPATH" not in os.environ
 
 
 @pytest.mark.slow

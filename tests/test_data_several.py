@@ -53,6 +53,28 @@ def test_new_videos_are_told_where_to_go(grown: tuple[PrepareConfig, PrepareConf
         prepare_command(replace(second, besides=["nowhere"]))
 
 
+def test_a_video_that_was_mended_is_new(tmp_path: Path, model: Path) -> None:
+    films = {name: write_video(tmp_path / "v" / f"{name}.mp4", numbered(20)) for name in ("a", "torn", "mute")}
+    whole = films["torn"].read_bytes()
+    films["torn"].write_bytes(whole[:100])
+    for name in ("a", "torn"):
+        films[name].with_suffix(".txt").write_text("a three")
+    first = PrepareConfig(
+        [str(tmp_path / "v")], str(tmp_path / "p"), str(model), ["32x48x3@24"], captions="skip", encode=False
+    )
+    assert len(prepare_command(first)["skipped"]) == 2
+    films["torn"].write_bytes(whole)
+    films["mute"].with_suffix(".txt").write_text("a seven")
+    second = replace(first, output=str(tmp_path / "q"), besides=[first.output])
+    report = prepare_command(second)
+    assert (report["videos"], report["skipped"]) == (2, [])
+    for damage in (lambda file: file.write_text('{"a.mp4": 1'), Path.unlink):
+        damage(tmp_path / "p" / "sizes.json")
+        with pytest.raises(ConfigError, match=r"besides=.*: sizes\.json or index\.json.* cannot be read: ") as raised:
+            prepare_command(replace(second, output=str(tmp_path / "r")))
+        assert "\n" not in str(raised.value)
+
+
 def test_several_sets_are_one(grown: tuple[PrepareConfig, PrepareConfig], model: Path) -> None:
     sets = [CachedClips(config.output) for config in grown]
     clips = SeveralClips(sets)

@@ -192,13 +192,17 @@ def test_what_other_systems_leave_is_passed_over(tmp_path: Path, caplog: pytest.
     touch(tmp_path / "in", a="one")
     (tmp_path / "in" / "._a.mp4").write_bytes(bytes(4096))  # what a Mac leaves beside a.mp4 on a share
     (tmp_path / "in" / "._a.txt").write_bytes(b"\x00\x05\x16\x07\xb0\xff")
-    for folder in (".Trash-0", "@eaDir/a.mp4", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "deep/.snapshot"):
+    folders = (
+        ".Trash-0", "@eaDir/a.mp4", "#recycle", "$RECYCLE.BIN", "$Recycle.Bin", "RECYCLER", "Recycled", "__MACOSX",
+        "Network Trash Folder", "Temporary Items", "lost+found", "deep/.snapshot",
+    )  # fmt: skip
+    for folder in folders:
         touch(tmp_path / "in" / folder, old=None)
     with caplog.at_level("INFO"):
         assert read_sources([str(tmp_path / "in")]).videos == [SourceVideo("a.mp4", "one")]
-    assert "8 hidden files and folders are passed over, such as" in caplog.text
+    assert "13 hidden files and folders are passed over, such as" in caplog.text
     (tmp_path / "in" / "a.mp4").unlink()
-    with pytest.raises(ConfigError, match=r"holds no video \(\.avi.*\); 8 hidden files and folders are passed over"):
+    with pytest.raises(ConfigError, match=r"holds no video \(\.avi.*\); 13 hidden files and folders are passed over"):
         read_sources([str(tmp_path / "in")])
     # Whoever names one means it.
     touch(tmp_path / ".hidden", b="two")

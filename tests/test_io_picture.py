@@ -12,7 +12,7 @@ import pytest
 from av.video.reformatter import VideoReformatter
 
 from pavdm_dist.errors import MediaError
-from pavdm_dist.io import colour
+from pavdm_dist.io import colour, decoders
 from pavdm_dist.io.picture import kept_share, picture, remarks
 from pavdm_dist.io.reader import open_video
 from pavdm_dist.io.video import probe, read_clip
@@ -183,15 +183,29 @@ def test_a_matrix_that_nothing_can_convert_is_named() -> None:
     assert picture(frame, (32, 32), Fraction(1), VideoReformatter()).mean() == pytest.approx(130, abs=2)
 
 
-def test_what_is_transparent_is_shown_on_black(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "codec", "layout"),
+    [("a.mov", "png", "rgba"), ("a.webm", "libvpx", "yuva420p"), ("a.webm", "libvpx-vp9", "yuva420p")],
+)
+def test_what_is_transparent_is_shown_on_black(
+    tmp_path: Path, name: str, codec: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pixels = np.full((SIDE, SIDE, 4), 200, np.uint8)
     pixels[:, : SIDE // 2, 3], pixels[:, SIDE // 2 :, 3] = 0, 255
     frames = [av.VideoFrame.from_ndarray(pixels, format="rgba") for _ in range(2)]
-    path = write(tmp_path / "a.mov", frames, "png", "rgba")
-    shown = read_clip(path)[0]
-    assert shown[:, : SIDE // 2].max() == 0 and shown[:, SIDE // 2 :].min() == 200
+    options = {"auto-alt-ref": "0"} if codec == "libvpx" else {}  # else it refuses transparency
+    path = write(tmp_path / name, frames, codec, layout, options=options)
+    shown = read_clip(path)
+    edge = 8  # what compression blurs
+    assert shown.shape == (2, SIDE, SIDE, 3)
+    assert shown[:, :, : SIDE // 2 - edge].max() <= 2
+    assert abs(shown[:, :, SIDE // 2 + edge :].astype(int) - 200).max() <= 3
     with open_video(path) as reader:
         assert remarks(next(reader.frames())[1]) == ("transparent",)
+    if codec != "png":
+        monkeypatch.setattr(decoders, "_WITH_ALPHA", {"vp8": "libnone", "vp9": "libnone"})
+        with pytest.raises(MediaError, match=r"a\.webm: its video is transparent, which this FFmpeg has no decoder"):
+            read_clip(path)
 
 
 def test_pictures_that_change_their_size_need_one(tmp_path: Path) -> None:

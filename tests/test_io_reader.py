@@ -59,6 +59,24 @@ def test_sound_that_lasts_longer_than_the_pictures(tmp_path: Path, suffix: str, 
     np.testing.assert_array_equal(last, read_clip(path)[-5:])
 
 
+@pytest.mark.parametrize("suffix", ["mkv", "ts", "mp4"])
+def test_the_last_frames_of_a_film_whose_sound_comes_first(tmp_path: Path, suffix: str) -> None:
+    """Some frames leave the decoder only when it is told that nothing follows."""
+    path = tmp_path / f"a.{suffix}"
+    with av.open(str(path), "w") as container:
+        sound, video = container.add_stream("aac", rate=16000), container.add_stream("libx264", rate=RATE)
+        sound.layout, video.height, video.width, video.pix_fmt = "mono", 64, 96, "yuv420p"
+        for index, frame in enumerate(numbered(30)):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts, picture.time_base = index, Fraction(1, RATE)
+            container.mux(video.encode(picture))
+        container.mux(video.encode(None))
+        part = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        part.sample_rate, part.pts, part.time_base = 16000, 0, Fraction(1, 16000)
+        container.mux([*sound.encode(part), *sound.encode(None)])
+    assert numbers(read_clip(path, fps=RATE)) == list(range(30))
+
+
 @pytest.mark.parametrize("suffix", ["mkv", "webm", "flv", "wmv"])
 def test_what_was_cut_off_is_told_from_what_lasts_shorter(tmp_path: Path, suffix: str) -> None:
     whole = with_sound(tmp_path / f"a.{suffix}", 96, 4).read_bytes()
@@ -104,6 +122,31 @@ def test_times_of_the_file_s_order_are_put_in_that_of_the_pictures(tmp_path: Pat
     for keep in ("first", "last"):
         assert numbers(read_clip(path, fps=24, keep=keep)) == list(range(78))
     assert numbers(read_clip(path, num_frames=5, fps=24, keep="last")) == list(range(73, 78))
+
+
+@pytest.mark.parametrize(("name", "codec"), [("x.avi", "mpeg4"), ("x.asf", "mpeg4"), ("x.avi", "mpeg2video")])
+def test_times_that_ffmpeg_has_worked_out_are_taken(tmp_path: Path, name: str, codec: str) -> None:
+    """XviD and DivX: B-frames of an open group, which are not there behind a jump."""
+    path, frames = tmp_path / name, numbered(78)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=RATE)
+        stream.height, stream.width, stream.pix_fmt, stream.bit_rate = *frames.shape[1:3], "yuv420p", 4_000_000
+        stream.codec_context.max_b_frames, stream.codec_context.gop_size = 2, 12
+        for index, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts, picture.time_base = index, Fraction(1, RATE)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    with open_video(path) as reader:
+        times = [time for time, _ in reader.frames()]
+    assert all(abs(after - before - Fraction(1, RATE)) < Fraction(2, 1000) for before, after in pairwise(times))
+    for keep in ("first", "last"):
+        assert numbers(read_clip(path, fps=RATE, keep=keep)) == list(range(78))
+    assert numbers(read_clip(path, num_frames=5, fps=RATE, keep="last")) == list(range(73, 78))
+    if path.suffix == ".avi":
+        with open_video(path) as reader:
+            behind = {time: numbers(reader.picture(frame, None)[None]) for time, frame in reader.frames(Fraction(2))}
+        assert len(behind) < 40 and behind == {time: [n] for n, time in enumerate(times) if time in behind}
 
 
 def test_a_playlist_of_segments_is_a_film(tmp_path: Path) -> None:

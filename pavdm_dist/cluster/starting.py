@@ -1,4 +1,4 @@
-"""A Ray of this process' own: in a folder that it can use, on loopback only; and where its workers import from."""
+"""A Ray of this process' own: in a folder that it can use, on loopback only; and where workers import from."""
 
 from __future__ import annotations
 
@@ -117,3 +117,21 @@ def workers_paths() -> Any:
 def imports_from(folder: str) -> bool:
     """Whether this process imports from a folder."""
     return any(os.path.realpath(entry or os.getcwd()) == os.path.realpath(folder) for entry in sys.path)
+
+
+@contextmanager
+def importing_alike() -> Iterator[None]:
+    """Python processes that are started inside import from the current folder only where this one does.
+
+    With ``-c``, as multiprocessing has it, and with ``-m`` Python looks there first, and would run a script there that
+    is named like some library.
+    """
+    name = "PYTHONSAFEPATH"
+    if name in os.environ or imports_from(os.getcwd()):
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]

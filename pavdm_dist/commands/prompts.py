@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import logging
 import re
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ _MARKS = (
 # Their lines are no prompts, though they would be taken for some.
 _TABLES = (".csv", ".json", ".jsonl", ".tsv", ".yaml", ".yml")
 COMMENT = "#"
+# How tools of DOS end a text file.
+_END = "\x1a"
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +40,11 @@ class Line(NamedTuple):
 def read_prompts(path: str | Path) -> list[Line]:
     """The prompts of a text file: UTF-8, or what its mark says; ends of lines of any system.
 
-    Blank lines, and blanks around a prompt, say nothing; lines that begin with ``#`` are comments, which are counted in
-    a log line.
+    Blank lines, and blanks around a prompt, say nothing, nor does a Ctrl-Z at the end; lines that begin with ``#`` are
+    comments, which are counted in a log line.
 
     Raises:
-        ConfigError: it cannot be read, is no text or too large, or has no prompt.
+        ConfigError: it cannot be read, is no text or too large, has no prompt, or a line of control characters only.
     """
     name = f"prompts={path}"
     if Path(path).suffix.lower() in _TABLES:
@@ -66,6 +69,8 @@ def read_prompts(path: str | Path) -> list[Line]:
                 f"{name}: line {number} ({show(prompt)!r}) holds NUL: it is no text, or UTF-16 without a mark; save it"
                 " as UTF-8"
             )
+        if all(unicodedata.category(sign) == "Cc" for sign in prompt):
+            raise ConfigError(f"{name}: line {number} ({show(prompt)!r}) holds control characters only, no prompt")
     if comments:
         logger.info("%s: %d prompts; comments, which begin with %s: %d", name, len(prompts), COMMENT, comments)
     return prompts
@@ -82,4 +87,5 @@ def _text(name: str, content: bytes) -> str:
             f"{name}: is no readable UTF-8 text file ({where}byte 0x{content[error.start]:02x}: {error.reason}); save"
             " it as UTF-8"
         ) from error
+    text = text.rstrip(_END)
     return text.replace("\ufeff", "")  # the mark of UTF-8, also in the middle, where files were joined

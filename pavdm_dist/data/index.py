@@ -23,10 +23,12 @@ VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts"
 INDEX_SUFFIXES = (".csv", ".jsonl")
 PATH_COLUMNS = ("path", "video", "video_path", "file")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
-# Folders of file servers, archives and trash cans; those that begin with a dot are passed over, too.
+# Folders of file servers, archives and trash cans, whose makers differ on capitals; those that begin with a dot are
+# passed over, too.
 _FOREIGN = (
-    "@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "@tmp", "~snapshot", "$RECYCLE.BIN",
-    "System Volume Information", "lost+found", "__MACOSX",
+    "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp", "~snapshot", "$recycle.bin",
+    "recycler", "recycled", "system volume information", "network trash folder", "temporary items", "lost+found",
+    "__macosx",
 )  # fmt: skip
 # Names in an error; more would hide the sentence.
 _SHOWN = 3
@@ -156,7 +158,7 @@ def _videos_in(folder: str, hidden: list[str]) -> Iterator[Path]:
     seen = {folder}
     for place, subfolders, names in os.walk(folder, followlinks=True, onerror=refuse):
         videos = [name for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES]
-        foreign = sorted(name for name in subfolders if name.startswith(".") or name in _FOREIGN)
+        foreign = sorted(name for name in subfolders if name.startswith(".") or name.casefold() in _FOREIGN)
         dotted = sorted(name for name in videos if name.startswith("."))
         hidden += [os.path.join(place, name) for name in (*foreign, *dotted)]
         subfolders[:] = [name for name in subfolders if name not in foreign]

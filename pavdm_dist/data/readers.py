@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pavdm_dist.cluster.starting import importing_alike
 from pavdm_dist.data.workers import follow_parent
 from pavdm_dist.errors import EngineError
 from pavdm_dist.io.storage import remove
@@ -58,9 +59,11 @@ def survived(function: Callable[..., T], *arguments: Any) -> T | None:
     Raises:
         EngineError: no such process can be started.
     """
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), follow_parent)
+    with importing_alike():
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), follow_parent)
+        first = pool.submit(os.getpid)
     try:
-        pool.submit(os.getpid).result()
+        first.result()
     except BrokenProcessPool as error:  # says nothing of the function
         pool.shutdown()
         raise EngineError("no process of its own can be started to read a video alone; run again to go on") from error

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from pavdm_dist.data.index import Sources, locate
-from pavdm_dist.data.shards import SETTINGS, SIZES, VERSION, clips_file, read_index, write_json
+from pavdm_dist.data.shards import INDEX, SETTINGS, SIZES, VERSION, clips_file, read_index, write_json
 from pavdm_dist.data.work import Job, read_scan
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.fields import json_value
 from pavdm_dist.io.storage import remove
+
+# Reasons for skipping a video that another file or another caption takes away.
+_MENDED = ("unreadable", "caption")
 
 
 def settle(job: Job, encode: bool, output: str, sources: Sources) -> None:
@@ -88,16 +91,25 @@ def settle(job: Job, encode: bool, output: str, sources: Sources) -> None:
 def without(sources: Sources, folders: Sequence[str]) -> Sources:
     """The sources without the videos of other data sets, which are complete.
 
+    What a set skipped as unreadable or without a usable caption is not in it, and may have been mended since.
+
     Raises:
-        ConfigError: a folder that holds no data set, or nothing is left.
+        ConfigError: a folder that holds no data set or a damaged one, or nothing is left.
     """
     if not folders:
         return sources
     known: set[str] = set()
     for folder in folders:
         index = read_index(folder)
-        names = json_value((Path(folder) / SIZES).read_bytes())
-        known |= {os.path.realpath(locate(index["root"], name)) for name in names}
+        try:
+            names = set(json_value((Path(folder) / SIZES).read_bytes()))
+            names -= {entry["video"] for entry in index["skipped"] if entry["skipped"] in _MENDED}
+            known |= {os.path.realpath(locate(index["root"], name)) for name in names}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"besides={folder}: {SIZES} or {INDEX}, which say what is in there, cannot be read:"
+                f" {type(error).__name__}: {error}"
+            ) from error
     videos = [video for video in sources.videos if os.path.realpath(locate(sources.root, video.path)) not in known]
     if not videos:
         raise ConfigError(f"besides={', '.join(folders)}: all {len(sources.videos)} videos are in there, none is new")

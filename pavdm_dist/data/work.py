@@ -146,6 +146,11 @@ def encode_shard(job: Job, bucket: int, number: int) -> int:
                     f"{error}; its clips are listed: put the video back and run again, or prepare another folder"
                     " without it"
                 ) from error
+            except MemoryError as error:
+                raise EngineError(
+                    f"{clip.video}: memory was lacking while a clip of bucket {shape} was read: use smaller buckets or"
+                    " fewer processes; run again to go on"
+                ) from error
             latents.append(codec.encode(torch.from_numpy(frames)).half())
             texts.append(checkpoint.text_encoder.encode(clip.caption))
     about = {"bucket": str(shape), **dict(job.identities)}
@@ -193,8 +198,11 @@ def _scan(job: Job, video: SourceVideo) -> dict[str, Any]:
             scan = scan_video(place, job.scene_cuts, **cut)
     except MediaError as error:
         return {**entry, "skipped": "unreadable", "reason": str(error)}
-    except (ConfigError, MemoryError):
+    except ConfigError:
         raise
+    except MemoryError as error:  # a size that no machine has, or one that this machine lacks today: looked at again
+        reason = f"{video.path}: memory was lacking{f' ({error})' if str(error) else ''}"
+        return {**entry, "skipped": "unreadable", "reason": reason}
     except Exception as error:  # a decoder's or detector's own; one video must not end a run over thousands
         logger.exception("%s", video.path)
         return {**entry, "skipped": "unreadable", "reason": f"{video.path}: {type(error).__name__}: {error}"}
@@ -215,15 +223,15 @@ def _scan(job: Job, video: SourceVideo) -> dict[str, Any]:
         least = smallest(job.buckets)
         reason = f"{size} is smaller than every bucket (smallest {least}); upscale=true enlarges it"
         return {**entry, "skipped": "small", "reason": reason}
-    seconds = float(min(bucket.seconds(spec) for bucket in job.buckets))
-    longest = float(max(b - a for a, b in _scenes(scan.times, scan.cuts, scan.end)))
-    reason = f"its longest scene has {longest:.2f} s, no bucket for its shape is that short (shortest {seconds:.2f} s)"
+    shortest = min(job.buckets, key=lambda bucket: bucket.seconds(spec))
+    behind, ends = scan.shots(shortest.rate)
+    longest = float(max(end - scan.times[first] for first, end in zip([0, *behind[:-1]], ends, strict=True)))
+    between = " between gaps in its timestamps" if len(behind) > len(scan.cuts) + 1 else ""
+    reason = (
+        f"its longest scene{between} has {longest:.2f} s, no bucket for its shape is that short"
+        f" (shortest {float(shortest.seconds(spec)):.2f} s)"
+    )
     return {**entry, "skipped": "short", "reason": reason}
-
-
-def _scenes(times: Sequence[Any], cuts: Sequence[int], end: Any) -> Iterator[tuple[Any, Any]]:
-    begins = [times[first] for first in (0, *cuts)]
-    yield from zip(begins, [*begins[1:], end], strict=True)
 
 
 @lru_cache(maxsize=1)

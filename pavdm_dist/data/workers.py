@@ -14,6 +14,7 @@ from itertools import islice
 from multiprocessing.connection import wait as wait_for_end
 from typing import Any
 
+from pavdm_dist.cluster.starting import importing_alike
 from pavdm_dist.errors import ConfigError, EngineError
 
 # Tasks under way per worker: one that runs and one that waits, so that none is idle.
@@ -67,12 +68,14 @@ class _Pool:
         if self._pool is None:
             # spawn: forking a process that holds threads (torch, FFmpeg) can lock up.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._processes, context, _begin, (context.Value("i", 0),))
+            with importing_alike():  # the process that keeps its semaphores
+                self._pool = ProcessPoolExecutor(self._processes, context, _begin, (context.Value("i", 0),))
         waiting, most = iter(tasks), _AHEAD * self._processes
         pending: set[Future[int]] = set()
         try:
             while True:
-                pending |= {self._pool.submit(function, *task) for task in islice(waiting, most - len(pending))}
+                with importing_alike():  # each new task may start a process
+                    pending |= {self._pool.submit(function, *task) for task in islice(waiting, most - len(pending))}
                 if not pending:
                     return
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)

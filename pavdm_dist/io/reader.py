@@ -16,11 +16,12 @@ import numpy as np
 
 from pavdm_dist.errors import MediaError
 from pavdm_dist.io import picture as pictures
+from pavdm_dist.io.decoders import decoder_of
 from pavdm_dist.io.storage import exists, is_remote, open_read
 
 # FFmpeg plays any text file as an animated terminal.
 _NOT_VIDEO = ("tty",)
-# Here a time is where a frame lies in the file, which with B-frames is not when it is shown.
+# Here a time may be where a frame lies in the file, which with B-frames is not when it is shown.
 _IN_FILE_ORDER = ("avi", "asf")
 # How writers of Matroska say how long one stream is.
 _CLOCK = re.compile(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)")
@@ -37,6 +38,10 @@ class _Seen:
         end: when the last one stops being shown.
         reached: as far as any stream has come.
         waiting: times of packets whose frames are still to come, in the order of the file.
+        latest: of these times so far.
+        worked_out: FFmpeg knows when each frame is shown though the file does not say: it looks into MPEG-4 and MPEG-2
+            for it. Then times of packets go back where B-frames follow what they are shown before; places in a file
+            only rise.
     """
 
     count: int = 0
@@ -46,6 +51,15 @@ class _Seen:
     end: Fraction = Fraction(0)
     reached: Fraction = Fraction(0)
     waiting: deque[Fraction | None] = field(default_factory=deque)
+    latest: Fraction | None = None
+    worked_out: bool = False
+
+    def note(self, place: Fraction | None) -> None:
+        """Takes the time of a packet that is about to be decoded."""
+        self.waiting.append(place)
+        if place is not None:
+            self.worked_out = self.worked_out or (self.latest is not None and place < self.latest)
+            self.latest = place
 
     def __str__(self) -> str:
         return f"after frame {self.count} ({float(self.end - self.first):.2f} s)"
@@ -64,6 +78,7 @@ class VideoReader:
         from av.video.reformatter import VideoReformatter
 
         self.path, self._container, self._stream = path, container, stream
+        self._decoder = decoder_of(path, stream)
         self.rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
         self.num_frames: int | None = stream.frames or None
         self._in_file_order = container.format.name in _IN_FILE_ORDER and bool(stream.codec_context.has_b_frames)
@@ -154,12 +169,12 @@ class VideoReader:
             for packet in _all_of(self._container.demux()):
                 if packet.pts is not None:
                     seen.reached = max(seen.reached, (packet.pts + (packet.duration or 0)) * packet.time_base)
-                if packet.stream_index != self._stream.index:
+                if packet.stream is not self._stream:  # numbers do not tell: what ends a stream bears that of the first
                     continue
                 if self._in_file_order and packet.size:
-                    seen.waiting.append(None if packet.pts is None else Fraction(packet.pts * packet.time_base))
+                    seen.note(None if packet.pts is None else Fraction(packet.pts * packet.time_base))
                 damaged = packet.is_corrupt
-                for frame in () if damaged else packet.decode():
+                for frame in () if damaged else self._decoder.decode(packet):
                     damaged = damaged or frame.is_corrupt
                     if not damaged:
                         yield frame
@@ -170,7 +185,7 @@ class VideoReader:
 
     def _time(self, frame: Any, seen: _Seen) -> Fraction | None:
         """When a frame is shown, as far as the file says."""
-        if self._in_file_order:  # frames come out as they are shown, so that their times need only be put in order
+        if self._in_file_order and not seen.worked_out:  # frames come out as they are shown, so that places rise, too
             return seen.waiting.popleft() if seen.waiting else None
         return None if frame.pts is None else Fraction(frame.pts * frame.time_base)
 
