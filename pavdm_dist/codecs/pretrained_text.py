@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from pavdm_dist.cluster.starting import imports_from
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.io.local import cache_folder
 from pavdm_dist.io.storage import atomic_write
@@ -228,7 +229,9 @@ class PretrainedTextEncoder:
                 "output": os.path.join(folder, "embeddings.safetensors"),
                 **{name: value for name, value in asdict(self.options).items() if name != "cache"},
             }
-            command = [sys.executable, "-m", "pavdm_dist.codecs.encode_texts"]
+            # With -m Python would look for modules here, though some script may be named like a library.
+            safe = [] if imports_from(os.getcwd()) else ["-P"]
+            command = [sys.executable, *safe, "-m", "pavdm_dist.codecs.encode_texts"]
             done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True)
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]

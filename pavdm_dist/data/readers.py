@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pavdm_dist.data.workers import follow_parent
+from pavdm_dist.data.workers import follow_parent, safely_started
 from pavdm_dist.errors import EngineError
 from pavdm_dist.io.storage import remove
 
@@ -58,9 +58,11 @@ def survived(function: Callable[..., T], *arguments: Any) -> T | None:
     Raises:
         EngineError: no such process can be started.
     """
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), follow_parent)
+    with safely_started():
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), follow_parent)
     try:
-        pool.submit(os.getpid).result()
+        with safely_started():
+            pool.submit(os.getpid).result()
     except BrokenProcessPool as error:  # says nothing of the function
         pool.shutdown()
         raise EngineError("no process of its own can be started to read a video alone; run again to go on") from error

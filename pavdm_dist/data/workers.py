@@ -18,6 +18,7 @@ from pavdm_dist.errors import ConfigError, EngineError
 
 # Tasks under way per worker: one that runs and one that waits, so that none is idle.
 _AHEAD = 2
+_SAFE_PATH = "PYTHONSAFEPATH"
 
 Function = Callable[..., int]
 Task = tuple[Any, ...]  # the arguments of one call
@@ -67,12 +68,15 @@ class _Pool:
         if self._pool is None:
             # spawn: forking a process that holds threads (torch, FFmpeg) can lock up.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._processes, context, _begin, (context.Value("i", 0),))
+            with safely_started():
+                self._pool = ProcessPoolExecutor(self._processes, context, _begin, (context.Value("i", 0),))
         waiting, most = iter(tasks), _AHEAD * self._processes
         pending: set[Future[int]] = set()
         try:
             while True:
-                pending |= {self._pool.submit(function, *task) for task in islice(waiting, most - len(pending))}
+                for task in islice(waiting, most - len(pending)):
+                    with safely_started():
+                        pending.add(self._pool.submit(function, *task))
                 if not pending:
                     return
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -85,6 +89,23 @@ class _Pool:
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def safely_started() -> Iterator[None]:
+    """While processes are started: they import from where this one does, and nothing from the current folder before.
+
+    They begin as ``python -c``, which looks there first, though some script may be named like a library.
+    """
+    before = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_SAFE_PATH]
+        else:
+            os.environ[_SAFE_PATH] = before
 
 
 _number = 0
