@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import tiny_checkpoint
 from hub import REPOSITORY, serve
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from test_wan_loading import equal_states, original_names
 from wan_models import WAN, tiny_wan
@@ -64,6 +65,38 @@ def test_a_published_file_becomes_a_model(name: str, base: Path, tmp_path: Path)
     assert (found.vae.folder() / "config.json").read_bytes() == (base / "vae" / "config.json").read_bytes()
     assert found.text_encoder.encode("a red three").isfinite().all()
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_nothing_of_others_is_changed_or_removed(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "notes").touch()
+    words = ["convert", str(publish(tmp_path / "published.pt")), f"base={base}", "--overwrite"]
+    before = sorted(tmp_path.iterdir())
+    with monkeypatch.context() as patched:
+        full = SafetensorError("Error while serializing: No space left on device (os error 28)")
+        patched.setattr("pavdm_dist.commands.convert.save_tensors", lambda *_: (_ for _ in ()).throw(full))
+        assert main([*words, f"output={tmp_path / 'out'}"]) == 2
+    assert re.search(r"output=\S+out: cannot be written \(.*No space left on device", capsys.readouterr().err)
+    assert sorted(tmp_path.iterdir()) == before
+    assert main([*words, f"output={tmp_path / 'out'}"]) == 0
+    assert (tmp_path / "out.partial" / "notes").exists()
+    same = {
+        file.name: file.samefile(base / file.relative_to(tmp_path / "out"))
+        for file in (tmp_path / "out" / "vae").iterdir()
+    }
+    assert same.pop("config.json") is False and same and all(same.values()), "weights are links, nothing else is"
+    (tmp_path / "link").symlink_to("out")
+    assert main([*words, f"output={tmp_path / 'link'}"]) == 2
+    assert re.search(r"output=\S+link: is a link to out; name the folder itself", capsys.readouterr().err)
+    monkeypatch.chdir(tmp_path / "out")
+    (tmp_path / "out" / "mark").touch()
+    assert main([*words, "output=."]) == 0
+    assert not (tmp_path / "out" / "mark").exists() and Checkpoint.open(tmp_path / "out")
+    assert main([*words, f"output={base / 'new'}"]) == 0, "in the base"
+    assert not list(base.rglob("*.tmp")) and not (base / "new" / "new").exists()
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "link", tmp_path / "out"])
 
 
 def test_types_are_kept_or_chosen(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,6 +125,7 @@ def test_torchrun_on_two_nodes(run_dir: Path, expected: list[float]) -> None:
         ([], signal.SIGTERM, 0, "slice over, run again"),
         ([], signal.SIGINT, 130, "interrupted: saved at step"),
         (["launch.processes=2"], signal.SIGTERM, 2, "stopped by SIGTERM"),
+        ([], signal.SIGHUP, 0, "slice over, run again"),
     ],
 )
 def test_a_signal_saves_and_ends_well(run_dir: Path, more: list[str], number: int, code: int, said: str) -> None:

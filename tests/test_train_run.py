@@ -227,6 +227,25 @@ def test_a_folder_that_is_no_export_is_never_replaced(tmp_path: Path, codec: Pat
         with pytest.raises(ConfigError, match=message):
             start(settings(tmp_path), clips, codec).export(target)
     assert (tmp_path / "models" / "other").is_dir()
+    (tmp_path / "link").symlink_to(tmp_path / "models")
+    with pytest.raises(ConfigError, match=f"export={tmp_path / 'link'}: is a link to .*models; name the folder itself"):
+        start(settings(tmp_path), clips, codec).export(tmp_path / "link")
+
+
+def test_an_export_removes_nothing_but_its_own(tmp_path: Path, codec: Path, clips: LatentClips) -> None:
+    trainer, run_dir = start(settings(tmp_path), clips, codec), tmp_path / "run"
+    trainer.export(run_dir / "model")
+    for backup in ("model.old", "model.partial"):
+        (run_dir / backup).mkdir()
+        (run_dir / backup / "weights").touch()
+    (run_dir / ".model.0123abcd.tmp" / "model").mkdir(parents=True)  # left by a kill
+    (run_dir / "model" / "mark").touch()
+    trainer.export(run_dir / "model")
+    assert sorted(path.name for path in run_dir.iterdir() if "model" in path.name) == [
+        "model", "model.old", "model.partial",
+    ]  # fmt: skip
+    assert (run_dir / "model.old" / "weights").exists() and (run_dir / "model.partial" / "weights").exists()
+    assert not (run_dir / "model" / "mark").exists() and Checkpoint.open(run_dir / "model")
 
 
 def test_a_sheet_never_ends_a_run(

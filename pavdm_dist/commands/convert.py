@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.fields import read_object
+from pavdm_dist.io.folders import check_no_link, whole_folder
+from pavdm_dist.io.storage import disk_errors, same_path
 from pavdm_dist.models.base import Backbone
 from pavdm_dist.models.catalog import backbone_shape
 from pavdm_dist.models.devices import DTYPES
@@ -22,6 +25,7 @@ from pavdm_dist.models.published import read_published
 from pavdm_dist.models.source import Source, load_config
 
 INDEX = "model_index.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass
@@ -52,7 +56,7 @@ def convert_command(config: ConvertConfig, overwrite: bool) -> dict[str, Any]:
         ``output``, ``tensors``, ``bytes``.
 
     Raises:
-        ConfigError: a setting is missing, or the folder cannot be written.
+        ConfigError: a setting is missing, or the folder is a link, or it cannot be written.
         CheckpointError: the file cannot be read, or its tensors are not those of the base's transformer.
     """
     for name in ("source", "base", "output"):
@@ -60,6 +64,7 @@ def convert_command(config: ConvertConfig, overwrite: bool) -> dict[str, Any]:
             raise ConfigError(f"{name}: must be given; pavdm convert FILE base=MODEL output=FOLDER")
     assert config.source and config.base and config.output
     folder = Path(config.output)
+    check_no_link(folder, "output")
     if os.path.lexists(folder) and not overwrite:
         raise ConfigError(f"output={folder}: exists already; --overwrite replaces it")
     if os.path.lexists(folder) and not (folder / INDEX).exists():
@@ -68,16 +73,12 @@ def convert_command(config: ConvertConfig, overwrite: bool) -> dict[str, Any]:
     shape = backbone_shape(base.part("transformer"))
     tensors = read_published(Path(config.source), config.weights)
     check_stored(shape.state_dict(), {name: as_stored(value) for name, value in tensors.items()}, config.source)
-    partial = folder.with_name(f"{folder.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        _other_components(base, partial)
-        size = _write(config, base, shape, tensors, partial)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
+        with whole_folder(folder) as partial, disk_errors():
+            _other_components(base, partial)
+            size = _write(config, base, shape, tensors, partial)
     except OSError as error:
-        raise ConfigError(f"output={folder}: cannot be written ({error.strerror})") from error
+        raise ConfigError(f"output={folder}: cannot be written ({error.strerror or error})") from error
     return {"output": str(folder), "tensors": len(tensors), "bytes": size}
 
 
@@ -102,22 +103,30 @@ def _write(config: ConvertConfig, base: Source, shape: Backbone, tensors: dict[s
 
 
 def _other_components(base: Source, folder: Path) -> None:
-    """All of the base but its transformer; files are linked where the disk allows it, they may be large."""
+    """All of the base but its transformer, into an empty folder.
+
+    Weights are linked where the disk allows it, they may be large. What somebody may edit is copied: it is not to
+    change in the base, or in the cache of the hub, too.
+    """
 
     def link(source: str, target: str) -> str:
-        try:
-            os.link(os.path.realpath(source), target)
-        except OSError:
-            shutil.copy2(source, target)
-        return target
+        if Path(source).suffix in _WEIGHTS:
+            with suppress(OSError):
+                os.link(os.path.realpath(source), target)
+                return target
+        return shutil.copy2(source, target)
 
-    def without_transformer(_: str, names: list[str]) -> list[str]:
-        return [name for name in names if name in ("transformer", INDEX, ".git")]
+    def without_transformer(place: str, names: list[str]) -> list[str]:
+        # The new folder may lie in the base.
+        return [
+            name
+            for name in names
+            if name in ("transformer", INDEX, ".git") or same_path(os.path.join(place, name), folder.parent)
+        ]
 
     if base.is_folder:
-        shutil.copytree(base.folder(), folder, copy_function=link, ignore=without_transformer)
+        shutil.copytree(base.folder(), folder, copy_function=link, ignore=without_transformer, dirs_exist_ok=True)
         return
-    folder.mkdir(parents=True)
     index = read_object(base.file(INDEX), CheckpointError)
     for name, value in index.items():
         if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and name != "transformer":

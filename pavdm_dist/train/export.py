@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.io.folders import check_no_link, whole_folder
+from pavdm_dist.io.storage import remove_staged
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.train.model import filled
 from pavdm_dist.train.settings import TrainConfig
@@ -43,8 +44,9 @@ def check_target(folder: Path) -> None:
     """Refuses to replace what is no earlier export.
 
     Raises:
-        ConfigError: a file, or a folder that holds something else.
+        ConfigError: a file, a link, or a folder that holds something else.
     """
+    check_no_link(folder, "export")
     if folder.is_file():
         raise ConfigError(f"export={folder}: is a file; name a new folder, or one that holds an exported model")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "model_index.json").exists():
@@ -66,18 +68,10 @@ def export_model(
 
     Raises:
         ConfigError: see :func:`check_target`.
+        OSError: it cannot be written.
     """
     check_target(folder)
     model, o = filled(config, channels, parts.vocabulary, weights), config.objective
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.transformer.save_pretrained(partial / "transformer", torch.float16)
-    if model.text_encoder is not None:
-        model.text_encoder.save_pretrained(partial / "text_encoder", torch.float16)
-    else:
-        assert parts.text_encoder is not None
-        shutil.copytree(parts.text_encoder, partial / "text_encoder")
-    shutil.copytree(parts.vae, partial / "vae")
     sampling = {
         "num_inference_steps": o.num_inference_steps,
         "window_chunks": o.window_chunks,
@@ -96,10 +90,14 @@ def export_model(
         "sampling": sampling,
         "training": {"steps": step, "world": parts.world_settings},
     }
-    (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    old = folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with whole_folder(folder) as partial:
+        model.transformer.save_pretrained(partial / "transformer", torch.float16)
+        if model.text_encoder is not None:
+            model.text_encoder.save_pretrained(partial / "text_encoder", torch.float16)
+        else:
+            assert parts.text_encoder is not None
+            shutil.copytree(parts.text_encoder, partial / "text_encoder")
+        shutil.copytree(parts.vae, partial / "vae")
+        (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if Path(config.run_dir).absolute() in folder.absolute().parents:  # nobody else writes there
+        remove_staged(folder)  # of processes that were killed in an export

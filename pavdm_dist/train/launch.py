@@ -10,7 +10,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pavdm_dist.cluster.starting import imports_from
@@ -24,6 +25,11 @@ from pavdm_dist.train.settings import TrainConfig
 
 if TYPE_CHECKING:
     from pavdm_dist.train.run import Provider
+
+# Ctrl-C, a job that is preempted or cancelled, a terminal that closes.
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Interrupts that follow so soon are one wish: keys that repeat.
+AT_ONCE_S = 2.0
 
 
 def launch(config: TrainConfig, provider: Provider, words: Sequence[str]) -> None:
@@ -96,26 +102,55 @@ def _launch_here(processes: int, words: Sequence[str]) -> None:
     given = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1800"}
     if not imports_from(os.getcwd()):  # with -m Python would, though some script here is named like a library
         given["PYTHONSAFEPATH"] = "1"
-    child = subprocess.Popen(command, env={**given, **os.environ})
-    told: list[int] = []
-
-    def forward(number: int, _: object) -> None:
-        told.append(number)
-        child.terminate()
-
-    before = signal.signal(signal.SIGTERM, forward)
-    try:
-        code = child.wait()
-    except KeyboardInterrupt:  # the terminal told the processes too; they save and end
-        child.wait()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if told:  # torchrun's own status is 1 then, however well its processes ended
-        raise EngineError("stopped by SIGTERM; the lines above say where the processes saved; run again to go on")
+    code, told = _watched(command, {**given, **os.environ})
+    if told == signal.SIGINT:
+        raise KeyboardInterrupt
+    if told is not None:  # torchrun's own status is 1 then, however well its processes ended
+        raise EngineError(f"stopped by {told.name}; the lines above say where the processes saved; run again to go on")
     if code > 128:  # nobody was there to say so
         name = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else str(code - 128)
         memory = ", perhaps for lack of memory" if code - 128 == signal.SIGKILL else ""
         raise EngineError(f"a training process was ended by {name}{memory}; run again to go on")
     if code:
         raise EngineError(f"a training process failed (exit status {code}); its message is above")
+
+
+def _watched(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, signal.Signals | None]:
+    """Runs a command to its end, and tells it what this process is told.
+
+    It has a session of its own: a terminal tells all of a group, and what came twice would end it in the middle of what
+    the first has begun.
+
+    Returns:
+        Its status; the first signal that this process was sent.
+    """
+    told: list[int] = []
+    at = -AT_ONCE_S
+    child: subprocess.Popen[bytes] | None = None
+
+    def forward(number: int, _: object) -> None:
+        nonlocal at
+        # Once it is stopping only one who interrupts it anew, after having waited, changes anything.
+        heeded = not told or (number == signal.SIGINT and time.monotonic() - at > AT_ONCE_S)
+        told.append(number)
+        if heeded:
+            at = time.monotonic()
+            if child is not None:
+                _tell(child, number)
+
+    heard = [number for number in _ENDING if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in heard}
+    try:
+        child = subprocess.Popen(command, env=environment, start_new_session=True)
+        if told:  # while it was being started
+            _tell(child, told[0])
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code, signal.Signals(told[0]) if told else None
+
+
+def _tell(child: subprocess.Popen[bytes], number: int) -> None:
+    # A closed terminal is a reason to stop as any other; processes told of it might be told to ignore that.
+    child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)

@@ -37,8 +37,8 @@ def train_slice(
 ) -> None:
     """Runs one slice of ``config.max_seconds``; call again until it says that all steps are done.
 
-    SIGTERM (a preempted job) ends the slice early, with a checkpoint and the exported model; so does Ctrl-C, which a
-    second Ctrl-C cuts short.
+    SIGTERM (a preempted job) and SIGHUP (a terminal that closes) end the slice early, with a checkpoint and the
+    exported model; so does Ctrl-C, which a second Ctrl-C cuts short.
 
     Args:
         config: settings.
@@ -75,9 +75,9 @@ def train_slice(
             trainer = Trainer(config, batches, parts, world, report, guard)
             with _stopped_by_signals(trainer) as interrupted:
                 finished = trainer.run(end)
+                trainer.export(target)  # a signal that comes again, or now, leaves it whole
         finally:
             batches.close()
-        trainer.export(target)
     if interrupted:
         raise KeyboardInterrupt(f"saved at step {trainer.step}, weights in {target}; run again to go on")
     if world.first:
@@ -98,10 +98,15 @@ def _stopped_by_signals(trainer: Trainer) -> Iterator[list[int]]:
         interrupts.append(number)
         trainer.stop()
 
+    def stop(*_: object) -> None:
+        trainer.stop()
+
     before = {
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: trainer.stop()),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, stop),
         signal.SIGINT: signal.signal(signal.SIGINT, interrupt),
     }
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, stop)
     try:
         yield interrupts
     finally:

@@ -1,0 +1,65 @@
+"""Folders that are either complete or absent, among those of others: nothing is removed that was not made here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.io.storage import discard, stage
+
+
+def check_no_link(path: str | Path, field: str) -> None:
+    """Refuses a link where a folder is to be replaced: the link would be, and what it leads to stay as it is.
+
+    Args:
+        path: of the folder, which need not exist; its parents may be links.
+        field: the setting that names it.
+
+    Raises:
+        ConfigError: naming where the link leads.
+    """
+    if os.path.islink(path):
+        raise ConfigError(f"{field}={path}: is a link to {os.readlink(path)}; name the folder itself")
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """A new, empty folder to write to; when the block ends well, ``path`` becomes it, and an earlier one there is gone.
+
+    When the block raises, nothing is left and an earlier folder stays as it was. What is on its way has hidden names
+    that nobody else has: ``path.old`` and ``path.partial`` are as good names as any for somebody's own folder.
+
+    Args:
+        path: a folder or nothing, as long as the block runs; whether it may be replaced is for the caller to say.
+
+    Raises:
+        OSError: it cannot be made, or not replaced.
+    """
+    folder = Path(os.path.realpath(path))  # "." has no name to put it under
+    staged = stage(folder)
+    try:
+        staged.mkdir()
+        yield staged
+        if folder.exists():
+            _exchange(folder, staged)
+        else:
+            os.replace(staged, folder)
+    finally:
+        discard(staged)
+
+
+def _exchange(folder: Path, staged: Path) -> None:
+    """Moves ``staged`` to ``folder`` and removes what was there, which is in no moment without a name."""
+    before = stage(folder)
+    try:
+        os.replace(folder, before)
+        os.replace(staged, folder)
+    except BaseException:
+        if before.exists():
+            os.replace(before, folder)
+        discard(before)
+        raise
+    discard(before)

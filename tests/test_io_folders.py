@@ -1,0 +1,47 @@
+"""Folders are whole or absent, and what is somebody's stays."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pavdm_dist.io.folders import whole_folder
+
+
+def fill(folder: Path, content: str) -> None:
+    with whole_folder(folder) as staged:
+        (staged / "file").write_text(content)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_is_the_new_one_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "deep" / "model"
+    fill(folder, "one")
+    fill(folder, "two")
+    assert names(folder.parent) == ["model"] and (folder / "file").read_text() == "two"
+    with pytest.raises(OSError, match="full"), whole_folder(folder):
+        raise OSError("full")
+    moves, replace = [0], os.replace
+
+    def fails_once(source: Path, target: Path) -> None:
+        moves[0] += 1
+        if moves[0] == 2:  # the old one has stepped back
+            raise OSError("away")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails_once)
+    with pytest.raises(OSError, match="away"):
+        fill(folder, "three")
+    assert moves == [3] and names(folder.parent) == ["model"] and (folder / "file").read_text() == "two"
+
+
+def test_a_path_without_a_name_is_the_folder_it_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    fill(Path("."), "one")
+    assert names(tmp_path) == ["here"] and (tmp_path / "here" / "file").read_text() == "one"

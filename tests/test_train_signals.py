@@ -1,0 +1,106 @@
+"""What ends a training run: a closed terminal as a cancelled job does, and every signal reaches the processes once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pavdm_dist.train import launch
+from pavdm_dist.train.run import _stopped_by_signals
+
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Writes down every signal, and goes on until it is let go.
+CHILD = """
+for name in INT TERM HUP; do trap "echo $name >> told" $name; done
+echo > ready
+while [ ! -e end ]; do sleep 0.02; done
+exit 3
+"""
+
+
+@pytest.fixture
+def usual() -> Iterator[None]:
+    """Signals as a shell sets them, however these tests were started."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in NUMBERS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Stops:
+    """A trainer that counts how often it is told to stop."""
+
+    count = 0
+
+    def stop(self) -> None:
+        self.count += 1
+
+
+@pytest.mark.usefixtures("usual")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_closed_terminal_ends_a_run_as_a_cancelled_job_does(number: int) -> None:
+    trainer: Any = Stops()
+    with _stopped_by_signals(trainer) as interrupted:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+    assert trainer.count == 2 and not interrupted
+    assert signal.getsignal(number) == signal.default_int_handler
+
+
+@pytest.mark.usefixtures("usual")
+def test_what_is_told_to_be_ignored_still_is() -> None:
+    trainer: Any = Stops()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with _stopped_by_signals(trainer):
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert trainer.count == 0
+
+
+def appears(path: Path, lines: int = 0) -> None:
+    end = time.monotonic() + 20
+    while not path.exists() or len(path.read_text().split()) < lines:
+        assert time.monotonic() < end, f"{path} does not come"
+        time.sleep(0.01)
+
+
+@pytest.mark.usefixtures("usual")
+@pytest.mark.parametrize(
+    ("sent", "at_once", "told"),
+    [
+        ([signal.SIGHUP, signal.SIGHUP, signal.SIGTERM], 0.0, ["TERM"]),
+        ([signal.SIGTERM, signal.SIGHUP], 0.0, ["TERM"]),
+        ([signal.SIGINT, signal.SIGINT], 100.0, ["INT"]),
+        ([signal.SIGINT, signal.SIGINT], 0.0, ["INT", "INT"]),
+    ],
+    ids=["a terminal that closes", "a job", "keys that repeat", "impatience"],
+)
+def test_a_signal_to_the_launcher_reaches_its_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: list[int], at_once: float, told: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "AT_ONCE_S", at_once)
+    main = threading.get_ident()
+
+    def tell() -> None:
+        try:
+            appears(tmp_path / "ready")
+            for number in sent:
+                signal.pthread_kill(main, number)
+                time.sleep(0.1)
+            appears(tmp_path / "told", len(told))
+        finally:
+            (tmp_path / "end").touch()
+
+    teller = threading.Thread(target=tell)
+    teller.start()
+    assert launch._watched(["sh", "-c", CHILD], dict(os.environ)) == (3, sent[0])
+    teller.join()
+    assert (tmp_path / "told").read_text().split() == told
+    assert signal.getsignal(signal.SIGHUP) == signal.default_int_handler
