@@ -60,7 +60,6 @@ def a_join_without_room_is_finished_by_the_same_command(folder: Path) -> None:
     assert first.returncode and "Traceback" not in first.stderr and not (folder / "video.json").exists(), first.stderr
     parts = list((folder / "video.mp4.parts").glob("segment-*.mp4"))
     assert parts and "File too large" in last_line(first), (parts, first.stderr)
-    assert "the same command again" in last_line(first), first.stderr
     again = went_well(pavdm(folder, *words))
     assert not re.search(r"chunk \d+:", again) and (folder / "video.json").exists(), again
     with av.open(str(folder / "video.mp4")) as container:
@@ -70,13 +69,13 @@ def a_join_without_room_is_finished_by_the_same_command(folder: Path) -> None:
 def an_output_has_one_writer(folder: Path) -> None:
     """H1: booked twice, the second is refused while the first lives, --overwrite or not."""
     tiny = model(folder)
-    words = ["sample", PROMPT, tiny, "seed=1", "num_frames=805", "chunks_per_segment=1"]
+    words = ["sample", PROMPT, tiny, "seed=1", "num_frames=405", "chunks_per_segment=1"]
     with Running(folder, *words, "output=video.mp4", "--overwrite") as first:
         first.until("chunk 1:")
         os.kill(first.process.pid, signal.SIGSTOP)  # it lives, and does not finish before the second has begun
         try:
             for more in ([], ["--overwrite"]):
-                second = ["sample", "a blue seven", tiny, "seed=2", "num_frames=805", "output=video.mp4", *more]
+                second = ["sample", "a blue seven", tiny, "seed=2", "num_frames=405", "output=video.mp4", *more]
                 said = sentence(pavdm(folder, *second))
                 assert f"is being written by process {first.process.pid}" in said, said
                 assert "--overwrite" not in said
