@@ -1,4 +1,4 @@
-"""A cluster that adds nodes on demand, by Ray's own autoscaler: what is not there yet is asked for and waited for."""
+"""A cluster that adds nodes on demand, by Ray's own autoscaler."""
 
 from __future__ import annotations
 
@@ -8,24 +8,21 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
-import pytest
-from helpers import tiny_checkpoint
 
 from pavdm_dist.train.processes import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 NOTHING = (
     "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands", "rsync_filter",
     "head_start_ray_commands", "worker_start_ray_commands", "rsync_exclude", "cluster_synced_files",
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def growing() -> Iterator[str]:
+@contextmanager
+def growing_cluster() -> Iterator[str]:
     """The address of a cluster of a head without CPUs, and up to two nodes of two."""
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
@@ -47,7 +44,7 @@ def growing() -> Iterator[str]:
             f"--autoscaling-config={folder}/scaler", "--node-ip-address=127.0.0.1",
         ]  # fmt: skip
         try:
-            subprocess.run(command, env=_environment(), timeout=100, check=True, capture_output=True)
+            subprocess.run(command, env=scaler_environment(), timeout=100, check=True, capture_output=True)
             yield address
         finally:
             for process in psutil.process_iter(["cmdline"]):
@@ -56,18 +53,7 @@ def growing() -> Iterator[str]:
                         process.kill()
 
 
-def _environment() -> dict[str, str]:
+def scaler_environment() -> dict[str, str]:
+    """For commands of such a cluster, and its own."""
     kept = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "WORLD_SIZE")}
     return {**kept, "RAY_AUTH_MODE": "disabled", "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
-
-
-def test_stages_wait_for_nodes_that_do_not_exist_yet(growing: str, tmp_path: Path) -> None:
-    model, output = tiny_checkpoint(tmp_path / "model"), tmp_path / "video.mp4"
-    words = ["a red three", f"model={model}", "num_frames=9", f"output={output}", f"ray_address={growing}"]
-    command = [sys.executable, "-m", "pavdm_dist", "sample", *words, "num_stages=2", "placement_timeout_s=120"]
-    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and output.exists(), done.stderr
-    assert (
-        "num_stages=2 needs 2 CPU; the cluster has nothing on 1 node(s): waiting up to 120 s for it to grow"
-        in done.stderr
-    )
