@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from av.video.reformatter import VideoReformatter
 
+from pavdm_dist.commands import clip
+from pavdm_dist.data import prepare
 from pavdm_dist.errors import MediaError
 from pavdm_dist.io import colour, decoders
-from pavdm_dist.io.picture import kept_share, picture, remarks
+from pavdm_dist.io.picture import Orientation, kept_share, orientation, picture, remarks
 from pavdm_dist.io.reader import open_video
 from pavdm_dist.io.video import probe, read_clip
 
@@ -80,6 +82,22 @@ def test_all_eight_orientations(
         assert place(shown) == expected
     else:  # the block reaches half into the square
         assert place(shown) == expected
+
+
+def test_a_matrix_that_other_side_data_hides_is_said() -> None:
+    class Hidden:
+        """As PyAV has a frame with side data of a kind that it does not know."""
+
+        rotation, color_trc, interlaced_frame = 90, 1, False
+        format = av.VideoFormat("yuv420p")
+
+        @property
+        def side_data(self) -> Any:
+            raise ValueError("29 is not a valid Type")
+
+    (said,) = remarks(Hidden())
+    assert said == "perhaps mirrored" and said in clip._TOLD and said in prepare._REMARKS
+    assert orientation(Hidden()) == Orientation(transposed=True, upside_down=True)
 
 
 def test_what_is_neither_turned_by_quarters_nor_mirrored_is_refused(tmp_path: Path) -> None:

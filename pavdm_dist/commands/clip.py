@@ -28,6 +28,7 @@ _TOLD = {
     "hdr": "its pictures are HDR: they are brought to the range of SDR, as all frames here",
     "transparent": "its pictures are transparent in parts: they are shown on black",
     "interlaced": "its pictures are interlaced: their fields are not taken apart",
+    "perhaps mirrored": "where it is stored mirrored it is shown so: data of an unknown kind hides whether it is",
 }
 
 

@@ -42,6 +42,7 @@ _REMARKS = {
     "hdr": "are HDR: they are brought to the range of SDR",
     "transparent": "are transparent in parts: they are shown on black",
     "interlaced": "are interlaced: their fields are not taken apart",
+    "perhaps mirrored": "are shown mirrored where they are stored so: data of an unknown kind hides whether they are",
     "damaged": "are damaged: the clips before the fault are taken",
     "cropped": "lose more than a quarter of their picture to buckets of another shape; one of theirs would keep it",
 }

@@ -49,14 +49,9 @@ def orientation(frame: Any) -> Orientation:
     Raises:
         MediaError: it is turned by something else than quarters, or skewed.
     """
-    from av.sidedata.sidedata import Type
-
-    try:
-        data = frame.side_data.get(Type.DISPLAYMATRIX)
-    except ValueError:  # side data of a kind that PyAV does not know hides all others
-        data = None
-        if frame.rotation:
-            return _TURNS[round(frame.rotation / 90) % 4]
+    data, seen = _display_matrix(frame)
+    if not seen:
+        return _TURNS[round(frame.rotation / 90) % 4]
     if data is None:
         return Orientation()
     # A point (x, y), y downwards, is shown at (a x + c y, b x + d y).
@@ -69,6 +64,19 @@ def orientation(frame: Any) -> Orientation:
     if rest > _TILT * max(straight, crossed):
         raise MediaError(f"its pictures are turned by {frame.rotation} degrees; quarter turns and mirrors are read")
     return Orientation(transposed, (b if transposed else d) < 0, (c if transposed else a) < 0)
+
+
+def _display_matrix(frame: Any) -> tuple[Any, bool]:
+    """A frame's display matrix, None = it has none; and whether one could be seen.
+
+    Side data of a kind that PyAV does not know hides all others. Then only the turn is told, which leaves out mirrors.
+    """
+    from av.sidedata.sidedata import Type
+
+    try:
+        return frame.side_data.get(Type.DISPLAYMATRIX), True
+    except ValueError:
+        return None, False
 
 
 # By quarter turns, counter-clockwise.
@@ -125,6 +133,7 @@ def remarks(frame: Any) -> tuple[str, ...]:
         "hdr": frame.color_trc in (colour.PQ, colour.HLG),
         "transparent": _has_alpha(frame) and frame.reformat(format="rgba").to_ndarray()[..., 3].min() < 255,
         "interlaced": frame.interlaced_frame,
+        "perhaps mirrored": not _display_matrix(frame)[1],
     }
     return tuple(name for name, holds in found.items() if holds)
 
