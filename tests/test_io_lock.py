@@ -249,6 +249,20 @@ def test_a_lock_that_says_nothing_is_taken_over_when_it_stays_as_it_is(
         OutputLock.acquire(output).release()
 
 
+def test_in_a_folder_of_others_what_is_no_lock_stays(soon: None, tmp_path: Path) -> None:
+    foreign = tmp_path / "lock.json"  # of some package manager
+    foreign.write_text('{"packages": {}}')
+    OutputLock.acquire(tmp_path, "run_dir").release()
+    named_alike = tmp_path / lock.FOLDER_LOCK
+    named_alike.write_text('{"packages": {}}')
+    with pytest.raises(ConfigError, match=f"run_dir={tmp_path}: {named_alike} is no lock of ours; move it away"):
+        OutputLock.acquire(tmp_path, "run_dir")
+    assert foreign.read_text() == named_alike.read_text() == '{"packages": {}}'
+    named_alike.write_text("")  # a share without links shows it before it says anything
+    OutputLock.acquire(tmp_path, "run_dir").release()
+    assert list(tmp_path.iterdir()) == [foreign]
+
+
 def test_a_lock_that_says_nothing_but_changes_is_respected(patient: None, tmp_path: Path) -> None:
     path = Path(lock._path(tmp_path / "v.mp4"))
     path.parent.mkdir()

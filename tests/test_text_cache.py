@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,10 +15,12 @@ import torch
 from helpers import tiny_checkpoint
 from safetensors.torch import save_file
 
+from pavdm_dist import cli
 from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder, TextOptions
+from pavdm_dist.errors import CheckpointError
 from pavdm_dist.models.source import Source
 
-WIDTH = 3
+WIDTH = 12
 
 
 @pytest.fixture
@@ -66,3 +70,35 @@ def test_the_process_imports_from_here_only_where_this_one_does(
         monkeypatch.syspath_prepend("")
     encoder(model, tmp_path / "cache").encode("a red three")
     assert commands[0][1:] == [*([] if imports else ["-P"]), "-m", "pavdm_dist.codecs.encode_texts"]
+
+
+@pytest.mark.parametrize("base", ["relative", None])
+def test_without_a_home_embeddings_are_in_memory(
+    model: Path, tmp_path: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, base: str | None,
+) -> None:  # fmt: skip
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("XDG_CACHE_HOME", base or "")
+    if base is None:
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user that the system does not know
+    one = encoder(model, None)
+    with caplog.at_level(logging.WARNING):
+        one.prepare(["a red three", "a blue one"])
+        found = one.encode("a red three")
+    assert found.tolist() == [[11.0] * WIDTH] and one.encoded == 2 and len(commands) == 1
+    (record,) = caplog.records
+    said = "this user has no home for a cache; XDG_CACHE_HOME names a folder, or text_cache=FOLDER; "
+    assert record.message == f"{said}embeddings are not kept"
+    assert not list(Path.cwd().iterdir())
+    (model / "text_encoder" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="has no weights; text_cache=FOLDER names what was kept of it"):
+        encoder(model, None).encode("a red three")
+
+
+def test_a_cache_that_is_nowhere_cannot_be_filled(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cli.main(["text-cache", f"model={model}", "prompt=a red three"]) == 2
+    assert "text_cache: must be given, this user has no home" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from training import TINY, Program, processes_of, start, tiny_codec, write_clips
 from pavdm_dist import cli
 from pavdm_dist.digits.cache import LatentClips, cache_clips
 from pavdm_dist.errors import EngineError
+from pavdm_dist.io.lock import FOLDER_LOCK
 from pavdm_dist.merging import load_config
 from pavdm_dist.train import run_folder, saving
 from pavdm_dist.train.settings import TrainConfig
@@ -157,7 +158,7 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_one_lives(
     assert steps == sorted(set(steps))
     # Nobody has to clean up after a kill.
     assert cli.main(words(run_dir, f"optimizer.total_steps={steps[-1] + 1}")) == 0
-    assert not (run_dir / "lock.json").exists()
+    assert not (run_dir / FOLDER_LOCK).exists()
 
 
 def test_a_run_whose_folder_was_taken_over_writes_nothing_more(tmp_path: Path, clips: Path) -> None:
@@ -168,7 +169,7 @@ def test_a_run_whose_folder_was_taken_over_writes_nothing_more(tmp_path: Path, c
         trainer.train_step()
         trainer.save()
         trainer.train_step()
-        lock = tmp_path / "lock.json"
+        lock = tmp_path / FOLDER_LOCK
         lock.write_text(lock.read_text().replace('"token": "', '"token": "other'))
         time.sleep(1.1)  # the lock is read once a second
         with pytest.raises(EngineError, match=r"run_dir=\S+: another process took it over.*; nothing more is written"):

@@ -163,15 +163,8 @@ class PretrainedTextEncoder:
             return str(self._encoder)
         folder = self._encoder.folder()
         files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
-        known = self.folder / "encoders" / f"{self._shape}.json"
         if not files:
-            try:
-                return str(json.loads(known.read_text())["weights"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(
-                    f"{self._encoder} has no weights, and text_cache={self.folder} holds nothing for it; "
-                    "`pavdm text-cache` fills it where the weights are"
-                ) from error
+            return self._known_weights()
         digest = hashlib.sha256()
         for file in files:
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
@@ -179,38 +172,65 @@ class PretrainedTextEncoder:
                 digest.update(opened.read(_TOLD_BYTES))
                 opened.seek(max(0, file.stat().st_size - _TOLD_BYTES))
                 digest.update(opened.read())
-        try:
-            with atomic_write(known, "w") as aside:
-                json.dump({"weights": digest.hexdigest(), "model": str(self._encoder)}, aside)
-        except OSError as error:
-            logger.warning("text_cache=%s cannot be written: %s", self.folder, error)
+        if self.folder is not None:
+            try:
+                with atomic_write(self._known(self.folder), "w") as aside:
+                    json.dump({"weights": digest.hexdigest(), "model": str(self._encoder)}, aside)
+            except OSError as error:
+                logger.warning("text_cache=%s cannot be written: %s", self.folder, error)
         return digest.hexdigest()
+
+    def _known_weights(self) -> str:
+        """What machines with the weights have kept of them."""
+        if self.folder is None:
+            raise CheckpointError(f"{self._encoder} has no weights; text_cache=FOLDER names what was kept of it")
+        try:
+            return str(json.loads(self._known(self.folder).read_text())["weights"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self._encoder} has no weights, and text_cache={self.folder} holds nothing for it; "
+                "`pavdm text-cache` fills it where the weights are"
+            ) from error
+
+    def _known(self, folder: Path) -> Path:
+        return folder / "encoders" / f"{self._shape}.json"
 
     # --- what is kept --------------------------------------------------------------------------------------
 
     @cached_property
-    def folder(self) -> Path:
-        """Where embeddings are kept."""
-        return Path(self.options.cache) if self.options.cache is not None else cache_folder("text")
+    def folder(self) -> Path | None:
+        """Where embeddings are kept; None = in memory only, which is said: this user has no place for them."""
+        if self.options.cache is not None:
+            return Path(self.options.cache)
+        try:
+            return cache_folder("text")
+        except OSError as error:
+            logger.warning("%s, or text_cache=FOLDER; embeddings are not kept", error.strerror)
+            return None
 
     def _key(self, text: str) -> str:
         return hashlib.sha256(f"{self.identity}\n{text}".encode()).hexdigest()
 
-    def _file(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.safetensors"
+    def _file(self, folder: Path, key: str) -> Path:
+        return folder / key[:2] / f"{key}.safetensors"
 
     def _kept(self, key: str) -> Tensor | None:
         if key in self._unkept:
             return self._unkept[key]
+        if self.folder is None:
+            return None
         try:
-            found = load_file(self._file(key))["embedding"]
+            found = load_file(self._file(self.folder, key))["embedding"]
         except (OSError, SafetensorError, KeyError):
             return None
         return found if found.ndim == 2 and found.shape[1] == self.text_dim and bool(found.isfinite().all()) else None
 
     def _keep(self, key: str, embedding: Tensor) -> None:
+        if self.folder is None:
+            self._unkept[key] = embedding
+            return
         try:
-            with atomic_write(self._file(key), "wb") as file:
+            with atomic_write(self._file(self.folder, key), "wb") as file:
                 file.write(save({"embedding": embedding}))
         except OSError as error:
             logger.warning("text_cache=%s cannot be written: %s", self.folder, error)

@@ -41,6 +41,8 @@ def text_cache_report(config: TextCacheConfig) -> dict[str, Any]:
     encoder = checkpoint.text_encoder
     if not isinstance(encoder, PretrainedTextEncoder):
         raise ConfigError(f"model={config.model}: its text encoder is small and needs no cache")
+    if encoder.folder is None:
+        raise ConfigError("text_cache: must be given, this user has no home that a cache could be in")
     prompts = _prompts(config)
     # Any guidance: a negative prompt is encoded whatever will read it.
     guidance = None if config.negative_prompt is None else 2.0

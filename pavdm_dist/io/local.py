@@ -108,7 +108,7 @@ def cache_folder(kind: str) -> Path:
     """Where what can be found out again is kept: ``$XDG_CACHE_HOME`` or ``~/.cache``, in ``pavdm_dist/KIND``.
 
     Raises:
-        OSError: this user has no home.
+        OSError: this user has no home, or ``$XDG_CACHE_HOME`` is no absolute path.
     """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not os.path.isabs(base):

@@ -1,5 +1,7 @@
 """Who is writing a video: a lock file in its parts folder, made by exclusive creation, which every share knows.
 
+Also who is writing a folder, which may hold files of others: there the lock has a name that nobody else gives a file.
+
 It names the process, when it started, and the machine, or container, whose process numbers these are. There a lock is
 taken over as soon as its process has ended. Whether a process elsewhere has ended cannot be seen from here, so every
 owner renews its lock while it lives, and one that is not renewed for ``SILENCE_S`` is taken over; so is one that says
@@ -31,6 +33,8 @@ from pavdm_dist.io.lockfile import Owner, Seen, read_lock, remove_stale, touched
 RENEW_S, SILENCE_S = 10.0, 180.0
 # The setting that names a video, whose lock is in its parts folder.
 OUTPUT = "output"
+# The lock of a folder, named by any other setting.
+FOLDER_LOCK = ".pavdm-lock.json"
 # How old an owner's knowledge that the lock is its own may be when it writes.
 KNOWN_S = 1.0
 # Another process may have the lock in its hands for an instant, and puts it back when it sees that it is alive.
@@ -166,7 +170,7 @@ def clear_locks(outputs: Sequence[str | Path], field: str = OUTPUT) -> None:
 
     Raises:
         ConfigError: a live process, this one perhaps, is writing one of them, or the lock of one cannot be read, or not
-            removed.
+            removed, or a folder holds a file of that name that is none.
     """
     watched: dict[str | Path, Seen] = {}
     for output in outputs:
@@ -174,6 +178,10 @@ def clear_locks(outputs: Sequence[str | Path], field: str = OUTPUT) -> None:
         if found is None:
             continue
         owner = found.owner
+        if owner is None and found.content and field != OUTPUT:
+            raise ConfigError(
+                f"{field}={output}: {_path(output, field)} is no lock of ours; move it away if nobody is writing"
+            )
         if owner is None or owner.machine != processes.machine():
             watched[output] = found
         elif processes.is_alive(owner.pid, owner.started):
@@ -205,8 +213,9 @@ def _await_silence(watched: dict[str | Path, Seen], field: str) -> None:
 
 
 def _path(output: str | Path, field: str = OUTPUT) -> str:
-    folder = storage.parts_folder(output) if field == OUTPUT else output
-    return storage.join(folder, storage.LOCK_NAME)
+    if field == OUTPUT:
+        return storage.join(storage.parts_folder(output), storage.LOCK_NAME)
+    return storage.join(output, FOLDER_LOCK)
 
 
 def _find(output: str | Path, field: str = OUTPUT) -> Seen | None:

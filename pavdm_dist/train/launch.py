@@ -118,8 +118,8 @@ def _launch_here(processes: int, words: Sequence[str]) -> None:
 def _watched(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, signal.Signals | None]:
     """Runs a command to its end, and tells it what this process is told.
 
-    It has a session of its own: a terminal tells all of a group, and what came twice would end it in the middle of what
-    the first has begun.
+    It has a group of its own: a terminal tells all of one, and what came twice would end it in the middle of what the
+    first has begun.
 
     Returns:
         Its status; the first signal that this process was sent.
