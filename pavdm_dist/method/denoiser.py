@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pavdm_dist.method.microbatches import WHOLE
+from pavdm_dist.method.microbatches import WHOLE, slots_of
 from pavdm_dist.method.schedule import PlanRow
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.models.base import Backbone, BackboneSpec, BlockContext
+from pavdm_dist.models.clean_memory import CleanMemory
 from pavdm_dist.models.kv_cache import ChunkMemory, DisplacedMemory, Memory
 from pavdm_dist.models.text_cache import TextBank, TextRun
 
@@ -35,7 +36,7 @@ class ModelDenoiser:
         """``x [1, C, F, h, w]``, ``levels [1, F]`` -> velocity ``[1, C, F, h, w]``, float32."""
         model = self._backbone
         grid = model.grid(x.shape[2], x.shape[3], x.shape[4])
-        texts = text_runs(self._texts, self._stream, row, branch)
+        texts = text_runs(self._texts, self._stream, row, branch, row.window)
         context = BlockContext(grid, texts, self._chunk_causal, text_cache=self._texts.cache)
         levels = levels.to(x.device)
         activation = model.embed(x, levels, self._stream.info)
@@ -79,7 +80,8 @@ class StreamDenoiser:
         for chunk, is_context in self.batches.parts(row.index):
             memory = self._memories[branch]
             context = unit_context(model, self._stream, row, chunk, branch, self._texts, memory)
-            frames = slice(context.first_frame, context.first_frame + context.grid.frames)
+            slots, size = slots_of(self._stream.plan, row, chunk), self._stream.plan.latent_chunk_size
+            frames = slice(slots.start * size, slots.stop * size)
             part, part_levels = x[:, :, frames].contiguous(), levels[:, frames]
             activation = model.embed(part, part_levels, self._stream.info)
             for index in range(model.spec.num_blocks):
@@ -92,7 +94,12 @@ class StreamDenoiser:
 
 
 def memories_of(stream: Stream, spec: BackboneSpec) -> list[Memory | None]:
-    """What the chunks of a stream leave for each other, per guidance branch; None in mode window."""
+    """What the chunks of a stream leave for each other, per guidance branch; None in mode window without a cache."""
+    plan = stream.plan
+    if plan.context == "cached":
+        return [
+            CleanMemory(plan.latent_chunk_size, plan.context_chunks, plan.anchor_chunks) for _ in range(stream.branches)
+        ]
     if stream.mode == "window":
         return [None] * stream.branches
     size = stream.plan.latent_chunk_size
@@ -120,26 +127,33 @@ def unit_context(
     memory: Memory | None,
 ) -> BlockContext:
     """What blocks read for one micro-batch of a row, ``chunk`` or ``WHOLE``; tells the ``memory`` that it begins."""
-    size = stream.plan.latent_chunk_size
+    plan, size = stream.plan, stream.plan.latent_chunk_size
     _, height, width = stream.latent_shape
     only = None if chunk == WHOLE else chunk
+    slots = slots_of(plan, row, chunk)
+    own, first = row.window[slots], slots.start
+    if plan.context == "cached":
+        read = plan.reads(row, only)
+        window, first = read + own, len(read)
+    else:
+        window = row.window
     if memory is not None:
-        memory.begin(row.window, only)
+        memory.begin(window, only)
     return BlockContext(
-        backbone.grid(size * (len(row.window) if only is None else 1), height, width),
-        text_runs(texts, stream, row, branch, only),
+        backbone.grid(size * len(own), height, width),
+        text_runs(texts, stream, row, branch, own),
         text_cache=texts.cache,
-        first_frame=0 if only is None else row.window.index(only) * size,
+        first_frame=first * size,
         memory=memory,
     )
 
 
-def text_runs(texts: TextBank, stream: Stream, row: PlanRow, branch: int, only: int | None = None) -> list[TextRun]:
-    """Runs of equal text over the latent frames of a row, or of its chunk ``only``.
+def text_runs(texts: TextBank, stream: Stream, row: PlanRow, branch: int, chunks: tuple[int, ...]) -> list[TextRun]:
+    """Runs of equal text over the latent frames of some of a row's chunks.
 
     Also forgets what the stream no longer reads.
     """
-    keys = [stream.conditioning.key(chunk, branch) for chunk in (row.window if only is None else (only,))]
+    keys = [stream.conditioning.key(chunk, branch) for chunk in chunks]
     runs = texts.runs(keys, stream.plan.latent_chunk_size)
     texts.release(stream.id, stream.conditioning.expired(row))
     return runs
