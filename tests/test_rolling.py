@@ -1,4 +1,4 @@
-"""Distilled students sampled on a few-level staircase: published runs, levels, rows, what is read and what is drawn."""
+"""Published runs of distilled students: every call, what clean passes leave, rows, steps to the bit, latents."""
 
 from __future__ import annotations
 
@@ -13,18 +13,13 @@ from torch import Tensor
 from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.microbatches import WHOLE, MicroBatches
 from pavdm_dist.method.sampler import sample
-from pavdm_dist.method.schedule import NoiseSchedule, PlanRow, WindowPlan
+from pavdm_dist.method.schedule import PlanRow
 from pavdm_dist.method.window import predicted
 from pavdm_dist.models.catalog import load_backbone
 from pavdm_dist.models.clean_memory import CleanMemory
 
 FORWARD, FINAL = 5e-6, 1e-5
 RUNS = [folder for folder in folders("*") if "num_chunks" in facts_of(folder)]
-ROLLING, LONG = (
-    WindowPlan(5, 5, 3, 6, context="cached", anchor_chunks=1),
-    WindowPlan(4, 4, 3, 6, context="cached", anchor_chunks=1),
-)
-FEW, FOUR = NoiseSchedule(5, 5.0), NoiseSchedule(4, 5.0)
 
 
 @pytest.fixture(params=RUNS, ids=lambda path: path.name)
