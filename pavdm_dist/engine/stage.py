@@ -15,6 +15,7 @@ from pavdm_dist.engine.order import Unit
 from pavdm_dist.method.denoiser import change_of, memories_of, unit_context
 from pavdm_dist.method.microbatches import WHOLE, slots_of
 from pavdm_dist.method.sampler import guide
+from pavdm_dist.method.saved_keys import newly_left
 from pavdm_dist.method.schedule import PlanRow, WindowPlan
 from pavdm_dist.method.stream import NewPrompt, Stream
 from pavdm_dist.method.window import CleanChunk, Window, WindowSnapshot, row_levels
@@ -81,7 +82,7 @@ class Stage:
             window = self._windows.get(stream.id) or stream.window(self.device)
             row = stream.plan.row(stream.first_row)
             self._inputs[stream.id] = {chunk: window.input(chunk, row) for chunk in row.window}
-        self._memories[stream.id] = memories_of(stream, self.model.spec)
+        self._memories[stream.id] = memories_of(stream, self.model.spec, range(*self.blocks), self.device)
         self._streams[stream.id] = stream
 
     def leave(self, stream: int) -> None:
@@ -137,6 +138,15 @@ class Stage:
         velocity = self.model.to_velocity(self.model.head(activation, context.grid), x, levels)
         self._velocities[unit.stream].append(velocity)
         return self._update(unit, stream, row) if unit.closes else None
+
+    def newly_left(self, unit: Unit) -> dict[str, Tensor]:
+        """After a stream's last unit of a shift: what clean chunks left in it on this stage; nothing otherwise."""
+        memories = self._memories.get(unit.stream)
+        if memories is None or unit.chunk != WHOLE or not unit.closes:
+            return {}
+        if not self._streams[unit.stream].plan.closes_shift(unit.row):
+            return {}
+        return newly_left(memories)
 
     def activation_layout(self, unit: Unit) -> Layout:
         """Shapes of the activation that crosses a stage boundary for a unit."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.method.microbatches import WHOLE, slots_of
+from pavdm_dist.method.saved_keys import newly_left, put_back
 from pavdm_dist.method.schedule import PlanRow
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.models.base import Backbone, BackboneSpec, BlockContext
@@ -55,15 +56,22 @@ class StreamDenoiser:
         backbone: the whole model.
         stream: what is sampled.
         texts: its texts, when several streams share them.
+        device: that the model is on.
 
     Attributes:
         batches: how rows are cut; the stream's own unless set.
     """
 
-    def __init__(self, backbone: Backbone, stream: Stream, texts: TextBank | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        stream: Stream,
+        texts: TextBank | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self._backbone, self._stream = backbone, stream
         self.batches = stream.batches
-        self._memories = memories_of(stream, backbone.spec)
+        self._memories = memories_of(stream, backbone.spec, device=device)
         self._texts = texts or TextBank(backbone.project_text)
         self._texts.add(stream.id, stream.conditioning.texts)
 
@@ -71,6 +79,10 @@ class StreamDenoiser:
         """Goes on with the same stream under other prompts."""
         self._stream = stream
         self._texts.add(stream.id, stream.conditioning.texts)
+
+    def newly_left(self) -> dict[str, Tensor]:
+        """What clean chunks left since the last call, see :func:`~pavdm_dist.method.saved_keys.newly_left`."""
+        return newly_left(self._memories)
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, levels: Tensor, row: PlanRow, branch: int) -> Tensor:
@@ -93,13 +105,27 @@ class StreamDenoiser:
         return velocity
 
 
-def memories_of(stream: Stream, spec: BackboneSpec) -> list[Memory | None]:
-    """What the chunks of a stream leave for each other, per guidance branch; None in mode window without a cache."""
+def memories_of(
+    stream: Stream, spec: BackboneSpec, blocks: range | None = None, device: torch.device | str = "cpu"
+) -> list[Memory | None]:
+    """What the chunks of a stream leave for each other, per guidance branch; None in mode window without a cache.
+
+    Args:
+        stream: whose; where it goes on, its memories hold what they held.
+        spec: of the backbone.
+        blocks: those that are run here; None = all.
+        device: of what is held.
+
+    Raises:
+        ConfigError: it goes on without what is needed for that.
+    """
     plan = stream.plan
     if plan.context == "cached":
-        return [
-            CleanMemory(plan.latent_chunk_size, plan.context_chunks, plan.anchor_chunks) for _ in range(stream.branches)
-        ]
+        sizes = plan.latent_chunk_size, plan.context_chunks, plan.anchor_chunks
+        memories: list[Memory | None] = [CleanMemory(*sizes) for _ in range(stream.branches)]
+        saved = {} if stream.resume is None else stream.resume.snapshot.left
+        put_back(memories, saved, plan.kept(stream.first_row), blocks or range(spec.num_blocks), device)
+        return memories
     if stream.mode == "window":
         return [None] * stream.branches
     size = stream.plan.latent_chunk_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
@@ -148,12 +149,13 @@ class MicroBatches:
             return None
         return row
 
-    def durable(self, n: int) -> bool:
+    def durable(self, n: int, saved: Collection[int] = ()) -> bool:
         """Whether a run that is restored before row ``n`` goes on bit for bit, from the latents alone.
 
-        In mode displaced, and where context is cached, only where row ``n`` reads nothing that earlier ones left.
+        In mode displaced only where row ``n`` reads nothing that earlier ones left. Where context is cached, only where
+        what is read of it from there on is ``saved``, by chunk.
         """
-        if self.plan.kept(n):
+        if not set(self.plan.kept(n)) <= set(saved):
             return False
         return self.mode != "displaced" or self.plan.is_over(n) or self._is_exact(n)
 

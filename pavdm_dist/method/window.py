@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -76,11 +76,14 @@ class WindowSnapshot:
         row: the next one.
         latents: noisy ones and context, by chunk index.
         exact_rows: of mode displaced, rows from ``row`` on that adaptive re-sync has already made exact.
+        left: with cached context, keys and values that clean chunks left (:mod:`pavdm_dist.method.saved_keys`): those
+            that are read from ``row`` on, or in what a stage tells of a shift the new ones.
     """
 
     row: int
     latents: dict[int, Tensor]
     exact_rows: frozenset[int] = frozenset()
+    left: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
 
 class Window:

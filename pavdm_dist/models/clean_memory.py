@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -25,6 +23,7 @@ class CleanMemory:
     def __init__(self, chunk_frames: int, context_chunks: int, anchor_chunks: int) -> None:
         self._chunk_frames, self._context_chunks, self._anchor_chunks = chunk_frames, context_chunks, anchor_chunks
         self._pairs: dict[int, dict[int, Pair]] = {}  # by chunk and block
+        self._new: set[int] = set()
         self._window: tuple[int, ...] = ()
         self._clean: int | None = None
 
@@ -44,7 +43,8 @@ class CleanMemory:
         read = self._window[: first // (self._chunk_frames * frame_tokens)]
         pairs = [*(self._pairs[chunk][block] for chunk in read), (keys, values)]
         if self._clean is not None:
-            self._pairs.setdefault(self._clean, {})[block] = keys, values
+            self.hold(self._clean, block, (keys, values))
+            self._new.add(self._clean)
         keys, values = (torch.cat(part, dim=-2) for part in zip(*pairs, strict=True))
         return turn(keys, 0), values
 
@@ -57,8 +57,11 @@ class CleanMemory:
         """What is kept, by chunk and block; tensors are never written to."""
         return {(chunk, block): pair for chunk, blocks in self._pairs.items() for block, pair in blocks.items()}
 
-    def restore(self, state: Mapping[tuple[int, int], Pair]) -> None:
-        """Takes the place of what is kept."""
-        self._pairs = {}
-        for (chunk, block), pair in state.items():
-            self._pairs.setdefault(chunk, {})[block] = pair
+    def take_new(self) -> dict[tuple[int, int], Pair]:
+        """As :meth:`state`, of chunks that have left theirs since the last call."""
+        new, self._new = self._new, set()
+        return {key: pair for key, pair in self.state().items() if key[0] in new}
+
+    def hold(self, chunk: int, block: int, pair: Pair) -> None:
+        """Keeps what a chunk has left in another process."""
+        self._pairs.setdefault(chunk, {})[block] = pair
