@@ -91,6 +91,7 @@ class Checkpoint:
         pipeline: class of diffusers' pipeline that the model was published for, where it names one.
         adapters: what is added to the backbone's weights as they are loaded.
         text: where a pretrained text encoder computes, and where what it gives is kept.
+        codec_device: where clips and pictures are encoded.
     """
 
     source: Source
@@ -98,6 +99,7 @@ class Checkpoint:
     pipeline: str | None = None
     adapters: tuple[Adapter, ...] = ()
     text: TextOptions = field(default_factory=TextOptions)
+    codec_device: str = "cpu"
 
     @classmethod
     def open(
@@ -260,8 +262,8 @@ class Checkpoint:
 
     @cached_property
     def codec(self) -> VideoCodec:
-        """In this process, float32, on the CPU."""
-        return load_codec(self.vae)
+        """In this process, float32, on ``codec_device``."""
+        return load_codec(self.vae, self.codec_device)
 
     @cached_property
     def backbone(self) -> Backbone:

@@ -41,16 +41,9 @@ from pavdm_dist.models.devices import (
 from pavdm_dist.models.source import Adapter
 from pavdm_dist.outputs import OUTPUTS, PAVDMPipelineOutput, VideoChunk
 from pavdm_dist.planning.partition import layer_split
-from pavdm_dist.request import (
-    SamplingParams,
-    VideoRequest,
-    build_stream,
-    encoded,
-    frames_left,
-    plan_of,
-    prepare_texts,
-    timed_prompts,
-)
+from pavdm_dist.request import SamplingParams, VideoRequest, frames_left, plan_of
+from pavdm_dist.streams import build_stream
+from pavdm_dist.texts import encoded, prepare_texts, timed_prompts
 from pavdm_dist.timed import first_prompt
 
 logger = logging.getLogger(__name__)
@@ -190,6 +183,8 @@ class PAVDMPipeline:
             shared = self._decoder in ("auto", "shared")
             self._codec_place = self._place if shared else choose_device(self._decoder, "decoder")
             check_dtype("decoder_dtype", self._decoder_dtype, self._codec_place)
+            if str(self._codec_place) != self.checkpoint.codec_device:
+                self.checkpoint = replace(self.checkpoint, codec_device=str(self._codec_place))
             self._tell(idle_gpus(on_stages=False) if self._place.type == "cpu" else "")
             return
         self.engine = self._options.on(str(device), str(dtype).removeprefix("torch."))

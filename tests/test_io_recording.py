@@ -40,7 +40,8 @@ from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.method.window import WindowSnapshot
-from pavdm_dist.request import SamplingParams, VideoRequest, build_stream
+from pavdm_dist.request import SamplingParams, VideoRequest
+from pavdm_dist.streams import build_stream
 
 HEIGHT, WIDTH, RATE, CHUNKS, LATENTS = 32, 48, 24, 7, 2
 IDENTITY = {"prompt": "a red three", "seed": 3, "sampling": {"num_inference_steps": 6, "levels": [1, 0.5]}}

@@ -26,7 +26,8 @@ from pavdm_dist.io.metadata import sidecar_path
 from pavdm_dist.io.storage import check_output, exists, is_remote, join, local_copy, parts_folder, same_path
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.rates import as_rate
-from pavdm_dist.request import SamplingParams, VideoRequest, check_prompts, prepare_texts, timed_prompts
+from pavdm_dist.request import SamplingParams, VideoRequest
+from pavdm_dist.texts import check_prompts, prepare_texts, timed_prompts
 from pavdm_dist.timed import first_prompt
 
 logger = logging.getLogger(__name__)

@@ -34,7 +34,8 @@ from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
 from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk
 from pavdm_dist.redaction import hide_secrets
-from pavdm_dist.request import SamplingParams, VideoRequest, input_frames
+from pavdm_dist.request import SamplingParams, VideoRequest
+from pavdm_dist.streams import input_frames
 
 logger = logging.getLogger(__name__)
 

@@ -146,6 +146,7 @@ class PixelClips:
             latents.append(self._codec.encode(torch.from_numpy(frames)).float())
         text = mask = None
         if self._text_encoder is not None:
+            self._text_encoder.prepare(clip.caption for clip in clips)
             text, mask = pad_texts([self._text_encoder.encode(clip.caption) for clip in clips])
         return Clips(torch.stack(latents), [clip.caption for clip in clips], text, mask, [clip.id for clip in clips])
 

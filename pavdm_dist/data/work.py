@@ -134,6 +134,7 @@ def encode_shard(job: Job, bucket: int, number: int) -> int:
     first = number * job.shard_clips
     clips = clips_on_disk.read(range(first, min(first + job.shard_clips, len(clips_on_disk))))
     shape = job.buckets[bucket]
+    checkpoint.text_encoder.prepare(clip.caption for clip in clips)  # a large encoder is loaded once for all of them
     latents, texts = [], list[Tensor]()
     with intra_op_threads(job.threads), _quiet(), _memory_advice(shape):
         for clip in clips:
@@ -181,7 +182,7 @@ def _scan(job: Job, video: SourceVideo) -> dict[str, Any]:
     checkpoint = _checkpoint(job.model)
     try:
         with _quiet():
-            checkpoint.text_encoder.encode(video.caption)
+            checkpoint.text_encoder.check(video.caption, checkpoint.text_encoder.max_length)
     except ConfigError as error:
         return {**entry, "skipped": "caption", "reason": str(error)}
     entry["unknown_words"] = bool(checkpoint.text_encoder.unknown_words(video.caption))
