@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import TINY, tiny_model
 from rolling_cases import relative
 from staircase import CUTS, FEW, FORCING, FOUR, LONG, MODEL, NAMES, PLANS, ROLLING, latents_of, of, video
 from torch import Tensor
-from wan_models import INFO, WAN, tiny_wan
+from wan_models import INFO, WAN, random, tiny_wan
 
 from pavdm_dist.engine.local import LocalEngine
 from pavdm_dist.engine.stage import Stage
@@ -18,7 +19,7 @@ from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.schedule import NoiseSchedule, PlanRow, WindowPlan
-from pavdm_dist.method.stream import Stream
+from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.method.window import Window, chunk_noise
 from pavdm_dist.models.base import BlockContext
 from pavdm_dist.models.clean_memory import CleanMemory
@@ -217,6 +218,17 @@ def test_stages_equal_one_process(plan: WindowPlan) -> None:
             chunks[number].append(clean.latents)
         for found, wanted in zip(chunks, expected, strict=True):
             assert all(torch.equal(one, two) for one, two in zip(found, wanted, strict=True))
+
+
+def test_attention_over_the_frames_of_a_place_does_as_well() -> None:
+    """A model of another kind, with blocks that leave nothing, each on a stage of its own."""
+    model, texts = tiny_model(), {"a": random(3, TINY.caption_channels)}
+    stream = replace(video(ROLLING, 8), conditioning=Conditioning(texts, ((0, "a"),)))
+    expected = [clean.latents for clean in sample(stream.window(), StreamDenoiser(model, stream))]
+    blocks = model.spec.num_blocks
+    for cut in ([(0, blocks)], [(block, block + 1) for block in range(blocks)]):
+        found = [clean.latents for _, clean in LocalEngine([Stage(model, part) for part in cut]).run([stream])]
+        assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
 
 
 def test_memory_is_constant() -> None:

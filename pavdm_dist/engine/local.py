@@ -92,7 +92,7 @@ class LocalGang:
         left: dict[str, Tensor] = {}
         for stage in self._stages:
             result = stage.run(unit, activation)
-            left |= stage.newly_left(unit)
+            left |= stage.newly_left(unit) or {}
             activation = result if isinstance(result, Activation) else None
         if not isinstance(result, RowDone):
             return

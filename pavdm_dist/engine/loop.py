@@ -259,7 +259,7 @@ class StageLoop:
     ) -> None:
         forward, back = layouts
         left = self._stage.newly_left(unit)
-        if left and not self._stage.last:
+        if left is not None and not self._stage.last:
             self._tell(Left(unit.stream, unit.row, left))
         if isinstance(result, Activation):
             assert self._links.downstream is not None
@@ -270,7 +270,7 @@ class StageLoop:
             if result.latents is not None:
                 assert back is not None
                 self._feedback().send(self._header(LATENTS, unit, back, branch=0), [result.latents], back)
-            for event in events_of(unit, result, left):
+            for event in events_of(unit, result, left or {}):
                 self._tell(event)
 
     def _header(self, kind: int, unit: Unit, layout: Layout, branch: int | None = None) -> Header:

@@ -82,7 +82,7 @@ class Stage:
             window = self._windows.get(stream.id) or stream.window(self.device)
             row = stream.plan.row(stream.first_row)
             self._inputs[stream.id] = {chunk: window.input(chunk, row) for chunk in row.window}
-        self._memories[stream.id] = memories_of(stream, self.model.spec, range(*self.blocks), self.device)
+        self._memories[stream.id] = memories_of(stream, self.model, range(*self.blocks), self.device)
         self._streams[stream.id] = stream
 
     def leave(self, stream: int) -> None:
@@ -139,14 +139,17 @@ class Stage:
         self._velocities[unit.stream].append(velocity)
         return self._update(unit, stream, row) if unit.closes else None
 
-    def newly_left(self, unit: Unit) -> dict[str, Tensor]:
-        """After a stream's last unit of a shift: what clean chunks left in it on this stage; nothing otherwise."""
-        memories = self._memories.get(unit.stream)
-        if memories is None or unit.chunk != WHOLE or not unit.closes:
-            return {}
-        if not self._streams[unit.stream].plan.closes_shift(unit.row):
-            return {}
-        return newly_left(memories)
+    def newly_left(self, unit: Unit) -> dict[str, Tensor] | None:
+        """After a stream's last unit of a shift in which a clean chunk left keys and values: those of this stage.
+
+        None otherwise; all stages agree on that, whether or not their blocks keep any.
+        """
+        stream = self._streams.get(unit.stream)
+        if stream is None or stream.plan.context == "joint" or unit.chunk != WHOLE or not unit.closes:
+            return None
+        if not (stream.plan.closes_shift(unit.row) and stream.plan.row(unit.row).context):
+            return None
+        return newly_left(self._memories[unit.stream])
 
     def activation_layout(self, unit: Unit) -> Layout:
         """Shapes of the activation that crosses a stage boundary for a unit."""

@@ -9,7 +9,7 @@ from pavdm_dist.method.microbatches import WHOLE, slots_of
 from pavdm_dist.method.saved_keys import newly_left, put_back
 from pavdm_dist.method.schedule import PlanRow
 from pavdm_dist.method.stream import Stream
-from pavdm_dist.models.base import Backbone, BackboneSpec, BlockContext
+from pavdm_dist.models.base import Backbone, BlockContext
 from pavdm_dist.models.clean_memory import CleanMemory
 from pavdm_dist.models.kv_cache import ChunkMemory, DisplacedMemory, Memory
 from pavdm_dist.models.text_cache import TextBank, TextRun
@@ -71,7 +71,7 @@ class StreamDenoiser:
     ) -> None:
         self._backbone, self._stream = backbone, stream
         self.batches = stream.batches
-        self._memories = memories_of(stream, backbone.spec, device=device)
+        self._memories = memories_of(stream, backbone, device=device)
         self._texts = texts or TextBank(backbone.project_text)
         self._texts.add(stream.id, stream.conditioning.texts)
 
@@ -106,25 +106,27 @@ class StreamDenoiser:
 
 
 def memories_of(
-    stream: Stream, spec: BackboneSpec, blocks: range | None = None, device: torch.device | str = "cpu"
+    stream: Stream, backbone: Backbone, blocks: range | None = None, device: torch.device | str = "cpu"
 ) -> list[Memory | None]:
     """What the chunks of a stream leave for each other, per guidance branch; None in mode window without a cache.
 
     Args:
         stream: whose; where it goes on, its memories hold what they held.
-        spec: of the backbone.
+        backbone: what it is for.
         blocks: those that are run here; None = all.
         device: of what is held.
 
     Raises:
         ConfigError: it goes on without what is needed for that.
     """
-    plan = stream.plan
+    plan, spec = stream.plan, backbone.spec
     if plan.context == "cached":
         sizes = plan.latent_chunk_size, plan.context_chunks, plan.anchor_chunks
         memories: list[Memory | None] = [CleanMemory(*sizes) for _ in range(stream.branches)]
         saved = {} if stream.resume is None else stream.resume.snapshot.left
-        put_back(memories, saved, plan.kept(stream.first_row), blocks or range(spec.num_blocks), device)
+        grid = backbone.grid(plan.latent_chunk_size, *stream.latent_shape[1:])
+        mixing = [block for block in blocks or range(spec.num_blocks) if backbone.kv_values(grid, block)]
+        put_back(memories, saved, plan.kept(stream.first_row), mixing, device)
         return memories
     if stream.mode == "window":
         return [None] * stream.branches

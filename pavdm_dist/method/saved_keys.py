@@ -37,10 +37,10 @@ def put_back(
     memories: Sequence[Memory | None],
     saved: Mapping[str, Tensor],
     chunks: Sequence[int],
-    blocks: range,
+    blocks: Sequence[int],
     device: torch.device | str,
 ) -> None:
-    """Lets a stream's memories hold what ``chunks`` left in ``blocks``.
+    """Lets a stream's memories hold what ``chunks`` left in ``blocks``, those that mix frames.
 
     Raises:
         ConfigError: not all of it is saved.
