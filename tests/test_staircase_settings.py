@@ -22,7 +22,7 @@ from pavdm_dist.planning.memory import StageMemory
 from pavdm_dist.request import SamplingParams, VideoRequest
 from pavdm_dist.streams import build_stream
 
-LEVELS = [1.0, 0.9375, 0.8333333134651184, 0.625]
+LEVELS = [1, 0.9375, 0.8333333134651184, 0.625]
 SAMPLING = {
     "num_inference_steps": 4, "window_chunks": 4, "latent_chunk_size": 2, "context_chunks": 5, "anchor_chunks": 1,
     "context": "cached", "step": "renoise", "levels": LEVELS, "guidance_scale": 1.0, "height": 32, "width": 48,
