@@ -412,7 +412,7 @@ class PAVDMPipeline:
         self, prompt: str | Mapping[str, str], params: SamplingParams
     ) -> tuple[str, tuple[tuple[int, str], ...]]:
         """The first prompt, and which chunks later ones begin with."""
-        if isinstance(prompt, str):
+        if not isinstance(prompt, Mapping):
             return prompt, ()
         first = first_prompt(prompt)
         if first is None:

@@ -372,7 +372,7 @@ def test_an_owner_that_stood_still_and_was_replaced_touches_nothing(
     output, way, machine = tmp_path / "v.mp4", Way(2, 1), processes.machine
     parts = tmp_path / "v.mp4.parts"
     # At once after it has gone on, before its thread can have looked.
-    waiting = f"way.go_on(made, 3); print('wrote', flush=True); sys.stdin.readline(); {then}"
+    waiting = f"way.go_on(made, 3); made._saver.wait(); print('wrote', flush=True); sys.stdin.readline(); {then}"
     other = child(str(output), way, waiting)
     assert other.stdout is not None and other.stdout.readline() == "wrote\n"
     os.kill(other.pid, signal.SIGSTOP)

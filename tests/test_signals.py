@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tell(number: int) -> None:
     os.kill(os.getpid(), number)
     time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """As a shell starts a program, whatever this process was told to ignore (``nohup``, a job in the background)."""
+    handlers = {number: signal.getsignal(number) for number in ENDING}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", ENDING)

@@ -118,7 +118,7 @@ class Recording:
         self._lock, self._segments, self._latents, self._clock = lock, segments, latents, clock
         self._facts = state.identity
         self._ledger = Ledger(state, segments.closed_chunks)
-        self._saver = StateSaver(segments.parts, lock.check)
+        self._saver = StateSaver(segments.parts, self._check_lock)
         self._saved_chunk, self._saved_at = state.next_chunk, clock()
         self._chunk_began = clock()
 
@@ -335,6 +335,11 @@ class Recording:
         if left.playlist is None:
             return f"{self.output} is begun, without a frame so far" if begun else None
         return f"{left.num_frames} frames of {self.output} are playable in {left.playlist}"
+
+    def _check_lock(self) -> None:
+        """What the lock says now, not what it said a moment ago: a thread may have stood still since."""
+        if self._lock.lost:
+            raise OSError("another process took it over")
 
     def _save(self) -> None:
         state = self._ledger.state

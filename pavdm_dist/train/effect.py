@@ -52,7 +52,7 @@ def _unused(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
     codec = tuple(field.name for field in dataclasses.fields(config.codec))
     groups: list[tuple[str, Any, Iterable[str], str]] = []
     if d.folder:
-        why = f"data.folder={d.folder} is trained on, not the digit world"
+        why = f"data.folder={', '.join(d.folder)} is trained on, not the digit world"
         groups += [
             ("data", d, _OF_DIGITS, why),
             ("codec", config.codec, codec, why),
