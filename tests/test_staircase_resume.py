@@ -79,6 +79,24 @@ def test_a_run_goes_on_from_every_shift_on_any_cut(plan: WindowPlan) -> None:
         assert all(torch.equal(clean.latents, expected[clean.index]) for clean in found)
 
 
+@pytest.mark.parametrize("after", [2, 9, 14])
+def test_another_gang_goes_on_at_the_last_shift(after: int) -> None:
+    """Of another number of stages; it begins where the lost one was, not at the beginning."""
+    stream = video(ROLLING, 10)
+    driver, outputs = Driver(LocalGang([Stage(MODEL, blocks) for blocks in CUTS[1]])), list[Finished | Grown]()
+    driver.submit(stream)
+    while len(outputs) < after:
+        outputs += driver.step(0.0)  # type: ignore[arg-type]
+    stages = [Stage(MODEL, blocks) for blocks in CUTS[2]]
+    driver.adopt(LocalGang(stages))
+    while not driver.idle:
+        outputs += driver.step(0.0)  # type: ignore[arg-type]
+        if stages[0]._streams:
+            assert stages[0]._streams[0].first_row >= after
+    found = [output.clean for output in outputs if isinstance(output, Finished)]
+    assert all(torch.equal(one.latents, two) for one, two in zip(found, latents_of(stream), strict=True))
+
+
 def test_going_on_from_latents_alone_is_refused() -> None:
     stream = video(ROLLING, 10)
     point = staged(stream, CUTS[0])[9].resume
