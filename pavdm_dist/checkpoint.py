@@ -32,6 +32,8 @@ from pavdm_dist.fields import (
     read_object,
 )
 from pavdm_dist.io.metadata import weights_identity
+from pavdm_dist.method.schedule import Context
+from pavdm_dist.method.window import Step
 from pavdm_dist.models.base import Backbone, LevelSupport
 from pavdm_dist.models.catalog import BACKBONES, backbone_shape, load_backbone
 from pavdm_dist.models.known import ONE_LEVEL, known_model
@@ -53,7 +55,8 @@ class SamplingDefaults:
     ``time_shift`` None means the resolution-dependent formula of
     :func:`~pavdm_dist.method.schedule.time_shift_ratio`, ``trained_latents`` the longest window of training, where that
     is known. ``prompt_suffix`` is said behind every prompt but the negative one: words that the captions of training
-    ended with, such as Open-Sora's ``aesthetic score: 6.5.``.
+    ended with, such as Open-Sora's ``aesthetic score: 6.5.``. ``levels`` are those that a student was distilled to,
+    noisiest first; None makes them of the time shift.
     """
 
     num_inference_steps: Steps = 30
@@ -68,6 +71,10 @@ class SamplingDefaults:
     trained_latents: Annotated[int, Within(1)] | None = None
     context_noise: ContextNoise = 0.0
     prompt_suffix: str = ""
+    step: Step = "euler"
+    context: Context = "joint"
+    anchor_chunks: ContextChunks = 0
+    levels: tuple[Annotated[float, Within(0, 1, above=True)], ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,9 @@ class SampleConfig:
     window_chunks: WindowChunks | None = None  # W
     latent_chunk_size: ChunkLatents | None = None  # c
     context_chunks: ContextChunks | None = None
+    context: Literal["joint", "cached"] | None = None  # clean chunks are in the window, or left keys and values
+    anchor_chunks: ContextChunks | None = None  # of context=cached: first chunks that stay visible for ever
+    step: Literal["euler", "renoise"] | None = None  # renoise: fresh noise after every step (students of few levels)
     context_noise: ContextNoise | None = None  # level to which clean context is noised again; 0 = it stays clean
     guidance_scale: Guidance | None = None  # 1 = no guidance
     time_shift: TimeShift | None = None
@@ -226,7 +229,7 @@ def frames_wanted(config: SampleConfig, fps: float) -> int:
 
 def _check_plan(config: SampleConfig) -> None:
     steps, width = config.num_inference_steps, config.window_chunks
-    if steps is not None and width is not None:
+    if steps is not None and width is not None and config.context != "cached":  # the model may know of more context
         context = 1 if config.context_chunks is None else config.context_chunks
         WindowPlan(steps, width, config.latent_chunk_size or 1, context, config.start, config.end)
 

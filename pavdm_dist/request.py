@@ -10,12 +10,13 @@ from typing import Any, get_args
 from torch import Tensor
 
 from pavdm_dist.arguments import check_names, checked_seed
-from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.checkpoint import Checkpoint, SamplingDefaults
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.fields import show
 from pavdm_dist.method.microbatches import Displaced, MicroBatches, check_adaptive, check_displaced
-from pavdm_dist.method.schedule import End, Mode, NoiseSchedule, Start, WindowPlan, time_shift_ratio
+from pavdm_dist.method.schedule import Context, End, Mode, NoiseSchedule, Start, WindowPlan, time_shift_ratio
 from pavdm_dist.method.stream import ResumePoint
+from pavdm_dist.method.window import Step
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.rates import as_rate
 
@@ -36,6 +37,9 @@ class SamplingParams:
         displaced: when mode displaced is exact.
         context_noise: level to which clean context is noised again; 0 = it stays clean.
         prompt_suffix: words behind every prompt but the negative one.
+        step: how a chunk comes to its next level.
+        context, anchor_chunks: see :class:`~pavdm_dist.method.schedule.WindowPlan`.
+        levels: the model's own, noisiest first; None makes them of the time shift.
     """
 
     num_inference_steps: int
@@ -53,6 +57,10 @@ class SamplingParams:
     displaced: Displaced = field(default_factory=Displaced)
     context_noise: float = 0.0
     prompt_suffix: str = ""
+    step: Step = "euler"
+    context: Context = "joint"
+    anchor_chunks: int = 0
+    levels: tuple[float, ...] | None = None
 
     @classmethod
     def resolve(cls, checkpoint: Checkpoint, allow_untrained_causal: bool = False, **chosen: Any) -> SamplingParams:
@@ -73,6 +81,10 @@ class SamplingParams:
         if not isinstance(values["fps"], int | float):
             values["fps"] = float(as_rate(values["fps"]))
         shift = chosen.get("time_shift") or defaults.time_shift
+        if values["levels"] is not None:
+            if chosen.get("time_shift"):
+                raise ConfigError(f"time_shift={shift:g}: the model has levels of its own; leave it out")
+            shift, values["levels"] = 1.0, tuple(values["levels"])
         if shift is None:
             latents = (values["window_chunks"] + values["context_chunks"]) * values["latent_chunk_size"]
             shift = time_shift_ratio(values["height"], values["width"], latents)
@@ -94,6 +106,7 @@ class SamplingParams:
             )
         check_displaced(params.mode, displaced)
         check_adaptive(MicroBatches(params.plan(None), params.mode, 0, displaced))
+        _check_step(params, defaults)
         if params.mode == "causal":
             _check_causal(params, checkpoint, allow_untrained_causal)
         spec = checkpoint.codec_spec
@@ -103,12 +116,11 @@ class SamplingParams:
             raise ConfigError(
                 f"context_noise={params.context_noise:g}: context_chunks=0 leaves no context; use 1, or context_noise=0"
             )
-        params.plan(None)
         return params
 
     @property
     def schedule(self) -> NoiseSchedule:
-        return NoiseSchedule(self.num_inference_steps, self.time_shift)
+        return NoiseSchedule(self.num_inference_steps, self.time_shift, self.levels)
 
     @property
     def info(self) -> FrameInfo:
@@ -135,7 +147,19 @@ class SamplingParams:
             self.start,
             self.end,
             num_chunks,
+            self.context,
+            self.anchor_chunks,
         )
+
+    @property
+    def cached(self) -> int:
+        """Clean chunks whose keys and values are kept at most: while the newest one leaves its own, one more."""
+        return 0 if self.context == "joint" else self.anchor_chunks + self.context_chunks + 1
+
+    @property
+    def span(self) -> int:
+        """Most chunks that one call sees."""
+        return self.context_chunks + (self.window_chunks if self.context == "joint" else 1)
 
 
 @dataclass(frozen=True)
@@ -207,6 +231,36 @@ def frames_left(request: VideoRequest, params: SamplingParams, checkpoint: Check
     done -= len(request.resume.undecoded)
     before = sum(spec.frames_in_chunk(size, first=index == 0 and not params.warm) for index in range(done))
     return request.num_frames - before
+
+
+def _check_step(params: SamplingParams, defaults: SamplingDefaults) -> None:
+    """Refuses what students of few levels, or a cache of clean chunks, cannot do.
+
+    Raises:
+        ConfigError: naming the first of it.
+    """
+    assert params.schedule  # a table of other levels is refused
+    if params.step not in get_args(Step):
+        raise ConfigError(f"step={params.step!r}: must be euler or renoise")
+    if params.context == "cached" and params.mode != "window":
+        raise ConfigError(f"mode={params.mode}: with context=cached noisy chunks see each other; use mode=window")
+    if params.step == "euler":
+        return
+    if params.mode == "displaced":
+        raise ConfigError(
+            "mode=displaced: step=renoise gives a chunk other noise at every step, keys of the step before are of no"
+            " use; use mode=window or causal"
+        )
+    if params.guidance_scale != 1:
+        raise ConfigError(
+            f"guidance_scale={params.guidance_scale:g}: step=renoise is for models that were distilled with guidance in"
+            " them; use guidance_scale=1"
+        )
+    if defaults.step == "renoise" and params.latent_chunk_size != defaults.latent_chunk_size:
+        raise ConfigError(
+            f"latent_chunk_size={params.latent_chunk_size}: the model was distilled with chunks of"
+            f" {defaults.latent_chunk_size}; use latent_chunk_size={defaults.latent_chunk_size}"
+        )
 
 
 def _check_causal(params: SamplingParams, checkpoint: Checkpoint, allow_untrained: bool) -> None:

@@ -48,6 +48,7 @@ def build_stream(request: VideoRequest, stream_id: int, params: SamplingParams, 
         displaced=params.displaced,
         image=image,
         context_noise=params.context_noise,
+        step=params.step,
     )
 
 
@@ -124,6 +125,8 @@ def _image_latents(request: VideoRequest, params: SamplingParams, checkpoint: Ch
         return None
     if params.start != "noise":
         raise ConfigError(f"start={params.start} begins with a clip; set start=noise, or drop the image")
+    if params.context == "cached":
+        raise ConfigError("image: with context=cached videos begin from text alone; drop the image")
     size = (params.height, params.width, 3)
     if tuple(request.image.shape) != size:
         raise ConfigError(f"image: must be uint8 {list(size)}, got {request.image.dtype} {list(request.image.shape)}")

@@ -70,7 +70,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
 @torch.inference_mode()
 def test_after_an_exact_pass_a_displaced_one_is_exact() -> None:
     (stream, row, x), model = frozen(), tiny_model()
-    (memory,) = memories_of(stream, model.spec)
+    (memory,) = memories_of(stream, model)
     exact = run_parts(model, stream, row, [WHOLE], memory, x)
     assert torch.equal(exact, run_parts(model, stream, row, [WHOLE], None, x))
     assert distance(run_parts(model, stream, row, list(row.window), memory, x), exact) < 1e-5
@@ -79,7 +79,7 @@ def test_after_an_exact_pass_a_displaced_one_is_exact() -> None:
 @torch.inference_mode()
 def test_frozen_latents_converge_in_as_many_sweeps_as_layers_mix_frames() -> None:
     (stream, row, x), model = frozen(), tiny_model()
-    (memory,) = memories_of(stream, model.spec)
+    (memory,) = memories_of(stream, model)
     exact = run_parts(model, stream, row, [WHOLE], None, x)
     # The bank starts from other latents, so that every block's keys are stale.
     run_parts(model, stream, row, [WHOLE], memory, x + 1)
@@ -119,7 +119,7 @@ def test_a_chunk_that_sees_no_stale_one_is_exact() -> None:
     """The noisiest chunk reads fresh keys of all others: with one block that mixes frames it is exact."""
     (stream, row, x), model = frozen(), tiny_model(config=replace(TINY, depth=1))
     with torch.inference_mode():
-        (memory,) = memories_of(stream, model.spec)
+        (memory,) = memories_of(stream, model)
         run_parts(model, stream, row, [WHOLE], memory, x + 1)
         reference = ModelDenoiser(model, stream)(x, stream.window().levels(row)[None], row, 0)
         stale = run_parts(model, stream, row, list(row.window), memory, x)

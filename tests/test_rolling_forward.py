@@ -2,51 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from rolling_cases import INFO, folders, opened, relative
 from torch import Tensor
 
-from pavdm_dist.models.base import BlockContext, FrameInfo
+from pavdm_dist.models.base import BlockContext
 from pavdm_dist.models.catalog import load_backbone
 from pavdm_dist.models.kv_cache import Pair, Turn
 from pavdm_dist.models.text_cache import TextRun
 from pavdm_dist.models.wan import Wan
 
 BOUND = 5e-6
-INFO = FrameInfo(64, 96, 16)
 
 
-def cases() -> list[Path]:
-    """This repository's, then those under the parents that ``PAVDM_ROLLING_DIRS`` names (colon-separated)."""
-    named = [Path(name) for name in os.environ.get("PAVDM_ROLLING_DIRS", "").split(":") if name]
-    parents = [Path(__file__).parent / "data" / "rolling", *named]
-    return [file.parent for parent in parents for file in sorted(parent.glob("**/forward*/golden.json"))]
-
-
-@pytest.fixture(params=cases(), ids=lambda path: path.name)
+@pytest.fixture(params=folders("forward*"), ids=lambda path: path.name)
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
     """A component folder that holds the weights as they were published, and the tensors."""
-    shape = json.loads((request.param / "golden.json").read_text())["model"]
-    tensors = load_file(request.param / "golden.safetensors")
-    weights = {key: value for key, value in tensors.items() if key.startswith("model.")}
-    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
-    config = {
-        "_class_name": "WanTransformer3DModel", "num_attention_heads": shape["num_heads"],
-        "attention_head_dim": shape["head_dim"], "in_channels": shape["in_dim"], "out_channels": shape["out_dim"],
-        "text_dim": shape["text_dim"], "freq_dim": shape["freq_dim"], "ffn_dim": shape["ffn_dim"],
-        "num_layers": shape["num_layers"], "eps": shape["eps"], "text_len": shape["text_len"],
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    return tmp_path, tensors
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+    return tmp_path, opened(request.param, tmp_path)
 
 
 class Cache:

@@ -70,7 +70,7 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
         "latent_evaluations_per_new_latent": round(plan.latent_evaluations / (chunks * size), 3),
         "first_chunk_after_calls": plan.first_chunk_after_calls,
         "calls_per_chunk": plan.steps_per_shift,
-        "window_latents": (params.window_chunks + params.context_chunks) * size,
+        "window_latents": params.span * size,
         "levels": [round(level, 6) for level in reversed(params.schedule.levels)],
         "layer_split": [list(blocks) for blocks in split],
         "pipeline_utilisation": round(utilisation, 4),

@@ -109,7 +109,8 @@ def sampling_params(config: SampleConfig, checkpoint: Checkpoint) -> SamplingPar
     Raises:
         ConfigError: an impossible combination, naming the nearest legal values.
     """
-    chosen = {name: getattr(config, name) for name in SamplingParams.__dataclass_fields__}
+    # Levels are the checkpoint's own affair.
+    chosen = {name: getattr(config, name) for name in SamplingParams.__dataclass_fields__ if name != "levels"}
     chosen["displaced"] = Displaced(**asdict(config.displaced))
     params = SamplingParams.resolve(checkpoint, config.allow_untrained_causal, **chosen)
     checkpoint.check_size(params.height, params.width)
@@ -124,12 +125,12 @@ def say_what_to_expect(params: SamplingParams, checkpoint: Checkpoint) -> None:
             "the model was trained at %dx%d (height x width); %dx%d may look wrong",
             trained.height, trained.width, params.height, params.width,
         )  # fmt: skip
-    latents = (params.window_chunks + params.context_chunks) * params.latent_chunk_size
+    latents = params.span * params.latent_chunk_size
     if trained.trained_latents is not None and latents > trained.trained_latents:
         logger.warning(
-            "the model was trained with windows of at most %d latents; %d, (window_chunks + context_chunks) x"
-            " latent_chunk_size, may look wrong",
+            "the model was trained with windows of at most %d latents; %d, (%s) x latent_chunk_size, may look wrong",
             trained.trained_latents, latents,
+            "window_chunks + context_chunks" if params.context == "joint" else "context_chunks + 1",
         )  # fmt: skip
     if (expectation := _EXPECTATIONS.get(checkpoint.level_support)) is not None:
         logger.warning("%s", expectation)

@@ -39,6 +39,9 @@ from pavdm_dist.streams import input_frames
 
 logger = logging.getLogger(__name__)
 
+# Before the names of saved keys and values among a point's tensors.
+_LEFT = "left."
+
 
 @dataclass(frozen=True)
 class Shot:
@@ -324,6 +327,7 @@ def _point(resume: ResumePoint | None) -> Point | None:
         return None
     snapshot = resume.snapshot
     tensors = {str(index): latents for index, latents in snapshot.latents.items()}
+    tensors |= {f"{_LEFT}{name}": tensor for name, tensor in snapshot.left.items()}
     return Point(
         tensors,
         {
@@ -341,8 +345,9 @@ def _resume_point(recording: Recording, request: VideoRequest) -> ResumePoint | 
     point = recording.point
     if point is None:
         return None
-    latents = {int(index): tensor for index, tensor in point.tensors.items()}
-    snapshot = WindowSnapshot(point.facts["row"], latents, frozenset(point.facts["exact_rows"]))
+    latents = {int(index): tensor for index, tensor in point.tensors.items() if not index.startswith(_LEFT)}
+    left = {n.removeprefix(_LEFT): tensor for n, tensor in point.tensors.items() if n.startswith(_LEFT)}
+    snapshot = WindowSnapshot(point.facts["row"], latents, frozenset(point.facts["exact_rows"]), left)
     undecoded = tuple(CleanChunk(index, latents) for index, latents in sorted(recording.pending.items()))
     prompts = tuple((chunk, prompt) for chunk, prompt in point.facts.get("prompts", ()))
     return ResumePoint(snapshot, recording.warm, undecoded, tuple(point.facts.get("resyncs", ())), prompts)

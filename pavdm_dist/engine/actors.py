@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pavdm_dist.cluster.environment import choose_interface, take_on
 from pavdm_dist.codecs.catalog import FrameMaker
-from pavdm_dist.engine.events import Event, Place
+from pavdm_dist.engine.events import Event, Left, Place
 from pavdm_dist.engine.loop import EpochFeed, Links, RunReport, StageLoop
 from pavdm_dist.engine.order import LogEntry, Unit
 from pavdm_dist.engine.stage import Stage
@@ -65,7 +65,7 @@ class StageActor:
             model.compile_repeated_blocks()
         self._stage = Stage(model, blocks, device, kind)
         self._feed = EpochFeed()
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Event | Left] = queue.SimpleQueue()
         self._loop: StageLoop | None = None
         self._links = Links(None, None, LocalLink())
         self._generation = 0
@@ -152,18 +152,23 @@ class StageActor:
             self._links,
             self._feed,
             self._generation,
-            tell=self._events.put if self._stage.last else _nobody,
+            tell=self._events.put if self._stage.last else self._tell_left,
             trace=trace,
         )
         return self._loop.run()
+
+    def _tell_left(self, event: Event | Left) -> None:
+        """Of the other stages nothing else is read."""
+        if isinstance(event, Left):
+            self._events.put(event)
 
     def progress(self) -> Unit | None:
         """The unit that was run last."""
         return None if self._loop is None else self._loop.last
 
-    def take(self, wait_s: float = 1.0) -> tuple[list[Event], Unit | None]:
+    def take(self, wait_s: float = 1.0) -> tuple[list[Event | Left], Unit | None]:
         """Events since the last call, waiting up to ``wait_s`` seconds for the first; and :meth:`progress`."""
-        events: list[Event] = []
+        events: list[Event | Left] = []
         try:
             events.append(self._events.get(timeout=wait_s))
             while True:
@@ -258,7 +263,3 @@ def _node() -> str:
     import ray
 
     return ray.util.get_node_ip_address()
-
-
-def _nobody(_: Event) -> None:
-    """Only the last stage's events are read."""

@@ -5,7 +5,8 @@ Everything here lives in main memory and can be pickled.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,24 @@ class KeysChanged:
 
 
 @dataclass(frozen=True)
+class Left:
+    """Keys and values that clean chunks left on one stage in a shift; a gang adds them to the last stage's ``Shift``.
+
+    Attributes:
+        stream: id.
+        row: the last one of the shift.
+        left: see :mod:`pavdm_dist.method.saved_keys`.
+    """
+
+    stream: int
+    row: int
+    left: Mapping[str, Tensor]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _left, (self.stream, self.row, _as_arrays(self.left))
+
+
+@dataclass(frozen=True)
 class Shift:
     """The end of a shift of one stream.
 
@@ -59,12 +78,39 @@ class Shift:
     clean: CleanChunk | None
     not_finite: int | None = None
 
+    def with_left(self, parts: Iterable[Left]) -> Shift:
+        """With what clean chunks left on other stages."""
+        left = dict(self.snapshot.left)
+        for part in parts:
+            left |= part.left
+        return replace(self, snapshot=replace(self.snapshot, left=left))
+
     def __reduce__(self) -> tuple[Any, ...]:
         """As arrays, which are pickled in a tenth of the time: a stage holds the interpreter meanwhile."""
         row, latents, exact_rows = self.snapshot.row, self.snapshot.latents, self.snapshot.exact_rows
         arrays = {index: held.numpy() for index, held in latents.items()}
         clean = None if self.clean is None else (self.clean.index, self.clean.latents.numpy())
-        return _shift, (self.stream, row, arrays, exact_rows, clean, self.not_finite)
+        left = _as_arrays(self.snapshot.left)
+        return _shift, (self.stream, row, arrays, exact_rows, clean, self.not_finite, left)
+
+
+# Bytes, shape and type: numpy has no bfloat16.
+_Array = tuple[np.ndarray, tuple[int, ...], torch.dtype]
+
+
+def _left(stream: int, row: int, arrays: dict[str, _Array]) -> Left:
+    return Left(stream, row, _as_tensors(arrays))
+
+
+def _as_arrays(tensors: Mapping[str, Tensor]) -> dict[str, _Array]:
+    return {
+        name: (tensor.contiguous().flatten().view(torch.uint8).numpy(), tuple(tensor.shape), tensor.dtype)
+        for name, tensor in tensors.items()
+    }
+
+
+def _as_tensors(arrays: dict[str, _Array]) -> dict[str, Tensor]:
+    return {name: torch.tensor(array).view(dtype).view(shape) for name, (array, shape, dtype) in arrays.items()}
 
 
 def _shift(
@@ -74,9 +120,12 @@ def _shift(
     exact_rows: frozenset[int],
     clean: tuple[int, np.ndarray] | None,
     not_finite: int | None,
+    left: dict[str, _Array],
 ) -> Shift:
     # Copies: what arrives may be mapped memory that is read only, and may go.
-    snapshot = WindowSnapshot(row, {index: torch.tensor(array) for index, array in arrays.items()}, exact_rows)
+    snapshot = WindowSnapshot(
+        row, {index: torch.tensor(array) for index, array in arrays.items()}, exact_rows, _as_tensors(left)
+    )
     chunk = None if clean is None else CleanChunk(clean[0], torch.tensor(clean[1]))
     return Shift(stream, snapshot, chunk, not_finite)
 

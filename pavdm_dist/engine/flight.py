@@ -13,6 +13,7 @@ from torch import Tensor
 from pavdm_dist.engine.events import Decoded, Finished, KeysChanged, Shift
 from pavdm_dist.engine.order import Join
 from pavdm_dist.method.microbatches import MicroBatches
+from pavdm_dist.method.saved_keys import chunks_in, of_chunks
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.stream import NewPrompt, ResumePoint, Stream
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
@@ -67,6 +68,7 @@ class Flight:
     row: int = 0
     _resynced: frozenset[int] = frozenset()
     _latest: WindowSnapshot | None = None
+    _left: dict[str, Tensor] = field(default_factory=dict)
     _tail: Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,6 +80,7 @@ class Flight:
         if resume is None:
             return
         self._latest, row = resume.snapshot, resume.snapshot.row
+        self._left = dict(resume.snapshot.left)
         self.row = row
         self._resynced = frozenset(resume.resyncs)
         chunks = stream.plan.num_chunks
@@ -129,8 +132,9 @@ class Flight:
         if self.stream.plan.is_over(shift.snapshot.row):
             self.stand = Stand.SAMPLED
         point = None
-        if self.batches.durable(shift.snapshot.row):
-            self._latest = replace(shift.snapshot, exact_rows=self.batches.exact_from(shift.snapshot.row))
+        self._left = of_chunks({**self._left, **shift.snapshot.left}, self.stream.plan.kept(self.row))
+        if self.batches.durable(self.row, chunks_in(self._left)):
+            self._latest = replace(shift.snapshot, exact_rows=self.batches.exact_from(self.row), left=dict(self._left))
             point = self._point(self._latest)
         if clean is None:
             return False, point
@@ -179,6 +183,7 @@ class Flight:
         self.stand, self.join, self.reported = Stand.WAITING, None, -1
         if self._latest is not None:
             self.stream = replace(self.stream, resume=ResumePoint(self._latest))
+        self._left = {} if self._latest is None else dict(self._latest.left)
         self.batches = self.stream.batches
 
     def _point(self, snapshot: WindowSnapshot) -> ResumePoint:

@@ -120,7 +120,7 @@ class InlineEngine:
     def _sampled(
         self, stream: Stream, on_grown: Callable[[int, ResumePoint], None] | None, on_step: StepCallback | None
     ) -> Iterator[Finished]:
-        denoise = StreamDenoiser(self._model, stream, TextBank(self._model.project_text, self._device))
+        denoise = StreamDenoiser(self._model, stream, TextBank(self._model.project_text, self._device), self._device)
         flight, decoder = Flight(stream, self._codec.receptive_latents()), self._codec.decoder()
 
         def change(row: int) -> None:
@@ -144,7 +144,7 @@ class InlineEngine:
             change(window.row)
             if not window.plan.closes_shift(row.index):
                 return
-            shift = Shift(stream.id, window.snapshot(), None)
+            shift = Shift(stream.id, replace(window.snapshot(), left=denoise.newly_left()), None)
             if row.emit is not None:
                 ended.append(shift)  # its chunk is given out next
             elif (point := flight.shifted(shift)[1]) is not None and on_grown is not None:

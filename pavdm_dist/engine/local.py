@@ -89,14 +89,16 @@ class LocalGang:
 
     def _run_unit(self, unit: Unit) -> None:
         activation: Activation | None = None
+        left: dict[str, Tensor] = {}
         for stage in self._stages:
             result = stage.run(unit, activation)
+            left |= stage.newly_left(unit) or {}
             activation = result if isinstance(result, Activation) else None
         if not isinstance(result, RowDone):
             return
         if result.latents is not None:
             self._stages[0].feed(unit.stream, unit.row + 1, unit.chunk, result.latents)
-        self._events.extend(events_of(unit, result))
+        self._events.extend(events_of(unit, result, left))
 
 
 class LocalEngine:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from pavdm_dist.engine.events import EpochDone, Event, KeysChanged, Shift
+from pavdm_dist.engine.events import EpochDone, Event, KeysChanged, Left, Shift
 from pavdm_dist.engine.messages import ACTIVATION, LATENTS, Header, Layout
 from pavdm_dist.engine.order import Join, LogEntry, Unit, epoch_units
 from pavdm_dist.engine.stage import RowDone, Stage
@@ -111,13 +111,19 @@ class RunReport:
     trace: list[Span] = field(default_factory=list)
 
 
-def events_of(unit: Unit, done: RowDone) -> list[Event]:
-    """What the driver is told of a unit of the last stage: something at the end of a shift only."""
+def events_of(unit: Unit, done: RowDone, left: Mapping[str, Tensor]) -> list[Event]:
+    """What the driver is told of a unit of the last stage: something at the end of a shift only.
+
+    Args:
+        unit: which.
+        done: by the last stage.
+        left: keys and values that clean chunks left since the shift before.
+    """
     events: list[Event] = []
     if done.change is not None:
         events.append(KeysChanged(unit.stream, unit.row, done.change))
     if done.snapshot is not None:
-        events.append(Shift(unit.stream, done.snapshot, done.clean, done.not_finite))
+        events.append(Shift(unit.stream, replace(done.snapshot, left=left), done.clean, done.not_finite))
     return events
 
 
@@ -141,7 +147,8 @@ class StageLoop:
         links: how it is connected.
         feed: the order.
         generation: stamped on and demanded of every message.
-        tell: called with what has happened: the end of every epoch and, on the last stage, of every stream's shift.
+        tell: called with what has happened: the end of every epoch, what clean chunks left here in a shift and, on the
+            last stage, the end of every stream's shift.
         trace: keep a :class:`Span` per unit (unbounded memory: for measurements only).
 
     Attributes:
@@ -154,7 +161,7 @@ class StageLoop:
         links: Links,
         feed: EpochFeed,
         generation: int,
-        tell: Callable[[Event], None],
+        tell: Callable[[Event | Left], None],
         trace: bool = False,
     ) -> None:
         self._stage, self._links, self._feed, self._generation = stage, links, feed, generation
@@ -251,6 +258,9 @@ class StageLoop:
         self, unit: Unit, result: Activation | RowDone | None, layouts: tuple[Layout | None, Layout | None]
     ) -> None:
         forward, back = layouts
+        left = self._stage.newly_left(unit)
+        if left is not None and not self._stage.last:
+            self._tell(Left(unit.stream, unit.row, left))
         if isinstance(result, Activation):
             assert self._links.downstream is not None
             assert forward is not None
@@ -260,7 +270,7 @@ class StageLoop:
             if result.latents is not None:
                 assert back is not None
                 self._feedback().send(self._header(LATENTS, unit, back, branch=0), [result.latents], back)
-            for event in events_of(unit, result):
+            for event in events_of(unit, result, left or {}):
                 self._tell(event)
 
     def _header(self, kind: int, unit: Unit, layout: Layout, branch: int | None = None) -> Header:

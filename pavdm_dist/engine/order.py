@@ -158,9 +158,7 @@ def _parts(join: Join, row: int) -> list[_Part]:
 
 def _fed(chunk: int, first: int, arriving: tuple[int, ...]) -> tuple[int, ...]:
     """Which of the latents on their way a micro-batch waits for; a whole window holds those of all chunks."""
-    if chunk == WHOLE:
-        return arriving
-    if WHOLE in arriving:
+    if chunk == WHOLE or WHOLE in arriving:
         return arriving if chunk == first else ()
     return (chunk,) if chunk in arriving else ()
 

@@ -18,7 +18,7 @@ from pavdm_dist.cluster.environment import handed_on
 from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.blame import control_results, frozen, lost, video_error
 from pavdm_dist.engine.decoding import Decoding
-from pavdm_dist.engine.events import EpochDone, Event, GangLost, Place, Prepared
+from pavdm_dist.engine.events import EpochDone, Event, GangLost, Left, Place, Prepared, Shift
 from pavdm_dist.engine.loop import RunReport
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.order import LogEntry, Unit
@@ -68,6 +68,10 @@ class RayGang:
         self.keep, self.frames_per_latent = 0, 1
         self._preparing: dict[int, tuple[list[Any], float]] = {}
         self._events: deque[Event] = deque()
+        # What the last stage told; of streams with cached context other stages' parts, asked for once there is one.
+        self._told: deque[Event] = deque()
+        self._taking_left: dict[int, Any] = {}
+        self._left: dict[tuple[int, int], list[Left]] = {}
         self._sealed, self._done, self._moved = -1, -1, time.monotonic()
         self._last: Unit | None = None
         try:
@@ -94,6 +98,8 @@ class RayGang:
         if stream.is_sampled:
             self._events.append(Prepared(stream.id))
             return
+        if stream.plan.context == "cached" and not self._taking_left:
+            self._taking_left = {rank: stage.take.remote() for rank, stage in enumerate(self._stages[:-1])}
         try:
             shared = ray.put(stream)
         except ray.exceptions.RayError as error:
@@ -222,7 +228,8 @@ class RayGang:
         import ray
 
         prepares = [ref for refs, _ in self._preparing.values() for ref in refs]
-        watched = [self._taking, *self._loops, *prepares, *(self._decoding.awaited if self._decoding else [])]
+        watched = [self._taking, *self._taking_left.values(), *self._loops, *prepares]
+        watched += self._decoding.awaited if self._decoding else []
         ray.wait(watched, timeout=timeout)
         ready, _ = ray.wait(watched, num_returns=len(watched), timeout=0)
         if any(loop in ready for loop in self._loops):
@@ -237,10 +244,29 @@ class RayGang:
             self._done = max([self._done, *(event.epoch for event in events if isinstance(event, EpochDone))])
             if last != self._last:
                 self._last, self._moved = last, time.monotonic()
-            self._events.extend(events)
+            self._told.extend(events)
+        for rank, taking in list(self._taking_left.items()):
+            if taking in ready:
+                for event in ray.get(taking)[0]:
+                    self._left.setdefault((event.stream, event.row), []).append(event)
+                self._taking_left[rank] = self._stages[rank].take.remote()
+        self._complete()
         if self._decoding is not None:
             self._events.extend(self._decoding.collect())
         self._check_silence()
+
+    def _complete(self) -> None:
+        """Passes on what the last stage told, in its order, once other stages' parts of it are there."""
+        others = len(self._stages) - 1
+        while self._told:
+            event = self._told[0]
+            if isinstance(event, Shift) and event.snapshot.left and others:
+                key = event.stream, event.snapshot.row - 1
+                if len(self._left.get(key, ())) < others:
+                    return
+                event = event.with_left(self._left.pop(key))
+            self._told.popleft()
+            self._events.append(event)
 
     def _prepared(self, stream: int, refs: list[Any]) -> Prepared:
         import ray

@@ -1,6 +1,6 @@
 """A stage: a contiguous range of a backbone's blocks, as a plain object that knows neither Ray nor links.
 
-The first stage embeds latents, the last one guides, takes the Euler step and owns the window's latents.
+The first stage embeds latents, the last one guides, takes the step to the next level and owns the window's latents.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from torch import Tensor
 from pavdm_dist.engine.messages import Layout
 from pavdm_dist.engine.order import Unit
 from pavdm_dist.method.denoiser import change_of, memories_of, unit_context
-from pavdm_dist.method.microbatches import WHOLE
+from pavdm_dist.method.microbatches import WHOLE, slots_of
 from pavdm_dist.method.sampler import guide
+from pavdm_dist.method.saved_keys import newly_left
 from pavdm_dist.method.schedule import PlanRow, WindowPlan
 from pavdm_dist.method.stream import NewPrompt, Stream
 from pavdm_dist.method.window import CleanChunk, Window, WindowSnapshot, row_levels
@@ -81,7 +82,7 @@ class Stage:
             window = self._windows.get(stream.id) or stream.window(self.device)
             row = stream.plan.row(stream.first_row)
             self._inputs[stream.id] = {chunk: window.input(chunk, row) for chunk in row.window}
-        self._memories[stream.id] = memories_of(stream, self.model.spec)
+        self._memories[stream.id] = memories_of(stream, self.model, range(*self.blocks), self.device)
         self._streams[stream.id] = stream
 
     def leave(self, stream: int) -> None:
@@ -133,22 +134,34 @@ class Stage:
             self._forget(unit)
             return None if self.last else activation
         window = self._windows[unit.stream]
-        x = window.inputs(row)[0] if unit.chunk == WHOLE else window.chunk(unit.chunk)
+        x = window.joined(row, self._held(stream, row, unit)) if unit.chunk == WHOLE else window.chunk(unit.chunk)
         velocity = self.model.to_velocity(self.model.head(activation, context.grid), x, levels)
         self._velocities[unit.stream].append(velocity)
         return self._update(unit, stream, row) if unit.closes else None
 
+    def newly_left(self, unit: Unit) -> dict[str, Tensor] | None:
+        """After a stream's last unit of a shift in which a clean chunk left keys and values: those of this stage.
+
+        None otherwise; all stages agree on that, whether or not their blocks keep any.
+        """
+        stream = self._streams.get(unit.stream)
+        if stream is None or stream.plan.context == "joint" or unit.chunk != WHOLE or not unit.closes:
+            return None
+        if not (stream.plan.closes_shift(unit.row) and stream.plan.row(unit.row).context):
+            return None
+        return newly_left(self._memories[unit.stream])
+
     def activation_layout(self, unit: Unit) -> Layout:
         """Shapes of the activation that crosses a stage boundary for a unit."""
         stream = self._streams[unit.stream]
-        grid = self._grid(stream, self._chunks(stream, unit.row, unit.chunk))
+        grid = self._grid(stream, len(self._held(stream, stream.plan.row(unit.row), unit)))
         return Layout(self.model.activation_shapes(grid), self.dtype)
 
     def latents_layout(self, stream_id: int, row: int, chunk: int) -> Layout:
         """Shape of the latents that come back to the first stage as input of ``row``."""
         stream = self._streams[stream_id]
         channels, height, width = stream.latent_shape
-        frames = self._chunks(stream, row, chunk) * stream.plan.latent_chunk_size
+        frames = (len(stream.plan.row(row).window) if chunk == WHOLE else 1) * stream.plan.latent_chunk_size
         return Layout(((1, channels, frames, height, width),), torch.float32)
 
     def _context(self, stream: Stream, row: PlanRow, unit: Unit) -> BlockContext:
@@ -156,17 +169,18 @@ class Stage:
         return unit_context(self.model, stream, row, unit.chunk, unit.branch, self._texts, memory)
 
     def _levels(self, stream: Stream, row: PlanRow, unit: Unit) -> Tensor:
-        size = stream.plan.latent_chunk_size
+        size, slots = stream.plan.latent_chunk_size, slots_of(stream.plan, row, unit.chunk)
         levels = row_levels(row, stream.schedule.levels, size, stream.held)[None]
-        if unit.chunk != WHOLE:
-            first = row.window.index(unit.chunk) * size
-            levels = levels[:, first : first + size]
-        return levels.to(self.device)
+        return levels[:, slots.start * size : slots.stop * size].to(self.device)
+
+    def _held(self, stream: Stream, row: PlanRow, unit: Unit) -> tuple[int, ...]:
+        """The chunks of a unit."""
+        return row.window[slots_of(stream.plan, row, unit.chunk)]
 
     def _input(self, unit: Unit, stream: Stream, row: PlanRow) -> Tensor:
         """First stage: latents of the unit. Noisy ones are used for one row only, the context's stay for a shift."""
         inputs = self._inputs[unit.stream]
-        chunks = row.window if unit.chunk == WHOLE else (unit.chunk,)
+        chunks = self._held(stream, row, unit)
         for chunk in row.born:
             if chunk in chunks and chunk not in inputs:
                 inputs[chunk] = stream.noise(chunk, self.device).unsqueeze(0)
@@ -177,7 +191,7 @@ class Stage:
         return latents
 
     def _update(self, unit: Unit, stream: Stream, row: PlanRow) -> RowDone:
-        """Last stage: guidance and the Euler step of the unit's chunks; after a row's last unit, its end."""
+        """Last stage: guidance and the step of the unit's chunks; after a row's last unit, its end."""
         window = self._windows[unit.stream]
         velocity = guide(self._velocities[unit.stream], stream.guidance_scale)
         self._velocities[unit.stream] = []
@@ -200,9 +214,6 @@ class Stage:
             latents = window.inputs(following)[0] if unit.chunk == WHOLE else window.input(unit.chunk, following)
         self._forget(unit)
         return RowDone(latents, snapshot, clean, not_finite, change)
-
-    def _chunks(self, stream: Stream, row: int, chunk: int) -> int:
-        return len(stream.plan.row(row).window) if chunk == WHOLE else 1
 
     def _grid(self, stream: Stream, chunks: int) -> Grid:
         _, height, width = stream.latent_shape

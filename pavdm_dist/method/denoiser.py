@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pavdm_dist.method.microbatches import WHOLE
+from pavdm_dist.method.microbatches import WHOLE, slots_of
+from pavdm_dist.method.saved_keys import newly_left, put_back
 from pavdm_dist.method.schedule import PlanRow
 from pavdm_dist.method.stream import Stream
-from pavdm_dist.models.base import Backbone, BackboneSpec, BlockContext
+from pavdm_dist.models.base import Backbone, BlockContext
+from pavdm_dist.models.clean_memory import CleanMemory
 from pavdm_dist.models.kv_cache import ChunkMemory, DisplacedMemory, Memory
 from pavdm_dist.models.text_cache import TextBank, TextRun
 
@@ -35,7 +37,7 @@ class ModelDenoiser:
         """``x [1, C, F, h, w]``, ``levels [1, F]`` -> velocity ``[1, C, F, h, w]``, float32."""
         model = self._backbone
         grid = model.grid(x.shape[2], x.shape[3], x.shape[4])
-        texts = text_runs(self._texts, self._stream, row, branch)
+        texts = text_runs(self._texts, self._stream, row, branch, row.window)
         context = BlockContext(grid, texts, self._chunk_causal, text_cache=self._texts.cache)
         levels = levels.to(x.device)
         activation = model.embed(x, levels, self._stream.info)
@@ -54,15 +56,22 @@ class StreamDenoiser:
         backbone: the whole model.
         stream: what is sampled.
         texts: its texts, when several streams share them.
+        device: that the model is on.
 
     Attributes:
         batches: how rows are cut; the stream's own unless set.
     """
 
-    def __init__(self, backbone: Backbone, stream: Stream, texts: TextBank | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        stream: Stream,
+        texts: TextBank | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self._backbone, self._stream = backbone, stream
         self.batches = stream.batches
-        self._memories = memories_of(stream, backbone.spec)
+        self._memories = memories_of(stream, backbone, device=device)
         self._texts = texts or TextBank(backbone.project_text)
         self._texts.add(stream.id, stream.conditioning.texts)
 
@@ -70,6 +79,10 @@ class StreamDenoiser:
         """Goes on with the same stream under other prompts."""
         self._stream = stream
         self._texts.add(stream.id, stream.conditioning.texts)
+
+    def newly_left(self) -> dict[str, Tensor]:
+        """What clean chunks left since the last call, see :func:`~pavdm_dist.method.saved_keys.newly_left`."""
+        return newly_left(self._memories)
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, levels: Tensor, row: PlanRow, branch: int) -> Tensor:
@@ -79,7 +92,8 @@ class StreamDenoiser:
         for chunk, is_context in self.batches.parts(row.index):
             memory = self._memories[branch]
             context = unit_context(model, self._stream, row, chunk, branch, self._texts, memory)
-            frames = slice(context.first_frame, context.first_frame + context.grid.frames)
+            slots, size = slots_of(self._stream.plan, row, chunk), self._stream.plan.latent_chunk_size
+            frames = slice(slots.start * size, slots.stop * size)
             part, part_levels = x[:, :, frames].contiguous(), levels[:, frames]
             activation = model.embed(part, part_levels, self._stream.info)
             for index in range(model.spec.num_blocks):
@@ -91,8 +105,29 @@ class StreamDenoiser:
         return velocity
 
 
-def memories_of(stream: Stream, spec: BackboneSpec) -> list[Memory | None]:
-    """What the chunks of a stream leave for each other, per guidance branch; None in mode window."""
+def memories_of(
+    stream: Stream, backbone: Backbone, blocks: range | None = None, device: torch.device | str = "cpu"
+) -> list[Memory | None]:
+    """What the chunks of a stream leave for each other, per guidance branch; None in mode window without a cache.
+
+    Args:
+        stream: whose; where it goes on, its memories hold what they held.
+        backbone: what it is for.
+        blocks: those that are run here; None = all.
+        device: of what is held.
+
+    Raises:
+        ConfigError: it goes on without what is needed for that.
+    """
+    plan, spec = stream.plan, backbone.spec
+    if plan.context == "cached":
+        sizes = plan.latent_chunk_size, plan.context_chunks, plan.anchor_chunks
+        memories: list[Memory | None] = [CleanMemory(*sizes) for _ in range(stream.branches)]
+        saved = {} if stream.resume is None else stream.resume.snapshot.left
+        grid = backbone.grid(plan.latent_chunk_size, *stream.latent_shape[1:])
+        mixing = [block for block in blocks or range(spec.num_blocks) if backbone.kv_values(grid, block)]
+        put_back(memories, saved, plan.kept(stream.first_row), mixing, device)
+        return memories
     if stream.mode == "window":
         return [None] * stream.branches
     size = stream.plan.latent_chunk_size
@@ -120,26 +155,33 @@ def unit_context(
     memory: Memory | None,
 ) -> BlockContext:
     """What blocks read for one micro-batch of a row, ``chunk`` or ``WHOLE``; tells the ``memory`` that it begins."""
-    size = stream.plan.latent_chunk_size
+    plan, size = stream.plan, stream.plan.latent_chunk_size
     _, height, width = stream.latent_shape
     only = None if chunk == WHOLE else chunk
+    slots = slots_of(plan, row, chunk)
+    own, first = row.window[slots], slots.start
+    if plan.context == "cached":
+        read = plan.reads(row, only)
+        window, first = read + own, len(read)
+    else:
+        window = row.window
     if memory is not None:
-        memory.begin(row.window, only)
+        memory.begin(window, only)
     return BlockContext(
-        backbone.grid(size * (len(row.window) if only is None else 1), height, width),
-        text_runs(texts, stream, row, branch, only),
+        backbone.grid(size * len(own), height, width),
+        text_runs(texts, stream, row, branch, own),
         text_cache=texts.cache,
-        first_frame=0 if only is None else row.window.index(only) * size,
+        first_frame=first * size,
         memory=memory,
     )
 
 
-def text_runs(texts: TextBank, stream: Stream, row: PlanRow, branch: int, only: int | None = None) -> list[TextRun]:
-    """Runs of equal text over the latent frames of a row, or of its chunk ``only``.
+def text_runs(texts: TextBank, stream: Stream, row: PlanRow, branch: int, chunks: tuple[int, ...]) -> list[TextRun]:
+    """Runs of equal text over the latent frames of some of a row's chunks.
 
     Also forgets what the stream no longer reads.
     """
-    keys = [stream.conditioning.key(chunk, branch) for chunk in (row.window if only is None else (only,))]
+    keys = [stream.conditioning.key(chunk, branch) for chunk in chunks]
     runs = texts.runs(keys, stream.plan.latent_chunk_size)
     texts.release(stream.id, stream.conditioning.expired(row))
     return runs

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.method.schedule import Mode, WindowPlan
+from pavdm_dist.method.schedule import Mode, PlanRow, WindowPlan
 
-# The "chunk" of a micro-batch that is a whole window.
+# The "chunk" of a micro-batch that is a whole window: of all its noisy chunks, where context is cached.
 WHOLE = -(2**31)
 # Steps per shift from which adaptive re-sync can be decided before the rows it concerns are handed out, which the
 # distributed engine does in groups.
@@ -78,6 +79,13 @@ def check_displaced(mode: Mode, displaced: Displaced) -> None:
             raise ConfigError(f"displaced.{setting.name}={value}: mode={mode} does not read it; set mode=displaced")
 
 
+def slots_of(plan: WindowPlan, row: PlanRow, chunk: int) -> slice:
+    """Which chunks of a row's window a micro-batch holds, ``chunk`` being one of them or ``WHOLE``."""
+    if chunk == WHOLE:
+        return slice(0 if plan.context == "joint" else len(row.context), len(row.window))
+    return slice(row.window.index(chunk), row.window.index(chunk) + 1)
+
+
 @dataclass(frozen=True)
 class MicroBatches:
     """The micro-batches of every row of one stream, without guidance branches.
@@ -99,9 +107,14 @@ class MicroBatches:
     def parts(self, n: int) -> tuple[tuple[int, bool], ...]:
         """Row ``n`` as ``(chunk, is clean context)`` in order of work: ``WHOLE`` alone, or chunks cleanest first.
 
+        Where context is cached the newest clean chunk comes before ``WHOLE``, once, in the first row of a shift.
+
         In mode causal a clean chunk comes once, in the first row that has it as context. In mode displaced too, unless
         it is refreshed at every step or that row is exact.
         """
+        if self.plan.context == "cached":
+            opens = n % self.plan.steps_per_shift == 0
+            return (*((k, True) for k in self.plan.row(n).context if opens), (WHOLE, False))
         if self.mode == "window" or (self.mode == "displaced" and self._is_exact(n)):
             return ((WHOLE, False),)
         now = self.plan.row(n)
@@ -136,11 +149,14 @@ class MicroBatches:
             return None
         return row
 
-    def durable(self, n: int) -> bool:
+    def durable(self, n: int, saved: Collection[int] = ()) -> bool:
         """Whether a run that is restored before row ``n`` goes on bit for bit, from the latents alone.
 
-        In mode displaced only where row ``n`` reads nothing that earlier ones left.
+        In mode displaced only where row ``n`` reads nothing that earlier ones left. Where context is cached, only where
+        what is read of it from there on is ``saved``, by chunk.
         """
+        if not set(self.plan.kept(n)) <= set(saved):
+            return False
         return self.mode != "displaced" or self.plan.is_over(n) or self._is_exact(n)
 
     def exact_from(self, n: int) -> frozenset[int]:

@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from pavdm_dist.errors import ConfigError
@@ -20,6 +21,8 @@ End = Literal["drain", "cut"]
 # How chunks of a window see each other: all of them, each only itself and cleaner ones, or all of them but noisier
 # ones as they were a step ago.
 Mode = Literal["window", "causal", "displaced"]
+# What noisy chunks see of clean ones: these are in the window, or they left keys and values in a pass of their own.
+Context = Literal["joint", "cached"]
 
 # The resolution at which the time shift is 1 for a single image (SD3-style shift as Open-Sora v1.2 uses it).
 BASE_RESOLUTION = 512
@@ -54,19 +57,34 @@ class NoiseSchedule:
     Attributes:
         num_inference_steps: T, model calls that take a chunk from level 1 to level 0.
         time_shift: r of :func:`shift_time`; 1 leaves the grid linear.
+        table: the T levels above 0, noisiest first, of a model that was distilled to just these; None makes them of
+            ``time_shift``, which is not read otherwise.
     """
 
     num_inference_steps: int
     time_shift: float = 1.0
+    table: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.num_inference_steps < 1:
             raise ConfigError(f"num_inference_steps={self.num_inference_steps}: at least 1 is needed")
         if not (math.isfinite(self.time_shift) and self.time_shift > 1e-6):
             raise ConfigError(f"time_shift={self.time_shift}: must be a finite number above 0 (1 = no shift)")
+        if self.table is None:
+            return
+        falling = all(before > after for before, after in pairwise((*self.table, 0.0)))
+        if not (self.table and falling and self.table[0] <= 1):
+            raise ConfigError(f"levels={list(self.table)}: must fall from at most 1 to above 0")
+        if len(self.table) != self.num_inference_steps:
+            raise ConfigError(
+                f"num_inference_steps={self.num_inference_steps}: the model knows {len(self.table)} levels alone; use"
+                f" num_inference_steps={len(self.table)}"
+            )
 
     def level(self, steps_left: float) -> float:
-        """Level of a chunk that still has ``steps_left`` (0..T, fractions allowed in training) updates to go."""
+        """Level of a chunk that still has ``steps_left`` updates to go: 0..T, fractions without a table."""
+        if self.table is not None:
+            return _float32((*self.table, 0.0)[self.num_inference_steps - int(steps_left)])
         return _float32(shift_time(steps_left / self.num_inference_steps, self.time_shift))
 
     @property
@@ -123,12 +141,18 @@ class WindowPlan:
         num_inference_steps: T, updates from pure noise to clean.
         window_chunks: W, noisy chunks of a full window; divides T.
         latent_chunk_size: c, latent frames per chunk.
-        context_chunks: clean chunks kept in front of the window at t = 0 (the paper uses 1).
+        context_chunks: clean chunks kept in front of the window at t = 0 (the paper uses 1). With ``context="cached"``
+            the newest ones whose keys and values are kept; a call sees ``context_chunks + 1`` chunks at most, its own
+            included, so that fewer noisy chunks read more clean ones.
         start: ``noise`` = from text alone; ``chunk`` = one clean chunk is given; ``clip`` = a real clip fills the
             context and slots 0..W-2, noised to the staircase.
         end: ``drain`` stops births and empties the window; ``cut`` goes on with births to the end and discards
             the chunks that are still noisy.
         num_chunks: K, new chunks to emit; None = endless.
+        context: ``joint`` = clean chunks are in the window; ``cached`` = the one that has just become clean has a call
+            of its own, whose keys and values later calls read.
+        anchor_chunks: so many first chunks stay visible for ever, as if they came right before the others that are
+            read; with ``context="cached"``.
     """
 
     num_inference_steps: int
@@ -138,6 +162,8 @@ class WindowPlan:
     start: Start = "noise"
     end: End = "drain"
     num_chunks: int | None = None
+    context: Context = "joint"
+    anchor_chunks: int = 0
 
     def __post_init__(self) -> None:
         steps, width = self.num_inference_steps, self.window_chunks
@@ -162,6 +188,31 @@ class WindowPlan:
             raise ConfigError("start=chunk needs context_chunks of at least 1: the given chunk is the context")
         if self.num_chunks is not None and self.num_chunks < 1:
             raise ConfigError(f"num_chunks={self.num_chunks}: at least 1 is needed")
+        self._check_context()
+
+    def _check_context(self) -> None:
+        if self.context not in ("joint", "cached"):
+            raise ConfigError(f"context={self.context!r}: must be joint or cached")
+        if self.anchor_chunks < 0:
+            raise ConfigError(f"anchor_chunks={self.anchor_chunks}: 0 or more")
+        if self.context == "joint":
+            if self.anchor_chunks:
+                raise ConfigError(f"anchor_chunks={self.anchor_chunks}: context=joint keeps none; set context=cached")
+            return
+        if self.start != "noise":
+            raise ConfigError(f"context=cached: start={self.start} gives chunks that left no keys; set start=noise")
+        least = max(1, self.window_chunks - 1 + self.anchor_chunks)
+        if self.context_chunks < least:
+            raise ConfigError(
+                f"context_chunks={self.context_chunks}: with context=cached a call sees context_chunks + 1 chunks,"
+                f" window_chunks={self.window_chunks} and anchor_chunks={self.anchor_chunks} among them; use {least} or"
+                " more"
+            )
+
+    @property
+    def joint_context(self) -> int:
+        """Clean chunks whose latents are kept: all of the context, or with a cache the one that has its call next."""
+        return self.context_chunks if self.context == "joint" else 1
 
     @property
     def steps_per_shift(self) -> int:
@@ -205,8 +256,9 @@ class WindowPlan:
     def latent_evaluations(self) -> int:
         """Latent frames over all calls of one branch, context included (METHOD of cost: paper App. B)."""
         step = self.steps_per_shift
-        sizes = sum(len(self.row(n).window) for n in range(0, self.num_rows, step))
-        return sizes * step * self.latent_chunk_size
+        rows = [self.row(n) for n in range(0, self.num_rows, step)]
+        clean = sum(len(row.context) for row in rows) * (step if self.context == "joint" else 1)
+        return (clean + sum(len(row.chunks) for row in rows) * step) * self.latent_chunk_size
 
     def chunk(self, index: int) -> Chunk:
         """The life of chunk ``index``.
@@ -242,7 +294,7 @@ class WindowPlan:
         born = (newest,) if n % step == 0 and newest <= last else ()
         return PlanRow(
             index=n,
-            context=tuple(range(max(first - self.context_chunks, -self.given_context), first)),
+            context=tuple(range(max(first - self.joint_context, -self.given_context), first)),
             chunks=chunks,
             steps_left=left,
             born=born,
@@ -255,6 +307,30 @@ class WindowPlan:
         while self.num_chunks is None or n < self.num_rows:
             yield self.row(n)
             n += 1
+
+    def reads(self, row: PlanRow, clean: int | None = None) -> tuple[int, ...]:
+        """Chunks of which a call reads what they left, in order of place; none with ``context="joint"``.
+
+        Args:
+            row: of the call.
+            clean: the clean chunk whose own call it is, which knows of no anchor; None for the noisy chunks.
+        """
+        if self.context == "joint":
+            return ()
+        if clean is not None:
+            return tuple(range(max(0, clean - self.context_chunks), clean))
+        first = row.chunks[0]
+        anchors = min(self.anchor_chunks, first)
+        recent = min(first - anchors, self.context_chunks + 1 - len(row.chunks) - anchors)
+        return (*range(anchors), *range(first - recent, first))
+
+    def kept(self, n: int) -> tuple[int, ...]:
+        """Chunks whose keys and values rows from ``n`` on read and none of them makes."""
+        if self.context == "joint" or self.is_over(n):
+            return ()
+        newest = self.row(n).chunks[0] - 1  # which has its call at row n, where a shift begins
+        recent = range(max(0, newest - self.context_chunks), newest)
+        return tuple(sorted({*range(min(self.anchor_chunks, newest)), *recent}))
 
     def closes_shift(self, n: int) -> bool:
         """Whether the window moves after row ``n``: its front chunk, if it is old enough, is clean then."""

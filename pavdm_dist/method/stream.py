@@ -12,7 +12,7 @@ from torch import Tensor
 from pavdm_dist.method.microbatches import Displaced, MicroBatches
 from pavdm_dist.method.sampler import UNCONDITIONAL, num_branches
 from pavdm_dist.method.schedule import Mode, NoiseSchedule, PlanRow, WindowPlan
-from pavdm_dist.method.window import CONTEXT, CleanChunk, Held, Window, WindowSnapshot, chunk_noise
+from pavdm_dist.method.window import CleanChunk, Held, Step, Window, WindowSnapshot, chunk_noise
 from pavdm_dist.models.base import FrameInfo
 
 
@@ -136,6 +136,7 @@ class Stream:
         displaced: of mode displaced.
         image: latents ``[C, n, h, w]`` that chunk 0 begins with, which are clean from the start and stay as they are.
         context_noise: level to which clean context is noised again, and which the model is told; 0 = it is clean.
+        step: how a chunk comes to its next level.
     """
 
     id: int
@@ -153,6 +154,7 @@ class Stream:
     displaced: Displaced = field(default_factory=Displaced)
     image: Tensor | None = None
     context_noise: float = 0.0
+    step: Step = "euler"
 
     @property
     def branches(self) -> int:
@@ -205,14 +207,14 @@ class Stream:
         def noise(index: int) -> Tensor:
             return self.noise(index, device)
 
-        def again(index: int) -> Tensor:
-            return self._unit_noise(index, CONTEXT).to(device)
+        def again(index: int, use: str) -> Tensor:
+            return self._unit_noise(index, use).to(device)
 
         if self.resume is not None:
             snapshot = self.resume.snapshot
             latents = {index: value.to(device) for index, value in snapshot.latents.items()}
             return Window.restore(
-                WindowSnapshot(snapshot.row, latents), self.plan, self.schedule, noise, self.held, again
+                WindowSnapshot(snapshot.row, latents), self.plan, self.schedule, noise, self.held, again, self.step
             )
         given = {index: value.to(device) for index, value in self.given.items()}
-        return Window(self.plan, self.schedule, noise, given, self.held, again)
+        return Window(self.plan, self.schedule, noise, given, self.held, again, self.step)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from pavdm_dist.method.schedule import NoiseSchedule, PlanRow, WindowPlan
 NoiseSource = Callable[[int], Tensor]
 # The use of noise that context is noised with again.
 CONTEXT = "context"
+# How a chunk comes to its next level: along the velocity, or its clean latents are predicted and noised again.
+Step = Literal["euler", "renoise"]
 
 
 def chunk_noise(seed: int, index: int, shape: tuple[int, ...], use: str = "") -> Tensor:
@@ -73,11 +76,14 @@ class WindowSnapshot:
         row: the next one.
         latents: noisy ones and context, by chunk index.
         exact_rows: of mode displaced, rows from ``row`` on that adaptive re-sync has already made exact.
+        left: with cached context, keys and values that clean chunks left (:mod:`pavdm_dist.method.saved_keys`): those
+            that are read from ``row`` on, or in what a stage tells of a shift the new ones.
     """
 
     row: int
     latents: dict[int, Tensor]
     exact_rows: frozenset[int] = frozenset()
+    left: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
 
 class Window:
@@ -90,7 +96,9 @@ class Window:
         given: latents of the input: context chunks under -1, -2, ..., and with ``start="clip"`` the clean
             latents of chunks 0 .. W-2, which are noised to their slot's level here.
         held: latents with levels of their own.
-        again: as ``noise``, for context that is noised again.
+        again: noise of a chunk that is noised again, by index and use: :data:`CONTEXT`, or the number of steps that it
+            has taken, 1 to T - 1.
+        step: how chunks come to their next level.
 
     Raises:
         ConfigError: ``given`` does not hold what the plan's start needs.
@@ -103,7 +111,8 @@ class Window:
         noise: NoiseSource,
         given: Mapping[int, Tensor] | None = None,
         held: Held = NOTHING_HELD,
-        again: NoiseSource | None = None,
+        again: Callable[[int, str], Tensor] | None = None,
+        step: Step = "euler",
     ) -> None:
         if schedule.num_inference_steps != plan.num_inference_steps:
             raise ConfigError(
@@ -113,7 +122,7 @@ class Window:
         self.plan = plan
         self.row = 0
         self._levels = schedule.levels
-        self._noise, self._again, self._held = noise, again, held
+        self._noise, self._again, self._held, self._step = noise, again, held, step
         self._latents: dict[int, Tensor] = {}
         given = dict(given or {})
         needed = set(range(-plan.given_context, plan.given_clip))
@@ -140,12 +149,14 @@ class Window:
         schedule: NoiseSchedule,
         noise: NoiseSource,
         held: Held = NOTHING_HELD,
-        again: NoiseSource | None = None,
+        again: Callable[[int, str], Tensor] | None = None,
+        step: Step = "euler",
     ) -> Window:
         """The window as it was when ``snapshot`` was taken; the same arguments must be given otherwise."""
         window = cls.__new__(cls)
         window.plan, window.row = plan, snapshot.row
         window._levels, window._noise, window._again, window._held = schedule.levels, noise, again, held
+        window._step = step
         window._latents = {index: latents.clone() for index, latents in snapshot.latents.items()}
         return window
 
@@ -169,25 +180,30 @@ class Window:
 
         Chunks born at this row get their noise here.
         """
-        return torch.cat([self.input(index, row) for index in row.window], dim=2), self.levels(row).unsqueeze(0)
+        return self.joined(row, row.window), self.levels(row).unsqueeze(0)
+
+    def joined(self, row: PlanRow, chunks: Sequence[int]) -> Tensor:
+        """Latents ``[1, C, F, h, w]`` of some of a row's chunks, one behind the other."""
+        return torch.cat([self.input(index, row) for index in chunks], dim=2)
 
     def levels(self, row: PlanRow) -> Tensor:
         """Noise level of every latent frame at ``row``: float32 ``[F]``, zeros for clean context."""
         return row_levels(row, self._levels, self.plan.latent_chunk_size, self._held)
 
     def update(self, row: PlanRow, velocity: Tensor) -> CleanChunk | None:
-        """One Euler step of every noisy chunk, z <- z + v (t - t'); the context's velocity is never read.
+        """One step of every noisy chunk; the context's velocity is never read.
 
         Args:
             row: the row whose :meth:`inputs` the velocity was computed from; must be the window's next row.
-            velocity: ``[1, C, F, h, w]`` for the whole window.
+            velocity: ``[1, C, F, h, w]`` for the whole window, or its noisy chunks.
 
         Returns:
             The chunk that became clean, if the plan keeps it.
         """
         size = self.plan.latent_chunk_size
-        for slot, index in enumerate(row.chunks, start=len(row.context)):
-            self.advance(row, index, velocity[:, :, slot * size : (slot + 1) * size])
+        noisy = velocity[:, :, velocity.shape[2] - len(row.chunks) * size :]
+        for index, part in zip(row.chunks, noisy.split(size, dim=2), strict=True):
+            self.advance(row, index, part)
         return self.close(row)
 
     def input(self, index: int, row: PlanRow) -> Tensor:
@@ -196,7 +212,7 @@ class Window:
         if index not in row.context or not level:
             return latents
         assert self._again is not None, "context is noised again with noise of its own"
-        return (1 - level) * latents + level * self._again(index)
+        return (1 - level) * latents + level * self._again(index, CONTEXT)
 
     def chunk(self, index: int) -> Tensor:
         """Latents ``[1, C, c, h, w]`` of one chunk; its noise, where it is only now being born."""
@@ -205,12 +221,21 @@ class Window:
         return self._latents[index].unsqueeze(0)
 
     def advance(self, row: PlanRow, index: int, velocity: Tensor) -> None:
-        """The Euler step of one noisy chunk of ``row``; ``velocity`` is ``[1, C, c, h, w]``."""
+        """One step of a noisy chunk of ``row``; ``velocity`` is ``[1, C, c, h, w]``.
+
+        ``euler``: z <- z + v (t - t'). ``renoise``: x_0 = z + t v, then z <- (1 - t') x_0 + t' eps, fresh noise.
+        """
         if row.index != self.row:
             raise ValueError(f"row {row.index} applied to a window that is at row {self.row}")
         left = row.steps_left[row.chunks.index(index)]
-        drop = self._levels[left] - self._levels[left - 1]
-        moved = self._latents[index] + velocity[0].float() * drop
+        now, then, latents = self._levels[left], self._levels[left - 1], self._latents[index]
+        if self._step == "euler":
+            moved = latents + velocity[0].float() * (now - then)
+        else:
+            moved = predicted(latents, velocity[0], now)
+            if then:
+                assert self._again is not None, "a chunk is noised again with noise of its own"
+                moved = (1 - then) * moved + then * self._again(index, str(self.plan.num_inference_steps - left + 1))
         if index == 0 and self._held.image:
             moved[:, : self._held.image] = self._latents[index][:, : self._held.image]
         self._latents[index] = moved
@@ -226,8 +251,13 @@ class Window:
         """Drops what no later row reads, so that memory stays constant."""
         finished = row.steps_left[0] == 1
         first_noisy = row.chunks[0] + 1 if finished else row.chunks[0]
-        for index in [i for i in self._latents if i < first_noisy - self.plan.context_chunks]:
+        for index in [i for i in self._latents if i < first_noisy - self.plan.joint_context]:
             del self._latents[index]
+
+
+def predicted(latents: Tensor, velocity: Tensor, level: float) -> Tensor:
+    """Clean latents by a velocity x_0 - eps at ``level``, float32; in float64 until then, as students' programs are."""
+    return (latents.double() + level * velocity.double()).float()
 
 
 def row_levels(row: PlanRow, levels: tuple[float, ...], latent_chunk_size: int, held: Held = NOTHING_HELD) -> Tensor:

@@ -123,7 +123,7 @@ def measure_costs(model: Backbone, stream: Stream, device: torch.device | str = 
     units = [WHOLE] if stream.mode == "window" else list(row.chunks)
     # What a running video has left for them.
     left = {"window": [], "causal": list(row.context), "displaced": [WHOLE]}
-    (memory, *_), texts = memories_of(stream, model.spec), TextBank(model.project_text, device)
+    (memory, *_), texts = memories_of(stream, model), TextBank(model.project_text, device)
     texts.add(stream.id, stream.conditioning.texts)
     x, levels = (part.to(device) for part in stream.window().inputs(row))
 

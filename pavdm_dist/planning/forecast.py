@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
-from pavdm_dist.method.microbatches import Displaced, MicroBatches
+from pavdm_dist.method.microbatches import WHOLE, Displaced, MicroBatches, slots_of
 from pavdm_dist.method.sampler import num_branches
 from pavdm_dist.method.schedule import Mode, WindowPlan
 from pavdm_dist.request import SamplingParams
@@ -68,9 +68,12 @@ def rows_of(plan: WindowPlan, mode: Mode, displaced: Displaced | None = None) ->
     batches, rows = MicroBatches(plan, mode, 0, displaced or Displaced()), list[RowShape]()
     for row in plan.rows():
         parts = batches.parts(row.index)
-        whole = len(parts) == 1 and parts[0][0] not in row.window
+        whole = parts[-1][0] == WHOLE
+        held = slots_of(plan, row, WHOLE)
+        # A clean chunk's own call comes right before the window's, on every stage: as one.
+        chunks = held.stop - held.start + len(parts) - 1
         turns = row.index > 0 and row.index % plan.steps_per_shift == 0
-        rows.append(RowShape(len(parts), len(row.window) if whole else 1, turns, row.emit is not None))
+        rows.append(RowShape(1 if whole else len(parts), chunks if whole else 1, turns, row.emit is not None))
     return rows
 
 

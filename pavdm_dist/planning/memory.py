@@ -26,6 +26,7 @@ class StageMemory:
         size: latents of a chunk.
         full: chunks of a full window, context included.
         cells: latent height and width.
+        cached: clean chunks whose keys and values are kept beside.
     """
 
     model: Backbone
@@ -34,6 +35,7 @@ class StageMemory:
     size: int
     full: int
     cells: tuple[int, int]
+    cached: int = 0
 
     def bytes(self, mode: Mode, blocks: tuple[int, int], streams: int) -> float:
         """One stage's at its peak: weights, kept keys and values, activations, messages under way."""
@@ -51,7 +53,10 @@ class StageMemory:
         copies = self.model.spec.activation_copies
         whole = copies * self.full * chunk
         if mode == "window":
-            return weights + size * (text + whole + MESSAGES * self.full * chunk)
+            left = self.model.grid(self.cached * self.size, *self.cells)
+            kept = streams * self.branches * sum(self.model.kv_values(left, block) for block in range(*blocks))
+            read = 3 * self.cached * chunk  # for a call, put together: keys, keys turned to their places, values
+            return weights + size * (text + kept + read + whole + MESSAGES * self.full * chunk)
         window = self.model.grid(self.full * self.size, *self.cells)
         kept = streams * self.branches * sum(self.model.kv_values(window, block) for block in range(*blocks))
         if mode == "causal":

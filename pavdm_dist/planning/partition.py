@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import accumulate, pairwise
 
@@ -104,12 +105,18 @@ def _costs(
         window, context = params.window_chunks, params.context_chunks
         read = chunk_reads(params.mode, window, context, size)
         frames = read if params.mode == "window" else size
+        if params.cached:
+            frames, read = params.window_chunks * size, params.span * size
         return estimated_costs(checkpoint.shape, frames, cells, read), estimated_decode(checkpoint, size, cells)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("balance=measured: this process has no GPU to time blocks on; use balance=estimated")
     dtype = named_dtype(options.dtype, torch.device(options.device), checkpoint.transformer)
+    plan = params.plan(None)
+    if params.cached:  # a window beside as many clean chunks as it reads: the share of a block hardly differs
+        beside = params.span - params.window_chunks
+        plan = replace(plan, context="joint", anchor_chunks=0, context_chunks=beside)
     costs = profiled_costs(
-        checkpoint.shape, params.plan(None), cells, params.info, options.threads_per_stage, options.device,
+        checkpoint.shape, plan, cells, params.info, options.threads_per_stage, options.device,
         params.mode, dtype,
     )  # fmt: skip
     decode = 0.0

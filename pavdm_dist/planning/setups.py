@@ -93,9 +93,9 @@ class Job:
         self.model = checkpoint.shape
         self.cells = checkpoint.codec_spec.latent_size(params.height, params.width)
         self.size = params.latent_chunk_size
-        self.full = params.window_chunks + params.context_chunks
+        self.full = params.window_chunks + (params.context_chunks if params.context == "joint" else 1)
         self.decode_flop = estimated_decode(checkpoint, self.size, self.cells)
-        self.memory = StageMemory(self.model, dtype, self.branches, self.size, self.full, self.cells)
+        self.memory = StageMemory(self.model, dtype, self.branches, self.size, self.full, self.cells, params.cached)
         self._decoding = None
         if decoder is not None:
             on_gpu = decoder != "cpu"
@@ -162,6 +162,8 @@ class Job:
         """FLOP of a unit of so many chunks; decoding on the last stage is spread over the units of a full window."""
         alone = mode != "window" and chunks == 1
         read = chunk_reads(mode, self.params.window_chunks, self.params.context_chunks, self.size) if alone else None
+        if self.params.cached:
+            read = self.params.span * self.size
         costs = estimated_costs(self.model, chunks * self.size, self.cells, read)
         if self.decoder != "shared":
             return costs

@@ -13,7 +13,7 @@ from typing import Any
 from pavdm_dist.engine.order import Join, Unit, epochs
 from pavdm_dist.engine.trace import read_trace
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.method.microbatches import WHOLE, Displaced, MicroBatches
+from pavdm_dist.method.microbatches import WHOLE, Displaced, MicroBatches, slots_of
 from pavdm_dist.method.schedule import Mode, WindowPlan
 from pavdm_dist.planning.chart import Bar
 
@@ -265,4 +265,6 @@ class _Simulation:
         return self._machine.stage_seconds[stage] * chunks if measured is None else measured
 
     def _chunks(self, unit: Unit) -> int:
-        return len(self._plans[unit.stream].row(unit.row).window) if unit.chunk == WHOLE else 1
+        plan = self._plans[unit.stream]
+        slots = slots_of(plan, plan.row(unit.row), unit.chunk)
+        return slots.stop - slots.start
