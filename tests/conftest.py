@@ -74,7 +74,8 @@ def _restore_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module, hook in ((sys, "excepthook"), (threading, "excepthook"), (sys, "unraisablehook")):
         monkeypatch.setattr(module, hook, getattr(module, hook))
     yield
-    package.handlers, package.level, package.propagate = before
+    package.handlers, level, package.propagate = before
+    package.setLevel(level)  # forgets, too, what its children remember of the level between
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"sampling": {"height": 10**9}},
             "sampling.height=1000000000: must be above 0 and at most",
         ),
-        ("model_index.json", {"sampling": {"step": 3}}, "no such key sampling.step; the keys are num_inference_steps"),
+        ("model_index.json", {"sampling": {"pace": 3}}, "no such key sampling.pace; the keys are num_inference_steps"),
         ("model_index.json", {"vae": "wan"}, "vae=wan: must be a list of 2, each entry text"),
         ("transformer/config.json", {"depth": "two"}, "depth=two: must be a whole number"),
         ("transformer/config.json", {"depth": 10**9}, "depth=1000000000: must be 1 to 256"),
