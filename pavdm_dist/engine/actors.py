@@ -8,6 +8,7 @@ import errno
 import os
 import queue
 import socket
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -30,6 +31,8 @@ from pavdm_dist.models.source import Source
 
 # Calls an actor serves at once: its loop, one waiting `take`, and short control calls.
 CONCURRENT_CALLS = 4
+# The end of a shift and that of its epoch come right after each other; every answer costs the stage's interpreter time.
+TOGETHER_S = 0.002
 
 
 class StageActor:
@@ -171,6 +174,7 @@ class StageActor:
         events: list[Event | Left] = []
         try:
             events.append(self._events.get(timeout=wait_s))
+            time.sleep(TOGETHER_S)
             while True:
                 events.append(self._events.get_nowait())
         except queue.Empty:
