@@ -207,6 +207,7 @@ def test_masks_compares_models_on_the_same_windows() -> None:
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_the_gpu_measurement_runs_where_there_is_none() -> None:
     found = report("gpu.py", "--quick", "--latents", "10")
     check_machine(found)

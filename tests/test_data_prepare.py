@@ -116,6 +116,7 @@ def test_a_complete_set_is_left_alone(
     assert contents(output) == before
 
 
+@pytest.mark.slow  # below two are killed and go on to the same bytes
 @pytest.mark.timeout(120)
 def test_two_processes_give_the_same_bytes(
     plain: tuple[Path, dict[str, Any]], config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -71,6 +71,7 @@ def _streams(mode: Mode, ids: Iterator[int]) -> list[Stream]:
     ]
 
 
+@pytest.mark.slow  # tests/test_devices.py has stages in bfloat16
 def test_actors_in_bfloat16_equal_the_bfloat16_model(ray_cluster: None, folder: Path) -> None:
     model, stream = tiny_model(), tiny_stream(20, mode="causal")
     convert(model, torch.bfloat16, "cpu", model.keeps_float32)

@@ -87,6 +87,7 @@ def test_paths_mean_the_same_in_other_folders(tmp_path: Path, monkeypatch: pytes
     assert handed_on(given) == wanted
 
 
+@pytest.mark.slow
 def test_an_interface_that_a_node_does_not_have_is_named(
     ray_cluster: None, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

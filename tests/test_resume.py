@@ -72,7 +72,7 @@ def _check_equal(output: Path, whole: Path) -> None:
         pytest.param(signal.SIGKILL, -9, 9, marks=pytest.mark.slow),
         (signal.SIGTERM, 143, 6),
         pytest.param(signal.SIGINT, 130, 7, marks=pytest.mark.slow),  # tests/test_pipeline.py presses it, too
-        (signal.SIGHUP, 129, 2),
+        pytest.param(signal.SIGHUP, 129, 2, marks=pytest.mark.slow),  # tests/test_signals.py
     ],
 )
 def test_the_same_command_again_goes_on(

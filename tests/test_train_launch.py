@@ -123,7 +123,7 @@ def test_torchrun_on_two_nodes(run_dir: Path, expected: list[float]) -> None:
     ("more", "number", "code", "said"),
     [
         ([], signal.SIGTERM, 0, "slice over, run again"),
-        ([], signal.SIGINT, 130, "interrupted: saved at step"),
+        pytest.param([], signal.SIGINT, 130, "interrupted: saved at step", marks=pytest.mark.slow),
         (["launch.processes=2"], signal.SIGTERM, 2, "stopped by SIGTERM"),
         ([], signal.SIGHUP, 0, "slice over, run again"),
     ],
