@@ -16,10 +16,10 @@ import pytest
 from safetensors import SafetensorError
 from test_train_launch import LAUNCHER, alone
 from test_zero import SETTINGS, SHARD_ALL
-from training import TINY, Program, processes_of, start, tiny_codec, write_clips
+from training import TINY, Program, prepare_run, processes_of, start, write_clips
 
 from pavdm_dist import cli
-from pavdm_dist.digits.cache import LatentClips, cache_clips
+from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import EngineError
 from pavdm_dist.io.lock import FOLDER_LOCK
 from pavdm_dist.merging import load_config
@@ -115,10 +115,7 @@ def test_a_checkpoint_whose_parts_the_first_process_does_not_see_is_none(
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder with a codec and cached clips."""
-    folder = tmp_path_factory.mktemp("prepared")
-    tiny_codec(folder / "vae")
-    cache_clips(folder / "vae", folder / "clips", 32, 10, max_seconds=100)
-    return folder
+    return prepare_run(tmp_path_factory.mktemp("prepared"))
 
 
 def words(run_dir: Path, *settings: str) -> list[str]:

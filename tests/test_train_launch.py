@@ -18,12 +18,12 @@ import torch
 from forked import Program
 from safetensors import safe_open
 from safetensors.torch import save_file
-from training import TINY, environments, launch, processes_of, start, tiny_codec, write_clips
+from training import TINY, environments, launch, prepare_run, processes_of, start, write_clips
 
 from pavdm_dist import cli
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.train import training_data
-from pavdm_dist.digits.cache import LatentClips, cache_clips
+from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import ConfigError, EngineError
 from pavdm_dist.merging import load_config
 from pavdm_dist.train.checks import check_settings, memory_advice
@@ -46,10 +46,7 @@ SETTINGS = [
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a codec and cached clips."""
-    folder = tmp_path_factory.mktemp("prepared")
-    tiny_codec(folder / "vae")
-    cache_clips(folder / "vae", folder / "clips", 32, 10, max_seconds=100)
-    return folder
+    return prepare_run(tmp_path_factory.mktemp("prepared"))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from forked import Program
 from safetensors.torch import save_file
 
 from pavdm_dist.digits.batches import INFO, DigitBatches
-from pavdm_dist.digits.cache import LatentClips
+from pavdm_dist.digits.cache import LatentClips, cache_clips
 from pavdm_dist.digits.world import VOCABULARY, WORLD_SETTINGS
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.processes import free_port
@@ -73,6 +73,13 @@ def tiny_codec(folder: Path) -> None:
 
     torch.manual_seed(0)
     WanCodec(public_vae(build_vae(4, 4, (1, 1, 1)))).save_pretrained(folder)
+
+
+def prepare_run(folder: Path) -> Path:
+    """``folder`` with a codec and cached clips, as a run that starts with training the model finds it."""
+    tiny_codec(folder / "vae")
+    cache_clips(folder / "vae", folder / "clips", 32, 10, max_seconds=100)
+    return folder
 
 
 def write_clips(folder: Path, clips: int) -> Path:
