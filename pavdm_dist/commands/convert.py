@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,29 +13,32 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pavdm_dist.commands.components import INDEX, Component, check_fit, other_components, published_file
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.fields import read_object
 from pavdm_dist.io.folders import check_no_link, whole_folder
-from pavdm_dist.io.storage import disk_errors, same_path
+from pavdm_dist.io.storage import disk_errors
 from pavdm_dist.models.base import Backbone
 from pavdm_dist.models.catalog import backbone_shape
 from pavdm_dist.models.devices import DTYPES
-from pavdm_dist.models.loading import as_stored, check_stored, save_tensors
+from pavdm_dist.models.loading import as_stored, check_stored, has_weights, save_tensors
 from pavdm_dist.models.published import read_published
 from pavdm_dist.models.source import Source, load_config
-
-INDEX = "model_index.json"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass
 class ConvertConfig:
     """Everything ``pavdm convert`` knows."""
 
-    source: str | None = None  # the published file: .pt, .pth, .ckpt, .bin or .safetensors, or a folder of the last
+    # the published file (.pt, .pth, .ckpt, .bin or .safetensors), a folder or hub id of the last, or owner/name/FILE
+    source: str | None = None
     weights: str | None = None  # one of several sets in it; None = generator_ema, generator, ... or the file itself
     base: str | None = None  # model folder or hub id of that shape, for all but the transformer's weights
-    revision: str | None = None  # of a hub id: branch, tag or commit
+    revision: str | None = None  # of the base: branch, tag or commit
+    # folder or hub id of a component alone, or of a model that has it; None = the base's
+    vae: str | None = None
+    text_encoder: str | None = None
+    tokenizer: str | None = None  # None = what lies with the text encoder
     output: str | None = None  # the new model folder
     dtype: Literal["as stored", "bfloat16", "float16", "float32"] = "as stored"
     # what the folder says of these weights; None = as of the base
@@ -57,7 +60,8 @@ def convert_command(config: ConvertConfig, overwrite: bool) -> dict[str, Any]:
 
     Raises:
         ConfigError: a setting is missing, or the folder is a link, or it cannot be written.
-        CheckpointError: the file cannot be read, or its tensors are not those of the base's transformer.
+        CheckpointError: the file cannot be read, or its tensors are not those of the base's transformer; a component
+            is not where it is said to be.
     """
     for name in ("source", "base", "output"):
         if not getattr(config, name):
@@ -71,18 +75,47 @@ def convert_command(config: ConvertConfig, overwrite: bool) -> dict[str, Any]:
         raise ConfigError(f"output={folder}: holds no model that could be replaced; name another")
     base = Source.of(config.base, config.revision, field="base")
     shape = backbone_shape(base.part("transformer"))
-    tensors = read_published(Path(config.source), config.weights)
-    check_stored(shape.state_dict(), {name: as_stored(value) for name, value in tensors.items()}, config.source)
+    components = _components(config, base)
+    check_fit(components, shape.spec.latent_channels, shape.spec.text_dim)
+    tensors = read_published(published_file(config.source), config.weights)
+    stored = {name: as_stored(value) for name, value in tensors.items()}
+    check_stored(shape.state_dict(), stored, config.source, shape.optional_tensors)
     try:
         with whole_folder(folder) as partial, disk_errors():
-            _other_components(base, partial)
-            size = _write(config, base, shape, tensors, partial)
+            other_components(base, partial, [component.name for component in components])
+            for component in components:
+                component.write(partial)
+            size = _write(config, base, shape, tensors, components, partial)
     except OSError as error:
         raise ConfigError(f"output={folder}: cannot be written ({error.strerror or error})") from error
     return {"output": str(folder), "tensors": len(tensors), "bytes": size}
 
 
-def _write(config: ConvertConfig, base: Source, shape: Backbone, tensors: dict[str, Tensor], folder: Path) -> int:
+def _components(config: ConvertConfig, base: Source) -> list[Component]:
+    """What does not come from the base.
+
+    Raises:
+        ConfigError: the base has no codec, and none is named.
+    """
+    if config.vae is None and not has_weights(base.part("vae")):
+        raise ConfigError(f"base={config.base}: holds no weights of a codec; vae=FOLDER or a hub id names them")
+    named = {"vae": config.vae, "text_encoder": config.text_encoder, "tokenizer": config.tokenizer}
+    found = [Component.of(name, place) for name, place in named.items() if place]
+    # Publishers put a tokenizer beside its encoder, or among the encoder's files.
+    if config.text_encoder and not config.tokenizer:
+        with suppress(CheckpointError):
+            found.append(Component.of("tokenizer", config.text_encoder))
+    return found
+
+
+def _write(
+    config: ConvertConfig,
+    base: Source,
+    shape: Backbone,
+    tensors: dict[str, Tensor],
+    components: Sequence[Component],
+    folder: Path,
+) -> int:
     """The transformer and the index; bytes of the weights."""
 
     def kind(name: str, tensor: Tensor) -> torch.dtype:
@@ -96,38 +129,10 @@ def _write(config: ConvertConfig, base: Source, shape: Backbone, tensors: dict[s
     save_tensors(converted, folder / "transformer", values)
     index = read_object(base.file(INDEX), CheckpointError)
     index["transformer"] = ["diffusers", values.get("_class_name")]
+    for component in components:
+        if component.name in index and component.name != "tokenizer":
+            index[component.name] = [index[component.name][0], component.kind() or index[component.name][1]]
     index |= {"sampling": {**index.get("sampling", {}), **config.sampling}} if config.sampling else {}
     index |= {"license": config.license} if config.license else {}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return sum(value.nbytes for value in converted.values())
-
-
-def _other_components(base: Source, folder: Path) -> None:
-    """All of the base but its transformer, into an empty folder.
-
-    Weights are linked where the disk allows it, they may be large. What somebody may edit is copied: it is not to
-    change in the base, or in the cache of the hub, too.
-    """
-
-    def link(source: str, target: str) -> str:
-        if Path(source).suffix in _WEIGHTS:
-            with suppress(OSError):
-                os.link(os.path.realpath(source), target)
-                return target
-        return shutil.copy2(source, target)
-
-    def without_transformer(place: str, names: list[str]) -> list[str]:
-        # The new folder may lie in the base.
-        return [
-            name
-            for name in names
-            if name in ("transformer", INDEX, ".git") or same_path(os.path.join(place, name), folder.parent)
-        ]
-
-    if base.is_folder:
-        shutil.copytree(base.folder(), folder, copy_function=link, ignore=without_transformer, dirs_exist_ok=True)
-        return
-    index = read_object(base.file(INDEX), CheckpointError)
-    for name, value in index.items():
-        if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and name != "transformer":
-            shutil.copytree(base.part(name).folder(), folder / name, copy_function=link)

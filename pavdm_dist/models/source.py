@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -210,8 +211,11 @@ class Source:
             raise CheckpointError(f"{self}/{name}: {size} bytes were asked for, it has {len(content)}")
         return content
 
-    def folder(self) -> Path:
+    def folder(self, patterns: Sequence[str] = ("*",)) -> Path:
         """All of it as a folder on this machine; a component on the hub is fetched whole.
+
+        Args:
+            patterns: of the names of the files that must be there.
 
         Raises:
             CheckpointError: there is none, or the hub does not deliver.
@@ -221,10 +225,8 @@ class Source:
         from huggingface_hub import snapshot_download
 
         with self._hub():
-            patterns = [f"{self.component}/*"] if self.component else None
-            path = Path(
-                snapshot_download(self.location, revision=self.revision, allow_patterns=patterns), self.component
-            )
+            wanted = [self._inside(pattern) for pattern in patterns]
+            path = Path(snapshot_download(self.location, revision=self.revision, allow_patterns=wanted), self.component)
         if not path.is_dir():
             raise CheckpointError(self.missing())
         return path

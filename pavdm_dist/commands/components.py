@@ -1,0 +1,153 @@
+"""Components of a model that lie in several places, as published ones do, put together in one folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.fields import read_object
+from pavdm_dist.io.storage import same_path
+from pavdm_dist.models.source import Source, load_config
+
+INDEX = "model_index.json"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+# What tells a tokenizer's folder, and what belongs to one that lies among other files.
+_TOKENIZER = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
+_TOKENIZER_FILES = (*_TOKENIZER, "special_tokens_map.json", "added_tokens.json")
+_CONFIG = ("config.json",)
+# Of a published file: owner/name, perhaps @revision, then its place in there.
+_ON_HUB = re.compile(r"(?P<id>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<file>.+))?")
+
+
+@dataclass(frozen=True)
+class Component:
+    """A component that does not come from the base.
+
+    Attributes:
+        name: of its folder in a model.
+        source: its files, which may lie among others.
+        patterns: of the files' names.
+    """
+
+    name: str
+    source: Source
+    patterns: tuple[str, ...]
+
+    @classmethod
+    def of(cls, name: str, place: str) -> Component:
+        """What a user names: a folder or hub id that is the component, or has it as a model has.
+
+        Raises:
+            CheckpointError: neither.
+            ConfigError: it is named in a way that nothing is.
+        """
+        found = Source.of(place, field=name)
+        marks = _TOKENIZER if name == "tokenizer" else _CONFIG
+        if any(found.find(f"{name}/{mark}") is not None for mark in marks):
+            source = found.part(name)
+        elif any(found.find(mark) is not None for mark in marks):
+            source = found
+        else:
+            raise CheckpointError(f"{name}={place}: {found.missing(marks[0])}")
+        if name == "tokenizer":
+            return cls(name, source, _TOKENIZER_FILES)
+        # Repositories may hold the same weights several times; what could run code is only taken where nothing else is.
+        safe = any(source.has(f"{stem}.safetensors{end}") for stem in _STEMS for end in ("", ".index.json"))
+        return cls(name, source, ("*.json", "*.safetensors" if safe else "*.bin"))
+
+    def write(self, folder: Path) -> None:
+        """Its files, in a new folder of its name in ``folder``; weights are linked where the disk allows it."""
+        target = folder / self.name
+        target.mkdir()
+        here = self.source.folder(self.patterns)
+        for file in sorted(here.iterdir()):
+            if file.is_file() and any(fnmatch(file.name, pattern) for pattern in self.patterns):
+                _link(str(file), str(target / file.name))
+
+    def kind(self) -> str | None:
+        """The class that its ``config.json`` names."""
+        config = load_config(self.source)
+        names = config.get("architectures")
+        return config.get("_class_name") or (names[0] if isinstance(names, list) and names else None)
+
+
+_STEMS = ("diffusion_pytorch_model", "model")
+
+
+def other_components(base: Source, folder: Path, replaced: Iterable[str]) -> None:
+    """All of the base but its transformer and what is ``replaced``, into an empty folder.
+
+    Weights are linked where the disk allows it, they may be large. What somebody may edit is copied: it is not to
+    change in the base, or in the cache of the hub, too.
+    """
+    left_out = {"transformer", INDEX, ".git", *replaced}
+
+    def left(place: str, names: list[str]) -> list[str]:
+        # The new folder may lie in the base.
+        return [name for name in names if name in left_out or same_path(os.path.join(place, name), folder.parent)]
+
+    if base.is_folder:
+        shutil.copytree(base.folder(), folder, copy_function=_link, ignore=left, dirs_exist_ok=True)
+        return
+    index = read_object(base.file(INDEX), CheckpointError)
+    for name, value in index.items():
+        is_component = isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+        if is_component and name not in left_out:
+            shutil.copytree(base.part(name).folder(), folder / name, copy_function=_link)
+
+
+def published_file(place: str) -> Path:
+    """A published file of weights, or a folder of them: on this machine, or fetched from the hub.
+
+    Args:
+        place: a path; ``owner/name`` for the safetensors files of a repository or of its ``transformer``;
+            ``owner/name/FILE`` for one file. ``owner/name@REVISION`` names a branch, tag or commit.
+
+    Raises:
+        CheckpointError: the hub has no such repository or file, or does not deliver.
+        ConfigError: an empty revision.
+    """
+    path = Path(os.path.expanduser(place))
+    match = _ON_HUB.fullmatch(place)
+    # Two words of which the last is a file's name are a path that is not there.
+    if os.path.lexists(path) or match is None or (match["file"] is None and path.suffix in WEIGHTS):
+        return path
+    source = Source.of(match["id"], match["revision"], field="source")
+    if match["file"] is not None:
+        return source.file(match["file"])
+    inside = source.find("transformer/config.json") is not None
+    return (source.part("transformer") if inside else source).folder(("*.safetensors",))
+
+
+def check_fit(components: Iterable[Component], latent_channels: int, text_dim: int) -> None:
+    """Refuses a codec or text encoder of another width than the transformer's, from configurations alone.
+
+    Raises:
+        ConfigError: naming the setting and both widths.
+    """
+    from pavdm_dist.codecs.catalog import codec_spec
+
+    for component in components:
+        place = f"{component.name}={component.source}"
+        if component.name == "vae" and (found := codec_spec(component.source).latent_channels) != latent_channels:
+            raise ConfigError(f"{place}: has {found} latent channels, the transformer takes {latent_channels}")
+        if component.name == "text_encoder":
+            config = load_config(component.source)
+            width = config.get("text_dim", config.get("d_model"))
+            if width != text_dim:
+                raise ConfigError(f"{place}: gives {width} channels, the transformer takes {text_dim}")
+
+
+def _link(source: str, target: str) -> str:
+    if Path(source).suffix in WEIGHTS:
+        with suppress(OSError):
+            os.link(os.path.realpath(source), target)
+            return target
+    return shutil.copy2(source, target)
