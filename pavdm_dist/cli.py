@@ -208,6 +208,23 @@ def text_cache(arguments: argparse.Namespace) -> None:
     _print_report(text_cache_report(config), arguments.json)
 
 
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Measure how videos hold over time: drift of every measure, tables, plots, one page."""
+    from pavdm_dist.evaluate.command import eval_report, for_people
+    from pavdm_dist.evaluate.settings import EvalConfig
+    from pavdm_dist.merging import load_config
+
+    overrides = [word for word in arguments.words if is_override(word)]
+    config = load_config(EvalConfig, None, overrides)
+    config.videos = [*(word for word in arguments.words if word not in overrides), *config.videos]
+    if arguments.print_config:
+        return _print_config(config)
+    report, failure = eval_report(config, arguments.overwrite)
+    _print_report(report if arguments.json else for_people(report), arguments.json)
+    if failure is not None:
+        raise failure
+
+
 def configs(arguments: argparse.Namespace) -> None:
     """List the shipped config files, or copy one to edit."""
     from pavdm_dist.commands.configs import copy_config, describe_configs
@@ -280,9 +297,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pavdm {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
 
-    def add(function: Any, usage: str | None = None) -> argparse.ArgumentParser:
+    def add(function: Any, usage: str | None = None, name: str | None = None) -> argparse.ArgumentParser:
         about = (function.__doc__ or "").strip()
-        name = function.__name__.replace("_", "-")
+        name = name or function.__name__.replace("_", "-")
         verb = verbs.add_parser(name, help=about, description=about, usage=usage, allow_abbrev=False)
         verb.set_defaults(run=function)
         verb.add_argument("--verbose", action="store_true", help="log more")
@@ -328,6 +345,12 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = add(text_cache, "pavdm text-cache PROMPTS model=MODEL [key=value ...] [flags]")
     verb.add_argument("words", nargs="*", metavar="PROMPTS | key=value")
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+
+    verb = add(evaluate, "pavdm eval DIR|FILE... [key=value ...] [flags]", "eval")
+    verb.add_argument("words", nargs="*", metavar="DIR | FILE | key=value")
+    verb.add_argument("--overwrite", action="store_true", help="replace an earlier report")
+    verb.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
     verb = add(configs)

@@ -179,6 +179,7 @@ class Videos:
             "identity": self._identity(request),
             "extra": {
                 "sampling": asdict(self.params),
+                "chunk_frames": self._chunk_frames(),
                 **({"resyncs": list(resyncs)} if resyncs else {}),
                 **({"prompt_changes": [list(change) for change in video.changes]} if video.changes else {}),
             },
@@ -186,6 +187,11 @@ class Videos:
         comment = {"software": "pavdm_dist", "prompt": request.prompt, "seed": request.seed}
         video.result = recording.finish(facts, comment)
         video.recording = None
+
+    def _chunk_frames(self) -> list[int]:
+        """Frames of the first new chunk and of every other."""
+        spec, size = self.pipeline.checkpoint.codec_spec, self.params.latent_chunk_size
+        return [spec.frames_in_chunk(size, first) for first in (self.params.start == "noise", False)]
 
     def fail(self, video: Video, error: PAVDMError | OSError) -> None:
         """Ends a video; what is finished of it stays."""

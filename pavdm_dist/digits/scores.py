@@ -59,7 +59,7 @@ def score_chunks(
     before: NDArray[np.uint8] | None = None
     for start in range(0, len(frames) - chunk_frames + 1, chunk_frames):
         part = frames[start : start + chunk_frames]
-        scores.append(_score(judge, part, before, asked, fps))
+        scores.append(score_chunk(judge, part, before, asked, fps))
         before = part
     return scores
 
@@ -74,13 +74,18 @@ def summarise(scores: Iterable[ChunkScore]) -> dict[str, float | None]:
     return means
 
 
-def _score(
+def score_chunk(
     judge: Judge,
     frames: NDArray[np.uint8],
     before: NDArray[np.uint8] | None,
     asked: Sequence[AskedDigit],
     fps: float,
 ) -> ChunkScore:
+    """Scores of one chunk ``[t, 64, 64, 3]``; ``before`` are the frames of the one before it, if any.
+
+    Raises:
+        ConfigError: frames the judge cannot read.
+    """
     reading = judge.read(frames, asked)
     right = reading.numbers == np.array([digit.number for digit in asked])
     ratios, directions, errors = [], list[float](), []

@@ -1,0 +1,1 @@
+"""How a long video holds: measures of every chunk, their drift over time, and what it looks like."""

@@ -1,0 +1,109 @@
+"""``pavdm eval``: measures videos, and goes on where one of them cannot be."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pavdm_dist.errors import ConfigError, FailedVideosError, PAVDMError
+from pavdm_dist.evaluate.report import page, plots, summary, whole_rows
+from pavdm_dist.evaluate.settings import EvalConfig
+from pavdm_dist.evaluate.video import Measured, features_of, measure
+from pavdm_dist.io.folders import check_no_link, whole_folder
+from pavdm_dist.io.storage import disk_errors, is_remote
+
+logger = logging.getLogger(__name__)
+
+_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".gif")
+REPORT = "report.json"
+
+
+def eval_report(config: EvalConfig, overwrite: bool) -> tuple[dict[str, Any], FailedVideosError | None]:
+    """Measures every video.
+
+    Args:
+        config: settings.
+        overwrite: an earlier report at ``output`` may be replaced.
+
+    Returns:
+        ``videos`` (as :meth:`~pavdm_dist.evaluate.video.Measured.as_json`), ``failed``, ``whole`` and ``summary``; and
+        what the command is to end with where some could not be measured.
+
+    Raises:
+        ConfigError: no video is named, a setting asks for what is not installed, or the report cannot be written.
+        MediaError: a reference is no video.
+    """
+    paths = _videos(config.videos)
+    if config.output is not None:
+        _check_output(Path(config.output), overwrite)
+    if config.reference and config.features == "off":
+        raise ConfigError("reference: features=off takes none to compare with it; leave one of them out")
+    reference = features_of(_videos(config.reference)) if config.reference else None
+    measured: list[Measured] = []
+    failed: list[dict[str, str]] = []
+    for path in paths:
+        try:
+            measured.append(measure(path, config, reference))
+        except PAVDMError as error:
+            logger.warning("not measured: %s", error)
+            failed.append({"video": path, "error": str(error)})
+    rows = summary(measured, config.resamples, config.seed)
+    report = {
+        "videos": [video.as_json() for video in measured],
+        "failed": failed,
+        "whole": whole_rows(measured),
+        "summary": rows,
+    }
+    if config.output is not None and measured:
+        _write(Path(config.output), report, page(measured, failed, rows, drawn := plots(measured)), drawn)
+    if not failed:
+        return report, None
+    first = f"{failed[0]['error']}"
+    message = f"{len(failed)} of {len(paths)} videos could not be measured; the first: {first}"
+    return report, FailedVideosError(message, len(failed))
+
+
+def for_people(report: dict[str, Any]) -> dict[str, Any]:
+    """What fits a terminal: without the curves of each video."""
+    return {name: report[name] for name in ("whole", "summary", "failed") if report[name]}
+
+
+def _videos(words: Sequence[str]) -> list[str]:
+    """Files as they are named; of folders the videos in them, not those of unfinished ones."""
+    if not words:
+        raise ConfigError("videos: must be given; pavdm eval DIR|FILE...")
+    found: list[str] = []
+    for word in words:
+        folder = Path(word)
+        if is_remote(word) or not folder.is_dir():
+            found.append(word)
+            continue
+        inside = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
+        own = [str(file) for file in inside if not any(part.endswith(".parts") for part in file.parts)]
+        if not own:
+            raise ConfigError(f"videos={word}: holds no video ({', '.join(_SUFFIXES)})")
+        found += own
+    return list(dict.fromkeys(found))
+
+
+def _check_output(folder: Path, overwrite: bool) -> None:
+    check_no_link(folder, "output")
+    if folder.exists() and not overwrite:
+        raise ConfigError(f"output={folder}: exists already; --overwrite replaces an earlier report")
+    if folder.exists() and not (folder / REPORT).exists():
+        raise ConfigError(f"output={folder}: holds no report that could be replaced; name another")
+
+
+def _write(folder: Path, report: dict[str, Any], text: str, drawn: dict[str, bytes]) -> None:
+    try:
+        with whole_folder(folder) as partial, disk_errors():
+            (partial / REPORT).write_text(json.dumps(report, indent=1))
+            (partial / "report.html").write_text(text)
+            (partial / "plots").mkdir()
+            for name, png in drawn.items():
+                (partial / "plots" / f"{name}.png").write_bytes(png)
+    except OSError as error:
+        raise ConfigError(f"output={folder}: cannot be written ({error.strerror or error})") from error

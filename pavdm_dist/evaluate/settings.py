@@ -1,0 +1,28 @@
+"""What ``pavdm eval`` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pavdm_dist.fields import Within
+
+Wanted = Literal["auto", "on", "off"]
+
+
+@dataclass
+class EvalConfig:
+    """Everything ``pavdm eval`` knows. ``auto`` measures what is installed and what fits the video."""
+
+    videos: list[str] = field(default_factory=list)  # files, and folders of them
+    output: str | None = None  # new folder for report.json, report.html and plots; None = printed only
+    # seconds of a stretch that is measured as one; None = a chunk, as the video's sidecar has it, else a second
+    chunk_seconds: Annotated[float, Within(0, above=True)] | None = None
+    prompt: str | None = None  # of videos without a sidecar
+    digits: Wanted = "auto"  # read the shipped world's digits back from the pixels
+    features: Wanted = "auto"  # EfficientNet-Lite features: subject consistency, distance to a reference
+    scenes: Wanted = "auto"  # count scenes
+    motion: Wanted = "auto"  # optical flow: dynamic degree
+    reference: list[str] = field(default_factory=list)  # real videos that the features' distance is taken to
+    resamples: Annotated[int, Within(100, 1_000_000)] = 2000  # of the bootstrap
+    seed: int = 0  # of the bootstrap

@@ -1,0 +1,284 @@
+"""``pavdm eval``: measures against closed forms and known videos; one bad file stops nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pavdm_dist.cli import main
+from pavdm_dist.digits.world import NUMBERS, render, sample_scene, scene_prompt
+from pavdm_dist.evaluate.drift import drift_of
+from pavdm_dist.evaluate.features import FeatureMeter, frechet_distance, subject_consistency
+from pavdm_dist.evaluate.motion import MotionMeter
+from pavdm_dist.evaluate.pixels import PixelMeter
+from pavdm_dist.evaluate.scenes import SceneMeter
+from pavdm_dist.evaluate.settings import EvalConfig
+from pavdm_dist.evaluate.video import measure
+from pavdm_dist.io.video import export_to_video
+
+Frames = NDArray[np.uint8]
+RNG = np.random.default_rng(0)
+
+
+def texture(side: int = 64, seed: int = 0) -> NDArray[np.float64]:
+    """Smooth noise on a torus, 0..255: whatever moves over it can be followed."""
+    cells = np.fft.rfft2(np.random.default_rng(seed).normal(size=(side, side)))
+    rate = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
+    smooth = np.fft.irfft2(cells * np.exp(-((rate / 0.08) ** 2)), (side, side))
+    return 255 * (smooth - smooth.min()) / np.ptp(smooth)
+
+
+def moving(count: int, pixels: float, side: int = 64) -> Frames:
+    """A texture that moves to the right by so many whole pixels a frame."""
+    picture = texture(side).astype(np.uint8)
+    return np.stack([np.repeat(np.roll(picture, round(i * pixels), 1)[..., None], 3, -1) for i in range(count)])
+
+
+def metered(frames: Frames, chunk: int = 8, fps: float = 8.0) -> PixelMeter:
+    meter = PixelMeter(fps)
+    for number, frame in enumerate(frames):
+        meter.add(frame, number % chunk == 0)
+    return meter
+
+
+# --- drift -----------------------------------------------------------------------------------------------
+
+
+def test_a_line_is_found_and_its_ends() -> None:
+    times = [float(i) for i in range(60)]
+    drift = drift_of(times, [1 + 0.5 * time / 60 for time in times], 500, 0)
+    assert drift is not None and drift.slope == pytest.approx(0.5) and drift.low == pytest.approx(0.5)
+    assert drift.first == pytest.approx(1 + 0.5 * 4 / 60) and drift.last == pytest.approx(1 + 0.5 * 55 / 60)
+    assert drift.between_ends == pytest.approx(0.5 * 51 / 60) and not drift.holds
+    assert (drift.minimum, drift.minimum_at) == (1.0, 0.0)
+
+
+def test_an_interval_holds_the_truth_as_often_as_it_says() -> None:
+    """Of 200 series without drift, white and with memory, the 95 % interval holds zero in most."""
+    times = [float(i) for i in range(60)]
+    for memory, least in ((0.0, 0.9), (0.4, 0.8)):
+        held = 0
+        for seed in range(200):
+            noise = np.random.default_rng(seed).normal(size=60)
+            for i in range(1, 60):
+                noise[i] += memory * noise[i - 1]
+            drift = drift_of(times, noise.tolist(), 200, seed)
+            assert drift is not None
+            held += bool(drift.holds)
+        assert least <= held / 200 <= 0.99
+
+
+def test_what_was_not_measured_is_left_out() -> None:
+    assert drift_of([0.0, 1.0], [None, None], 100, 0) is None
+    drift = drift_of([0.0, 1.0, 2.0], [None, 3.0, None], 100, 0)
+    assert drift is not None and (drift.mean, drift.slope, drift.holds) == (3.0, None, None)
+    short = drift_of([0.0, 60.0], [1.0, 2.0], 100, 0)
+    assert short is not None and short.slope == pytest.approx(1) and short.low is None
+
+
+# --- pixels ----------------------------------------------------------------------------------------------
+
+
+def test_flicker_is_vbenchs() -> None:
+    frames = RNG.integers(0, 256, (16, 20, 24, 3), dtype=np.uint8)
+    found = metered(frames).per_chunk()["flicker"]
+    steps = np.abs(np.diff(frames.astype(float), axis=0)).mean((1, 2, 3))
+    assert found == pytest.approx([(255 - steps[:7].mean()) / 255, (255 - steps[7:].mean()) / 255])
+
+
+def test_measures_follow_what_is_done_to_a_picture() -> None:
+    picture = np.repeat(texture()[..., None], 3, -1)
+    blurred = sum(np.roll(picture, (i, j), (0, 1)) for i in range(-4, 5) for j in range(-4, 5)) / 81
+    coloured = picture * np.array([1.0, 0.5, 0.25])
+    cases = {"plain": picture, "blurred": blurred, "dark": picture / 2, "coloured": coloured}
+    found = {
+        name: metered(np.stack([case.astype(np.uint8)] * 8)).per_chunk() for name, case in cases.items()
+    }  # fmt: skip
+
+    def value(case: str, name: str) -> float:
+        (only,) = found[case][name]
+        assert only is not None
+        return only
+
+    assert value("blurred", "sharpness") < 0.7 * value("plain", "sharpness")
+    assert value("dark", "brightness") == pytest.approx(value("plain", "brightness") / 2, abs=0.003)
+    assert value("dark", "contrast") == pytest.approx(value("plain", "contrast") / 2, rel=0.02)
+    assert value("plain", "saturation") == 0 and value("coloured", "saturation") == pytest.approx(0.75, abs=0.02)
+    assert value("plain", "frozen") == value("plain", "flicker") == 1
+
+
+def test_a_seam_at_borders_is_seen_and_none_elsewhere() -> None:
+    smooth = moving(32, 1)
+    assert metered(smooth).per_chunk()["join"][1:] == pytest.approx([1, 1, 1], abs=0.05)
+    seam = smooth.copy()
+    for start in range(8, 32, 8):
+        seam[start:] = np.roll(seam[start:], 9, 1)
+    assert min(value or 0 for value in metered(seam).per_chunk()["join"][1:]) > 2
+    shift = metered(np.concatenate([smooth[:8], smooth[:8] // 2])).per_chunk()["colour_shift"]
+    assert shift[0] == 0 and shift[1] == pytest.approx(np.sqrt(3) * smooth[:8].mean() / 2 / 255, rel=0.02)
+
+
+def test_loops_are_found_and_standing_still_is_none() -> None:
+    once = moving(128, 0.37, 128)
+    noisy = (once.astype(int) + RNG.integers(0, 60, (128, 1, 1, 1))).clip(0, 255).astype(np.uint8)
+    assert metered(noisy).loop_score() == 0
+    assert metered(np.concatenate([noisy, noisy])).loop_score() == pytest.approx(32 / 60, abs=0.04)
+    assert metered(noisy[:1].repeat(64, 0)).loop_score() is None
+    assert metered(noisy[:8]).loop_score() is None, "too short to repeat itself"
+
+
+# --- motion, scenes, features ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("pixels", "dynamic"), [(0, 0.0), (1, 0.0), (4, 1.0)])
+def test_motion_is_as_fast_as_it_is(pixels: int, dynamic: float) -> None:
+    meter = MotionMeter(8.0)
+    for number, frame in enumerate(moving(16, pixels, 128)):
+        meter.add(frame, number % 8 == 0)
+    assert meter.dynamic_degree() == dynamic
+    for speed in meter.per_chunk():
+        assert speed == pytest.approx(pixels / 128 * 8, rel=0.25, abs=0.01)
+
+
+def test_scenes_are_counted() -> None:
+    meter = SceneMeter(24.0)
+    for scene, colour in enumerate(np.eye(3)):
+        for frame in [(texture(64, scene)[..., None] * colour).astype(np.uint8)] * 30:
+            meter.add(frame, False)
+    assert meter.count() == 3
+
+
+def test_subject_consistency_and_distance_are_what_they_say() -> None:
+    features = RNG.normal(size=(5, 8))
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    expected = [(max(0, unit[i] @ unit[i - 1]) + max(0, unit[i] @ unit[0])) / 2 for i in range(1, 5)]
+    assert subject_consistency(features) == pytest.approx(expected)
+    one, other = RNG.normal(size=(40, 6)), RNG.normal(1, 2, size=(50, 6))
+    first, second = np.cov(one.T), np.cov(other.T)
+    values, vectors = np.linalg.eigh(first)
+    root = vectors * np.sqrt(values) @ vectors.T
+    middle = np.sqrt(np.linalg.eigvalsh(root @ second @ root)).sum()
+    distance = ((one.mean(0) - other.mean(0)) ** 2).sum() + np.trace(first + second) - 2 * middle
+    assert frechet_distance(one, other) == pytest.approx(distance)
+    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
+
+
+def test_features_know_what_a_picture_shows() -> None:
+    def seen(frames: Frames) -> list[float | None]:
+        meter = FeatureMeter(2.0)
+        for number, frame in enumerate(frames):
+            meter.add(frame, number % 2 == 0)
+        return meter.per_chunk()
+
+    still = np.repeat(np.repeat(texture()[..., None], 3, -1)[None], 4, 0).astype(np.uint8)
+    assert seen(still) == pytest.approx([1, 1], abs=1e-5)
+    other = still.copy()
+    other[2:] = RNG.integers(0, 256, other[2:].shape)
+    assert (seen(other)[1] or 0) < 0.8
+
+
+# --- the command -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Three seconds of a scene, and what is to be seen in it."""
+    scene = sample_scene(np.random.default_rng(3), "heldout", num_digits=1)
+    path = tmp_path_factory.mktemp("digits") / "scene.mp4"
+    export_to_video(render(scene, 0, 72), str(path), 24)
+    return path, scene_prompt(scene)
+
+
+def test_digits_are_read_and_wrong_prompts_found_out(digits: tuple[Path, str]) -> None:
+    path, prompt = digits
+    plain = EvalConfig(prompt=prompt, motion="off", scenes="off", features="off")
+    found = measure(str(path), plain)
+    assert len(found.times) == 3 and found.drift["digit"].minimum > 0.9 and found.drift["colour"].mean == 1
+    numbers = list(NUMBERS)
+    word = next(word for word in prompt.split() if word in numbers)
+    other = prompt.replace(word, numbers[(numbers.index(word) + 1) % 10])
+    assert measure(str(path), EvalConfig(**{**plain.__dict__, "prompt": other})).drift["digit"].mean < 0.2
+
+
+def test_chunks_are_those_of_the_sidecar(digits: tuple[Path, str], tmp_path: Path) -> None:
+    path = tmp_path / "scene.mp4"
+    path.write_bytes(digits[0].read_bytes())
+    said = {"versions": {}, "prompt": "a film", "config": {"method": "pavdm"}, "extra": {"chunk_frames": [17, 20]}}
+    path.with_suffix(".json").write_text(json.dumps(said))
+    config = EvalConfig(motion="off", scenes="off", features="off")
+    found = measure(str(path), config)
+    assert found.times == pytest.approx([0, 17 / 24, 37 / 24, 57 / 24])
+    assert found.method == "pavdm" and "digit" not in found.drift, "no sentence of that world"
+    config.chunk_seconds = 1.5
+    assert measure(str(path), config).times == [0, 1.5]
+    said["config"] = {"include_input": True}
+    path.with_suffix(".json").write_text(json.dumps(said))
+    assert measure(str(path), EvalConfig(motion="off", scenes="off", features="off")).times == [0, 1, 2]
+
+
+def test_a_report_goes_on_past_bad_files(
+    digits: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    (videos / "a.mp4").write_bytes(digits[0].read_bytes())
+    (videos / "b.mp4").write_text("no film")
+    export_to_video(moving(1, 0), str(videos / "c.mp4"), 24)
+    (videos / "d.mp4.parts").mkdir()
+    (videos / "d.mp4.parts" / "00.mp4").write_text("unfinished")
+    words = ["eval", str(videos), f"output={tmp_path / 'out'}", f"reference={json.dumps([str(digits[0])])}", "--json"]
+    assert main(words) == 102
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert [video["video"] for video in report["videos"]] == [str(videos / "a.mp4")]
+    assert [Path(row["video"]).name for row in report["failed"]] == ["b.mp4", "c.mp4"]
+    assert re.search(r"pavdm: 2 of 3 videos could not be measured; the first: \S+b\.mp4 is not a video", captured.err)
+    assert report["whole"][0]["frechet_distance_eff"] == pytest.approx(0, abs=1e-6)
+    assert report["whole"][0]["scenes"] == 1 and "dynamic_degree" in report["whole"][0]
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= len(report["videos"][0]["drift"]) + 1 and "no film" not in page
+    assert not re.search(r'(src|href)="(?!data:)', page), "nothing is fetched"
+    assert main(words) == 2 and "exists already" in capsys.readouterr().err
+    assert main([*words, "--overwrite"]) == 102
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "videos: must be given"),
+        (["{empty}"], r"videos=\S+empty: holds no video"),
+        (["{film}", "digits=on"], r"digits=on: \S+scene\.mp4: no prompt is known; prompt=TEXT says it"),
+        (["{film}", "digits=on", "prompt=a cat"], r"digits=on: .*cat"),
+        (["{film}", "features=off", "reference=[{film}]"], "features=off takes none"),
+        (["{film}", "chunk_seconds=0"], "chunk_seconds=0"),
+        (["{film}", "output={empty}", "--overwrite"], "holds no report that could be replaced"),
+    ],
+)
+def test_bad_settings_are_one_sentence(
+    words: list[str], said: str, digits: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    given = [word.format(empty=tmp_path / "empty", film=digits[0]) for word in words]
+    assert main(["eval", *given]) in (2, 101)
+    assert re.search(said, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("package", "setting"), [("cv2", "motion"), ("scenedetect", "scenes"), ("efficientnet_lite_pytorch", "features")]
+)
+def test_what_is_not_installed_is_named_or_left_out(
+    package: str, setting: str, digits: tuple[Path, str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, package, None)
+    off = [f"{name}=off" for name in ("motion", "scenes", "features", "digits") if name != setting]
+    assert main(["eval", str(digits[0]), *off]) == 0
+    assert main(["eval", str(digits[0]), *off, f"{setting}=on"]) == 101
+    assert re.search(rf"{setting}=on needs .*pip install 'pavdm-dist\[metrics\]'", capsys.readouterr().err)
