@@ -105,6 +105,8 @@ class SampleConfig:
     context: Literal["joint", "cached"] | None = None  # clean chunks are in the window, or left keys and values
     anchor_chunks: ContextChunks | None = None  # of context=cached: first chunks that stay visible for ever
     step: Literal["euler", "renoise"] | None = None  # renoise: fresh noise after every step (students of few levels)
+    partitions: WindowChunks | None = None  # model calls a row of the window is cut into, of neighbouring levels each
+    lookahead: bool | None = None  # a call moves the noisier half of its chunks and looks at the cleaner one
     context_noise: ContextNoise | None = None  # level to which clean context is noised again; 0 = it stays clean
     guidance_scale: Guidance | None = None  # 1 = no guidance
     time_shift: TimeShift | None = None
@@ -231,7 +233,8 @@ def _check_plan(config: SampleConfig) -> None:
     steps, width = config.num_inference_steps, config.window_chunks
     if steps is not None and width is not None and config.context != "cached":  # the model may know of more context
         context = 1 if config.context_chunks is None else config.context_chunks
-        WindowPlan(steps, width, config.latent_chunk_size or 1, context, config.start, config.end)
+        size, partitions, lookahead = config.latent_chunk_size or 1, config.partitions or 1, bool(config.lookahead)
+        WindowPlan(steps, width, size, context, config.start, config.end, partitions=partitions, lookahead=lookahead)
 
 
 def _check_prompts(config: SampleConfig, needs_prompt: bool) -> None:

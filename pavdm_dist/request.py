@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from torch import Tensor
@@ -40,6 +40,7 @@ class SamplingParams:
         step: how a chunk comes to its next level.
         context, anchor_chunks: see :class:`~pavdm_dist.method.schedule.WindowPlan`.
         levels: the model's own, noisiest first; None makes them of the time shift.
+        partitions, lookahead: see :class:`~pavdm_dist.method.schedule.WindowPlan`.
     """
 
     num_inference_steps: int
@@ -61,6 +62,8 @@ class SamplingParams:
     context: Context = "joint"
     anchor_chunks: int = 0
     levels: tuple[float, ...] | None = None
+    partitions: int = 1
+    lookahead: bool = False
 
     @classmethod
     def resolve(cls, checkpoint: Checkpoint, allow_untrained_causal: bool = False, **chosen: Any) -> SamplingParams:
@@ -76,7 +79,8 @@ class SamplingParams:
         """
         check_names(chosen, cls.__dataclass_fields__, "sampling")
         defaults = checkpoint.defaults
-        names = set(cls.__dataclass_fields__) - {"start", "end", "time_shift", "mode", "displaced"}
+        own = {"start": "noise", "end": "drain", "mode": "window", "partitions": 1, "lookahead": False}
+        names = set(cls.__dataclass_fields__) - {*own, "time_shift", "displaced"}
         values = {name: chosen[name] if chosen.get(name) is not None else getattr(defaults, name) for name in names}
         if not isinstance(values["fps"], int | float):
             values["fps"] = float(as_rate(values["fps"]))
@@ -85,11 +89,7 @@ class SamplingParams:
             if chosen.get("time_shift"):
                 raise ConfigError(f"time_shift={shift:g}: the model has levels of its own; leave it out")
             shift, values["levels"] = 1.0, tuple(values["levels"])
-        if shift is None:
-            latents = (values["window_chunks"] + values["context_chunks"]) * values["latent_chunk_size"]
-            shift = time_shift_ratio(values["height"], values["width"], latents)
-        words = {"start": "noise", "end": "drain", "mode": "window"}
-        values |= {name: chosen.get(name) or default for name, default in words.items()}
+        values |= {name: default if chosen.get(name) is None else chosen[name] for name, default in own.items()}
         if values["mode"] not in get_args(Mode):
             raise ConfigError(
                 f"mode={values['mode']!r}: must be {', '.join(get_args(Mode)[:-1])} or {get_args(Mode)[-1]}"
@@ -97,7 +97,12 @@ class SamplingParams:
         displaced = chosen.get("displaced") or Displaced()
         if not isinstance(displaced, Displaced):
             raise ConfigError(f"displaced={displaced!r}: must be a pavdm_dist.method.microbatches.Displaced")
-        params = cls(time_shift=shift, displaced=displaced, **values)
+        params = cls(time_shift=1.0 if shift is None else shift, displaced=displaced, **values)
+        if params.lookahead and chosen.get("context_chunks") is None:
+            params = replace(params, context_chunks=params.plan(None).window_chunks // params.partitions // 2)
+        if shift is None:
+            latents = params.nominal_chunks * params.latent_chunk_size
+            params = replace(params, time_shift=time_shift_ratio(params.height, params.width, latents))
         if params.guidance_scale < 1:
             logger.warning(
                 "guidance_scale=%g: below 1 the prompt counts for less than it does without guidance, and at 0 for"
@@ -149,6 +154,8 @@ class SamplingParams:
             num_chunks,
             self.context,
             self.anchor_chunks,
+            self.partitions,
+            self.lookahead,
         )
 
     @property
@@ -159,7 +166,23 @@ class SamplingParams:
     @property
     def span(self) -> int:
         """Most chunks that one call sees."""
-        return self.context_chunks + (self.window_chunks if self.context == "joint" else 1)
+        return self.plan(None).span
+
+    @property
+    def widest(self) -> int:
+        """Most chunks that one micro-batch holds."""
+        return self.span if self.context == "joint" else self.window_chunks + 1
+
+    @property
+    def calls_per_row(self) -> int:
+        """Model calls of a row of a full window, without guidance branches."""
+        return self.partitions * (2 if self.lookahead else 1)
+
+    @property
+    def nominal_chunks(self) -> int:
+        """Chunks of the window that the time shift is for: what a call sees of a full one, context included."""
+        plan = self.plan(None)
+        return plan.span if plan.is_partitioned else self.window_chunks + self.context_chunks
 
 
 @dataclass(frozen=True)

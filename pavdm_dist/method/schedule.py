@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Literal
 
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.method.calls import Call, calls_of, check_partitions
 
 Start = Literal["noise", "chunk", "clip"]
 End = Literal["drain", "cut"]
@@ -153,6 +154,9 @@ class WindowPlan:
             of its own, whose keys and values later calls read.
         anchor_chunks: so many first chunks stay visible for ever, as if they came right before the others that are
             read; with ``context="cached"``.
+        partitions: n, model calls that a row of a full window is cut into, each of W / n chunks of neighbouring levels;
+            1 = the whole window is one (:mod:`pavdm_dist.method.calls`).
+        lookahead: a call moves half of its chunks, the noisier ones, so that there are twice as many.
     """
 
     num_inference_steps: int
@@ -164,6 +168,8 @@ class WindowPlan:
     num_chunks: int | None = None
     context: Context = "joint"
     anchor_chunks: int = 0
+    partitions: int = 1
+    lookahead: bool = False
 
     def __post_init__(self) -> None:
         steps, width = self.num_inference_steps, self.window_chunks
@@ -189,6 +195,7 @@ class WindowPlan:
         if self.num_chunks is not None and self.num_chunks < 1:
             raise ConfigError(f"num_chunks={self.num_chunks}: at least 1 is needed")
         self._check_context()
+        check_partitions(width, self.partitions, self.lookahead)
 
     def _check_context(self) -> None:
         if self.context not in ("joint", "cached"):
@@ -199,6 +206,9 @@ class WindowPlan:
             if self.anchor_chunks:
                 raise ConfigError(f"anchor_chunks={self.anchor_chunks}: context=joint keeps none; set context=cached")
             return
+        if self.is_partitioned:
+            name = "lookahead=true" if self.lookahead else f"partitions={self.partitions}"
+            raise ConfigError(f"{name}: with context=cached a row is one call; use partitions=1, lookahead=false")
         if self.start != "noise":
             raise ConfigError(f"context=cached: start={self.start} gives chunks that left no keys; set start=noise")
         least = max(1, self.window_chunks - 1 + self.anchor_chunks)
@@ -230,8 +240,21 @@ class WindowPlan:
         return self.window_chunks - 1 if self.start == "clip" else 0
 
     @property
+    def is_partitioned(self) -> bool:
+        """Whether a row is several model calls."""
+        return self.partitions > 1 or self.lookahead
+
+    @property
+    def span(self) -> int:
+        """Most chunks that a model call sees."""
+        if self.context == "cached":
+            return self.context_chunks + 1
+        part = self.window_chunks // self.partitions
+        return max(part, part // 2 + self.context_chunks) if self.lookahead else part + self.context_chunks
+
+    @property
     def num_rows(self) -> int:
-        """Model calls of one guidance branch: S(W-1+K) from text or one chunk, SK from a clip.
+        """Steps of the window: S(W-1+K) from text or one chunk, SK from a clip.
 
         Raises:
             ConfigError: the plan is endless.
@@ -239,9 +262,18 @@ class WindowPlan:
         return self._birth(self._chunks_or_fail() - 1) + self.num_inference_steps
 
     @property
+    def num_calls(self) -> int:
+        """Model calls of one guidance branch.
+
+        Raises:
+            ConfigError: the plan is endless.
+        """
+        return self._calls_before(self.num_rows)
+
+    @property
     def first_chunk_after_calls(self) -> int:
-        """Calls until the first chunk is clean: T from text or one chunk, S from a clip."""
-        return self._birth(0) + self.num_inference_steps
+        """Model calls of one branch until the first chunk is clean: of T rows from text or one chunk, S from a clip."""
+        return self._calls_before(self._birth(0) + self.num_inference_steps)
 
     @property
     def num_born(self) -> int:
@@ -255,10 +287,7 @@ class WindowPlan:
     @property
     def latent_evaluations(self) -> int:
         """Latent frames over all calls of one branch, context included (METHOD of cost: paper App. B)."""
-        step = self.steps_per_shift
-        rows = [self.row(n) for n in range(0, self.num_rows, step)]
-        clean = sum(len(row.context) for row in rows) * (step if self.context == "joint" else 1)
-        return (clean + sum(len(row.chunks) for row in rows) * step) * self.latent_chunk_size
+        return sum(self._seen(row, steps) for row, steps in self._shifts(self.num_rows)) * self.latent_chunk_size
 
     def chunk(self, index: int) -> Chunk:
         """The life of chunk ``index``.
@@ -308,6 +337,11 @@ class WindowPlan:
             yield self.row(n)
             n += 1
 
+    def calls(self, row: PlanRow) -> tuple[Call, ...]:
+        """The model calls of a partitioned row, in order of work."""
+        slots = [(left - 1) // self.steps_per_shift for left in row.steps_left]
+        return calls_of(slots, len(row.context), self.window_chunks, self.partitions, self.lookahead)
+
     def reads(self, row: PlanRow, clean: int | None = None) -> tuple[int, ...]:
         """Chunks of which a call reads what they left, in order of place; none with ``context="joint"``.
 
@@ -351,6 +385,31 @@ class WindowPlan:
 
     def _birth(self, index: int) -> int:
         return (index - self.given_clip) * self.steps_per_shift
+
+    def _calls_before(self, n: int) -> int:
+        if not self.is_partitioned:
+            return n
+        return sum(len(self.calls(row)) * steps for row, steps in self._shifts(n))
+
+    def _seen(self, row: PlanRow, steps: int) -> int:
+        """Chunks that are seen by all calls of so many rows like ``row``, whole shifts."""
+        if self.is_partitioned:
+            return steps * sum(call.sees.stop - call.sees.start for call in self.calls(row))
+        # With a cache a clean chunk has one call in all of a shift.
+        alone = steps if self.context == "joint" else steps // self.steps_per_shift
+        return steps * len(row.chunks) + alone * len(row.context)
+
+    def _shifts(self, end: int) -> Iterator[tuple[PlanRow, int]]:
+        """First rows of the shifts before row ``end``, one for all in the middle that are alike, and how many rows each
+        stands for."""
+        step, grown = self.steps_per_shift, self.window_chunks + self.joint_context
+        shifts = end // step
+        alike = max(1, shifts - grown - self.window_chunks)
+        at = 0
+        while at < shifts:
+            count = alike if at == grown else 1
+            yield self.row(at * step), count * step
+            at += count
 
     def _chunks_or_fail(self) -> int:
         if self.num_chunks is None:

@@ -200,11 +200,15 @@ class Window:
         Returns:
             The chunk that became clean, if the plan keeps it.
         """
-        size = self.plan.latent_chunk_size
-        noisy = velocity[:, :, velocity.shape[2] - len(row.chunks) * size :]
-        for index, part in zip(row.chunks, noisy.split(size, dim=2), strict=True):
-            self.advance(row, index, part)
+        self.step(row, row.chunks, velocity)
         return self.close(row)
+
+    def step(self, row: PlanRow, chunks: Sequence[int], velocity: Tensor) -> None:
+        """One step of some noisy chunks of ``row``; ``velocity`` is ``[1, C, F, h, w]``, theirs at its end."""
+        size = self.plan.latent_chunk_size
+        noisy = velocity[:, :, velocity.shape[2] - len(chunks) * size :]
+        for index, part in zip(chunks, noisy.split(size, dim=2), strict=True):
+            self.advance(row, index, part)
 
     def input(self, index: int, row: PlanRow) -> Tensor:
         """Latents ``[1, C, c, h, w]`` of one chunk as the model sees them at ``row``."""
