@@ -273,10 +273,10 @@ class Driver:
         if event.not_finite is not None:
             self._fail(flight, not_finite_error(event.not_finite, event.snapshot.row - 1))
             return
-        is_new, point = flight.shifted(event)
-        if is_new and event.clean is not None:
-            self._made(flight, event.clean)
-        else:
+        new, point = flight.shifted(event)
+        for clean in new:
+            self._made(flight, clean)
+        if not new:
             self._watchdog.shifted(flight.id)
             if point is not None:
                 self._outputs.append(Grown(flight.id, point))

@@ -131,7 +131,7 @@ class InlineEngine:
         change(stream.first_row)
         if flight.past is not None:
             decoder.warm(flight.past)
-        ended: list[Shift] = []
+        ended: list[tuple[int, Shift]] = []
 
         def after(row: PlanRow, window: Window) -> None:
             if on_step is not None:
@@ -144,9 +144,9 @@ class InlineEngine:
             change(window.row)
             if not window.plan.closes_shift(row.index):
                 return
-            shift = Shift(stream.id, replace(window.snapshot(), left=denoise.newly_left()), None)
-            if row.emit is not None:
-                ended.append(shift)  # its chunk is given out next
+            shift = Shift(stream.id, replace(window.snapshot(), left=denoise.newly_left()))
+            if row.emits:
+                ended.append((len(row.emits), shift))  # its chunks are given out next
             elif (point := flight.shifted(shift)[1]) is not None and on_grown is not None:
                 on_grown(stream.id, point)
 
@@ -161,10 +161,17 @@ class InlineEngine:
 
         for clean, _ in list(flight.undecoded):
             yield finished(clean)
+        chunks = list[CleanChunk]()
         for clean in sample(stream.window(self._device), denoise, stream.guidance_scale, after):
-            clean = CleanChunk(clean.index, clean.latents.cpu())
-            flight.shifted(replace(ended.pop(), clean=clean))
-            yield finished(clean)
+            chunks.append(CleanChunk(clean.index, clean.latents.cpu()))
+            count, shift = ended[-1]
+            if len(chunks) < count:
+                continue
+            flight.shifted(replace(shift, clean=tuple(chunks)))
+            for clean in chunks:
+                yield finished(clean)
+            ended.clear()
+            chunks.clear()
 
 
 class _Pace:

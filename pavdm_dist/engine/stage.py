@@ -32,14 +32,14 @@ class RowDone:
         latents: its input at the next row, ``[1, C, F, h, w]`` float32; None where there is none.
         snapshot: at the end of a shift, the state after the row, in main memory; the driver, which knows what adaptive
             re-sync has decided, completes it.
-        clean: at the end of a shift, the chunk that became clean, in main memory; None where none did.
+        clean: at the end of a shift, the chunks that became clean, in main memory.
         not_finite: at the end of a shift, a chunk with values that are not finite.
         change: at the end of a shift of an adaptive stream, by how much its keys changed.
     """
 
     latents: Tensor | None
     snapshot: WindowSnapshot | None = None
-    clean: CleanChunk | None = None
+    clean: tuple[CleanChunk, ...] = ()
     not_finite: int | None = None
     change: float | None = None
 
@@ -197,12 +197,11 @@ class Stage:
         self._velocities[unit.stream] = []
         window.step(row, moved_by(stream.plan, row, unit.chunk), velocity)
         ends = ends_row(stream.plan, row, unit.chunk)
-        clean = window.close(row) if ends else None
+        clean = window.close(row) if ends else ()
         latents, snapshot, not_finite, change = None, None, None, None
         if ends and stream.plan.closes_shift(row.index):
             snapshot, not_finite = window.snapshot(), window.not_finite(clean)
-            if clean is not None:
-                clean = CleanChunk(clean.index, clean.latents.cpu())
+            clean = tuple(CleanChunk(chunk.index, chunk.latents.cpu()) for chunk in clean)
             if stream.batches.adaptive:
                 change = change_of(self._memories[unit.stream])
         if unit.feeds:

@@ -145,6 +145,10 @@ class MicroBatches:
                 f"mode={self.mode}: {name} cuts rows of mode=window into calls; use mode=window, or partitions=1 and"
                 " lookahead=false"
             )
+        if plan.block_chunks > 1 and self.mode != "window":
+            raise ConfigError(
+                f"mode={self.mode}: blocks of {plan.block_chunks} chunks at one level see each other; use mode=window"
+            )
 
     def parts(self, n: int) -> tuple[tuple[int, bool], ...]:
         """Row ``n`` as ``(chunk, is clean context)`` in order of work: ``WHOLE`` alone, or chunks cleanest first.

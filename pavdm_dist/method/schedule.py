@@ -115,10 +115,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One model call: its input is ``context`` (clean, t = 0) followed by ``chunks`` (noisy, cleanest first).
+    """One step of the window: its input is ``context`` (clean, t = 0) followed by ``chunks`` (noisy, cleanest first).
 
     ``steps_left[i]`` is the number of updates chunk ``chunks[i]`` still needs *before* this call, this one
-    included. ``emit`` is the chunk that is clean and leaves after the call, if it is to be kept.
+    included. ``emits`` are the chunks that are clean and leave after the step, those that are to be kept.
     """
 
     index: int
@@ -126,7 +126,7 @@ class PlanRow:
     chunks: tuple[int, ...]
     steps_left: tuple[int, ...]
     born: tuple[int, ...]
-    emit: int | None
+    emits: tuple[int, ...]
 
     @property
     def window(self) -> tuple[int, ...]:
@@ -157,6 +157,8 @@ class WindowPlan:
         partitions: n, model calls that a row of a full window is cut into, each of W / n chunks of neighbouring levels;
             1 = the whole window is one (:mod:`pavdm_dist.method.calls`).
         lookahead: a call moves half of its chunks, the noisier ones, so that there are twice as many.
+        block_chunks: G, neighbouring chunks that are born together, share a level and leave together; divides W. 1 as
+            published; W = one block after another, behind the clean context.
     """
 
     num_inference_steps: int
@@ -170,6 +172,7 @@ class WindowPlan:
     anchor_chunks: int = 0
     partitions: int = 1
     lookahead: bool = False
+    block_chunks: int = 1
 
     def __post_init__(self) -> None:
         steps, width = self.num_inference_steps, self.window_chunks
@@ -177,9 +180,12 @@ class WindowPlan:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name}={value}: at least 1 is needed, and a whole number")
-        if steps % width:
-            legal = _nearest_divisors(steps, width)
-            multiples = sorted({max(steps // width, 1) * width, (steps // width + 1) * width})
+        if self.block_chunks < 1 or width % self.block_chunks:
+            raise ConfigError(f"block_chunks={self.block_chunks}: must divide window_chunks={width}")
+        blocks = width // self.block_chunks
+        if steps % blocks:
+            legal = [self.block_chunks * near for near in _nearest_divisors(steps, blocks)]
+            multiples = sorted({max(steps // blocks, 1) * blocks, (steps // blocks + 1) * blocks})
             raise ConfigError(
                 f"window_chunks={width} does not divide num_inference_steps={steps}: use window_chunks "
                 f"{_join(legal)}, or num_inference_steps {_join(multiples)}"
@@ -196,6 +202,11 @@ class WindowPlan:
             raise ConfigError(f"num_chunks={self.num_chunks}: at least 1 is needed")
         self._check_context()
         check_partitions(width, self.partitions, self.lookahead)
+        if self.block_chunks > 1 and self.is_partitioned:
+            name = "lookahead=true" if self.lookahead else f"partitions={self.partitions}"
+            raise ConfigError(
+                f"{name}: chunks of a block have one level, there is nothing to part; use partitions=1, lookahead=false"
+            )
 
     def _check_context(self) -> None:
         if self.context not in ("joint", "cached"):
@@ -209,6 +220,10 @@ class WindowPlan:
         if self.is_partitioned:
             name = "lookahead=true" if self.lookahead else f"partitions={self.partitions}"
             raise ConfigError(f"{name}: with context=cached a row is one call; use partitions=1, lookahead=false")
+        if self.block_chunks > 1:
+            raise ConfigError(
+                f"context=cached: blocks of {self.block_chunks} chunks read clean ones in the window; set context=joint"
+            )
         if self.start != "noise":
             raise ConfigError(f"context=cached: start={self.start} gives chunks that left no keys; set start=noise")
         least = max(1, self.window_chunks - 1 + self.anchor_chunks)
@@ -226,8 +241,8 @@ class WindowPlan:
 
     @property
     def steps_per_shift(self) -> int:
-        """S = T / W, model calls between two moves of the window."""
-        return self.num_inference_steps // self.window_chunks
+        """S = T G / W, steps between two moves of the window."""
+        return self.num_inference_steps // (self.window_chunks // self.block_chunks)
 
     @property
     def given_context(self) -> int:
@@ -236,8 +251,8 @@ class WindowPlan:
 
     @property
     def given_clip(self) -> int:
-        """Chunks of the caller's clip that enter noised, as chunks 0 .. W-2."""
-        return self.window_chunks - 1 if self.start == "clip" else 0
+        """Chunks of the caller's clip that enter noised, as chunks 0 .. W-G-1."""
+        return self.window_chunks - self.block_chunks if self.start == "clip" else 0
 
     @property
     def is_partitioned(self) -> bool:
@@ -277,12 +292,13 @@ class WindowPlan:
 
     @property
     def num_born(self) -> int:
-        """Chunks that are ever in flight: K when draining, W-1 more when cut.
+        """Chunks that are ever in flight: K when draining, W-1 more when cut (whole blocks, and W-G more).
 
         Raises:
             ConfigError: the plan is endless.
         """
-        return self._chunks_or_fail() + (self.window_chunks - 1 if self.end == "cut" else 0)
+        chunks, block = self._chunks_or_fail(), self.block_chunks
+        return chunks if self.end == "drain" else -(-chunks // block) * block + self.window_chunks - block
 
     @property
     def latent_evaluations(self) -> int:
@@ -315,19 +331,22 @@ class WindowPlan:
         """
         if n < 0 or (self.num_chunks is not None and n >= self.num_rows):
             raise IndexError(f"row {n} is outside the plan")
-        step, newest = self.steps_per_shift, n // self.steps_per_shift + self.given_clip
-        first = max(0, newest - self.window_chunks + 1)
-        last = newest if self.num_chunks is None else min(newest, self.num_born - 1)
+        block = self.block_chunks
+        newest = n // self.steps_per_shift * block + self.given_clip  # the first chunk of the newest block
+        first = max(0, newest + block - self.window_chunks)
+        last = newest + block - 1
+        if self.num_chunks is not None:
+            last = min(last, self.num_born - 1)
         chunks = tuple(range(first, last + 1))
         left = tuple(self._birth(k) + self.num_inference_steps - n for k in chunks)
-        born = (newest,) if n % step == 0 and newest <= last else ()
+        clean = tuple(k for k, steps in zip(chunks, left, strict=True) if steps == 1)
         return PlanRow(
             index=n,
             context=tuple(range(max(first - self.joint_context, -self.given_context), first)),
             chunks=chunks,
             steps_left=left,
-            born=born,
-            emit=first if left[0] == 1 else None,
+            born=tuple(range(newest, last + 1)) if n % self.steps_per_shift == 0 else (),
+            emits=clean if self.num_chunks is None else tuple(k for k in clean if k < self.num_chunks),
         )
 
     def rows(self, start: int = 0) -> Iterator[PlanRow]:
@@ -380,11 +399,11 @@ class WindowPlan:
         Rows up to ``n`` stay what they were. With ``end="cut"`` the chunks that are noisy then are discarded as always.
         """
         born = self.row(n).chunks[-1] + 1
-        kept = born if self.end == "drain" else max(1, born - self.window_chunks + 1)
+        kept = born if self.end == "drain" else max(1, born - self.window_chunks + self.block_chunks)
         return replace(self, num_chunks=kept)
 
     def _birth(self, index: int) -> int:
-        return (index - self.given_clip) * self.steps_per_shift
+        return (index - self.given_clip) // self.block_chunks * self.steps_per_shift
 
     def _calls_before(self, n: int) -> int:
         if not self.is_partitioned:

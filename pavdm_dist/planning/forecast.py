@@ -27,12 +27,14 @@ class RowShape:
     Attributes:
         held: chunks that each holds, in order of work.
         needs: how many micro-batches of the row before each waits for; 0 = none.
-        finishes: a chunk is clean after so many of them; 0 = none is.
+        finishes: chunks are clean after so many of them; 0 = none is.
+        clean: how many.
     """
 
     held: tuple[int, ...]
     needs: tuple[int, ...] = (1,)
     finishes: int = 0
+    clean: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,11 @@ def rows_of(plan: WindowPlan, mode: Mode, displaced: Displaced | None = None) ->
         held, needs, finishes = _held(plan, row, parts), tuple(range(1, len(parts) + 1)), 0
         if before and (plan.is_partitioned or parts != before):
             needs = tuple(before.index(fed[-1]) + 1 if fed else 0 for fed in batches.fed(row.index))
-        if row.emit is not None:
-            finishes = next(i for i, chunk in enumerate(parts, 1) if row.emit in moved_by(plan, row, chunk))
+        if row.emits:
+            finishes = next(i for i, chunk in enumerate(parts, 1) if row.emits[0] in moved_by(plan, row, chunk))
         if len(held) < len(parts):
             needs, finishes = (1,), min(finishes, 1)
-        rows.append(RowShape(held, needs, finishes))
+        rows.append(RowShape(held, needs, finishes, len(row.emits)))
         before = parts
     return rows
 
@@ -153,8 +155,8 @@ def _decoded(
             own = _own(row, branches, together, units)
             for video in range(together if row.finishes else 0):
                 clean = _arrival(row, row.finishes, branches, units) + own * video / together
-                done = max(done, now + clean) + decode
-                busy += decode
+                done = max(done, now + clean) + decode * row.clean
+                busy += decode * row.clean
             now += seconds[row, after]
         return now, busy, done
 

@@ -88,12 +88,12 @@ def layer_split(checkpoint: Checkpoint, params: SamplingParams, options: EngineO
     return partition(costs, options.num_stages, options.layers_per_stage)
 
 
-def units_per_chunk(params: SamplingParams) -> int:
-    """Micro-batches of a full window from one finished chunk to the next."""
+def units_per_chunk(params: SamplingParams) -> float:
+    """Micro-batches of a full window for one finished chunk."""
     branches, plan = num_branches(params.guidance_scale), params.plan(None)
     if params.mode != "window":
         return branches * (params.num_inference_steps + params.context_chunks)
-    return branches * plan.steps_per_shift * params.calls_per_row
+    return branches * plan.steps_per_shift * params.calls_per_row / plan.block_chunks
 
 
 def _costs(

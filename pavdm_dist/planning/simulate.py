@@ -234,10 +234,11 @@ class _Simulation:
         """Latents are a few percent of the hidden states: the way back costs its latency."""
         plan = self._plans[unit.stream]
         row = plan.row(unit.row)
-        if row.emit is not None and row.emit in moved_by(plan, row, unit.chunk):
+        moved = moved_by(plan, row, unit.chunk)
+        for clean in (chunk for chunk in row.emits if chunk in moved):
             if self._result.first_chunk is None:
                 self._result.first_chunk = self._env.now
-            self._finished.put((unit.stream, row.emit))
+            self._finished.put((unit.stream, clean))
         if len(self._inboxes) > 1:
             yield from self._travel(len(self._inboxes) - 1, 0.0)
         if unit.feeds:
