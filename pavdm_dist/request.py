@@ -13,6 +13,7 @@ from pavdm_dist.arguments import check_names, checked_seed
 from pavdm_dist.checkpoint import Checkpoint, SamplingDefaults
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.fields import show
+from pavdm_dist.method.baselines import Method, block_chunks, settings_of
 from pavdm_dist.method.microbatches import Displaced, MicroBatches, check_adaptive, check_displaced
 from pavdm_dist.method.schedule import Context, End, Mode, NoiseSchedule, Start, WindowPlan, time_shift_ratio
 from pavdm_dist.method.stream import ResumePoint
@@ -41,6 +42,7 @@ class SamplingParams:
         context, anchor_chunks: see :class:`~pavdm_dist.method.schedule.WindowPlan`.
         levels: the model's own, noisiest first; None makes them of the time shift.
         partitions, lookahead: see :class:`~pavdm_dist.method.schedule.WindowPlan`.
+        method: PA-VDM, or what it is compared with (:data:`~pavdm_dist.method.baselines.Method`).
     """
 
     num_inference_steps: int
@@ -64,6 +66,7 @@ class SamplingParams:
     levels: tuple[float, ...] | None = None
     partitions: int = 1
     lookahead: bool = False
+    method: Method = "pavdm"
 
     @classmethod
     def resolve(cls, checkpoint: Checkpoint, allow_untrained_causal: bool = False, **chosen: Any) -> SamplingParams:
@@ -79,7 +82,8 @@ class SamplingParams:
         """
         check_names(chosen, cls.__dataclass_fields__, "sampling")
         defaults = checkpoint.defaults
-        own = {"start": "noise", "end": "drain", "mode": "window", "partitions": 1, "lookahead": False}
+        own: dict[str, Any] = {"start": "noise", "end": "drain", "mode": "window", "method": "pavdm"}
+        own |= {"partitions": 1, "lookahead": False}
         names = set(cls.__dataclass_fields__) - {*own, "time_shift", "displaced"}
         values = {name: chosen[name] if chosen.get(name) is not None else getattr(defaults, name) for name in names}
         if not isinstance(values["fps"], int | float):
@@ -90,10 +94,11 @@ class SamplingParams:
                 raise ConfigError(f"time_shift={shift:g}: the model has levels of its own; leave it out")
             shift, values["levels"] = 1.0, tuple(values["levels"])
         values |= {name: default if chosen.get(name) is None else chosen[name] for name, default in own.items()}
-        if values["mode"] not in get_args(Mode):
-            raise ConfigError(
-                f"mode={values['mode']!r}: must be {', '.join(get_args(Mode)[:-1])} or {get_args(Mode)[-1]}"
-            )
+        for name, legal in (("mode", get_args(Mode)), ("method", get_args(Method))):
+            if values[name] not in legal:
+                raise ConfigError(f"{name}={values[name]!r}: must be {', '.join(legal[:-1])} or {legal[-1]}")
+        picked = {name: chosen.get(name) for name in ("window_chunks", "partitions", "lookahead")}
+        values |= settings_of(values["method"], values["window_chunks"], picked)
         displaced = chosen.get("displaced") or Displaced()
         if not isinstance(displaced, Displaced):
             raise ConfigError(f"displaced={displaced!r}: must be a pavdm_dist.method.microbatches.Displaced")
@@ -112,6 +117,7 @@ class SamplingParams:
         check_displaced(params.mode, displaced)
         check_adaptive(MicroBatches(params.plan(None), params.mode, 0, displaced))
         _check_step(params, defaults)
+        _check_method(params)
         if params.mode == "causal":
             _check_causal(params, checkpoint, allow_untrained_causal)
         spec = checkpoint.codec_spec
@@ -156,7 +162,13 @@ class SamplingParams:
             self.anchor_chunks,
             self.partitions,
             self.lookahead,
+            block_chunks(self.method, self.window_chunks),
         )
+
+    @property
+    def context_follows(self) -> bool:
+        """Whether clean context is noised to the level of the chunks behind it, at every step."""
+        return self.method == "replacement-noise"
 
     @property
     def cached(self) -> int:
@@ -283,6 +295,25 @@ def _check_step(params: SamplingParams, defaults: SamplingDefaults) -> None:
         raise ConfigError(
             f"latent_chunk_size={params.latent_chunk_size}: the model was distilled with chunks of"
             f" {defaults.latent_chunk_size}; use latent_chunk_size={defaults.latent_chunk_size}"
+        )
+
+
+def _check_method(params: SamplingParams) -> None:
+    """Refuses what leaves a method of blocks nothing to go on from.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if params.plan(None).block_chunks == 1 and not params.context_follows:
+        return
+    if not params.context_chunks:
+        raise ConfigError(
+            f"context_chunks=0: method={params.method} goes on from clean chunks, none would be there; use 1 or more"
+        )
+    if params.context_follows and params.context_noise:
+        raise ConfigError(
+            f"context_noise={params.context_noise:g}: method=replacement-noise noises context to each step's"
+            " level; use context_noise=0"
         )
 
 

@@ -422,7 +422,9 @@ def test_the_time_shift_is_that_of_what_a_call_sees() -> None:
 def test_the_plan_prints_the_cost_beside_the_plain_one(caplog: pytest.LogCaptureFixture) -> None:
     chosen = {"partitions": 3, "lookahead": True, "cluster": ClusterConfig(devices=4)}
     report = plan_report(PlanConfig(**chosen, num_stages=2), chunks=10)  # type: ignore[arg-type]
-    plan = SamplingParams.resolve(Checkpoint.open("embedded"), partitions=3, lookahead=True).plan(10)
+    checkpoint = Checkpoint.open("embedded")
+    params = SamplingParams.resolve(checkpoint, partitions=3, lookahead=True)
+    plan = params.plan(10)
     whole = replace(plan, partitions=1, lookahead=False)
     calls = {"model_calls": 15 * 5, "latent_evaluations": whole.latent_evaluations}
     assert (report["model_calls"], report["latent_evaluations"]) == (plan.num_calls, plan.latent_evaluations)
@@ -431,9 +433,10 @@ def test_the_plan_prints_the_cost_beside_the_plain_one(caplog: pytest.LogCapture
     assert report["cluster"]["choice"]["mode"] == "window"
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        say_cost(plan)
-        say_cost(whole)
+        say_cost(params, plan, checkpoint)
+        say_cost(replace(params, partitions=1, lookahead=False), whole, checkpoint)
     assert [record.getMessage() for record in caplog.records] == [
-        f"partitions=3, lookahead=true: {plan.num_calls} model calls and {plan.latent_evaluations} latent evaluations a"
-        f" video and guidance branch; 75 and {whole.latent_evaluations} in whole windows"
+        f"method=pavdm, partitions=3, lookahead=true: {plan.num_calls} model calls and {plan.latent_evaluations} latent"
+        " evaluations a video and guidance branch; method=pavdm in whole windows"
+        f" 75 and {whole.latent_evaluations}"
     ]

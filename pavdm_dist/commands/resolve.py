@@ -142,19 +142,28 @@ def say_what_to_expect(params: SamplingParams, checkpoint: Checkpoint) -> None:
         logger.warning("%s", expectation)
 
 
-def plain_cost(plan: WindowPlan) -> dict[str, Any]:
-    """What a video whose rows are cut into calls costs without that, for one guidance branch; {} for others."""
-    if not plan.is_partitioned:
+def plain_cost(params: SamplingParams, plan: WindowPlan, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a video of another method costs as PA-VDM in whole windows, for one guidance branch.
+
+    {} where it is that, and where such a window would not be legal.
+    """
+    width = checkpoint.defaults.window_chunks if params.method == "autoregressive" else plan.window_chunks
+    if plan.num_inference_steps % width:
         return {}
-    plain = replace(plan, partitions=1, lookahead=False)
+    plain = replace(plan, window_chunks=width, partitions=1, lookahead=False, block_chunks=1)
+    if plain == plan:
+        return {}
     return {"model_calls": plain.num_calls, "latent_evaluations": plain.latent_evaluations}
 
 
-def say_cost(plan: WindowPlan) -> None:
-    """Says what partitions and lookahead cost, where there are any."""
-    if plain := plain_cost(plan):
-        logger.info(
-            "partitions=%d, lookahead=%s: %d model calls and %d latent evaluations a video and guidance branch; %d and"
-            " %d in whole windows",
-            plan.partitions, str(plan.lookahead).lower(), plan.num_calls, plan.latent_evaluations, *plain.values(),
-        )  # fmt: skip
+def say_cost(params: SamplingParams, plan: WindowPlan, checkpoint: Checkpoint) -> None:
+    """Says what a video costs that is not made as published."""
+    if params.method == "pavdm" and not plan.is_partitioned:
+        return
+    plain = plain_cost(params, plan, checkpoint)
+    beside = "; method=pavdm in whole windows {model_calls} and {latent_evaluations}".format(**plain) if plain else ""
+    logger.info(
+        "method=%s, partitions=%d, lookahead=%s: %d model calls and %d latent evaluations a video and guidance"
+        " branch%s",
+        params.method, plan.partitions, str(plan.lookahead).lower(), plan.num_calls, plan.latent_evaluations, beside,
+    )  # fmt: skip

@@ -117,7 +117,7 @@ def check_videos(config: SampleConfig, overwrite: bool, shots: Sequence[Shot] | 
         if any(same_path(config.trace, sidecar_path(output)) for output in outputs):
             raise ConfigError(f"trace={config.trace}: is the name of a video's sidecar; choose another")
     say_what_to_expect(params, pipeline.checkpoint)
-    say_cost(plan_of(requests[0], params, pipeline.checkpoint))
+    say_cost(params, plan_of(requests[0], params, pipeline.checkpoint), pipeline.checkpoint)
     return videos
 
 
