@@ -22,11 +22,12 @@ from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.plan import plan_report
-from pavdm_dist.commands.resolve import say_cost
+from pavdm_dist.commands.resolve import say_cost, say_what_to_expect
 from pavdm_dist.config import ClusterConfig, PlanConfig, SampleConfig, validate_sample
 from pavdm_dist.engine.driver import Driver
 from pavdm_dist.engine.events import Finished, Grown, Shift
 from pavdm_dist.engine.inline import InlineEngine
+from pavdm_dist.engine.watchdog import Patience, Watchdog
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.latents import read_latents
 from pavdm_dist.method.denoiser import ModelDenoiser
@@ -208,7 +209,10 @@ def videos() -> list[Stream]:
         replace(tiny_stream(2, 3, **BLOCKS, num_chunks=6, start="chunk"), context_follows=True),
         tiny_stream(3, 4, num_chunks=3),
         tiny_stream(4, 5, guidance_scale=1.0, window_chunks=1, num_chunks=3),
-        tiny_stream(5, 6, guidance_scale=1.0, window_chunks=4, block_chunks=2, num_inference_steps=4, num_chunks=5),
+        replace(
+            tiny_stream(5, 6, guidance_scale=1.0, window_chunks=4, block_chunks=2, num_inference_steps=4, num_chunks=5),
+            image=torch.ones(4, 1, 4, 6),
+        ),
     ]
 
 
@@ -310,6 +314,22 @@ def test_other_modes_are_refused(mode: Any) -> None:
         MicroBatches(WindowPlan(latent_chunk_size=1, **BLOCKS), mode)
 
 
+def test_chunks_that_come_together_make_no_pause_suspicious() -> None:
+    """A block takes 60 s and its chunks come in a moment: 60 s of silence are usual, 700 s are not."""
+    now = [0.0]
+    watchdog = Watchdog(Patience(10.0, 30.0), lambda: now[0])
+    watchdog.starts(4, together=3)
+    for _ in range(4):
+        for pause in (60.0, 0.1, 0.1):
+            now[0] += pause
+            watchdog.gave(4)
+    now[0] += 500.0
+    assert not watchdog.late([4])
+    now[0] += 200.0
+    (late,) = watchdog.late([4])
+    assert late.usually == ", usually 60.2 s for 3 chunks" and not late.over
+
+
 def test_time_is_forecast_as_simulated() -> None:
     plan = WindowPlan(6, 3, 1, 1, num_chunks=12, block_chunks=3)
     rows = rows_of(plan, "window")
@@ -396,6 +416,18 @@ def test_costs_are_printed_beside_the_published_plan(model: Path, caplog: pytest
         assert caplog.records[-1].getMessage() == (
             f"method={method}, partitions=1, lookahead=false: {calls} model calls and {latents} latent evaluations a"
             f" video and guidance branch; method=pavdm in whole windows 28 and {plain.latent_evaluations}"
+        )
+
+
+def test_what_to_expect_depends_on_the_levels_of_a_window(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The tiny model met clean frames beside noisy ones, as blocks and single chunks have them."""
+    checkpoint = Checkpoint.open(model)
+    assert checkpoint.level_support == "mixed-trained"
+    for method in ("pavdm", "replacement", "replacement-noise", "autoregressive"):
+        caplog.clear()
+        say_what_to_expect(params_of(model, method=method), checkpoint)
+        assert [record.getMessage()[:30] for record in caplog.records] == (
+            ["the model was trained with cle"] if method == "pavdm" else []
         )
 
 

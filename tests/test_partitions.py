@@ -233,6 +233,7 @@ def both(kind: str) -> list[Stream]:
         video(kind, 2, guidance_scale=1.0, start="clip", end="cut", num_chunks=3),
         video(kind, 3, guidance_scale=1.0, start="chunk", num_inference_steps=12, num_chunks=3),
         video(kind, 4, guidance_scale=1.0, context_chunks=0, num_chunks=2),
+        replace(video(kind, 5, guidance_scale=1.0, num_chunks=3), image=torch.ones(4, 1, 4, 6), context_noise=0.1),
     ]
 
 

@@ -31,6 +31,12 @@ _EXPECTATIONS = {
     ),
 }
 
+# Methods whose windows hold no staircase: clean chunks beside one level, or one level alone.
+_SUITED = {
+    "replacement": ("mixed-trained",),
+    "autoregressive": ("mixed-trained",),
+    "replacement-noise": ("mixed-trained", "accepts"),
+}
 # What a model call sees of a full window.
 _SEEN = {"joint": "window_chunks + context_chunks", "cached": "context_chunks + 1"}
 
@@ -138,7 +144,8 @@ def say_what_to_expect(params: SamplingParams, checkpoint: Checkpoint) -> None:
             trained.trained_latents, latents,
             _SEEN[params.context] if params.calls_per_row == 1 else "chunks that a call sees",
         )  # fmt: skip
-    if (expectation := _EXPECTATIONS.get(checkpoint.level_support)) is not None:
+    expectation = _EXPECTATIONS.get(checkpoint.level_support)
+    if expectation is not None and checkpoint.level_support not in _SUITED.get(params.method, ()):
         logger.warning("%s", expectation)
 
 

@@ -81,7 +81,7 @@ class InlineEngine:
                 try:
                     if isinstance(stream, Failed):
                         raise stream.error
-                    with _watched(stream.id, self._patience) as pace:
+                    with _watched(stream, self._patience) as pace:
                         for finished in self._sampled(stream, on_grown, None if on_step is None else on_step(stream)):
                             pace.gave()
                             # The consumer's own thread count while it works; ours again, whatever it did, for the next.
@@ -177,10 +177,10 @@ class InlineEngine:
 class _Pace:
     """What one video gives, seen from a thread beside the one that makes it."""
 
-    def __init__(self, stream: int, patience: Patience) -> None:
-        self._stream, self._watchdog = stream, Watchdog(patience)
+    def __init__(self, stream: Stream, patience: Patience) -> None:
+        self._stream, self._watchdog = stream.id, Watchdog(patience)
         self._lock, self._is_awaited, self._is_told = threading.Lock(), True, False
-        self._watchdog.starts(stream)
+        self._watchdog.starts(stream.id, stream.plan.block_chunks)
 
     def gave(self) -> None:
         """A chunk, which somebody is busy with now."""
@@ -202,12 +202,11 @@ class _Pace:
                 if self._is_told:
                     return
                 self._is_told = True
-                usual = "" if late.usual_s is None else f", usually {late.usual_s:.1f} s a chunk"
-                logger.warning("video %d: nothing has come for %.0f s%s", late.stream, late.seconds, usual)
+                logger.warning("video %d: nothing has come for %.0f s%s", late.stream, late.seconds, late.usually)
 
 
 @contextmanager
-def _watched(stream: int, patience: Patience) -> Iterator[_Pace]:
+def _watched(stream: Stream, patience: Patience) -> Iterator[_Pace]:
     pace, over = _Pace(stream, patience), threading.Event()
 
     def watch() -> None:
