@@ -123,7 +123,7 @@ class _Package:
         x, levels = self._window.inputs(row)
         velocity = guide([self._denoise(x, levels, row, branch) for branch in range(BRANCHES)], self._scale)
         clean = self._window.update(row, velocity)
-        return None if clean is None else clean.latents
+        return clean[0].latents if clean else None
 
     def window(self) -> Tensor:
         """What the model would see at the next row, ``[C, F, h, w]``."""

@@ -26,6 +26,7 @@ from pavdm_dist.fields import (
     Within,
     check_fields,
 )
+from pavdm_dist.method.baselines import block_chunks
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.timed import first_prompt
 
@@ -105,6 +106,9 @@ class SampleConfig:
     context: Literal["joint", "cached"] | None = None  # clean chunks are in the window, or left keys and values
     anchor_chunks: ContextChunks | None = None  # of context=cached: first chunks that stay visible for ever
     step: Literal["euler", "renoise"] | None = None  # renoise: fresh noise after every step (students of few levels)
+    method: Literal["pavdm", "replacement", "replacement-noise", "fifo", "autoregressive"] = "pavdm"  # docs/modes.md
+    partitions: WindowChunks | None = None  # model calls a row of the window is cut into, of neighbouring levels each
+    lookahead: bool | None = None  # a call moves the noisier half of its chunks and looks at the cleaner one
     context_noise: ContextNoise | None = None  # level to which clean context is noised again; 0 = it stays clean
     guidance_scale: Guidance | None = None  # 1 = no guidance
     time_shift: TimeShift | None = None
@@ -231,7 +235,9 @@ def _check_plan(config: SampleConfig) -> None:
     steps, width = config.num_inference_steps, config.window_chunks
     if steps is not None and width is not None and config.context != "cached":  # the model may know of more context
         context = 1 if config.context_chunks is None else config.context_chunks
-        WindowPlan(steps, width, config.latent_chunk_size or 1, context, config.start, config.end)
+        size, partitions, lookahead = config.latent_chunk_size or 1, config.partitions or 1, bool(config.lookahead)
+        block, kind = block_chunks(config.method, width), (config.start, config.end)
+        WindowPlan(steps, width, size, context, *kind, partitions=partitions, lookahead=lookahead, block_chunks=block)
 
 
 def _check_prompts(config: SampleConfig, needs_prompt: bool) -> None:

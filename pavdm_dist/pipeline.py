@@ -238,8 +238,8 @@ class PAVDMPipeline:
             callback_on_step_end: called with (pipeline, row, level of the noisiest chunk, {"latents": the window's
                 input of the next row}), to look at; only with ``num_stages=0``.
             sampling: ``window_chunks``, ``latent_chunk_size``, ``context_chunks``, ``context``, ``anchor_chunks``,
-                ``step``, ``start``, ``end``, ``fps``, ``time_shift``, ``mode``, ``displaced``,
-                ``allow_untrained_causal``, ``streams`` (videos in flight).
+                ``method``, ``partitions``, ``lookahead``, ``step``, ``start``, ``end``, ``fps``, ``time_shift``,
+                ``mode``, ``displaced``, ``allow_untrained_causal``, ``streams`` (videos in flight).
 
         Raises:
             ConfigError: impossible arguments, or a result that would not fit in memory (use :meth:`iter_chunks`).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from pavdm_dist.arguments import check_names, checked_seed
 from pavdm_dist.checkpoint import Checkpoint, SamplingDefaults
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.fields import show
+from pavdm_dist.method.baselines import Method, block_chunks, settings_of
 from pavdm_dist.method.microbatches import Displaced, MicroBatches, check_adaptive, check_displaced
 from pavdm_dist.method.schedule import Context, End, Mode, NoiseSchedule, Start, WindowPlan, time_shift_ratio
 from pavdm_dist.method.stream import ResumePoint
@@ -40,6 +41,8 @@ class SamplingParams:
         step: how a chunk comes to its next level.
         context, anchor_chunks: see :class:`~pavdm_dist.method.schedule.WindowPlan`.
         levels: the model's own, noisiest first; None makes them of the time shift.
+        partitions, lookahead: see :class:`~pavdm_dist.method.schedule.WindowPlan`.
+        method: PA-VDM, or what it is compared with (:data:`~pavdm_dist.method.baselines.Method`).
     """
 
     num_inference_steps: int
@@ -61,6 +64,9 @@ class SamplingParams:
     context: Context = "joint"
     anchor_chunks: int = 0
     levels: tuple[float, ...] | None = None
+    partitions: int = 1
+    lookahead: bool = False
+    method: Method = "pavdm"
 
     @classmethod
     def resolve(cls, checkpoint: Checkpoint, allow_untrained_causal: bool = False, **chosen: Any) -> SamplingParams:
@@ -76,7 +82,9 @@ class SamplingParams:
         """
         check_names(chosen, cls.__dataclass_fields__, "sampling")
         defaults = checkpoint.defaults
-        names = set(cls.__dataclass_fields__) - {"start", "end", "time_shift", "mode", "displaced"}
+        own: dict[str, Any] = {"start": "noise", "end": "drain", "mode": "window", "method": "pavdm"}
+        own |= {"partitions": 1, "lookahead": False}
+        names = set(cls.__dataclass_fields__) - {*own, "time_shift", "displaced"}
         values = {name: chosen[name] if chosen.get(name) is not None else getattr(defaults, name) for name in names}
         if not isinstance(values["fps"], int | float):
             values["fps"] = float(as_rate(values["fps"]))
@@ -85,19 +93,21 @@ class SamplingParams:
             if chosen.get("time_shift"):
                 raise ConfigError(f"time_shift={shift:g}: the model has levels of its own; leave it out")
             shift, values["levels"] = 1.0, tuple(values["levels"])
-        if shift is None:
-            latents = (values["window_chunks"] + values["context_chunks"]) * values["latent_chunk_size"]
-            shift = time_shift_ratio(values["height"], values["width"], latents)
-        words = {"start": "noise", "end": "drain", "mode": "window"}
-        values |= {name: chosen.get(name) or default for name, default in words.items()}
-        if values["mode"] not in get_args(Mode):
-            raise ConfigError(
-                f"mode={values['mode']!r}: must be {', '.join(get_args(Mode)[:-1])} or {get_args(Mode)[-1]}"
-            )
+        values |= {name: default if chosen.get(name) is None else chosen[name] for name, default in own.items()}
+        for name, legal in (("mode", get_args(Mode)), ("method", get_args(Method))):
+            if values[name] not in legal:
+                raise ConfigError(f"{name}={values[name]!r}: must be {', '.join(legal[:-1])} or {legal[-1]}")
+        picked = {name: chosen.get(name) for name in ("window_chunks", "partitions", "lookahead")}
+        values |= settings_of(values["method"], values["window_chunks"], picked)
         displaced = chosen.get("displaced") or Displaced()
         if not isinstance(displaced, Displaced):
             raise ConfigError(f"displaced={displaced!r}: must be a pavdm_dist.method.microbatches.Displaced")
-        params = cls(time_shift=shift, displaced=displaced, **values)
+        params = cls(time_shift=1.0 if shift is None else shift, displaced=displaced, **values)
+        if params.lookahead and chosen.get("context_chunks") is None:
+            params = replace(params, context_chunks=params.plan(None).window_chunks // params.partitions // 2)
+        if shift is None:
+            latents = params.nominal_chunks * params.latent_chunk_size
+            params = replace(params, time_shift=time_shift_ratio(params.height, params.width, latents))
         if params.guidance_scale < 1:
             logger.warning(
                 "guidance_scale=%g: below 1 the prompt counts for less than it does without guidance, and at 0 for"
@@ -107,6 +117,7 @@ class SamplingParams:
         check_displaced(params.mode, displaced)
         check_adaptive(MicroBatches(params.plan(None), params.mode, 0, displaced))
         _check_step(params, defaults)
+        _check_method(params)
         if params.mode == "causal":
             _check_causal(params, checkpoint, allow_untrained_causal)
         spec = checkpoint.codec_spec
@@ -149,7 +160,15 @@ class SamplingParams:
             num_chunks,
             self.context,
             self.anchor_chunks,
+            self.partitions,
+            self.lookahead,
+            block_chunks(self.method, self.window_chunks),
         )
+
+    @property
+    def context_follows(self) -> bool:
+        """Whether clean context is noised to the level of the chunks behind it, at every step."""
+        return self.method == "replacement-noise"
 
     @property
     def cached(self) -> int:
@@ -159,7 +178,23 @@ class SamplingParams:
     @property
     def span(self) -> int:
         """Most chunks that one call sees."""
-        return self.context_chunks + (self.window_chunks if self.context == "joint" else 1)
+        return self.plan(None).span
+
+    @property
+    def widest(self) -> int:
+        """Most chunks that one micro-batch holds."""
+        return self.span if self.context == "joint" else self.window_chunks + 1
+
+    @property
+    def calls_per_row(self) -> int:
+        """Model calls of a row of a full window, without guidance branches."""
+        return self.partitions * (2 if self.lookahead else 1)
+
+    @property
+    def nominal_chunks(self) -> int:
+        """Chunks of the window that the time shift is for: what a call sees of a full one, context included."""
+        plan = self.plan(None)
+        return plan.span if plan.is_partitioned else self.window_chunks + self.context_chunks
 
 
 @dataclass(frozen=True)
@@ -260,6 +295,25 @@ def _check_step(params: SamplingParams, defaults: SamplingDefaults) -> None:
         raise ConfigError(
             f"latent_chunk_size={params.latent_chunk_size}: the model was distilled with chunks of"
             f" {defaults.latent_chunk_size}; use latent_chunk_size={defaults.latent_chunk_size}"
+        )
+
+
+def _check_method(params: SamplingParams) -> None:
+    """Refuses what leaves a method of blocks nothing to go on from.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if params.plan(None).block_chunks == 1 and not params.context_follows:
+        return
+    if not params.context_chunks:
+        raise ConfigError(
+            f"context_chunks=0: method={params.method} goes on from clean chunks, none would be there; use 1 or more"
+        )
+    if params.context_follows and params.context_noise:
+        raise ConfigError(
+            f"context_noise={params.context_noise:g}: method=replacement-noise noises context to each step's"
+            " level; use context_noise=0"
         )
 
 

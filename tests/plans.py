@@ -57,14 +57,14 @@ def simulate(plan: WindowPlan) -> Iterator[PlanRow]:
             born, next_chunk = (next_chunk,), next_chunk + 1
         context = clean[max(0, len(clean) - plan.context_chunks) :]
         chunks, left = zip(*queue, strict=True)
-        emit = None
+        emits: tuple[int, ...] = ()
         for entry in queue:
             entry[1] -= 1
         if queue[0][1] == 0:
-            emit = queue.pop(0)[0]
-            clean.append(emit)
+            emits = (queue.pop(0)[0],)
+            clean += emits
             emitted += 1
-        yield PlanRow(n, tuple(context), chunks, left, born, emit)
+        yield PlanRow(n, tuple(context), chunks, left, born, emits)
         n += 1
 
 

@@ -22,7 +22,7 @@ from pavdm_dist.engine.ray_engine import RayEngine
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
 from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.method.denoiser import StreamDenoiser
-from pavdm_dist.method.microbatches import WHOLE, Displaced
+from pavdm_dist.method.microbatches import Displaced, carried_by, slots_of
 from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.schedule import Mode, PlanRow
 from pavdm_dist.method.stream import ResumePoint, Stream
@@ -63,12 +63,15 @@ def _cut(num_stages: int) -> list[tuple[int, int]]:
 
 
 def _streams(mode: Mode, ids: Iterator[int]) -> list[Stream]:
-    return [
+    streams = [
         tiny_stream(next(ids), seed=1, mode=mode),
         tiny_stream(next(ids), seed=2, guidance_scale=1.0, num_chunks=2, mode=mode),
         tiny_stream(next(ids), seed=3, start="clip", end="cut", num_chunks=3, mode=mode),
         tiny_stream(next(ids), seed=4, start="chunk", num_chunks=1, mode=mode),
     ]
+    if mode == "window":
+        streams.append(tiny_stream(next(ids), seed=6, num_chunks=3, window_chunks=6, partitions=3, lookahead=True))
+    return streams
 
 
 @pytest.mark.slow  # tests/test_devices.py has stages in bfloat16
@@ -134,11 +137,8 @@ def test_actors_equal_the_sampler(ray_cluster: None, folder: Path, num_stages: i
 
 def _frames(stream: Stream, row: PlanRow) -> list[int]:
     """Latent frames of every micro-batch of a row."""
-    return [_size(stream, row, chunk) for chunk, _ in stream.batches.parts(row.index)]
-
-
-def _size(stream: Stream, row: PlanRow, chunk: int) -> int:
-    return stream.plan.latent_chunk_size * (len(row.window) if chunk == WHOLE else 1)
+    parts = [slots_of(stream.plan, row, chunk) for chunk, _ in stream.batches.parts(row.index)]
+    return [stream.plan.latent_chunk_size * (slots.stop - slots.start) for slots in parts]
 
 
 def _check_bytes(streams: list, reports: list, num_stages: int) -> None:
@@ -151,7 +151,8 @@ def _check_bytes(streams: list, reports: list, num_stages: int) -> None:
                 forward += stream.branches * (64 + 4 * frames * dim * (tokens + 6 + 1))
             # Everything that was there at the row before and is still read.
             for chunk in stream.batches.sent(row.index - 1) if row.index else ():
-                back += 64 + 4 * 4 * _size(stream, row, chunk) * 4 * 6
+                chunks = len(carried_by(stream.plan, stream.plan.row(row.index - 1), row, chunk))
+                back += 64 + 4 * 4 * stream.plan.latent_chunk_size * chunks * 4 * 6
     assert [report.bytes_forward for report in reports] == [forward] * (num_stages - 1) + [0]
     assert [report.bytes_feedback for report in reports] == [0] * (num_stages - 1) + [back]
 

@@ -118,7 +118,7 @@ def test_what_is_saved_is_bounded() -> None:
 def test_saved_keys_survive_files_and_wires(dtype: torch.dtype, tmp_path: Path) -> None:
     left = {"0.3.1.k": torch.randn(1, 2, 5, 4).to(dtype).transpose(1, 2), "0.3.1.v": torch.randn(1, 2, 5, 4).to(dtype)}
     snapshot = WindowSnapshot(7, {3: torch.randn(4, 3, 2, 2)}, left=left)
-    shift = pickle.loads(pickle.dumps(Shift(0, snapshot, CleanChunk(3, torch.ones(1)))))
+    shift = pickle.loads(pickle.dumps(Shift(0, snapshot, (CleanChunk(3, torch.ones(1)),))))
     write_state(tmp_path, State({}, point=_point(ResumePoint(snapshot))))
 
     class Recording:

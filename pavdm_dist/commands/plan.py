@@ -10,6 +10,7 @@ from pavdm_dist.commands.resolve import (
     decoder_of_stages,
     engine_options,
     open_checkpoint,
+    plain_cost,
     sampling_params,
     say_what_to_expect,
 )
@@ -49,9 +50,9 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
     schedule = [change.from_chunk for change in config.prompt_schedule]
     check_schedule(schedule or [chunk for chunk, _ in timed_prompts(config.timed_prompts, params, checkpoint)], plan)
     if plan.num_rows > MAX_ROWS:
-        most = max(1, MAX_ROWS // plan.steps_per_shift - params.window_chunks)
+        most = max(1, MAX_ROWS // plan.steps_per_shift * plan.block_chunks - params.window_chunks)
         raise ConfigError(
-            f"num_frames={frames}: {plan.num_rows} model calls are too many to forecast one by one; plan at most"
+            f"num_frames={frames}: {plan.num_rows} steps are too many to forecast one by one; plan at most"
             f" chunks={most}, the rest goes on like that"
         )
     branches = 1 if params.guidance_scale == 1 else 2
@@ -64,12 +65,13 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
         "chunks": chunks,
         "num_frames": frames,
         "seconds": round(frames / params.fps, 3),
-        "model_calls": plan.num_rows,
+        "model_calls": plan.num_calls,
         "guidance_branches": branches,
         "latent_evaluations": plan.latent_evaluations,
         "latent_evaluations_per_new_latent": round(plan.latent_evaluations / (chunks * size), 3),
+        **({"plain_plan": plain} if (plain := plain_cost(params, plan, checkpoint)) else {}),
         "first_chunk_after_calls": plan.first_chunk_after_calls,
-        "calls_per_chunk": plan.steps_per_shift,
+        "calls_per_chunk": _calls_per_chunk(plan, params),
         "window_latents": params.span * size,
         "levels": [round(level, 6) for level in reversed(params.schedule.levels)],
         "layer_split": [list(blocks) for blocks in split],
@@ -78,6 +80,11 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
         "sampling": asdict(params),
         **({} if cluster is None else {"cluster": _cluster_report(config, cluster, checkpoint, params, plan)}),
     }
+
+
+def _calls_per_chunk(plan: WindowPlan, params: SamplingParams) -> float:
+    calls = plan.steps_per_shift * params.calls_per_row
+    return calls if plan.block_chunks == 1 else round(calls / plan.block_chunks, 3)
 
 
 def _cluster_report(

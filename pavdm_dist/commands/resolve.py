@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, replace
+from typing import Any
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.method.microbatches import Displaced
+from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.models.source import Adapter, Source
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.request import SamplingParams
@@ -24,9 +26,19 @@ _EXPECTATIONS = {
     ),
     "accepts": (
         "the model was never trained with different noise levels in one window: expect flicker and drift; finetune"
-        " it, or use more steps (num_inference_steps), so that neighbours differ less"
+        " it, use more steps (num_inference_steps), so that neighbours differ less, or partitions=N and lookahead=true,"
+        " so that a call sees a part of the levels"
     ),
 }
+
+# Methods whose windows hold no staircase: clean chunks beside one level, or one level alone.
+_SUITED = {
+    "replacement": ("mixed-trained",),
+    "autoregressive": ("mixed-trained",),
+    "replacement-noise": ("mixed-trained", "accepts"),
+}
+# What a model call sees of a full window.
+_SEEN = {"joint": "window_chunks + context_chunks", "cached": "context_chunks + 1"}
 
 
 def engine_options(config: SampleConfig) -> EngineOptions:
@@ -130,7 +142,35 @@ def say_what_to_expect(params: SamplingParams, checkpoint: Checkpoint) -> None:
         logger.warning(
             "the model was trained with windows of at most %d latents; %d, (%s) x latent_chunk_size, may look wrong",
             trained.trained_latents, latents,
-            "window_chunks + context_chunks" if params.context == "joint" else "context_chunks + 1",
+            _SEEN[params.context] if params.calls_per_row == 1 else "chunks that a call sees",
         )  # fmt: skip
-    if (expectation := _EXPECTATIONS.get(checkpoint.level_support)) is not None:
+    expectation = _EXPECTATIONS.get(checkpoint.level_support)
+    if expectation is not None and checkpoint.level_support not in _SUITED.get(params.method, ()):
         logger.warning("%s", expectation)
+
+
+def plain_cost(params: SamplingParams, plan: WindowPlan, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a video of another method costs as PA-VDM in whole windows, for one guidance branch.
+
+    {} where it is that, and where such a window would not be legal.
+    """
+    width = checkpoint.defaults.window_chunks if params.method == "autoregressive" else plan.window_chunks
+    if plan.num_inference_steps % width:
+        return {}
+    plain = replace(plan, window_chunks=width, partitions=1, lookahead=False, block_chunks=1)
+    if plain == plan:
+        return {}
+    return {"model_calls": plain.num_calls, "latent_evaluations": plain.latent_evaluations}
+
+
+def say_cost(params: SamplingParams, plan: WindowPlan, checkpoint: Checkpoint) -> None:
+    """Says what a video costs that is not made as published."""
+    if params.method == "pavdm" and not plan.is_partitioned:
+        return
+    plain = plain_cost(params, plan, checkpoint)
+    beside = "; method=pavdm in whole windows {model_calls} and {latent_evaluations}".format(**plain) if plain else ""
+    logger.info(
+        "method=%s, partitions=%d, lookahead=%s: %d model calls and %d latent evaluations a video and guidance"
+        " branch%s",
+        params.method, plan.partitions, str(plan.lookahead).lower(), plan.num_calls, plan.latent_evaluations, beside,
+    )  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.prompts import Line, read_prompts
-from pavdm_dist.commands.resolve import open_pipeline, sampling_params, say_what_to_expect
+from pavdm_dist.commands.resolve import open_pipeline, sampling_params, say_cost, say_what_to_expect
 from pavdm_dist.commands.signals import Signals, Stopped
 from pavdm_dist.commands.videos import Shot, Video, Videos
 from pavdm_dist.config import SampleConfig, frames_wanted
@@ -26,7 +26,7 @@ from pavdm_dist.io.metadata import sidecar_path
 from pavdm_dist.io.storage import check_output, exists, is_remote, join, local_copy, parts_folder, same_path
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.rates import as_rate
-from pavdm_dist.request import SamplingParams, VideoRequest
+from pavdm_dist.request import SamplingParams, VideoRequest, plan_of
 from pavdm_dist.texts import check_prompts, prepare_texts, timed_prompts
 from pavdm_dist.timed import first_prompt
 
@@ -117,6 +117,7 @@ def check_videos(config: SampleConfig, overwrite: bool, shots: Sequence[Shot] | 
         if any(same_path(config.trace, sidecar_path(output)) for output in outputs):
             raise ConfigError(f"trace={config.trace}: is the name of a video's sidecar; choose another")
     say_what_to_expect(params, pipeline.checkpoint)
+    say_cost(params, plan_of(requests[0], params, pipeline.checkpoint), pipeline.checkpoint)
     return videos
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
 from pavdm_dist.config import DisplacedConfig
@@ -26,6 +26,8 @@ class SimulateConfig:
     window_chunks: WindowChunks = 6  # W
     chunks: Annotated[int, Within(1, 1_000_000)] = 84  # new chunks per video
     context: bool = True  # one clean chunk in front of the window
+    partitions: WindowChunks = 1  # model calls a row is cut into
+    lookahead: bool = False  # each moves half of its chunks; with context, W / 2n chunks of it
     branches: Annotated[int, Within(1, 2)] = 2  # guidance branches
     videos: Annotated[int, Within(1, 10_000)] | None = None  # in all; None = as many as are in flight
     streams: Annotated[int, Within(1, 10_000)] = 1  # videos in flight
@@ -70,11 +72,10 @@ def simulate_report(config: SimulateConfig) -> dict[str, Any]:
         config.outstanding,
         decode_seconds=config.decode_seconds,
     )
-    plan = WindowPlan(
-        config.num_inference_steps, config.window_chunks, 1, int(config.context), num_chunks=config.chunks
-    )
+    plan = _plan(config)
     videos = config.streams if config.videos is None else config.videos
-    units = plan.num_rows * videos * config.branches * stages * (1 if config.mode == "window" else config.window_chunks)
+    micro_batches = plan.num_calls if config.mode == "window" else plan.num_rows * config.window_chunks
+    units = micro_batches * videos * config.branches * stages
     if units > MAX_UNITS:
         raise ConfigError(
             f"chunks={config.chunks}: {units} units of {videos} video(s) are too many to simulate one by one; use"
@@ -89,7 +90,24 @@ def simulate_report(config: SimulateConfig) -> dict[str, Any]:
         )
     result = simulate([plan] * videos, config.mode, config.branches, config.streams, machine, displaced)
     settings = {"mode": config.mode, "context": config.context, "unit_cost": config.unit_cost, "videos": videos}
+    if plan.is_partitioned:
+        settings |= {"partitions": plan.partitions, "lookahead": plan.lookahead}
     return {**settings, **_report(result, config.chart)}
+
+
+def _plan(config: SimulateConfig) -> WindowPlan:
+    plan = WindowPlan(
+        config.num_inference_steps,
+        config.window_chunks,
+        1,
+        int(config.context),
+        num_chunks=config.chunks,
+        partitions=config.partitions,
+        lookahead=config.lookahead,
+    )
+    if not (config.lookahead and config.context):
+        return plan
+    return replace(plan, context_chunks=config.window_chunks // config.partitions // 2)
 
 
 def _report(result: Result, chart: str | None) -> dict[str, Any]:

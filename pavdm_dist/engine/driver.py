@@ -153,7 +153,7 @@ class Driver:
             blocked = flight.id in self._leaving or flight.id in self._doomed  # an earlier stream of that id
             if free > 0 and flight.stand is Stand.WAITING and not blocked:
                 flight.stand = Stand.PREPARING
-                self._watchdog.starts(flight.id)
+                self._watchdog.starts(flight.id, flight.stream.plan.block_chunks)
                 self._gang.prepare(flight.stream, flight.past)
                 free -= 1
 
@@ -273,10 +273,10 @@ class Driver:
         if event.not_finite is not None:
             self._fail(flight, not_finite_error(event.not_finite, event.snapshot.row - 1))
             return
-        is_new, point = flight.shifted(event)
-        if is_new and event.clean is not None:
-            self._made(flight, event.clean)
-        else:
+        new, point = flight.shifted(event)
+        for clean in new:
+            self._made(flight, clean)
+        if not new:
             self._watchdog.shifted(flight.id)
             if point is not None:
                 self._outputs.append(Grown(flight.id, point))
@@ -327,8 +327,7 @@ class Driver:
         overdue = False
         for late in self._watchdog.late(awaited, held_up=not self._has_room(held_bytes)):
             flight = self._flights[late.stream]
-            usual = "" if late.usual_s is None else f", usually {late.usual_s:.1f} s a chunk"
-            what = f"nothing has come for {late.seconds:.0f} s{usual}; {flight.awaited}"
+            what = f"nothing has come for {late.seconds:.0f} s{late.usually}; {flight.awaited}"
             if not late.over:
                 logger.warning("video %d: %s", late.stream, what)
             elif not overdue:

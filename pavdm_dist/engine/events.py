@@ -69,13 +69,13 @@ class Shift:
     Attributes:
         stream: id.
         snapshot: the state before the next row, without what adaptive re-sync has decided, which the driver knows.
-        clean: the chunk that became clean; None while the first window grows, and where the plan discards it.
+        clean: the chunks that became clean; none while the first window grows, and where the plan discards them.
         not_finite: a chunk with values that are not finite; nothing of the stream is of use any more.
     """
 
     stream: int
     snapshot: WindowSnapshot
-    clean: CleanChunk | None
+    clean: tuple[CleanChunk, ...] = ()
     not_finite: int | None = None
 
     def with_left(self, parts: Iterable[Left]) -> Shift:
@@ -89,7 +89,7 @@ class Shift:
         """As arrays, which are pickled in a tenth of the time: a stage holds the interpreter meanwhile."""
         row, latents, exact_rows = self.snapshot.row, self.snapshot.latents, self.snapshot.exact_rows
         arrays = {index: held.numpy() for index, held in latents.items()}
-        clean = None if self.clean is None else (self.clean.index, self.clean.latents.numpy())
+        clean = [(chunk.index, chunk.latents.numpy()) for chunk in self.clean]
         left = _as_arrays(self.snapshot.left)
         return _shift, (self.stream, row, arrays, exact_rows, clean, self.not_finite, left)
 
@@ -118,7 +118,7 @@ def _shift(
     row: int,
     arrays: dict[int, np.ndarray],
     exact_rows: frozenset[int],
-    clean: tuple[int, np.ndarray] | None,
+    clean: list[tuple[int, np.ndarray]],
     not_finite: int | None,
     left: dict[str, _Array],
 ) -> Shift:
@@ -126,8 +126,8 @@ def _shift(
     snapshot = WindowSnapshot(
         row, {index: torch.tensor(array) for index, array in arrays.items()}, exact_rows, _as_tensors(left)
     )
-    chunk = None if clean is None else CleanChunk(clean[0], torch.tensor(clean[1]))
-    return Shift(stream, snapshot, chunk, not_finite)
+    chunks = tuple(CleanChunk(index, torch.tensor(array)) for index, array in clean)
+    return Shift(stream, snapshot, chunks, not_finite)
 
 
 @dataclass(frozen=True)

@@ -117,18 +117,18 @@ class Flight:
         """Rows that adaptive re-sync has made exact so far."""
         return tuple(sorted(self._resynced | self.batches.exact_rows))
 
-    def shifted(self, shift: Shift) -> tuple[bool, ResumePoint | None]:
+    def shifted(self, shift: Shift) -> tuple[list[CleanChunk], ResumePoint | None]:
         """Takes the end of a shift in.
 
         Returns:
-            Whether it brought a chunk that is new (a gang that began at an earlier row repeats some), and where the
-            stream goes on; None where it could not, or where that is known already.
+            The chunks that are new (a gang that began at an earlier row repeats some), and where the stream goes on;
+            None where it could not, or where that is known already.
         """
-        clean, is_new, self.row = shift.clean, False, shift.snapshot.row
-        if clean is not None and clean.index == self.next_chunk:
-            is_new = True
-            self.next_chunk += 1
+        self.row = shift.snapshot.row
+        new = [clean for clean in shift.clean if clean.index >= self.next_chunk]
+        for clean in new:
             self._tail = self._behind(self._tail, clean)
+        self.next_chunk += len(new)
         if self.stream.plan.is_over(shift.snapshot.row):
             self.stand = Stand.SAMPLED
         point = None
@@ -136,12 +136,11 @@ class Flight:
         if self.batches.durable(self.row, chunks_in(self._left)):
             self._latest = replace(shift.snapshot, exact_rows=self.batches.exact_from(self.row), left=dict(self._left))
             point = self._point(self._latest)
-        if clean is None:
-            return False, point
-        if not is_new:
-            return False, None
-        self.undecoded.append((clean, point))
-        return True, point
+        if shift.clean and not new:
+            return [], None
+        for clean in new:  # the point is behind all of them
+            self.undecoded.append((clean, point if clean is new[-1] else None))
+        return new, point
 
     def changed(self, event: KeysChanged) -> None:
         """A shift of an adaptive stream is over: what follows from it enters the log with the next epoch."""

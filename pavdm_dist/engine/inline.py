@@ -81,7 +81,7 @@ class InlineEngine:
                 try:
                     if isinstance(stream, Failed):
                         raise stream.error
-                    with _watched(stream.id, self._patience) as pace:
+                    with _watched(stream, self._patience) as pace:
                         for finished in self._sampled(stream, on_grown, None if on_step is None else on_step(stream)):
                             pace.gave()
                             # The consumer's own thread count while it works; ours again, whatever it did, for the next.
@@ -131,7 +131,7 @@ class InlineEngine:
         change(stream.first_row)
         if flight.past is not None:
             decoder.warm(flight.past)
-        ended: list[Shift] = []
+        ended: list[tuple[int, Shift]] = []
 
         def after(row: PlanRow, window: Window) -> None:
             if on_step is not None:
@@ -144,9 +144,9 @@ class InlineEngine:
             change(window.row)
             if not window.plan.closes_shift(row.index):
                 return
-            shift = Shift(stream.id, replace(window.snapshot(), left=denoise.newly_left()), None)
-            if row.emit is not None:
-                ended.append(shift)  # its chunk is given out next
+            shift = Shift(stream.id, replace(window.snapshot(), left=denoise.newly_left()))
+            if row.emits:
+                ended.append((len(row.emits), shift))  # its chunks are given out next
             elif (point := flight.shifted(shift)[1]) is not None and on_grown is not None:
                 on_grown(stream.id, point)
 
@@ -161,19 +161,26 @@ class InlineEngine:
 
         for clean, _ in list(flight.undecoded):
             yield finished(clean)
+        chunks = list[CleanChunk]()
         for clean in sample(stream.window(self._device), denoise, stream.guidance_scale, after):
-            clean = CleanChunk(clean.index, clean.latents.cpu())
-            flight.shifted(replace(ended.pop(), clean=clean))
-            yield finished(clean)
+            chunks.append(CleanChunk(clean.index, clean.latents.cpu()))
+            count, shift = ended[-1]
+            if len(chunks) < count:
+                continue
+            flight.shifted(replace(shift, clean=tuple(chunks)))
+            for clean in chunks:
+                yield finished(clean)
+            ended.clear()
+            chunks.clear()
 
 
 class _Pace:
     """What one video gives, seen from a thread beside the one that makes it."""
 
-    def __init__(self, stream: int, patience: Patience) -> None:
-        self._stream, self._watchdog = stream, Watchdog(patience)
+    def __init__(self, stream: Stream, patience: Patience) -> None:
+        self._stream, self._watchdog = stream.id, Watchdog(patience)
         self._lock, self._is_awaited, self._is_told = threading.Lock(), True, False
-        self._watchdog.starts(stream)
+        self._watchdog.starts(stream.id, stream.plan.block_chunks)
 
     def gave(self) -> None:
         """A chunk, which somebody is busy with now."""
@@ -195,12 +202,11 @@ class _Pace:
                 if self._is_told:
                     return
                 self._is_told = True
-                usual = "" if late.usual_s is None else f", usually {late.usual_s:.1f} s a chunk"
-                logger.warning("video %d: nothing has come for %.0f s%s", late.stream, late.seconds, usual)
+                logger.warning("video %d: nothing has come for %.0f s%s", late.stream, late.seconds, late.usually)
 
 
 @contextmanager
-def _watched(stream: int, patience: Patience) -> Iterator[_Pace]:
+def _watched(stream: Stream, patience: Patience) -> Iterator[_Pace]:
     pace, over = _Pace(stream, patience), threading.Event()
 
     def watch() -> None:

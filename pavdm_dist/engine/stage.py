@@ -13,7 +13,7 @@ from torch import Tensor
 from pavdm_dist.engine.messages import Layout
 from pavdm_dist.engine.order import Unit
 from pavdm_dist.method.denoiser import change_of, memories_of, unit_context
-from pavdm_dist.method.microbatches import WHOLE, slots_of
+from pavdm_dist.method.microbatches import WHOLE, carried_by, ends_row, moved_by, slots_of
 from pavdm_dist.method.sampler import guide
 from pavdm_dist.method.saved_keys import newly_left
 from pavdm_dist.method.schedule import PlanRow, WindowPlan
@@ -32,14 +32,14 @@ class RowDone:
         latents: its input at the next row, ``[1, C, F, h, w]`` float32; None where there is none.
         snapshot: at the end of a shift, the state after the row, in main memory; the driver, which knows what adaptive
             re-sync has decided, completes it.
-        clean: at the end of a shift, the chunk that became clean, in main memory; None where none did.
+        clean: at the end of a shift, the chunks that became clean, in main memory.
         not_finite: at the end of a shift, a chunk with values that are not finite.
         change: at the end of a shift of an adaptive stream, by how much its keys changed.
     """
 
     latents: Tensor | None
     snapshot: WindowSnapshot | None = None
-    clean: CleanChunk | None = None
+    clean: tuple[CleanChunk, ...] = ()
     not_finite: int | None = None
     change: float | None = None
 
@@ -104,9 +104,9 @@ class Stage:
         self._texts.add(stream, changed.conditioning.texts)
 
     def feed(self, stream: int, row: int, chunk: int, latents: Tensor) -> None:
-        """First stage: latents ``[1, C, F, h, w]`` for ``row`` of a stream, of one chunk or of the whole window."""
+        """First stage: latents ``[1, C, F, h, w]`` for ``row`` of a stream, which micro-batch ``chunk`` sent back."""
         plan = self._streams[stream].plan
-        chunks = plan.row(row).window if chunk == WHOLE else (chunk,)
+        chunks = carried_by(plan, plan.row(row - 1), plan.row(row), chunk)
         self._inputs[stream].update(zip(chunks, latents.split(plan.latent_chunk_size, dim=2), strict=True))
 
     @torch.inference_mode()
@@ -134,7 +134,7 @@ class Stage:
             self._forget(unit)
             return None if self.last else activation
         window = self._windows[unit.stream]
-        x = window.joined(row, self._held(stream, row, unit)) if unit.chunk == WHOLE else window.chunk(unit.chunk)
+        x = window.joined(row, self._held(stream, row, unit))
         velocity = self.model.to_velocity(self.model.head(activation, context.grid), x, levels)
         self._velocities[unit.stream].append(velocity)
         return self._update(unit, stream, row) if unit.closes else None
@@ -158,10 +158,10 @@ class Stage:
         return Layout(self.model.activation_shapes(grid), self.dtype)
 
     def latents_layout(self, stream_id: int, row: int, chunk: int) -> Layout:
-        """Shape of the latents that come back to the first stage as input of ``row``."""
+        """Shape of the latents that come back to the first stage as input of ``row``, from micro-batch ``chunk``."""
         stream = self._streams[stream_id]
-        channels, height, width = stream.latent_shape
-        frames = (len(stream.plan.row(row).window) if chunk == WHOLE else 1) * stream.plan.latent_chunk_size
+        plan, (channels, height, width) = stream.plan, stream.latent_shape
+        frames = len(carried_by(plan, plan.row(row - 1), plan.row(row), chunk)) * plan.latent_chunk_size
         return Layout(((1, channels, frames, height, width),), torch.float32)
 
     def _context(self, stream: Stream, row: PlanRow, unit: Unit) -> BlockContext:
@@ -180,13 +180,13 @@ class Stage:
     def _input(self, unit: Unit, stream: Stream, row: PlanRow) -> Tensor:
         """First stage: latents of the unit. Noisy ones are used for one row only, the context's stay for a shift."""
         inputs = self._inputs[unit.stream]
-        chunks = self._held(stream, row, unit)
+        chunks, moved = self._held(stream, row, unit), moved_by(stream.plan, row, unit.chunk)
         for chunk in row.born:
             if chunk in chunks and chunk not in inputs:
                 inputs[chunk] = stream.noise(chunk, self.device).unsqueeze(0)
         latents = torch.cat([inputs[chunk] for chunk in chunks], dim=2)
         if unit.closes:
-            for gone in [k for k in inputs if k < row.window[0] or (k in chunks and k in row.chunks)]:
+            for gone in [k for k in inputs if k < row.window[0] or k in moved]:
                 del inputs[gone]
         return latents
 
@@ -195,23 +195,18 @@ class Stage:
         window = self._windows[unit.stream]
         velocity = guide(self._velocities[unit.stream], stream.guidance_scale)
         self._velocities[unit.stream] = []
-        clean, change = None, None
-        if unit.chunk == WHOLE:
-            clean = window.update(row, velocity)
-        else:
-            window.advance(row, unit.chunk, velocity)
-            if unit.chunk == row.chunks[-1]:
-                clean = window.close(row)
-        latents, snapshot, not_finite = None, None, None
-        if unit.chunk in (WHOLE, row.chunks[-1]) and stream.plan.closes_shift(row.index):
+        window.step(row, moved_by(stream.plan, row, unit.chunk), velocity)
+        ends = ends_row(stream.plan, row, unit.chunk)
+        clean = window.close(row) if ends else ()
+        latents, snapshot, not_finite, change = None, None, None, None
+        if ends and stream.plan.closes_shift(row.index):
             snapshot, not_finite = window.snapshot(), window.not_finite(clean)
-            if clean is not None:
-                clean = CleanChunk(clean.index, clean.latents.cpu())
+            clean = tuple(CleanChunk(chunk.index, chunk.latents.cpu()) for chunk in clean)
             if stream.batches.adaptive:
                 change = change_of(self._memories[unit.stream])
         if unit.feeds:
             following = stream.plan.row(unit.row + 1)
-            latents = window.inputs(following)[0] if unit.chunk == WHOLE else window.input(unit.chunk, following)
+            latents = window.joined(following, carried_by(stream.plan, row, following, unit.chunk))
         self._forget(unit)
         return RowDone(latents, snapshot, clean, not_finite, change)
 

@@ -37,11 +37,20 @@ class _Pace:
     since: float
     chunk_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     reported: bool = False
+    together: int = 1
+
+    @property
+    def usual_s(self) -> float | None:
+        """From one block of chunks to the next, whose first one is waited for and the others are not."""
+        times = list(self.chunk_seconds)
+        size = min(self.together, len(times))
+        return median(sum(times[i : i + size]) for i in range(len(times) - size + 1)) if times else None
 
 
 @dataclass(frozen=True)
 class Late:
-    """A video that is late: since when, what it usually takes (None: it has given nothing so far), whether it is over.
+    """A video that is late: since when, what ``together`` chunks usually take (None: it has given nothing so far),
+    whether it is over.
 
     One that is not ``over`` is told once per chunk.
     """
@@ -50,6 +59,14 @@ class Late:
     seconds: float
     usual_s: float | None
     over: bool
+    together: int = 1
+
+    @property
+    def usually(self) -> str:
+        """What it usually takes, in words to be added to a sentence."""
+        if self.usual_s is None:
+            return ""
+        return f", usually {self.usual_s:.1f} s {'a chunk' if self.together == 1 else f'for {self.together} chunks'}"
 
 
 class Watchdog:
@@ -66,9 +83,9 @@ class Watchdog:
         self._decoding: deque[int] = deque()
         self._asked = clock()
 
-    def starts(self, stream: int) -> None:
-        """A video is taken in, for the first time or by another gang."""
-        self._paces.setdefault(stream, _Pace(0.0)).since = self._clock()
+    def starts(self, stream: int, together: int = 1) -> None:
+        """A video is taken in, for the first time or by another gang; so many of its chunks become clean together."""
+        self._paces.setdefault(stream, _Pace(0.0, together=together)).since = self._clock()
 
     def handed(self, stream: int) -> None:
         """A chunk of a video was handed to the decoder, which takes all of them in this order."""
@@ -121,11 +138,11 @@ class Watchdog:
             if (held_up or stream in self._decoding) and not is_decoded:
                 pace.since = now  # its turn has not come
             seconds = now - pace.since
-            usual = median(pace.chunk_seconds) if pace.chunk_seconds else None
+            usual = pace.usual_s
             allowed = max(self._patience.floor_s, self._patience.factor * (usual or 0.0))
             over = seconds > max(allowed, self._patience.limit_s)
             # Before the first shift nobody knows what is usual; there is the limit alone.
             if over or (usual is not None and seconds > allowed and not pace.reported):
                 pace.reported = True
-                found.append(Late(stream, seconds, usual, over))
+                found.append(Late(stream, seconds, usual, over, pace.together))
         return sorted(found, key=lambda late: -late.seconds)

@@ -99,6 +99,7 @@ class StreamDenoiser:
             for index in range(model.spec.num_blocks):
                 activation = model.block(index, activation, context)
             if not is_context:
+                # What a partition's call only looks at is written again by the call that moves it, which comes later.
                 velocity[:, :, frames] = model.to_velocity(model.head(activation, context.grid), part, part_levels)
         if branch == self._stream.branches - 1 and self.batches.adaptive and self.batches.plan.closes_shift(row.index):
             self.batches = self.batches.reported(row.index, change_of(self._memories))
@@ -154,12 +155,13 @@ def unit_context(
     texts: TextBank,
     memory: Memory | None,
 ) -> BlockContext:
-    """What blocks read for one micro-batch of a row, ``chunk`` or ``WHOLE``; tells the ``memory`` that it begins."""
+    """What blocks read for one micro-batch of a row, named by ``chunk``; tells the ``memory`` that it begins."""
     plan, size = stream.plan, stream.plan.latent_chunk_size
     _, height, width = stream.latent_shape
     only = None if chunk == WHOLE else chunk
     slots = slots_of(plan, row, chunk)
-    own, first = row.window[slots], slots.start
+    # The call of a partition is a window of its own to the model.
+    own, first = row.window[slots], 0 if plan.is_partitioned else slots.start
     if plan.context == "cached":
         read = plan.reads(row, only)
         window, first = read + own, len(read)

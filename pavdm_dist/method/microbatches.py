@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.method.calls import Call
 from pavdm_dist.method.schedule import Mode, PlanRow, WindowPlan
 
 # The "chunk" of a micro-batch that is a whole window: of all its noisy chunks, where context is cached.
@@ -80,10 +81,42 @@ def check_displaced(mode: Mode, displaced: Displaced) -> None:
 
 
 def slots_of(plan: WindowPlan, row: PlanRow, chunk: int) -> slice:
-    """Which chunks of a row's window a micro-batch holds, ``chunk`` being one of them or ``WHOLE``."""
+    """Which chunks of a row's window a micro-batch holds; ``chunk`` names it, see :meth:`MicroBatches.parts`."""
     if chunk == WHOLE:
         return slice(0 if plan.context == "joint" else len(row.context), len(row.window))
-    return slice(row.window.index(chunk), row.window.index(chunk) + 1)
+    place = row.window.index(chunk)
+    if plan.is_partitioned:
+        return _call(plan, row, place).sees
+    return slice(place, place + 1)
+
+
+def moved_by(plan: WindowPlan, row: PlanRow, chunk: int) -> tuple[int, ...]:
+    """The noisy chunks that take a step by a micro-batch, the last ones that it holds; none by a clean chunk's."""
+    if chunk == WHOLE:
+        return row.chunks
+    if chunk in row.context:
+        return ()
+    if plan.is_partitioned:
+        place = row.window.index(chunk)
+        return row.window[place : _call(plan, row, place).sees.stop]
+    return (chunk,)
+
+
+def carried_by(plan: WindowPlan, row: PlanRow, after: PlanRow, chunk: int) -> tuple[int, ...]:
+    """Chunks whose latents the last stage sends to the first behind a micro-batch of ``row``, for the row ``after``."""
+    if chunk == WHOLE:
+        return after.window
+    return tuple(k for k in moved_by(plan, row, chunk) if k in after.window)
+
+
+def ends_row(plan: WindowPlan, row: PlanRow, chunk: int) -> bool:
+    """Whether a micro-batch is the row's last one."""
+    return chunk == WHOLE or chunk == row.chunks[0 if plan.is_partitioned else -1]
+
+
+def _call(plan: WindowPlan, row: PlanRow, place: int) -> Call:
+    """The call of a partitioned row whose moving chunks begin at ``place`` of its window."""
+    return next(call for call in plan.calls(row) if call.sees.stop - call.moves == place)
 
 
 @dataclass(frozen=True)
@@ -104,8 +137,23 @@ class MicroBatches:
     displaced: Displaced = field(default_factory=Displaced)
     exact_rows: frozenset[int] = frozenset()
 
+    def __post_init__(self) -> None:
+        plan = self.plan
+        if plan.is_partitioned and self.mode != "window":
+            name = "lookahead=true" if plan.lookahead else f"partitions={plan.partitions}"
+            raise ConfigError(
+                f"mode={self.mode}: {name} cuts rows of mode=window into calls; use mode=window, or partitions=1 and"
+                " lookahead=false"
+            )
+        if plan.block_chunks > 1 and self.mode != "window":
+            raise ConfigError(
+                f"mode={self.mode}: blocks of {plan.block_chunks} chunks at one level see each other; use mode=window"
+            )
+
     def parts(self, n: int) -> tuple[tuple[int, bool], ...]:
         """Row ``n`` as ``(chunk, is clean context)`` in order of work: ``WHOLE`` alone, or chunks cleanest first.
+
+        The calls of a partitioned row go by the first chunk that each moves, and come noisiest first.
 
         Where context is cached the newest clean chunk comes before ``WHOLE``, once, in the first row of a shift.
 
@@ -115,6 +163,9 @@ class MicroBatches:
         if self.plan.context == "cached":
             opens = n % self.plan.steps_per_shift == 0
             return (*((k, True) for k in self.plan.row(n).context if opens), (WHOLE, False))
+        if self.plan.is_partitioned:
+            row = self.plan.row(n)
+            return tuple((row.window[call.sees.stop - call.moves], False) for call in self.plan.calls(row))
         if self.mode == "window" or (self.mode == "displaced" and self._is_exact(n)):
             return ((WHOLE, False),)
         now = self.plan.row(n)
@@ -127,8 +178,21 @@ class MicroBatches:
         """Micro-batches of row ``n`` whose latents the last stage sends back to the first, for row ``n + 1``."""
         if self.plan.is_over(n + 1):
             return ()
-        after = self.plan.row(n + 1).window
-        return tuple(k for k, is_context in self.parts(n) if k == WHOLE or (k in after and not is_context))
+        return tuple(self._carried(n))
+
+    def fed(self, n: int) -> tuple[tuple[int, ...], ...]:
+        """For each micro-batch of row ``n``, those of the row before whose latents must be back before it can begin.
+
+        Latents come back in the order of the work that gave them, so what came for others is taken with them.
+        """
+        row, coming = self.plan.row(n), [(k, frozenset(held)) for k, held in self._carried(n - 1).items()]
+        waited, taken = [], 0
+        for chunk, _ in self.parts(n):
+            seen = row.window[slots_of(self.plan, row, chunk)]
+            needed = [i for i in range(taken, len(coming)) if not coming[i][1].isdisjoint(seen)]
+            first, taken = taken, max(needed, default=taken - 1) + 1
+            waited.append(tuple(k for k, _ in coming[first:taken]))
+        return tuple(waited)
 
     @property
     def adaptive(self) -> bool:
@@ -162,6 +226,12 @@ class MicroBatches:
     def exact_from(self, n: int) -> frozenset[int]:
         """Rows from ``n`` on that adaptive re-sync has made exact so far."""
         return frozenset(row for row in self.exact_rows if row >= n)
+
+    def _carried(self, n: int) -> dict[int, tuple[int, ...]]:
+        """By micro-batch of row ``n`` that is followed by another row, the chunks that come back for it; in order."""
+        row, after = self.plan.row(n), self.plan.row(n + 1)
+        carried = {k: carried_by(self.plan, row, after, k) for k, is_context in self.parts(n) if not is_context}
+        return {k: chunks for k, chunks in carried.items() if chunks}
 
     def _is_exact(self, n: int) -> bool:
         return n in self.exact_rows or self.displaced.is_exact(self.plan, n, self.first_row)

@@ -62,5 +62,4 @@ def sample(
             raise not_finite_error(bad, row.index)
         if callback is not None:
             callback(row, window)
-        if clean is not None:
-            yield clean
+        yield from clean

@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Literal
 
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.method.calls import Call, calls_of, check_partitions
 
 Start = Literal["noise", "chunk", "clip"]
 End = Literal["drain", "cut"]
@@ -114,10 +115,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One model call: its input is ``context`` (clean, t = 0) followed by ``chunks`` (noisy, cleanest first).
+    """One step of the window: its input is ``context`` (clean, t = 0) followed by ``chunks`` (noisy, cleanest first).
 
     ``steps_left[i]`` is the number of updates chunk ``chunks[i]`` still needs *before* this call, this one
-    included. ``emit`` is the chunk that is clean and leaves after the call, if it is to be kept.
+    included. ``emits`` are the chunks that are clean and leave after the step, those that are to be kept.
     """
 
     index: int
@@ -125,7 +126,7 @@ class PlanRow:
     chunks: tuple[int, ...]
     steps_left: tuple[int, ...]
     born: tuple[int, ...]
-    emit: int | None
+    emits: tuple[int, ...]
 
     @property
     def window(self) -> tuple[int, ...]:
@@ -153,6 +154,11 @@ class WindowPlan:
             of its own, whose keys and values later calls read.
         anchor_chunks: so many first chunks stay visible for ever, as if they came right before the others that are
             read; with ``context="cached"``.
+        partitions: n, model calls that a row of a full window is cut into, each of W / n chunks of neighbouring levels;
+            1 = the whole window is one (:mod:`pavdm_dist.method.calls`).
+        lookahead: a call moves half of its chunks, the noisier ones, so that there are twice as many.
+        block_chunks: G, neighbouring chunks that are born together, share a level and leave together; divides W. 1 as
+            published; W = one block after another, behind the clean context.
     """
 
     num_inference_steps: int
@@ -164,6 +170,9 @@ class WindowPlan:
     num_chunks: int | None = None
     context: Context = "joint"
     anchor_chunks: int = 0
+    partitions: int = 1
+    lookahead: bool = False
+    block_chunks: int = 1
 
     def __post_init__(self) -> None:
         steps, width = self.num_inference_steps, self.window_chunks
@@ -171,9 +180,12 @@ class WindowPlan:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name}={value}: at least 1 is needed, and a whole number")
-        if steps % width:
-            legal = _nearest_divisors(steps, width)
-            multiples = sorted({max(steps // width, 1) * width, (steps // width + 1) * width})
+        if self.block_chunks < 1 or width % self.block_chunks:
+            raise ConfigError(f"block_chunks={self.block_chunks}: must divide window_chunks={width}")
+        blocks = width // self.block_chunks
+        if steps % blocks:
+            legal = [self.block_chunks * near for near in _nearest_divisors(steps, blocks)]
+            multiples = sorted({max(steps // blocks, 1) * blocks, (steps // blocks + 1) * blocks})
             raise ConfigError(
                 f"window_chunks={width} does not divide num_inference_steps={steps}: use window_chunks "
                 f"{_join(legal)}, or num_inference_steps {_join(multiples)}"
@@ -189,6 +201,12 @@ class WindowPlan:
         if self.num_chunks is not None and self.num_chunks < 1:
             raise ConfigError(f"num_chunks={self.num_chunks}: at least 1 is needed")
         self._check_context()
+        check_partitions(width, self.partitions, self.lookahead)
+        if self.block_chunks > 1 and self.is_partitioned:
+            name = "lookahead=true" if self.lookahead else f"partitions={self.partitions}"
+            raise ConfigError(
+                f"{name}: chunks of a block have one level, there is nothing to part; use partitions=1, lookahead=false"
+            )
 
     def _check_context(self) -> None:
         if self.context not in ("joint", "cached"):
@@ -199,6 +217,13 @@ class WindowPlan:
             if self.anchor_chunks:
                 raise ConfigError(f"anchor_chunks={self.anchor_chunks}: context=joint keeps none; set context=cached")
             return
+        if self.is_partitioned:
+            name = "lookahead=true" if self.lookahead else f"partitions={self.partitions}"
+            raise ConfigError(f"{name}: with context=cached a row is one call; use partitions=1, lookahead=false")
+        if self.block_chunks > 1:
+            raise ConfigError(
+                f"context=cached: blocks of {self.block_chunks} chunks read clean ones in the window; set context=joint"
+            )
         if self.start != "noise":
             raise ConfigError(f"context=cached: start={self.start} gives chunks that left no keys; set start=noise")
         least = max(1, self.window_chunks - 1 + self.anchor_chunks)
@@ -216,8 +241,8 @@ class WindowPlan:
 
     @property
     def steps_per_shift(self) -> int:
-        """S = T / W, model calls between two moves of the window."""
-        return self.num_inference_steps // self.window_chunks
+        """S = T G / W, steps between two moves of the window."""
+        return self.num_inference_steps // (self.window_chunks // self.block_chunks)
 
     @property
     def given_context(self) -> int:
@@ -226,12 +251,25 @@ class WindowPlan:
 
     @property
     def given_clip(self) -> int:
-        """Chunks of the caller's clip that enter noised, as chunks 0 .. W-2."""
-        return self.window_chunks - 1 if self.start == "clip" else 0
+        """Chunks of the caller's clip that enter noised, as chunks 0 .. W-G-1."""
+        return self.window_chunks - self.block_chunks if self.start == "clip" else 0
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether a row is several model calls."""
+        return self.partitions > 1 or self.lookahead
+
+    @property
+    def span(self) -> int:
+        """Most chunks that a model call sees."""
+        if self.context == "cached":
+            return self.context_chunks + 1
+        part = self.window_chunks // self.partitions
+        return max(part, part // 2 + self.context_chunks) if self.lookahead else part + self.context_chunks
 
     @property
     def num_rows(self) -> int:
-        """Model calls of one guidance branch: S(W-1+K) from text or one chunk, SK from a clip.
+        """Steps of the window: S(W-1+K) from text or one chunk, SK from a clip.
 
         Raises:
             ConfigError: the plan is endless.
@@ -239,26 +277,33 @@ class WindowPlan:
         return self._birth(self._chunks_or_fail() - 1) + self.num_inference_steps
 
     @property
-    def first_chunk_after_calls(self) -> int:
-        """Calls until the first chunk is clean: T from text or one chunk, S from a clip."""
-        return self._birth(0) + self.num_inference_steps
-
-    @property
-    def num_born(self) -> int:
-        """Chunks that are ever in flight: K when draining, W-1 more when cut.
+    def num_calls(self) -> int:
+        """Model calls of one guidance branch.
 
         Raises:
             ConfigError: the plan is endless.
         """
-        return self._chunks_or_fail() + (self.window_chunks - 1 if self.end == "cut" else 0)
+        return self._calls_before(self.num_rows)
+
+    @property
+    def first_chunk_after_calls(self) -> int:
+        """Model calls of one branch until the first chunk is clean: of T rows from text or one chunk, S from a clip."""
+        return self._calls_before(self._birth(0) + self.num_inference_steps)
+
+    @property
+    def num_born(self) -> int:
+        """Chunks that are ever in flight: K when draining, W-1 more when cut (whole blocks, and W-G more).
+
+        Raises:
+            ConfigError: the plan is endless.
+        """
+        chunks, block = self._chunks_or_fail(), self.block_chunks
+        return chunks if self.end == "drain" else -(-chunks // block) * block + self.window_chunks - block
 
     @property
     def latent_evaluations(self) -> int:
         """Latent frames over all calls of one branch, context included (METHOD of cost: paper App. B)."""
-        step = self.steps_per_shift
-        rows = [self.row(n) for n in range(0, self.num_rows, step)]
-        clean = sum(len(row.context) for row in rows) * (step if self.context == "joint" else 1)
-        return (clean + sum(len(row.chunks) for row in rows) * step) * self.latent_chunk_size
+        return sum(self._seen(row, steps) for row, steps in self._shifts(self.num_rows)) * self.latent_chunk_size
 
     def chunk(self, index: int) -> Chunk:
         """The life of chunk ``index``.
@@ -286,19 +331,22 @@ class WindowPlan:
         """
         if n < 0 or (self.num_chunks is not None and n >= self.num_rows):
             raise IndexError(f"row {n} is outside the plan")
-        step, newest = self.steps_per_shift, n // self.steps_per_shift + self.given_clip
-        first = max(0, newest - self.window_chunks + 1)
-        last = newest if self.num_chunks is None else min(newest, self.num_born - 1)
+        block = self.block_chunks
+        newest = n // self.steps_per_shift * block + self.given_clip  # the first chunk of the newest block
+        first = max(0, newest + block - self.window_chunks)
+        last = newest + block - 1
+        if self.num_chunks is not None:
+            last = min(last, self.num_born - 1)
         chunks = tuple(range(first, last + 1))
         left = tuple(self._birth(k) + self.num_inference_steps - n for k in chunks)
-        born = (newest,) if n % step == 0 and newest <= last else ()
+        clean = tuple(k for k, steps in zip(chunks, left, strict=True) if steps == 1)
         return PlanRow(
             index=n,
             context=tuple(range(max(first - self.joint_context, -self.given_context), first)),
             chunks=chunks,
             steps_left=left,
-            born=born,
-            emit=first if left[0] == 1 else None,
+            born=tuple(range(newest, last + 1)) if n % self.steps_per_shift == 0 else (),
+            emits=clean if self.num_chunks is None else tuple(k for k in clean if k < self.num_chunks),
         )
 
     def rows(self, start: int = 0) -> Iterator[PlanRow]:
@@ -307,6 +355,11 @@ class WindowPlan:
         while self.num_chunks is None or n < self.num_rows:
             yield self.row(n)
             n += 1
+
+    def calls(self, row: PlanRow) -> tuple[Call, ...]:
+        """The model calls of a partitioned row, in order of work."""
+        slots = [(left - 1) // self.steps_per_shift for left in row.steps_left]
+        return calls_of(slots, len(row.context), self.window_chunks, self.partitions, self.lookahead)
 
     def reads(self, row: PlanRow, clean: int | None = None) -> tuple[int, ...]:
         """Chunks of which a call reads what they left, in order of place; none with ``context="joint"``.
@@ -346,11 +399,36 @@ class WindowPlan:
         Rows up to ``n`` stay what they were. With ``end="cut"`` the chunks that are noisy then are discarded as always.
         """
         born = self.row(n).chunks[-1] + 1
-        kept = born if self.end == "drain" else max(1, born - self.window_chunks + 1)
+        kept = born if self.end == "drain" else max(1, born - self.window_chunks + self.block_chunks)
         return replace(self, num_chunks=kept)
 
     def _birth(self, index: int) -> int:
-        return (index - self.given_clip) * self.steps_per_shift
+        return (index - self.given_clip) // self.block_chunks * self.steps_per_shift
+
+    def _calls_before(self, n: int) -> int:
+        if not self.is_partitioned:
+            return n
+        return sum(len(self.calls(row)) * steps for row, steps in self._shifts(n))
+
+    def _seen(self, row: PlanRow, steps: int) -> int:
+        """Chunks that are seen by all calls of so many rows like ``row``, whole shifts."""
+        if self.is_partitioned:
+            return steps * sum(call.sees.stop - call.sees.start for call in self.calls(row))
+        # With a cache a clean chunk has one call in all of a shift.
+        alone = steps if self.context == "joint" else steps // self.steps_per_shift
+        return steps * len(row.chunks) + alone * len(row.context)
+
+    def _shifts(self, end: int) -> Iterator[tuple[PlanRow, int]]:
+        """First rows of the shifts before row ``end``, one for all in the middle that are alike, and how many rows each
+        stands for."""
+        step, grown = self.steps_per_shift, self.window_chunks + self.joint_context
+        shifts = end // step
+        alike = max(1, shifts - grown - self.window_chunks)
+        at = 0
+        while at < shifts:
+            count = alike if at == grown else 1
+            yield self.row(at * step), count * step
+            at += count
 
     def _chunks_or_fail(self) -> int:
         if self.num_chunks is None:

@@ -136,6 +136,7 @@ class Stream:
         displaced: of mode displaced.
         image: latents ``[C, n, h, w]`` that chunk 0 begins with, which are clean from the start and stay as they are.
         context_noise: level to which clean context is noised again, and which the model is told; 0 = it is clean.
+        context_follows: clean context is noised to the row's own level instead.
         step: how a chunk comes to its next level.
     """
 
@@ -155,6 +156,7 @@ class Stream:
     image: Tensor | None = None
     context_noise: float = 0.0
     step: Step = "euler"
+    context_follows: bool = False
 
     @property
     def branches(self) -> int:
@@ -188,7 +190,7 @@ class Stream:
     @property
     def held(self) -> Held:
         """Which latents are not what they would be otherwise."""
-        return Held(0 if self.image is None else self.image.shape[1], self.context_noise)
+        return Held(0 if self.image is None else self.image.shape[1], self.context_noise, self.context_follows)
 
     def noise(self, index: int, device: torch.device | str = "cpu") -> Tensor:
         """Noise ``[C, c, h, w]`` that chunk ``index`` is born from; the image in front of it, if there is one."""

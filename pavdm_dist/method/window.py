@@ -43,10 +43,16 @@ class Held:
     Attributes:
         image: so many leading latents of chunk 0 are given: clean from its birth on, and never changed.
         context: level that clean context is noised to whenever it is read; 0 = none.
+        follows: clean context is noised to the level of the row's cleanest chunk instead.
     """
 
     image: int = 0
     context: float = 0.0
+    follows: bool = False
+
+    def context_level(self, row: PlanRow, levels: Sequence[float]) -> float:
+        """Level of clean context at ``row``; ``levels[j]`` is the level at j steps left."""
+        return levels[row.steps_left[0]] if self.follows else self.context
 
 
 NOTHING_HELD = Held()
@@ -164,12 +170,12 @@ class Window:
         """A copy of the state between two rows, in main memory (kilobytes to a few megabytes)."""
         return WindowSnapshot(self.row, {index: held.to("cpu", copy=True) for index, held in self._latents.items()})
 
-    def not_finite(self, clean: CleanChunk | None = None) -> int | None:
+    def not_finite(self, clean: Sequence[CleanChunk] = ()) -> int | None:
         """The first chunk with a value that is no finite number, of ``clean`` and those held; None where there is none.
 
         Nothing sound comes out of a window again once it holds one: every chunk reads the others.
         """
-        held = dict(self._latents) if clean is None else {clean.index: clean.latents, **self._latents}
+        held = {**{chunk.index: chunk.latents for chunk in clean}, **self._latents}
         # Nothing but finite values has a finite sum, and one sum is one answer to wait for.
         if not held or torch.cat([latents.flatten() for latents in held.values()]).sum().isfinite():
             return None
@@ -190,7 +196,7 @@ class Window:
         """Noise level of every latent frame at ``row``: float32 ``[F]``, zeros for clean context."""
         return row_levels(row, self._levels, self.plan.latent_chunk_size, self._held)
 
-    def update(self, row: PlanRow, velocity: Tensor) -> CleanChunk | None:
+    def update(self, row: PlanRow, velocity: Tensor) -> tuple[CleanChunk, ...]:
         """One step of every noisy chunk; the context's velocity is never read.
 
         Args:
@@ -198,17 +204,21 @@ class Window:
             velocity: ``[1, C, F, h, w]`` for the whole window, or its noisy chunks.
 
         Returns:
-            The chunk that became clean, if the plan keeps it.
+            The chunks that became clean, those that the plan keeps.
         """
-        size = self.plan.latent_chunk_size
-        noisy = velocity[:, :, velocity.shape[2] - len(row.chunks) * size :]
-        for index, part in zip(row.chunks, noisy.split(size, dim=2), strict=True):
-            self.advance(row, index, part)
+        self.step(row, row.chunks, velocity)
         return self.close(row)
+
+    def step(self, row: PlanRow, chunks: Sequence[int], velocity: Tensor) -> None:
+        """One step of some noisy chunks of ``row``; ``velocity`` is ``[1, C, F, h, w]``, theirs at its end."""
+        size = self.plan.latent_chunk_size
+        noisy = velocity[:, :, velocity.shape[2] - len(chunks) * size :]
+        for index, part in zip(chunks, noisy.split(size, dim=2), strict=True):
+            self.advance(row, index, part)
 
     def input(self, index: int, row: PlanRow) -> Tensor:
         """Latents ``[1, C, c, h, w]`` of one chunk as the model sees them at ``row``."""
-        latents, level = self.chunk(index), self._held.context
+        latents, level = self.chunk(index), self._held.context_level(row, self._levels)
         if index not in row.context or not level:
             return latents
         assert self._again is not None, "context is noised again with noise of its own"
@@ -240,17 +250,16 @@ class Window:
             moved[:, : self._held.image] = self._latents[index][:, : self._held.image]
         self._latents[index] = moved
 
-    def close(self, row: PlanRow) -> CleanChunk | None:
-        """Ends a row all of whose chunks have advanced; the chunk that became clean, if the plan keeps it."""
+    def close(self, row: PlanRow) -> tuple[CleanChunk, ...]:
+        """Ends a row all of whose chunks have advanced; the chunks that became clean, those that the plan keeps."""
         self.row += 1
-        clean = None if row.emit is None else CleanChunk(row.emit, self._latents[row.emit].clone())
+        clean = tuple(CleanChunk(index, self._latents[index].clone()) for index in row.emits)
         self._forget(row)
         return clean
 
     def _forget(self, row: PlanRow) -> None:
         """Drops what no later row reads, so that memory stays constant."""
-        finished = row.steps_left[0] == 1
-        first_noisy = row.chunks[0] + 1 if finished else row.chunks[0]
+        first_noisy = row.chunks[0] + row.steps_left.count(1)
         for index in [i for i in self._latents if i < first_noisy - self.plan.joint_context]:
             del self._latents[index]
 
@@ -262,7 +271,7 @@ def predicted(latents: Tensor, velocity: Tensor, level: float) -> Tensor:
 
 def row_levels(row: PlanRow, levels: tuple[float, ...], latent_chunk_size: int, held: Held = NOTHING_HELD) -> Tensor:
     """Noise level of every latent frame at ``row``: float32 ``[F]``; ``levels[j]`` is the level at j steps left."""
-    per_chunk = [held.context] * len(row.context) + [levels[left] for left in row.steps_left]
+    per_chunk = [held.context_level(row, levels)] * len(row.context) + [levels[left] for left in row.steps_left]
     found = torch.tensor(per_chunk, dtype=torch.float32).repeat_interleave(latent_chunk_size)
     if held.image and 0 in row.chunks:
         first = row.window.index(0) * latent_chunk_size

@@ -21,7 +21,7 @@ from pavdm_dist.io.local import cache_folder
 from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.io.storage import atomic_write
 from pavdm_dist.method.denoiser import memories_of, unit_context
-from pavdm_dist.method.microbatches import WHOLE
+from pavdm_dist.method.microbatches import WHOLE, slots_of
 from pavdm_dist.method.schedule import Mode, NoiseSchedule, WindowPlan
 from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.models.base import Backbone, Costs, FrameInfo
@@ -87,9 +87,10 @@ def profiled_costs(
         dtype: of the weights.
     """
     window = (plan.window_chunks, plan.context_chunks, plan.latent_chunk_size)
+    calls = {"calls": (plan.partitions, plan.lookahead)} if plan.is_partitioned else {}
     facts = {
         "model": [type(shape).__name__, asdict(shape.config)], "window": window, "mode": mode, "cells": cells,
-        "device": _where(device, threads), "dtype": str(dtype), "torch": torch.__version__,
+        "device": _where(device, threads), "dtype": str(dtype), "torch": torch.__version__, **calls,
     }  # fmt: skip
 
     def measure() -> dict[str, Any]:
@@ -120,7 +121,7 @@ def measure_costs(model: Backbone, stream: Stream, device: torch.device | str = 
     plan, device = stream.plan, torch.device(device)
     full = plan.window_chunks + plan.context_chunks
     row = next(row for row in plan.rows() if len(row.window) == full)
-    units = [WHOLE] if stream.mode == "window" else list(row.chunks)
+    units = list(row.chunks) if stream.mode != "window" else [chunk for chunk, _ in stream.batches.parts(row.index)]
     # What a running video has left for them.
     left = {"window": [], "causal": list(row.context), "displaced": [WHOLE]}
     (memory, *_), texts = memories_of(stream, model), TextBank(model.project_text, device)
@@ -129,7 +130,8 @@ def measure_costs(model: Backbone, stream: Stream, device: torch.device | str = 
 
     def run(chunk: int) -> list[float]:
         context = unit_context(model, stream, row, chunk, 0, texts, memory)
-        frames = slice(context.first_frame, context.first_frame + context.grid.frames)
+        slots, size = slots_of(plan, row, chunk), plan.latent_chunk_size
+        frames = slice(slots.start * size, slots.stop * size)
         part, part_levels = x[:, :, frames].contiguous(), levels[:, frames]
         marks = [_now(device)]
         activation = model.embed(part, part_levels, stream.info)

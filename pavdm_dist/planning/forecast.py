@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
-from pavdm_dist.method.microbatches import WHOLE, Displaced, MicroBatches, slots_of
+from pavdm_dist.method.microbatches import Displaced, MicroBatches, moved_by, slots_of
 from pavdm_dist.method.sampler import num_branches
-from pavdm_dist.method.schedule import Mode, WindowPlan
+from pavdm_dist.method.schedule import Mode, PlanRow, WindowPlan
 from pavdm_dist.request import SamplingParams
 
 
@@ -25,16 +25,16 @@ class RowShape:
     """Micro-batches of one branch of one row.
 
     Attributes:
-        units: how many.
-        chunks: held by each.
-        turns: the window has moved since the row before, so that another chunk comes first.
-        finishes: a chunk is clean after it.
+        held: chunks that each holds, in order of work.
+        needs: how many micro-batches of the row before each waits for; 0 = none.
+        finishes: chunks are clean after so many of them; 0 = none is.
+        clean: how many.
     """
 
-    units: int
-    chunks: int
-    turns: bool = False
-    finishes: bool = False
+    held: tuple[int, ...]
+    needs: tuple[int, ...] = (1,)
+    finishes: int = 0
+    clean: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,26 @@ class UnitTime:
 def rows_of(plan: WindowPlan, mode: Mode, displaced: Displaced | None = None) -> list[RowShape]:
     """All rows of a video; without those that adaptive re-sync would make exact, which nobody knows beforehand."""
     batches, rows = MicroBatches(plan, mode, 0, displaced or Displaced()), list[RowShape]()
+    before: list[int] = []
     for row in plan.rows():
-        parts = batches.parts(row.index)
-        whole = parts[-1][0] == WHOLE
-        held = slots_of(plan, row, WHOLE)
-        # A clean chunk's own call comes right before the window's, on every stage: as one.
-        chunks = held.stop - held.start + len(parts) - 1
-        turns = row.index > 0 and row.index % plan.steps_per_shift == 0
-        rows.append(RowShape(1 if whole else len(parts), chunks if whole else 1, turns, row.emit is not None))
+        parts = [chunk for chunk, _ in batches.parts(row.index)]
+        held, needs, finishes = _held(plan, row, parts), tuple(range(1, len(parts) + 1)), 0
+        if before and (plan.is_partitioned or parts != before):
+            needs = tuple(before.index(fed[-1]) + 1 if fed else 0 for fed in batches.fed(row.index))
+        if row.emits:
+            finishes = next(i for i, chunk in enumerate(parts, 1) if row.emits[0] in moved_by(plan, row, chunk))
+        if len(held) < len(parts):
+            needs, finishes = (1,), min(finishes, 1)
+        rows.append(RowShape(held, needs, finishes, len(row.emits)))
+        before = parts
     return rows
+
+
+def _held(plan: WindowPlan, row: PlanRow, parts: Sequence[int]) -> tuple[int, ...]:
+    slots = [slots_of(plan, row, chunk) for chunk in parts]
+    held = [part.stop - part.start for part in slots]
+    # A clean chunk's own call, where it has one, comes right before the window's, on every stage: as one.
+    return (sum(held),) if plan.context == "cached" else tuple(held)
 
 
 def makespan(
@@ -97,13 +108,15 @@ def makespan(
     """
     rounds, rest = divmod(videos, streams)
     pairs = Counter(pairwise([*rows, rows[0]]))
-    units = {chunks: unit(chunks) for chunks in {row.chunks for row in rows}}
+    units = {chunks: unit(chunks) for chunks in {chunks for row in rows for chunks in row.held}}
 
     def body(together: int) -> float:
         return sum(_row(row, after, branches, together, units) * count for (row, after), count in pairs.items())
 
     total = (rounds * body(streams) if rounds else 0.0) + (body(rest) if rest else 0.0)
-    sampled = total + _emptying(rows[-1], branches, rest or streams, units, last=True)
+    together, last = rest or streams, rows[-1]
+    through = _own(last, branches, together - 1, units) + _arrival(last, len(last.held), branches, units)
+    sampled = total + max(0.0, through - _row(last, rows[0], branches, together, units))
     return max(sampled, _decoded(rows, branches, [streams] * rounds + [rest] * (rest > 0), units, decode))
 
 
@@ -111,22 +124,21 @@ def work(rows: Sequence[RowShape], branches: int, videos: int, unit: Callable[[i
     """Time of all stages together that is spent computing."""
     held = Counter[int]()
     for row in rows:
-        held[row.chunks] += row.units
+        held.update(row.held)
     return videos * branches * sum(count * sum(unit(chunks).stages) for chunks, count in held.items())
 
 
 def _row(row: RowShape, after: RowShape, branches: int, streams: int, units: dict[int, UnitTime]) -> float:
-    """From the row's first micro-batch on the first stage to that of the row after."""
-    unit = units[row.chunks]
-    own, trip = _own_and_trip(row, branches, streams, units)
-    late = 0.0
-    if after.turns and row.units > 1 and own <= trip:
-        # The chunk that is first from now on was second: it comes back one micro-batch after the first.
-        late = branches * unit.pace
-    # A whole window needs all chunks of the row before.
-    if row.chunks < after.chunks:
-        late = max(late, _emptying(row, branches, streams, units))
-    return max(own, trip) + late
+    """From the row's first micro-batch on the first stage to that of the row after.
+
+    All that a micro-batch of the row after waits for must be back when its own turn comes.
+    """
+    ahead, longest = 0.0, _own(row, branches, streams, units)
+    for chunks, count in zip(after.held, after.needs, strict=True):
+        if count:
+            longest = max(longest, _arrival(row, count, branches, units) - ahead)
+        ahead += branches * units[chunks].pace
+    return longest
 
 
 def _decoded(
@@ -140,10 +152,11 @@ def _decoded(
         seconds = {pair: _row(*pair, branches, together, units) for pair in set(pairwise([*rows, rows[0]]))}
         now = busy = done = 0.0
         for row, after in pairwise([*rows, rows[0]]):
-            own, trip = _own_and_trip(row, branches, together, units)
+            own = _own(row, branches, together, units)
             for video in range(together if row.finishes else 0):
-                done = max(done, now + trip + own * video / together) + decode
-                busy += decode
+                clean = _arrival(row, row.finishes, branches, units) + own * video / together
+                done = max(done, now + clean) + decode * row.clean
+                busy += decode * row.clean
             now += seconds[row, after]
         return now, busy, done
 
@@ -154,29 +167,28 @@ def _decoded(
     return done
 
 
-def _emptying(row: RowShape, branches: int, streams: int, units: dict[int, UnitTime], last: bool = False) -> float:
-    """After the row's time is over, until the first video's (or ``last``: the last one's) last micro-batch is through.
-
-    Other videos' micro-batches fill that time.
-    """
-    own, trip = _own_and_trip(row, branches, streams, units)
-    through = trip - branches * units[row.chunks].pace
-    return max(0.0, (own if last else own / streams) + through - max(own, trip))
+def _own(row: RowShape, branches: int, streams: int, units: dict[int, UnitTime]) -> float:
+    """Time of all videos' micro-batches at the pace of the slowest part."""
+    return streams * branches * sum(units[chunks].pace for chunks in row.held)
 
 
-def _own_and_trip(row: RowShape, branches: int, streams: int, units: dict[int, UnitTime]) -> tuple[float, float]:
-    unit = units[row.chunks]
-    return streams * branches * row.units * unit.pace, unit.way + (branches - 1) * unit.pace
+def _arrival(row: RowShape, count: int, branches: int, units: dict[int, UnitTime]) -> float:
+    """From a video's first micro-batch of a row until so many of them have come back to the first stage."""
+    first = [units[chunks] for chunks in row.held[:count]]
+    # None overtakes another, so the one with the longest way holds up those behind it.
+    return branches * sum(unit.pace for unit in first) + max(unit.way - unit.pace for unit in first)
 
 
 def useful_stages(params: SamplingParams, streams: int) -> int:
     """Stages beyond which another one brings next to nothing: the micro-batches under way at a time in full windows.
 
     That is M B in mode window (and displaced with every step exact), M W B where a micro-batch is a chunk, for M
-    guidance branches and B ``streams``.
+    guidance branches and B ``streams``. Of n partitions it is M n B, with lookahead M (2 n - 1) B.
     """
     whole = params.mode == "window" or (params.mode == "displaced" and params.displaced.resync_every_steps == 1)
-    return num_branches(params.guidance_scale) * (1 if whole else params.window_chunks) * streams
+    # With lookahead a call waits for two of the row before.
+    units = params.calls_per_row - params.lookahead if whole else params.window_chunks
+    return num_branches(params.guidance_scale) * units * streams
 
 
 def pipeline_utilisation(params: SamplingParams, plan: WindowPlan, stages: int, streams: int) -> float:

@@ -88,12 +88,12 @@ def layer_split(checkpoint: Checkpoint, params: SamplingParams, options: EngineO
     return partition(costs, options.num_stages, options.layers_per_stage)
 
 
-def units_per_chunk(params: SamplingParams) -> int:
-    """Micro-batches of a full window from one finished chunk to the next."""
+def units_per_chunk(params: SamplingParams) -> float:
+    """Micro-batches of a full window for one finished chunk."""
     branches, plan = num_branches(params.guidance_scale), params.plan(None)
-    return branches * (
-        plan.steps_per_shift if params.mode == "window" else params.num_inference_steps + params.context_chunks
-    )
+    if params.mode != "window":
+        return branches * (params.num_inference_steps + params.context_chunks)
+    return branches * plan.steps_per_shift * params.calls_per_row / plan.block_chunks
 
 
 def _costs(
@@ -107,6 +107,8 @@ def _costs(
         frames = read if params.mode == "window" else size
         if params.cached:
             frames, read = params.window_chunks * size, params.span * size
+        if params.calls_per_row > 1:
+            frames = read = params.span * size
         return estimated_costs(checkpoint.shape, frames, cells, read), estimated_decode(checkpoint, size, cells)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("balance=measured: this process has no GPU to time blocks on; use balance=estimated")

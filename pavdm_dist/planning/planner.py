@@ -75,7 +75,8 @@ def report(
 def _chosen(job: Job, cluster: ClusterConfig) -> tuple[Setup, list[Setup], str]:
     params, spec = job.params, job.model.spec
     modes: list[Mode] = ["window"] if params.mode == "window" else [params.mode]
-    if params.mode == "window" and spec.causal_trained and params.context_chunks <= 1:
+    in_chunks = params.calls_per_row == 1 and job.plan.block_chunks == 1
+    if params.mode == "window" and in_chunks and spec.causal_trained and params.context_chunks <= 1:
         modes.append("causal")
     if job.decoder_devices >= (cluster.devices or 1):
         raise ConfigError(

@@ -93,7 +93,7 @@ class Job:
         self.model = checkpoint.shape
         self.cells = checkpoint.codec_spec.latent_size(params.height, params.width)
         self.size = params.latent_chunk_size
-        self.full = params.window_chunks + (params.context_chunks if params.context == "joint" else 1)
+        self.full = params.widest
         self.decode_flop = estimated_decode(checkpoint, self.size, self.cells)
         self.memory = StageMemory(self.model, dtype, self.branches, self.size, self.full, self.cells, params.cached)
         self._decoding = None
@@ -173,7 +173,7 @@ class Job:
     def draw(self, setup: Setup, cluster: ClusterConfig) -> float:
         """Simulates one replica with its videos in flight and draws the beginning; returns its utilisation."""
         per_chunk = self.plan.steps_per_shift * self.branches * setup.streams * setup.num_stages
-        per_chunk *= 1 if setup.mode == "window" else self.params.window_chunks
+        per_chunk *= self.params.calls_per_row if setup.mode == "window" else self.params.window_chunks
         short = replace(self.plan, num_chunks=min(self.plan.num_chunks or 1, max(1, SIMULATED // per_chunk)))
         ends = [sum(setup.layers_per_stage[:i]) for i in range(setup.num_stages + 1)]
         unit = self.units(setup.mode, list(pairwise(ends)), cluster)

@@ -13,7 +13,7 @@ from typing import Any
 from pavdm_dist.engine.order import Join, Unit, epochs
 from pavdm_dist.engine.trace import read_trace
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.method.microbatches import WHOLE, Displaced, MicroBatches, slots_of
+from pavdm_dist.method.microbatches import WHOLE, Displaced, MicroBatches, moved_by, slots_of
 from pavdm_dist.method.schedule import Mode, WindowPlan
 from pavdm_dist.planning.chart import Bar
 
@@ -116,7 +116,8 @@ def simulate(
 
     Args:
         plans: one per video, in order of arrival; causal needs at most one context chunk.
-        mode: ``window``: a unit is a whole window; ``causal``: one chunk; ``displaced``: one chunk, in exact rows all.
+        mode: ``window``: a unit is a whole window, or a partition; ``causal``: one chunk; ``displaced``: one chunk, in
+            exact rows all.
         branches: guidance branches, each a unit of its own.
         streams_in_flight: videos in the pipeline at a time.
         machine: stages and links.
@@ -162,7 +163,7 @@ def bars(result: Result) -> list[Bar]:
 
 def _bar(part: Busy) -> Bar:
     unit = part.unit
-    # Whole windows are told apart by video, chunks by chunk.
+    # Whole windows are told apart by video, chunks by chunk, partitions by their first chunk.
     colour = unit.stream if unit.chunk == WHOLE else unit.chunk
     return Bar(part.stage, part.start, part.end, colour, unit.branch, unit.context)
 
@@ -231,11 +232,13 @@ class _Simulation:
 
     def _feed_back(self, unit: Unit) -> Generator[Any, Any, None]:
         """Latents are a few percent of the hidden states: the way back costs its latency."""
-        row = self._plans[unit.stream].row(unit.row)
-        if row.emit is not None and unit.chunk in (WHOLE, row.emit):
+        plan = self._plans[unit.stream]
+        row = plan.row(unit.row)
+        moved = moved_by(plan, row, unit.chunk)
+        for clean in (chunk for chunk in row.emits if chunk in moved):
             if self._result.first_chunk is None:
                 self._result.first_chunk = self._env.now
-            self._finished.put((unit.stream, row.emit))
+            self._finished.put((unit.stream, clean))
         if len(self._inboxes) > 1:
             yield from self._travel(len(self._inboxes) - 1, 0.0)
         if unit.feeds:
