@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,16 +14,14 @@ from torch import Tensor
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.fields import read_object
 from pavdm_dist.io.folders import check_no_link, whole_folder
-from pavdm_dist.io.storage import disk_errors, same_path
+from pavdm_dist.io.storage import disk_errors
 from pavdm_dist.models.base import Backbone
 from pavdm_dist.models.catalog import backbone_shape
+from pavdm_dist.models.components import INDEX, copy_components
 from pavdm_dist.models.devices import DTYPES
 from pavdm_dist.models.loading import as_stored, check_stored, save_tensors
 from pavdm_dist.models.published import read_published
 from pavdm_dist.models.source import Source, load_config
-
-INDEX = "model_index.json"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass
@@ -75,7 +71,7 @@ def convert_command(config: ConvertConfig, overwrite: bool) -> dict[str, Any]:
     check_stored(shape.state_dict(), {name: as_stored(value) for name, value in tensors.items()}, config.source)
     try:
         with whole_folder(folder) as partial, disk_errors():
-            _other_components(base, partial)
+            copy_components(base, partial)
             size = _write(config, base, shape, tensors, partial)
     except OSError as error:
         raise ConfigError(f"output={folder}: cannot be written ({error.strerror or error})") from error
@@ -100,34 +96,3 @@ def _write(config: ConvertConfig, base: Source, shape: Backbone, tensors: dict[s
     index |= {"license": config.license} if config.license else {}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return sum(value.nbytes for value in converted.values())
-
-
-def _other_components(base: Source, folder: Path) -> None:
-    """All of the base but its transformer, into an empty folder.
-
-    Weights are linked where the disk allows it, they may be large. What somebody may edit is copied: it is not to
-    change in the base, or in the cache of the hub, too.
-    """
-
-    def link(source: str, target: str) -> str:
-        if Path(source).suffix in _WEIGHTS:
-            with suppress(OSError):
-                os.link(os.path.realpath(source), target)
-                return target
-        return shutil.copy2(source, target)
-
-    def without_transformer(place: str, names: list[str]) -> list[str]:
-        # The new folder may lie in the base.
-        return [
-            name
-            for name in names
-            if name in ("transformer", INDEX, ".git") or same_path(os.path.join(place, name), folder.parent)
-        ]
-
-    if base.is_folder:
-        shutil.copytree(base.folder(), folder, copy_function=link, ignore=without_transformer, dirs_exist_ok=True)
-        return
-    index = read_object(base.file(INDEX), CheckpointError)
-    for name, value in index.items():
-        if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and name != "transformer":
-            shutil.copytree(base.part(name).folder(), folder / name, copy_function=link)
