@@ -61,7 +61,6 @@ def test_a_line_of_the_log_is_about_all_steps_since_the_last(tmp_path: Path, cli
         assert {name.split()[0] for name in line["kinds"]} <= {"full", "growing", "draining", "still"}
         assert line["tokens_per_second"] > 0 and line["tflops"] > 0
         assert line["share_of_peak"] == pytest.approx(line["tflops"] / 0.001)
-        assert line["seconds_per_step"] == pytest.approx(2 / line["samples_per_second"], rel=1.0)
 
 
 def test_errors_per_level_are_pooled_by_frames() -> None:
@@ -224,12 +223,15 @@ def test_a_dry_run_counts_what_a_trainer_holds(tmp_path: Path, clips: LatentClip
         trainer.engine.destroy()
 
 
-def test_a_dry_run_knows_what_is_kept_for_the_backward_pass(tmp_path: Path, clips: LatentClips) -> None:
+def test_a_dry_run_knows_what_is_kept_for_the_backward_pass(
+    tmp_path: Path, clips: LatentClips, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against what the trainer's own forward pass keeps, of the largest window."""
+    monkeypatch.setattr("pavdm_dist.train.forecast._DIGIT_CELLS", (4, 4))  # as the clips here
     folder = trainable_folder(tmp_path / "model", replace(WAN, text_len=16))
     shares = ["objective.full_share=1", "objective.growing_share=0", "objective.causal_share=0"]
     words = [*TINY, *shares, f"model.pretrained={folder}", "optimizer.name=adamw"]
-    kept = {}
+    kept, told = {}, {}
     for recompute in ("none", "every:2", "every:1"):
         chosen = [f"zero.recompute={recompute}", f"run_dir={tmp_path / recompute}"]
         config = load_config(TrainConfig, None, [*words, *chosen])
@@ -248,8 +250,11 @@ def test_a_dry_run_knows_what_is_kept_for_the_backward_pass(tmp_path: Path, clip
             given = (batch.text, batch.dropped, batch.info, batch.chunk_causal, batch.window)
             trainer.engine.module(batch.x, batch.levels, *given)
         kept[recompute] = sum(storage.nbytes() for storage in found.values())
-        told = expected["memory_gib"]["kept for the backward pass"] * 2**30
-        assert 0.5 * kept[recompute] < told < 2 * kept[recompute] + 1e5, recompute
+        told[recompute] = expected["memory_gib"]["kept for the backward pass"] * 2**30
+    one = (kept["none"] - kept["every:1"]) / 3  # while a block is computed again, its insides are there, too
+    for recompute, size in kept.items():
+        most = size if recompute == "none" else size + one
+        assert 0.7 * most < told[recompute] < 1.4 * most, recompute
     assert kept["every:1"] < kept["every:2"] < kept["none"]
 
 

@@ -131,7 +131,7 @@ def test_no_step_compiles_anew_once_its_windows_were_met(
     trainer = trainer_of(tmp_path, clips, "compile=true", "optimizer.total_steps=400", "zero.stage=1")
     alone = trainer_of(tmp_path / "plain", clips, "optimizer.total_steps=400", "zero.stage=1")
     before, seen, losses = counters["stats"]["unique_graphs"], set(), []
-    for _ in range(30):
+    for _ in range(16):
         shape = _window(trainer)
         losses.append((trainer.train_step()["loss"], alone.train_step()["loss"]))
         now = counters["stats"]["unique_graphs"]
@@ -139,7 +139,7 @@ def test_no_step_compiles_anew_once_its_windows_were_met(
         seen.add(shape)
         before = now
     assert [one for one, _ in losses] == pytest.approx([other for _, other in losses], rel=1e-3)
-    assert len(seen) < 30
+    assert len(seen) < 16
     _forget_compiled()
 
 
@@ -190,10 +190,10 @@ def test_a_loss_that_is_no_number_is_said_a_step_later_and_names_its_clips(tmp_p
     trainer.engine.destroy()
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_gradients_are_added_up_in_float32_where_asked(stage: int, tmp_path: Path, clips: LatentClips) -> None:
     """Many parts of one batch: in bfloat16 small ones are lost beside the sum."""
-    parts = ["data.batch_size=16", "optimizer.accumulation=16", "optimizer.total_steps=100", "optimizer.grad_clip=1e9"]
+    parts = ["data.batch_size=8", "optimizer.accumulation=8", "optimizer.total_steps=100", "optimizer.grad_clip=1e9"]
     found = {}
     for name, more in (
         ("exact", ["zero.stage=1"]),
@@ -201,7 +201,7 @@ def test_gradients_are_added_up_in_float32_where_asked(stage: int, tmp_path: Pat
         ("auto", [f"zero.stage={stage}", "zero.precision=bfloat16"]),
     ):
         trainer = trainer_of(tmp_path / name, clips, *parts, *more)
-        found[name] = [trainer.train_step()["grad_norm"] for _ in range(3)]
+        found[name] = [trainer.train_step()["grad_norm"] for _ in range(2)]
         trainer.engine.destroy()
     assert found["float32"] != found["auto"]
     assert found["float32"] == pytest.approx(found["exact"], rel=0.05)
@@ -262,3 +262,22 @@ def test_a_backbone_is_what_recomputing_asks_for() -> None:
     plain = model.block
     recompute_blocks(model, Recompute())
     assert model.block == plain, "none changes nothing"
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_a_run_with_gradients_in_float32_resumes_to_the_bit(stage: int, tmp_path: Path, clips: LatentClips) -> None:
+    """At stage 1 DeepSpeed has another optimizer for it, with files of its own."""
+    more = [f"zero.stage={stage}", "zero.precision=bfloat16", "zero.gradients=float32", "optimizer.accumulation=2"]
+    whole = trainer_of(tmp_path / "whole", clips, *more)
+    losses = [whole.train_step()["loss"] for _ in range(4)]
+    expected = whole.whole_weights()
+    first = trainer_of(tmp_path / "run", clips, *more)
+    halves = [first.train_step()["loss"] for _ in range(2)]
+    first.save()
+    second = trainer_of(tmp_path / "run", clips, *more, "resume=must")
+    halves += [second.train_step()["loss"] for _ in range(2)]
+    assert halves == losses
+    found = second.whole_weights()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    for trainer in (whole, first, second):
+        trainer.engine.destroy()
