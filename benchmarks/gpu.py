@@ -1,6 +1,7 @@
 """STDiT3-XL/2 at 240x424 on one GPU, random weights, bfloat16, one process, without Ray: sampling and training.
 
-    python benchmarks/gpu.py [--quick] [--json] [--part sampling|training] [--compile] [--latents N] [--peak-tflops X]
+    python benchmarks/gpu.py [--quick] [--json] [--part sampling|training] [--compile] [--latents N] [--recompute R]
+        [--batch N] [--peak-tflops X]
 
 Sampling: window of 35 latents (W = 6, c = 5, one clean chunk), guidance 7, T = 30, in modes window and causal by the
 engine that runs stages in one process; seconds for 425 latents (60 s of video at 24 frames per second with the 1.2
@@ -44,6 +45,8 @@ def main() -> None:
     options.add_argument("--latents", type=int, help="of the video (425; 15 with --quick)")
     options.add_argument("--compile", action="store_true", help="run compiled blocks")
     options.add_argument("--steps", type=int, help="training steps that are timed (5; 2 with --quick)")
+    options.add_argument("--recompute", default="every:1", help="training: zero.recompute (none, every:N, budget:GiB)")
+    options.add_argument("--batch", type=int, default=1, help="training: windows a step")
     options.add_argument("--peak-tflops", type=float, default=989.0, help="of dense bfloat16 products (H100 SXM: 989)")
     args = options.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,9 +62,8 @@ def main() -> None:
             mode: sampling(config, cells, latents, mode, device, args.peak_tflops, args.compile) for mode in MODES
         }  # fmt: skip
     if args.part != "sampling":
-        report["training"] = training(
-            config, cells, args.steps or (2 if args.quick else 5), args.peak_tflops, args.compile
-        )
+        steps = args.steps or (2 if args.quick else 5)
+        report["training"] = training(config, cells, steps, args.peak_tflops, args.compile, args.recompute, args.batch)
     print(json.dumps(report) if args.json else text(report))
 
 
@@ -112,9 +114,15 @@ def _stream(model: STDiT3, cells: tuple[int, int], chunks: int, mode: Mode, numb
 
 
 def training(
-    config: STDiT3Config, cells: tuple[int, int], steps: int, peak: float, compiled: bool
+    config: STDiT3Config,
+    cells: tuple[int, int],
+    steps: int,
+    peak: float,
+    compiled: bool,
+    recompute: str,
+    windows: int,
 ) -> dict[str, float | None]:
-    """Seconds of a step on one window of random latents."""
+    """Seconds of a step on windows of random latents."""
     from pavdm_dist.train.batches import Batch
     from pavdm_dist.train.export import Parts
     from pavdm_dist.train.model import Text
@@ -123,32 +131,35 @@ def training(
     from pavdm_dist.train.trainer import Trainer
 
     frames, info = 30, FrameInfo(8 * cells[0], 8 * cells[1], 24)
-    x, target = torch.randn(2, 1, config.in_channels, frames, *cells, generator=torch.Generator().manual_seed(0))
-    words = torch.randn(1, config.model_max_length, config.caption_channels)
-    given = Text(["random"], words, torch.ones(1, config.model_max_length, dtype=torch.bool))
+    x, target = torch.randn(2, windows, config.in_channels, frames, *cells, generator=torch.Generator().manual_seed(0))
+    words = torch.randn(windows, config.model_max_length, config.caption_channels)
+    names = ["random"] * windows
+    given = Text(names, words, torch.ones(windows, config.model_max_length, dtype=torch.bool))
 
     class Random:
         channels = config.in_channels
+        held_out = None
 
         def __init__(self) -> None:
             self.identity: dict[str, Any] = {}
 
         def batch(self, step: int, rank: int, size: int) -> Batch:
-            return Batch(x, target, levels(), given, [False], 5, None, info, ["random"])
+            return Batch(x, target, levels(), given, [False] * windows, 5, None, info, names)
 
         def close(self) -> None:
             """Nothing is open."""
 
     def levels() -> Tensor:
-        return torch.linspace(0, 1, frames)[None]
+        return torch.linspace(0, 1, frames).expand(windows, -1)
 
     with tempfile.TemporaryDirectory() as folder:
         settings = [
-            f"run_dir={folder}", "data.folder=random", "data.batch_size=1", "threads=1", "optimizer.name=adamw",
+            f"run_dir={folder}", "data.folder=random", f"data.batch_size={windows}", "threads=1",
+            "optimizer.name=adamw",
             f"model.depth={config.depth}", f"model.hidden_size={config.hidden_size}",
             f"model.num_heads={config.num_heads}", f"model.caption_channels={config.caption_channels}",
             f"model.model_max_length={config.model_max_length}", "zero.stage=1", "zero.precision=bfloat16",
-            "zero.checkpoint_activations=true", f"compile={compiled}",
+            f"zero.recompute={recompute}", f"compile={compiled}",
         ]  # fmt: skip
         world = join_world()
         parts = Parts(Path("unused"), None, info, ())
@@ -157,13 +168,13 @@ def training(
         for _ in range(steps + 2):
             _settle(world.device)
             began = time.perf_counter()
-            trainer.train_step()
+            trainer.train_step(trainer._load())  # as a run does: nothing waits for the device
             _settle(world.device)
             took.append(time.perf_counter() - began)
         model = trainer.engine.module.transformer
         costs = model.costs(model.grid(frames, *cells), model.spec.text_len)
     seconds = statistics.median(took[2:])
-    flop = 3 * costs.stage(0, len(costs.blocks))
+    flop = 3 * windows * costs.stage(0, len(costs.blocks))
     memory = torch.cuda.max_memory_allocated() / 2**30 if world.device.type == "cuda" else None
     return {
         "seconds_per_step": seconds,

@@ -57,6 +57,7 @@ class RandomBatches:
 
     def __init__(self, frames: int, size: int, batch: int = 2) -> None:
         self.identity: dict[str, Any] = {}
+        self.held_out = None
         generator = torch.Generator().manual_seed(0)
         shape = (batch, CHANNELS, frames, size, size)
         self._pairs = [torch.randn(2, *shape, generator=generator) for _ in range(4)]

@@ -159,8 +159,10 @@ def train(arguments: argparse.Namespace) -> None:
     config = load_config(TrainConfig, config_file, overrides)
     if arguments.print_config:
         return _print_config(config)
-    from pavdm_dist.commands.train import train_command
+    from pavdm_dist.commands.train import dry_run_command, train_command
 
+    if arguments.dry_run:
+        return _print_report(dry_run_command(config), arguments.json)
     train_command(config, arguments.words)
 
 
@@ -329,6 +331,8 @@ def _parser() -> argparse.ArgumentParser:
     verb = add(train, "pavdm train CONFIG.yaml [key=value ...] [flags]")
     verb.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value")
     verb.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
+    verb.add_argument("--dry-run", action="store_true", help="say what memory and time a step takes, and stop")
+    verb.add_argument("--json", action="store_true", help="print what --dry-run says as one JSON object")
 
     verb = add(data)
     actions = verb.add_subparsers(dest="action", required=True, metavar="ACTION")

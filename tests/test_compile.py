@@ -24,8 +24,8 @@ from pavdm_dist.models import layers
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3
 from pavdm_dist.train.checks import check_settings
+from pavdm_dist.train.recompute import Recompute, recompute_blocks
 from pavdm_dist.train.settings import TrainConfig
-from pavdm_dist.train.start import checkpoint_activations
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on CPUs")
 
@@ -95,7 +95,7 @@ def test_gradients_are_those_of_plain_blocks(backend: str, monkeypatch: pytest.M
     compiled = copy.deepcopy(plain)
     compiled.compile_repeated_blocks()
     again = copy.deepcopy(compiled)
-    checkpoint_activations(again)
+    recompute_blocks(again, Recompute(every=1))
     found = []
     for model in (plain, compiled, again):
         model.requires_grad_(True).zero_grad()

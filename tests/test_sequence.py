@@ -16,6 +16,7 @@ from forked import forking
 from helpers import TINY, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from wan_models import tiny_wan
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import FrameInfo, WindowSlice
@@ -23,8 +24,8 @@ from pavdm_dist.train.batches import Batch
 from pavdm_dist.train.loss import velocity_loss
 from pavdm_dist.train.model import Text
 from pavdm_dist.train.processes import World, free_port, join_world
+from pavdm_dist.train.recompute import Recompute, recompute_blocks
 from pavdm_dist.train.sequence import SequenceGroup, Ulysses, join_sequence
-from pavdm_dist.train.start import checkpoint_activations
 
 INFO = FrameInfo(48, 64, 24.0)
 STEPS = 5
@@ -44,11 +45,11 @@ def make_batch(frames: int, context: int, chunk_causal: int | None, samples: int
 class Velocity(nn.Module):
     """The model under the arguments of a batch."""
 
-    def __init__(self, checkpointed: bool = False) -> None:
+    def __init__(self, checkpointed: bool = False, model: nn.Module | None = None) -> None:
         super().__init__()
-        self.model = tiny_model(config=FOUR_HEADS).requires_grad_(True)
+        self.model = (model or tiny_model(config=FOUR_HEADS)).requires_grad_(True)
         if checkpointed:
-            checkpoint_activations(self.model)
+            recompute_blocks(self.model, Recompute(every=1))
 
     def forward(
         self, x: Tensor, levels: Tensor, prompts: list[str], chunk_causal: int | None, window: WindowSlice | None
@@ -85,13 +86,17 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float, what: object) -> N
 # --- what the processes do -------------------------------------------------------------------------------
 
 
-def outputs_and_gradients(group: SequenceGroup, cases: Iterable[tuple[int, int, int | None, torch.dtype]]) -> None:
+def outputs_and_gradients(
+    group: SequenceGroup,
+    cases: Iterable[tuple[int, int, int | None, torch.dtype]],
+    made: Callable[[], nn.Module] = lambda: tiny_model(config=FOUR_HEADS),
+) -> None:
     """Of the model and the loss, against the whole window on one process."""
     for frames, context, chunk, dtype in cases:
         tolerance = 1e-10 if dtype == torch.float64 else 1e-5
         batch = make_batch(frames, context, chunk)
         batch = replace(batch, x=batch.x.to(dtype), target=batch.target.to(dtype))
-        model, case = Velocity().to(dtype), (frames, context, chunk, dtype)
+        model, case = Velocity(model=made()).to(dtype), (frames, context, chunk, dtype)
         velocity = run(model, batch)
         loss, bands, counts = velocity_loss(velocity, batch.target, batch.levels, context)
         loss.backward()
@@ -209,6 +214,9 @@ def on_two(world: World) -> None:
     outputs_and_gradients(
         group, [*((*shape, chunk, torch.float64) for shape, chunk in cases), (6, 2, 2, torch.float32)]
     )
+    # Attention over all tokens: its blocks compute in float32 whatever the weights are.
+    whole = [(6, 0, None), (7, 4, None), (6, 2, 2), (9, 3, 3), (2, 0, 1)]
+    outputs_and_gradients(group, [(*shape, torch.float32) for shape in whole], tiny_wan)
     joint_attention(group)
     in_bfloat16(group)
     zero_training(group, zero_stage=1, checkpointed=False)

@@ -177,17 +177,17 @@ def test_a_full_memory_says_what_frees_some(tmp_path: Path, monkeypatch: pytest.
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(trainer.engine, "backward", full)
-    with pytest.raises(EngineError, match=r"full at step 0.*checkpoint_activations.*accumulation=2.*name=adamw"):
+    with pytest.raises(EngineError, match=r"full at step 0.*recompute.*accumulation=2.*name=adamw"):
         trainer.train_step()
 
 
 @pytest.mark.parametrize(
     ("chosen", "size", "advised"),
     [
-        ([], 1, ["zero.checkpoint_activations=true", "optimizer.accumulation=2", "optimizer.name=adamw zero.stage=1"]),
+        ([], 1, ["zero.recompute=every:1", "optimizer.accumulation=2", "optimizer.name=adamw zero.stage=1"]),
         (["optimizer.name=adamw", "data.batch_size=16", "data.still_batch_size=16", "optimizer.accumulation=2"], 8,
-         ["zero.checkpoint_activations=true", "zero.stage=1"]),
-        (["optimizer.name=adamw", "zero.stage=3", "zero.offload=all", "zero.checkpoint_activations=true"], 1,
+         ["zero.recompute=every:1", "zero.stage=1"]),
+        (["optimizer.name=adamw", "zero.stage=3", "zero.offload=all", "zero.recompute=every:1"], 1,
          ["optimizer.accumulation=2"]),
     ],
 )  # fmt: skip

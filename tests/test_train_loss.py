@@ -51,7 +51,9 @@ def test_windows_have_every_length_and_lie_inside_the_clip() -> None:
     assert lengths == {1, 2, 3, 4, 5, 6, 7}
     assert texts == without_context
     assert 0.30 < texts / 600 < 0.42
-    assert {window.offset for window in draws() if window.num_chunks == 7} == {0, 1}
+    full = [window for window in draws() if window.num_chunks == 7 and window.row.context == (0,)]
+    assert {window.offset for window in full} == {1}, "no video begins where a window is in the middle of one"
+    assert {window.offset for window in draws() if window.row.context == (-1,)} >= {0, 1}, "a clip may begin one"
 
 
 def test_kinds_of_windows_come_in_the_asked_shares() -> None:
@@ -211,3 +213,27 @@ def test_short_clips_train_the_ends_of_the_staircase(clip_chunks: int) -> None:
     assert {(window.row.steps_left, len(window.row.context)) for window in windows} <= sampled
     with pytest.raises(ConfigError, match=r"full_share=1\.0 asks for windows of 7 chunks only, a clip has"):
         draw_window(rng, replace(OFFICIAL, full_share=1.0, growing_share=0.0), clip_chunks)
+
+
+def test_samples_of_a_batch_have_rows_of_their_own_of_one_shift() -> None:
+    for window in draws(OFFICIAL, 60):
+        assert all(row.window == window.row.window and row.context == window.row.context for row in window.rows)
+        assert [row.index % 5 for row in window.rows] == [0, 1, 2, 3, 4] and window.row in window.rows
+        quiet = replace(OFFICIAL, shift_scale=0.0)
+        levels = draw_levels(window, quiet, 64, torch.Generator().manual_seed(0))
+        sampled = {row_levels(row, quiet.schedule.levels, 5).numpy().tobytes() for row in window.rows}
+        found = {row.numpy().tobytes() for row in levels}
+        assert found == sampled, "every row is met, and no other"
+
+
+def test_a_batch_averages_over_levels() -> None:
+    """Were all samples in one row, the mean level would move from batch to batch by more than five times as much."""
+    generators = [torch.Generator().manual_seed(seed) for seed in range(50)]
+    means = torch.stack([draw_levels(full_window_of_rows(), OFFICIAL, 64, seeded).mean() for seeded in generators])
+    one_row = torch.stack([window_levels(full_window(n % 5), OFFICIAL, torch.zeros(64)).mean() for n in range(50)])
+    assert means.std() < 0.2 * one_row.std()
+
+
+def full_window_of_rows() -> TrainingWindow:
+    plan = WindowPlan(30, 6, 5, 1, "chunk", num_chunks=20)
+    return TrainingWindow(plan.row(32), 1, False, "full", tuple(plan.row(30 + step) for step in range(5)))

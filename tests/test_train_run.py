@@ -26,7 +26,7 @@ from pavdm_dist.io.shipped import EMBEDDED
 from pavdm_dist.merging import load_config
 from pavdm_dist.train.average import Average
 from pavdm_dist.train.model import Text, filled
-from pavdm_dist.train.objective import Objective
+from pavdm_dist.train.objective import Objective, WindowKind
 from pavdm_dist.train.run import train_slice
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
@@ -264,7 +264,10 @@ def test_a_sheet_never_ends_a_run(
     start(settings(tmp_path / "none", "sheet_every_seconds=0"), clips).run(time.monotonic() + 100)
 
 
-@pytest.mark.parametrize(("change", "message"), [("lose", "is missing"), ("cut", r"is \[3\], not"), ("add", "no part")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("lose", "lacks tensor"), ("cut", r"is \[3\], the model needs"), ("add", "is not part")],
+)
 def test_a_model_to_start_from_that_does_not_fit_is_named(
     tmp_path: Path, clips: LatentClips, codec: Path, change: str, message: str
 ) -> None:
@@ -306,3 +309,23 @@ def test_nothing_is_compiled_and_ray_stays_out(tmp_path: Path, clips: LatentClip
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split()[-1] == "False"
     assert list(built.iterdir()) == []
+
+
+def test_a_moved_base_and_settings_that_are_new_do_not_end_a_run(
+    tmp_path: Path, clips: LatentClips, codec: Path
+) -> None:
+    start(settings(tmp_path / "first"), clips, codec).export(tmp_path / "base")
+    begun = settings(tmp_path, f"model.pretrained={tmp_path / 'base'}")
+    start(begun, clips, codec).save()
+    (tmp_path / "base").rename(tmp_path / "moved")
+    moved = settings(tmp_path, f"model.pretrained={tmp_path / 'moved'}", "resume=must")
+    assert start(moved, clips, codec).step == 0
+    # As an older version wrote it: without some settings, and with the path.
+    manifest = next((tmp_path / "run" / "checkpoints").glob("step*")) / "complete.json"
+    values = json.loads(manifest.read_text())
+    del values["identity"]["objective"]["mixture"], values["identity"]["model"]
+    values["identity"]["model"] = {"pretrained": "/elsewhere"}
+    manifest.write_text(json.dumps(values))
+    assert start(moved, clips, codec).step == 0
+    with pytest.raises(ConfigError, match=r"objective\.mixture=\[\], this run has"):
+        start(replace(moved, objective=replace(moved.objective, mixture=[WindowKind()])), clips, codec)

@@ -129,8 +129,8 @@ from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.run import train_slice
 from pavdm_dist.train.trainer import Trainer
 step = Trainer.train_step
-def counted(trainer):
-    found = step(trainer)
+def counted(trainer, *given):
+    found = step(trainer, *given)
     if trainer.step == int(sys.argv[1]):
         trainer.stop()
     return found

@@ -46,7 +46,7 @@ def test_every_cut_gives_the_bits_of_the_whole(
     x, levels, text = inputs()
     whole = load_backbone(tmp_path, None, dtype)
     assert isinstance(whole, Wan)
-    expected = whole(x, levels, text, INFO, causal)
+    expected = whole(x, levels, text, INFO, chunk_causal=causal)
     assert expected.dtype == dtype and expected.isfinite().all()
     for cut in cuts(3):
         stages = [(load_backbone(tmp_path, blocks, dtype), blocks) for blocks in cut]
@@ -87,7 +87,7 @@ def test_skyreels_chunk_causal_is_diffusers_mask(chunk: int) -> None:
     x, levels, text = inputs()
     expected = peer(x, levels * 1000, padded(text, x.dtype), enable_diffusion_forcing=True, fps=[1]).sample
     full = model(x, levels, text, INFO)
-    assert relative(model(x, levels, text, INFO, chunk), full if chunk == 1 else expected) < (
+    assert relative(model(x, levels, text, INFO, chunk_causal=chunk), full if chunk == 1 else expected) < (
         10 if chunk == 1 else 1e-6
     )
     assert chunk == 1 or relative(full, expected) > 1e-3
@@ -160,7 +160,7 @@ def test_attention_runs_in_fused_kernels() -> None:
     plain = model(x, levels, text, INFO)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # an error where it cannot serve
         assert torch.equal(model(x, levels, text, INFO), plain)
-        model(x, levels, text, INFO, 2)
+        model(x, levels, text, INFO, chunk_causal=2)
 
 
 @FAMILY
@@ -181,17 +181,18 @@ def test_batch_rows_are_independent(config: WanConfig) -> None:
 @pytest.mark.parametrize("chunk", [1, 2, 3])
 def test_chunk_causal_shields_cleaner_chunks_from_noisier_ones(config: WanConfig, chunk: int) -> None:
     model, (x, levels, text) = tiny_wan(config=config), inputs()
-    before = model(x, levels, text, INFO, chunk)
+    before = model(x, levels, text, INFO, chunk_causal=chunk)
     for cut in range(chunk, 6, chunk):
         noisier, other = x.clone(), levels.clone()
         noisier[:, :, cut:], other[:, cut:] = 10 * random(1, 4, 6 - cut, 4, 6, seed=cut), 0.9
-        after = model(noisier, other, text, INFO, chunk)
+        after = model(noisier, other, text, INFO, chunk_causal=chunk)
         assert torch.equal(after[:, :, :cut], before[:, :, :cut])
         assert relative(after[:, :, cut:], before[:, :, cut:]) > 0.1
-        assert relative(model(x[:, :, :cut], levels[:, :cut], text, INFO, chunk), before[:, :, :cut]) < 1e-6
+        shorter = model(x[:, :, :cut], levels[:, :cut], text, INFO, chunk_causal=chunk)
+        assert relative(shorter, before[:, :, :cut]) < 1e-6
     first = x.clone()
     first[:, :, 0] += 1
-    assert not torch.equal(model(first, levels, text, INFO, chunk)[:, :, -1], before[:, :, -1])
+    assert not torch.equal(model(first, levels, text, INFO, chunk_causal=chunk)[:, :, -1], before[:, :, -1])
 
 
 def test_only_differences_of_places_count() -> None:

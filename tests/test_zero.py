@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training import TINY, launch, write_clips
+from training import TINY, launch, plain_torch, write_clips
+from wan_models import WAN, trainable_folder
 
-from pavdm_dist.digits.batches import DigitBatches
 from pavdm_dist.digits.cache import LatentClips
-from pavdm_dist.digits.world import VOCABULARY
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.merging import load_config
 from pavdm_dist.train.checks import check_settings
-from pavdm_dist.train.loss import velocity_loss
-from pavdm_dist.train.model import build
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.zero_settings import engine_settings
 
@@ -35,36 +32,6 @@ SETTINGS = [
 # Small parameters would otherwise stay whole on every process, and nothing would be tested.
 SHARD_ALL = "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
 PROGRAM = str(Path(__file__).parent / "zero_program.py")
-
-
-def plain_torch(clips: LatentClips, settings: list[str], steps: int = STEPS) -> dict[str, Any]:
-    """The same training without DeepSpeed, sharding, accumulation or our trainer."""
-    config = load_config(TrainConfig, None, settings)
-    batches = DigitBatches(clips, config.objective, config.data, config.seed)
-    torch.manual_seed(config.seed)
-    model, o = build(config, batches.channels, VOCABULARY), config.optimizer
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, o.lr, (o.betas[0], o.betas[1]), weight_decay=o.weight_decay)
-    average = {name: value.detach().clone() for name, value in model.named_parameters()}
-    losses, norms = [], []
-    for step in range(steps):
-        warm = (step + 1) / o.warmup_steps
-        done = (step - o.warmup_steps) / (o.total_steps - o.warmup_steps)
-        cosine = o.final_ratio + (1 - o.final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
-        optimizer.param_groups[0]["lr"] = o.lr * (warm if step < o.warmup_steps else cosine)
-        b = batches.batch(step, 0, 1)
-        velocity = model(b.x, b.levels, b.text, b.dropped, b.info, b.chunk_causal)
-        loss, *_ = velocity_loss(velocity, b.target, b.levels, b.context)
-        optimizer.zero_grad()
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, o.grad_clip)))
-        optimizer.step()
-        losses.append(loss.item())
-        decay = min(o.ema_decay, (2 + step) / (11 + step))
-        for name, value in model.named_parameters():
-            average[name].lerp_(value.detach(), 1 - decay)
-    weights = {name: value.detach() for name, value in model.named_parameters()}
-    return {"loss": losses, "grad_norm": norms, "weights": weights, "average": average}
 
 
 def run(folder: Path, clips: Path, cases: dict[str, Any], size: int = 2) -> list[dict[str, Any]]:
@@ -93,7 +60,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> list[dict[s
 
 @pytest.fixture(scope="module")
 def plain(clips: Path) -> dict[str, Any]:
-    return plain_torch(LatentClips(clips), SETTINGS)
+    return plain_torch(LatentClips(clips), SETTINGS, STEPS)
 
 
 def apart(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -187,16 +154,56 @@ def test_two_processes_share_windows(clips: Path, plain_odd: dict[str, Any], tmp
     cases: dict[str, Any] = {
         f"stage{stage}": {"settings": [*shared, f"zero.stage={stage}"], "steps": SHARED_STEPS} for stage in (0, 1, 3)
     }
-    again = ["zero.stage=3", "zero.checkpoint_activations=true"]
+    again = ["zero.stage=3", "zero.recompute=every:1"]
     cases["recomputed"] = {"settings": [*shared, *again], "steps": SHARED_STEPS}
     cases["recomputed alone"] = {"settings": [*ODD, SHARD_ALL, *again], "steps": SHARED_STEPS}
-    found, _ = run(tmp_path, clips, cases)
+    more, plain = over_all_tokens(tmp_path, clips, [(1, 2, "wan"), (3, 2, "wan"), (2, 1, "low")])
+    found, _ = run(tmp_path, clips, {**cases, **more})
     for name, case in found.items():
-        assert case["loss"] == pytest.approx(plain_odd["loss"], abs=1e-5), name
-        assert apart(case["weights"], plain_odd["weights"]) < 1e-4, name
-        assert case["grad_norm"] == pytest.approx(plain_odd["grad_norm"], abs=1e-4), name
+        expected = plain.get(name.split()[0], plain_odd)
+        assert case["loss"] == pytest.approx(expected["loss"], abs=1e-5), name
+        assert apart(case["weights"], expected["weights"]) < 1e-4, name
+        assert case["grad_norm"] == pytest.approx(expected["grad_norm"], abs=1e-4), name
     numbers = sum(value.numel() for value in plain_odd["weights"].values())
     assert found["stage1"]["optimizer_bytes"] < 8 * numbers * 0.51, "ZeRO shards over all processes"
+
+
+def over_all_tokens(
+    folder: Path, clips: Path, chosen: list[tuple[int, int, str]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Cases of a pretrained model whose attention mixes all tokens, and what plain torch makes of them.
+
+    Args:
+        folder: the model is made in there.
+        clips: to train on.
+        chosen: stage, processes that share a window, and whether weights or changes beside them are trained.
+    """
+    model = trainable_folder(folder / "wan", replace(WAN, text_len=16))
+    trained = {"wan": [f"model.pretrained={model}"]}
+    trained["low"] = [*trained["wan"], "model.lora.rank=2", "model.lora.targets=[to_q, to_out.0, ffn.net.2]"]
+    cases = {
+        f"{what} {stage}": {
+            "settings": [*ODD, *trained[what], SHARD_ALL, f"sequence_parallel={shared}", f"zero.stage={stage}"],
+            "steps": SHARED_STEPS,
+        }
+        for stage, shared, what in chosen
+    }
+    cached = LatentClips(clips)
+    plain = {what: plain_torch(cached, [*SETTINGS, *ODD, *more], SHARED_STEPS) for what, more in trained.items()}
+    return cases, plain
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_two_processes_train_attention_over_all_tokens_at_every_stage(clips: Path, tmp_path: Path) -> None:
+    chosen = [(0, 1, "wan"), (2, 1, "wan"), (0, 1, "low"), (1, 2, "low"), (3, 2, "low")]
+    cases, plain = over_all_tokens(tmp_path, clips, chosen)
+    for name, case in run(tmp_path, clips, cases)[0].items():
+        expected = plain[name.split()[0]]
+        assert case["loss"] == pytest.approx(expected["loss"], abs=1e-5), name
+        assert apart(case["weights"], expected["weights"]) < 1e-4, name
+        assert apart(case["average"], expected["average"]) < 1e-4, name
+        assert case["grad_norm"] == pytest.approx(expected["grad_norm"], abs=1e-4), name
 
 
 @pytest.mark.slow

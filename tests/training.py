@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from forked import Program
@@ -14,7 +16,10 @@ from safetensors.torch import save_file
 from pavdm_dist.digits.batches import INFO, DigitBatches
 from pavdm_dist.digits.cache import LatentClips, cache_clips
 from pavdm_dist.digits.world import VOCABULARY, WORLD_SETTINGS
+from pavdm_dist.merging import load_config
 from pavdm_dist.train.export import Parts
+from pavdm_dist.train.loss import velocity_loss
+from pavdm_dist.train.model import build
 from pavdm_dist.train.processes import free_port
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
@@ -89,3 +94,33 @@ def write_clips(folder: Path, clips: int) -> Path:
     prompts = ["a red three drifting up", "a blue seven bouncing fast, a cyan one bouncing"] * (clips // 2)
     save_file({"latents": latents}, folder / "clips-00000.safetensors", {"prompts": json.dumps(prompts)})
     return folder
+
+
+def plain_torch(clips: LatentClips, settings: list[str], steps: int) -> dict[str, Any]:
+    """The same training without DeepSpeed, sharding, accumulation or our trainer."""
+    config = load_config(TrainConfig, None, settings)
+    batches = DigitBatches(clips, config.objective, config.data, config.seed)
+    torch.manual_seed(config.seed)
+    model, o = build(config, batches.channels, VOCABULARY), config.optimizer
+    parameters = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, o.lr, (o.betas[0], o.betas[1]), weight_decay=o.weight_decay)
+    average = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    losses, norms = [], []
+    for step in range(steps):
+        warm = (step + 1) / o.warmup_steps
+        done = (step - o.warmup_steps) / (o.total_steps - o.warmup_steps)
+        cosine = o.final_ratio + (1 - o.final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+        optimizer.param_groups[0]["lr"] = o.lr * (warm if step < o.warmup_steps else cosine)
+        b = batches.batch(step, 0, 1)
+        velocity = model(b.x, b.levels, b.text, b.dropped, b.info, b.chunk_causal)
+        loss, *_ = velocity_loss(velocity, b.target, b.levels, b.context)
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, o.grad_clip)))
+        optimizer.step()
+        losses.append(loss.item())
+        decay = min(o.ema_decay, (2 + step) / (11 + step))
+        for name, value in average.items():
+            value.lerp_(model.get_parameter(name).detach(), 1 - decay)
+    weights = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    return {"loss": losses, "grad_norm": norms, "weights": weights, "average": average}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,3 +81,31 @@ def cuts(blocks: int) -> list[list[tuple[int, int]]]:
         list(pairwise([0, *(mark for mark in marks if chosen >> mark & 1), blocks]))
         for chosen in range(0, 1 << blocks, 2)
     ]
+
+
+def trainable_folder(folder: Path, config: WanConfig = WAN) -> Path:
+    """A whole model of moving digits' latents in diffusers' layout, with a text encoder that needs no package."""
+    from training import tiny_codec
+
+    from pavdm_dist.codecs.text import WordTextEncoder
+    from pavdm_dist.digits.world import VOCABULARY
+
+    model = tiny_wan(config=config)
+    model.save_pretrained(folder / "transformer")
+    tiny_codec(folder / "vae")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        WordTextEncoder(VOCABULARY, config.text_dim, 1, 2, config.text_len).save_pretrained(folder / "text_encoder")
+    sky = isinstance(config, SkyReelsV2Config)
+    index = {
+        "_class_name": "SkyReelsV2Pipeline" if sky else "WanPipeline",
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "transformer": ["diffusers", model.class_name],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+        "text_encoder": ["pavdm_dist", "WordTextEncoder"],
+        "sampling": {"guidance_scale": 5.0, "height": 16, "width": 16, "fps": 24},
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    return folder

@@ -173,6 +173,9 @@ class TextEncoder(Protocol):
             ConfigError: it cannot be encoded.
         """
 
+    def unread(self, prompt: str, limit: int) -> str:
+        """The end of a prompt that :meth:`check` says would not be read; empty where all is."""
+
     def unknown_words(self, prompt: str) -> list[str]:
         """The prompt's words that the encoder has never seen, each once, in order."""
 

@@ -27,13 +27,12 @@ from torch import Tensor
 
 from pavdm_dist.cluster.starting import imports_from
 from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.io.checksums import ends_digest
 from pavdm_dist.io.local import cache_folder
 from pavdm_dist.io.storage import atomic_write
 from pavdm_dist.models.source import Source, load_config
 
 PRETRAINED = ("UMT5EncoderModel", "T5EncoderModel", "UMT5ForConditionalGeneration", "T5ForConditionalGeneration")
-# Of a file of weights so much at both ends tells it from others of its name and size.
-_TOLD_BYTES = 2**20
 _SHOWN = 120
 
 logger = logging.getLogger(__name__)
@@ -123,19 +122,21 @@ class PretrainedTextEncoder:
             CheckpointError: there is no tokenizer.
             ConfigError: a package is missing.
         """
-        limit = min(limit, self.max_length)
         if prompt in self._said:
             return
         self._said.add(prompt)
-        text = self.cleaned(prompt)
-        ends = self._token_ends(text)
-        if len(ends) > limit:
-            # The last one kept is the end-of-text token.
-            lost = text[ends[limit - 2] :].strip()
+        if lost := self.unread(prompt, limit):
             logger.warning(
                 "prompt %r has %d tokens, the text encoder takes %d: %r is not read",
-                _short(prompt), len(ends), limit, _short(lost),
+                _short(prompt), len(self._token_ends(self.cleaned(prompt))), min(limit, self.max_length), _short(lost),
             )  # fmt: skip
+
+    def unread(self, prompt: str, limit: int) -> str:
+        """The words at a prompt's end that are cut; raises as :meth:`check`."""
+        limit, text = min(limit, self.max_length), self.cleaned(prompt)
+        ends = self._token_ends(text)
+        # The last one kept is the end-of-text token.
+        return text[ends[limit - 2] :].strip() if len(ends) > limit else ""
 
     def unknown_words(self, prompt: str) -> list[str]:
         """None: what is no word is read by its parts."""
@@ -165,20 +166,14 @@ class PretrainedTextEncoder:
         files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
         if not files:
             return self._known_weights()
-        digest = hashlib.sha256()
-        for file in files:
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-            with file.open("rb") as opened:
-                digest.update(opened.read(_TOLD_BYTES))
-                opened.seek(max(0, file.stat().st_size - _TOLD_BYTES))
-                digest.update(opened.read())
+        told = ends_digest(files)
         if self.folder is not None:
             try:
                 with atomic_write(self._known(self.folder), "w") as aside:
-                    json.dump({"weights": digest.hexdigest(), "model": str(self._encoder)}, aside)
+                    json.dump({"weights": told, "model": str(self._encoder)}, aside)
             except OSError as error:
                 logger.warning("text_cache=%s cannot be written: %s", self.folder, error)
-        return digest.hexdigest()
+        return told
 
     def _known_weights(self) -> str:
         """What machines with the weights have kept of them."""
@@ -262,19 +257,25 @@ class PretrainedTextEncoder:
 
     def _token_ends(self, text: str) -> list[int]:
         """Of every token of a text, the end-of-text one included, where it ends in it."""
+        is_fast, tokenizer = self._cutter
+        offsets = tokenizer.encode(text).offsets if is_fast else tokenizer(text, return_offsets_mapping=True)
+        return [end for _, end in (offsets if is_fast else offsets["offset_mapping"])]
+
+    @cached_property
+    def _cutter(self) -> tuple[bool, Any]:
+        """What cuts texts into tokens, and is large; whether it is of the package ``tokenizers``."""
         file = self._tokenizer.find("tokenizer.json")
         if file is None:
             if self._tokenizer.find("spiece.model") is None:
                 raise CheckpointError(self._tokenizer.missing("tokenizer.json"))
-            slow = imported("transformers").AutoTokenizer.from_pretrained(str(self._tokenizer.folder()))
-            return [end for _, end in slow(text, return_offsets_mapping=True)["offset_mapping"]]
+            return False, imported("transformers").AutoTokenizer.from_pretrained(str(self._tokenizer.folder()))
         tokenizers = imported("tokenizers")
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library's own, which is no class of its
             raise CheckpointError(f"{file} is no tokenizer: {str(error).splitlines()[0]}") from error
         tokenizer.no_truncation()
-        return [end for _, end in tokenizer.encode(text).offsets]
+        return True, tokenizer
 
 
 # How the process that encodes says that it is not the weights' fault.

@@ -181,6 +181,10 @@ class WordTextEncoder(nn.Module):
         if tokens > limit:
             raise ConfigError(f"prompt {show(prompt)!r} has {tokens} tokens, the model takes at most {limit}")
 
+    def unread(self, prompt: str, limit: int) -> str:
+        """Nothing: prompts that are too long are refused."""
+        return ""
+
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of the prompt that are not in the vocabulary, each once, in order."""
         return list(dict.fromkeys(word for word in split_words(prompt) if word not in self._index))

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 from pavdm_dist.errors import CheckpointError, ConfigError
-from pavdm_dist.fields import read_object
-from pavdm_dist.io.storage import same_path
+from pavdm_dist.models.components import WEIGHTS, link_or_copy
 from pavdm_dist.models.source import Source, load_config
 
-INDEX = "model_index.json"
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # What tells a tokenizer's folder, and what belongs to one that lies among other files.
 _TOKENIZER = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
 _TOKENIZER_FILES = (*_TOKENIZER, "special_tokens_map.json", "added_tokens.json")
@@ -69,7 +64,7 @@ class Component:
         here = self.source.folder(self.patterns)
         for file in sorted(here.iterdir()):
             if file.is_file() and any(fnmatch(file.name, pattern) for pattern in self.patterns):
-                _link(str(file), str(target / file.name))
+                link_or_copy(str(file), str(target / file.name))
 
     def kind(self) -> str | None:
         """The class that its ``config.json`` names."""
@@ -79,28 +74,6 @@ class Component:
 
 
 _STEMS = ("diffusion_pytorch_model", "model")
-
-
-def other_components(base: Source, folder: Path, replaced: Iterable[str]) -> None:
-    """All of the base but its transformer and what is ``replaced``, into an empty folder.
-
-    Weights are linked where the disk allows it, they may be large. What somebody may edit is copied: it is not to
-    change in the base, or in the cache of the hub, too.
-    """
-    left_out = {"transformer", INDEX, ".git", *replaced}
-
-    def left(place: str, names: list[str]) -> list[str]:
-        # The new folder may lie in the base.
-        return [name for name in names if name in left_out or same_path(os.path.join(place, name), folder.parent)]
-
-    if base.is_folder:
-        shutil.copytree(base.folder(), folder, copy_function=_link, ignore=left, dirs_exist_ok=True)
-        return
-    index = read_object(base.file(INDEX), CheckpointError)
-    for name, value in index.items():
-        is_component = isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
-        if is_component and name not in left_out:
-            shutil.copytree(base.part(name).folder(), folder / name, copy_function=_link)
 
 
 def published_file(place: str) -> Path:
@@ -143,11 +116,3 @@ def check_fit(components: Iterable[Component], latent_channels: int, text_dim: i
             width = config.get("text_dim", config.get("d_model"))
             if width != text_dim:
                 raise ConfigError(f"{place}: gives {width} channels, the transformer takes {text_dim}")
-
-
-def _link(source: str, target: str) -> str:
-    if Path(source).suffix in WEIGHTS:
-        with suppress(OSError):
-            os.link(os.path.realpath(source), target)
-            return target
-    return shutil.copy2(source, target)

@@ -13,13 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pavdm_dist.commands.components import INDEX, Component, check_fit, other_components, published_file
+from pavdm_dist.commands.components import Component, check_fit, published_file
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.fields import read_object
 from pavdm_dist.io.folders import check_no_link, whole_folder
 from pavdm_dist.io.storage import disk_errors
 from pavdm_dist.models.base import Backbone
 from pavdm_dist.models.catalog import backbone_shape
+from pavdm_dist.models.components import INDEX, copy_components
 from pavdm_dist.models.devices import DTYPES
 from pavdm_dist.models.loading import as_stored, check_stored, has_weights, save_tensors
 from pavdm_dist.models.published import read_published
@@ -82,7 +83,7 @@ def convert_command(config: ConvertConfig, overwrite: bool) -> dict[str, Any]:
     check_stored(shape.state_dict(), stored, config.source, shape.optional_tensors)
     try:
         with whole_folder(folder) as partial, disk_errors():
-            other_components(base, partial, [component.name for component in components])
+            copy_components(base, partial, [component.name for component in components])
             for component in components:
                 component.write(partial)
             size = _write(config, base, shape, tensors, components, partial)

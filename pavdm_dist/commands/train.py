@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from pavdm_dist.digits.provider import digit_data
 from pavdm_dist.train.batches import Batches
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.launch import launch
 from pavdm_dist.train.prepared import video_data
-from pavdm_dist.train.processes import World
+from pavdm_dist.train.processes import World, launched_size
 from pavdm_dist.train.settings import TrainConfig
 
 
@@ -23,9 +24,20 @@ def train_command(config: TrainConfig, words: Sequence[str]) -> None:
     launch(config, training_data, words)
 
 
+def dry_run_command(config: TrainConfig) -> dict[str, Any]:
+    """What a run with these settings would take; nothing is started or written.
+
+    Raises:
+        ConfigError: impossible settings.
+    """
+    from pavdm_dist.train.forecast import forecast
+
+    return forecast(config, max(config.launch.processes, config.launch.ray_workers, launched_size()))
+
+
 def training_data(config: TrainConfig, world: World, end: float) -> tuple[Batches, Parts] | None:
     """The prepared videos of ``data.folder``, or the digit world where there is none.
 
     A :data:`~pavdm_dist.train.run.Provider`.
     """
-    return digit_data(config, world, end) if not config.data.folder else video_data(config)
+    return digit_data(config, world, end) if not config.data.folder else video_data(config, world)

@@ -44,6 +44,7 @@ _REMARKS = {
     "interlaced": "are interlaced: their fields are not taken apart",
     "perhaps mirrored": "are shown mirrored where they are stored so: data of an unknown kind hides whether they are",
     "damaged": "are damaged: the clips before the fault are taken",
+    "caption cut": "have captions that are longer than the text encoder takes: their ends are not read",
     "cropped": "lose more than a quarter of their picture to buckets of another shape; one of theirs would keep it",
 }
 # Videos a worker looks at before it writes what it found: what a kill can cost, and files per million videos.
@@ -275,7 +276,8 @@ def _job(config: PrepareConfig, checkpoint: Checkpoint, sources: Sources) -> Job
 def _buckets(config: PrepareConfig, checkpoint: Checkpoint) -> list[Bucket]:
     defaults = checkpoint.defaults
     fps = defaults.fps if config.fps is None else config.fps
-    window = defaults.latent_chunk_size * (defaults.window_chunks + defaults.context_chunks)
+    # A chunk more than a window, whose place can vary: not every one is to begin with a clip's first latent.
+    window = defaults.latent_chunk_size * (defaults.window_chunks + defaults.context_chunks + 1)
     texts = config.buckets or [f"{defaults.height}x{defaults.width}x{window}"]
     return parse_buckets(texts, fps, checkpoint.codec_spec)
 

@@ -67,6 +67,26 @@ class SeveralClips:
         return _joined([(found[part], places) for part, places in rows.items()], len(indices))
 
 
+class SomeClips:
+    """Consecutive clips of every bucket of a set.
+
+    Args:
+        clips: the set.
+        ranges: of each bucket, the first clip's number and how many.
+
+    Attributes:
+        buckets, counts, identity: as of the set.
+    """
+
+    def __init__(self, clips: SeveralClips, ranges: Sequence[tuple[int, int]]) -> None:
+        self._clips, self._firsts = clips, [first for first, _ in ranges]
+        self.buckets, self.counts, self.identity = clips.buckets, [count for _, count in ranges], clips.identity
+
+    def load(self, bucket: int, indices: Sequence[int]) -> Clips:
+        """As the set's own ``load``."""
+        return self._clips.load(bucket, [self._firsts[bucket] + number for number in indices])
+
+
 def _joined(parts: Sequence[tuple[Clips, Sequence[int]]], size: int) -> Clips:
     """One batch of several; each comes with its places in it."""
     if len(parts) == 1:

@@ -188,6 +188,7 @@ def _scan(job: Job, video: SourceVideo) -> dict[str, Any]:
     try:
         with _quiet():
             checkpoint.text_encoder.check(video.caption, checkpoint.text_encoder.max_length)
+            is_cut = bool(checkpoint.text_encoder.unread(video.caption, checkpoint.text_encoder.max_length))
     except ConfigError as error:
         return {**entry, "skipped": "caption", "reason": str(error)}
     entry["unknown_words"] = bool(checkpoint.text_encoder.unknown_words(video.caption))
@@ -214,7 +215,7 @@ def _scan(job: Job, video: SourceVideo) -> dict[str, Any]:
         kept = min(job.buckets[bucket].kept(scan.height, scan.width) for bucket, _ in clips)
         if scan.fault is not None:
             logger.warning("%s; the clips before are taken", scan.fault)
-        more = {"cropped": kept < _LEAST_KEPT, "damaged": scan.fault is not None}
+        more = {"cropped": kept < _LEAST_KEPT, "damaged": scan.fault is not None, "caption cut": is_cut}
         return {**entry, "remarks": [*scan.remarks, *(name for name, holds in more.items() if holds)]}
     if scan.fault is not None:
         return {**entry, "skipped": "unreadable", "reason": scan.fault}

@@ -9,7 +9,7 @@ from torch import Tensor
 from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.digits.world import FPS, SIZE, WORLD_SETTINGS
 from pavdm_dist.models.base import FrameInfo
-from pavdm_dist.train.batches import Batch, draw_kind, draw_prompts
+from pavdm_dist.train.batches import Batch, Batches, draw_kind, draw_prompts
 from pavdm_dist.train.loss import noised
 from pavdm_dist.train.model import Text
 from pavdm_dist.train.objective import Objective, draw_levels, draw_window
@@ -33,6 +33,7 @@ class DigitBatches:
         self.kinds = [(share, kind.at_size(SIZE, SIZE)) for share, kind in objective.kinds()]
         self.channels = clips.latents.shape[1]
         self.identity = {"world": WORLD_SETTINGS}
+        self.held_out: Batches | None = None
 
     def batch(self, step: int, rank: int, size: int) -> Batch:
         """See :class:`Batches`; all processes draw the whole batch, which costs little."""
@@ -60,7 +61,7 @@ def still_batch(clips: LatentClips, objective: Objective, size: int, seed: tuple
     clean, prompts = clips.stills(rng, size)
     levels = torch.rand(size, 1, generator=generator)
     x, target = noised(clean, levels, 0, 0.0, generator)
-    return _batch_of(x, target, levels, prompts, draw_prompts(rng, objective, size), 0, None)
+    return _batch_of(x, target, levels, prompts, draw_prompts(rng, objective, size), 0, None, "still")
 
 
 def window_batch(clips: LatentClips, objective: Objective, size: int, seed: tuple[int, ...]) -> Batch:
@@ -73,13 +74,21 @@ def window_batch(clips: LatentClips, objective: Objective, size: int, seed: tupl
     context = len(window.row.context) * chunk
     x, target = noised(clean, levels, context, objective.context_noise, generator)
     dropped = draw_prompts(rng, objective, size)
-    return _batch_of(x, target, levels, prompts, dropped, context, chunk if window.causal else None)
+    causal = chunk if window.causal else None
+    return _batch_of(x, target, levels, prompts, dropped, context, causal, window.kind)
 
 
 def _batch_of(
-    x: Tensor, target: Tensor, levels: Tensor, prompts: list[str], dropped: list[bool], context: int, causal: int | None
+    x: Tensor,
+    target: Tensor,
+    levels: Tensor,
+    prompts: list[str],
+    dropped: list[bool],
+    context: int,
+    causal: int | None,
+    kind: str,
 ) -> Batch:
-    return Batch(x, target, levels, Text(prompts), dropped, context, causal, INFO, prompts)
+    return Batch(x, target, levels, Text(prompts), dropped, context, causal, INFO, prompts, kind=kind)
 
 
 def _random(seed: tuple[int, ...]) -> tuple[np.random.Generator, torch.Generator]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
@@ -104,18 +105,30 @@ class FrameInfo:
 class Attention(Protocol):
     """Softmax attention, as torch's ``scaled_dot_product_attention``; replaced where some tokens are held elsewhere."""
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, chunk: int | None = None
+    ) -> Tensor:
         """``[..., heads, tokens, head_dim]`` each -> the shape of ``query``.
 
-        The mask is that of all tokens, wherever they are held: a row per query, True where it may read a key.
+        Args:
+            query, key, value: of the tokens that are held here.
+            attn_mask: of all tokens, wherever they are held: a row per query, True where it may read a key.
+            chunk: tokens of a chunk, where a query reads the keys of its own chunk and of those before it; holds no
+                number for every pair of tokens, as a mask would.
         """
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, chunk: int | None = None
+) -> Tensor:
     """An :class:`Attention` where all tokens are here.
 
     Torch's fused kernels take one axis before the heads; with more it would multiply plainly and hold all scores.
     """
+    if chunk is not None:
+        ends = range(chunk, query.shape[-2] + 1, chunk)
+        chunks = zip(query.split(chunk, dim=-2), ends, strict=True)
+        return torch.cat([attention(part, key[..., :end, :], value[..., :end, :]) for part, end in chunks], dim=-2)
     q, k, v = (tensor.flatten(0, -4) for tensor in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).unflatten(0, query.shape[:-3])
 
@@ -275,3 +288,33 @@ class Backbone(Protocol):
 
     def to_velocity(self, out: Tensor, x: Tensor, levels: Tensor) -> Tensor:
         """Raw prediction -> velocity x_0 - eps, ``[b, C, F, h, w]``, float32."""
+
+    # --- what training asks besides: the model is a ``torch.nn.Module``
+
+    def null_text(self) -> Tensor | None:
+        """The learned text of no prompt, ``[L, text_dim]``; None where the encoding of the empty prompt is that."""
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes what :meth:`load` reads; ``dtype`` is that of weights that may have any."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        levels: Tensor,
+        text: Tensor,
+        info: FrameInfo,
+        text_mask: Tensor | None = None,
+        chunk_causal: int | None = None,
+        window: WindowSlice | None = None,
+    ) -> Tensor:
+        """Raw prediction ``[b, C_out, F, h, w]`` of a whole window, with one text per batch row.
+
+        Args:
+            x: latents ``[b, C, F, h, w]``.
+            levels: ``[b, F]`` in [0, 1], float32.
+            text: ``[b, L, text_dim]``.
+            info: picture size and rate.
+            text_mask: ``[b, L]`` bool, True = real token; None when all are.
+            chunk_causal: chunk size for the chunk-causal mask; None attends over the whole window.
+            window: of which window ``x`` and ``levels`` are a slice; None when they are all of it.
+        """

@@ -16,6 +16,8 @@ from pavdm_dist.models.source import Source
 
 # Diffusers' pipelines for weights of a trained-per-frame class that met one level a window all the same.
 ONE_LEVEL = ("SkyReelsV2Pipeline", "SkyReelsV2ImageToVideoPipeline")
+# What training on levels per frame makes of them.
+PER_FRAME = "SkyReelsV2DiffusionForcingPipeline"
 
 
 @dataclass(frozen=True)

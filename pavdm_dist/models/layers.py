@@ -58,10 +58,15 @@ class RotaryTable(nn.Module):
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
-        freqs = torch.empty(head_dim // 2, dtype=torch.float32)
-        if not freqs.is_meta:
-            freqs = ROPE_BASE ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        self.register_buffer("freqs", freqs)
+        self._head_dim = head_dim
+        self.register_buffer("freqs", torch.empty(head_dim // 2, dtype=torch.float32))
+        if not self.freqs.is_meta:
+            self.restore()
+
+    def restore(self) -> None:
+        """Makes the angles anew, on their device: something may have rounded them."""
+        freqs = ROPE_BASE ** -(torch.arange(0, self._head_dim, 2, dtype=torch.float32) / self._head_dim)
+        self.freqs = freqs.to(self.freqs.device)
 
     def forward(self, frames: int, first: int = 0) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[frames, head_dim / 2]`` for places first .. first + frames - 1 of the window."""

@@ -254,11 +254,17 @@ def convert(module: nn.Module, dtype: torch.dtype, device: torch.device | str, k
 
 
 def save_module(
-    module: nn.Module, folder: str | Path, config: Mapping[str, Any], dtype: torch.dtype | None, shard: str = "5GB"
+    module: nn.Module,
+    folder: str | Path,
+    config: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    shard: str = "5GB",
+    keeps_float32: Choose = lambda name: False,
 ) -> None:
-    """Writes ``config.json`` and one safetensors file, or several of at most ``shard`` with an index."""
+    """Writes ``config.json`` and one safetensors file, or several of at most ``shard`` with an index; ``dtype``
+    converts parameters on the way, but those of the names that ``keeps_float32`` says."""
     # Buffers are tables (rotary angles, the null text): rounding them would move every position.
-    converted = {name for name, _ in module.named_parameters()} if dtype else set()
+    converted = {name for name, _ in module.named_parameters() if not keeps_float32(name)} if dtype else set()
     state = {
         key: value.detach().to("cpu", dtype if key in converted else value.dtype).contiguous()
         for key, value in module.state_dict().items()

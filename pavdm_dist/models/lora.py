@@ -21,7 +21,7 @@ from pavdm_dist.models.source import Source
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PEFT_CONFIG = "adapter_config.json"
 # Where diffusers keeps a file's settings, in the file's own header.
-_METADATA = "lora_adapter_metadata"
+METADATA = "lora_adapter_metadata"
 _PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.")
 _TRAINERS = ("self_attn", "cross_attn")
 
@@ -139,11 +139,11 @@ def _settings(source: Source, header: Mapping[str, str]) -> _Settings:
     values: Mapping[str, Any] = {}
     if source.has(PEFT_CONFIG):
         values = read_object(source.file(PEFT_CONFIG), CheckpointError)
-    elif _METADATA in header:
+    elif METADATA in header:
         try:
-            values = json_value(header[_METADATA])
+            values = json_value(header[METADATA])
         except ValueError as error:
-            raise CheckpointError(f"lora={source}: {_METADATA} is not valid JSON: {error}") from error
+            raise CheckpointError(f"lora={source}: {METADATA} is not valid JSON: {error}") from error
         values = {key.removeprefix("transformer."): value for key, value in values.items()}
     return made(_Settings, values, f"lora={source}", ignore_unknown=True, error=CheckpointError)
 

@@ -240,17 +240,7 @@ class STDiT3(nn.Module):
         chunk_causal: int | None = None,
         window: WindowSlice | None = None,
     ) -> Tensor:
-        """Raw prediction ``[b, C_out, F, h, w]`` for latents, per-frame levels and one text per batch row.
-
-        Args:
-            x: ``[b, C, F, h, w]``.
-            levels: ``[b, F]`` in [0, 1], float32.
-            text: ``[b, L, caption_channels]``.
-            info: picture size and rate.
-            text_mask: ``[b, L]`` bool, True = real token; None when all are.
-            chunk_causal: chunk size for the chunk-causal mask; None attends over the whole window.
-            window: of which window ``x`` and ``levels`` are a slice; None when they are all of it.
-        """
+        """As :class:`~pavdm_dist.models.base.Backbone` says; padding of texts is masked."""
         grid = self.grid(*x.shape[2:])
         run = TextRun(0, grid.frames, self.project_text(text), text_mask)
         context = BlockContext(grid, [run], chunk_causal)

@@ -19,7 +19,16 @@ from torch.nn import functional as F
 
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.fields import Within, made
-from pavdm_dist.models.base import Activation, BackboneSpec, BlockContext, Costs, FrameInfo, Grid, LevelSupport
+from pavdm_dist.models.base import (
+    Activation,
+    BackboneSpec,
+    BlockContext,
+    Costs,
+    FrameInfo,
+    Grid,
+    LevelSupport,
+    WindowSlice,
+)
 from pavdm_dist.models.loading import convert, load_module, save_module
 from pavdm_dist.models.source import Source, load_config
 from pavdm_dist.models.text_cache import TextRun
@@ -208,6 +217,9 @@ class Wan(nn.Module):
         """The model predicts eps - x_0."""
         return -out.float()
 
+    def null_text(self) -> Tensor | None:
+        return None
+
     def keys(self, first_block: int, last_block: int, first: bool, last: bool) -> Callable[[str], bool]:
         prefixes = ["condition_embedder.text_embedder.", *(f"blocks.{i}." for i in range(first_block, last_block))]
         if first:
@@ -241,19 +253,24 @@ class Wan(nn.Module):
     # --- one whole forward -----------------------------------------------------------------------------
 
     def forward(
-        self, x: Tensor, levels: Tensor, text: Tensor, info: FrameInfo, chunk_causal: int | None = None
+        self,
+        x: Tensor,
+        levels: Tensor,
+        text: Tensor,
+        info: FrameInfo,
+        text_mask: Tensor | None = None,
+        chunk_causal: int | None = None,
+        window: WindowSlice | None = None,
     ) -> Tensor:
-        """Raw prediction ``[b, C, F, h, w]`` for latents, per-frame levels and one text per batch row.
-
-        Args:
-            x: ``[b, C, F, h, w]``.
-            levels: ``[b, F]`` in [0, 1], float32.
-            text: ``[b, L, text_dim]``.
-            info: picture size and rate.
-            chunk_causal: chunk size for the chunk-causal mask; None attends over the whole window.
-        """
+        """As :class:`~pavdm_dist.models.base.Backbone` says; padding of texts is read, as zeros."""
         grid = self.grid(*x.shape[2:])
+        if text_mask is not None:
+            text = text * text_mask.unsqueeze(-1)
         context = BlockContext(grid, [TextRun(0, grid.frames, self.project_text(text))], chunk_causal)
+        if window is not None:
+            context = replace(
+                context, first_frame=window.first_frame, window_frames=window.window_frames, attend=window.attend
+            )
         activation = self.embed(x, levels, info)
         for index in range(self.spec.num_blocks):
             activation = self.block(index, activation, context)
@@ -290,9 +307,10 @@ class Wan(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes ``config.json`` and ``diffusion_pytorch_model.safetensors``; ``dtype`` converts on the way."""
+        """Writes ``config.json`` and ``diffusion_pytorch_model.safetensors``; ``dtype`` converts on the way what
+        diffusers does not keep in float32."""
         config = {name: value for name, value in asdict(self.config).items() if value is not None}
-        save_module(self, folder, {"_class_name": self.class_name, **config}, dtype)
+        save_module(self, folder, {"_class_name": self.class_name, **config}, dtype, keeps_float32=self.keeps_float32)
 
 
 def diffusers_arguments(config: WanConfig) -> dict[str, Any]:

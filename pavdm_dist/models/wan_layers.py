@@ -155,13 +155,8 @@ def _self_attention(projected: list[Tensor], index: int, context: BlockContext, 
         k = turn(k, first)
     else:
         k, v = context.memory.attend(index, k, v, first, turn, frame)
-    if context.chunk_causal is None:
-        return context.attend(q, k, v)
-    # Chunk after chunk: a mask over all tokens would hold a number for every pair of them.
-    ends = range(context.chunk_causal * frame, q.shape[-2] + 1, context.chunk_causal * frame)
-    chunks = q.split(context.chunk_causal * frame, dim=-2)
-    parts = [context.attend(part, k[..., :end, :], v[..., :end, :]) for part, end in zip(chunks, ends, strict=True)]
-    return torch.cat(parts, dim=-2)
+    chunk = None if context.chunk_causal is None else context.chunk_causal * frame
+    return context.attend(q, k, v, chunk=chunk)
 
 
 def _cross_attention(block: Any, x: Tensor, index: int, context: BlockContext) -> Tensor:

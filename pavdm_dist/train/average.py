@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pavdm_dist.errors import CheckpointError
 from pavdm_dist.train.processes import World
-from pavdm_dist.train.zero import is_sharded, local_part, whole_shape
+from pavdm_dist.train.zero import is_sharded, local_part, readable, whole_shape
 
 FILE = "average-{rank:05d}-of-{size:05d}.safetensors"
 
@@ -45,9 +45,11 @@ class Average:
         """Takes in the parameters after one optimizer step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        for name, parameter in _trained(module):
-            mine = self.parts[name][1]
-            mine.lerp_(local_part(parameter)[1].to(mine.device, torch.float32), 1 - decay)
+        mine = [self.parts[name][1] for name, _ in _trained(module)]
+        parts = (local_part(parameter)[1] for _, parameter in _trained(module))
+        now = [part.to(own.device, torch.float32) for own, part in zip(mine, parts, strict=True)]
+        # All at once: one by one they are hundreds of kernels, each over few numbers.
+        torch._foreach_lerp_(mine, now, 1 - decay)
 
     def save(self, folder: Path, rank: int, size: int) -> None:
         """Writes this process' parts."""
@@ -85,7 +87,7 @@ class Average:
 
 
 def whole_tensors(
-    module: nn.Module, world: World, average: Average | None = None, keep: bool = True
+    module: nn.Module, world: World, average: Average | None = None, keep: bool = True, frozen: bool = True
 ) -> dict[str, Tensor]:
     """A state dict of whole tensors in main memory: averaged or current float32 parameters, and the buffers.
 
@@ -96,9 +98,14 @@ def whole_tensors(
         world: all processes.
         average: None = the current weights.
         keep: False on processes that only take part; they get an empty dict.
+        frozen: whether parameters that are not trained are among them.
     """
     found = {name: value.detach().cpu().clone() for name, value in module.named_buffers()}
-    found |= {name: value.detach().cpu() for name, value in module.named_parameters() if not value.requires_grad}
+    for name, value in module.named_parameters() if frozen else ():
+        if not value.requires_grad:
+            with readable([value]):
+                if keep:
+                    found[name] = value.detach().cpu().clone()
     for name, parameter in _trained(module):
         start, part = local_part(parameter) if average is None else average.parts[name]
         shape = whole_shape(parameter)

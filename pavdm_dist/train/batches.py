@@ -28,6 +28,7 @@ class Batch:
         info: size in pixels and frames per second.
         ids: which clips, for messages.
         window: of which window these frames are a slice; None when they are all of it.
+        kind: of window, for the log.
     """
 
     x: Tensor
@@ -40,6 +41,7 @@ class Batch:
     info: FrameInfo
     ids: list[str]
     window: WindowSlice | None = None
+    kind: str = "window"
 
     def part(self, rows: slice) -> Batch:
         """Some of the samples."""
@@ -58,9 +60,14 @@ class Batch:
         return [self.part(slice(number, None, count)) for number in range(count)]
 
     def to(self, device: torch.device) -> Batch:
-        """On another device."""
-        x, target, levels = (value.to(device) for value in (self.x, self.target, self.levels))
+        """On another device; from pinned memory this process does not wait for it."""
+        x, target, levels = (value.to(device, non_blocking=True) for value in (self.x, self.target, self.levels))
         return replace(self, x=x, target=target, levels=levels, text=self.text.to(device))
+
+    def pinned(self) -> Batch:
+        """In memory that a GPU reads by itself; for the thread that loads ahead."""
+        x, target, levels = (value.pin_memory() for value in (self.x, self.target, self.levels))
+        return replace(self, x=x, target=target, levels=levels, text=self.text.pinned())
 
 
 class Batches(Protocol):
@@ -69,10 +76,12 @@ class Batches(Protocol):
     Attributes:
         channels: of the latents.
         identity: what batches depend on besides the settings; a run must not go on with another one.
+        held_out: batches of clips that are not trained on; None = there are none.
     """
 
     channels: int
     identity: dict[str, Any]
+    held_out: Batches | None
 
     def batch(self, step: int, rank: int, size: int) -> Batch:
         """Process ``rank``'s share of step ``step``'s batch: every ``size``-th sample, so that the processes' mean

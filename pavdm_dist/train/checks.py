@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.train.recompute import Recompute
+from pavdm_dist.train.records import check_trackers
 from pavdm_dist.train.saves import any_there
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.zero_settings import deepspeed_json, engine_settings
@@ -22,7 +24,9 @@ _LIMITS = {
     "optimizer.grad_clip": _FROM_0, "optimizer.total_steps": _FROM_0, "optimizer.warmup_steps": _FROM_0,
     "optimizer.final_ratio": _SHARE, "optimizer.ema_decay": _SHARE,
     "objective.prompt_dropout": _SHARE, "objective.full_share": _SHARE, "objective.growing_share": _SHARE,
-    "objective.causal_share": _SHARE,
+    "objective.causal_share": _SHARE, "objective.text_share": _SHARE, "objective.shift_scale": _FROM_0,
+    "objective.variance_scale": _FROM_0, "objective.context_noise": _FROM_0, "model.lora.rank": _FROM_0,
+    "validation.every_steps": _FROM_0, "validation.batches": _FROM_1, "validation.clips": _FROM_0,
     "zero.bucket_elements": _FROM_1, "launch.timeout_seconds": _POSITIVE, "launch.placement_timeout_s": _POSITIVE,
     "launch.gpus_per_worker": _FROM_0, "launch.cpus_per_worker": _FROM_0,
 }  # fmt: skip
@@ -43,6 +47,10 @@ def _check_values(config: TrainConfig) -> None:
     ):
         if len(values) != count:
             raise ConfigError(f"{name}={values}: must have {count} entries")
+    if config.profile_steps and (len(config.profile_steps) != 2 or min(config.profile_steps) < 0):
+        raise ConfigError(f"profile_steps={config.profile_steps}: must be [first step, number of steps], or []")
+    if config.peak_tflops is not None and not 0 < config.peak_tflops < math.inf:
+        raise ConfigError(f"peak_tflops={config.peak_tflops}: must be above 0, or null")
     if any(not 0 <= beta < 1 for beta in config.optimizer.betas):
         raise ConfigError(f"optimizer.betas={config.optimizer.betas}: must be from 0 to below 1")
     both = config.objective.full_share + config.objective.growing_share
@@ -64,7 +72,14 @@ def check_settings(config: TrainConfig, size: int) -> None:
         ConfigError: naming the field, its value and the nearest legal ones.
     """
     _check_values(config)
-    z, o, d = config.zero, config.optimizer, config.data
+    check_trackers(config.trackers)
+    z, o, d, m = config.zero, config.optimizer, config.data, config.model
+    if m.lora.rank and m.pretrained is None:
+        raise ConfigError(
+            f"model.lora.rank={m.lora.rank}: there is nothing to change; name the model in model.pretrained, or use 0"
+        )
+    if m.lora.alpha is not None and not 0 < m.lora.alpha < math.inf:
+        raise ConfigError(f"model.lora.alpha={m.lora.alpha}: must be above 0")
     if z.stage not in (0, 1, 2, 3):
         raise ConfigError(f"zero.stage={z.stage}: must be 0, 1, 2 or 3")
     if z.precision == "bfloat16" and z.stage == 0:
@@ -85,6 +100,15 @@ def check_settings(config: TrainConfig, size: int) -> None:
         raise ConfigError(f"zero.offload=all with zero.stage={z.stage}: weights can leave the device at stage 3 only")
     if z.init and z.stage != 3:
         raise ConfigError(f"zero.init=true with zero.stage={z.stage}: weights are sharded at stage 3 only")
+    if Recompute.parse(z.recompute).budget is not None and config.sequence_parallel > 1:
+        raise ConfigError(
+            f"zero.recompute={z.recompute} with sequence_parallel={config.sequence_parallel}: processes that share a"
+            " window must compute the same blocks again; use every:N"
+        )
+    if z.gradients == "float32" and z.precision != "bfloat16":
+        raise ConfigError(
+            f"zero.gradients=float32 with zero.precision={z.precision}: gradients have that type already; use auto"
+        )
     if config.compile and z.stage == 3:
         raise ConfigError(
             "compile=true with zero.stage=3: compiled functions would read weights that are sharded; use zero.stage=2, "
@@ -140,9 +164,7 @@ def memory_advice(config: TrainConfig, step: int, size: int) -> str:
     z, o = config.zero, config.optimizer
     freed = {0: "the optimizer's state", 1: "gradients", 2: "weights", 3: "nothing"}[z.stage]
     ideas = {
-        "zero.checkpoint_activations=true frees the insides of the blocks": replace(
-            config, zero=replace(z, checkpoint_activations=True)
-        ),
+        "zero.recompute=every:1 frees the insides of the blocks": replace(config, zero=replace(z, recompute="every:1")),
         f"optimizer.accumulation={2 * o.accumulation} halves the activations": replace(
             config, optimizer=replace(o, accumulation=2 * o.accumulation)
         ),

@@ -65,8 +65,10 @@ def _unused(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
         elif m.pretrained is not None:
             groups.append(("codec", config.codec, codec[1:], f"the codec of model.pretrained={m.pretrained} is used"))
     if m.pretrained is not None:
-        sizes = tuple(field.name for field in dataclasses.fields(m))[1:]
+        sizes = tuple(field.name for field in dataclasses.fields(m) if field.name not in ("pretrained", "lora"))
         groups.append(("model", m, sizes, f"the sizes of model.pretrained={m.pretrained} count"))
+    if not m.lora.rank:
+        groups.append(("model.lora", m.lora, ("alpha", "targets"), "it is of model.lora.rank"))
     if o.name != "muon":
         groups.append(("optimizer", o, ("matrix_ratio",), "it is of optimizer.name=muon"))
     if config.zero.stage == 0:

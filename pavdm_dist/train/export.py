@@ -1,4 +1,5 @@
-"""The trained model as a folder that ``pavdm sample model=FOLDER`` takes at once."""
+"""What a run has made, as a folder: a whole model that ``pavdm sample model=FOLDER`` takes at once, or the low-rank
+changes of one (``pavdm sample model=BASE lora=[{model: FOLDER}]``)."""
 
 from __future__ import annotations
 
@@ -8,15 +9,28 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pavdm_dist.errors import ConfigError
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.fields import read_object
 from pavdm_dist.io.folders import check_no_link, whole_folder
 from pavdm_dist.io.storage import remove_staged
 from pavdm_dist.models.base import FrameInfo
+from pavdm_dist.models.components import INDEX, copy_components
+from pavdm_dist.models.devices import DTYPES
+from pavdm_dist.models.known import ONE_LEVEL, PER_FRAME
+from pavdm_dist.models.lora import FILES
+from pavdm_dist.models.source import Source, load_config
+from pavdm_dist.models.stdit3 import STDiT3
+from pavdm_dist.train.lora import save_lora
 from pavdm_dist.train.model import filled
 from pavdm_dist.train.settings import TrainConfig
+
+# Of models that are trained from nothing, unless ``sampling`` says otherwise.
+GUIDANCE = 3.0
+# The pipeline of models that diffusers has none for.
+_OWN = "PAVDMPipeline"
 
 
 @dataclass(frozen=True)
@@ -25,7 +39,7 @@ class Parts:
 
     Attributes:
         vae: folder of the codec.
-        text_encoder: folder of the frozen text encoder; None when it is trained along.
+        base: the model that codec, text encoder, tokenizer and all else are of; None when a text encoder is trained.
         info: size and rate of the videos, the defaults for sampling.
         prompts: of contact sheets.
         vocabulary: words of the text encoder that is trained along; None where none is trained.
@@ -33,7 +47,7 @@ class Parts:
     """
 
     vae: Path
-    text_encoder: Path | None
+    base: Source | None
     info: FrameInfo
     prompts: tuple[str, ...]
     vocabulary: tuple[str, ...] | None = None
@@ -49,7 +63,8 @@ def check_target(folder: Path) -> None:
     check_no_link(folder, "export")
     if folder.is_file():
         raise ConfigError(f"export={folder}: is a file; name a new folder, or one that holds an exported model")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "model_index.json").exists():
+    is_export = any((folder / name).exists() for name in (INDEX, FILES[0]))
+    if folder.is_dir() and any(folder.iterdir()) and not is_export:
         raise ConfigError(f"export={folder}: holds {next(folder.iterdir()).name} and no model; name a new folder")
 
 
@@ -71,33 +86,57 @@ def export_model(
         OSError: it cannot be written.
     """
     check_target(folder)
-    model, o = filled(config, channels, parts.vocabulary, weights), config.objective
-    sampling = {
+    with whole_folder(folder) as partial:
+        if config.model.lora.rank:
+            backbone = {name.removeprefix("transformer."): value for name, value in weights.items()}
+            save_lora(backbone, config.model.lora, partial, DTYPES[config.export_dtype], step)
+        else:
+            _write_model(config, weights, channels, parts, partial, step)
+    if Path(config.run_dir).absolute() in folder.absolute().parents:  # nobody else writes there
+        remove_staged(folder)  # of processes that were killed in an export
+
+
+def _write_model(
+    config: TrainConfig, weights: dict[str, Tensor], channels: int, parts: Parts, folder: Path, step: int
+) -> None:
+    model, dtype = filled(config, channels, parts.vocabulary, weights), DTYPES[config.export_dtype]
+    if parts.base is not None:
+        copy_components(parts.base, folder)
+        index = read_object(parts.base.file(INDEX), CheckpointError)
+    else:
+        assert model.text_encoder is not None
+        model.text_encoder.save_pretrained(folder / "text_encoder", dtype)
+        shutil.copytree(parts.vae, folder / "vae")
+        index = {"vae": ["diffusers", "AutoencoderKLWan"], "text_encoder": ["pavdm_dist", "WordTextEncoder"]}
+    model.transformer.save_pretrained(folder / "transformer", dtype)
+    is_own = isinstance(model.transformer, STDiT3)
+    pipeline = _OWN if is_own else index.get("_class_name", _OWN)
+    index |= {
+        "_class_name": PER_FRAME if pipeline in ONE_LEVEL else pipeline,
+        "transformer": [
+            "pavdm_dist" if is_own else "diffusers",
+            load_config(folder / "transformer")["_class_name"],
+        ],
+        "sampling": _sampling(config, parts),
+        "training": {"steps": step, "world": parts.world_settings},
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _sampling(config: TrainConfig, parts: Parts) -> dict[str, Any]:
+    """Defaults for sampling: as was trained, with what the model trained from says of guidance and prompts."""
+    o, kept = config.objective, dict[str, Any](guidance_scale=GUIDANCE)
+    if config.model.pretrained is not None:
+        defaults = Checkpoint.open(config.model.pretrained).defaults
+        kept = {"guidance_scale": defaults.guidance_scale}
+        kept |= {"prompt_suffix": defaults.prompt_suffix} if defaults.prompt_suffix else {}
+    return {
         "num_inference_steps": o.num_inference_steps,
         "window_chunks": o.window_chunks,
         "latent_chunk_size": o.latent_chunk_size,
         "context_chunks": o.context_chunks,
         "time_shift": o.time_shift,
-        "guidance_scale": 3.0,
+        **kept,
         **asdict(parts.info),
         **config.sampling,
     }
-    index = {
-        "_class_name": "PAVDMPipeline",
-        "transformer": ["pavdm_dist", "STDiT3"],
-        "vae": ["diffusers", "AutoencoderKLWan"],
-        "text_encoder": ["pavdm_dist", "WordTextEncoder"],
-        "sampling": sampling,
-        "training": {"steps": step, "world": parts.world_settings},
-    }
-    with whole_folder(folder) as partial:
-        model.transformer.save_pretrained(partial / "transformer", torch.float16)
-        if model.text_encoder is not None:
-            model.text_encoder.save_pretrained(partial / "text_encoder", torch.float16)
-        else:
-            assert parts.text_encoder is not None
-            shutil.copytree(parts.text_encoder, partial / "text_encoder")
-        shutil.copytree(parts.vae, partial / "vae")
-        (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    if Path(config.run_dir).absolute() in folder.absolute().parents:  # nobody else writes there
-        remove_staged(folder)  # of processes that were killed in an export

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import eq
 from typing import Any
 
 import torch
@@ -13,12 +15,14 @@ from torch import Tensor, nn
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.errors import CheckpointError, ConfigError
-from pavdm_dist.models.base import FrameInfo, WindowSlice
-from pavdm_dist.models.loading import read_tensors
-from pavdm_dist.models.source import load_config
-from pavdm_dist.models.stdit3 import OPTIONAL_TENSORS, STDiT3, STDiT3Config
+from pavdm_dist.io.checksums import ends_digest
+from pavdm_dist.models.base import Backbone, FrameInfo, WindowSlice
+from pavdm_dist.models.layers import RotaryTable
+from pavdm_dist.models.loading import check_tensors, read_tensors, weight_files
+from pavdm_dist.models.source import Source, load_config
+from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
+from pavdm_dist.train.lora import add_lora
 from pavdm_dist.train.settings import ModelConfig, TrainConfig
-from pavdm_dist.train.zero import whole_shape
 
 # Makes the given parameters whole on every process, and shards what the first one wrote into them again.
 Whole = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
@@ -40,13 +44,21 @@ class Text:
 
     def part(self, rows: slice) -> Text:
         """Some of the samples."""
-        cut = (None if value is None else value[rows] for value in (self.embeddings, self.mask))
+        cut = (value if value is None else value[rows] for value in self._tensors)
         return Text(self.prompts[rows], *cut)
 
     def to(self, device: torch.device) -> Text:
         """On another device."""
-        moved = (None if value is None else value.to(device) for value in (self.embeddings, self.mask))
+        moved = (value if value is None else value.to(device, non_blocking=True) for value in self._tensors)
         return Text(self.prompts, *moved)
+
+    def pinned(self) -> Text:
+        """In memory that a GPU reads by itself."""
+        return Text(self.prompts, *(value if value is None else value.pin_memory() for value in self._tensors))
+
+    @property
+    def _tensors(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.embeddings, self.mask
 
 
 class TextToVideo(nn.Module):
@@ -58,7 +70,7 @@ class TextToVideo(nn.Module):
         autocast: compute in bfloat16, with weights in float32.
     """
 
-    def __init__(self, transformer: STDiT3, text_encoder: WordTextEncoder | None, autocast: bool = False) -> None:
+    def __init__(self, transformer: Backbone, text_encoder: WordTextEncoder | None, autocast: bool = False) -> None:
         super().__init__()
         self.transformer, self.text_encoder, self.autocast = transformer, text_encoder, autocast
 
@@ -72,7 +84,10 @@ class TextToVideo(nn.Module):
         chunk_causal: int | None,
         window: WindowSlice | None = None,
     ) -> Tensor:
-        """Velocity ``[b, C, F, h, w]``, float32; ``dropped`` prompts are replaced by the model's null text.
+        """Velocity ``[b, C, F, h, w]``, float32.
+
+        The text of ``dropped`` prompts is the model's learned one of no prompt. Where it has none, the trained encoder
+        reads no words for them; embeddings that a batch brings are those of no words then.
 
         Args:
             x: noisy latents ``[b, C, F, h, w]``.
@@ -90,53 +105,81 @@ class TextToVideo(nn.Module):
             return self.transformer.to_velocity(out, x, levels)
 
     def _tokens(self, x: Tensor, text: Text, dropped: list[bool]) -> tuple[Tensor, Tensor]:
-        """Text ``[b, L, D]`` and its mask ``[b, L]``."""
+        """Text ``[b, L, D]`` and its mask ``[b, L]``.
+
+        Raises:
+            ConfigError: a text is longer than the model reads, or there is nothing to read.
+        """
+        null = self.transformer.null_text()
         if text.embeddings is None:
             if self.text_encoder is None:
                 raise ConfigError("the batch brings no text embeddings, and no text encoder is trained")
-            ids, mask = self.text_encoder.collate(text.prompts)
+            pairs = zip(text.prompts, dropped, strict=True)
+            prompts = text.prompts if null is not None else ["" if drop else prompt for prompt, drop in pairs]
+            ids, mask = self.text_encoder.collate(prompts)
             tokens, mask = self.text_encoder(ids.to(x.device), mask.to(x.device)), mask.to(x.device)
         else:
             assert text.mask is not None
             tokens, mask = text.embeddings, text.mask
-        null = self.transformer.null_text().to(tokens.dtype)
-        grow = null.shape[0] - tokens.shape[1]
+        grow = self.transformer.spec.text_len - tokens.shape[1]
+        if grow < 0:
+            raise ConfigError(f"a text of {tokens.shape[1]} tokens: the model reads {self.transformer.spec.text_len}")
+        if null is None:
+            return tokens, mask
+        null = null.to(tokens.dtype)
         tokens = nn.functional.pad(tokens, (0, 0, 0, grow))
         mask = nn.functional.pad(mask, (0, grow))
         rows = torch.tensor(dropped, device=x.device)
         return torch.where(rows[:, None, None], null, tokens), mask | rows[:, None]
 
 
-def shape_of(config: TrainConfig, channels: int) -> STDiT3Config:
-    """The backbone's shape: the pretrained folder's, else the config's.
+def shape_of(config: TrainConfig, channels: int) -> Backbone:
+    """The backbone's shape, on the meta device: the pretrained model's, else the config's.
 
     Raises:
-        CheckpointError: the folder is none.
+        CheckpointError: ``model.pretrained`` is no model.
         ConfigError: the data's latents have other channels.
     """
     m, causal = config.model, config.objective.causal_share > 0
-    if m.pretrained is not None:
-        model = Checkpoint.open(m.pretrained).shape
-        if not isinstance(model, STDiT3):
-            raise CheckpointError(f"model.pretrained={m.pretrained} is {type(model).__name__}; STDiT3 can be trained")
-        shape = model.config
-        if shape.in_channels != channels:
-            raise ConfigError(
-                f"model.pretrained={m.pretrained} takes {shape.in_channels} latent channels, the data has {channels}"
-            )
-        return replace(shape, level_support="staircase-trained", causal_trained=shape.causal_trained or causal)
-    return STDiT3Config(
-        depth=m.depth,
-        hidden_size=m.hidden_size,
-        num_heads=m.num_heads,
-        in_channels=channels,
-        patch_size=(m.patch_size[0], m.patch_size[1], m.patch_size[2]),
-        caption_channels=m.caption_channels,
-        model_max_length=m.model_max_length,
-        pred_sigma=False,
-        level_support="staircase-trained",
-        causal_trained=causal,
-    )
+    if m.pretrained is None:
+        shape = STDiT3Config(
+            depth=m.depth,
+            hidden_size=m.hidden_size,
+            num_heads=m.num_heads,
+            in_channels=channels,
+            patch_size=(m.patch_size[0], m.patch_size[1], m.patch_size[2]),
+            caption_channels=m.caption_channels,
+            model_max_length=m.model_max_length,
+            pred_sigma=False,
+            level_support="staircase-trained",
+            causal_trained=causal,
+        )
+        with torch.device("meta"):
+            return STDiT3(shape)
+    model = Checkpoint.open(m.pretrained).shape
+    if model.spec.latent_channels != channels:
+        raise ConfigError(
+            f"model.pretrained={m.pretrained} takes {model.spec.latent_channels} latent channels, the data has"
+            f" {channels}"
+        )
+    if m.lora.rank:
+        return model  # what its weights met stays as it is
+    causal = model.spec.causal_trained or causal
+    return _made(model, replace(model.config, level_support="staircase-trained", causal_trained=causal), "meta")
+
+
+def described(config: TrainConfig) -> dict[str, Any]:
+    """What tells a pretrained model from others that a run must not go on with, wherever it lies.
+
+    Weights that are all trained are those of the checkpoint; of those that stay as they are both ends are looked at.
+    """
+    assert config.model.pretrained is not None
+    source = Checkpoint.open(config.model.pretrained).transformer
+    found: dict[str, Any] = {"config": load_config(source)}
+    if config.model.lora.rank:
+        files = [source.file(name) for name in sorted(weight_files(source))] if source.is_folder else []
+        found["weights"] = ends_digest(files) if files else str(source)
+    return found
 
 
 def build(
@@ -145,8 +188,11 @@ def build(
     vocabulary: Sequence[str] | None,
     whole: Whole | None = None,
     sharding: AbstractContextManager[Any] | None = None,
+    device: torch.device | str = "cpu",
 ) -> TextToVideo:
-    """The model with its initial or pretrained weights, float32.
+    """The model with its initial or pretrained weights, of which those require gradients that are trained.
+
+    Fresh weights are float32; pretrained ones are read as what the run computes in.
 
     Args:
         config: settings; seed the generator first, fresh weights come from it.
@@ -155,15 +201,42 @@ def build(
             none is trained.
         whole: given when the weights are sharded as they are made.
         sharding: the context that does so; only around the backbone, a text encoder is small and fills itself.
+        device: that pretrained weights are read to, unless they are sharded.
+
+    Raises:
+        CheckpointError: ``model.pretrained`` lacks a tensor, or has one of another size or too many.
+        ConfigError: no such target of low-rank changes.
     """
-    model, m = _modules(config, channels, vocabulary, sharding), config.model
+    shape, m = shape_of(config, channels), config.model
     if m.pretrained is None:
-        model.transformer.init_weights(whole)
-    else:
-        folder = Checkpoint.open(m.pretrained)
-        _fill(model.transformer, read_tensors(folder.transformer), whole, m.pretrained)
-        if model.text_encoder is not None:
-            _fill(model.text_encoder, read_tensors(folder.source.part("text_encoder")), None, m.pretrained)
+        assert isinstance(shape, STDiT3)  # no other is trained from nothing
+        with sharding or nullcontext():
+            fresh = STDiT3(shape.config)
+        if sharding is not None:
+            _restore_tables(fresh, {})
+        encoder = None if vocabulary is None else _text_encoder(m, vocabulary)
+        fresh.init_weights(whole)
+        return TextToVideo(fresh, encoder, config.zero.precision == "autocast")
+    source = Checkpoint.open(m.pretrained).source
+    # What DeepSpeed would make of them at once: nothing is held in float32 that need not be.
+    dtype = torch.bfloat16 if config.zero.precision == "bfloat16" else torch.float32
+    try:
+        if sharding is None:
+            transformer = type(shape).load(source.part("transformer"), None, dtype, device)
+        else:
+            assert whole is not None
+            transformer = _sharded(shape, source.part("transformer"), whole, sharding)
+        encoder = None if vocabulary is None else _text_encoder(m, vocabulary)
+        if encoder is not None:
+            check_tensors(encoder.state_dict(), source.part("text_encoder"))
+            encoder.load_state_dict(read_tensors(source.part("text_encoder")))
+    except CheckpointError as error:
+        raise CheckpointError(f"model.pretrained={error}") from error
+    model = TextToVideo(transformer, encoder, config.zero.precision == "autocast").requires_grad_(True).train()
+    if m.lora.rank:
+        model.requires_grad_(False)  # a text encoder too: changes of the backbone are all that is saved
+        with sharding or nullcontext():
+            add_lora(_module(transformer), m.lora, whole)
     return model
 
 
@@ -171,22 +244,52 @@ def filled(
     config: TrainConfig, channels: int, vocabulary: Sequence[str] | None, weights: dict[str, Tensor]
 ) -> TextToVideo:
     """The model that :func:`build` makes, with these weights, in main memory, for sampling and saving."""
+    transformer = shape_of(config, channels)
     with torch.device("meta"):
-        model = _modules(config, channels, vocabulary)
+        encoder = None if vocabulary is None else _text_encoder(config.model, vocabulary)
+        if config.model.lora.rank:
+            add_lora(_module(transformer), config.model.lora)
+    model = TextToVideo(transformer, encoder, config.zero.precision == "autocast")
     model.load_state_dict(weights, assign=True)
     return model.eval().requires_grad_(False)
 
 
-def _modules(
-    config: TrainConfig,
-    channels: int,
-    vocabulary: Sequence[str] | None,
-    sharding: AbstractContextManager[Any] | None = None,
-) -> TextToVideo:
-    with sharding or nullcontext():
-        transformer = STDiT3(shape_of(config, channels))
-    encoder = None if vocabulary is None else _text_encoder(config.model, vocabulary)
-    return TextToVideo(transformer, encoder, config.zero.precision == "autocast")
+def _sharded(shape: Backbone, source: Source, whole: Whole, sharding: AbstractContextManager[Any]) -> Backbone:
+    """A model that is sharded as it is made, with its weights, of which no process holds more than one whole."""
+    check_tensors(shape.state_dict(), source, None, shape.optional_tensors)
+    with sharding:
+        model = _made(shape, shape.config)
+    module, first = _module(model), torch.distributed.get_rank() == 0
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            # What the first process wrote is sharded again; the others need not read it.
+            with whole([parameter]):
+                if first:
+                    parameter.copy_(read_tensors(source, partial(eq, name))[name])
+    tables = dict(module.named_buffers())
+    _restore_tables(module, read_tensors(source, lambda name: name in tables))
+    return model
+
+
+def _restore_tables(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
+    """Float32 buffers again: sharded building rounds whatever is made to the type of the weights."""
+    for module in model.modules():
+        if isinstance(module, RotaryTable):
+            module.restore()
+    for name, buffer in model.named_buffers():
+        buffer.data = stored.get(name, buffer).to(buffer.device, torch.float32)
+
+
+def _made(shape: Backbone, config: Any, device: str | None = None) -> Backbone:
+    """Another backbone of that class."""
+    kind: Any = type(shape)
+    with nullcontext() if device is None else torch.device(device):
+        return kind(config)
+
+
+def _module(model: Backbone) -> nn.Module:
+    assert isinstance(model, nn.Module)
+    return model
 
 
 def _text_encoder(m: ModelConfig, vocabulary: Sequence[str]) -> WordTextEncoder:
@@ -194,27 +297,3 @@ def _text_encoder(m: ModelConfig, vocabulary: Sequence[str]) -> WordTextEncoder:
         source = Checkpoint.open(m.pretrained).source.part("text_encoder")
         return WordTextEncoder.of_shape(load_config(source), f"{source}/config.json")
     return WordTextEncoder(vocabulary, m.caption_channels, m.text_depth, 4, m.model_max_length)
-
-
-@torch.no_grad()
-def _fill(module: nn.Module, tensors: dict[str, Tensor], whole: Whole | None, source: str) -> None:
-    wanted = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    for name, value in wanted.items():
-        if name not in tensors and name not in OPTIONAL_TENSORS:
-            raise CheckpointError(f"model.pretrained={source}: {name} is missing")
-        shape = whole_shape(value)
-        if name in tensors and tensors[name].shape != shape:
-            raise CheckpointError(
-                f"model.pretrained={source}: {name} is {list(tensors[name].shape)}, not {list(shape)}"
-            )
-    for name in tensors.keys() - wanted.keys():
-        raise CheckpointError(f"model.pretrained={source}: {name} is no part of this model")
-    if whole is None:
-        module.load_state_dict(tensors, strict=False)
-        return
-    for name, parameter in module.named_parameters():
-        with whole([parameter]):
-            parameter.copy_(tensors[name])
-    for name, buffer in module.named_buffers():
-        if name in tensors:
-            buffer.copy_(tensors[name])

@@ -6,6 +6,7 @@ implementation of the levels: growing from text or from a clean chunk, full, and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -118,14 +119,21 @@ class Objective:
 
 @dataclass(frozen=True)
 class TrainingWindow:
-    """One batch's window: a row of a plan, laid over a clip from chunk ``offset`` on.
+    """One batch's window: rows of a plan, laid over a clip from chunk ``offset`` on.
 
-    ``offset`` 0 is the start of a video, whose first latent is a single frame.
+    Attributes:
+        row: chunks and steps left.
+        offset: 0 is the start of a video, whose first latent is a single frame.
+        causal: whether the mask is chunk-causal.
+        kind: ``full``, ``growing`` or ``draining``.
+        rows: those with the same chunks, of which every sample gets one; none stands for ``row`` alone.
     """
 
     row: PlanRow
     offset: int
     causal: bool
+    kind: str = "full"
+    rows: tuple[PlanRow, ...] = ()
 
     @property
     def num_chunks(self) -> int:
@@ -149,15 +157,15 @@ def draw_window(rng: np.random.Generator, objective: Objective, clip_chunks: int
         raise ConfigError(f"a clip of {clip_chunks} chunks: it must hold at least one chunk of {o.latent_chunk_size}")
     growth = o.num_inference_steps
     while True:
-        kind, start = rng.random(), _start(o)
-        if kind < o.full_share:
-            plan, rows = _plan(o, start, 4 * o.window_chunks), (growth, growth + o.num_inference_steps)
-        elif kind < o.full_share + o.growing_share:
+        draw, start = rng.random(), _start(o)
+        if draw < o.full_share:
+            kind, plan, rows = "full", _plan(o, start, 4 * o.window_chunks), (growth, growth + o.num_inference_steps)
+        elif draw < o.full_share + o.growing_share:
             if rng.random() < o.text_share:
                 start = "noise"
-            plan, rows = _plan(o, start, 4 * o.window_chunks), (0, growth)
+            kind, plan, rows = "growing", _plan(o, start, 4 * o.window_chunks), (0, growth)
         else:
-            plan = _plan(o, start, 2 * o.window_chunks)
+            kind, plan = "draining", _plan(o, start, 2 * o.window_chunks)
             rows = (plan.num_rows - growth + plan.steps_per_shift, plan.num_rows)
         row = plan.row(int(rng.integers(*rows)))
         spare = clip_chunks - len(row.window)
@@ -169,11 +177,16 @@ def draw_window(rng: np.random.Generator, objective: Objective, clip_chunks: int
                 f"{clip_chunks}: use longer clips or let windows grow and drain (objective.growing_share)"
             )
         if clip_chunks < 1 + o.context_chunks:  # only the first chunk of a video fits
-            row, start, spare = _plan(o, "noise", 1).row(int(rng.integers(growth))), "noise", 0
+            plan = _plan(o, "noise", 1)
+            row, start, spare = plan.row(int(rng.integers(growth))), "noise", 0
             break
     from_text = start == "noise" and row.window[0] == 0
-    offset = 0 if from_text or spare == 0 else int(rng.integers(0, spare + 1))
-    return TrainingWindow(row, offset, bool(rng.random() < o.causal_share))
+    # A window from the middle of a video does not begin with a video's first latent, which is a single frame.
+    least = 1 if row.window[0] >= (1 if start == "noise" else 0) else 0
+    offset = 0 if from_text or spare == 0 else int(rng.integers(least, spare + 1))
+    shift = row.index - row.index % plan.steps_per_shift
+    rows_of_shift = tuple(plan.row(shift + step) for step in range(plan.steps_per_shift))
+    return TrainingWindow(row, offset, bool(rng.random() < o.causal_share), kind, rows_of_shift)
 
 
 def draw_levels(window: TrainingWindow, objective: Objective, size: int, generator: torch.Generator) -> Tensor:
@@ -188,7 +201,10 @@ def draw_levels(window: TrainingWindow, objective: Objective, size: int, generat
     o, chunk = objective, objective.latent_chunk_size
     if o.pattern == "linear-shift":
         shifts = o.shift_scale * torch.randn(size, generator=generator)
-        return window_levels(window, o, shifts)
+        # Were all samples in one row, a larger batch would not average over levels at all.
+        rows = window.rows or (window.row,)
+        drawn = torch.randint(len(rows), (size,), generator=generator).tolist()
+        return window_levels(window, o, shifts, [rows[place] for place in drawn])
     noisy = len(window.row.chunks) * chunk
     if o.pattern == "random":
         steps = o.num_inference_steps * torch.rand(size, len(window.row.chunks), generator=generator)
@@ -202,16 +218,19 @@ def draw_levels(window: TrainingWindow, objective: Objective, size: int, generat
     return _levels(steps, window, o)
 
 
-def window_levels(window: TrainingWindow, objective: Objective, shifts: Tensor) -> Tensor:
+def window_levels(
+    window: TrainingWindow, objective: Objective, shifts: Tensor, rows: Sequence[PlanRow] | None = None
+) -> Tensor:
     """Levels ``[b, F]``: the row's steps left, moved by each sample's shift, through the time shift; context 0.
 
     Args:
         window: which row.
         objective: T, c and the time shift.
         shifts: ``[b]``, in steps of the grid.
+        rows: of each sample; None = the window's for all.
     """
-    left = torch.tensor(window.row.steps_left, dtype=torch.float64)
-    steps = left[None, :] + shifts[:, None].double()
+    left = torch.tensor([row.steps_left for row in rows or [window.row] * len(shifts)], dtype=torch.float64)
+    steps = left + shifts[:, None].double()
     return _levels(steps.repeat_interleave(objective.latent_chunk_size, dim=1), window, objective)
 
 

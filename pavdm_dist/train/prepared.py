@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.catalog import encoder_identity
-from pavdm_dist.data.dataset import BatchOrder, CachedClips, PixelClips
+from pavdm_dist.data.dataset import BatchOrder, CachedClips, Clips, PixelClips
 from pavdm_dist.data.prefetch import Prefetch
-from pavdm_dist.data.several import SeveralClips
+from pavdm_dist.data.several import SeveralClips, SomeClips
+from pavdm_dist.data.shards import pad_texts
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import FrameInfo
-from pavdm_dist.train.batches import Batch, draw_kind, draw_prompts
+from pavdm_dist.train.batches import Batch, Batches, draw_kind, draw_prompts
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.loss import noised
 from pavdm_dist.train.model import Text, shape_of
 from pavdm_dist.train.objective import Objective, draw_levels, draw_window
+from pavdm_dist.train.processes import World
 from pavdm_dist.train.settings import DataConfig, TrainConfig
 
 SHEET_PROMPTS = 4
+# Captions that are named when they are cut.
+CUT_SAID = 5
+
+logger = logging.getLogger(__name__)
 
 
 class VideoBatches:
@@ -35,6 +45,8 @@ class VideoBatches:
         data: batch sizes and how many batches are loaded ahead.
         seed: of the run.
         channels: of the latents.
+        null_text: ``[L, D]``, what stands for a dropped prompt; None where the model has learned its own.
+        text_len: tokens of a text that the model reads; what is longer is cut, and said.
 
     Raises:
         ConfigError: a batch size for a bucket that is not there, or clips that hold less than a chunk.
@@ -42,14 +54,19 @@ class VideoBatches:
 
     def __init__(
         self,
-        clips: CachedClips | PixelClips | SeveralClips,
+        clips: CachedClips | PixelClips | SeveralClips | SomeClips,
         objective: Objective,
         data: DataConfig,
         seed: int,
         channels: int,
+        null_text: Tensor | None = None,
+        text_len: int | None = None,
     ) -> None:
         self.clips, self.data, self.seed, self.channels = clips, data, seed, channels
-        self.identity = {"data_set": {"clips": clips.identity}}
+        self._null_text, self._text_len = null_text, text_len
+        self._cut: set[str] = set()
+        self.identity: dict[str, Any] = {"data_set": {"clips": clips.identity}}
+        self.held_out: Batches | None = None
         names = [str(bucket) for bucket in clips.buckets]
         for name in data.batch_sizes:
             if name not in names:
@@ -76,7 +93,12 @@ class VideoBatches:
             return self._load(step, rank, size)
         if self._ahead is None or self._next != (step, rank, size):
             self.close()
-            self._ahead = Prefetch(lambda number: self._load(number, rank, size), step, self.data.prefetch)
+
+            def load(number: int) -> Batch:
+                batch = self._load(number, rank, size)
+                return batch.pinned() if torch.cuda.is_available() else batch
+
+            self._ahead = Prefetch(load, step, self.data.prefetch)
         self._next = (step + 1, rank, size)
         return next(self._ahead)
 
@@ -95,21 +117,42 @@ class VideoBatches:
         places = list(range(len(indices)))[mine]
         loaded = self.clips.load(number, indices[mine])
         if bucket.num_latents == 1:
-            first, causal, context = 0, None, 0
+            first, causal, context, kind = 0, None, 0, "picture"
             levels = torch.rand(len(indices), 1, generator=generator)
         else:
             chunk = objective.latent_chunk_size
             window = draw_window(rng, objective, bucket.num_latents // chunk)
             first, context = window.offset * chunk, len(window.row.context) * chunk
-            causal = chunk if window.causal else None
+            causal, kind = (chunk if window.causal else None), window.kind
             levels = draw_levels(window, objective, len(indices), generator)
         dropped = draw_prompts(rng, objective, len(indices))[mine]
         levels = levels[mine]
         clean = loaded.latents[:, :, first : first + levels.shape[1]]
         x, target = self._noised(clean, levels, context, objective.context_noise, step, places)
-        text = Text(loaded.captions, loaded.text, loaded.text_mask)
+        text = self._text(loaded, dropped)
         info = FrameInfo(bucket.height, bucket.width, bucket.fps)
-        return Batch(x, target, levels, text, dropped, context, causal, info, loaded.ids)
+        return Batch(x, target, levels, text, dropped, context, causal, info, loaded.ids, kind=kind)
+
+    def _text(self, loaded: Clips, dropped: list[bool]) -> Text:
+        """What the model reads: no more than it takes, and no words where a prompt is dropped."""
+        if loaded.text is None or loaded.text_mask is None:
+            return Text(loaded.captions)
+        texts = [tokens[mask] for tokens, mask in zip(loaded.text, loaded.text_mask, strict=True)]
+        if self._null_text is not None:
+            texts = [self._null_text if drop else text for text, drop in zip(texts, dropped, strict=True)]
+        if self._text_len is not None:
+            for caption, text in zip(loaded.captions, texts, strict=True):
+                self._say_if_cut(caption, len(text), self._text_len)
+        return Text(loaded.captions, *pad_texts([text[: self._text_len] for text in texts]))
+
+    def _say_if_cut(self, caption: str, tokens: int, limit: int) -> None:
+        if tokens <= limit or caption in self._cut or len(self._cut) > CUT_SAID:
+            return
+        self._cut.add(caption)
+        if len(self._cut) > CUT_SAID:
+            logger.warning("more captions are longer than the model's %d tokens; they are not named", limit)
+        else:
+            logger.warning("caption %r has %d tokens, the model reads the first %d", caption[:120], tokens, limit)
 
     def _noised(
         self, clean: Tensor, levels: Tensor, context: int, context_noise: float, step: int, places: list[int]
@@ -123,29 +166,48 @@ class VideoBatches:
         return torch.cat([x for x, _ in pairs]), torch.cat([target for _, target in pairs])
 
 
-def video_data(config: TrainConfig) -> tuple[VideoBatches, Parts]:
+def video_data(config: TrainConfig, world: World | None = None) -> tuple[VideoBatches, Parts]:
     """The prepared data sets of ``data.folder`` as one, and the codec and text encoder it was made with.
 
+    Args:
+        config: settings.
+        world: all processes, which must all call it; None = this one.
+
     Raises:
-        ConfigError: no complete data set, one made with another model, or latents and text that do not fit.
+        ConfigError: no complete data set, one made with another model, or latents, text or sizes that do not fit.
     """
-    d = config.data
-    source = Checkpoint.open(d.model or config.model.pretrained or "embedded")
+    d, m, o = config.data, config.model, config.objective
+    source = Checkpoint.open(d.model or m.pretrained or "embedded")
     channels = source.codec_spec.latent_channels
     shape = shape_of(config, channels)
-    if source.text_encoder.text_dim != shape.caption_channels:
+    text_dim = source.text_encoder.text_dim
+    if text_dim != shape.spec.text_dim:
+        field = f"model.pretrained={m.pretrained}" if m.pretrained else f"model.caption_channels={m.caption_channels}"
         raise ConfigError(
-            f"model.caption_channels={shape.caption_channels}: the text encoder of {source.source} gives "
-            f"{source.text_encoder.text_dim}"
+            f"{field}: the text encoder of {source.source} gives texts of width {text_dim}, the model reads"
+            f" {shape.spec.text_dim}"
         )
+    for _, kind in o.kinds():
+        source.codec_spec.check_chunk(kind.latent_chunk_size)
     clips = SeveralClips(
         [
             PixelClips(folder, source.codec, source.text_encoder) if d.pixels else CachedClips(folder, source)
             for folder in d.folder
         ]
     )
-    batches = VideoBatches(clips, config.objective, d, config.seed, channels)
+    if m.pretrained is not None:
+        for bucket in clips.buckets:
+            Checkpoint.open(m.pretrained).check_size(bucket.height, bucket.width)
+    null_text = None
+    if o.prompt_dropout and shape.null_text_tensor is None:
+        null_text = _null_text(source, world)
+    used, held_out = _held_out(clips, config.validation.clips)
+    about = (config.seed, channels, null_text, shape.spec.text_len)
+    batches = VideoBatches(used, o, d, *about)
+    if held_out is not None:
+        batches.held_out = VideoBatches(held_out, o, replace(d, prefetch=0), *about)
     batches.identity["data_set"] |= {
+        "held_out": config.validation.clips,
         "codec": encoder_identity(source.vae),
         "text_encoder": source.text_encoder.identity,
     }
@@ -153,4 +215,25 @@ def video_data(config: TrainConfig) -> tuple[VideoBatches, Parts]:
     bucket, few = clips.buckets[biggest], list(range(min(SHEET_PROMPTS, clips.counts[biggest])))
     prompts = tuple(clips.load(biggest, few).captions)
     info = FrameInfo(bucket.height, bucket.width, bucket.fps)
-    return batches, Parts(source.vae.folder(), source.source.part("text_encoder").folder(), info, prompts)
+    return batches, Parts(source.vae.folder(), source.source, info, prompts)
+
+
+def _held_out(clips: SeveralClips, count: int) -> tuple[SeveralClips | SomeClips, SomeClips | None]:
+    """What is trained on, and the last clips of every bucket that has more than ``count``."""
+    if not count:
+        return clips, None
+    held = [count if clips_of > count else 0 for clips_of in clips.counts]
+    if not any(held):
+        most = max(clips.counts)
+        raise ConfigError(f"validation.clips={count}: no bucket has more clips, the largest has {most}; use fewer")
+    rest = [whole - some for whole, some in zip(clips.counts, held, strict=True)]
+    return SomeClips(clips, [(0, some) for some in rest]), SomeClips(clips, list(zip(rest, held, strict=True)))
+
+
+def _null_text(source: Checkpoint, world: World | None) -> Tensor:
+    """The encoding of no words; a large encoder is loaded by one process alone."""
+    if world is None or world.size == 1:
+        return source.text_encoder.encode("")
+    found = world.gather(source.text_encoder.encode("") if world.first else None)[0]
+    assert isinstance(found, Tensor)
+    return found

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import datetime
 import os
 import platform
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +29,13 @@ class World:
     Attributes:
         rank, size: this process and how many there are.
         device: where this process computes.
+        hosts: the processes' group for what devices need not know; None = the group of all.
     """
 
     rank: int
     size: int
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    hosts: Any = None
 
     @property
     def first(self) -> bool:
@@ -44,6 +49,38 @@ class World:
         told = torch.tensor(value, device=self.device)
         torch.distributed.broadcast(told, 0)
         return int(told)
+
+    def told(self, *wishes: bool) -> list[bool]:
+        """Which of some wishes any process has, on every process; no device is waited for."""
+        if self.size == 1:
+            return list(wishes)
+        counts = torch.tensor([float(wish) for wish in wishes])
+        torch.distributed.all_reduce(counts, group=self.hosts)
+        return [count > 0 for count in counts.tolist()]
+
+    def begin_mean(self, values: Tensor) -> Callable[[], Tensor]:
+        """As :meth:`mean`, without waiting; what is given back does, and gives the values in main memory."""
+        work = torch.distributed.all_reduce(values, async_op=True) if self.size > 1 else None
+        if self.device.type == "cpu":
+
+            def waited() -> Tensor:
+                if work is not None:
+                    work.wait()
+                return values / self.size
+
+            return waited
+        if work is not None:
+            work.wait()  # of the device's stream, not of this process
+        copied = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        copied.copy_(values / self.size, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def arrived() -> Tensor:
+            done.synchronize()
+            return copied
+
+        return arrived
 
     def mean(self, values: Tensor) -> Tensor:
         """The processes' mean of ``values``, on every process."""
@@ -123,7 +160,11 @@ def join_world(timeout_seconds: float = 1800.0) -> World:
         # although all went well (pytorch/pytorch#179291).
         atexit.register(_leave_world)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+    hosts = None
+    if cuda and size > 1:
+        limit = datetime.timedelta(seconds=timeout_seconds)
+        hosts = torch.distributed.new_group(backend="gloo", timeout=limit)
+    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device, hosts)
 
 
 def several_tasks() -> str:

@@ -15,6 +15,7 @@ from pavdm_dist.cluster.environment import choose_interface, handed_on, take_on
 from pavdm_dist.cluster.joining import connect
 from pavdm_dist.cluster.room import Demand, Room
 from pavdm_dist.errors import ConfigError, EngineError
+from pavdm_dist.io.shipped import shipped_models
 from pavdm_dist.train.run_folder import CHECKPOINTS, check_free, owned
 from pavdm_dist.train.settings import TrainConfig
 
@@ -97,7 +98,7 @@ def _fit(config: TrainConfig, provider: Provider, run: Path) -> None:
 
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
             # In a list, for what a reference stands for would be there before the call.
-            worker_group.execute(_prepare_worker, [backend_config.told], backend_config.backend)
+            worker_group.execute(_prepare_worker, [backend_config.told])
             super().on_start(worker_group, backend_config)
 
     @dataclass
@@ -137,12 +138,11 @@ def _fit(config: TrainConfig, provider: Provider, run: Path) -> None:
         raise EngineError(f"training on Ray failed after {wanted.max_failures} restarts: {reasons[-1]}") from error
 
 
-def _prepare_worker(told: list[Any], backend: str) -> None:
+def _prepare_worker(told: list[Any]) -> None:
     import ray
 
     take_on(ray.get(told[0]))
-    if backend == "gloo":
-        choose_interface(ray.util.get_node_ip_address())
+    choose_interface(ray.util.get_node_ip_address())  # beside NCCL, too, there are groups of gloo's
 
 
 @contextmanager
@@ -175,8 +175,9 @@ def _anywhere(config: TrainConfig, run: Path) -> TrainConfig:
     """
 
     def whole(path: str | None) -> str | None:
-        # A hub id or "embedded" is no path here.
-        return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
+        # Neither a hub id nor a model that comes with the package is a path, whatever lies in this folder.
+        is_path = path is not None and path not in shipped_models() and Path(path).exists()
+        return str(Path(str(path)).absolute()) if is_path else path
 
     from pavdm_dist.train import saves
 

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pavdm_dist.errors import CheckpointError, ConfigError
@@ -54,7 +55,14 @@ class Found:
     convert: bool
 
 
-def find(root: str | Path, identity: Mapping[str, Any], layout: SaveLayout, resume: str, world: World) -> Found | None:
+def find(
+    root: str | Path,
+    identity: Mapping[str, Any],
+    layout: SaveLayout,
+    resume: str,
+    world: World,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> Found | None:
     """The newest whole checkpoint that this run may go on from; every process must call it.
 
     Args:
@@ -63,6 +71,7 @@ def find(root: str | Path, identity: Mapping[str, Any], layout: SaveLayout, resu
         layout: of this run.
         resume: ``auto`` starts afresh where there is none, ``must`` refuses to, ``never`` refuses to go on.
         world: all processes.
+        defaults: of the settings, for those that the checkpoint does not know yet.
 
     Returns:
         None for a fresh start.
@@ -80,7 +89,7 @@ def find(root: str | Path, identity: Mapping[str, Any], layout: SaveLayout, resu
         if manifest is None or faults:
             logger.warning("%s/%s is passed over: %s", root, tag, faults[0])
             continue
-        _compare(str(root), manifest["identity"], identity)
+        _compare(str(root), manifest["identity"], identity, defaults)
         theirs = SaveLayout(**manifest["layout"])
         if theirs.zero_stage != layout.zero_stage:
             raise ConfigError(
@@ -176,10 +185,13 @@ def _checked(folder: Path, world: World) -> tuple[dict[str, Any] | None, str | N
     return manifest, None
 
 
-def _compare(root: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    for part, values in json.loads(json.dumps(ours)).items():
+def _compare(root: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """What a checkpoint does not know, since it is older than the setting, was as the default is."""
+    ours, defaults = (json.loads(json.dumps(values)) for values in (ours, defaults))
+    for part, values in ours.items():
         for name, value in values.items():
-            found = theirs.get(part, {}).get(name)
+            known = theirs.get(part, {})
+            found = known[name] if name in known else defaults.get(part, {}).get(name, value)
             if found != value:
                 raise ConfigError(f"{root} was trained with {part}.{name}={found}, this run has {value}")
 

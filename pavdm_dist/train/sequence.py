@@ -1,14 +1,16 @@
 """Sequence parallelism for long windows: the latent frames of a window lie on several processes (DeepSpeed-Ulysses).
 
-Only attention over frames mixes them, so everything else in the model runs on a process' own frames. Around that
-attention two all-to-all exchanges swap frames for heads: each process sees the whole window for its share of the
-heads (Jacobs et al., 2023; ``deepspeed.sequence.layer``). Weights are not split: to ZeRO all processes are
-data-parallel ones, so it shards over all of them, and the loss is scaled to its averaging of gradients. DeepSpeed's
-own ``sequence_parallel_size`` is not used: with it, version 0.19.8 departs from plain torch at stages 0 to 2.
+Only one attention mixes frames, over the frames at a place or over all tokens; everything else in a model runs on a
+process' own frames. Around that attention two all-to-all exchanges swap frames for heads: each process sees the whole
+window for its share of the heads (Jacobs et al., 2023; ``deepspeed.sequence.layer``). Weights are not split: to ZeRO
+all processes are data-parallel ones, so it shards over all of them, and the loss is scaled to its averaging of
+gradients. DeepSpeed's own ``sequence_parallel_size`` is not used: with it, version 0.19.8 departs from plain torch at
+stages 0 to 2.
 """
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.models.base import WindowSlice
+from pavdm_dist.models.base import WindowSlice, attention
 from pavdm_dist.train.batches import Batch
 from pavdm_dist.train.processes import World
 from pavdm_dist.train.zero import exchanging_heads
@@ -87,7 +89,9 @@ class SequenceGroup:
         )
 
 
-def join_sequence(world: World, size: int, num_heads: int, shortest_window: int) -> SequenceGroup:
+def join_sequence(
+    world: World, size: int, num_heads: int, shortest_window: int, timeout_seconds: float = 1800.0
+) -> SequenceGroup:
     """Makes groups of ``size`` consecutive processes of the world; every process must call it.
 
     Args:
@@ -95,6 +99,7 @@ def join_sequence(world: World, size: int, num_heads: int, shortest_window: int)
         size: processes a window is cut among.
         num_heads: attention heads of the model.
         shortest_window: latent frames of the shortest window in training, single frames apart.
+        timeout_seconds: of an exchange.
 
     Raises:
         ConfigError: ``size`` does not divide the processes and the heads, or a window has fewer frames.
@@ -111,7 +116,8 @@ def join_sequence(world: World, size: int, num_heads: int, shortest_window: int)
         return SequenceGroup(world, size)
     starts = range(0, world.size, size)
     # Every process takes part in making every group, in one order.
-    groups = [torch.distributed.new_group(list(range(start, start + size))) for start in starts]
+    limit = datetime.timedelta(seconds=timeout_seconds)
+    groups = [torch.distributed.new_group(list(range(start, start + size)), timeout=limit) for start in starts]
     return SequenceGroup(world, size, groups[world.rank // size])
 
 
@@ -119,42 +125,55 @@ class Ulysses:
     """Attention over a sequence whose consecutive parts lie on the processes of a group, a share of heads on each.
 
     An :class:`~pavdm_dist.models.base.Attention` for any model whose queries, keys and values are cut alike: over the
-    frames at a place, or over all tokens jointly, when ``lengths`` counts those. Parts may differ in length: they are
+    frames at a place, or over all tokens jointly, a frame's behind each other. Parts may differ in length: they are
     padded for the exchange, which moves equal parts only, and the padding is gone before the attention. Heads must
     divide by the number of processes. DeepSpeed must have been initialised.
 
     Args:
         group: the processes.
-        lengths: tokens on each of them, in order.
+        lengths: units (frames) on each of them, in order; every unit has as many tokens.
     """
 
     def __init__(self, group: Any, lengths: Sequence[int]) -> None:
         self._attend = exchanging_heads(_attend_whole, group)
-        self._length, self._longest = lengths[torch.distributed.get_rank(group)], max(lengths)
-        # Places of the tokens among the padded ones; None where nothing is padded.
-        self._real: Tensor | None = None
-        if min(lengths) < self._longest:
-            starts = range(0, len(lengths) * self._longest, self._longest)
-            self._real = torch.cat([start + torch.arange(n) for start, n in zip(starts, lengths, strict=True)])
+        self._lengths, self._length = tuple(lengths), lengths[torch.distributed.get_rank(group)]
+        self._places: dict[tuple[int, torch.device], Tensor | None] = {}
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """``[..., heads, tokens, head_dim]`` of this process' tokens -> the same; the mask is of the whole sequence."""
-        if self._real is not None:
-            self._real = self._real.to(query.device)
-        spread = [self._spread(tensor) for tensor in (query, key, value)]
-        out = self._attend(*spread, attn_mask, self._real)
-        return out[:, : self._length].transpose(1, 2).unflatten(0, query.shape[:-3])
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, chunk: int | None = None
+    ) -> Tensor:
+        """``[..., heads, tokens, head_dim]`` of this process' tokens -> the same; mask and chunks are of the whole
+        sequence."""
+        tokens = query.shape[-2]
+        unit = tokens // self._length
+        missing = max(self._lengths) * unit - tokens
+        spread = [_spread(tensor, missing) for tensor in (query, key, value)]
+        out = self._attend(*spread, attn_mask, chunk, self._real(unit, query.device))
+        return out[:, :tokens].transpose(1, 2).unflatten(0, query.shape[:-3])
 
-    def _spread(self, tensor: Tensor) -> Tensor:
-        """The layout of DeepSpeed's exchange, ``[rows, tokens, heads, head_dim]``."""
-        tensor = tensor.flatten(0, -4).transpose(1, 2)
-        missing = self._longest - self._length
-        return F.pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor
+    def _real(self, unit: int, device: torch.device) -> Tensor | None:
+        """Places of the tokens among the padded ones; None where nothing is padded."""
+        longest = max(self._lengths) * unit
+        if min(self._lengths) * unit == longest:
+            return None
+        if (unit, device) not in self._places:
+            starts = range(0, len(self._lengths) * longest, longest)
+            parts = [start + torch.arange(n * unit) for start, n in zip(starts, self._lengths, strict=True)]
+            self._places[unit, device] = torch.cat(parts).to(device)
+        return self._places[unit, device]
 
 
-def _attend_whole(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, real: Tensor | None) -> Tensor:
+def _spread(tensor: Tensor, missing: int) -> Tensor:
+    """The layout of DeepSpeed's exchange, ``[rows, tokens, heads, head_dim]``, with so many zeros behind."""
+    tensor = tensor.flatten(0, -4).transpose(1, 2)
+    return F.pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor
+
+
+def _attend_whole(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, chunk: int | None, real: Tensor | None
+) -> Tensor:
     """Attention of some heads over the gathered sequence ``[rows, tokens, heads, head_dim]``; zeros at the padding."""
     parts = (query, key, value) if real is None else (part.index_select(1, real) for part in (query, key, value))
     q, k, v = (part.transpose(1, 2) for part in parts)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    out = attention(q, k, v, mask, chunk).transpose(1, 2)
     return out if real is None else out.new_zeros(query.shape).index_copy(1, real, out)

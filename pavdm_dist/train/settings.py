@@ -42,10 +42,21 @@ class DataConfig:
 
 
 @dataclass
-class ModelConfig:
-    """STDiT3's sizes, named as in its ``config.json``, and the text encoder's depth."""
+class LoraConfig:
+    """Low-rank changes of a pretrained model's linear maps, trained in place of its weights."""
 
-    pretrained: str | None = None  # model folder to start from; its sizes count, not those below
+    rank: int = 0  # 0 = all weights are trained
+    alpha: float | None = None  # changes count alpha / rank; None: as much as the rank
+    targets: list[str] = field(default_factory=list)  # ends of names, such as to_q; [] = every map inside a block
+
+
+@dataclass
+class ModelConfig:
+    """What is trained: a pretrained model of any backbone, or an STDiT3 of these sizes from nothing."""
+
+    pretrained: str | None = None  # model folder or hub id to start from; its sizes count, not those below
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    # STDiT3's sizes, named as in its config.json, and the text encoder's depth
     depth: int = 4
     hidden_size: int = 160
     num_heads: int = 5
@@ -84,7 +95,9 @@ class ZeroConfig:
             float32 masters (stages 1 to 3).
         offload: keep the optimizer's state, or with stage 3 the weights too, in main memory.
         init: build the model already sharded, for models that fit no single device (stage 3).
-        checkpoint_activations: recompute each block in the backward pass instead of keeping its insides.
+        recompute: which blocks the backward pass computes again instead of keeping their insides: none, every:N (every
+            N-th, every:1 = all) or budget:GiB (as few as keep the rest within so much memory of a device).
+        gradients: what gradients are added up and sent in; auto = the type of the weights.
         bucket_elements: numbers per message of gradients (2e8 as in DeepSpeed: 0.8 GB of float32).
     """
 
@@ -92,8 +105,18 @@ class ZeroConfig:
     precision: Literal["float32", "autocast", "bfloat16"] = "float32"
     offload: Literal["none", "optimizer", "all"] = "none"
     init: bool = False
-    checkpoint_activations: bool = False
+    recompute: str = "none"
+    gradients: Literal["auto", "float32"] = "auto"
     bucket_elements: int = 200_000_000
+
+
+@dataclass
+class ValidationConfig:
+    """The loss on clips that are not trained on."""
+
+    every_steps: int = 0  # 0 = never
+    batches: int = 8  # the same ones every time
+    clips: int = 0  # of each bucket that has more, its last ones: never trained on
 
 
 @dataclass
@@ -117,6 +140,7 @@ class TrainConfig:
     run_dir: str = "runs/embedded"
     export: str | None = None  # folder for the finished model; None = run_dir/model
     export_weights: Literal["average", "current"] = "average"
+    export_dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of what has no need of float32
     seed: int = 0
     resume: Literal["auto", "must", "never"] = "auto"
     max_seconds: float = 600.0  # length of one slice; run again to go on
@@ -126,12 +150,16 @@ class TrainConfig:
     keep_every_steps: int = 0  # checkpoints at multiples of this are kept for good; 0 = none
     sheet_every_seconds: float = 300.0
     log_every_steps: int = 20
+    trackers: list[str] = field(default_factory=list)  # tensorboard, wandb: told what the log is told
+    profile_steps: list[int] = field(default_factory=list)  # [first, count]: these are recorded by torch's profiler
+    peak_tflops: float | None = None  # of a device, in the type that is computed in; None: if it is a known one
     compile: bool = False  # blocks run as compiled functions (torch.compile), for GPUs; zero.stage 0 to 2
     sequence_parallel: int = 1  # processes that share every window, a part of its frames each
     codec: CodecSettings = field(default_factory=CodecSettings)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: Objective = field(default_factory=Objective)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

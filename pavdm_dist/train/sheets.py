@@ -6,13 +6,15 @@ import logging
 import math
 import time
 from pathlib import Path
+from typing import cast
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.base import TextEncoder
 from pavdm_dist.codecs.catalog import load_codec
-from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.method.denoiser import ModelDenoiser
 from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.schedule import WindowPlan
@@ -58,12 +60,14 @@ def draw_sheet(
     device, end = torch.device(device), time.monotonic() + seconds
     codec, info = load_codec(parts.vae, device), parts.info
     model = filled(config, channels, parts.vocabulary, weights)
-    encoder = model.text_encoder or WordTextEncoder.from_pretrained(str(parts.text_encoder))
+    encoder = model.text_encoder or _frozen_encoder(parts)
     o = config.objective.kinds()[0][1].at_size(info.height, info.width)
     plan = WindowPlan(o.num_inference_steps, o.window_chunks, o.latent_chunk_size, o.context_chunks, num_chunks=chunks)
     height, width = codec.spec.latent_size(info.height, info.width)
     null = model.transformer.null_text()
-    model.transformer.to(device)
+    if null is None:
+        null = encoder.encode("")
+    cast(nn.Module, model.transformer).to(device)
     rows = []
     for number, prompt in enumerate(parts.prompts):
         text = Conditioning.build([(0, encoder.encode(prompt))], null)
@@ -88,3 +92,10 @@ def draw_sheet(
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet).resize((sheet.shape[1] * 2, sheet.shape[0] * 2), 0).save(path)
     path.with_suffix(".txt").write_text("\n".join(parts.prompts[: len(rows)]) + "\n")
+
+
+def _frozen_encoder(parts: Parts) -> TextEncoder:
+    assert parts.base is not None  # else one is trained
+    encoder = Checkpoint.open(parts.base).text_encoder
+    encoder.prepare([*parts.prompts, ""])  # a large one is loaded once for all of them
+    return encoder

@@ -6,14 +6,11 @@ import re
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from pavdm_dist.models.base import Activation, BlockContext
-from pavdm_dist.models.stdit3 import STDiT3
 from pavdm_dist.train.model import TextToVideo, build
 from pavdm_dist.train.optimizer import MuonAdamW
 from pavdm_dist.train.processes import World
+from pavdm_dist.train.recompute import Recompute, recompute_blocks
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.zero import ZeroEngine, gathered, loading_universal, sharded_building
 from pavdm_dist.train.zero_settings import engine_settings
@@ -40,36 +37,26 @@ def start_engine(
     torch.manual_seed(config.seed)
     if config.zero.init:
         model = build(config, channels, vocabulary, gathered, sharded_building(settings))
+        if model.text_encoder is not None and config.zero.precision == "bfloat16":
+            model.text_encoder.bfloat16()  # DeepSpeed takes all to have the type of what was sharded
     else:
-        model = build(config, channels, vocabulary)
+        model = build(config, channels, vocabulary, device=world.device)
     if config.compile:
         model.transformer.compile_repeated_blocks()
-    if config.zero.checkpoint_activations:
-        checkpoint_activations(model.transformer)
+    recompute_blocks(model.transformer, Recompute.parse(config.zero.recompute))
     model.to(world.device)
-    optimizer = None if config.optimizer.name == "deepspeed" else _optimizer(model, config)
+    optimizer = None if config.optimizer.name == "deepspeed" else _optimizer(model, config, world.device)
     return ZeroEngine(model, optimizer, settings)
 
 
-def checkpoint_activations(model: STDiT3) -> None:
-    """Lets the backward pass compute every block again instead of keeping its insides."""
-    plain = model.block
-
-    def block(index: int, activation: Activation, context: BlockContext) -> Activation:
-        def hidden(*parts: Tensor) -> Tensor:
-            return plain(index, Activation(*parts), context).hidden
-
-        given = (activation.hidden, activation.modulation, activation.time)
-        return Activation(checkpoint(hidden, *given, use_reentrant=False), *given[1:])
-
-    model.block = block  # type: ignore[method-assign]
-
-
-def _optimizer(model: TextToVideo, config: TrainConfig) -> torch.optim.Optimizer:
-    o, named = config.optimizer, dict(model.named_parameters())
+def _optimizer(model: TextToVideo, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    o = config.optimizer
+    named = {name: value for name, value in model.named_parameters() if value.requires_grad}
     betas = (o.betas[0], o.betas[1])
     if o.name == "adamw":
-        return torch.optim.AdamW(named.values(), o.lr, betas, weight_decay=o.weight_decay)
+        # One pass over weights and moments where the device has a kernel for it; moments in main memory are not there.
+        fused = device.type == "cuda" and config.zero.offload == "none"
+        return torch.optim.AdamW(named.values(), o.lr, betas, weight_decay=o.weight_decay, fused=fused or None)
     matrices = {name for name, value in named.items() if value.ndim == 2 and INNER.search(name)}
     return MuonAdamW(
         [named[name] for name in named if name in matrices],

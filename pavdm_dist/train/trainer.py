@@ -6,7 +6,6 @@ the data an unbroken one would, whatever the number of processes.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -23,16 +22,20 @@ from pavdm_dist.io.storage import disk_errors
 from pavdm_dist.merging import to_dict
 from pavdm_dist.train import saves, saving
 from pavdm_dist.train.average import Average, whole_tensors
-from pavdm_dist.train.batches import Batch, Batches
+from pavdm_dist.train.batches import Batches
 from pavdm_dist.train.checks import check_settings, memory_advice
 from pavdm_dist.train.export import Parts, export_model
-from pavdm_dist.train.loss import velocity_loss
-from pavdm_dist.train.model import shape_of
+from pavdm_dist.train.metrics import Interval, peak_tflops
+from pavdm_dist.train.model import described, shape_of
 from pavdm_dist.train.processes import World, join_world
+from pavdm_dist.train.profiling import Profiler
+from pavdm_dist.train.records import Records
 from pavdm_dist.train.run_folder import CHECKPOINTS, Guard
 from pavdm_dist.train.sequence import join_sequence
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.start import start_engine
+from pavdm_dist.train.steps import Loaded, Pending, advance, load, refuse, settle
+from pavdm_dist.train.validation import Validation
 
 # Takes the metrics of a logged step.
 Report = Callable[[dict[str, Any]], None]
@@ -72,11 +75,18 @@ class Trainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.layout = saves.SaveLayout(config.zero.stage, self.world.size)
         folder = self.run_dir / CHECKPOINTS
-        found = saves.find(folder, self._identity(), self.layout, config.resume, self.world)
+        found = saves.find(folder, self._identity(), self.layout, config.resume, self.world, _identity(TrainConfig()))
         shortest = min(kind.latent_chunk_size for _, kind in config.objective.kinds())
-        heads = shape_of(config, batches.channels).num_heads
-        self.sequence = join_sequence(self.world, config.sequence_parallel, heads, shortest)
+        heads = shape_of(config, batches.channels).spec.num_heads
+        seconds = config.launch.timeout_seconds
+        self.sequence = join_sequence(self.world, config.sequence_parallel, heads, shortest, seconds)
         self.step, self.saved = 0, -1
+        self.pending: Pending | None = None
+        self.interval = self._interval()
+        self.records = Records(self.run_dir, config.trackers, to_dict(config)) if self.world.first else None
+        looked_at = config.profile_steps if self.world.first and config.profile_steps else (0, 0)
+        self.profiler = Profiler(self.run_dir, (looked_at[0], looked_at[1]), self.world.rank)
+        self.validation = Validation.of(config.validation, batches, self.world, self.sequence)
         home = torch.device("cpu") if config.zero.offload != "none" else None
         with self._memory_advice():
             convert = found is not None and found.convert
@@ -88,114 +98,98 @@ class Trainer:
 
     def run(self, end: float) -> bool:
         """Trains until ``end`` (monotonic clock) or the last step; True when all steps are done."""
-        config = self.config
+        config, every = self.config, self.config.sheet_every_seconds
         saved = drawn = time.monotonic()
-        while self.step < config.optimizer.total_steps and self._goes_on(end):
-            metrics = self.train_step()
+        while self.step < config.optimizer.total_steps:
+            loaded, now, first = self._load(), time.monotonic(), self.world.first
+            # What clocks and signals say is decided once for all; the processes' hosts ask, their devices go on.
+            failed, stop, save, sheet = self.world.told(
+                loaded.fault is not None,
+                self.stopping or (first and now >= end),
+                first and now - saved > config.checkpoint_every_seconds,
+                first and every > 0 and now - drawn > every,
+            )
+            if failed:
+                refuse(loaded, self.step, self.world)
+            if stop:
+                break
+            self.profiler.before(self.step)
+            self.train_step(loaded)
+            self.profiler.after(self.step - 1)
             if self.step % config.log_every_steps == 0:
-                self._log(metrics)
-            kept = config.keep_every_steps and self.step % config.keep_every_steps == 0
-            if kept or self.world.agree(time.monotonic() - saved > config.checkpoint_every_seconds):
+                self._log()
+            if self.validation is not None and self.step % config.validation.every_steps == 0:
+                self._validate()
+            if save or (config.keep_every_steps and self.step % config.keep_every_steps == 0):
                 self.save()
                 saved = time.monotonic()
-            every = config.sheet_every_seconds
-            if every and self.world.agree(time.monotonic() - drawn > every):
+            if sheet:
                 self.sheet()
                 drawn = time.monotonic()
         self.save()
+        if self.records is not None:
+            self.records.close()
         return self.step >= config.optimizer.total_steps
 
     def stop(self) -> None:
         """Ends :meth:`run` after the step that is under way; any process may be told."""
         self.stopping = True
 
-    def _goes_on(self, end: float) -> bool:
-        """Whether the first process' clock says so, and nobody was told to stop."""
-        stop = torch.tensor([float(self.stopping or (self.world.first and time.monotonic() >= end))])
-        return float(self.world.mean(stop.to(self.world.device))) == 0
-
-    def train_step(self) -> dict[str, Any]:
+    def train_step(self, loaded: Loaded | None = None) -> dict[str, Any]:
         """One optimizer step on one batch.
 
+        Args:
+            loaded: this process' part, that all processes have agreed on. What the step shows is looked at a step
+                later then, so that nothing waits for the device. None loads it, and looks at once.
+
         Returns:
-            What the log shows; losses are means over all processes.
+            What the log would show of the step, or nothing yet; losses are means over all processes.
 
         Raises:
-            EngineError: the loss or the gradient is no number, the device's memory is full, or another process cannot
-                load its part of the batch; the last checkpoint is kept.
+            EngineError: the loss or the gradient of this step, or of the one before, is no number, the device's memory
+                is full, or another process cannot load its part of the batch; the last checkpoint is kept.
             PAVDMError: this process cannot.
         """
-        started, o = time.monotonic(), self.config.optimizer
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = o.lr * self._rate()
-        group = self.sequence
-        batch = self._loaded()
-        samples, frames = group.data_size * len(batch.dropped), batch.levels.shape[1]
-        batch = group.cut(batch)
-        loaded = time.monotonic() - started
+        interval = self._interval() if loaded is None else None
+        if loaded is None:
+            loaded = self._load()
+            if self.world.told(loaded.fault is not None)[0]:
+                refuse(loaded, self.step, self.world)
+        pending = self._advance(loaded)
+        self._settle()
+        self.pending = pending
+        if interval is None:
+            return {}
+        self._settle(interval)
+        return interval.line()
+
+    def _advance(self, loaded: Loaded) -> Pending:
+        """Passes, the optimizer's step and the average; what they show is on its way."""
+        rate = self.config.optimizer.lr * self._rate()
+        for parameters in self.engine.optimizer.param_groups:
+            parameters["lr"] = rate
+        parts = self.config.optimizer.accumulation
         with self._memory_advice():
-            passes = [self._backward(part, o.accumulation) for part in batch.parts(o.accumulation)]
-            norm = passes[-1][1]
-            self._refuse_gradient(norm)
-            sums = sum(found for found, _ in passes)
-            assert isinstance(sums, Tensor)
-            mean = self.world.mean(sums).cpu()
+            pending = advance(self.engine, loaded, self.step, parts, self.world, self.sequence)
             self.average.update(self.engine.module)
         self.step += 1
-        per_level = [None if count == 0 else value / count for value, count in mean[1:].view(2, 5).T.tolist()]
-        return {
-            "loss": mean[0].item(),
-            "per_level": per_level,
-            "causal": batch.chunk_causal is not None,
-            "frames": frames,
-            "size": [batch.info.height, batch.info.width],
-            "grad_norm": norm,
-            "lr": self.engine.optimizer.param_groups[0]["lr"],
-            "samples_per_second": samples / (time.monotonic() - started),
-            "loading_seconds": loaded,
-        }
+        return pending
 
-    def _backward(self, batch: Batch, parts: int) -> tuple[Tensor, float | None]:
-        """Forward and backward pass of one part, and after the last one the optimizer's step.
+    def _settle(self, interval: Interval | None = None) -> None:
+        """Looks at what the last step has shown, if nobody has; every process must call it.
 
-        Returns:
-            ``[loss, summed error of five bands of levels, their counts]``; the last part's the gradient's norm too.
+        Raises:
+            EngineError: its loss or its gradient is no number.
         """
-        batch = batch.to(self.world.device)
-        given = (batch.text, batch.dropped, batch.info, batch.chunk_causal, batch.window)
-        velocity = self.engine.forward(batch.x, batch.levels, *given)
-        about = (batch.levels, batch.context, batch.window, self.sequence.size)
-        loss, sums, counts = velocity_loss(velocity.float(), batch.target, *about)
-        self._refuse_nan(loss, batch)
-        self.engine.backward(loss)
-        return torch.cat([loss.detach()[None] / parts, sums, counts]), self.engine.step()
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            (interval or self.interval).add(settle(pending, self.world))
 
-    def _loaded(self) -> Batch:
-        """This process' part of the step's batch; where another cannot load its own, all end with a sentence."""
-        group = self.sequence
-        batch, fault = None, None
-        try:
-            batch = self.batches.batch(self.step, group.data_rank, group.data_size)
-        except Exception as error:  # whatever it is, the others must hear of it
-            fault = error
-        told = torch.tensor([float(fault is not None)], device=self.world.device)
-        if self.world.mean(told) > 0 and self.world.size > 1:
-            reasons = self.world.gather(None if fault is None else f"{type(fault).__name__}: {fault}")
-            first = next((rank, text) for rank, text in enumerate(reasons) if text is not None)
-            if fault is None:
-                raise EngineError(f"process {first[0]} cannot load step {self.step} ({first[1]})")
-        if fault is not None:
-            raise fault
-        assert batch is not None
-        return batch
+    def _interval(self) -> Interval:
+        return Interval(self.world.device, self.config.peak_tflops or peak_tflops(self.world.device))
 
-    def _refuse_gradient(self, norm: float | None) -> None:
-        """Ends every process when the gradient, of which all know the norm, is no number."""
-        if norm is not None and not math.isfinite(norm):
-            raise EngineError(
-                f"the gradient is no number at step {self.step} although the loss is one; the last checkpoint is kept: "
-                "lower optimizer.lr, or set optimizer.grad_clip"
-            )
+    def _load(self) -> Loaded:
+        return load(self.batches, self.step, self.sequence)
 
     @contextmanager
     def _memory_advice(self) -> Iterator[None]:
@@ -204,19 +198,6 @@ class Trainer:
         except torch.OutOfMemoryError as error:
             raise EngineError(memory_advice(self.config, self.step, self.world.size)) from error
 
-    def _refuse_nan(self, loss: Tensor, batch: Batch) -> None:
-        """Ends every process when any loss is no number, before it reaches the weights."""
-        bad = (~torch.isfinite(loss.detach())).float()[None]
-        if self.world.mean(bad) == 0:
-            return
-        mine = batch.ids if not torch.isfinite(loss) else []
-        every = self.world.gather(mine) if self.world.size > 1 else [mine]
-        ids = [name for part in every for name in part]  # type: ignore[attr-defined]
-        raise EngineError(
-            f"the loss is no number at step {self.step}, in a batch with {ids}; the last checkpoint is kept: "
-            "look at these clips, or lower optimizer.lr"
-        )
-
     def save(self) -> None:
         """Writes a checkpoint; every process must call it.
 
@@ -224,6 +205,7 @@ class Trainer:
             EngineError: it cannot be written, or the folder is another run's by now; the last checkpoint is kept.
         """
         config = self.config
+        self._settle()  # weights that are no numbers are never written
         if self.step == self.saved:  # nothing happened since
             return
         if faults := self.world.faults(self.guard()):
@@ -232,20 +214,22 @@ class Trainer:
         saving.save(self.engine, self.average, folder, self.step, self._identity(), self.layout, self.world, *keep)
         self.saved = self.step
 
-    def whole_weights(self, averaged: bool = True) -> dict[str, Tensor]:
+    def whole_weights(self, averaged: bool = True, frozen: bool = True) -> dict[str, Tensor]:
         """State dict of whole tensors on the first process, empty on the others; every process must call it."""
         average = self.average if averaged else None
-        return whole_tensors(self.engine.module, self.world, average, keep=self.world.first)
+        return whole_tensors(self.engine.module, self.world, average, self.world.first, frozen)
 
     def export(self, folder: Path) -> None:
-        """Writes a whole model folder with averaged weights, readable by ``pavdm sample model=FOLDER``.
+        """Writes a whole model folder, readable by ``pavdm sample model=FOLDER``, or the folder of a LoRA.
 
         Every process must call it.
 
         Raises:
             EngineError: it cannot be written.
         """
-        weights = self.whole_weights(self.config.export_weights == "average")
+        self._settle()
+        frozen = not self.config.model.lora.rank  # changes are exported alone
+        weights = self.whole_weights(self.config.export_weights == "average", frozen)
         fault = None
         if self.world.first:
             try:
@@ -260,6 +244,7 @@ class Trainer:
         """Draws a contact sheet of sampled videos with the averaged weights; every process must call it."""
         from pavdm_dist.train.sheets import draw_sheet
 
+        self._settle()
         weights = self.whole_weights()
         if self.world.first:
             path = self.run_dir / "sheets" / f"step{self.step:07d}.png"
@@ -272,18 +257,30 @@ class Trainer:
                 logger.exception("no contact sheet at step %d", self.step)
         self.world.wait()
 
-    def _log(self, metrics: dict[str, Any]) -> None:
-        line = {"step": self.step, **metrics}
+    def _log(self) -> None:
+        """Writes what the steps since the last line have shown; every process must call it."""
+        self._settle()
+        line, self.interval = self.interval.line(), self._interval()
+        self._write(line)
+        if self.world.first:
+            shown = (self.step, line["loss"], line["seconds_per_step"], line["tokens_per_second"])
+            logger.info("step %d: loss %.4f, %.3g s a step, %.0f tokens/s", *shown)
+
+    def _validate(self) -> None:
+        """Measures the loss on clips that are not trained on; every process must call it."""
+        assert self.validation is not None
+        self._settle()
+        with self._memory_advice():
+            line = self.validation.line(self.engine)
+        self._write(line)
+        if self.world.first:
+            logger.info("step %d: validation loss %.4f", self.step, line["validation"]["loss"])
+
+    def _write(self, line: dict[str, Any]) -> None:
         if self.report is not None:
-            self.report(line)
-        if not self.world.first:
-            return
-        try:
-            with open(self.run_dir / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:  # a line is not worth a run
-            logger.warning("step %d is not logged: %s", self.step, error)
-        logger.info("step %d: loss %.4f, %.1f clips/s", self.step, metrics["loss"], metrics["samples_per_second"])
+            self.report({"step": self.step, **line})
+        if self.records is not None:
+            self.records.write(self.step, line)
 
     def _rate(self) -> float:
         """Linear warm-up, then cosine to ``final_ratio``."""
@@ -295,13 +292,22 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What a run must not change on the way: the data and its order, the model and the objective."""
-        settings = to_dict(self.config)
-        data = {name: settings["data"][name] for name in ("pixels", "batch_size", "batch_sizes")}
-        return {
-            **self.batches.identity,
-            "run": {"seed": self.config.seed},
-            "data": data,
-            "model": settings["model"],
-            "objective": settings["objective"],
-            "optimizer": {"name": self.config.optimizer.name},
-        }
+        return {**self.batches.identity, **_identity(self.config)}
+
+
+def _identity(config: TrainConfig) -> dict[str, Any]:
+    """The part of the settings. No paths: folders may move, and are written differently by launchers."""
+    settings = to_dict(config)
+    model = settings["model"]
+    if config.model.pretrained is not None:
+        model = {name: value for name, value in model.items() if name == "lora"}
+        model |= {"from": described(config)}
+    else:
+        del model["pretrained"]
+    return {
+        "run": {"seed": config.seed},
+        "data": {name: settings["data"][name] for name in ("pixels", "batch_size", "batch_sizes")},
+        "model": model,
+        "objective": settings["objective"],
+        "optimizer": {"name": config.optimizer.name},
+    }

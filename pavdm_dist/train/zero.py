@@ -69,12 +69,14 @@ class ZeroEngine:
     Attributes:
         module: the model.
         optimizer: DeepSpeed's, around the given one.
+        trains_all: whether no parameter stays as it is.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, settings: Mapping[str, Any]) -> None:
         import deepspeed
 
         self._stage = settings["zero_optimization"]["stage"]
+        self.trains_all = all(parameter.requires_grad for parameter in model.parameters())
         tables = {name: value.clone() for name, value in model.named_buffers()}
         self._engine, *_ = deepspeed.initialize(
             model=model,
@@ -91,16 +93,26 @@ class ZeroEngine:
         """What the model gives for ``inputs``."""
         return self._engine(*inputs)
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Forward passes inside are not trained on."""
+        self._engine.eval()
+        try:
+            yield
+        finally:
+            self._engine.train()
+
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of one of the accumulated parts."""
         self._engine.backward(loss)
 
-    def step(self) -> float | None:
+    def step(self) -> Tensor | float | None:
         """After every part's backward pass; the last part's takes the optimizer's step.
 
         Returns:
-            After the last part the gradient's norm before clipping, over all processes; None after the others, and
-            where DeepSpeed was told not to compute it. With one that is no number no step is taken.
+            After the last part the gradient's norm before clipping, over all processes, which its device may still be
+            computing; None after the others, and where DeepSpeed was told not to compute it. With one that is no
+            number no step is taken, but in bfloat16 at stages 1 and 2: those weights must not be kept.
         """
         last, norm = self._engine.is_gradient_accumulation_boundary(), None
         if last and self._stage == 0:
@@ -111,7 +123,7 @@ class ZeroEngine:
                 return norm
         self._engine.step()
         told = self._engine.get_global_grad_norm() if last else None
-        return norm if told is None else float(told)
+        return norm if told is None else told
 
     def save(self, root: str | Path, tag: str, step: int) -> Exception | None:
         """Writes ``root/tag``, without naming it the latest; every process must call it.
@@ -120,12 +132,14 @@ class ZeroEngine:
             What kept this process from writing its files, if anything did: the others must not be left waiting.
         """
         with _noting_faults(self._engine) as faults:
-            self._engine.save_checkpoint(str(root), tag=tag, client_state={"step": step}, save_latest=False)
+            # Frozen weights come from the model that was begun with.
+            about = {"client_state": {"step": step}, "exclude_frozen_parameters": not self.trains_all}
+            self._engine.save_checkpoint(str(root), tag=tag, save_latest=False, **about)
         return faults[0] if faults else None
 
     def load(self, root: str | Path, tag: str) -> int | None:
         """Reads ``root/tag``; the number of steps done, None where nothing was read. Every process must call it."""
-        path, state = self._engine.load_checkpoint(str(root), tag=tag)
+        path, state = self._engine.load_checkpoint(str(root), tag=tag, load_module_strict=self.trains_all)
         # Saving in this mode loses files at stage 3; the next checkpoint is an ordinary one again.
         self._engine._config.load_universal_checkpoint = False
         return None if path is None else int(state["step"])
@@ -213,6 +227,15 @@ def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0) if parameters else nullcontext()
+
+
+def readable(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Makes parameters whole on every process where they are sharded (stage 3); nothing may be written to them."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:

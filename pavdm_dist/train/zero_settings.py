@@ -74,6 +74,8 @@ def engine_settings(config: TrainConfig, size: int) -> dict[str, Any]:
         "zero_optimization": zero,
         "bf16": {"enabled": z.precision == "bfloat16"},
     }
+    if z.gradients == "float32":
+        ours |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     theirs = deepspeed_json(config)
     if "scheduler" in theirs:
         raise ConfigError('deepspeed: "scheduler" is not used; optimizer.lr and warmup_steps give the rate')
@@ -87,9 +89,21 @@ def engine_settings(config: TrainConfig, size: int) -> dict[str, Any]:
                 f"deepspeed: {name}={value} contradicts {which}, which makes it {said.get(name, 'none')}; give one"
             )
     _check_their_optimizer(theirs.get("optimizer", {}).get("params", {}), o)
-    merged = _merged(_without_auto(theirs), ours)
+    merged = _merged(_merged(_defaults(config, size), _without_auto(theirs)), ours)
     merged.pop("train_batch_size", None)  # follows from the other two
     return merged
+
+
+def _defaults(config: TrainConfig, size: int) -> dict[str, Any]:
+    """What DeepSpeed would decide otherwise, and a user may."""
+    found: dict[str, Any] = {}
+    if config.zero.precision == "bfloat16":
+        # It would look through every gradient at every step; one that is no number shows in their norm, too.
+        found["bf16"] = {"check_grad_overflow": False}
+    if config.zero.stage in (1, 2) and size > 1:
+        # Gradients are sent while the backward pass goes on. At stage 3 that is its own default.
+        found["zero_optimization"] = {"overlap_comm": True}
+    return found
 
 
 def _check_their_optimizer(params: dict[str, Any], ours: OptimizerConfig) -> None:

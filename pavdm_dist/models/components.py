@@ -1,0 +1,52 @@
+"""The components of a model that are no transformer (codec, text encoder, tokenizer, ...), for a folder beside it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from pavdm_dist.errors import CheckpointError
+from pavdm_dist.fields import read_object
+from pavdm_dist.io.storage import same_path
+from pavdm_dist.models.source import Source
+
+INDEX = "model_index.json"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+
+def copy_components(base: Source, folder: Path, replaced: Iterable[str] = ()) -> None:
+    """All of the base but its transformer, its index and what is ``replaced``, into an empty folder.
+
+    Raises:
+        OSError: they cannot be read or written.
+        CheckpointError: the hub does not deliver.
+    """
+    left_out = {"transformer", INDEX, ".git", *replaced}
+
+    def left(place: str, names: list[str]) -> list[str]:
+        # The new folder may lie in the base.
+        return [name for name in names if name in left_out or same_path(os.path.join(place, name), folder.parent)]
+
+    if base.is_folder:
+        shutil.copytree(base.folder(), folder, copy_function=link_or_copy, ignore=left, dirs_exist_ok=True)
+        return
+    index = read_object(base.file(INDEX), CheckpointError)
+    for name, value in index.items():
+        is_component = isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+        if is_component and name not in left_out:
+            shutil.copytree(base.part(name).folder(), folder / name, copy_function=link_or_copy)
+
+
+def link_or_copy(source: str, target: str) -> str:
+    """Weights are linked where the disk allows it, they may be large.
+
+    What somebody may edit is copied: it is not to change in the base, or in the cache of the hub, too.
+    """
+    if Path(source).suffix in WEIGHTS:
+        with suppress(OSError):
+            os.link(os.path.realpath(source), target)
+            return target
+    return shutil.copy2(source, target)

@@ -1,0 +1,95 @@
+"""Low-rank changes of a model's linear maps, trained while the weights themselves stay as they are (LoRA).
+
+A changed map keeps its name and its weight; beside it lie ``lora_A`` and ``lora_B``, under the names that diffusers and
+peft give them. So the base is filled, sharded and checked as without them, and what is saved is read by
+:mod:`pavdm_dist.models.lora` and by diffusers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.models.lora import FILES, METADATA
+from pavdm_dist.train.settings import LoraConfig
+
+# Linear maps of blocks, and of nothing before or behind them.
+_INNER = re.compile(r"(^|[._])blocks\.\d+\.")
+_PREFIX = "transformer."
+
+
+def add_lora(
+    model: nn.Module,
+    config: LoraConfig,
+    whole: Callable[[list[nn.Parameter]], AbstractContextManager[Any]] | None = None,
+) -> None:
+    """Freezes a backbone's weights and puts changes beside its maps, which are silent at first.
+
+    Args:
+        model: the backbone.
+        config: rank, strength and which maps.
+        whole: given where weights are sharded as they are made.
+
+    Raises:
+        ConfigError: a target that no map has, with those there are.
+    """
+    model.requires_grad_(False)
+    for linear in _targets(model, config).values():
+        # Drawn as torch draws maps; the second one is zero, so that training starts at the base.
+        linear.lora_A = nn.Linear(linear.in_features, config.rank, bias=False)
+        linear.lora_B = nn.Linear(config.rank, linear.out_features, bias=False)
+        with whole([linear.lora_B.weight]) if whole else nullcontext():
+            nn.init.zeros_(linear.lora_B.weight)
+        linear.register_forward_hook(partial(_changed, _alpha(config) / config.rank))
+
+
+def save_lora(weights: Mapping[str, Tensor], config: LoraConfig, folder: Path, dtype: torch.dtype, steps: int) -> None:
+    """Writes the changes as ``pytorch_lora_weights.safetensors`` into a folder that is there.
+
+    Args:
+        weights: of the backbone, by name; what is no change is left out.
+        config: as they were added.
+        folder: where.
+        dtype: on disk.
+        steps: of the optimizer, for whoever looks.
+    """
+    changes = {name: value for name, value in weights.items() if ".lora_" in name}
+    modules = sorted({name.partition(".lora_")[0] for name in changes})
+    # What diffusers makes peft's configuration of; each of its names bears the component's.
+    about = {"r": config.rank, "lora_alpha": _alpha(config), "target_modules": modules}
+    header = {"format": "pt", "steps": str(steps), METADATA: json.dumps({_PREFIX + k: v for k, v in about.items()})}
+    tensors = {_PREFIX + name: value.to("cpu", dtype).contiguous() for name, value in changes.items()}
+    save_file(tensors, folder / FILES[0], header)
+
+
+def _changed(strength: float, linear: Any, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    return out + strength * linear.lora_B(linear.lora_A(given[0]))
+
+
+def _alpha(config: LoraConfig) -> float:
+    return float(config.rank if config.alpha is None else config.alpha)
+
+
+def _targets(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
+    maps = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    inner = {name: module for name, module in maps.items() if _INNER.search(name)}
+    if not config.targets:
+        return inner
+    found: dict[str, Any] = {}
+    for target in config.targets:
+        named = {name: module for name, module in maps.items() if name == target or name.endswith(f".{target}")}
+        if not named:
+            ends = sorted({_INNER.split(name)[-1] for name in inner})
+            raise ConfigError(f"model.lora.targets: no linear map is called {target}; there are {', '.join(ends)}")
+        found |= named
+    return found

@@ -1,0 +1,65 @@
+"""The loss on clips that are not trained on: the same windows, levels and noise every time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.train.batches import Batches
+from pavdm_dist.train.loss import velocity_loss
+from pavdm_dist.train.metrics import by_kind, per_level
+from pavdm_dist.train.processes import World
+from pavdm_dist.train.sequence import SequenceGroup
+from pavdm_dist.train.settings import ValidationConfig
+from pavdm_dist.train.zero import ZeroEngine
+
+
+class Validation:
+    """Looks at a fixed row of batches.
+
+    Args:
+        batches: of held-out clips; their first ones are looked at.
+        count: how many.
+        world: all processes.
+        sequence: those that share windows.
+    """
+
+    def __init__(self, batches: Batches, count: int, world: World, sequence: SequenceGroup) -> None:
+        self._batches, self._count, self._world, self._sequence = batches, count, world, sequence
+
+    @classmethod
+    def of(cls, config: ValidationConfig, batches: Batches, world: World, sequence: SequenceGroup) -> Validation | None:
+        """As the settings ask for it; None where they do not.
+
+        Raises:
+            ConfigError: no clips are held out.
+        """
+        if not config.every_steps:
+            return None
+        if batches.held_out is None:
+            raise ConfigError(
+                f"validation.every_steps={config.every_steps}: no clips are held out; with data.folder"
+                " validation.clips=N leaves N of each bucket out of training"
+            )
+        return cls(batches.held_out, config.batches, world, sequence)
+
+    @torch.no_grad()
+    def line(self, engine: ZeroEngine) -> dict[str, Any]:
+        """The mean loss, per level and per kind of window; every process must call it."""
+        values, kinds = list[Tensor](), list[str]()
+        with engine.evaluating():
+            for number in range(self._count):
+                batch = self._batches.batch(number, self._sequence.data_rank, self._sequence.data_size)
+                kinds.append(batch.kind if batch.chunk_causal is None else f"{batch.kind} causal")
+                batch = self._sequence.cut(batch).to(self._world.device)
+                given = (batch.text, batch.dropped, batch.info, batch.chunk_causal, batch.window)
+                velocity = engine.forward(batch.x, batch.levels, *given)
+                about = (batch.levels, batch.context, batch.window, self._sequence.size)
+                loss, sums, counts = velocity_loss(velocity.float(), batch.target, *about)
+                values.append(torch.cat([loss[None], sums, counts]))
+        mean = self._world.mean(torch.stack(values)).cpu()
+        found = {"loss": float(mean[:, 0].mean()), "per_level": per_level(mean.sum(dim=0))}
+        return {"validation": {**found, "kinds": by_kind(zip(kinds, mean[:, 0].tolist(), strict=True))}}
