@@ -38,7 +38,8 @@ class Trial:
         from ray.cluster_utils import Cluster
 
         self._rng, self._model, self._out = random.Random(seed), model, folder / "out"
-        lengths = [FRAMES + 8 * self._rng.randrange(6) for _ in range(shots)]
+        # Long enough to be struck in their middle.
+        lengths = [FRAMES + 8 * self._rng.randrange(8, 50) for _ in range(shots)]
         listed = [{**shot, "num_frames": frames} for shot, frames in zip(some_shots(shots), lengths, strict=True)]
         (folder / "bad.png").write_bytes(b"no picture")
         listed[shots // 2] |= {"image": "bad.png"}

@@ -12,9 +12,9 @@ import torch
 
 from pavdm_dist.errors import ConfigError, EngineError, MediaError, ResourcesError, StalledError, TakenError, VideoError
 from pavdm_dist.farm.crew import Hand
+from pavdm_dist.farm.desk import Ended, end_of
 from pavdm_dist.farm.logs import ShotLog
 from pavdm_dist.farm.pool import Pool
-from pavdm_dist.farm.renderer import Ended, _ended
 from pavdm_dist.farm.settings import PoolConfig
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import Tree
@@ -129,7 +129,7 @@ def test_whose_fault_it_is() -> None:
         (TakenError("x"), ("aside", "")),
     ]
     for error, (how, kind) in cases:
-        found = _ended(error)
+        found = end_of(error)
         assert (found.how, found.kind if how != "aside" else "") == (how, kind), error
 
 
@@ -206,3 +206,26 @@ def test_lines_of_a_renderer_are_told_of_all_its_shots() -> None:
     for number in range(80):
         say(str(number), "renderer-2")
     assert len(log.tail("b")) == 50 and log.tail("b")[-1].endswith("79")
+
+
+def test_a_shot_with_which_a_renderer_was_lost_is_rendered_alone(tmp_path: Path) -> None:
+    """Its neighbours may have been to blame, or it: next time that is known."""
+    pool, (one, other) = _pool(tmp_path, streams=2, renderers=2)
+    pool.submit([_shot("a"), _shot("b"), _shot("c"), _shot("d")])
+    held = [pool.take(one), pool.take(one)]
+    assert [shot.id for shot in held if shot is not None] == ["a", "b"]
+    for shot in held:
+        assert shot is not None
+        pool.begun(one, shot, 0)
+        pool.ended(one, shot, Ended("again", "lost", "stage 1 died"))
+    first = pool.take(one)
+    assert first is not None and first.id == "a"
+    # The other suspect is not put beside it, nor is anything else.
+    hand = pool._crew.hand(one)
+    assert not pool._may_take(hand)
+    pool.begun(one, first, 0)
+    pool.grew(one, first, _chunk(0))
+    assert pool._may_take(hand)
+    beside = pool.take(one)
+    assert beside is not None and beside.id == "c", "b waits for a renderer of its own"
+    assert pool.take(other).id == "b"  # type: ignore[union-attr]

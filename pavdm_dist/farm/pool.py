@@ -15,10 +15,11 @@ from typing import Any
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.crew import Crew, Hand
+from pavdm_dist.farm.desk import Ended, Listener
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.logs import ShotLog
 from pavdm_dist.farm.meters import make_meters
-from pavdm_dist.farm.renderer import Ended, Renderer
+from pavdm_dist.farm.renderer import Renderer
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import CANCEL, Failure, Tree
 from pavdm_dist.farm.waiting import Entry, Waiting
@@ -36,19 +37,6 @@ _WORDS = {
     "saved": "saved, to go on later",
 }
 _ELSEWHERE = {"done": "is complete already", "failed": "had failed"}
-
-
-class Listener:
-    """Hears what happens to shots, in threads of renderers; each call holds its renderer up."""
-
-    def begun(self, shot: Shot, chunk: int) -> None:
-        """A shot is rendered from now on, from ``chunk`` on."""
-
-    def grew(self, shot: Shot, chunk: VideoChunk) -> None:
-        """A chunk of it is written."""
-
-    def ended(self, shot: Shot, ended: Ended) -> None:
-        """It is done, or failed or cancelled for good, or goes back to the queue."""
 
 
 @dataclass
@@ -235,7 +223,7 @@ class Pool:
             hand = self._crew.hand(renderer)
             try:
                 while not (hand.retiring or self._draining_since is not None):
-                    if self._may_take(hand) and (entry := self._waiting.take()) is not None:
+                    if self._may_take(hand) and (entry := self._waiting.take(alone=not hand.load)) is not None:
                         self._running[entry.shot.id] = _Running(entry, hand)
                         hand.load += 1
                         self._log.begun(renderer.name, entry.shot.id)
@@ -343,6 +331,8 @@ class Pool:
 
     def _may_take(self, hand: Hand) -> bool:
         """Whether it is a renderer's turn: the least busy first; one more than its places when others have theirs."""
+        if any(running.hand is hand and running.entry.attempts for running in self._running.values()):
+            return False  # one that may be to blame is rendered alone, until it gets further
         streams = self._kinds.config.streams
         others = [other for other in self._crew.hands if other is not hand and not (other.over or other.retiring)]
         if hand.load < streams:

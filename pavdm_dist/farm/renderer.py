@@ -11,10 +11,11 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from pavdm_dist.commands.videos import Video, Videos
-from pavdm_dist.errors import EngineError, PAVDMError, StalledError, TakenError
+from pavdm_dist.errors import EngineError, PAVDMError
+from pavdm_dist.farm.desk import Desk, Ended, end_of, one_line
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import Tree
@@ -23,45 +24,6 @@ from pavdm_dist.outputs import VideoChunk
 from pavdm_dist.request import VideoRequest
 
 logger = logging.getLogger(__name__)
-
-End = Literal["done", "failed", "again", "aside", "cancelled", "saved"]
-
-
-@dataclass(frozen=True)
-class Ended:
-    """What became of a shot that a renderer was given.
-
-    Attributes:
-        how: ``done``; ``failed`` for good; ``again``: through no fault of its own; ``aside``: another process has it;
-            ``cancelled``; ``saved``: the renderer was told to end.
-        kind: see :class:`~pavdm_dist.farm.tree.Failure`; ``elsewhere``: another process did it.
-        error: why, of the middle three.
-        frames: that it gave here.
-    """
-
-    how: End
-    kind: str = ""
-    error: str = ""
-    frames: int = 0
-
-
-class Desk(Protocol):
-    """Where a renderer gets shots and says what became of them. Called from threads of the renderer's."""
-
-    def take(self, renderer: Renderer) -> Shot | None:
-        """The next shot, waited for; None = there will be none any more for this renderer."""
-
-    def is_free(self, shot: Shot) -> bool:
-        """Whether no other process holds it, as far as can be seen."""
-
-    def begun(self, renderer: Renderer, shot: Shot, chunk: int) -> None:
-        """It is this renderer's, which goes on at ``chunk``."""
-
-    def grew(self, renderer: Renderer, shot: Shot, chunk: VideoChunk) -> None:
-        """A chunk of it is written."""
-
-    def ended(self, renderer: Renderer, shot: Shot, ended: Ended) -> None:
-        """It is not this renderer's any more."""
 
 
 @dataclass
@@ -192,14 +154,14 @@ class Renderer:
             taken: list[Video] = []
             requests = list(videos.begun(taken))
         except Exception as error:
-            self._desk.ended(self, shot, _ended(error))
+            self._desk.ended(self, shot, end_of(error))
             return None
         (video,) = videos.all
         if video.error is not None:
             cause = video.error.__cause__
             # Another farm may have finished it, or begun it, in this moment.
             ended = (
-                Ended("done", "elsewhere") if self._tree.is_done(shot.id) else _ended(cause or video.error, video.error)
+                Ended("done", "elsewhere") if self._tree.is_done(shot.id) else end_of(cause or video.error, video.error)
             )
             self._desk.ended(self, shot, ended)
             return None
@@ -242,7 +204,7 @@ class Renderer:
                 self.pipeline.cancel(chunk.video)
                 error = flight.video.error
                 assert error is not None
-                self._end(flight, _ended(error.__cause__ or error, error))
+                self._end(flight, end_of(error.__cause__ or error, error))
             else:
                 flight.frames += chunk.frames.shape[0]
                 self.made += 1
@@ -258,14 +220,14 @@ class Renderer:
             flight.videos.grown(flight.video, resume)
             if (error := flight.video.error) is not None:
                 self.pipeline.cancel(number)
-                self._end(flight, _ended(error.__cause__ or error, error))
+                self._end(flight, end_of(error.__cause__ or error, error))
         self._look_round()
 
     def _failed(self, number: int, error: PAVDMError) -> None:
         flight = self._flights.get(number)
         if flight is not None:
             flight.videos.fail(flight.video, error)
-            self._end(flight, _ended(error, flight.video.error))
+            self._end(flight, end_of(error, flight.video.error))
         self._look_round()
 
     def _look_round(self) -> None:
@@ -302,31 +264,9 @@ class Renderer:
             if told or self._stopping:
                 ended = Ended("saved", frames=flight.frames)
             else:
-                ended = Ended("again", "lost", _said(error), flight.frames)
+                ended = Ended("again", "lost", one_line(error), flight.frames)
             self._desk.ended(self, flight.shot, ended)
 
 
 class _Told(Exception):
     """The renderer was told to end, and has nothing left to do."""
-
-
-def _ended(cause: BaseException, said: BaseException | None = None) -> Ended:
-    """Whose fault an error is: the shot's, which fails, or that of what it ran on, where it may do better again."""
-    text = _said(said or cause)
-    if isinstance(cause, TakenError):
-        return Ended("aside", error=text)
-    if isinstance(cause, StalledError):
-        return Ended("again", "stalled", text)
-    if isinstance(cause, OSError):
-        return Ended("again", "storage", text)
-    if isinstance(cause, EngineError):
-        return Ended("again", "lost", text)
-    if isinstance(cause, ValueError) and isinstance(cause, PAVDMError):  # ConfigError and its kin
-        return Ended("failed", "input", text)
-    if not isinstance(cause, PAVDMError):
-        logger.error("a fault of this program", exc_info=cause)
-    return Ended("failed", "video", text)
-
-
-def _said(error: BaseException | None) -> str:
-    return "its renderer ended" if error is None else " ".join(str(error).split()) or type(error).__name__

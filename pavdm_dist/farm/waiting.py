@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 
 from pavdm_dist.farm.shot import Shot
 
+# A shot that is to be rendered alone is passed over so long by renderers that have others in hand.
+ALONE_WAIT_S = 60.0
+
 
 @dataclass(order=True, slots=True)
 class Entry:
@@ -59,10 +62,27 @@ class Waiting:
         entry.not_before = self._clock() + wait_s
         heapq.heappush(self._later, (entry.not_before, entry))
 
-    def take(self) -> Entry | None:
-        """The first one that may be begun; None where there is none now."""
+    def take(self, alone: bool = True) -> Entry | None:
+        """The first one that may be begun; None where there is none now.
+
+        Args:
+            alone: it would be with nothing else. One with which a renderer was lost is given out so only: when it
+                happens again, it is known whose fault it is.
+        """
         self._ripen()
-        return heapq.heappop(self._ready) if self._ready else None
+        passed: list[Entry] = []
+        try:
+            while self._ready:
+                entry = heapq.heappop(self._ready)
+                if alone or not entry.attempts:
+                    return entry
+                passed.append(entry)
+                if self._clock() - entry.not_before > ALONE_WAIT_S:
+                    return None
+            return None
+        finally:
+            for entry in passed:
+                heapq.heappush(self._ready, entry)
 
     def drop(self, ids: set[str]) -> list[Shot]:
         """Takes shots out; which of them were here."""
