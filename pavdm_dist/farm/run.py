@@ -59,6 +59,7 @@ def run_command(
         Stopped: a signal other than SIGTERM; all is saved.
     """
     tree, kinds = Tree(out), Kinds(config)
+    kinds.check_engine()
     intake = Intake(manifest, tree, kinds, only)
     found = intake.first()
     tree.write_settings({"settings": to_dict(config), "manifest": manifest, "versions": versions()})
