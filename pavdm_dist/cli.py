@@ -100,16 +100,17 @@ def sample(arguments: argparse.Namespace) -> None:
         for config in configs:
             _print_report(plan_report(config), arguments.json)
     else:
-        from pavdm_dist.commands.progress import ChunkProgress
+        from pavdm_dist.commands.progress import PROGRESS
         from pavdm_dist.commands.sample import render_command
 
+        progress = PROGRESS[configs[0].progress]
         with redirect_stdout(sys.stderr):  # where Ray tells of dead workers; what comes out here is the result alone
             if arguments.resume is None:
-                result = render_command(configs[0], overwrite=arguments.overwrite, progress=ChunkProgress)
+                result = render_command(configs[0], overwrite=arguments.overwrite, progress=progress)
             else:
                 from pavdm_dist.commands.resume import resume_command
 
-                result = resume_command(configs, failed, ChunkProgress)
+                result = resume_command(configs, failed, progress)
         if arguments.json and result is not None:
             _say(json.dumps(result))
 
