@@ -17,6 +17,7 @@ from typing import Any
 from pavdm_dist import __version__
 from pavdm_dist.commands.words import is_override, run_config, sort_settings, sort_words
 from pavdm_dist.errors import ConfigError, FailedVideosError, PAVDMError
+from pavdm_dist.farm.verbs import add_export, add_farm, export_report, farm_report, run_settings
 from pavdm_dist.redaction import hide_secrets
 
 EXIT_BAD_INPUT = 2
@@ -32,6 +33,7 @@ Settings are dataclass defaults <- CONFIG.yaml <- key=value. `pavdm sample --pri
   pavdm plan seconds=60 cluster.devices=8 cluster.videos=3 cluster.chart=plan.png
   pavdm train configs/train/embedded.yaml max_seconds=600
   pavdm data prepare videos/ 'buckets=[240x424x35@24]' output=prepared processes=8
+  pavdm farm run shots.jsonl --out renders num_stages=2 streams=2
 """
 
 
@@ -221,6 +223,20 @@ def configs(arguments: argparse.Namespace) -> None:
         _say(str(copy_config(arguments.name, arguments.target, overwrite=arguments.overwrite)))
 
 
+def farm(arguments: argparse.Namespace) -> None:
+    """Render the shots of a manifest on a pool of renderers; run again to go on with what is left."""
+    if arguments.action == "run" and arguments.print_config:
+        return _print_config(run_settings(arguments)[1])
+    report = farm_report(arguments)
+    if arguments.json or arguments.action != "run" or arguments.dry_run:
+        _print_report(report, arguments.json)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Lay finished videos out as evaluation toolkits expect them."""
+    _print_report(export_report(arguments), arguments.json)
+
+
 def env(arguments: argparse.Namespace) -> None:
     """Versions, processors and Ray's state, for bug reports; starts nothing."""
     from pavdm_dist.commands.env import environment
@@ -338,6 +354,9 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("name", help="as listed by ls")
     copy.add_argument("target", nargs="?", help="file or folder; default: the file's own name here")
     copy.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
+    add_farm(add(farm))
+    add_export(add(export))
 
     verb = add(env)
     verb.add_argument("--json", action="store_true", help="print one JSON object")

@@ -18,6 +18,10 @@ class ConfigError(PAVDMError, ValueError):
     """A setting is impossible; the message names the field, its value and the nearest legal values."""
 
 
+class TakenError(ConfigError):
+    """Another process is writing what was asked for; it may be free later."""
+
+
 class MediaError(ConfigError):
     """A video or latents file is missing, unreadable or unfit for its use."""
 
@@ -28,6 +32,10 @@ class CheckpointError(ConfigError):
 
 class VideoError(PAVDMError, RuntimeError):
     """One video cannot be finished: what was computed for it is unsound, or could not be decoded. Others go on."""
+
+
+class StalledError(VideoError):
+    """A video gave nothing for too long, though what computes it is well."""
 
 
 class FailedVideosError(VideoError):

@@ -109,6 +109,7 @@ class PAVDMPipeline:
         self._frames.check()
         self._plans: dict[int, WindowPlan] = {}
         self._params: SamplingParams | None = None
+        self._own: dict[int, SamplingParams] = {}
         self._options: EngineOptions | None = None
         if num_stages:
             options = engine or EngineOptions(num_stages)
@@ -303,7 +304,7 @@ class PAVDMPipeline:
         Args:
             requests: taken as places become free, so a generator of thousands is fine; with stages in a thread of its
                 own, where texts and clips are encoded too.
-            params: settings of the run.
+            params: settings of the run, which the stages are cut for; a request may have its own.
             streams: videos in flight in the pipeline of stages; without stages one after another.
             callback_on_step_end: see :meth:`__call__`.
             on_failed: called with (video, error) for a video that cannot be made or finished, while the others go on;
@@ -316,14 +317,16 @@ class PAVDMPipeline:
         wanted: dict[int, int | None] = {}
         self.resyncs.clear()
         self._plans.clear()
+        self._own.clear()
         self._params = params
 
         def build() -> Iterator[Stream | Failed]:
             for number, request in enumerate(requests):
+                own = request.params or params
                 try:
-                    wanted[number] = frames_left(request, params, self.checkpoint)
-                    self._plans[number] = plan_of(request, params, self.checkpoint)
-                    yield build_stream(request, number, params, self.checkpoint)
+                    wanted[number] = frames_left(request, own, self.checkpoint)
+                    self._plans[number], self._own[number] = plan_of(request, own, self.checkpoint), own
+                    yield build_stream(request, number, own, self.checkpoint)
                 except PAVDMError as error:
                     yield Failed(number, error)
 
@@ -368,7 +371,7 @@ class PAVDMPipeline:
         Raises:
             ConfigError: nothing is running, the video has no such chunk, or the text cannot be encoded.
         """
-        engine, params = self._engines.current, self._params
+        engine, params = self._engines.current, self._own.get(video, self._params)
         if engine is None or params is None:
             raise ConfigError("set_prompt: no video is running")
         if type(from_chunk) is not int or from_chunk < 0:

@@ -176,6 +176,7 @@ class VideoRequest:
         image: picture that the video begins with, uint8 ``[H, W, 3]`` at the run's size; needs ``start="noise"``.
         resume: where to go on instead of at the beginning; all else must be as it was.
         before: frames of the clip's film that come before the clip, one by one, for whoever shows the whole film.
+        params: settings of this video, where they are not those of the run.
 
     Raises:
         ConfigError: a prompt that is no text, or a seed that is no whole number from 0 on.
@@ -190,6 +191,7 @@ class VideoRequest:
     image: Tensor | None = None
     resume: ResumePoint | None = None
     before: Callable[[], Iterable[Any]] | None = None
+    params: SamplingParams | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):

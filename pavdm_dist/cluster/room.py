@@ -201,6 +201,22 @@ def fits(bundles: list[Resources], nodes: list[Resources]) -> bool:
     return False
 
 
+def gangs(bundles: list[Resources], nodes: Sequence[Resources]) -> int:
+    """How many times nodes with these resources hold the bundles, each bundle on one node."""
+    free, count = [dict(node) for node in nodes], 0
+    while all(_take(free, bundle) for bundle in bundles):
+        count += 1
+    return count
+
+
+def gangs_of_cluster(bundles: list[Resources]) -> tuple[int, bool]:
+    """How many times the cluster that this process is in holds the bundles, busy or free; and whether it may grow."""
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return gangs(bundles, [node["Resources"] for node in alive]), may_grow()
+
+
 def total(resources: Sequence[Resources]) -> str:
     """CPUs and GPUs, in words."""
     amounts = {name: _sum(resources, name) for name in ("CPU", "GPU")}

@@ -104,8 +104,8 @@ def check_videos(config: SampleConfig, overwrite: bool, shots: Sequence[Shot] | 
         pipeline.split(params)
     shots = _shots(config) if shots is None else shots
     outputs = [shot.output for shot in shots]
-    _check_clip(config, outputs)
-    requests = _requests(config, shots, params, pipeline.checkpoint)
+    check_clip(config, outputs)
+    requests = requests_of(config, shots, params, pipeline.checkpoint)
     weights = pipeline.checkpoint.identity
     made = [Video(number, *pair) for number, pair in enumerate(zip(requests, outputs, strict=True))]
     videos = Videos(made, config, params, pipeline, weights, overwrite)
@@ -120,7 +120,7 @@ def check_videos(config: SampleConfig, overwrite: bool, shots: Sequence[Shot] | 
     return videos
 
 
-def _check_clip(config: SampleConfig, outputs: Sequence[str]) -> None:
+def check_clip(config: SampleConfig, outputs: Sequence[str]) -> None:
     """Refuses a clip that making the videos would replace or remove."""
     clip = config.video
     if clip is None:
@@ -204,9 +204,14 @@ def _shots(config: SampleConfig) -> list[Shot]:
     return shots
 
 
-def _requests(
+def requests_of(
     config: SampleConfig, shots: Sequence[Shot], params: SamplingParams, checkpoint: Checkpoint
 ) -> list[VideoRequest]:
+    """What videos of one command ask for, with the clip or the picture that they begin with.
+
+    Raises:
+        ConfigError: a clip, a picture or a prompt that cannot be used.
+    """
     clip = before = None
     if config.video is not None:
         from pavdm_dist.commands.clip import open_film

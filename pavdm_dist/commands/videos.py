@@ -194,6 +194,7 @@ class Videos:
         what = f"cannot be written: {error}" if isinstance(error, OSError) else str(error)
         message = what if what.startswith("output=") else f"output={video.output}: {what}"
         video.error = VideoError(message)
+        video.error.__cause__ = error
         logger.warning("%s%s", video.error, f"; {left}" if left else "")
 
     def abort(self) -> list[str]:

@@ -8,6 +8,7 @@ import errno
 import os
 import queue
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.cluster.environment import choose_interface, take_on
+from pavdm_dist.cluster.metrics import Meters
 from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.events import Event, Left, Place
 from pavdm_dist.engine.loop import EpochFeed, Links, RunReport, StageLoop
@@ -29,6 +31,12 @@ from pavdm_dist.models.catalog import load_backbone
 from pavdm_dist.models.devices import DTYPES, check_dtype, choose_device, choose_dtype, device_model
 from pavdm_dist.models.source import Source
 
+# Between two looks at how busy a stage is, for who watches the cluster.
+MEASURE_S = 10.0
+_MEASURED = {
+    "pavdm_stage_units": "micro-batches that a stage has run",
+    "pavdm_stage_idle_share": "share of the last ten seconds in which a stage computed nothing",
+}
 # Calls an actor serves at once: its loop, one waiting `take`, and short control calls.
 CONCURRENT_CALLS = 4
 # The end of a shift and that of its epoch come right after each other; every answer costs the stage's interpreter time.
@@ -71,7 +79,7 @@ class StageActor:
         self._events: queue.SimpleQueue[Event | Left] = queue.SimpleQueue()
         self._loop: StageLoop | None = None
         self._links = Links(None, None, LocalLink())
-        self._generation = 0
+        self._generation, self._rank = 0, 0
         self._store: Any = None
 
     def where(self) -> Place:
@@ -103,7 +111,7 @@ class StageActor:
         """Joins the gang and makes its links; all ranks must call it together."""
         import torch.distributed as dist
 
-        self._generation = generation
+        self._generation, self._rank = generation, rank
         if world == 1:
             return
         if backend == "gloo":
@@ -158,7 +166,12 @@ class StageActor:
             tell=self._events.put if self._stage.last else self._tell_left,
             trace=trace,
         )
-        return self._loop.run()
+        over = threading.Event()
+        threading.Thread(target=_measure, args=(self._loop, self._rank, over), name="pavdm-meters", daemon=True).start()
+        try:
+            return self._loop.run()
+        finally:
+            over.set()
 
     def _tell_left(self, event: Event | Left) -> None:
         """Of the other stages nothing else is read."""
@@ -255,6 +268,16 @@ class DecodeActor:
     def progress(self) -> int:
         """Control: latents decoded so far, of all streams."""
         return self._latents
+
+
+def _measure(loop: StageLoop, rank: int, over: threading.Event) -> None:
+    """Tells Ray's agent now and then how busy a stage is, until it is over."""
+    meters, units, busy_s, then = Meters(_MEASURED, ("stage",)), 0, 0.0, time.monotonic()
+    while not over.wait(MEASURE_S):
+        now, stage = time.monotonic(), str(rank)
+        meters.add("pavdm_stage_units", loop.units - units, stage=stage)
+        meters.set("pavdm_stage_idle_share", max(0.0, 1 - (loop.busy_s - busy_s) / (now - then)), stage=stage)
+        units, busy_s, then = loop.units, loop.busy_s, now
 
 
 def _here(device: torch.device) -> Place:

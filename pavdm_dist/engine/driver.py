@@ -25,7 +25,7 @@ from pavdm_dist.engine.flight import Flight, Stand
 from pavdm_dist.engine.gang import Gang
 from pavdm_dist.engine.order import Join, LogEntry, is_active, join_of, undecided
 from pavdm_dist.engine.watchdog import Patience, Watchdog
-from pavdm_dist.errors import PAVDMError, VideoError
+from pavdm_dist.errors import PAVDMError, StalledError
 from pavdm_dist.method.microbatches import check_adaptive
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.stream import NewPrompt, Stream
@@ -333,7 +333,7 @@ class Driver:
                 logger.warning("video %d: %s", late.stream, what)
             elif not overdue:
                 overdue = True
-                self._fail(flight, VideoError(f"{what} (stall_limit_s)"))
+                self._fail(flight, StalledError(f"{what} (stall_limit_s)"))
         if overdue:  # the others may have waited for this one alone
             self._watchdog.excuse()
 

@@ -153,6 +153,7 @@ class StageLoop:
 
     Attributes:
         last: the unit that was run last; None before the first. Any thread may read it.
+        units, busy_s: how many were run, and how long the stage computed. Any thread may read them.
     """
 
     def __init__(
@@ -170,6 +171,7 @@ class StageLoop:
         self._posted_until = 0
         self._awaited: deque[_Awaited] = deque()
         self.last: Unit | None = None
+        self.units, self.busy_s = 0, 0.0
 
     def run(self) -> RunReport:
         """Blocks until the feed stops; raises what the stage or a link raises."""
@@ -219,6 +221,7 @@ class StageLoop:
         self._send(unit, result, layouts)
         self.last = unit
         report.units += 1
+        self.units, self.busy_s = self.units + 1, self.busy_s + end - start
         if self._trace:
             report.trace.append(Span(unit, ready, start, end))
 

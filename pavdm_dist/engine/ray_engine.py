@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 
 from pavdm_dist.cluster.joining import connect
+from pavdm_dist.cluster.metrics import Meters
 from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.driver import Driver
 from pavdm_dist.engine.events import Failed, Finished, GangLost, Grown, Output
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 # Seconds the driver waits for events before it looks whether something else is to be done.
 POLL_S, EAGER_POLL_S = 1.0, 0.1
+_MEASURED = {"pavdm_engine_recoveries": "gangs that took the place of lost ones"}
 
 
 class RayEngine:
@@ -87,11 +89,14 @@ class RayEngine:
             raise
         self.devices = self._gang.devices
         self._restarts = Restarts(options)
+        self._meters = Meters(_MEASURED)
         watchdog = Watchdog(Patience(options.stall_factor, options.stall_floor_s, options.stall_limit_s))
         self._driver = Driver(self._gang, 1, options.backlog_bytes, options.max_restarts, watchdog)
         self._run: Run | None = None
         self._asked: deque[Callable[[], None]] = deque()
-        self._thread = threading.Thread(target=self._drive, name="pavdm-driver", daemon=True)
+        self._thread = threading.Thread(
+            target=self._drive, name=f"pavdm-driver of {threading.current_thread().name}", daemon=True
+        )
         self._thread.start()
 
     def __enter__(self) -> RayEngine:
@@ -215,7 +220,9 @@ class RayEngine:
                 self._asked.append(partial(self._abandon, self._run))
             self._run = run
             self._switch.notify_all()
-        threading.Thread(target=run.feed, name="pavdm-streams", daemon=True).start()
+        threading.Thread(
+            target=run.feed, name=f"pavdm-streams of {threading.current_thread().name}", daemon=True
+        ).start()
 
     def _end(self, run: Run) -> None:
         with self._switch:
@@ -269,6 +276,7 @@ class RayEngine:
                 break
             except GangLost as again:
                 loss = again
+        self._meters.add("pavdm_engine_recoveries")
         logger.warning("generation %d is up %.1f s after the loss", self.generation, time.monotonic() - lost_at)
 
     def _prepare_step(self) -> bool:

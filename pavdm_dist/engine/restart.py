@@ -57,7 +57,8 @@ class Restarts:
             raise EngineError(f"{loss}; max_restarts={allowed} is spent") from loss
         self._went_on = False
         wait = min(self._options.restart_backoff_s * 2 ** (self._in_a_row - 1), LONGEST_BACKOFF_S)
-        logger.warning("%s; restart %d of %d in %.0f s", loss, self._in_a_row, allowed, wait)
+        said = "%s; restart %d of %d in %.0f s"
+        logger.warning(said, loss, self._in_a_row, allowed, wait, extra={"stage": loss.rank})
         return wait
 
 

@@ -25,7 +25,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from pavdm_dist.errors import ConfigError
+from pavdm_dist.errors import ConfigError, TakenError
 from pavdm_dist.io import processes, storage
 from pavdm_dist.io.lockfile import Owner, Seen, read_lock, remove_stale, touched
 
@@ -169,8 +169,8 @@ def clear_locks(outputs: Sequence[str | Path], field: str = OUTPUT) -> None:
         field: the setting that names them.
 
     Raises:
-        ConfigError: a live process, this one perhaps, is writing one of them, or the lock of one cannot be read, or not
-            removed, or a folder holds a file of that name that is none.
+        TakenError: a live process, this one perhaps, is writing one of them.
+        ConfigError: the lock of one cannot be read, or not removed, or a folder holds a file of that name that is none.
     """
     watched: dict[str | Path, Seen] = {}
     for output in outputs:
@@ -185,7 +185,7 @@ def clear_locks(outputs: Sequence[str | Path], field: str = OUTPUT) -> None:
         if owner is None or owner.machine != processes.machine():
             watched[output] = found
         elif processes.is_alive(owner.pid, owner.started):
-            raise ConfigError(f"{field}={output} is being written by process {owner.pid} on this machine")
+            raise TakenError(f"{field}={output} is being written by process {owner.pid} on this machine")
         else:
             _take_away(output, found, field)
     if watched:
@@ -194,6 +194,36 @@ def clear_locks(outputs: Sequence[str | Path], field: str = OUTPUT) -> None:
         said = "%s=%s: %s has given no sign of life for %.0f s; its lock is taken over"
         logger.warning(said, field, output, found.who, SILENCE_S)
         _take_away(output, found, field)
+
+
+class Watch:
+    """Locks of others, looked at now and then by who has other things to do meanwhile; one thread at a time."""
+
+    def __init__(self) -> None:
+        self._watched: dict[str, tuple[Seen, float]] = {}
+
+    def is_free(self, output: str | Path) -> bool:
+        """Whether nobody is writing a video; the lock of a process that is gone is taken away.
+
+        One of another machine is gone when its lock has not changed for ``SILENCE_S`` since it was looked at first.
+
+        Raises:
+            ConfigError: as :func:`clear_locks`.
+        """
+        found, before = _find(output, OUTPUT), self._watched.pop(str(output), None)
+        if found is None:
+            return True
+        owner = found.owner
+        if owner is not None and owner.machine == processes.machine():
+            if processes.is_alive(owner.pid, owner.started):
+                return False
+        else:
+            since = before[1] if before is not None and before[0] == found else processes.now()
+            if processes.now() - since < SILENCE_S:
+                self._watched[str(output)] = found, since
+                return False
+        _take_away(output, found)
+        return True
 
 
 def _await_silence(watched: dict[str | Path, Seen], field: str) -> None:
@@ -209,7 +239,7 @@ def _await_silence(watched: dict[str | Path, Seen], field: str) -> None:
             if found is None:
                 del watched[output]
             elif found != before:
-                raise ConfigError(f"{field}={output} is being written by {found.who}")
+                raise TakenError(f"{field}={output} is being written by {found.who}")
 
 
 def _path(output: str | Path, field: str = OUTPUT) -> str:

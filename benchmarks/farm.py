@@ -1,0 +1,170 @@
+"""What a farm costs beside the rendering: checks, a folder of finished shots, idle renderers, scheduling.
+
+    python benchmarks/farm.py [--quick] [--json]
+
+A tiny untrained model, whose shots take a fraction of a second: for real ones every share below is smaller.
+
+* ``check``: a manifest of 100,000 lines (5,000 with --quick) checked whole, with model and prompts; seconds, and the
+  most memory that Python held for 100,000 lines and for a tenth of them;
+* ``finished``: `farm run` over 10,000 finished shots (500), until it knows that nothing is left;
+* ``rendering``: shots on one renderer of two stages, two in flight; ``idle_share``: of the renderer's time with no shot
+  begun though some waited; ``stage_gaps_share``: of the time from the first unit to the last, what the first stage had
+  between the last unit of a shot and the first of the next with nothing else in flight; ``scheduling_share``: CPU time
+  that the pool's own calls took, of the farm's wall time.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import machine, machine_line, parser
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from farms import FRAMES, farm_config, run_farm, some_shots, write_manifest
+from helpers import tiny_checkpoint
+
+from pavdm_dist.engine.trace import read_trace
+from pavdm_dist.farm.kinds import Kinds
+from pavdm_dist.farm.manifest import checked
+from pavdm_dist.farm.pool import Pool
+
+
+def main() -> None:
+    arguments = parser(__doc__).parse_args()
+    torch.set_num_threads(arguments.threads)
+    quick = arguments.quick
+    with tempfile.TemporaryDirectory() as name, redirect_stdout(sys.stderr):
+        folder = Path(name)
+        model = tiny_checkpoint(folder / "model")
+        report = {
+            "machine": machine(),
+            "check": _check(model, folder, 5_000 if quick else 100_000),
+            "finished": _finished(model, folder, 500 if quick else 10_000),
+            "rendering": _rendering(model, folder, 12 if quick else 60),
+        }
+    print(json.dumps(report) if arguments.json else _table(report))
+
+
+def _check(model: Path, folder: Path, lines: int) -> dict[str, Any]:
+    kinds = Kinds(farm_config(model))
+
+    def held(count: int) -> float:
+        manifest = _manifest(folder / f"{count}.jsonl", count)
+        tracemalloc.start()
+        assert sum(1 for _ in checked(str(manifest), kinds.check)) == count
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return round(most / 2**20, 2)
+
+    manifest = _manifest(folder / "timed.jsonl", lines)
+    start = time.perf_counter()
+    assert sum(1 for _ in checked(str(manifest), kinds.check)) == lines
+    seconds = time.perf_counter() - start
+    return {"lines": lines, "seconds": round(seconds, 2), "mib": held(lines), "mib_of_a_tenth": held(lines // 10)}
+
+
+def _manifest(path: Path, lines: int) -> Path:
+    kinds: list[dict[str, Any]] = [{}, {"size": "32x48"}, {"overrides": {"guidance_scale": 2.0}}, {"seconds": 3}]
+    return write_manifest(path, ({"prompt": f"a red three number {i}", **kinds[i % 4]} for i in range(lines)))
+
+
+def _finished(model: Path, folder: Path, shots: int) -> dict[str, Any]:
+    """One shot is rendered, and its files stand for all."""
+    out, config = folder / "finished", farm_config(model)
+    listed = some_shots(shots, seed=0)
+    for shot in listed:
+        shot["prompt"] = listed[0]["prompt"]
+    run_farm(config, write_manifest(folder / "one.jsonl", listed[:1]), out)
+    first = out / "shots/shot-000"
+    for shot in listed[1:]:
+        place = out / "shots" / shot["id"]
+        place.mkdir()
+        for file in first.iterdir():
+            (place / file.name).hardlink_to(file)
+    manifest = write_manifest(folder / "all.jsonl", listed)
+    start = time.perf_counter()
+    report = run_farm(config, manifest, out)
+    assert report["done_before"] == shots and report["frames"] == 0
+    return {"shots": shots, "seconds": round(time.perf_counter() - start, 2)}
+
+
+def _rendering(model: Path, folder: Path, shots: int) -> dict[str, Any]:
+    import ray
+
+    spent = _timed_calls(Pool, ("take", "is_free", "begun", "grew", "_settled", "tick"))
+    trace = folder / "trace.json"
+    config = farm_config(model, {"renderers": 1, "poll_s": 2.0}, num_stages=2, streams=2)
+    config.trace = str(trace)  # of the one renderer
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        manifest = write_manifest(folder / "render.jsonl", some_shots(shots, num_frames=8 * FRAMES))
+        report = run_farm(config, manifest, folder / "rendered")
+    finally:
+        ray.shutdown()
+    assert report["done"] == shots
+    return {
+        "shots": shots,
+        "seconds": report["seconds"],
+        "frames_per_second": report["frames_per_second"],
+        "idle_share": report["idle_share"],
+        "stage_gaps_share": round(_gaps(trace), 4),
+        "scheduling_share": round(sum(spent.values()) / report["seconds"], 4),
+    }
+
+
+def _timed_calls(cls: type, names: tuple[str, ...]) -> dict[str, float]:
+    """CPU seconds that threads spend in methods of a class from now on, by method."""
+    spent = dict.fromkeys(names, 0.0)
+
+    def timed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def call(*arguments: Any) -> Any:
+            start = time.thread_time()
+            try:
+                return method(*arguments)
+            finally:
+                spent[name] += time.thread_time() - start
+
+        return call
+
+    for name in names:
+        setattr(cls, name, timed(name, getattr(cls, name)))
+    return spent
+
+
+def _gaps(trace: Path) -> float:
+    """Of the first stage's time, what it waited for the first unit of a shot while none was in flight."""
+    spans = read_trace(trace)[0]
+    last: dict[int, float] = {}
+    for span in spans:
+        last[span.unit.stream] = span.end
+    seen: set[int] = set()
+    gaps, end = 0.0, spans[0].end
+    for span in spans:
+        stream = span.unit.stream
+        if stream not in seen and seen and all(last[other] <= span.start for other in seen):
+            gaps += span.start - end
+        seen.add(stream)
+        end = max(end, span.end)
+    return gaps / (end - spans[0].start)
+
+
+def _table(report: dict[str, Any]) -> str:
+    lines = [machine_line(report["machine"]), ""]
+    for name in ("check", "finished", "rendering"):
+        lines.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in report[name].items()))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What renderers and the pool that they belong to say to each other, and whose fault an error is."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from pavdm_dist.errors import ConfigError, EngineError, PAVDMError, StalledError, TakenError
+from pavdm_dist.farm.shot import Shot
+from pavdm_dist.outputs import VideoChunk
+
+if TYPE_CHECKING:
+    from pavdm_dist.farm.renderer import Renderer
+
+logger = logging.getLogger(__name__)
+
+End = Literal["done", "failed", "again", "aside", "cancelled", "saved"]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What became of a shot that a renderer was given.
+
+    Attributes:
+        how: ``done``; ``failed`` for good; ``again``: through no fault of its own; ``aside``: another process has it;
+            ``cancelled``; ``saved``: the renderer was told to end.
+        kind: see :class:`~pavdm_dist.farm.tree.Failure`; ``elsewhere``: another process did it.
+        error: why, of the middle three.
+        frames: that it gave here.
+    """
+
+    how: End
+    kind: str = ""
+    error: str = ""
+    frames: int = 0
+
+
+class Desk(Protocol):
+    """Where a renderer gets shots and says what became of them. Called from threads of the renderer's."""
+
+    def take(self, renderer: Renderer) -> Shot | None:
+        """The next shot, waited for; None = there will be none any more for this renderer."""
+
+    def is_free(self, shot: Shot) -> bool:
+        """Whether no other process holds it, as far as can be seen."""
+
+    def begun(self, renderer: Renderer, shot: Shot, chunk: int) -> None:
+        """It is this renderer's, which goes on at ``chunk``."""
+
+    def grew(self, renderer: Renderer, shot: Shot, chunk: VideoChunk) -> None:
+        """A chunk of it is written."""
+
+    def ended(self, renderer: Renderer, shot: Shot, ended: Ended) -> None:
+        """It is not this renderer's any more."""
+
+
+class Listener:
+    """Hears what happens to the shots of a pool, in threads of renderers; each call holds its renderer up."""
+
+    def begun(self, shot: Shot, chunk: int) -> None:
+        """A shot is rendered from now on, from ``chunk`` on."""
+
+    def grew(self, shot: Shot, chunk: VideoChunk) -> None:
+        """A chunk of it is written."""
+
+    def ended(self, shot: Shot, ended: Ended) -> None:
+        """It is done, or failed or cancelled for good, or goes back to the queue."""
+
+
+def end_of(cause: BaseException, said: BaseException | None = None) -> Ended:
+    """What becomes of a shot by an error: it fails, or goes to where it may do better.
+
+    Args:
+        cause: what was raised.
+        said: its message in better words.
+    """
+    text = one_line(said or cause)
+    if isinstance(cause, TakenError):
+        return Ended("aside", error=text)
+    if isinstance(cause, StalledError):
+        return Ended("again", "stalled", text)
+    if isinstance(cause, OSError):
+        return Ended("again", "storage", text)
+    if isinstance(cause, EngineError):
+        return Ended("again", "lost", text)
+    if isinstance(cause, ConfigError):
+        return Ended("failed", "input", text)
+    if not isinstance(cause, PAVDMError):
+        logger.error("a fault of this program", exc_info=cause)
+    return Ended("failed", "video", text)
+
+
+def one_line(error: BaseException | None) -> str:
+    """All that an error says."""
+    return "its renderer ended" if error is None else " ".join(str(error).split()) or type(error).__name__

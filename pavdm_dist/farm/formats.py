@@ -1,0 +1,229 @@
+"""Lines of manifests as others write them, to names and values of a :class:`~pavdm_dist.farm.shot.Shot`.
+
+JSON lines (this package's own, and OpenAI's batch lines), tables (this package's own columns, and Open-Sora's), and
+text with one prompt a line (and PA-VDM's ``text||clip``). One line is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import PurePath
+from typing import Any, NamedTuple, TextIO
+
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.farm.shot import FIELDS
+from pavdm_dist.fields import json_value, show
+from pavdm_dist.io.remote import is_remote
+from pavdm_dist.io.storage import join, open_read
+
+# A line longer than this is none of a manifest.
+MOST_CHARACTERS = 2**20
+SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
+_PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+# Other names for the same, as tables of Open-Sora and bodies of OpenAI's requests have them.
+_NAMES = {"text": "prompt", "name": "id", "custom_id": "id", "width": None, "height": None, "path": None, "ref": None}
+# What such a body or table says of a video besides, and this package calls a setting.
+_SETTINGS = ("fps", "num_inference_steps", "guidance_scale")
+# Facts of a data set that a table of Open-Sora's brings along, and that ask for nothing.
+_FACTS = ("aspect_ratio", "resolution", "aes", "flow", "match", "score", "model")
+
+
+class Line(NamedTuple):
+    """A line of a manifest.
+
+    Attributes:
+        number: from 1; of a record of several lines the last one's.
+        values: what it says; None where it cannot be read.
+        fault: why not.
+    """
+
+    number: int
+    values: dict[str, Any] | None
+    fault: str = ""
+
+
+def read_lines(path: str) -> Iterator[Line]:
+    """The lines of a manifest that say something; comments (``#``) of text files and blank lines do not.
+
+    Paths of clips and pictures are relative to the manifest's folder, and are given absolute.
+
+    Raises:
+        ConfigError: it cannot be read, or is of no kind that this package knows.
+    """
+    suffix = PurePath(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ConfigError(f"manifest={path}: must end in one of {', '.join(SUFFIXES)}")
+    reader: Callable[[TextIO], Iterator[Line]] = {".txt": _of_text, ".csv": _of_csv, ".tsv": _of_tsv}.get(suffix, _json)
+    folder = path.rpartition("/")[0] if is_remote(path) else os.path.dirname(os.path.abspath(path))
+    with _opened(path) as file:
+        try:
+            for line in reader(file):
+                yield line if line.values is None else line._replace(values=_with_paths(line.values, folder))
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"manifest={path}: is no UTF-8 text ({error.reason}); save it as UTF-8") from error
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[TextIO]:
+    try:
+        raw = open_read(path)
+    except OSError as error:
+        raise ConfigError(f"manifest={path}: cannot be read: {error.strerror or error}") from error
+    with raw:
+        start = raw.read(4)
+        raw.seek(0)
+        encoding = next((name for mark, name in _MARKS if start.startswith(mark)), "utf-8-sig")
+        with io.TextIOWrapper(raw, encoding, newline=None) as text:
+            yield text
+
+
+def _bounded(file: TextIO) -> Iterator[tuple[int, str | None]]:
+    """Numbered lines; None for one that is too long, which is passed over."""
+    number = 0
+    while text := file.readline(MOST_CHARACTERS):
+        number += 1
+        if len(text) < MOST_CHARACTERS or text.endswith("\n"):
+            yield number, text
+            continue
+        while (more := file.readline(MOST_CHARACTERS)) and not more.endswith("\n"):
+            pass
+        yield number, None
+
+
+def _json(file: TextIO) -> Iterator[Line]:
+    for number, text in _bounded(file):
+        if text is None:
+            yield Line(number, None, f"is longer than {MOST_CHARACTERS} characters")
+        elif text.strip():
+            try:
+                values = json_value(text)
+            except ValueError as error:
+                yield Line(number, None, f"is not valid JSON: {error}")
+                continue
+            if isinstance(values, Mapping):
+                yield _named(number, values)
+            else:
+                yield Line(number, None, f"must hold names and values, not {show(values)}")
+
+
+def _of_text(file: TextIO) -> Iterator[Line]:
+    for number, text in _bounded(file):
+        if text is None:
+            yield Line(number, None, f"is longer than {MOST_CHARACTERS} characters")
+            continue
+        text = text.strip().rstrip("\x1a")
+        if not text or text.startswith("#"):
+            continue
+        prompt, bars, clip = text.partition("||")
+        values = {"prompt": prompt.strip()}
+        yield Line(number, values | _reference(clip.strip()) if bars and clip.strip() else values)
+
+
+def _of_csv(file: TextIO) -> Iterator[Line]:
+    return _table(file, ",")
+
+
+def _of_tsv(file: TextIO) -> Iterator[Line]:
+    return _table(file, "\t")
+
+
+def _table(file: TextIO, delimiter: str) -> Iterator[Line]:
+    reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            number = reader.line_num
+            if None in row or None in row.values():
+                yield Line(number, None, f"has not the {len(reader.fieldnames or ())} columns of the first line")
+                continue
+            values = {str(name).strip(): text for name, text in row.items() if text.strip()}
+            try:
+                yield _named(number, {name: _number(name, text) for name, text in values.items()})
+            except ValueError as error:
+                yield Line(number, None, f"overrides is not valid JSON: {error}")
+    except csv.Error as error:  # what follows cannot be told apart any more
+        yield Line(reader.line_num, None, f"is no line of a table: {error}")
+
+
+def _number(name: str, text: str) -> Any:
+    """A cell as its column means it; what is no number stays text, which the check then names."""
+    if name == "overrides":
+        return json_value(text)
+    if name == "tags":
+        return [tag.strip() for tag in text.split(";") if tag.strip()]
+    if name in ("seed", "num_frames", "priority", "width", "height", "num_inference_steps"):
+        kinds: tuple[type, ...] = (int, float)
+    elif name in ("seconds", "guidance_scale"):
+        kinds = (float,)
+    else:
+        return text
+    for kind in kinds:
+        try:
+            value = kind(text)
+        except ValueError:
+            continue
+        return int(value) if kinds[0] is int and isinstance(value, float) and value.is_integer() else value
+    return text
+
+
+def _named(number: int, values: Mapping[str, Any]) -> Line:
+    """Names of a shot for those that others use; what is unknown is named as a fault."""
+    values = dict(values)
+    if isinstance(values.get("body"), Mapping):  # a batch line of OpenAI's
+        method, url = values.pop("method", "POST"), values.pop("url", "/v1/videos")
+        if method != "POST" or not str(url).endswith("/videos"):
+            return Line(number, None, f"{show(method)} {show(url)}: must be POST /v1/videos")
+        values |= dict(values.pop("body"))
+        if isinstance(values.get("seconds"), str):
+            values["seconds"] = _number("seconds", values["seconds"])
+        if isinstance(reference := values.pop("input_reference", None), str):
+            values |= _reference(reference)
+    known: dict[str, Any] = {}
+    overrides = values.pop("overrides", None)
+    overrides = {} if overrides is None else overrides
+    for name, value in values.items():
+        if value is None or name in _FACTS:
+            continue
+        if name in _SETTINGS and isinstance(overrides, dict):
+            overrides = {name: value, **overrides}
+        elif (own := _NAMES.get(name, name)) is None:
+            continue
+        elif own not in FIELDS:
+            return Line(number, None, f"no such field {show(name)}; the fields are {', '.join(FIELDS)}")
+        else:
+            known[own] = value
+    for name in ("path", "ref"):
+        if isinstance(values.get(name), str):
+            known |= _reference(values[name])
+    if values.get("width") is not None and values.get("height") is not None:
+        known["size"] = f"{values['width']}x{values['height']}"
+    if isinstance(known.get("id"), int) and not isinstance(known["id"], bool):
+        known["id"] = str(known["id"])
+    if overrides:
+        known["overrides"] = overrides
+    return Line(number, known)
+
+
+def _reference(path: str) -> dict[str, str]:
+    """A clip or a picture, by its name."""
+    return {"image" if PurePath(path).suffix.lower() in _PICTURES else "video": path}
+
+
+def _with_paths(values: dict[str, Any], folder: str) -> dict[str, Any]:
+    for name in ("video", "image"):
+        path = values.get(name)
+        if isinstance(path, str) and path and not is_remote(path):
+            path = os.path.expanduser(path)
+            absolute = path if os.path.isabs(path) else join(folder, path)
+            values[name] = absolute if is_remote(folder) else os.path.normpath(absolute)
+    return values

@@ -1,0 +1,144 @@
+"""From a manifest, which may grow while it is rendered, to the shots that are still to be made."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.farm.kinds import Kinds
+from pavdm_dist.farm.manifest import checked
+from pavdm_dist.farm.shot import Shot, seed_of
+from pavdm_dist.farm.tree import FAILED, SIDECAR, Tree
+from pavdm_dist.fields import show
+from pavdm_dist.io.remote import filesystem, is_remote
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Found:
+    """What a look at a manifest found.
+
+    Attributes:
+        left: shots to render, in the manifest's order.
+        done, failed: shots that are complete, or have failed, already.
+        frames_done, frames_left: new frames of the complete ones and of those that are left.
+    """
+
+    left: list[Shot]
+    done: int = 0
+    failed: int = 0
+    frames_done: int = 0
+    frames_left: int = 0
+
+
+class Intake:
+    """Shots that were asked for, and have not been given out by this object.
+
+    Args:
+        manifest: a file; None = all manifests that the tree keeps.
+        tree: where they are kept, and what has become of them.
+        kinds: what is asked of them besides.
+        only: ids, of all others nothing is wanted; None = all.
+    """
+
+    def __init__(self, manifest: str | None, tree: Tree, kinds: Kinds, only: Collection[str] | None = None) -> None:
+        self._manifest, self._tree, self._kinds, self._only = manifest, tree, kinds, only
+        self._name = "" if manifest is None else _name(manifest)
+        self._known: set[str] = set()
+        self._stamp: object = None
+
+    def first(self) -> Found:
+        """All of it, checked as a whole; kept in the tree.
+
+        Raises:
+            ManifestError: lines that cannot be used, by number; or a complete shot that was asked for otherwise.
+            ConfigError: it cannot be read, or nothing is asked for.
+        """
+        self._stamp = self._seen()
+        found = self._sorted()
+        if not self._known:
+            raise ConfigError(f"out={self._tree.root}: keeps no manifest; name one")
+        return found
+
+    def more(self) -> Found | None:
+        """Lines that have come since; None where there are none. A manifest with a fault is told of, and left alone."""
+        stamp = self._seen()
+        if stamp == self._stamp:
+            return None
+        self._stamp = stamp
+        try:
+            found = self._sorted()
+        except (ConfigError, OSError) as error:
+            logger.warning("%s; nothing of what is new is taken in", error)
+            return None
+        return found if found.left or found.done or found.failed else None
+
+    def _shots(self, there: Mapping[str, frozenset[str]]) -> Iterator[Shot]:
+        def check(shot: Shot) -> None:
+            self._kinds.check(shot)
+            if SIDECAR in there.get(shot.id, ()):
+                self._check_unchanged(shot)
+
+        if self._manifest is not None:
+            self._tree.keep(self._name, checked(self._manifest, check))
+            yield from self._tree.shots_of(self._name)
+            return
+        for shot in self._tree.shots():
+            if self._only is None or shot.id in self._only:
+                check(shot)
+                yield shot
+
+    def _sorted(self) -> Found:
+        there, found = self._tree.scan(), Found([])
+        new = [shot for shot in self._shots(there) if shot.id not in self._known]
+        for shot in new:
+            names, frames = there.get(shot.id, frozenset()), self._kinds.frames(shot)
+            if SIDECAR in names:
+                found.done, found.frames_done = found.done + 1, found.frames_done + frames
+            elif FAILED in names:
+                found.failed += 1
+            else:
+                found.left.append(shot)
+                found.frames_left += frames
+        self._known |= {shot.id for shot in new}
+        return found
+
+    def _check_unchanged(self, shot: Shot) -> None:
+        """Refuses a complete shot that is asked for otherwise than it was made."""
+        sidecar = self._tree.sidecar(shot.id)
+        if sidecar is None:
+            raise ConfigError(f"id={shot.id}: {self._tree.folder(shot.id)}/{SIDECAR} is none of this program's")
+        wanted = {"prompt": self._kinds.config_of(shot, "-").prompt, "seed": seed_of(shot, self._kinds.config.seed)}
+        other = [f"{name}={show(sidecar.get(name))!r}" for name, value in wanted.items() if sidecar.get(name) != value]
+        if other:
+            raise ConfigError(
+                f"id={shot.id} is complete with {' and '.join(other)}; give what is changed another id, or remove"
+                f" {self._tree.folder(shot.id)}"
+            )
+
+    def _seen(self) -> object:
+        """What changes when the manifest does."""
+        path = self._manifest
+        if path is None:
+            return None
+        try:
+            if is_remote(path):
+                fs, inner = filesystem(path)
+                facts = fs.info(inner)
+                return {name: str(facts[name]) for name in ("size", "mtime", "ETag", "LastModified") if name in facts}
+            found = os.stat(path)
+            return found.st_size, found.st_mtime_ns, found.st_ino
+        except (OSError, ConfigError):
+            return None
+
+
+def _name(manifest: str) -> str:
+    """What it is kept as: manifests of several folders may well be called the same."""
+    whole = manifest if is_remote(manifest) else os.path.realpath(manifest)
+    stem = whole.rpartition("/")[2].rpartition(".")[0]
+    return f"{stem}-{hashlib.sha256(whole.encode()).hexdigest()[:6]}.jsonl"

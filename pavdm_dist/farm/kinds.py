@@ -1,0 +1,224 @@
+"""Shots of one kind share all settings but prompt, seed, length and what they begin with; a kind is settled once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.commands.resolve import engine_options, open_checkpoint, open_pipeline, sampling_params
+from pavdm_dist.commands.sample import check_clip, requests_of
+from pavdm_dist.commands.videos import Shot as Output
+from pavdm_dist.commands.videos import Video, Videos
+from pavdm_dist.config import SampleConfig, frames_wanted, validate_sample
+from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.farm.settings import FarmConfig, sample_settings
+from pavdm_dist.farm.shot import Shot, seed_of, size_of
+from pavdm_dist.io.encode import check_size, require_libx264
+from pavdm_dist.merging import merged
+from pavdm_dist.pipeline import PAVDMPipeline
+from pavdm_dist.rates import as_rate
+from pavdm_dist.request import SamplingParams, VideoRequest
+from pavdm_dist.texts import check_prompts, prepare_texts, timed_prompts
+from pavdm_dist.timed import first_prompt
+
+# Settings that a shot may have of its own: what is sampled, never with which weights, where, or on what.
+OVERRIDES = (
+    "num_inference_steps", "window_chunks", "latent_chunk_size", "context_chunks", "context", "anchor_chunks", "step",
+    "context_noise", "guidance_scale", "time_shift", "start", "end", "fps", "mode", "allow_untrained_causal",
+    "displaced", "prompt_schedule", "timed_prompts", "prompt_suffix", "include_input", "chunks_per_segment",
+    "save_latents",
+)  # fmt: skip
+# Kinds that are kept settled; a farm with more settles some again.
+_KEPT = 256
+# Shots whose texts a large encoder gets at a time.
+_TEXTS = 1024
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Settings of shots that are alike.
+
+    Attributes:
+        config: all but what each shot says itself.
+        params: what is sampled.
+    """
+
+    config: SampleConfig
+    params: SamplingParams
+
+
+class Kinds:
+    """From shots to what a pipeline takes, with the settings of one farm.
+
+    Args:
+        config: checked (:func:`~pavdm_dist.farm.settings.validate_farm`).
+
+    Attributes:
+        base: the kind of a shot that says nothing but its prompt; stages are cut for it.
+
+    Raises:
+        CheckpointError: not a model this package runs, or one without weights.
+        ConfigError: settings that the model cannot take.
+    """
+
+    def __init__(self, config: FarmConfig) -> None:
+        self.config = config
+        self._common = sample_settings(config)
+        self.checkpoint: Checkpoint = open_checkpoint(self._common)
+        self._settled = lru_cache(_KEPT)(self._settle)
+        require_libx264()
+        self.base = self._settled(None, "{}", False, False)
+        self._identity: str | None = None
+
+    def pipeline(self) -> PAVDMPipeline:
+        """A pipeline of its own for a renderer; loads nothing yet.
+
+        Raises:
+            PAVDMError: as :func:`~pavdm_dist.commands.resolve.open_pipeline`.
+        """
+        return open_pipeline(self._common)
+
+    @property
+    def engine(self) -> EngineOptions:
+        """Of every renderer's gang."""
+        return engine_options(self._common)
+
+    @property
+    def identity(self) -> str:
+        """Of the weights; read once."""
+        if self._identity is None:
+            self._identity = self.checkpoint.identity
+        return self._identity
+
+    def kind_of(self, shot: Shot) -> Kind:
+        """The settings that a shot shares with others.
+
+        Raises:
+            ConfigError: an override that is none, or settings that the model cannot take.
+        """
+        overrides = json.dumps(shot.overrides, sort_keys=True) if shot.overrides else "{}"
+        return self._settled(shot.size, overrides, shot.video is not None, shot.image is not None)
+
+    def config_of(self, shot: Shot, output: str) -> SampleConfig:
+        """Settings that make this shot alone.
+
+        Raises:
+            ConfigError: as :meth:`kind_of`.
+        """
+        own = self.kind_of(shot).config
+        length = (own.num_frames, own.seconds)
+        if shot.num_frames is not None or shot.seconds is not None:
+            length = (shot.num_frames, shot.seconds)
+        return replace(
+            own,
+            prompt=shot.prompt or first_prompt(own.timed_prompts),
+            negative_prompt=shot.negative_prompt,
+            seed=seed_of(shot, self.config.seed),
+            num_frames=length[0],
+            seconds=length[1],
+            video=shot.video,
+            image=shot.image,
+            output=output,
+        )
+
+    def frames(self, shot: Shot) -> int:
+        """New frames of a shot.
+
+        Raises:
+            ConfigError: as :meth:`kind_of`.
+        """
+        kind = self.kind_of(shot)
+        return frames_wanted(self.config_of(shot, "-"), kind.params.fps)
+
+    def seconds(self, shot: Shot) -> float:
+        """Seconds of its new frames. Raises as :meth:`frames`."""
+        return self.frames(shot) / self.kind_of(shot).params.fps
+
+    def check(self, shot: Shot) -> None:
+        """Refuses a shot that cannot be rendered, as far as that shows without decoding what it begins with.
+
+        Raises:
+            ConfigError: naming the field, its value and what is legal.
+        """
+        params, config = self.kind_of(shot).params, self.config_of(shot, "-")
+        for name in ("video", "image"):
+            path = getattr(shot, name)
+            if path is not None and not os.path.isfile(path):
+                raise ConfigError(f"{name}={path}: no such file")
+        check_prompts(self._request(config, params), params, self.checkpoint)
+
+    def prepare_texts(self, shots: Iterable[Shot]) -> None:
+        """Encodes the texts of shots that no cache has yet, many at a time: a large encoder is loaded for each batch.
+
+        Raises:
+            CheckpointError: the encoder cannot be loaded.
+        """
+        left = iter(shots)
+        while batch := list(islice(left, _TEXTS)):
+            by_params: dict[int, tuple[SamplingParams, list[VideoRequest]]] = {}
+            for shot in batch:
+                params = self.kind_of(shot).params
+                requests = by_params.setdefault(id(params), (params, []))[1]
+                requests.append(self._request(self.config_of(shot, "-"), params))
+            for params, requests in by_params.values():
+                prepare_texts(requests, params, self.checkpoint)
+
+    def videos(self, shot: Shot, output: str, pipeline: PAVDMPipeline) -> Videos:
+        """The files of a shot, and what is asked for it: a command of one video.
+
+        Args:
+            shot: which.
+            output: its mp4.
+            pipeline: that renders it.
+
+        Raises:
+            ConfigError: a clip, a picture or a prompt that cannot be used.
+        """
+        config, params = self.config_of(shot, output), self.kind_of(shot).params
+        check_clip(config, [output])
+        (request,) = requests_of(config, [Output(config.prompt or "", config.seed, output)], params, self.checkpoint)
+        video = Video(0, replace(request, params=params), output)
+        return Videos([video], config, params, pipeline, self.identity, overwrite=False)
+
+    def _request(self, config: SampleConfig, params: SamplingParams) -> VideoRequest:
+        """What is asked for in words."""
+        schedule = tuple((change.from_chunk, change.prompt) for change in config.prompt_schedule)
+        schedule = schedule or timed_prompts(config.timed_prompts, params, self.checkpoint)
+        length = frames_wanted(config, params.fps)
+        return VideoRequest(config.prompt or "", config.seed, length, config.negative_prompt, schedule)
+
+    def _settle(self, size: str | None, overrides: str, has_video: bool, has_image: bool) -> Kind:
+        own: dict[str, Any] = json.loads(overrides)
+        for name in own:
+            if name not in OVERRIDES:
+                raise ConfigError(f"overrides: {name} is not a shot's to change; {', '.join(OVERRIDES)} are")
+        values = dataclasses.asdict(self._common)
+        if has_video and values["start"] == "noise":
+            values["start"] = "clip"
+        if not has_video:  # what some shots of the manifest begin with is no concern of the others
+            values["start"], values["include_input"] = "noise", False
+        for name, value in own.items():
+            is_section = isinstance(value, dict) and name != "timed_prompts"
+            values[name] = {**values[name], **value} if is_section else value
+        if size is not None:
+            values["height"], values["width"] = size_of(size, "shot")
+        config = merged(SampleConfig, values, "overrides")
+        params = sampling_params(config, self.checkpoint)
+        as_rate(params.fps)
+        check_size(params.height, params.width)
+        validate_sample(replace(config, include_input=False), needs_prompt=False)
+        if config.start != "noise" and not has_video:
+            raise ConfigError(f"start={config.start}: needs a conditioning clip, video")
+        if has_video and config.start == "noise":
+            raise ConfigError("start=noise uses no clip; set start=clip or start=chunk, or drop video")
+        if has_image and config.start != "noise":
+            raise ConfigError(f"image: start={config.start} begins with a clip; set start=noise, or drop the image")
+        return Kind(config, params)

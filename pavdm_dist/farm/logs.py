@@ -1,0 +1,96 @@
+"""What is logged of shots: the last lines of each, and everything as JSON lines with the shot, renderer and stage."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections import deque
+from typing import TextIO
+
+from pavdm_dist.redaction import hide_secrets
+
+# Lines that a failure record keeps; shots whose lines are kept at a time.
+TAIL, _SHOTS = 50, 4096
+
+
+class ShotLog(logging.Handler):
+    """Keeps the last lines of every shot that is under way, and writes all as JSON where there is a file.
+
+    A record is of the shot that its ``shot`` attribute names; of those of a renderer's threads that name none, all
+    shots in that renderer's hands get a copy: a lost stage concerns each.
+
+    Args:
+        file: for JSON lines; None keeps the tails only.
+    """
+
+    def __init__(self, file: TextIO | None = None) -> None:
+        super().__init__(logging.INFO)
+        self._file = file
+        self._tails: dict[str, deque[str]] = {}
+        self._of: dict[str, set[str]] = {}
+
+    def begun(self, renderer: str, shot: str) -> None:
+        """A shot is in a renderer's hands from now on."""
+        with self._held:
+            self._tails.setdefault(shot, deque(maxlen=TAIL))
+            self._of.setdefault(renderer, set()).add(shot)
+            while len(self._tails) > _SHOTS:
+                self._tails.pop(next(iter(self._tails)))
+
+    def ended(self, renderer: str, shot: str) -> None:
+        """It is not any more; its lines stay until it is :meth:`forgotten <forget>`."""
+        with self._held:
+            self._of.get(renderer, set()).discard(shot)
+
+    def tail(self, shot: str) -> tuple[str, ...]:
+        """Its last lines, oldest first."""
+        with self._held:
+            return tuple(self._tails.get(shot, ()))
+
+    def forget(self, shot: str) -> None:
+        with self._held:
+            self._tails.pop(shot, None)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        renderer = _renderer(record)
+        shot = getattr(record, "shot", None)
+        text = hide_secrets(record.getMessage())
+        line = f"{_time(record)} {record.levelname} {text}"
+        shots = {shot} if shot is not None else self._of.get(renderer, ())
+        for id in tuple(shots):
+            if (tail := self._tails.get(id)) is not None:
+                tail.append(line)
+        if self._file is not None:
+            self._file.write(json.dumps(_facts(record, renderer, shot, text), ensure_ascii=False) + "\n")
+            self._file.flush()
+
+    @property
+    def _held(self) -> threading.RLock:
+        """The lock that :meth:`emit` is called with, too."""
+        assert self.lock is not None
+        return self.lock
+
+
+def _facts(record: logging.LogRecord, renderer: str, shot: str | None, text: str) -> dict[str, object]:
+    facts = {
+        "time": round(record.created, 3),
+        "level": record.levelname,
+        "message": text,
+        "logger": record.name,
+        "renderer": renderer or None,
+        "shot": shot,
+        "stage": getattr(record, "stage", None),
+        "error": hide_secrets(logging.Formatter().formatException(record.exc_info)) if record.exc_info else None,
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _renderer(record: logging.LogRecord) -> str:
+    """The engine's threads are named after the thread that made them."""
+    name = getattr(record, "renderer", None) or (record.threadName or "").rpartition(" of ")[2]
+    return str(name) if str(name).startswith("renderer-") else ""
+
+
+def _time(record: logging.LogRecord) -> str:
+    return logging.Formatter(datefmt="%H:%M:%S").formatTime(record, "%H:%M:%S")

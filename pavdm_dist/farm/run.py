@@ -1,0 +1,202 @@
+"""``pavdm farm run``: a manifest in, a folder of videos out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import signal
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pavdm_dist.commands.signals import Stopped
+from pavdm_dist.errors import FailedVideosError
+from pavdm_dist.farm.intake import Found, Intake
+from pavdm_dist.farm.kinds import Kinds
+from pavdm_dist.farm.logs import ShotLog
+from pavdm_dist.farm.pool import Pool
+from pavdm_dist.farm.progress import FarmProgress
+from pavdm_dist.farm.settings import FarmConfig
+from pavdm_dist.farm.tree import Tree
+from pavdm_dist.io.metadata import versions
+from pavdm_dist.io.remote import is_remote
+from pavdm_dist.io.storage import atomic_write
+from pavdm_dist.merging import to_dict
+
+logger = logging.getLogger(__name__)
+
+# Between two looks at everything while nothing happens.
+TICK_S = 0.5
+
+
+def run_command(
+    config: FarmConfig,
+    manifest: str | None,
+    out: str,
+    progress: Callable[[float], FarmProgress],
+    only: Collection[str] | None = None,
+) -> dict[str, Any]:
+    """Renders what a manifest asks for and is not there yet. The same command again, or beside, goes on with the rest.
+
+    Args:
+        config: checked (:func:`~pavdm_dist.farm.settings.validate_farm`).
+        manifest: of the shots; None = all that the folder's earlier runs were given.
+        out: the folder (:mod:`~pavdm_dist.farm.tree`), local or remote.
+        progress: makes what tells how far it is, of frames per second.
+        only: ids, of the folder's shots; None = all.
+
+    Returns:
+        How many shots are done, were done before, were cancelled, and are left (by SIGTERM, or the marker ``drain``);
+        frames, seconds, frames per second, and the share of renderers' time that was lost between shots.
+
+    Raises:
+        FailedVideosError: some shots failed, now or in an earlier run; the others are complete, or left.
+        ConfigError: bad input, before anything is written or taken from a cluster.
+        EngineError: no renderer comes up; what is finished stays.
+        Stopped: a signal other than SIGTERM; all is saved.
+    """
+    tree, kinds = Tree(out), Kinds(config)
+    intake = Intake(manifest, tree, kinds, only)
+    found = intake.first()
+    tree.write_settings({"settings": to_dict(config), "manifest": manifest, "versions": versions()})
+    say = "%d shots: %d to render, %d complete, %d failed before"
+    logger.info(say, len(found.left) + found.done + found.failed, len(found.left), found.done, found.failed)
+    bar = progress(kinds.base.params.fps)
+    started, told = time.monotonic(), None
+    with _logged(tree) as log:
+        pool = Pool(kinds, tree, log=log)
+        farm = _Farm(pool, kinds, intake, bar, config.farm.poll_s)
+        try:
+            farm.take_in(found)
+            told = _until_over(farm, pool)
+        except Stopped as stop:  # before anything was begun
+            told = stop
+        finally:
+            pool.close()
+            bar.close()
+    write_failed(tree)
+    report = farm.report(time.monotonic() - started)
+    if told is not None and told.number != signal.SIGTERM:
+        raise Stopped(told.number, f"{report['left']} shots are left, the same command goes on") from told
+    if told is None and farm.failed:
+        raise FailedVideosError(
+            f"{farm.failed} of {farm.asked} shots failed, {report['left'] or 'none'} are left: `pavdm farm status"
+            f" {out}` says why, `pavdm farm retry {out}` tries again",
+            farm.failed,
+        )
+    return report
+
+
+def _until_over(farm: _Farm, pool: Pool) -> Stopped | None:
+    """Goes round until nothing is left; the signal that ended it earlier, if one did."""
+    told: Stopped | None = None
+    while True:
+        try:
+            while True:
+                if told is None:
+                    farm.look()
+                farm.show()
+                if pool.is_over:
+                    return told
+                pool.tick()
+                pool.wait(TICK_S)
+        except Stopped as stop:
+            if told is None:
+                told = stop
+                logger.info("ending: every shot goes on to its next chunk and is saved; a second signal does not wait")
+                pool.drain()
+            else:
+                pool.stop()
+
+
+class _Farm:
+    """What one command counts."""
+
+    def __init__(self, pool: Pool, kinds: Kinds, intake: Intake, bar: FarmProgress, poll_s: float) -> None:
+        self._pool, self._kinds, self._intake, self._bar, self._poll_s = pool, kinds, intake, bar, poll_s
+        self._looked = time.monotonic()
+        self.asked = self.done_before = self.failed_before = self._given = 0
+
+    @property
+    def failed(self) -> int:
+        return self.failed_before + self._pool.ends["failed"]
+
+    def take_in(self, found: Found) -> None:
+        if found.left:
+            self._kinds.prepare_texts(found.left)
+            self._pool.open()
+        self._pool.submit(found.left)
+        self._given += len(found.left)
+        self.asked += len(found.left) + found.done + found.failed
+        self.done_before += found.done
+        self.failed_before += found.failed
+        self._bar.before += found.frames_done
+        self._bar.total += found.frames_done + found.frames_left
+
+    def look(self) -> bool:
+        """Takes new lines in, every so often, and whenever all is done; whether there were some."""
+        now = time.monotonic()
+        if now - self._looked < self._poll_s and not self._pool.is_over:
+            return False
+        self._looked = now
+        found = self._intake.more()
+        if found is None:
+            return False
+        logger.info("the manifest has %d new shots", len(found.left))
+        self.take_in(found)
+        return bool(found.left)
+
+    def show(self) -> None:
+        figures, ends = self._pool.figures, self._pool.ends
+        words = [f"{self.done_before + ends['done']}/{self.asked} shots", f"{figures['running']:.0f} running"]
+        words += [f"{self.failed} failed"] if self.failed else []
+        words += [f"{ends['cancelled']} cancelled"] if ends["cancelled"] else []
+        self._bar.show(self._pool.frames, ", ".join(words))
+
+    def report(self, seconds: float) -> dict[str, Any]:
+        figures, ends = self._pool.figures, self._pool.ends
+        return {
+            "shots": self.asked,
+            "done": ends["done"],
+            "done_before": self.done_before,
+            "failed": self.failed,
+            "cancelled": ends["cancelled"],
+            "left": self._given - ends["done"] - ends["failed"] - ends["cancelled"],
+            "frames": self._pool.frames,
+            "seconds": round(seconds, 3),
+            "frames_per_second": round(self._pool.frames / seconds, 3) if seconds else 0.0,
+            "idle_share": round(figures["idle_s"] / figures["rendering_s"], 4) if figures["rendering_s"] else 0.0,
+        }
+
+
+@contextmanager
+def _logged(tree: Tree) -> Iterator[ShotLog]:
+    """Log lines of shots, in memory; and all as JSON beside the shots, where these are on a local disk."""
+    package, path = logging.getLogger("pavdm_dist"), None
+    if not is_remote(tree.root):
+        folder = tree.path("logs")
+        os.makedirs(folder, exist_ok=True)
+        path = f"{folder}/{platform.node()}-{os.getpid()}.jsonl"
+    file = open(path, "a", encoding="utf-8") if path is not None else None  # noqa: SIM115
+    log = ShotLog(file)
+    package.addHandler(log)
+    try:
+        yield log
+    finally:
+        package.removeHandler(log)
+        if file is not None:
+            file.close()
+
+
+def write_failed(tree: Tree) -> int:
+    """Writes ``failed.jsonl``, a manifest of the failed shots; how many."""
+    lines = []
+    for id, names in sorted(tree.scan().items()):
+        if "failed.json" in names and "video.json" not in names:
+            lines.append(json.dumps(tree.failure(id).shot, ensure_ascii=False))
+    with atomic_write(tree.path("failed.jsonl"), "w") as file:
+        file.writelines(f"{line}\n" for line in lines)
+    return len(lines)

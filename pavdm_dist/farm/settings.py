@@ -1,0 +1,74 @@
+"""The settings of a farm: those of all its videos, and how many renderers make them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from pavdm_dist.config import PlanConfig, SampleConfig, validate_sample
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.fields import Within
+
+_Wait = Annotated[float, Within(0, 1_000_000)]
+
+
+@dataclass
+class PoolConfig:
+    """How shots are shared out, and what becomes of those that fail."""
+
+    renderers: Annotated[int, Within(1, 10_000)] | None = None  # at most so many; null = as many as there is room for
+    min_renderers: Annotated[int, Within(0, 10_000)] = 1  # kept though there is nothing to do for them
+    idle_s: _Wait = 30.0  # a renderer above the fewest ends when it had nothing to do for so long
+    retries: Annotated[int, Within(0, 1000)] = 3  # of a shot whose renderer was lost, or that stood still
+    retry_s: _Wait = 5.0  # wait before the first retry; doubled at each one after it
+    max_failed: Annotated[int, Within(0)] | None = None  # more failed shots than this end the farm
+    poll_s: Annotated[float, Within(0, 3600, above=True)] = 2.0  # between two looks at manifest, markers and locks
+    drain_s: _Wait = 60.0  # how long an ending farm waits for the chunks that are under way
+
+
+@dataclass
+class FarmConfig(PlanConfig):
+    """Everything ``pavdm farm`` knows: settings that its shots share, the devices at hand, and the pool."""
+
+    farm: PoolConfig = field(default_factory=PoolConfig)
+
+
+# What every shot, or the manifest, says.
+_OF_SHOTS = (
+    "prompt",
+    "negative_prompt",
+    "prompt_schedule",
+    "timed_prompts",
+    "prompts",
+    "video",
+    "image",
+    "output",
+    "trace",
+)
+
+
+def validate_farm(config: FarmConfig) -> None:
+    """Refuse settings that contradict one another, or that are a shot's alone.
+
+    Raises:
+        ConfigError: with the field, its value and what is legal.
+    """
+    defaults = FarmConfig()
+    for name in _OF_SHOTS:
+        value = getattr(config, name)
+        if value != getattr(defaults, name):
+            raise ConfigError(f"{name}={value}: is a shot's own; write it into the manifest")
+    validate_sample(config, needs_prompt=False)
+    if config.streams > 1 and not config.num_stages:
+        raise ConfigError(f"streams={config.streams}: without stages videos are made one after another; set num_stages")
+    most, fewest = config.farm.renderers, config.farm.min_renderers
+    if not config.num_stages and (most or 1) > 1:
+        raise ConfigError(f"farm.renderers={most}: without stages this process is the only one; set num_stages")
+    if most is not None and fewest > most:
+        raise ConfigError(f"farm.min_renderers={fewest}: is above farm.renderers={most}")
+
+
+def sample_settings(config: FarmConfig) -> SampleConfig:
+    """The settings of videos alone."""
+    return SampleConfig(**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(SampleConfig)})

@@ -1,0 +1,158 @@
+"""``pavdm farm status`` and ``retry``: what has become of a folder's shots, from its files alone."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from pavdm_dist.config import frames_wanted
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.farm.kinds import Kinds
+from pavdm_dist.farm.settings import FarmConfig
+from pavdm_dist.farm.shot import Shot
+from pavdm_dist.farm.tree import State, Tree
+from pavdm_dist.fields import json_value
+from pavdm_dist.io.storage import open_read
+from pavdm_dist.merging import merged
+
+# The rate is that of the newest so many seconds in which something was finished.
+RECENT_S = 1800.0
+# Shots that a status tells of one by one.
+LISTED = 50
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A shot and what has become of it; ``seconds`` of its video are playable."""
+
+    shot: Shot
+    state: State
+    seconds: float
+    sidecar: dict[str, Any] | None = None
+
+
+def standings(tree: Tree, with_sidecars: bool = True) -> Iterator[Standing]:
+    """All shots of a folder.
+
+    Raises:
+        ConfigError: a manifest that it keeps is damaged.
+    """
+    there = tree.scan()
+    for shot in tree.shots():
+        state = tree.state(shot.id, there.get(shot.id, frozenset()))
+        sidecar = tree.sidecar(shot.id) if state.standing == "done" and with_sidecars else None
+        if sidecar is not None:
+            seconds = sidecar["num_frames"] / sidecar["fps"]
+        else:
+            seconds = tree.seconds_rendered(shot.id) if state.standing in ("running", "begun") else 0.0
+        yield Standing(shot, state, seconds, sidecar)
+
+
+def settings_of_run(tree: Tree, overrides: Collection[str] = ()) -> FarmConfig:
+    """The settings of a folder's newest run, with changes.
+
+    Raises:
+        ConfigError: nothing was run there, or the settings cannot be read.
+    """
+    path = tree.path("farm.json")
+    try:
+        with open_read(path) as file:
+            content = json_value(file.read())
+        return merged(FarmConfig, content["settings"], path, list(overrides))
+    except OSError as error:
+        raise ConfigError(f"{tree.root}: is no folder of a farm: {path}: {error.strerror or error}") from error
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: holds no settings") from error
+
+
+def status_report(out: str, now: float | None = None) -> dict[str, Any]:
+    """How many shots are where, how fast it goes and how long it will take, who renders what, what failed and why.
+
+    Args:
+        out: the folder.
+        now: seconds since 1970; None = the clock's.
+
+    Raises:
+        ConfigError: no folder of a farm.
+    """
+    tree, now = Tree(out), time.time() if now is None else now
+    config = settings_of_run(tree)
+    kinds = Kinds(config)
+    counts: Counter[str] = Counter()
+    running: list[dict[str, Any]] = []
+    failures: list[dict[str, Any]] = []
+    left = playable = 0.0
+    finished: list[tuple[float, float]] = []
+    for one in standings(tree):
+        standing = one.state.standing
+        counts[standing] += 1
+        playable += one.seconds
+        if one.sidecar is not None:
+            finished.append((datetime.fromisoformat(one.sidecar["created"]).timestamp(), one.seconds))
+        elif standing in ("queued", "running", "begun"):
+            wanted = _seconds(kinds, one.shot)
+            left += max(0.0, wanted - one.seconds)
+            if standing == "running":
+                made = f"{one.seconds:.1f}/{wanted:.1f}"
+                running.append({"id": one.shot.id, "seconds": made, "by": one.state.by})
+        elif one.state.failure is not None:
+            failure = one.state.failure
+            failures.append({"id": one.shot.id, "kind": failure.kind, "error": failure.error})
+    rate = _rate(finished, now)
+    return {
+        "shots": sum(counts.values()),
+        **{name: counts[name] for name in ("done", "running", "begun", "queued", "failed", "skipped", "cancelled")},
+        "seconds_of_video": round(playable, 3),
+        "seconds_left": round(left, 3),
+        "seconds_of_video_per_minute": None if rate is None else round(rate, 3),
+        "minutes_left": None if not rate else round(left / rate, 1),
+        **({"shots_running": running[:LISTED]} if running else {}),
+        **({"failures": failures[:LISTED]} if failures else {}),
+    }
+
+
+def forget_failures(out: str, ids: Collection[str]) -> list[str]:
+    """Lets failed shots be begun again.
+
+    Args:
+        out: the folder.
+        ids: which; empty = all.
+
+    Returns:
+        Their ids.
+
+    Raises:
+        ConfigError: one that has not failed, or none has.
+    """
+    tree = Tree(out)
+    failed = [one.shot.id for one in standings(tree, with_sidecars=False) if one.state.standing == "failed"]
+    for id in ids:
+        if id not in failed:
+            raise ConfigError(f"id={id}: has not failed in {out}; `pavdm farm status {out}` lists those that have")
+    if not failed:
+        raise ConfigError(f"{out}: no shot has failed")
+    again = [id for id in failed if not ids or id in ids]
+    for id in again:
+        tree.forget_failure(id)
+    return again
+
+
+def _seconds(kinds: Kinds, shot: Shot) -> float:
+    try:
+        return kinds.seconds(shot)
+    except ConfigError:  # settings have changed since it was asked for
+        return frames_wanted(kinds.base.config, kinds.base.params.fps) / kinds.base.params.fps
+
+
+def _rate(finished: list[tuple[float, float]], now: float) -> float | None:
+    """Seconds of video per minute, by what was finished in the newest time; None where nothing was."""
+    recent = sorted(one for one in finished if now - one[0] <= RECENT_S)
+    if len(recent) < 2:
+        return None
+    # The first one says only when the count began.
+    span = max(now, recent[-1][0]) - recent[0][0]
+    return 60 * sum(seconds for _, seconds in recent[1:]) / max(span, 1.0)

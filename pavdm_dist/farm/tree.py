@@ -1,0 +1,289 @@
+"""The folder of a farm's outputs, which is its only record: what became of a shot follows from its files alone.
+
+    farm.json               settings of the newest run, versions
+    manifests/NAME.jsonl    the shots that were asked for, one file a manifest
+    shots/ID/video.mp4      with video.json, the sidecar, written last: sidecar there = shot complete
+    shots/ID/video.mp4.parts/   of an unfinished one: segments, state, the lock of who renders it
+    shots/ID/failed.json    why it failed; nobody begins it until that is removed (``pavdm farm retry``)
+    shots/ID/skip, cancel   markers, of any content: not to be begun; and, of ``cancel``, to be ended where it is
+    failed.jsonl            the failed shots, as a manifest
+    drain                   marker: all farms on this folder finish their chunks, save and end
+
+Local, or in any store of fsspec's. Nothing is ever renamed or moved between shots, so that any number of farms may work
+in one folder: a shot is theirs whose lock is in its parts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.farm.shot import Shot, make_shot
+from pavdm_dist.fields import json_value, made
+from pavdm_dist.io import processes
+from pavdm_dist.io.lockfile import Seen, read_lock
+from pavdm_dist.io.metadata import read_sidecar, sidecar_path
+from pavdm_dist.io.remote import filesystem, is_remote
+from pavdm_dist.io.segments import PLAYLIST
+from pavdm_dist.io.storage import (
+    LOCK_NAME,
+    PARTS_SUFFIX,
+    atomic_write,
+    exists,
+    holds_work,
+    join,
+    list_names,
+    open_read,
+    parts_folder,
+    remove,
+)
+
+VIDEO, SIDECAR, FAILED = "video.mp4", "video.json", "failed.json"
+SKIP, CANCEL, DRAIN = "skip", "cancel", "drain"
+_NAME = re.compile(r"[^A-Za-z0-9._-]+")
+
+Standing = Literal["queued", "running", "begun", "done", "failed", "skipped", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a shot will not be rendered, as ``failed.json`` has it.
+
+    Attributes:
+        error: in one sentence.
+        kind: ``input`` (what was asked for), ``video`` (what was computed), ``lost`` (too many renderers were),
+            ``stalled`` or ``storage``.
+        attempts: how often it was begun by the farm that gave it up.
+        by: the process.
+        at: seconds since 1970.
+        log: the last lines that were logged of it.
+        shot: the line of the manifest.
+    """
+
+    error: str
+    kind: str = "video"
+    attempts: int = 1
+    by: str = field(default_factory=lambda: f"process {os.getpid()} on {platform.node()}")
+    at: float = field(default_factory=lambda: round(time.time(), 3))
+    log: tuple[str, ...] = ()
+    shot: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class State:
+    """What a shot's files say of it.
+
+    Attributes:
+        standing: ``begun`` is unfinished with nobody at it.
+        by: who renders it; a process on another machine is taken at its lock's word.
+        failure: of a failed one.
+    """
+
+    standing: Standing
+    by: str = ""
+    failure: Failure | None = None
+
+
+class Tree:
+    """Paths and states in a folder.
+
+    Args:
+        root: local, or a path of fsspec's.
+
+    Raises:
+        ConfigError: it is a file.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root.rstrip("/") or "/"
+        if not is_remote(root) and os.path.lexists(root) and not os.path.isdir(root):
+            raise ConfigError(f"out={root}: is a file; name a folder")
+
+    def path(self, name: str) -> str:
+        return join(self.root, name)
+
+    def folder(self, id: str) -> str:
+        return f"{self.root}/shots/{id}"
+
+    def output(self, id: str) -> str:
+        """The mp4 that a shot becomes."""
+        return join(self.folder(id), VIDEO)
+
+    # --- what is asked for -----------------------------------------------------------------------------------
+
+    def manifest(self, name: str) -> str:
+        """Where the shots of a manifest of this name are kept."""
+        stem = name.rsplit("/", 1)[-1].rpartition(".")[0] or name
+        return self.path(f"manifests/{_NAME.sub('-', stem)}.jsonl")
+
+    def shots(self) -> Iterator[Shot]:
+        """All that was ever asked for, in the order of the manifests' names; of two with one id the first.
+
+        Raises:
+            ConfigError: a manifest is damaged.
+        """
+        known: set[str] = set()
+        for name in list_names(self.path("manifests")):
+            if not name.endswith(".jsonl") or name.startswith("."):
+                continue
+            for shot in self.shots_of(name):
+                if shot.id not in known:
+                    known.add(shot.id)
+                    yield shot
+
+    def shots_of(self, name: str) -> Iterator[Shot]:
+        """The shots of one manifest that is kept here. Raises as :meth:`shots`."""
+        path = self.manifest(name)
+        with open_read(path) as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path} line {number}"
+                try:
+                    yield make_shot(json_value(line), where)
+                except ValueError as error:
+                    raise ConfigError(f"{where}: {error}") from error
+
+    def keep(self, name: str, shots: Iterable[Shot]) -> int:
+        """Writes a manifest of this tree in one move, when all of them have come; how many there are.
+
+        Raises:
+            OSError: it cannot be written.
+            PAVDMError: what ``shots`` raises; then nothing is changed.
+        """
+        count = 0
+        with atomic_write(self.manifest(name), "w") as file:
+            for shot in shots:
+                file.write(shot.to_line() + "\n")
+                count += 1
+        return count
+
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        """Keeps what a run was given."""
+        with atomic_write(self.path("farm.json"), "w") as file:
+            json.dump(settings, file, indent=2, ensure_ascii=False)
+
+    # --- what has become of it -------------------------------------------------------------------------------
+
+    def scan(self) -> dict[str, frozenset[str]]:
+        """Names of the files of every shot that has any, by id: one listing, whatever the number of shots."""
+        folder = self.path("shots")
+        if is_remote(folder):
+            fs, inner = filesystem(folder)
+            found: dict[str, set[str]] = {}
+            for path in fs.find(inner) if fs.exists(inner) else ():
+                id, _, rest = str(path)[len(inner.rstrip("/")) + 1 :].partition("/")
+                found.setdefault(id, set()).add(rest.partition("/")[0])
+            return {id: frozenset(names) for id, names in found.items()}
+        if not os.path.isdir(folder):
+            return {}
+        with os.scandir(folder) as entries:
+            ids = [entry.name for entry in entries if entry.is_dir()]
+        there = {}
+        for id in ids:
+            with suppress(FileNotFoundError):
+                there[id] = frozenset(os.listdir(f"{folder}/{id}"))
+        return there
+
+    def state(self, id: str, names: frozenset[str] | None = None) -> State:
+        """What a shot's files say; reads few of them.
+
+        Args:
+            id: of the shot.
+            names: of its files, where :meth:`scan` has told them.
+        """
+        if names is None:
+            names = frozenset(list_names(self.folder(id)))
+        if SIDECAR in names:
+            return State("done")
+        holder = self.holder(id) if VIDEO + PARTS_SUFFIX in names else None
+        if holder is not None:
+            return State("running", by=holder)
+        if FAILED in names:
+            return State("failed", failure=self.failure(id))
+        if CANCEL in names or SKIP in names:
+            return State("cancelled" if CANCEL in names else "skipped")
+        begun = VIDEO + PARTS_SUFFIX in names and holds_work(parts_folder(self.output(id)))
+        return State("begun" if begun else "queued")
+
+    def holder(self, id: str) -> str | None:
+        """Who renders a shot, by its lock; None where nobody does, as far as can be seen from here."""
+        found = self.lock(id)
+        if found is None:
+            return None
+        owner = found.owner
+        if owner is not None and owner.machine == processes.machine():
+            return str(owner) if processes.is_alive(owner.pid, owner.started) else None
+        return found.who
+
+    def lock(self, id: str) -> Seen | None:
+        """A shot's lock as it is now."""
+        try:
+            return read_lock(join(parts_folder(self.output(id)), LOCK_NAME))
+        except OSError:
+            return None
+
+    def sidecar(self, id: str) -> dict[str, Any] | None:
+        """Of a complete shot; None where there is none, or none of this program's."""
+        try:
+            found = read_sidecar(self.output(id))
+        except (MediaError, OSError):
+            return None
+        return found if isinstance(found, dict) and "pavdm_dist" in (found.get("versions") or {}) else None
+
+    def seconds_rendered(self, id: str) -> float:
+        """Seconds of an unfinished shot's video that are closed and playable."""
+        path = join(parts_folder(self.output(id)), PLAYLIST)
+        try:
+            with open_read(path) as file:
+                lines = file.read().decode().splitlines()
+        except OSError:
+            return 0.0
+        return sum(float(line.split()[1]) for line in lines if line.startswith("duration "))
+
+    # --- marks -------------------------------------------------------------------------------------------------
+
+    def fail(self, id: str, failure: Failure) -> None:
+        """Says that a shot will not be rendered, and why."""
+        with atomic_write(join(self.folder(id), FAILED), "w") as file:
+            json.dump(asdict(failure), file, indent=2, ensure_ascii=False)
+
+    def failure(self, id: str) -> Failure:
+        """Why a shot failed; what cannot be read says so."""
+        path = join(self.folder(id), FAILED)
+        try:
+            with open_read(path) as file:
+                return made(Failure, json_value(file.read()), path, ignore_unknown=True)
+        except (OSError, ValueError) as error:
+            return Failure(f"{path} cannot be read: {error}")
+
+    def forget_failure(self, id: str) -> None:
+        """Lets a failed shot be begun again."""
+        remove(join(self.folder(id), FAILED))
+
+    def mark(self, id: str, marker: Literal["skip", "cancel"]) -> None:
+        """Keeps a shot from being begun; with ``cancel`` whoever renders it ends it, too."""
+        with atomic_write(join(self.folder(id), marker), "w"):
+            pass
+
+    def unmark(self, id: str) -> None:
+        """Takes such marks away."""
+        for marker in (SKIP, CANCEL):
+            remove(join(self.folder(id), marker))
+
+    def is_marked(self, id: str, *markers: str) -> bool:
+        return any(exists(join(self.folder(id), marker)) for marker in markers)
+
+    def is_done(self, id: str) -> bool:
+        return exists(sidecar_path(self.output(id)))
+
+    @property
+    def drains(self) -> bool:
+        """Whether all farms here are to end."""
+        return exists(self.path(DRAIN))

@@ -1,0 +1,109 @@
+"""What is made of a finished farm's folder: a page that holds all it shows, and folders as VBench looks for them."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from farms import finished_tree
+
+from pavdm_dist import cli
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.farm.report import write_report
+from pavdm_dist.farm.tree import Failure
+from pavdm_dist.farm.vbench import export_vbench
+
+THREE, SEVEN = "a red three", "a blue seven, drifting"
+
+
+class _Page(HTMLParser):
+    """Every address that a page asks for, every tag, and what is to be read."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.asked += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_report_is_one_page_and_prompts_are_text_in_it(tmp_path: Path) -> None:
+    hostile = '<script>alert(1)</script> & "three"'
+    tree = finished_tree(tmp_path, [{"id": "a", "prompt": hostile}, {"id": "b", "prompt": SEVEN, "tags": ["reel-1"]}])
+    tree.keep("more.jsonl", [*tree.shots_of("shots.jsonl")])
+    Path(tree.folder("b"), "video.json").unlink()
+    tree.fail(
+        "b", Failure("picture.png: is no <picture>", "input", log=("12:00:00 INFO begun", "12:00:01 WARNING <b>"))
+    )
+    report = write_report(str(tmp_path))
+    assert (report["complete"], report["failed"]) == (1, 1)
+    page = _Page((tmp_path / "index.html").read_text())
+    assert "script" not in page.tags and "b" not in page.tags
+    assert hostile in page.text and "picture.png: is no <picture>" in page.text and "WARNING <b>" in page.text
+    videos = [asked for asked in page.asked if not asked.startswith("data:")]
+    assert videos == ["shots/a/video.mp4"] and (tmp_path / videos[0]).exists()
+    assert len([asked for asked in page.asked if asked.startswith("data:image/jpeg;base64,")]) == 1
+    assert page.tags.count("svg") == 1 and "1 of 2 shots complete, 1 failed" in page.text
+    with pytest.raises(ConfigError, match="is no folder of a farm"):
+        write_report(str(tmp_path / "none"))
+
+
+def test_vbench_finds_prompts_and_numbers_in_names_and_nothing_else(tmp_path: Path) -> None:
+    shots = [{"id": f"{name}{i}", "prompt": prompt} for i in range(2) for name, prompt in (("t", THREE), ("s", SEVEN))]
+    tree = finished_tree(tmp_path / "farm", shots)
+    Path(tree.folder("s1"), "video.json").unlink()  # not finished
+    report = export_vbench(str(tmp_path / "farm"), str(tmp_path / "v"))
+    assert (report["videos"], report["prompts"], report["samples"]) == (3, 2, [1, 2])
+    names = sorted(path.name for path in (tmp_path / "v").iterdir())
+    assert names == [f"{SEVEN}-0.mp4", f"{THREE}-0.mp4", f"{THREE}-1.mp4"]
+    assert (tmp_path / "v" / names[1]).samefile(tree.output("t0")) and (tmp_path / "v" / names[2]).samefile(
+        tree.output("t1")
+    )
+    samples = json.loads((tmp_path / "v.samples.json").read_text())
+    assert samples[names[2]] == {"id": "t1", "prompt": THREE, "seed": 102}
+    with pytest.raises(ConfigError, match=r"v exists; name a new folder"):
+        export_vbench(str(tmp_path / "farm"), str(tmp_path / "v"))
+
+
+def test_prompts_that_are_no_names_become_numbers_which_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = finished_tree(tmp_path / "farm", [{"id": "a", "prompt": "ä" * 130}, {"id": "b", "prompt": THREE}])
+    words = ["export", "vbench", str(tmp_path / "farm"), "--out", str(tmp_path / "v"), "--json"]
+    assert cli.main(words) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["form"] == "custom" and "the prompt of a is longer than a name of 255 bytes" in report["note"]
+    assert sorted(path.name for path in (tmp_path / "v").iterdir()) == ["00000.mp4", "00001.mp4"]
+    assert json.loads((tmp_path / "v.prompts.json").read_text()) == {"00000.mp4": "ä" * 130, "00001.mp4": THREE}
+    assert tree.sidecar("a") is not None
+
+
+def test_vbench2_has_a_folder_for_each_dimension_and_cuts_prompts(tmp_path: Path) -> None:
+    long = "x" * 300
+    shots = [
+        {"id": "a", "prompt": long, "tags": ["dimension:Diversity", "dimension:Camera"]},
+        {"id": "b", "prompt": long, "tags": ["dimension:Diversity"]},
+        {"id": "c", "prompt": THREE},
+    ]
+    finished_tree(tmp_path / "farm", shots)
+    export_vbench(str(tmp_path / "farm"), str(tmp_path / "v"), "vbench2")
+    found = sorted(path.relative_to(tmp_path / "v").as_posix() for path in (tmp_path / "v").rglob("*.mp4"))
+    assert found == [f"Camera/{'x' * 180}-0.mp4", f"Diversity/{'x' * 180}-0.mp4", f"Diversity/{'x' * 180}-1.mp4"]
+    tags = ["dimension:D"]
+    alike = [{"id": "a", "prompt": long, "tags": tags}, {"id": "b", "prompt": long + "y", "tags": tags}]
+    finished_tree(tmp_path / "alike", alike)
+    with pytest.raises(ConfigError, match="prompts that differ behind 180 characters only; use --custom"):
+        export_vbench(str(tmp_path / "alike"), str(tmp_path / "w"), "vbench2")
+    finished_tree(tmp_path / "bad", [{"id": "a", "prompt": THREE, "tags": ["dimension:../x"]}])
+    with pytest.raises(ConfigError, match=re.escape("tag dimension:../x: is no name of a folder")):
+        export_vbench(str(tmp_path / "bad"), str(tmp_path / "x"), "vbench2")

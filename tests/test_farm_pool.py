@@ -1,0 +1,231 @@
+"""Who gets which shot: priorities, places, retries, renderers that come and go; without a model."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pavdm_dist.errors import ConfigError, EngineError, MediaError, ResourcesError, StalledError, TakenError, VideoError
+from pavdm_dist.farm.crew import Hand
+from pavdm_dist.farm.desk import Ended, end_of
+from pavdm_dist.farm.logs import ShotLog
+from pavdm_dist.farm.pool import Pool
+from pavdm_dist.farm.settings import PoolConfig
+from pavdm_dist.farm.shot import Shot
+from pavdm_dist.farm.tree import Tree
+from pavdm_dist.farm.waiting import Waiting
+from pavdm_dist.outputs import VideoChunk
+
+
+class FakeRenderer:
+    """Stands for one whose gang never comes; shots are taken and ended by the test."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.is_up, self.told = name, True, list[str]()
+
+    def drain(self) -> None:
+        self.told.append("drain")
+
+    def stop(self) -> None:
+        self.told.append("stop")
+
+    def cancel(self, id: str) -> None:
+        self.told.append(f"cancel {id}")
+
+
+def _pool(tmp_path: Path, streams: int = 1, renderers: int = 1, **options: Any) -> tuple[Pool, list[Any]]:
+    settings = PoolConfig(**{"poll_s": 0.01, "retry_s": 0.0, **options})
+    config = SimpleNamespace(farm=settings, streams=streams, num_stages=1, ray_address=None)
+    params = SimpleNamespace(num_inference_steps=6, window_chunks=3)
+    kinds: Any = SimpleNamespace(config=config, identity="x", kind_of=lambda _: SimpleNamespace(params=params))
+    pool = Pool(kinds, Tree(str(tmp_path)))
+    found: list[Any] = [FakeRenderer(f"renderer-{i}") for i in range(renderers)]
+    pool._crew.hands = [Hand(renderer) for renderer in found]
+    return pool, found
+
+
+def _shot(id: str, priority: int = 0) -> Shot:
+    return Shot(id, "a", priority=priority)
+
+
+def _chunk(index: int) -> VideoChunk:
+    return VideoChunk(0, index, torch.zeros(2, 1, 1, 3, dtype=torch.uint8), torch.zeros(1), False)
+
+
+def test_the_most_urgent_first_then_in_order_and_retries_in_their_old_place() -> None:
+    now = [0.0]
+    waiting = Waiting(lambda: now[0])
+    for id, priority in (("a", 0), ("b", 5), ("c", 0), ("d", 5)):
+        waiting.add(_shot(id, priority))
+    first = waiting.take()
+    assert first is not None and first.shot.id == "b"
+    waiting.put_back(first, 10.0)
+    assert (waiting.ready, len(waiting)) == (3, 4)
+    second = waiting.take()
+    assert second is not None and second.shot.id == "d"
+    now[0] = 11.0
+    left = [entry.shot.id for entry in iter(waiting.take, None)]
+    assert left == ["b", "a", "c"]
+    waiting.add(_shot("e"))
+    waiting.put_back(first, 10.0)
+    assert [shot.id for shot in waiting.drop({"b", "e", "none"})] == ["e", "b"] and not len(waiting)
+
+
+def test_one_ahead_of_its_places_only_when_all_others_have_theirs(tmp_path: Path) -> None:
+    pool, (one, other) = _pool(tmp_path, streams=1, renderers=2)
+    pool.submit([_shot("a"), _shot("b"), _shot("c")])
+    assert pool.take(one).id == "a"  # type: ignore[union-attr]
+    # Two are left; one of them is the other's, so that one more may be had in reserve.
+    assert pool.take(one).id == "b"  # type: ignore[union-attr]
+    got: list[Shot | None] = []
+    greedy = threading.Thread(target=lambda: got.append(pool.take(one)), daemon=True)
+    greedy.start()
+    greedy.join(0.2)
+    assert greedy.is_alive(), "the last one is the idle renderer's"
+    assert pool.take(other).id == "c"  # type: ignore[union-attr]
+    for renderer, id in ((one, "a"), (one, "b"), (other, "c")):
+        pool.ended(renderer, _shot(id), Ended("done"))
+    greedy.join(5)
+    assert got == [None] and pool.is_over is False
+    pool.drain()
+    assert one.told == ["drain"]
+
+
+def test_a_lost_renderer_costs_an_attempt_unless_the_shot_had_got_further(tmp_path: Path) -> None:
+    pool, (one,) = _pool(tmp_path, retries=1)
+    pool.submit([_shot("a")])
+    lost = Ended("again", "lost", "stage 1 died")
+    for further in (0, 1, 2):  # each time it gets a chunk further: as often as it likes
+        shot = pool.take(one)
+        assert shot is not None
+        pool.begun(one, shot, further)
+        pool.grew(one, shot, _chunk(further))
+        pool.ended(one, shot, lost)
+    shot = pool.take(one)
+    assert shot is not None
+    pool.begun(one, shot, 2)
+    pool.grew(one, shot, _chunk(2))  # what it had given before
+    pool.ended(one, shot, lost)
+    failure = Tree(str(tmp_path)).state("a").failure
+    assert failure is not None and failure.kind == "lost" and failure.error == "stage 1 died (2 attempts)"
+    assert pool.take(one) is None and pool.ends["failed"] == 1
+
+
+def test_whose_fault_it_is() -> None:
+    cases: list[tuple[BaseException, tuple[str, str]]] = [
+        (ConfigError("x"), ("failed", "input")),
+        (MediaError("x"), ("failed", "input")),
+        (VideoError("latents are not finite"), ("failed", "video")),
+        (KeyError("x"), ("failed", "video")),
+        (StalledError("x"), ("again", "stalled")),
+        (OSError(28, "No space left"), ("again", "storage")),
+        (EngineError("x"), ("again", "lost")),
+        (ResourcesError("x"), ("again", "lost")),
+        (TakenError("x"), ("aside", "")),
+    ]
+    for error, (how, kind) in cases:
+        found = end_of(error)
+        assert (found.how, found.kind if how != "aside" else "") == (how, kind), error
+
+
+def test_renderers_come_as_shots_do_and_idle_ones_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, _ = _pool(tmp_path, renderers=0, min_renderers=1)
+    pool._options.renderers, pool._options.idle_s = 3, 0.05
+    monkeypatch.setattr(pool._crew, "_make", FakeWaiting)
+    FakeWaiting.pool = pool
+    for shots, wanted in ((0, 1), (2, 2), (9, 3)):
+        pool._crew.scale(shots, keeps=True)
+        assert len(pool._crew.hands) == wanted
+    pool._endless = True
+    end = threading.Event()
+    for _ in range(100):
+        pool._crew.scale(0, keeps=True)
+        pool._crew.reap(ending=False)
+        if len(pool._crew.hands) == 1:
+            break
+        end.wait(0.05)
+    assert len(pool._crew.hands) == 1, "the fewest stay"
+    pool.drain()
+
+
+class FakeWaiting(FakeRenderer):
+    """One that waits for shots as a real one does."""
+
+    pool: Pool
+
+    def run(self) -> None:
+        renderer: Any = self
+        while (shot := self.pool.take(renderer)) is not None:
+            self.pool.ended(renderer, shot, Ended("done"))
+
+
+class FakeLost(FakeRenderer):
+    def run(self) -> None:
+        raise ResourcesError("num_stages=1 needs 1 CPU; other jobs hold the rest")
+
+
+def test_a_pool_whose_renderers_never_come_up_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, _ = _pool(tmp_path, renderers=0, retries=1)
+    pool._options.renderers = 1
+    monkeypatch.setattr(pool._crew, "_make", FakeLost)
+    pool.submit([_shot("a")])
+
+    def go_round() -> None:
+        for _ in range(50):
+            pool.tick()
+            pool.wait(0.02)
+
+    with pytest.raises(ResourcesError, match="other jobs hold the rest"):
+        go_round()
+    assert pool._crew.lost == 2
+
+
+def test_lines_of_a_renderer_are_told_of_all_its_shots() -> None:
+    import logging
+
+    log = ShotLog()
+    log.begun("renderer-1", "a")
+    log.begun("renderer-2", "b")
+
+    def say(text: str, thread: str, **extra: str) -> None:
+        record = logging.LogRecord("pavdm_dist.x", logging.WARNING, "", 0, text, (), None)
+        record.threadName = thread
+        vars(record).update(extra)
+        log.handle(record)
+
+    say("stage 1 died", "pavdm-driver of renderer-1")
+    say("mine", "MainThread", shot="b")
+    say("nobody's", "MainThread")
+    assert [line.rpartition(" WARNING ")[2] for line in log.tail("a")] == ["stage 1 died"]
+    assert [line.rpartition(" WARNING ")[2] for line in log.tail("b")] == ["mine"]
+    for number in range(80):
+        say(str(number), "renderer-2")
+    assert len(log.tail("b")) == 50 and log.tail("b")[-1].endswith("79")
+
+
+def test_a_shot_with_which_a_renderer_was_lost_is_rendered_alone(tmp_path: Path) -> None:
+    """Its neighbours may have been to blame, or it: next time that is known."""
+    pool, (one, other) = _pool(tmp_path, streams=2, renderers=2)
+    pool.submit([_shot("a"), _shot("b"), _shot("c"), _shot("d")])
+    held = [pool.take(one), pool.take(one)]
+    assert [shot.id for shot in held if shot is not None] == ["a", "b"]
+    for shot in held:
+        assert shot is not None
+        pool.begun(one, shot, 0)
+        pool.ended(one, shot, Ended("again", "lost", "stage 1 died"))
+    first = pool.take(one)
+    assert first is not None and first.id == "a"
+    # The other suspect is not put beside it, nor is anything else.
+    hand = pool._crew.hand(one)
+    assert not pool._may_take(hand)
+    pool.begun(one, first, 0)
+    pool.grew(one, first, _chunk(0))
+    assert pool._may_take(hand)
+    beside = pool.take(one)
+    assert beside is not None and beside.id == "c", "b waits for a renderer of its own"
+    assert pool.take(other).id == "b"  # type: ignore[union-attr]

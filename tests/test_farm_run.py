@@ -1,0 +1,293 @@
+"""``pavdm farm`` in one process: what a manifest asks for is made once, whatever happens to the farm meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from farms import FRAMES, PROMPTS, farm_config, latents_of, packets_of, run_farm, some_shots, write_manifest
+from forked import Program
+from helpers import tiny_checkpoint
+
+from pavdm_dist import cli
+from pavdm_dist.errors import ConfigError, FailedVideosError
+from pavdm_dist.farm.intake import Intake
+from pavdm_dist.farm.manifest import ManifestError
+from pavdm_dist.farm.shot import Shot, seed_of
+from pavdm_dist.farm.status import status_report
+from pavdm_dist.farm.tree import Failure, Tree
+from pavdm_dist.io.lock import OutputLock
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def done(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A farm's folder with three finished shots, one of them of another size and mode of sampling."""
+    folder = tmp_path_factory.mktemp("done")
+    shots = some_shots(2)
+    shots.append({"id": "other", "prompt": PROMPTS[2], "size": "32x48", "overrides": {"num_inference_steps": 9}})
+    report = run_farm(farm_config(model), write_manifest(folder / "m.jsonl", shots), folder / "out")
+    assert (report["shots"], report["done"], report["left"], report["failed"]) == (3, 3, 0, 0)
+    return folder / "out"
+
+
+def test_a_shot_is_what_sample_makes_of_the_same_words(done: Path, model: Path, tmp_path: Path) -> None:
+    for id, prompt, more in (
+        ("shot-001", PROMPTS[1], []),
+        ("other", PROMPTS[2], ["height=48", "width=32", "num_inference_steps=9"]),
+    ):
+        seed = seed_of(Shot(id, prompt), 0)
+        output = tmp_path / f"{id}.mp4"
+        words = [
+            prompt,
+            f"model={model}",
+            f"num_frames={FRAMES}",
+            "guidance_scale=1",
+            f"seed={seed}",
+            f"output={output}",
+        ]
+        assert cli.main(["sample", *words, *more]) == 0
+        mine, other = (
+            json.loads(path.read_text()) for path in (done / f"shots/{id}/video.json", output.with_suffix(".json"))
+        )
+        assert mine["latents_sha256"] == other["latents_sha256"] and mine["identity"] == other["identity"]
+        assert packets_of(done / f"shots/{id}/video.mp4") == packets_of(output)
+    assert sorted(path.name for path in (done / "shots/shot-001").iterdir()) == ["video.json", "video.mp4"]
+
+
+def test_finished_shots_are_never_made_again(done: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.stat().st_mtime_ns for path in done.glob("shots/*/*")}
+    monkeypatch.setattr("pavdm_dist.farm.pool.Pool.open", lambda _: pytest.fail("nothing is to be rendered"))
+    report = run_farm(farm_config(model), None, done)
+    assert (report["done"], report["done_before"], report["frames"]) == (0, 3, 0)
+    assert {path: path.stat().st_mtime_ns for path in done.glob("shots/*/*")} == before
+    manifest = write_manifest(done.parent / "changed.jsonl", [{"id": "shot-000", "prompt": "another"}])
+    with pytest.raises(ManifestError, match=r"line 1: id=shot-000 is complete with prompt='a red three drifting up'"):
+        run_farm(farm_config(model), manifest, done)
+
+
+def test_status_says_what_the_files_say(
+    done: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = status_report(str(done))
+    assert (report["shots"], report["done"], report["queued"]) == (3, 3, 0)
+    assert report["seconds_of_video"] == pytest.approx(3 * FRAMES / 24, abs=0.01) and report["seconds_left"] == 0
+    assert cli.main(["farm", "status", str(done), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["done"] == 3
+    with pytest.raises(ConfigError, match="is no folder of a farm"):
+        status_report(str(tmp_path))
+    tree = Tree(str(tmp_path))
+    assert tree.state("x").standing == "queued"
+    lock = OutputLock.acquire(tree.output("x"))
+    state = tree.state("x")
+    assert state.standing == "running" and state.by.startswith(f"process {os.getpid()} on")
+    lock.release()
+    assert tree.state("x").standing == "queued"
+    tree.mark("x", "skip")
+    assert tree.state("x").standing == "skipped"
+    tree.unmark("x")
+    tree.fail("x", Failure("why", log=("one", "two"), shot={"id": "x"}))
+    failure = tree.state("x").failure
+    assert failure is not None and (failure.error, failure.log) == ("why", ("one", "two"))
+
+
+def test_bad_shots_fail_alone_are_recorded_and_tried_again(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shots = some_shots(2)
+    shots.insert(1, {"id": "bad", "prompt": "a red three", "image": "picture.png", "priority": 5})
+    (tmp_path / "picture.png").write_bytes(b"no picture")
+    manifest, out = write_manifest(tmp_path / "m.jsonl", shots), tmp_path / "out"
+    words = [
+        "farm",
+        "run",
+        str(manifest),
+        "--out",
+        str(out),
+        f"model={model}",
+        f"num_frames={FRAMES}",
+        "guidance_scale=1",
+    ]
+    assert cli.main(words) == 101
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"pavdm: 1 of 3 shots failed, none are left: `pavdm farm status \S+` says why", said)
+    assert sorted(latents_of(out)) == ["shot-000", "shot-001"]
+    failure = Tree(str(out)).state("bad").failure
+    assert failure is not None and failure.kind == "input" and "picture.png: is no readable picture" in failure.error
+    assert any("shot bad: failed" in line for line in failure.log)
+    (line,) = (out / "failed.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "bad"
+    assert cli.main(words) == 101  # it stays failed
+    report = status_report(str(out))
+    assert report["failures"] == [{"id": "bad", "kind": "input", "error": failure.error}]
+    (log,) = out.glob("logs/*.jsonl")
+    told = [json.loads(text) for text in log.read_text().splitlines()]
+    assert any(entry.get("shot") == "bad" and entry["renderer"] == "renderer-1" for entry in told)
+    from PIL import Image
+
+    Image.new("RGB", (48, 32)).save(tmp_path / "picture.png")
+    assert cli.main(["farm", "retry", str(out), "none"]) == 2
+    assert "id=none: has not failed in" in capsys.readouterr().err
+    assert cli.main(["farm", "retry", str(out)]) == 0
+    assert sorted(latents_of(out)) == ["bad", "shot-000", "shot-001"]
+
+
+def test_marked_shots_are_left_out_and_too_many_failures_end_it(model: Path, tmp_path: Path) -> None:
+    shots, out = some_shots(3), tmp_path / "out"
+    Tree(str(out)).mark("shot-001", "skip")
+    report = run_farm(farm_config(model), write_manifest(tmp_path / "m.jsonl", shots), out)
+    assert (report["done"], report["cancelled"], sorted(latents_of(out))) == (2, 1, ["shot-000", "shot-002"])
+    (tmp_path / "bad.png").write_bytes(b"")
+    bad = [{"id": f"bad-{i}", "prompt": "a red three", "image": "bad.png", "priority": 9 - i} for i in range(3)]
+    manifest = write_manifest(tmp_path / "more.jsonl", [*bad, *some_shots(3, size="32x48", seed=3)])
+    with pytest.raises(FailedVideosError, match="2 of 6 shots failed, 4 are left") as ended:
+        run_farm(farm_config(model, {"max_failed": 1}), manifest, tmp_path / "out2")
+    assert ended.value.count == 2
+
+
+def test_new_lines_are_taken_in_and_bad_ones_told_of(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = write_manifest(tmp_path / "m.jsonl", some_shots(1))
+    looked, more = [0], Intake.more
+
+    def grow(self: Intake) -> Any:
+        looked[0] += 1
+        if looked[0] == 1:
+            with manifest.open("a") as file:
+                file.write("{\n")
+        elif looked[0] == 2:
+            write_manifest(manifest, some_shots(3))
+        return more(self)
+
+    monkeypatch.setattr(Intake, "more", grow)
+    report = run_farm(farm_config(model), manifest, tmp_path / "out")
+    assert (report["shots"], report["done"]) == (3, 3) or looked[0] < 3
+    assert len(latents_of(tmp_path / "out")) == report["done"]
+
+
+def test_a_shot_in_other_hands_is_waited_for_and_taken_over(model: Path, tmp_path: Path) -> None:
+    """Its holder is alive at first; then it is gone, and left its lock."""
+    out = tmp_path / "out"
+    output = out / "shots/shot-000/video.mp4"
+    code = f"from pavdm_dist.io.lock import OutputLock\nlock = OutputLock.acquire({str(output)!r})\n"
+    code += "print('held', flush=True)"
+    holder = Program(["-c", f"{code}\nimport time\ntime.sleep(100)"])
+    assert any("held" in line for line in holder.lines())
+    manifest = write_manifest(tmp_path / "m.jsonl", some_shots(2))
+    order: list[str] = []
+
+    def end_it() -> None:
+        while "shot-001" not in latents_of(out):
+            time.sleep(0.02)
+        order.append("the other is done")
+        assert Tree(str(out)).state("shot-000").standing == "running"
+        holder.kill()
+
+    thread = threading.Thread(target=end_it)
+    thread.start()
+    report = run_farm(farm_config(model), manifest, out)
+    thread.join()
+    assert order and (report["done"], report["failed"]) == (2, 0)
+
+
+def test_a_farm_that_is_told_to_end_saves_all_and_the_next_goes_on(done: Path, model: Path, tmp_path: Path) -> None:
+    """SIGTERM in the middle of a long shot: status 0, and the same command ends with the same video."""
+    long, out = 300, tmp_path / "out"
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"id": "long", "prompt": PROMPTS[0], "num_frames": long}])
+    words = ["farm", "run", str(manifest), f"model={model}", "guidance_scale=1", "chunks_per_segment=2"]
+    process = Program(["-m", "pavdm_dist", *words, "--out", str(out), "--openjd", "--json"])
+    parts = out / "shots/long/video.mp4.parts"
+    lines = process.lines()
+    for line in lines:
+        if len(list(parts.glob("segment-*.mp4"))) >= 2 or "openjd_progress: 2" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    said = [*lines]
+    assert process.returncode == 0, said
+    report = json.loads(said[-1])
+    assert (report["done"], report["left"]) == (0, 1) and parts.is_dir()
+    assert Tree(str(out)).state("long").standing == "begun"
+    assert status_report(str(out))["begun"] == 1
+    again = run_farm(farm_config(model, chunks_per_segment=2), manifest, out)
+    whole = run_farm(farm_config(model, chunks_per_segment=2), manifest, tmp_path / "whole")
+    assert 0 < again["frames"] < whole["frames"] == long
+    assert latents_of(out) == latents_of(tmp_path / "whole")
+    assert packets_of(out / "shots/long/video.mp4") == packets_of(tmp_path / "whole/shots/long/video.mp4")
+
+
+def test_a_marker_drains_the_farm(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/drain").touch()
+    report = run_farm(farm_config(model), write_manifest(tmp_path / "m.jsonl", some_shots(3)), tmp_path / "out")
+    assert report["left"] == 3 - report["done"] and report["failed"] == 0 and report["left"] > 0
+
+
+def test_bad_input_is_one_sentence_before_anything_is_written(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    cases = [
+        ([{"prompt": "a", "overrides": {"model": "x"}}], [], r"line 1: overrides: model is not a shot's to change"),
+        ([{"prompt": "a", "overrides": {"mode": "sideways"}}], [], r"line 1: overrides: mode=sideways: must be"),
+        ([{"prompt": "a", "size": "50x50"}], [], r"line 1: height=50 cannot be .*nearest legal"),
+        ([{"prompt": "a " * 50}], [], r"line 1: .*tokens|line 1: .*words"),
+        ([{"prompt": "a", "video": "none.mp4"}], [], r"line 1: video=\S+none.mp4: no such file"),
+        ([{"prompt": "a"}], ["prompt=b"], r"prompt=b: is a shot's own; write it into the manifest"),
+        ([{"prompt": "a"}], ["farm.renderers=2"], r"farm.renderers=2: without stages this process is the only one"),
+        ([{"prompt": "a"}], ["farm.rederers=2"], r"farm: no such key 'rederers', did you mean renderers"),
+    ]  # fmt: skip
+    for shots, words, said in cases:
+        manifest = write_manifest(tmp_path / "m.jsonl", shots)
+        assert cli.main(["farm", "run", str(manifest), "--out", str(out), f"model={model}", *words]) == 2
+        (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("pavdm: ")]
+        assert re.search(said, line), line
+        assert not (out / "shots").exists() and not list(out.glob("manifests/*.jsonl"))
+
+
+def test_a_dry_run_plans_and_writes_nothing(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shots = [*some_shots(3), *some_shots(1, id="x", size="32x48", seconds=2)]
+    manifest = write_manifest(tmp_path / "m.jsonl", shots)
+    words = ["farm", "run", str(manifest), "--out", str(tmp_path / "out"), f"model={model}", f"num_frames={FRAMES}"]
+    priced = ["cluster.devices=4", "cluster.price_per_device_hour=2"]
+    assert cli.main([*words, "--dry-run", "--json", *priced]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["shots"], report["kinds"]) == (4, 2) and not (tmp_path / "out").exists()
+    assert report["seconds_of_video"] == pytest.approx(3 * FRAMES / 24 + 2, abs=0.001)
+    first, second = report["plans"]
+    assert (first["shots"], second["shots"], second["size"], second["num_frames"]) == (3, 1, "32x48", 48)
+    assert first["memory_gib"] and first["renderers"] >= 1 and report["total_cost"] >= 0
+    assert cli.main([*words, "--dry-run"]) == 0 and "layer_split" in capsys.readouterr().out.replace(
+        "layers", "layer_split"
+    )
+
+
+def test_in_a_store_as_on_a_disk(model: Path, tmp_path: Path) -> None:
+    """fsspec's memory stands for any store: the tree is the same, and finished shots are known again."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    out = "memory://farm-test"
+    manifest = write_manifest(tmp_path / "m.jsonl", some_shots(2))
+    try:
+        report = run_farm(farm_config(model), manifest, out)  # type: ignore[arg-type]
+        assert report["done"] == 2
+        assert run_farm(farm_config(model), None, out)["done_before"] == 2  # type: ignore[arg-type]
+        tree = Tree(out)
+        assert {tree.state(id, names).standing for id, names in tree.scan().items()} == {"done"}
+        assert status_report(out)["done"] == 2
+    finally:
+        MemoryFileSystem.store.clear()
+        MemoryFileSystem.pseudo_dirs[:] = [""]
