@@ -102,16 +102,17 @@ def sample(arguments: argparse.Namespace) -> None:
         for config in configs:
             _print_report(plan_report(config), arguments.json)
     else:
-        from pavdm_dist.commands.progress import ChunkProgress
+        from pavdm_dist.commands.progress import PROGRESS
         from pavdm_dist.commands.sample import render_command
 
+        progress = PROGRESS[configs[0].progress]
         with redirect_stdout(sys.stderr):  # where Ray tells of dead workers; what comes out here is the result alone
             if arguments.resume is None:
-                result = render_command(configs[0], overwrite=arguments.overwrite, progress=ChunkProgress)
+                result = render_command(configs[0], overwrite=arguments.overwrite, progress=progress)
             else:
                 from pavdm_dist.commands.resume import resume_command
 
-                result = resume_command(configs, failed, ChunkProgress)
+                result = resume_command(configs, failed, progress)
         if arguments.json and result is not None:
             _say(json.dumps(result))
 
@@ -134,6 +135,26 @@ def plan(arguments: argparse.Namespace) -> None:
     from pavdm_dist.commands.plan import plan_report
 
     _print_report(plan_report(config, chunks=chunks), arguments.json)
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Take videos by HTTP (OpenAI's /v1/videos), render them, and let them be watched on a page."""
+    from pavdm_dist.merging import load_config
+    from pavdm_dist.serve.settings import ServeConfig, validate_serve
+
+    prompt, config_file, overrides = sort_words(arguments.words)
+    if prompt is not None:
+        raise ConfigError(f"{prompt!r} is neither a .yaml file nor key=value")
+    config = load_config(ServeConfig, config_file, overrides)
+    if arguments.print_config:
+        return _print_config(config)
+    validate_serve(config)
+    if not arguments.out:
+        raise ConfigError("--out DIR is missing: the folder that videos are kept in")
+    from pavdm_dist.serve.run import serve_command
+
+    with redirect_stdout(sys.stderr):  # where Ray tells of dead workers
+        serve_command(config, arguments.out)
 
 
 def simulate(arguments: argparse.Namespace) -> None:
@@ -338,6 +359,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value")
     verb.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
     verb.add_argument("--json", action="store_true", help="print one JSON object")
+
+    verb = add(serve, "pavdm serve [CONFIG.yaml] [key=value ...] --out DIR [flags]")
+    verb.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value")
+    verb.add_argument("--out", metavar="DIR", help="folder of the videos; a server on it goes on where one ended")
+    verb.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
 
     verb = add(simulate, "pavdm simulate [CONFIG.yaml] [key=value ...] [flags]")
     verb.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value")

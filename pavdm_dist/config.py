@@ -149,7 +149,8 @@ class SampleConfig:
     # times its usual time per chunk after which a video that gives none is reported
     stall_factor: Annotated[float, Within(0, 1_000_000, above=True)] = 10.0
     stall_limit_s: _Wait = 3600.0  # and after which it is ended, so that the others go on
-    # what is written
+    # what is told and written
+    progress: Literal["auto", "openjd", "deadline"] = "auto"  # a bar or log lines; or with lines that a farm reads
     trace: str | None = None  # .json of what every stage did when, for `pavdm simulate trace=FILE chart=FILE.png`
     output: str = "outputs"  # a .mp4 file, or a folder that gets NNNN-words-sSEED.mp4
     chunks_per_segment: Annotated[int, Within(0, 1_000_000, above=True)] = 6

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from pavdm_dist import cli
 from pavdm_dist.commands.printing import report_lines
-from pavdm_dist.commands.progress import ChunkProgress
+from pavdm_dist.commands.progress import PROGRESS, ChunkProgress
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import EngineError, FailedVideosError
 from pavdm_dist.merging import load_config
@@ -301,6 +301,31 @@ def test_progress_draws_one_bar_on_a_terminal(caplog: pytest.LogCaptureFixture) 
     assert "100/100 frames" in out.getvalue()
     assert "120/100" not in out.getvalue()
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("kind", "lines"),
+    [("openjd", ["openjd_progress: 25.0", "openjd_progress: 50.0"]), ("deadline", ["Progress: 25%", "Progress: 50%"])],
+)
+def test_progress_gives_a_farm_the_lines_that_it_reads(
+    kind: str, lines: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, out = Clock(), Terminal()
+    progress = PROGRESS[kind](48, fps=24, num_videos=2, file=out, clock=clock)
+    with caplog.at_level(logging.INFO, logger="pavdm_dist"):
+        for index, stream in enumerate((0, 1)):
+            clock.now += 10
+            progress.chunk(stream, index, 24)
+    progress.close()
+    assert out.getvalue().splitlines() == lines  # and no bar, though it is a terminal
+    assert len(caplog.records) == 2
+
+
+def test_sample_takes_the_lines_of_a_farm_by_a_setting(calls: list[tuple[Any, ...]]) -> None:
+    for kind in PROGRESS:
+        assert cli.main(["sample", "a red three", f"progress={kind}"]) == 0
+    assert [call[3] for call in calls] == list(PROGRESS.values())
+    assert cli.main(["sample", "a red three", "progress=loud"]) == 2
 
 
 def test_the_module_runs_as_a_command() -> None:

@@ -25,11 +25,12 @@ from pavdm_dist.merging import load_config
 from pavdm_dist.train.settings import TrainConfig
 
 ROOT = Path(__file__).parent.parent
-MANIFEST = ROOT / "cluster" / "kuberay" / "rayjob.yaml"
+KUBERAY = ROOT / "cluster" / "kuberay"
+MANIFEST = KUBERAY / "rayjob.yaml"
 
 
-def manifest() -> dict[str, Any]:
-    return yaml.safe_load(MANIFEST.read_text())
+def manifest(path: Path = MANIFEST) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
 
 
 def pinned(package: str) -> str:
@@ -38,13 +39,17 @@ def pinned(package: str) -> str:
     return found[1]
 
 
+MANIFESTS = sorted(KUBERAY.glob("*.yaml"))
+
+
 def groups() -> list[dict[str, Any]]:
-    cluster = manifest()["spec"]["rayClusterSpec"]
-    return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    """Groups of pods of all manifests."""
+    return [group for path in MANIFESTS for group in kuberay.groups_of(manifest(path))]
 
 
-def test_the_rayjob_is_valid() -> None:
-    assert kuberay.problems(manifest()) == []
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+def test_the_manifests_are_valid(path: Path) -> None:
+    assert kuberay.problems(manifest(path)) == []
 
 
 def _cluster(job: dict[str, Any]) -> dict[str, Any]:
@@ -73,6 +78,8 @@ def _container(job: dict[str, Any]) -> dict[str, Any]:
         (lambda job: _container(job)["resources"].update(limit={}), "limit"),
         (lambda job: _container(job).pop("name"), "name"),
         (lambda job: _container(job)["volumeMounts"][0].update(name="outputs"), "no volume 'outputs'"),
+        (lambda job: _cluster(job).update(autoscalerOptions={"version": "v2"}), "needs restartPolicy: Never"),
+        (lambda job: _cluster(job)["workerGroupSpecs"][0].update(replicas=9), "replicas=9 is not within"),
     ],
 )
 def test_a_spoilt_rayjob_is_refused(spoil: Callable[[dict[str, Any]], Any], named: str) -> None:
@@ -85,7 +92,7 @@ def test_a_spoilt_rayjob_is_refused(spoil: Callable[[dict[str, Any]], Any], name
 def test_ray_is_one_version_everywhere() -> None:
     """Head, workers, the submitter and the tested set: Ray refuses to mix versions."""
     ray = pinned("ray")
-    assert _cluster(manifest())["rayVersion"] == ray
+    assert {kuberay.cluster_of(manifest(path))["rayVersion"] for path in MANIFESTS} == {ray}
     bases = re.findall(r"rayproject/ray:(\d+\.\d+\.\d+)", (ROOT / "cluster" / "Dockerfile").read_text())
     assert set(bases) == {ray}
 
@@ -95,10 +102,12 @@ def test_torch_is_the_tested_one_everywhere() -> None:
         assert set(re.findall(r"torch==(\S+)", (ROOT / path).read_text())) == {pinned("torch")}, path
 
 
-def test_the_rayjob_runs_images_that_the_dockerfile_builds() -> None:
-    images = {group["template"]["spec"]["containers"][0]["image"] for group in groups()}
+def test_the_manifests_run_images_that_the_dockerfile_builds() -> None:
+    containers = [group["template"]["spec"]["containers"][0] for group in groups()]
     built = set(re.findall(r"-t (\S+)", (ROOT / "cluster" / "Dockerfile").read_text()))
-    assert images == built == {f"pavdm-dist:{__version__}", f"pavdm-dist:{__version__}-gpu"}
+    assert (
+        {one["image"] for one in containers} == built == {f"pavdm-dist:{__version__}", f"pavdm-dist:{__version__}-gpu"}
+    )
 
 
 def test_the_rayjob_entrypoint_is_a_command_that_fits_its_cluster() -> None:
@@ -108,6 +117,19 @@ def test_the_rayjob_entrypoint_is_a_command_that_fits_its_cluster() -> None:
     cpu = manifest()["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     per_pod = int(cpu["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"])
     assert 0 < config.num_stages * config.cpus_per_stage <= per_pod * cpu["replicas"]
+
+
+def test_the_cluster_that_stays_grows_from_zero_and_asks_for_its_token() -> None:
+    cluster = kuberay.cluster_of(manifest(KUBERAY / "raycluster.yaml"))
+    assert cluster["authOptions"] == {"mode": "token"} and cluster["enableInTreeAutoscaling"] is True
+    assert [group["replicas"] for group in cluster["workerGroupSpecs"]] == [0, 0]
+    gpus = [
+        group["template"]["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu")
+        for group in cluster["workerGroupSpecs"]
+    ]
+    assert gpus == [None, 1]
+    # Nothing but the driver is to run on the head, or the autoscaler would think that there is room.
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 
 def test_every_pod_has_shared_memory_and_the_output() -> None:
@@ -160,6 +182,29 @@ def test_submit_sends_the_working_tree_and_names_the_interpreter(recorder: Path,
     assert (config.output, config.seed, config.num_stages) == (str(output), 7, 2)
 
 
+def parsed(command: Any, words: list[str]) -> dict[str, Any]:
+    """What one of Ray's own commands makes of its words; words that it does not know are refused."""
+    return command.make_context(command.name, list(words)).params
+
+
+def test_submit_is_a_command_that_rays_own_parser_takes(recorder: Path) -> None:
+    from ray.dashboard.modules.job.cli import submit as ray_job_submit
+
+    done = submit(recorder, "sample", "a red three", "output=s3://bucket/a.mp4", SUBMISSION_ID="three-1")
+    _, *words = json.loads(done.stdout)
+    assert words[:4] == ["-m", "ray.scripts.scripts", "job", "submit"]
+    params = parsed(ray_job_submit, words[4:])
+    assert params["working_dir"] == str(ROOT) and params["submission_id"] == "three-1" and not params["no_wait"]
+    # Ray gives the words to a shell, quoted.
+    assert params["entrypoint"][1:] == ("-m", "pavdm_dist", "sample", "a red three", "output=s3://bucket/a.mp4")
+
+
+@pytest.mark.parametrize("word", ["output=here.mp4", "run_dir=runs/a", "output="])
+def test_submit_refuses_what_would_vanish_with_the_job(recorder: Path, word: str) -> None:
+    done = submit(recorder, "sample", "a red three", word)
+    assert done.returncode == 2 and f"submit.sh: {word} must be absolute" in done.stderr
+
+
 def test_submit_sends_code_and_nothing_that_lies_beside_it(recorder: Path, tmp_path: Path) -> None:
     from ray._private.runtime_env.packaging import create_package
 
@@ -178,18 +223,23 @@ def test_submit_sends_code_and_nothing_that_lies_beside_it(recorder: Path, tmp_p
     sent = {info.filename for info in zipfile.ZipFile(package).infolist() if not info.is_dir()}
     assert {"pavdm_dist/cli.py", "pavdm_dist/embedded/model_index.json", "configs/train/embedded.yaml"} <= sent
     assert {name.partition("/")[0] for name in sent} <= {"pavdm_dist", "configs", "x"}
-    # What Ray would refuse after minutes of packing.
+    # What Ray would refuse after minutes of packing, and what it is.
     with open(checkout / "pavdm_dist" / "holiday.mp4", "wb") as file:
         file.write(bytes(160 << 20))
     done = submit(recorder, script=checkout / "cluster" / "ray_job" / "submit.sh", OUTPUT=str(tmp_path / "a.mp4"))
     assert (
-        done.returncode == 2 and "submit.sh: pavdm_dist configs in " in done.stderr and "Ray takes 100" in done.stderr
+        done.returncode == 2
+        and "submit.sh: pavdm_dist configs in " in done.stderr
+        and "Ray takes 100" in done.stderr
+        and "the largest is pavdm_dist/holiday.mp4" in done.stderr
     )
 
 
 def test_no_recipe_throws_away_what_was_rendered() -> None:
     """A retry, or the same command again, goes on with what an earlier one left."""
-    for recipe in (MANIFEST, ROOT / "cluster" / "ray_job" / "submit.sh"):
+    recipes = [path for path in (ROOT / "cluster").rglob("*") if path.is_file() and path.suffix != ".md"]
+    assert len(recipes) > 9
+    for recipe in recipes:
         commands = [line for line in recipe.read_text().splitlines() if not line.strip().startswith("#")]
         assert "--overwrite" not in "\n".join(commands), recipe
 

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Submit the 60 s demo to a running Ray cluster as a Ray job, follow its log, and end with its status. The same command
-# again leaves a complete video alone, and goes on with one that was interrupted.
+# Submit a `pavdm` command to a running Ray cluster as a Ray job, follow its log, and end with its status. The same
+# command again leaves complete videos alone, and goes on with those that were interrupted.
 #
-#   cluster/ray_job/submit.sh [key=value ...]        further settings of `pavdm sample`
+#   cluster/ray_job/submit.sh sample "a red three" num_stages=2 output=/shared/three.mp4      any verb and its words
+#   cluster/ray_job/submit.sh [key=value ...]        the 60 s demo, with further settings of `pavdm sample`
 #
 # Environment:
 #   RAY_API_SERVER_ADDRESS  dashboard of the cluster (default http://127.0.0.1:8265)
 #   PYTHON   interpreter on the cluster's machines that has this project's packages (default: this one's python3)
-#   OUTPUT   absolute path on the machine that runs the driver, the head by default (default: ./demo.mp4 from here)
+#   OUTPUT   of the demo: absolute path on the machine that runs the driver, the head by default (default: ./demo.mp4
+#            from here)
+#   SUBMISSION_ID   the job's id, by which `ray job stop` and `ray job logs` know it (default: one that Ray makes up)
 #   RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token: the cluster's token, which `ray start` has asked for
 #            since Ray 2.59; RAY_AUTH_MODE=disabled sends none
 set -euo pipefail
@@ -16,18 +19,34 @@ repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 address="${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}"
 # `python` on a worker may be the system's, without ray: name the interpreter.
 python="${PYTHON:-$(command -v python3)}"
-output="${OUTPUT:-$PWD/demo.mp4}"
 
-if [[ "$output" != /* ]]; then
-  echo "submit.sh: OUTPUT=$output must be absolute: a job's own folder is deleted after it" >&2
-  exit 2
+if (($# > 0)) && [[ "$1" =~ ^[a-z]+(-[a-z]+)*$ ]]; then
+  command=("$@")
+else
+  output="${OUTPUT:-$PWD/demo.mp4}"
+  if [[ "$output" != /* ]]; then
+    echo "submit.sh: OUTPUT=$output must be absolute: a job's own folder is deleted after it" >&2
+    exit 2
+  fi
+  command=(sample "a red three drifting up and to the left, a blue seven bouncing"
+    seconds=60 num_stages=2 "output=$output" "$@")
 fi
+for word in "${command[@]}"; do
+  case "$word" in
+    output=/* | run_dir=/* | output=*://* | run_dir=*://*) ;;
+    output=* | run_dir=*)
+      echo "submit.sh: $word must be absolute: a job's own folder is deleted after it" >&2
+      exit 2
+      ;;
+  esac
+done
 
 # The code is sent, and nothing that lies beside it: prepared data, videos, runs. Ray's limit is 100 MiB, compressed.
 sent=(pavdm_dist configs)
 size=$(cd "$repository" && du -cm "${sent[@]}" | tail -n 1 | cut -f 1)
 if ((size > 150)); then
-  echo "submit.sh: ${sent[*]} in $repository hold $size MiB, and Ray takes 100: move what is not code elsewhere" >&2
+  echo "submit.sh: ${sent[*]} in $repository hold $size MiB, and Ray takes 100: move what is not code elsewhere;" \
+    "the largest is $(cd "$repository" && find "${sent[@]}" -type f -printf '%s %p\n' | sort -rn | sed -n '1s/^[0-9]* //p')" >&2
   exit 2
 fi
 excludes='"/??*"' # of the working tree's files and folders all but these; a pattern that takes "." would take all of them
@@ -42,6 +61,6 @@ exec "$python" -m ray.scripts.scripts job submit \
   --address "$address" \
   --working-dir "$repository" \
   --runtime-env-json "{\"excludes\": [$excludes], \"env_vars\": {\"OMP_NUM_THREADS\": \"1\"}}" \
+  ${SUBMISSION_ID:+--submission-id "$SUBMISSION_ID"} \
   -- \
-  "$python" -m pavdm_dist sample "a red three drifting up and to the left, a blue seven bouncing" \
-  seconds=60 num_stages=2 "output=$output" "$@"
+  "$python" -m pavdm_dist "${command[@]}"

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import TextIO
+from typing import ClassVar, TextIO
 
 from tqdm import tqdm
 
@@ -79,6 +79,9 @@ class ChunkProgress:
         clock: seconds, monotonic (tests give their own).
     """
 
+    # Whether a terminal gets a bar.
+    draws: ClassVar[bool] = True
+
     def __init__(
         self,
         total_frames: int,
@@ -87,7 +90,7 @@ class ChunkProgress:
         file: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        stream = sys.stderr if file is None else file
+        self._file = sys.stderr if file is None else file
         self._total = total_frames * num_videos
         self._fps = fps
         self._several = num_videos > 1
@@ -95,10 +98,10 @@ class ChunkProgress:
         self._start = clock()
         self._done = 0
         self._bar: tqdm | None = None
-        if stream.isatty():
+        if self.draws and self._file.isatty():
             layout = "{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} frames{postfix} [{elapsed}]"
             # A pseudo-terminal may have no rows; tqdm would then draw nothing.
-            self._bar = tqdm(total=self._total, file=stream, bar_format=layout, nrows=20)
+            self._bar = tqdm(total=self._total, file=self._file, bar_format=layout, nrows=20)
             self._bar.set_postfix_str("first chunk on its way")
 
     def chunk(self, stream: int, index: int, frames: int) -> None:
@@ -138,3 +141,36 @@ class ChunkProgress:
         hours, rest = divmod(round(left), 3600)
         minutes, seconds = divmod(rest, 60)
         return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class _FarmProgress(ChunkProgress):
+    """Log lines, and behind each a line for the program of a render farm, which reads standard error as well."""
+
+    draws = False
+    line: ClassVar[str]
+
+    def chunk(self, stream: int, index: int, frames: int) -> None:
+        super().chunk(stream, index, frames)
+        with suppress(OSError):  # nobody listens any more; the videos go on
+            self._file.write(self.line.format(percent=100 * self._done / max(1, self._total)) + "\n")
+            self._file.flush()
+
+
+class OpenJDProgress(_FarmProgress):
+    """``openjd_progress: 42.0``: Open Job Description, so AWS Deadline Cloud."""
+
+    line = "openjd_progress: {percent:.1f}"
+
+
+class DeadlineProgress(_FarmProgress):
+    """``Progress: 42%``: Thinkbox Deadline's plugin of command lines, and others that look for a percentage."""
+
+    line = "Progress: {percent:.0f}%"
+
+
+# By the setting ``progress``.
+PROGRESS: dict[str, type[ChunkProgress]] = {
+    "auto": ChunkProgress,
+    "openjd": OpenJDProgress,
+    "deadline": DeadlineProgress,
+}

@@ -1,0 +1,1 @@
+"""Videos by HTTP: OpenAI's ``/v1/videos`` over a farm's folder, live streams, and a page to watch them."""

@@ -1,0 +1,252 @@
+"""The routes: OpenAI's ``/v1/videos``, live streams, the page, health and metrics."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
+from importlib import resources
+from typing import Any, BinaryIO
+
+from anyio.to_thread import run_sync
+from fastapi import FastAPI, Request, Response, WebSocket, WebSocketDisconnect
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from pavdm_dist import __version__
+from pavdm_dist.errors import PAVDMError
+from pavdm_dist.io.remote import is_remote
+from pavdm_dist.io.storage import open_read
+from pavdm_dist.serve.front import Front
+from pavdm_dist.serve.guard import COOKIE, Guard, TooLarge
+from pavdm_dist.serve.live import live
+from pavdm_dist.serve.metrics import exposition
+from pavdm_dist.serve.refusals import Refusal, error_body
+from pavdm_dist.serve.settings import is_loopback
+
+logger = logging.getLogger(__name__)
+
+# A client that polls is told when to come again (OpenAI's clients heed it).
+_POLL_MS = 1000
+_MEDIA = "video/mp4"
+_LISTED = 100  # videos of one page of a list, at most
+
+
+def make_app(front: Front, token: str | None = None, lifespan: Any = None) -> Guard:
+    """The whole application.
+
+    Args:
+        front: opened, or opened by ``lifespan``.
+        token: what clients must have; None = nothing.
+        lifespan: of FastAPI, where the desk is opened and closed with the application.
+    """
+    config = front.desk.config.http
+    app = FastAPI(title="pavdm serve", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    _handle_errors(app)
+    _add_videos(app, front)
+    _add_watching(app, front)
+    _add_page(app, front, token)
+    return Guard(app, token, is_loopback(config.host), int(config.max_body_mib * 2**20))
+
+
+def _handle_errors(app: FastAPI) -> None:
+    def answer(
+        status: int, message: str, code: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> Response:
+        return JSONResponse(error_body(status, message, code), status, headers)
+
+    @app.exception_handler(Refusal)
+    async def refused(_: Request, error: Refusal) -> Response:
+        return answer(error.status, str(error), error.code, error.headers)
+
+    @app.exception_handler(PAVDMError)
+    async def impossible(_: Request, error: PAVDMError) -> Response:
+        return answer(400, str(error), "invalid_value")
+
+    @app.exception_handler(TooLarge)
+    async def too_large(_: Request, error: TooLarge) -> Response:
+        return answer(413, str(error), headers={"Connection": "close"})
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> Response:
+        return answer(error.status_code, str(error.detail), headers=error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        return answer(422, f"{'.'.join(str(part) for part in first['loc'][1:])}: {first['msg']}")
+
+    @app.exception_handler(OSError)
+    async def disk(_: Request, error: OSError) -> Response:
+        logger.error("the folder cannot be used: %s", error)
+        return answer(503, f"the server's disk does not do its part ({error.strerror or 'error'})", "storage")
+
+    @app.exception_handler(Exception)
+    async def fault(_: Request, error: Exception) -> Response:
+        logger.exception("a fault of this program", exc_info=error)
+        return answer(500, "a fault of the server; its log says more", "internal")
+
+
+def _add_videos(app: FastAPI, front: Front) -> None:
+    @app.post("/v1/videos")
+    async def create(request: Request) -> Response:
+        front.desk.check_room()  # before a body is read
+        async with _fields(request) as (fields, reference):
+            return JSONResponse(await run_sync(front.create, fields, reference))
+
+    @app.get("/v1/videos")
+    def videos(limit: int = 20, after: str | None = None, order: str = "desc") -> Response:
+        if not 1 <= limit <= _LISTED:
+            raise Refusal(400, f"limit={limit}: must be 1 to {_LISTED}")
+        if order not in ("asc", "desc"):
+            raise Refusal(400, f"order={order[:20]!r}: must be asc or desc")
+        return JSONResponse(front.list(limit, after, newest_first=order == "desc"))
+
+    @app.get("/v1/videos/{id}")
+    def video(id: str) -> Response:
+        found = front.get(id)
+        over = found["status"] in ("completed", "failed")
+        return JSONResponse(found, headers={} if over else {"openai-poll-after-ms": str(_POLL_MS)})
+
+    @app.delete("/v1/videos/{id}")
+    def delete(id: str) -> Response:
+        front.desk.cancel(id)
+        return JSONResponse({"id": id, "object": "video.deleted", "deleted": True})
+
+    @app.get("/v1/videos/{id}/content")
+    def content(id: str, variant: str = "video") -> Response:
+        if variant != "video":
+            raise Refusal(400, f"variant={variant[:40]!r}: there is video only")
+        found = front.get(id)
+        if found["status"] != "completed":
+            message = f"video {id} is {found['status']}; /v1/videos/{id}/live plays what there is of it"
+            raise Refusal(409, message, "not_completed")
+        output, name = front.desk.tree.output(id), f"{id}.mp4"
+        if not is_remote(output):
+            return FileResponse(output, media_type=_MEDIA, filename=name)
+        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+        return StreamingResponse(_read(output), media_type=_MEDIA, headers=headers)
+
+    @app.post("/v1/videos/{id}/prompt")
+    async def prompt(id: str, request: Request) -> Response:
+        async with _fields(request) as (fields, reference):
+            if reference is not None or not set(fields) <= {"prompt", "from_chunk"}:
+                raise Refusal(400, "the fields are prompt and from_chunk")
+            return JSONResponse(await run_sync(front.set_prompt, id, fields))
+
+    @app.get("/v1/models")
+    def models() -> Response:
+        one = {"id": front.desk.model, "object": "model", "created": front.began_at, "owned_by": "pavdm_dist"}
+        return JSONResponse({"object": "list", "data": [one]})
+
+
+def _add_watching(app: FastAPI, front: Front) -> None:
+    def stream(id: str) -> AsyncIterator[bytes]:
+        return live(front.desk.tree.output(id), partial(front.desk.is_over, id))
+
+    @app.get("/v1/videos/{id}/live")
+    def watch(id: str) -> Response:
+        front.get(id)
+        return StreamingResponse(stream(id), media_type=_MEDIA, headers={"Cache-Control": "no-store"})
+
+    @app.websocket("/v1/videos/{id}/live")
+    async def watch_socket(socket: WebSocket, id: str) -> None:
+        try:
+            await run_sync(front.get, id)
+        except Refusal as error:
+            await socket.close(4000 + error.status, str(error)[:120])
+            return
+        await socket.accept()
+        try:
+            told = False
+            async for data in stream(id):
+                if not told:  # what the bytes are, before the first of them
+                    await socket.send_text(json.dumps({"mime": await run_sync(front.mime, id)}))
+                    told = True
+                await socket.send_bytes(data)
+            await socket.send_text(json.dumps({"status": (await run_sync(front.get, id))["status"]}))
+            await socket.close()
+        except (WebSocketDisconnect, RuntimeError, Refusal):
+            return  # nobody watches any more, or it was deleted meanwhile
+
+    @app.get("/v1/videos/{id}/timeline")
+    def timeline(id: str) -> Response:
+        return JSONResponse(front.timeline(id))
+
+    @app.get("/health")
+    def health() -> Response:
+        report = front.health()
+        return JSONResponse(report, 200 if report["status"] == "ok" else 503)
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        body, kind = exposition(front.desk)
+        return Response(body, media_type=kind)
+
+
+def _add_page(app: FastAPI, front: Front, token: str | None) -> None:
+    page = resources.files("pavdm_dist.serve") / "page"
+    # Nothing is loaded from elsewhere, and no other page may show this one in a frame.
+    policy = "default-src 'self'; media-src 'self' blob:; img-src 'self' data:; frame-ancestors 'none'"
+    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+
+    @app.get("/")
+    def index() -> Response:
+        return HTMLResponse((page / "index.html").read_text(), headers=headers)
+
+    @app.get("/page.{kind}")
+    def part(kind: str) -> Response:
+        kinds = {"js": "text/javascript", "css": "text/css"}
+        if kind not in kinds:
+            raise Refusal(404, "there is no such page")
+        return Response((page / f"page.{kind}").read_text(), media_type=kinds[kind], headers=headers)
+
+    @app.post("/login")
+    async def login(request: Request) -> Response:
+        async with _fields(request) as (fields, _):
+            given = fields.get("token")
+        answer = JSONResponse({"ok": True})
+        if token is not None:
+            if not front.is_token(given, token):
+                raise Refusal(401, "that is not this server's token")
+            secure = request.url.scheme == "https"
+            answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", secure=secure)
+        return answer
+
+
+@asynccontextmanager
+async def _fields(request: Request) -> AsyncIterator[tuple[dict[str, Any], BinaryIO | None]]:
+    """A request's fields, of a form or of JSON, and the file that comes with it, which lies on disk if it is large."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        async with request.form(max_files=1, max_fields=64) as form:
+            fields: dict[str, Any] = {}
+            reference = None
+            for name, value in form.multi_items():
+                if isinstance(value, UploadFile):
+                    if name != "input_reference":
+                        raise Refusal(400, f"{name[:40]!r} is a file; only input_reference is")
+                    reference = value.file
+                else:
+                    fields[name] = value
+            yield fields, reference
+            return
+    try:
+        fields = json.loads(await request.body() or b"{}")
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, f"the body is neither a form nor JSON: {str(error)[:100]}") from error
+    if not isinstance(fields, dict):
+        raise Refusal(400, "the body must hold names and values")
+    if isinstance(fields.get("input_reference"), str | dict | list):
+        raise Refusal(400, "input_reference: must be a file of a form; this server fetches nothing")
+    yield fields, None
+
+
+def _read(path: str) -> Any:
+    with open_read(path) as file:
+        while data := file.read(1 << 20):
+            yield data

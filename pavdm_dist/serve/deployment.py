@@ -1,0 +1,79 @@
+"""The server as an application of Ray Serve, for clusters that keep one alive (KubeRay's RayService)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from anyio.to_thread import run_sync
+
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.serve.run import TOKEN
+from pavdm_dist.serve.settings import ServeConfig, asks_for_token, validate_serve
+
+
+def application(args: dict[str, Any]) -> Any:
+    """What ``serveConfigV2`` names as ``import_path``.
+
+    One replica: it is the one that renders what waits in the folder. Ray Serve starts it again, elsewhere if need be,
+    and it goes on with what is there.
+
+    Args:
+        args: ``out``, the folder of the videos, and ``settings``, a list of ``key=value``.
+
+    Raises:
+        ConfigError: an argument that is none, or settings that cannot be.
+    """
+    from ray import serve
+
+    out, settings = _arguments(args)
+    config = _config(settings)
+    if asks_for_token(config.http) and not os.environ.get(TOKEN, "").strip():
+        raise ConfigError(f"http.auth: set {TOKEN} for the replica, from a Secret")
+    server = serve.deployment(name="Server", num_replicas=1, max_ongoing_requests=1000)
+    return server(serve.ingress(lambda: build(out, settings))()).bind()
+
+
+def build(out: str, settings: Sequence[str]) -> Any:
+    """The ASGI application; its videos are rendered from its start-up to its shutdown.
+
+    Raises:
+        PAVDMError: as :func:`~pavdm_dist.serve.run.serve_command`.
+    """
+    from pavdm_dist.farm.kinds import Kinds
+    from pavdm_dist.farm.tree import Tree
+    from pavdm_dist.serve.app import make_app
+    from pavdm_dist.serve.desk import FrontDesk
+    from pavdm_dist.serve.front import Front
+
+    config = _config(settings)
+    desk = FrontDesk(config, Kinds(config), Tree(out))
+
+    @asynccontextmanager
+    async def life(_: Any) -> AsyncIterator[None]:
+        await run_sync(desk.open)
+        try:
+            yield
+        finally:
+            await run_sync(desk.close)
+
+    token = os.environ.get(TOKEN, "").strip() or None
+    return make_app(Front(desk), token if asks_for_token(config.http) else None, life)
+
+
+def _config(settings: Sequence[str]) -> ServeConfig:
+    from pavdm_dist.merging import load_config
+
+    config = load_config(ServeConfig, None, settings)
+    validate_serve(config)
+    return config
+
+
+def _arguments(args: dict[str, Any]) -> tuple[str, list[str]]:
+    unknown = set(args) - {"out", "settings"}
+    out, settings = args.get("out"), args.get("settings", [])
+    if unknown or not isinstance(out, str) or not isinstance(settings, list):
+        raise ConfigError(f"args={args}: must be out, a folder, and settings, a list of key=value")
+    return out, [str(one) for one in settings]

@@ -1,0 +1,320 @@
+"""A server's videos: those that were asked for, how far those under way are, and a farm's pool that renders them.
+
+What lasts is in the farm's folder: a shot is there once its manifest is, and what became of it follows from its files.
+This object holds what does not. A server that is started again on the same folder reads it and goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from pavdm_dist.errors import ConfigError, PAVDMError
+from pavdm_dist.farm.desk import Ended, Listener
+from pavdm_dist.farm.kinds import Kinds
+from pavdm_dist.farm.logs import ShotLog
+from pavdm_dist.farm.pool import Pool
+from pavdm_dist.farm.shot import Shot
+from pavdm_dist.farm.tree import CANCEL, Tree
+from pavdm_dist.io.leftovers import latents_path
+from pavdm_dist.io.metadata import sidecar_path
+from pavdm_dist.io.recording import remove_parts
+from pavdm_dist.io.storage import remove
+from pavdm_dist.outputs import VideoChunk
+from pavdm_dist.serve.refusals import Refusal, no_such_video
+from pavdm_dist.serve.settings import ServeConfig
+
+logger = logging.getLogger(__name__)
+
+# Between two looks of the pool after its renderers and markers; and after no renderer came up, time after time.
+_TICK_S, _TROUBLE_S = 1.0, 30.0
+# A client that is to come again is told when the next video may be finished, within these bounds.
+_RETRY_LEAST_S, _RETRY_MOST_S = 1, 600
+
+
+@dataclass
+class Progress:
+    """What is known of a video while it is rendered here.
+
+    Attributes:
+        chunks: finished ones, of this and earlier tries.
+        row: of the window's plan that comes next, where a chunk was given last.
+        seconds: wall-clock seconds of the newest chunks.
+        prompts: ``(first chunk, text)`` of what was changed on the way.
+        last: when the newest chunk came; monotonic.
+    """
+
+    chunks: int
+    row: int = 0
+    seconds: list[float] = field(default_factory=list)
+    prompts: tuple[tuple[int, str], ...] = ()
+    last: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class Counts:
+    """What has happened since the server was started."""
+
+    asked: int = 0
+    refused: int = 0
+    done: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    retried: int = 0
+    chunks: int = 0
+    frames: int = 0
+    prompts: int = 0
+    first_chunk_s: float | None = None  # from the newest video's request to its first chunk
+
+
+class FrontDesk(Listener):
+    """Takes videos, has them rendered, and lets them be watched and ended. Called from any thread.
+
+    Args:
+        config: checked (:func:`~pavdm_dist.serve.settings.validate_serve`).
+        kinds: settings of its shots.
+        tree: its folder.
+
+    Attributes:
+        closing: no more videos are taken or begun.
+        trouble: why no renderer comes up; empty while that is not so.
+        counts: see above.
+        model: name that clients know the model by.
+        split: range of blocks of each stage; none where this process samples alone.
+    """
+
+    def __init__(self, config: ServeConfig, kinds: Kinds, tree: Tree) -> None:
+        self.config, self.kinds, self.tree = config, kinds, tree
+        self.closing, self.trouble = False, ""
+        self.counts = Counts()
+        self.model = config.model.rstrip("/").rpartition("/")[2] if config.model.startswith("/") else config.model
+        pipeline = kinds.pipeline()
+        self.split = [] if pipeline.engine is None else pipeline.split(kinds.base.params)
+        self._log = ShotLog()
+        self._pool = Pool(kinds, tree, self, self._log, endless=True)
+        self._turn = threading.RLock()
+        self._reserved = 0  # videos whose manifests are being written
+        self._shots: dict[str, Shot] = {}
+        self._progress: dict[str, Progress] = {}
+        self._asked_at: dict[str, float] = {}  # of those that have given no chunk yet
+        self._over = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, name="pavdm-desk", daemon=True)
+
+    # --- its life ----------------------------------------------------------------------------------------------
+
+    def open(self) -> int:
+        """Reads the folder, queues what is unfinished there and brings the renderers up; how many videos wait.
+
+        Raises:
+            PAVDMError: no cluster, weights that cannot be read, or a damaged manifest.
+        """
+        there, unfinished = self.tree.scan(), list[Shot]()
+        for shot in self.tree.shots():
+            self._shots[shot.id] = shot
+            if self.tree.state(shot.id, there.get(shot.id, frozenset())).standing in ("queued", "begun", "running"):
+                unfinished.append(shot)
+        self._pool.open()
+        logging.getLogger("pavdm_dist").addHandler(self._log)
+        self._pool.submit(unfinished)
+        self._ticker.start()
+        return len(unfinished)
+
+    def close(self) -> None:
+        """Finishes the chunks that are under way, saves every video and ends the renderers. Safe to call twice."""
+        self.closing = True
+        if self._ticker.is_alive():
+            self._pool.drain()
+            self._ticker.join()
+        self._pool.close()
+        logging.getLogger("pavdm_dist").removeHandler(self._log)
+
+    def _tick(self) -> None:
+        while not self._pool.is_over:
+            try:
+                self._pool.tick()
+                wait, self.trouble = _TICK_S, ""
+            except PAVDMError as error:  # a cluster that is away may come back
+                wait, self.trouble = _TROUBLE_S, " ".join(str(error).split())
+                logger.error("%s; tried again in %.0f s", self.trouble, wait)
+            end = time.monotonic() + wait
+            while not self._pool.is_over and (left := end - time.monotonic()) > 0:
+                self._pool.wait(min(left, _TICK_S))
+                if self.closing:
+                    break
+
+    # --- what clients ask for ----------------------------------------------------------------------------------
+
+    def check(self, shot: Shot) -> None:
+        """Refuses what cannot be rendered.
+
+        Raises:
+            ConfigError: naming the field, its value and what is legal.
+        """
+        seconds = self.kinds.seconds(shot)
+        if seconds > self.config.http.max_seconds:
+            raise ConfigError(f"seconds={seconds:g}: at most {self.config.http.max_seconds:g} (http.max_seconds)")
+        self.kinds.check(shot)
+
+    def check_room(self) -> None:
+        """Refuses a video more where too many wait.
+
+        Raises:
+            Refusal: 429, with the time after which one may be finished; or 503 while the server ends.
+        """
+        if self.closing:
+            raise Refusal(503, "the server is ending", "closing", {"Retry-After": "30"})
+        unfinished, most = self.unfinished, self.config.http.max_queue
+        if unfinished >= most:
+            self.counts.refused += 1
+            seconds = str(self.retry_after())
+            message = (
+                f"{unfinished} videos are unfinished, as many as may be (http.max_queue); try again in {seconds} s"
+            )
+            raise Refusal(429, message, "queue_full", {"Retry-After": seconds})
+
+    def retry_after(self) -> int:
+        """Seconds after which the next video may be finished, by those that are under way."""
+        left = [_RETRY_MOST_S]
+        with self._turn:
+            under_way = [(self._shots[id], progress) for id, progress in self._progress.items()]
+        for shot, progress in under_way:
+            if progress.seconds:
+                pace = sum(progress.seconds) / len(progress.seconds)
+                left.append(round(pace * max(1, self.num_chunks(shot) - progress.chunks)))
+        return max(_RETRY_LEAST_S, min(left))
+
+    def submit(self, shot: Shot, created_at: int) -> None:
+        """Keeps a video and queues it; once this returns, no restart loses it.
+
+        Args:
+            shot: checked.
+            created_at: seconds since 1970.
+
+        Raises:
+            Refusal: as :meth:`check_room`.
+            OSError: the folder cannot be written.
+        """
+        with self._turn:
+            self.check_room()
+            self._reserved += 1
+        try:
+            self.tree.keep(f"{created_at:011d}-{shot.id}.jsonl", [shot])
+            with self._turn:
+                self._shots[shot.id] = shot
+                self._asked_at[shot.id] = time.monotonic()
+                self.counts.asked += 1
+            self._pool.submit([shot])
+        finally:
+            with self._turn:
+                self._reserved -= 1
+
+    def shot(self, id: str) -> Shot:
+        """What was asked for.
+
+        Raises:
+            Refusal: 404: it never was, or was deleted.
+        """
+        shot = self._shots.get(id)
+        if shot is None or self.tree.is_marked(id, CANCEL):
+            raise no_such_video(id)
+        return shot
+
+    def shots(self) -> list[Shot]:
+        """All that were ever asked for, the oldest first; deleted ones, too."""
+        with self._turn:
+            return list(self._shots.values())
+
+    def progress(self, id: str) -> Progress | None:
+        """How far a video is that is being rendered here."""
+        return self._progress.get(id)
+
+    def num_chunks(self, shot: Shot) -> int:
+        """Chunks of the whole video."""
+        params = self.kinds.kind_of(shot).params
+        spec = self.kinds.checkpoint.codec_spec
+        return spec.chunks_for_frames(self.kinds.frames(shot), params.latent_chunk_size, params.warm)
+
+    def cancel(self, id: str) -> None:
+        """Ends a video where it is, and removes what there is of it.
+
+        Raises:
+            Refusal: 404.
+        """
+        self.shot(id)
+        # The mark comes first: whatever happens behind it, nobody begins the video again.
+        self.tree.mark(id, "cancel")
+        self.counts.cancelled += 1
+        if not self._pool.cancel(id):
+            self._clear(id)
+
+    def set_prompt(self, id: str, text: str, from_chunk: int = 0) -> None:
+        """Another prompt from a chunk on, or where that is born already from the next one that is.
+
+        Raises:
+            Refusal: 404; 409: it is not being rendered here.
+            ConfigError: it has no such chunk, or the model cannot take the text.
+        """
+        self.shot(id)
+        if not self._pool.set_prompt(id, from_chunk, text):
+            raise Refusal(
+                409, f"video {id} is not being rendered; its prompt can be changed while it is", "not_running"
+            )
+        self.counts.prompts += 1
+
+    def is_over(self, id: str) -> bool:
+        """Whether nothing more will come of a video, or of this server."""
+        return self.closing or self.tree.state(id).standing in ("done", "failed", "cancelled", "skipped")
+
+    @property
+    def unfinished(self) -> int:
+        """Videos that wait or are being rendered, those included that are just being taken."""
+        figures = self._pool.figures
+        return int(figures["waiting"] + figures["running"]) + self._reserved
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """See :attr:`pavdm_dist.farm.pool.Pool.figures`."""
+        return self._pool.figures
+
+    # --- what the pool tells -----------------------------------------------------------------------------------
+
+    def begun(self, shot: Shot, chunk: int) -> None:
+        with self._turn:
+            self._progress[shot.id] = Progress(chunk)
+
+    def grew(self, shot: Shot, chunk: VideoChunk) -> None:
+        now = time.monotonic()
+        with self._turn:
+            progress = self._progress[shot.id]
+            progress.chunks = chunk.index + 1
+            progress.seconds.append(now - progress.last)
+            del progress.seconds[:-16]
+            progress.last = now
+            if chunk.resume is not None:
+                progress.row, progress.prompts = chunk.resume.snapshot.row, chunk.resume.prompts
+            if (asked := self._asked_at.pop(shot.id, None)) is not None:
+                self.counts.first_chunk_s = now - asked
+            self.counts.chunks += 1
+            self.counts.frames += int(chunk.frames.shape[0])
+
+    def ended(self, shot: Shot, ended: Ended) -> None:
+        with self._turn:
+            self._progress.pop(shot.id, None)
+            self.counts.done += ended.how == "done"
+            self.counts.failed += ended.how == "failed"
+            self.counts.retried += ended.how == "again"
+            if ended.how in ("done", "failed", "cancelled"):
+                self._asked_at.pop(shot.id, None)
+        if self.tree.is_marked(shot.id, CANCEL):  # it may have been complete in that moment
+            self._clear(shot.id)
+
+    def _clear(self, id: str) -> None:
+        """Removes the files of a deleted video; its mark stays."""
+        output = self.tree.output(id)
+        with suppress(ConfigError, OSError):  # somebody else is still writing, and will see the mark
+            for path in (sidecar_path(output), output, latents_path(output)):  # the first says that it is complete
+                remove(path)
+            remove_parts(output)

@@ -1,0 +1,175 @@
+"""What the routes ask for, without HTTP: requests become shots, shots become what clients see."""
+
+from __future__ import annotations
+
+import hmac
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+from pavdm_dist.commands.sample import requests_of
+from pavdm_dist.commands.videos import Shot as Output
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.farm.shot import Shot
+from pavdm_dist.fields import json_value, show
+from pavdm_dist.io.storage import atomic_write, join, open_read, remove
+from pavdm_dist.serve import records
+from pavdm_dist.serve.desk import FrontDesk
+from pavdm_dist.serve.fragments import mime_type
+from pavdm_dist.serve.intake import new_id, shot_of, suffix_of
+from pavdm_dist.serve.live import segments
+from pavdm_dist.serve.refusals import no_such_video
+
+_REQUEST = "request.json"
+
+
+class Front:
+    """A desk with what clients see of it. Called from any thread.
+
+    Args:
+        desk: opened.
+
+    Attributes:
+        began_at: seconds since 1970.
+    """
+
+    def __init__(self, desk: FrontDesk) -> None:
+        self.desk, self.began_at = desk, int(time.time())
+        self._created: dict[str, int] = {}
+        # Decoding what videos begin with takes memory: one at a time.
+        self._decoding = threading.Lock()
+
+    def create(self, fields: Mapping[str, Any], reference: BinaryIO | None) -> dict[str, Any]:
+        """Takes a request for a video, and gives the video object.
+
+        Args:
+            fields: see :func:`~pavdm_dist.serve.intake.shot_of`.
+            reference: the picture or clip that it begins with.
+
+        Raises:
+            Refusal: there is no room for it.
+            ConfigError: naming the field, its value and what is legal.
+            OSError: the folder cannot be written.
+        """
+        id, created_at = new_id(), int(time.time())
+        folder = self.desk.tree.folder(id)
+        path = None
+        if reference is not None:
+            path = join(folder, f"input{suffix_of(reference.read(16))}")
+            reference.seek(0)
+        shot = shot_of(id, fields, self.desk.model, path)
+        if path is None:
+            self.desk.check(shot)
+        try:
+            if path is not None and reference is not None:
+                with atomic_write(path) as file:
+                    shutil.copyfileobj(reference, file)
+                self.desk.check(shot)
+                self._decode(shot)
+            with atomic_write(join(folder, _REQUEST), "w") as file:
+                file.write(f'{{"created_at": {created_at}}}\n')
+            self.desk.submit(shot, created_at)
+        except BaseException:
+            remove(folder)  # nothing was promised
+            raise
+        self._created[id] = created_at
+        return self.get(id)
+
+    def get(self, id: str) -> dict[str, Any]:
+        """A video object.
+
+        Raises:
+            Refusal: 404.
+        """
+        found = records.record(self.desk, self.desk.shot(id), self._created_at(id))
+        if found is None:
+            raise no_such_video(id)
+        return found
+
+    def list(self, limit: int, after: str | None, newest_first: bool) -> dict[str, Any]:
+        """A page of video objects.
+
+        Raises:
+            Refusal: 404: there is no video ``after``.
+        """
+        shots = self.desk.shots()
+        if newest_first:
+            shots.reverse()
+        if after is not None:
+            place = next((place for place, shot in enumerate(shots) if shot.id == after), None)
+            if place is None:
+                raise no_such_video(after)
+            shots = shots[place + 1 :]
+        found: list[dict[str, Any]] = []
+        for shot in shots:
+            one = records.record(self.desk, shot, self._created_at(shot.id))
+            found += [] if one is None else [one]
+            if len(found) > limit:
+                break
+        page = found[:limit]
+        return {
+            "object": "list",
+            "data": page,
+            "first_id": page[0]["id"] if page else None,
+            "last_id": page[-1]["id"] if page else None,
+            "has_more": len(found) > limit,
+        }
+
+    def set_prompt(self, id: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Another prompt in mid-video.
+
+        Raises:
+            Refusal: 404; 409: it is not being rendered.
+            ConfigError: no prompt, no such chunk, or a text that the model cannot take.
+        """
+        text, from_chunk = fields.get("prompt"), fields.get("from_chunk", 0)
+        if not isinstance(text, str) or not text.strip():
+            raise ConfigError(f"prompt={show(text)}: must be text")
+        if isinstance(from_chunk, str) and from_chunk.isdecimal():
+            from_chunk = int(from_chunk)
+        self.desk.set_prompt(id, text, from_chunk)
+        return self.timeline(id)
+
+    def timeline(self, id: str) -> dict[str, Any]:
+        """See :func:`pavdm_dist.serve.records.timeline`."""
+        return records.timeline(self.desk, id)
+
+    def mime(self, id: str) -> str:
+        """What a browser must be told of a video of which something is there."""
+        output = self.desk.tree.output(id)
+        return mime_type(next((path for _, path in segments(output)), output))
+
+    def health(self) -> dict[str, Any]:
+        """Whether videos can be rendered, and how many wait."""
+        desk, figures = self.desk, self.desk.figures
+        return {
+            "status": "closing" if desk.closing else "trouble" if desk.trouble else "ok",
+            "model": desk.model,
+            "trouble": desk.trouble,
+            "renderers": int(figures["renderers"]),
+            "queued": int(figures["waiting"]),
+            "in_progress": int(figures["running"]),
+        }
+
+    @staticmethod
+    def is_token(given: object, token: str) -> bool:
+        return isinstance(given, str) and hmac.compare_digest(given.encode(), token.encode())
+
+    def _decode(self, shot: Shot) -> None:
+        """Refuses a picture or clip that cannot be begun with, before the video is promised."""
+        config, params = self.desk.kinds.config_of(shot, "-"), self.desk.kinds.kind_of(shot).params
+        with self._decoding:
+            requests_of(config, [Output(shot.prompt, config.seed, "-")], params, self.desk.kinds.checkpoint)
+
+    def _created_at(self, id: str) -> int:
+        found = self._created.get(id)
+        if found is None:
+            try:
+                with open_read(join(self.desk.tree.folder(id), _REQUEST)) as file:
+                    found = int(json_value(file.read())["created_at"])
+            except (OSError, ValueError, TypeError, KeyError):  # asked for by a manifest
+                found = self.began_at
+            self._created[id] = found
+        return found

@@ -1,0 +1,77 @@
+"""From the fields of a request to a shot: names of OpenAI's ``/v1/videos``, and those that other servers add."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.farm.shot import Shot, make_shot
+from pavdm_dist.fields import show
+
+# What a shot may be asked to change of the sampling, as other servers of this interface call it.
+_OVERRIDES = {"fps": float, "num_inference_steps": int, "guidance_scale": float}
+_NUMBERS: dict[str, type] = {"seconds": float, "num_frames": int, "seed": int, "priority": int, **_OVERRIDES}
+FIELDS = ("prompt", "model", "seconds", "size", "negative_prompt", "num_frames", "seed", "priority", *_OVERRIDES)
+
+
+def new_id() -> str:
+    return f"video_{uuid.uuid4().hex[:24]}"
+
+
+def shot_of(id: str, fields: Mapping[str, Any], served: str, reference: str | None = None) -> Shot:
+    """What a request asks for.
+
+    Args:
+        id: of the new video.
+        fields: of a form, where all is text, or of JSON.
+        served: name of the model that this server has.
+        reference: file of the picture or clip that the video begins with.
+
+    Raises:
+        ConfigError: naming the field, its value and what is legal.
+    """
+    values: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name not in FIELDS:
+            raise ConfigError(f"no such field {show(name)}; the fields are {', '.join(FIELDS)} and input_reference")
+        if value is not None and value != "":
+            values[name] = _number(name, value) if name in _NUMBERS else value
+    model = values.pop("model", served)
+    if model != served:
+        raise ConfigError(f"model={show(model)}: this server has {served}")
+    if "prompt" not in values:
+        raise ConfigError("prompt is missing; it must be text")
+    overrides = {name: values.pop(name) for name in _OVERRIDES if name in values}
+    if reference is not None:
+        values["video" if reference.endswith(".mp4") else "image"] = reference
+    return make_shot({**values, "id": id, "overrides": overrides}, "request")
+
+
+def _number(name: str, value: Any) -> Any:
+    """A form's text as the number that it stands for; what is none stays as it is, which the check then names."""
+    if not isinstance(value, str):
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    return int(number) if _NUMBERS[name] is int and number.is_integer() else number
+
+
+def suffix_of(start: bytes) -> str:
+    """The kind of file that a reference is, by its first bytes.
+
+    Raises:
+        ConfigError: neither a picture nor a clip that can be begun with.
+    """
+    kinds = {b"\xff\xd8\xff": ".jpg", b"\x89PNG\r\n\x1a\n": ".png", b"BM": ".bmp"}
+    for mark, suffix in kinds.items():
+        if start.startswith(mark):
+            return suffix
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return ".webp"
+    if start[4:8] == b"ftyp":
+        return ".mp4"
+    raise ConfigError("input_reference: must be a picture (JPEG, PNG, WebP, BMP) or an mp4")

@@ -1,0 +1,125 @@
+"""Videos as clients see them: OpenAI's ``video`` object, and how far one is."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from pavdm_dist.errors import PAVDMError
+from pavdm_dist.farm.shot import Shot
+from pavdm_dist.farm.tree import CANCEL, State
+from pavdm_dist.serve.desk import FrontDesk
+from pavdm_dist.serve.refusals import no_such_video
+
+# What a client knows of states, by the farm's.
+_STATUS = {
+    "queued": "queued",
+    "begun": "queued",
+    "skipped": "queued",
+    "running": "in_progress",
+    "done": "completed",
+    "failed": "failed",
+}
+
+
+def record(desk: FrontDesk, shot: Shot, created_at: int, names: frozenset[str] | None = None) -> dict[str, Any] | None:
+    """A video object; None of a deleted one.
+
+    Args:
+        desk: where it was asked for.
+        shot: what was.
+        created_at: seconds since 1970.
+        names: of its files, where they are known.
+    """
+    if CANCEL in names if names is not None else desk.tree.is_marked(shot.id, CANCEL):
+        return None
+    state = desk.tree.state(shot.id, names)
+    if state.standing == "cancelled":
+        return None
+    sidecar = desk.tree.sidecar(shot.id) if state.standing == "done" else None
+    try:
+        seconds, params = desk.kinds.seconds(shot), desk.kinds.kind_of(shot).params
+        length, size = f"{seconds:g}", f"{params.width}x{params.height}"
+    except PAVDMError:  # asked for of another model, in an earlier life of this folder
+        length, size, seconds = "", shot.size or "", 0.0
+    return {
+        "id": shot.id,
+        "object": "video",
+        "model": desk.model,
+        "status": _STATUS[state.standing],
+        "progress": _percent(desk, shot, state, seconds),
+        "created_at": created_at,
+        "completed_at": None if sidecar is None else _timestamp(sidecar.get("created")),
+        "expires_at": None,
+        "prompt": shot.prompt,
+        "remixed_from_video_id": None,
+        "seconds": length,
+        "size": size,
+        "error": None if state.failure is None else {"code": state.failure.kind, "message": state.failure.error},
+    }
+
+
+def one(desk: FrontDesk, id: str, created_at: int) -> dict[str, Any]:
+    """The video object of an id.
+
+    Raises:
+        Refusal: 404.
+    """
+    found = record(desk, desk.shot(id), created_at)
+    if found is None:
+        raise no_such_video(id)
+    return found
+
+
+def timeline(desk: FrontDesk, id: str) -> dict[str, Any]:
+    """How far a video is: chunks that are done, those in the window with their noise levels, all.
+
+    The row of the plan is known where a chunk was given last, so levels are those at the last shift of the window.
+
+    Raises:
+        Refusal: 404.
+        ConfigError: it was asked for of another model.
+    """
+    shot = desk.shot(id)
+    params, total = desk.kinds.kind_of(shot).params, desk.num_chunks(shot)
+    plan, levels = params.plan(total), params.schedule.levels
+    state, progress = desk.tree.state(id), desk.progress(id)
+    row = 0 if progress is None else progress.row
+    window: list[dict[str, Any]] = []
+    if progress is not None and not plan.is_over(row):
+        at = plan.row(row)
+        window = [
+            {"chunk": chunk, "level": round(levels[left], 4)}
+            for chunk, left in zip(at.chunks, at.steps_left, strict=True)
+            if progress.chunks <= chunk < total
+        ]
+    done = total if state.standing == "done" else 0 if progress is None else progress.chunks
+    return {
+        "id": id,
+        "chunks": total,
+        "done": done,
+        "window": window,
+        "row": row,
+        "rows": plan.num_rows,
+        "prompts": [[0, shot.prompt], *([] if progress is None else [list(change) for change in progress.prompts])],
+        "seconds_per_chunk": None if progress is None or not progress.seconds else round(progress.seconds[-1], 3),
+        "stages": [
+            {"stage": rank, "blocks": list(blocks), "at_work": progress is not None}
+            for rank, blocks in enumerate(desk.split)
+        ],
+    }
+
+
+def _percent(desk: FrontDesk, shot: Shot, state: State, seconds: float) -> int:
+    if state.standing == "done":
+        return 100
+    if state.standing in ("queued", "skipped") or not seconds:
+        return 0
+    return min(99, int(100 * desk.tree.seconds_rendered(shot.id) / seconds))
+
+
+def _timestamp(text: object) -> int | None:
+    try:
+        return int(datetime.fromisoformat(str(text)).timestamp())
+    except ValueError:
+        return None

@@ -1,0 +1,108 @@
+"""A server of a tiny model for tests: in this process, on a port of its own, with a gate that holds videos up."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pavdm_dist.farm.kinds import Kinds
+from pavdm_dist.farm.shot import Shot
+from pavdm_dist.farm.tree import Tree
+from pavdm_dist.outputs import VideoChunk
+from pavdm_dist.serve.desk import FrontDesk
+from pavdm_dist.serve.front import Front
+from pavdm_dist.serve.settings import HttpConfig, ServeConfig
+
+for name in ("fastapi", "multipart", "prometheus_client", "websockets"):
+    pytest.importorskip(name, reason="needs pavdm-dist[serve]")
+uvicorn = pytest.importorskip("uvicorn", reason="needs pavdm-dist[serve]")
+
+
+class GatedDesk(FrontDesk):
+    """A desk whose videos stand still behind a chunk until a test lets them go on."""
+
+    def __init__(self, *of: Any) -> None:
+        super().__init__(*of)
+        self._written, self._most = 0, float("inf")
+        self._gate = threading.Condition()
+
+    def hold(self, chunks: int) -> None:
+        """Stand still once so many more are written."""
+        with self._gate:
+            self._most = self._written + chunks
+
+    def let(self, chunks: float = float("inf")) -> None:
+        """Go on, for so many more."""
+        with self._gate:
+            self._most = self._written + chunks
+            self._gate.notify_all()
+
+    def grew(self, shot: Shot, chunk: VideoChunk) -> None:
+        super().grew(shot, chunk)
+        with self._gate:
+            self._written += 1
+            self._gate.wait_for(lambda: self._written < self._most or self.closing)
+
+
+@dataclass
+class Served:
+    """A running server.
+
+    Attributes:
+        url: of it.
+        desk, front: behind it.
+        faults: what its threads raised.
+    """
+
+    url: str
+    desk: GatedDesk
+    front: Front
+    faults: list[BaseException] = field(default_factory=list)
+
+    def wait(self, id: str, status: str = "completed", seconds: float = 60) -> dict[str, Any]:
+        """The video object once it has a status."""
+        end = time.monotonic() + seconds
+        while (found := self.front.get(id))["status"] != status:
+            assert time.monotonic() < end and found["status"] not in ("completed", "failed"), found
+            time.sleep(0.02)
+        return found
+
+
+def settings(model: Path | str, **values: Any) -> ServeConfig:
+    """Settings of a server; ``http`` is a dictionary."""
+    http = HttpConfig(**{"port": 0, **values.pop("http", {})})
+    return ServeConfig(model=str(model), http=http, **values)
+
+
+@contextmanager
+def served(config: ServeConfig, out: Path, token: str | None = None) -> Iterator[Served]:
+    """A server on the loopback, ended in order behind the block."""
+    from pavdm_dist.serve.app import make_app
+
+    desk = GatedDesk(config, Kinds(config), Tree(str(out)))
+    front = Front(desk)
+    server = uvicorn.Server(uvicorn.Config(make_app(front, token), log_config=None, access_log=False, lifespan="off"))
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    listening.listen(128)
+    desk.open()
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    try:
+        yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", desk, front)
+    finally:
+        desk.closing = True
+        desk.let()
+        server.should_exit = True
+        thread.join(timeout=30)
+        desk.close()
+        listening.close()
+    assert not thread.is_alive()

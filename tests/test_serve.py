@@ -1,0 +1,506 @@
+"""``pavdm serve``: a real server of a tiny model, asked with OpenAI's own client, over sockets, and wrongly."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import av
+import httpx2 as httpx
+import numpy as np
+import pytest
+from helpers import tiny_checkpoint
+from serving import Served, served, settings
+
+from pavdm_dist.commands.progress import ChunkProgress
+from pavdm_dist.commands.sample import render_command
+from pavdm_dist.config import SampleConfig
+from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.farm.tree import Tree
+from pavdm_dist.io.metadata import read_sidecar
+from pavdm_dist.serve.fragments import fragments, mime_type
+from pavdm_dist.serve.run import _listen
+from pavdm_dist.serve.settings import asks_for_token, is_loopback, validate_serve
+
+openai = pytest.importorskip("openai", reason="needs OpenAI's client")
+connect = pytest.importorskip("websockets.sync.client", reason="needs pavdm-dist[serve]").connect
+parser = pytest.importorskip("prometheus_client.parser", reason="needs pavdm-dist[serve]")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One for all tests that do not end it."""
+    config = settings(model, http={"max_queue": 1000, "max_body_mib": 1.0, "max_seconds": 60.0})
+    with served(config, tmp_path_factory.mktemp("out")) as running:
+        yield running
+
+
+def client_of(server: Served, token: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=token, max_retries=0)
+
+
+def packets(file: Any) -> list[tuple[int, bytes]]:
+    """Time and bytes of every packet of a video."""
+    with av.open(file) as container:
+        stream = container.streams.video[0]
+        found = [packet for packet in container.demux(stream) if packet.size]
+        return [(round(packet.pts * packet.time_base * stream.average_rate), bytes(packet)) for packet in found]
+
+
+def post(server: Served, **fields: Any) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/videos", json=fields, timeout=30)
+
+
+def message(answer: httpx.Response) -> str:
+    text = answer.json()["error"]["message"]
+    assert "Traceback" not in answer.text and "\n" not in text
+    return text
+
+
+# --- OpenAI's client ------------------------------------------------------------------------------------------------
+
+
+def test_openais_client_makes_polls_fetches_lists_and_deletes_a_video(server: Served, tmp_path: Path) -> None:
+    client = client_of(server)
+    video = client.videos.create(prompt="a red three", seconds="1", size="48x32", extra_body={"seed": 7})
+    assert (video.object, video.prompt, video.seconds, video.size) == ("video", "a red three", "1", "48x32")
+    assert video.status in ("queued", "in_progress") and video.created_at > 1_700_000_000
+    done = client.videos.poll(video.id)
+    assert (done.status, done.progress, done.error) == ("completed", 100, None) and done.completed_at is not None
+    fetched = client.videos.download_content(video.id).read()
+    assert fetched == Path(server.desk.tree.output(video.id)).read_bytes()
+    # The same bits as the command line makes.
+    made = SampleConfig(
+        prompt="a red three", seconds=1.0, seed=7, height=32, width=48, model=server.desk.config.model,
+        output=str(tmp_path / "a.mp4"), chunks_per_segment=1,
+    )  # fmt: skip
+    (result,) = render_command(made, False, ChunkProgress)["videos"]
+    assert read_sidecar(server.desk.tree.output(video.id))["latents_sha256"] == result["latents_sha256"]
+    assert packets(io.BytesIO(fetched)) == packets(result["output"])
+    # Lists go by pages, the newest first.
+    others = [client.videos.create(prompt="a blue seven", seconds="0.5").id for _ in range(3)]
+    assert [one.id for one in client.videos.list(limit=2)][:3] == others[::-1]
+    page = client.videos.list(limit=2, order="asc")
+    assert page.data[0].id == video.id and page.has_more
+    assert client.videos.delete(video.id).deleted
+    for call in (client.videos.retrieve, client.videos.delete, client.videos.download_content):
+        with pytest.raises(openai.NotFoundError, match="there is no video"):
+            call(video.id)
+    assert not Path(server.desk.tree.output(video.id)).exists()
+    assert video.id not in [one.id for one in client.videos.list()]
+    for one in others:
+        server.wait(one)
+
+
+def test_a_video_begins_with_a_picture_that_is_sent_along(server: Served) -> None:
+    from PIL import Image
+
+    picture = io.BytesIO()
+    Image.fromarray(np.full((40, 60, 3), (200, 30, 30), np.uint8)).save(picture, "png")
+    picture.seek(0)
+    video = client_of(server).videos.create(
+        prompt="a red three", seconds="0.5", input_reference=("three.png", picture, "image/png")
+    )
+    server.wait(video.id)
+    # Its pixels are part of what the video is.
+    assert read_sidecar(server.desk.tree.output(video.id))["identity"]["image"]
+    for content, said in (
+        (b"no picture at all", "must be a picture"),
+        (b"\x89PNG\r\n\x1a\n but no more", "no readable"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=said):
+            client_of(server).videos.create(prompt="a", input_reference=("a.png", io.BytesIO(content), "image/png"))
+
+
+# --- live -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_frames_are_watched_while_the_rest_is_sampled(server: Served) -> None:
+    server.desk.hold(1)
+    try:
+        id = post(server, prompt="a red three", seconds=2).json()["id"]
+        with httpx.stream("GET", f"{server.url}/v1/videos/{id}/live", timeout=30) as answer:
+            assert answer.headers["content-type"] == "video/mp4"
+            pieces = answer.iter_raw()
+            early = next(pieces)
+            while b"mdat" not in early:
+                early += next(pieces)
+            told = httpx.get(f"{server.url}/v1/videos/{id}/timeline").json()
+            assert (told["done"], told["prompts"]) == (1, [[0, "a red three"]]) and told["chunks"] > 4
+            # The chunks behind it are on their way, the later the noisier.
+            levels = [one["level"] for one in told["window"]]
+            assert [one["chunk"] for one in told["window"]] == [1, 2, 3] and levels == sorted(levels) and levels[0] > 0
+            assert httpx.get(f"{server.url}/v1/videos/{id}").json()["status"] == "in_progress"
+            # What is there of it can be played.
+            first = len(packets(io.BytesIO(early)))
+            assert 0 < first < 48
+            server.desk.let()
+            whole = early + b"".join(pieces)
+        found = server.wait(id)
+    finally:
+        server.desk.let()
+    content = httpx.get(f"{server.url}/v1/videos/{id}/content").content
+    assert found["status"] == "completed" and packets(io.BytesIO(whole)) == packets(io.BytesIO(content))
+    # Whoever comes late sees the same.
+    assert packets(io.BytesIO(httpx.get(f"{server.url}/v1/videos/{id}/live").content)) == packets(io.BytesIO(content))
+
+
+def test_a_socket_gives_the_same_bytes_with_what_a_browser_must_know(server: Served) -> None:
+    id = post(server, prompt="a blue seven", seconds=1).json()["id"]
+    texts, data = [], b""
+    with connect(f"{server.url.replace('http', 'ws')}/v1/videos/{id}/live") as sock:
+        for part in sock:
+            if isinstance(part, bytes):
+                data += part
+            else:
+                texts.append(json.loads(part))
+    assert texts == [{"mime": mime_type(server.desk.tree.output(id))}, {"status": "completed"}]
+    assert texts[0]["mime"].startswith('video/mp4; codecs="avc1.')
+    assert packets(io.BytesIO(data)) == packets(server.desk.tree.output(id))
+    with (
+        pytest.raises(Exception, match=r"4404|403"),
+        connect(f"{server.url.replace('http', 'ws')}/v1/videos/x/live") as sock,
+    ):
+        sock.recv()
+
+
+def test_fragments_of_parts_are_those_of_the_whole(server: Served) -> None:
+    output = server.desk.tree.output(server.wait(post(server, prompt="a", seconds=3).json()["id"])["id"])
+    whole = b"".join(data for data, _ in fragments(output))
+    assert sum(count for _, count in fragments(output)) == 72 and packets(io.BytesIO(whole)) == packets(output)
+    key = next(index for index, (_, packet) in enumerate(packets(output)[1:], 1) if packet[4] & 31 in (5, 6, 7))
+    start = next(fragments(output))[0]
+    rest = b"".join(data for data, _ in fragments(output, key, key, header=False))
+    assert packets(io.BytesIO(start + rest)) == packets(output)[key:]
+    with pytest.raises(MediaError, match="frame 1 is no key frame"):
+        list(fragments(output, 1, 1))
+
+
+def test_a_prompt_is_changed_in_mid_video(server: Served) -> None:
+    server.desk.hold(2)
+    try:
+        id = post(server, prompt="a red three", seconds=3).json()["id"]
+        url = f"{server.url}/v1/videos/{id}/prompt"
+        while (server.desk.progress(id) or server.desk).__dict__.get("chunks") != 2:
+            time.sleep(0.01)
+        for fields, said in (
+            ({}, "must be text"),
+            ({"prompt": "a", "from_chunk": 99}, "has chunks 0 to"),
+            ({"x": 1}, "the fields are"),
+        ):
+            refused = httpx.post(url, json=fields)
+            assert refused.status_code == 400 and said in message(refused)
+        told = httpx.post(url, data={"prompt": "a blue seven"})
+        assert told.status_code == 200
+        server.desk.let()
+        server.wait(id)
+    finally:
+        server.desk.let()
+    (change,) = read_sidecar(server.desk.tree.output(id))["extra"]["prompt_changes"]
+    assert change[0] > 2 and change[1] == "a blue seven"
+    late = httpx.post(url, json={"prompt": "a red three"})
+    assert late.status_code == 409 and "is not being rendered" in message(late)
+
+
+def test_a_video_is_cancelled_where_it_is(server: Served) -> None:
+    server.desk.hold(1)
+    try:
+        running, waiting = (post(server, prompt="a red three", seconds=30).json()["id"] for _ in range(2))
+        with httpx.stream("GET", f"{server.url}/v1/videos/{running}/live", timeout=30) as answer:
+            pieces = answer.iter_raw()
+            next(pieces)
+            for id in (waiting, running):
+                assert httpx.delete(f"{server.url}/v1/videos/{id}").json() == {
+                    "id": id, "object": "video.deleted", "deleted": True,
+                }  # fmt: skip
+                assert httpx.get(f"{server.url}/v1/videos/{id}").status_code == 404
+            server.desk.let()
+            list(pieces)  # the stream ends with the video
+    finally:
+        server.desk.let()
+    deadline = time.monotonic() + 30
+    while server.desk.unfinished:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for id in (waiting, running):
+        left = set(Path(server.desk.tree.folder(id)).iterdir())
+        assert {path.name for path in left} <= {"cancel", "request.json"}, left
+
+
+# --- what lasts -----------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_is_started_again_goes_on_with_the_same_videos(model: Path, tmp_path: Path) -> None:
+    config = settings(model)
+    with served(config, tmp_path / "out") as first:
+        first.desk.hold(3)
+        ids = [post(first, prompt="a red three", seconds=2, seed=seed).json()["id"] for seed in (3, 4)]
+        deleted = post(first, prompt="a blue seven").json()["id"]
+        assert httpx.delete(f"{first.url}/v1/videos/{deleted}").status_code == 200
+        while (first.desk.progress(ids[0]) or first.desk).__dict__.get("chunks") != 3:
+            time.sleep(0.01)
+        before = [first.front.get(id) for id in ids]
+    # Saved where it was: nothing is complete, what was made is there.
+    tree = Tree(str(tmp_path / "out"))
+    assert [tree.state(id).standing for id in ids] == ["begun", "queued"] and tree.seconds_rendered(ids[0]) > 0
+    with served(config, tmp_path / "out") as second:
+        after = [second.wait(id) for id in ids]
+        assert [one["created_at"] for one in after] == [one["created_at"] for one in before]
+        assert [one["id"] for one in second.front.list(10, None, newest_first=False)["data"]] == ids
+        assert httpx.get(f"{second.url}/v1/videos/{deleted}").status_code == 404
+    made = SampleConfig(
+        prompt="a red three",
+        seconds=2.0,
+        seed=3,
+        model=str(model),
+        output=str(tmp_path / "a.mp4"),
+        chunks_per_segment=1,
+    )
+    (result,) = render_command(made, False, ChunkProgress)["videos"]
+    assert packets(tree.output(ids[0])) == packets(result["output"])
+    assert read_sidecar(tree.output(ids[0]))["latents_sha256"] == result["latents_sha256"]
+
+
+# --- what cannot be -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "prompt is missing"),
+        ({"prompt": "  "}, "must be text"),
+        ({"prompt": 7}, "prompt=7"),
+        ({"prompt": "a", "seconds": "many"}, "seconds="),
+        ({"prompt": "a", "seconds": -1}, "seconds=-1"),
+        ({"prompt": "a", "seconds": 61}, "seconds=61.*at most 60"),
+        ({"prompt": "a", "seconds": 1, "num_frames": 8}, "give one of them"),
+        ({"prompt": "a", "size": "720p"}, "must be WIDTHxHEIGHT"),
+        ({"prompt": "a", "size": "50x32"}, "width=50"),
+        ({"prompt": "a", "size": "99999x32"}, "99999|width"),
+        ({"prompt": "a", "seed": -1}, "seed=-1"),
+        ({"prompt": "a", "num_inference_steps": 7}, "num_inference_steps"),
+        ({"prompt": "a", "model": "sora-2"}, "this server has"),
+        ({"prompt": "a", "quality": "hd"}, "no such field quality"),
+        ({"prompt": "a", "id": "../../x"}, "no such field id"),
+        ({"prompt": "a", "input_reference": "https://example.org/a.png"}, "must be a file of a form"),
+        ({"prompt": "a " * 5000}, "words|long"),
+    ],
+)
+def test_a_request_that_cannot_be_is_one_sentence(server: Served, fields: dict[str, Any], said: str) -> None:
+    before = server.desk.counts.asked
+    answer = post(server, **fields)
+    assert answer.status_code == 400 and re.search(said, message(answer)), answer.text
+    assert server.desk.counts.asked == before
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "said"),
+    [
+        ("GET", "/v1/videos/video_none", 404, "there is no video 'video_none'"),
+        ("GET", "/v1/videos/..%2f..%2fserve.token", 404, ""),
+        ("GET", "/v1/videos/video_none/live", 404, "there is no video"),
+        ("GET", "/v1/videos/video_none/content", 404, "there is no video"),
+        ("GET", "/v1/videos?limit=0", 400, "limit=0: must be 1 to 100"),
+        ("GET", "/v1/videos?limit=many", 422, "limit"),
+        ("GET", "/v1/videos?order=up", 400, "must be asc or desc"),
+        ("GET", "/v1/videos?after=video_none", 404, "there is no video"),
+        ("PUT", "/v1/videos", 405, "Method Not Allowed"),
+        ("GET", "/v2/videos", 404, "Not Found"),
+        ("GET", "/page.html", 404, ""),
+    ],
+)
+def test_an_address_that_leads_nowhere(server: Served, method: str, path: str, status: int, said: str) -> None:
+    answer = httpx.request(method, server.url + path)
+    assert answer.status_code == status and said in message(answer)
+
+
+def test_a_body_that_is_none(server: Served) -> None:
+    for content, kind in ((b"{", "application/json"), (b"[1]", "application/json"), (b"\xff\xfe", "text/plain")):
+        answer = httpx.post(f"{server.url}/v1/videos", content=content, headers={"content-type": kind})
+        assert answer.status_code == 400, answer.text
+        message(answer)
+    files = {"other": ("a.png", b"x", "image/png")}
+    assert httpx.post(f"{server.url}/v1/videos", data={"prompt": "a"}, files=files).status_code == 400
+    broken = {"content-type": "multipart/form-data; boundary=x"}
+    assert httpx.post(f"{server.url}/v1/videos", content=b"--y\r\n", headers=broken).status_code == 400
+
+
+def raw(server: Served, head: str, body: bytes = b"") -> bytes:
+    """What the server answers to bytes that no client would send."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(head.replace("\n", "\r\n").encode() + b"\r\n" + body)
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+            if b"\r\n\r\n" in answer and answer.endswith(b"}"):
+                break
+    return answer
+
+
+def test_a_body_of_a_gigabyte_is_refused_before_it_is_sent(server: Served) -> None:
+    head = "POST /v1/videos HTTP/1.1\nHost: localhost\nContent-Type: application/json\n"
+    announced = raw(server, f"{head}Content-Length: {2**30}\n", b"x" * 1000)
+    assert announced.startswith(b"HTTP/1.1 413") and b"1 MiB at most" in announced
+    # One that says nothing of its length is counted.
+    piece = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
+    counted = raw(server, f"{head}Transfer-Encoding: chunked\n", piece + piece)
+    assert counted.startswith(b"HTTP/1.1 413") and b"1 MiB at most" in counted
+
+
+def test_pages_of_others_and_names_of_others_are_kept_out(server: Served) -> None:
+    for headers, said in (
+        ({"Origin": "https://example.org"}, "another site"),
+        ({"Host": "example.org"}, "this machine"),
+    ):
+        answer = httpx.post(f"{server.url}/v1/videos", json={"prompt": "a"}, headers=headers)
+        assert answer.status_code == 403 and said in message(answer)
+    same = {"Origin": server.url, "Host": server.url.removeprefix("http://")}
+    assert httpx.get(f"{server.url}/v1/videos", headers=same).status_code == 200
+
+
+def test_a_full_queue_says_when_to_come_again(model: Path, tmp_path: Path) -> None:
+    with served(settings(model, http={"max_queue": 2}), tmp_path) as server:
+        server.desk.hold(1)
+        kept = [post(server, prompt="a red three", seconds=1).json()["id"] for _ in range(2)]
+        answer = post(server, prompt="a red three")
+        assert answer.status_code == 429 and "2 videos are unfinished" in message(answer)
+        assert int(answer.headers["retry-after"]) >= 1 and server.desk.counts.refused == 1
+        with pytest.raises(openai.RateLimitError):
+            client_of(server).videos.create(prompt="a red three")
+        server.desk.let()
+        for id in kept:
+            server.wait(id)
+        assert post(server, prompt="a red three", seconds=0.5).status_code == 200
+
+
+def test_a_token_is_asked_for(model: Path, tmp_path: Path) -> None:
+    with served(settings(model), tmp_path, token="s3cret-of-this-test") as server:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Cookie": "pavdm_token=wrong"}):
+            answer = httpx.get(f"{server.url}/v1/videos", headers=headers)
+            assert answer.status_code == 401 and "the token is missing or wrong" in message(answer)
+            assert answer.headers["www-authenticate"] == "Bearer"
+        with pytest.raises(openai.AuthenticationError):
+            client_of(server, "wrong").videos.list()
+        assert client_of(server, "s3cret-of-this-test").videos.list().data == []
+        assert {httpx.get(server.url + path).status_code for path in ("/", "/health", "/page.js")} == {200}
+        assert httpx.get(f"{server.url}/metrics").status_code == 401
+        socket_url = f"{server.url.replace('http', 'ws')}/v1/videos/x/live"
+        with pytest.raises(Exception, match=r"4401|403"), connect(socket_url) as sock:
+            sock.recv()
+        # The page keeps it in a cookie that scripts cannot read.
+        assert httpx.post(f"{server.url}/login", data={"token": "wrong"}).status_code == 401
+        with httpx.Client() as browser:
+            answer = browser.post(f"{server.url}/login", data={"token": "s3cret-of-this-test"})
+            assert (
+                "HttpOnly" in answer.headers["set-cookie"] and "samesite=strict" in answer.headers["set-cookie"].lower()
+            )
+            assert browser.get(f"{server.url}/v1/videos").status_code == 200
+
+
+def test_beyond_the_loopback_a_token_is_the_default() -> None:
+    def asks(**http: Any) -> bool:
+        config = settings("embedded", http=http)
+        validate_serve(config)
+        return asks_for_token(config.http)
+
+    assert [asks(host=host) for host in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "10.0.0.1", "::")] == [
+        False
+    ] * 3 + [True] * 3
+    assert not asks(host="0.0.0.0", auth="none") and asks(auth="token")
+    assert not is_loopback("localhost.example.org")
+    with pytest.raises(ConfigError, match=r"prompt=.*is a shot's own"):
+        validate_serve(settings("embedded", prompt="a"))
+    with _listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"http.port={port}: cannot be listened on"):
+            _listen("127.0.0.1", port)
+
+
+# --- many at once ---------------------------------------------------------------------------------------------------
+
+
+def storm(server: Served, clients: int, each: int) -> list[str]:
+    """Many clients at once, bad requests among the good ones; ids of what was taken."""
+    ids: list[str] = []
+
+    def client(number: int) -> None:
+        with httpx.Client(timeout=60) as session:
+            for turn in range(each):
+                kind = (number + turn) % 5
+                if kind == 3:
+                    answer = session.post(f"{server.url}/v1/videos", json={"prompt": "a", "size": "50x32"})
+                    assert answer.status_code == 400, answer.text
+                elif kind == 4:
+                    assert session.get(f"{server.url}/v1/videos/video_{number}").status_code == 404
+                answer = session.post(f"{server.url}/v1/videos", data={"prompt": "a red three", "num_frames": "9"})
+                assert answer.status_code == 200, answer.text
+                ids.append(answer.json()["id"])
+                assert session.get(f"{server.url}/v1/videos/{ids[-1]}").status_code == 200
+
+    with ThreadPoolExecutor(clients) as pool:
+        for done in [pool.submit(client, number) for number in range(clients)]:
+            done.result()
+    return ids
+
+
+def test_none_is_lost_when_many_come_at_once(server: Served) -> None:
+    ids = storm(server, clients=5, each=4)
+    assert len(set(ids)) == 20
+    for id in ids:
+        assert server.wait(id)["progress"] == 100
+    listed = {one.id for one in client_of(server).videos.list(limit=100)}
+    assert set(ids) <= listed
+
+
+def test_metrics_and_health(server: Served) -> None:
+    server.wait(post(server, prompt="a", seconds=0.5).json()["id"])
+    health = httpx.get(f"{server.url}/health")
+    assert health.status_code == 200 and health.json()["status"] == "ok" and health.json()["queued"] == 0
+    answer = httpx.get(f"{server.url}/metrics")
+    found = {family.name: family for family in parser.text_string_to_metric_families(answer.text)}
+    ends = {
+        sample.labels["end"]: sample.value for sample in found["pavdm_serve_videos"].samples if "end" in sample.labels
+    }
+    assert ends["done"] == server.desk.counts.done >= 1 and ends["asked"] >= ends["done"]
+    assert found["pavdm_serve_frames"].samples[0].value == server.desk.counts.frames > 0
+    assert found["pavdm_serve_queued_videos"].samples[0].value == 0
+
+
+def test_the_time_to_the_first_frames_is_that_of_the_first_chunk(server: Served) -> None:
+    """The bound that was promised: a second more at most."""
+    began = time.monotonic()
+    id = post(server, prompt="a red three", seconds=2).json()["id"]
+    with httpx.stream("GET", f"{server.url}/v1/videos/{id}/live", timeout=30) as answer:
+        data = b""
+        for piece in answer.iter_raw():
+            data += piece
+            if b"mdat" in data:
+                break
+    seen = time.monotonic() - began
+    server.wait(id)
+    first = server.desk.counts.first_chunk_s
+    assert first is not None and seen <= first + 1.0
+
+
+def test_no_thread_is_left_behind(model: Path, tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    with served(settings(model), tmp_path) as server:
+        server.wait(post(server, prompt="a", seconds=0.5).json()["id"])
+    deadline = time.monotonic() + 10
+    while left := [thread for thread in set(threading.enumerate()) - before if "AnyIO" not in thread.name]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)

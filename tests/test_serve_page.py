@@ -1,0 +1,122 @@
+"""The page of ``pavdm serve`` in a real browser without a screen: what a person does, and sees."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import Served, served, settings
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+By = pytest.importorskip("selenium.webdriver.common.by").By
+WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs chromium and chromium-driver"),
+    pytest.mark.slow,
+]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Served]:
+    """The shipped model: its videos can be looked at."""
+    with served(settings("embedded"), tmp_path / "out") as running:
+        yield running
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER or ""
+    for switch in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1280,900"):
+        options.add_argument(f"--{switch}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def shoot(browser: Any, name: str) -> None:
+    """A screenshot, where somebody wants to look at it."""
+    if folder := os.environ.get("PAVDM_SCREENSHOTS"):
+        browser.save_screenshot(str(Path(folder, f"{name}.png")))
+
+
+def test_a_person_asks_watches_changes_the_prompt_and_cancels(server: Served, browser: Any) -> None:
+    def until(what: Any, seconds: float = 60) -> Any:
+        return WebDriverWait(browser, seconds, poll_frequency=0.1).until(what)
+
+    def text(id: str) -> str:
+        return browser.find_element(By.ID, id).text
+
+    server.desk.hold(3)
+    browser.get(server.url)
+    until(lambda _: browser.find_element(By.ID, "create").is_displayed())
+    create = browser.find_element(By.ID, "create")
+    # What cannot be is said in the form.
+    create.find_element(By.NAME, "prompt").send_keys("a red three drifting up")
+    create.find_element(By.NAME, "size").send_keys("1x1")
+    create.find_element(By.TAG_NAME, "button").click()
+    until(lambda _: "height=1" in create.find_element(By.TAG_NAME, "output").text or "width=1" in create.text)
+    create.find_element(By.NAME, "size").clear()
+    create.find_element(By.NAME, "seconds").send_keys("8")
+    create.find_element(By.TAG_NAME, "button").click()
+    until(lambda _: browser.find_elements(By.CSS_SELECTOR, "#videos li"))
+    # Three chunks are there, the video plays while the rest waits.
+    until(lambda _: "3 of" in text("facts"))
+    until(
+        lambda _: browser.execute_script(
+            "const v = document.getElementById('player'); return v.readyState >= 2 && v.videoWidth > 0"
+        )
+    )
+    until(lambda _: browser.execute_script("return document.getElementById('player').currentTime > 0.3"))
+    marks = browser.find_elements(By.CSS_SELECTOR, "#timeline i")
+    kinds = [mark.get_attribute("class") for mark in marks]
+    assert kinds[:3] == ["done"] * 3 and kinds[3] == "window" and kinds[-1] == ""
+    faint = [float(mark.value_of_css_property("opacity")) for mark in marks if mark.get_attribute("class") == "window"]
+    assert faint == sorted(faint, reverse=True)
+    shoot(browser, "gallery")
+    # Another prompt, from the next chunk on.
+    change = browser.find_element(By.ID, "change")
+    change.find_element(By.NAME, "prompt").send_keys("a blue seven drifting down")
+    change.find_element(By.TAG_NAME, "button").click()
+    until(lambda _: server.desk.counts.prompts == 1)
+    server.desk.let(6)
+    until(lambda _: "a blue seven" in text("prompts"))
+    shoot(browser, "prompt-changed")
+    server.desk.let()
+    until(lambda _: browser.find_element(By.ID, "download").is_displayed(), 120)
+    assert browser.find_element(By.CSS_SELECTOR, "#videos li").get_attribute("class") == "completed"
+    until(lambda _: browser.execute_script("return document.getElementById('player').duration") > 7.5)
+    shoot(browser, "complete")
+    # A second one is cancelled in the middle.
+    server.desk.hold(1)
+    create.find_element(By.NAME, "prompt").send_keys("a white four")
+    create.find_element(By.TAG_NAME, "button").click()
+    until(lambda _: "1 of" in text("facts") and "a white four" in text("title"))
+    browser.find_element(By.ID, "cancel").click()
+    server.desk.let()
+    until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, "#videos li")) == 1)
+    wrong = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert all("status of 400" in line or "status of 404" in line for line in wrong), wrong
+
+
+def test_a_page_asks_for_the_token_once(tmp_path: Path, browser: Any) -> None:
+    with served(settings("embedded"), tmp_path / "out", token="s3cret-of-this-test") as server:
+        browser.get(server.url)
+        login = browser.find_element(By.ID, "login")
+        WebDriverWait(browser, 30).until(lambda _: login.is_displayed())
+        for token, shown in (("wrong", True), ("s3cret-of-this-test", False)):
+            field = login.find_element(By.NAME, "token")
+            field.clear()
+            field.send_keys(token)
+            login.find_element(By.TAG_NAME, "button").click()
+            if shown:
+                WebDriverWait(browser, 30).until(lambda _: "not this server" in login.text)
+        WebDriverWait(browser, 30).until(lambda _: browser.find_element(By.ID, "desk").is_displayed())
+        browser.refresh()
+        WebDriverWait(browser, 30).until(lambda _: browser.find_element(By.ID, "desk").is_displayed())
