@@ -26,6 +26,11 @@ class Call:
     moves: int
 
 
+def named(partitions: int, lookahead: bool) -> str:
+    """The setting that makes several calls of a row, for a message."""
+    return "lookahead=true" if lookahead else f"partitions={partitions}"
+
+
 def check_partitions(window_chunks: int, partitions: int, lookahead: bool) -> None:
     """Refuses partitions that are no equal parts of a window.
 
