@@ -302,7 +302,7 @@ class WindowPlan:
 
     def calls(self, row: PlanRow) -> tuple[Call, ...]:
         """The model calls of a partitioned row, in order of work."""
-        slots = [(left - 1) // self.steps_per_shift for left in row.steps_left]
+        slots = tuple((left - 1) // self.steps_per_shift for left in row.steps_left)
         return calls_of(slots, len(row.context), self.window_chunks, self.partitions, self.lookahead)
 
     def reads(self, row: PlanRow, clean: int | None = None) -> tuple[int, ...]:
