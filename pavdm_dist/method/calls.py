@@ -7,8 +7,8 @@ the queue is the window of W chunks, f is W / n of them, and S = T / W steps lie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from pavdm_dist.errors import ConfigError
 
@@ -24,6 +24,11 @@ class Call:
 
     sees: slice
     moves: int
+
+
+def named(partitions: int, lookahead: bool) -> str:
+    """The setting that makes several calls of a row, for a message."""
+    return "lookahead=true" if lookahead else f"partitions={partitions}"
 
 
 def check_partitions(window_chunks: int, partitions: int, lookahead: bool) -> None:
@@ -55,8 +60,9 @@ def check_partitions(window_chunks: int, partitions: int, lookahead: bool) -> No
     )
 
 
+@lru_cache(maxsize=4096)  # rows of a video are alike but for the number of their chunks
 def calls_of(
-    slots: Sequence[int], context: int, window_chunks: int, partitions: int, lookahead: bool
+    slots: tuple[int, ...], context: int, window_chunks: int, partitions: int, lookahead: bool
 ) -> tuple[Call, ...]:
     """A row's calls in order of work, the noisiest chunks first: what a call looks at has not moved yet.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.method.calls import Call
+from pavdm_dist.method.calls import Call, named
 from pavdm_dist.method.schedule import Mode, PlanRow, WindowPlan
 
 # The "chunk" of a micro-batch that is a whole window: of all its noisy chunks, where context is cached.
@@ -140,10 +140,9 @@ class MicroBatches:
     def __post_init__(self) -> None:
         plan = self.plan
         if plan.is_partitioned and self.mode != "window":
-            name = "lookahead=true" if plan.lookahead else f"partitions={plan.partitions}"
             raise ConfigError(
-                f"mode={self.mode}: {name} cuts rows of mode=window into calls; use mode=window, or partitions=1 and"
-                " lookahead=false"
+                f"mode={self.mode}: {named(plan.partitions, plan.lookahead)} cuts rows of mode=window into calls; use"
+                " mode=window, or partitions=1 and lookahead=false"
             )
         if plan.block_chunks > 1 and self.mode != "window":
             raise ConfigError(

@@ -15,7 +15,8 @@ from itertools import pairwise
 from typing import Literal
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.method.calls import Call, calls_of, check_partitions
+from pavdm_dist.method.calls import Call, calls_of
+from pavdm_dist.method.legal import check_plan
 
 Start = Literal["noise", "chunk", "clip"]
 End = Literal["drain", "cut"]
@@ -175,64 +176,7 @@ class WindowPlan:
     block_chunks: int = 1
 
     def __post_init__(self) -> None:
-        steps, width = self.num_inference_steps, self.window_chunks
-        for name in ("num_inference_steps", "window_chunks", "latent_chunk_size"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{name}={value}: at least 1 is needed, and a whole number")
-        if self.block_chunks < 1 or width % self.block_chunks:
-            raise ConfigError(f"block_chunks={self.block_chunks}: must divide window_chunks={width}")
-        blocks = width // self.block_chunks
-        if steps % blocks:
-            legal = [self.block_chunks * near for near in _nearest_divisors(steps, blocks)]
-            multiples = sorted({max(steps // blocks, 1) * blocks, (steps // blocks + 1) * blocks})
-            raise ConfigError(
-                f"window_chunks={width} does not divide num_inference_steps={steps}: use window_chunks "
-                f"{_join(legal)}, or num_inference_steps {_join(multiples)}"
-            )
-        if self.context_chunks < 0:
-            raise ConfigError(f"context_chunks={self.context_chunks}: 0 or more")
-        if self.start not in ("noise", "chunk", "clip"):
-            raise ConfigError(f"start={self.start!r}: must be noise, chunk or clip")
-        if self.end not in ("drain", "cut"):
-            raise ConfigError(f"end={self.end!r}: must be drain or cut")
-        if self.start == "chunk" and self.context_chunks == 0:
-            raise ConfigError("start=chunk needs context_chunks of at least 1: the given chunk is the context")
-        if self.num_chunks is not None and self.num_chunks < 1:
-            raise ConfigError(f"num_chunks={self.num_chunks}: at least 1 is needed")
-        self._check_context()
-        check_partitions(width, self.partitions, self.lookahead)
-        if self.block_chunks > 1 and self.is_partitioned:
-            name = "lookahead=true" if self.lookahead else f"partitions={self.partitions}"
-            raise ConfigError(
-                f"{name}: chunks of a block have one level, there is nothing to part; use partitions=1, lookahead=false"
-            )
-
-    def _check_context(self) -> None:
-        if self.context not in ("joint", "cached"):
-            raise ConfigError(f"context={self.context!r}: must be joint or cached")
-        if self.anchor_chunks < 0:
-            raise ConfigError(f"anchor_chunks={self.anchor_chunks}: 0 or more")
-        if self.context == "joint":
-            if self.anchor_chunks:
-                raise ConfigError(f"anchor_chunks={self.anchor_chunks}: context=joint keeps none; set context=cached")
-            return
-        if self.is_partitioned:
-            name = "lookahead=true" if self.lookahead else f"partitions={self.partitions}"
-            raise ConfigError(f"{name}: with context=cached a row is one call; use partitions=1, lookahead=false")
-        if self.block_chunks > 1:
-            raise ConfigError(
-                f"context=cached: blocks of {self.block_chunks} chunks read clean ones in the window; set context=joint"
-            )
-        if self.start != "noise":
-            raise ConfigError(f"context=cached: start={self.start} gives chunks that left no keys; set start=noise")
-        least = max(1, self.window_chunks - 1 + self.anchor_chunks)
-        if self.context_chunks < least:
-            raise ConfigError(
-                f"context_chunks={self.context_chunks}: with context=cached a call sees context_chunks + 1 chunks,"
-                f" window_chunks={self.window_chunks} and anchor_chunks={self.anchor_chunks} among them; use {least} or"
-                " more"
-            )
+        check_plan(self)
 
     @property
     def joint_context(self) -> int:
@@ -358,7 +302,7 @@ class WindowPlan:
 
     def calls(self, row: PlanRow) -> tuple[Call, ...]:
         """The model calls of a partitioned row, in order of work."""
-        slots = [(left - 1) // self.steps_per_shift for left in row.steps_left]
+        slots = tuple((left - 1) // self.steps_per_shift for left in row.steps_left)
         return calls_of(slots, len(row.context), self.window_chunks, self.partitions, self.lookahead)
 
     def reads(self, row: PlanRow, clean: int | None = None) -> tuple[int, ...]:
@@ -434,13 +378,3 @@ class WindowPlan:
         if self.num_chunks is None:
             raise ConfigError("num_chunks is not set: an endless plan has no length")
         return self.num_chunks
-
-
-def _nearest_divisors(number: int, near: int) -> list[int]:
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    below = [d for d in divisors if d < near][-1:]
-    return below + [d for d in divisors if d > near][:1]
-
-
-def _join(values: list[int]) -> str:
-    return " or ".join(str(v) for v in values)

@@ -66,18 +66,20 @@ class UnitTime:
 def rows_of(plan: WindowPlan, mode: Mode, displaced: Displaced | None = None) -> list[RowShape]:
     """All rows of a video; without those that adaptive re-sync would make exact, which nobody knows beforehand."""
     batches, rows = MicroBatches(plan, mode, 0, displaced or Displaced()), list[RowShape]()
-    before: list[int] = []
+    before, earlier = list[int](), list[int]()
     for row in plan.rows():
         parts = [chunk for chunk, _ in batches.parts(row.index)]
         held, needs, finishes = _held(plan, row, parts), tuple(range(1, len(parts) + 1)), 0
-        if before and (plan.is_partitioned or parts != before):
+        if parts == before == earlier:
+            needs = rows[-1].needs
+        elif before and (plan.is_partitioned or parts != before):
             needs = tuple(before.index(fed[-1]) + 1 if fed else 0 for fed in batches.fed(row.index))
         if row.emits:
             finishes = next(i for i, chunk in enumerate(parts, 1) if row.emits[0] in moved_by(plan, row, chunk))
         if len(held) < len(parts):
             needs, finishes = (1,), min(finishes, 1)
         rows.append(RowShape(held, needs, finishes, len(row.emits)))
-        before = parts
+        before, earlier = parts, before
     return rows
 
 
