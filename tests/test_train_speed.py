@@ -190,7 +190,7 @@ def test_a_loss_that_is_no_number_is_said_a_step_later_and_names_its_clips(tmp_p
     trainer.engine.destroy()
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 3))])
 def test_gradients_are_added_up_in_float32_where_asked(stage: int, tmp_path: Path, clips: LatentClips) -> None:
     """Many parts of one batch: in bfloat16 small ones are lost beside the sum."""
     parts = ["data.batch_size=8", "optimizer.accumulation=8", "optimizer.total_steps=100", "optimizer.grad_clip=1e9"]
@@ -264,7 +264,8 @@ def test_a_backbone_is_what_recomputing_asks_for() -> None:
     assert model.block == plain, "none changes nothing"
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_run_with_gradients_in_float32_resumes_to_the_bit(stage: int, tmp_path: Path, clips: LatentClips) -> None:
     """At stage 1 DeepSpeed has another optimizer for it, with files of its own."""
     more = [f"zero.stage={stage}", "zero.precision=bfloat16", "zero.gradients=float32", "optimizer.accumulation=2"]
