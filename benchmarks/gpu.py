@@ -168,7 +168,7 @@ def training(
         for _ in range(steps + 2):
             _settle(world.device)
             began = time.perf_counter()
-            trainer.train_step(trainer._load())  # as a run does: nothing waits for the device
+            trainer.train_step(trainer.load())  # as a run does: nothing waits for the device
             _settle(world.device)
             took.append(time.perf_counter() - began)
         model = trainer.engine.module.transformer

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
+import re
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder, TextOptions
 from pavdm_dist.codecs.text import WordTextEncoder, split_words
 from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.models.source import Source
 
 WORDS = ["a", "red", "blue", "three", "seven", "drifting", "up", "and", "to", "the", "left", "bouncing", "fast"]
 PROMPT = "a red three drifting up and to the left, a blue seven bouncing fast"
@@ -128,3 +134,38 @@ def test_bad_vocabularies_and_checkpoints(encoder: WordTextEncoder, tmp_path: Pa
     (tmp_path / "config.json").write_text('{"words": []}')
     with pytest.raises(CheckpointError, match=r"config.json: no such key words; the keys are vocabulary, text_dim"):
         WordTextEncoder.from_pretrained(tmp_path)
+
+
+def test_what_a_large_encoder_does_not_read_of_a_prompt_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A token a word and one behind; the tokenizer, which is large, is read once."""
+    opened: list[str] = []
+
+    class Tokenizer:
+        @classmethod
+        def from_file(cls, file: str) -> Tokenizer:
+            opened.append(file)
+            return cls()
+
+        def no_truncation(self) -> None:
+            """As it is."""
+
+        def encode(self, text: str) -> Any:
+            words = [(match.start(), match.end()) for match in re.finditer(r"\S+", text)]
+            return SimpleNamespace(offsets=[*words, (0, 0)])
+
+    package = ModuleType("tokenizers")
+    package.Tokenizer = Tokenizer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tokenizers", package)
+    for name, text in (("text_encoder/config.json", '{"d_model": 8}'), ("tokenizer/tokenizer.json", "{}")):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    large = PretrainedTextEncoder(Source.of(tmp_path), 4, TextOptions(cache=str(tmp_path / "cache")))
+    assert large.unread("one two three", 512) == ""
+    assert large.unread("one two three four five", 512) == "four five"
+    assert large.unread("one two three", 3) == "three"
+    for _ in range(2):
+        large.check("one two three four five", 512)
+    assert caplog.text.count("has 6 tokens, the text encoder takes 4: 'four five' is not read") == 1
+    assert len(opened) == 1

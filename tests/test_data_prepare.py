@@ -21,6 +21,7 @@ from videos import numbered, shipped_videos, shots, write_video
 
 from pavdm_dist import cli
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.data import prepare as prepare_module
 from pavdm_dist.data import work as work_module
 from pavdm_dist.data.clips import Scan
@@ -538,6 +539,19 @@ def test_what_files_say_of_their_pictures_is_reported(config: PrepareConfig, tmp
     chosen = replace(config, output=str(tmp_path / "set"), **more)
     assert prepare_command(chosen)["remarks"] == {"cropped": 1}
     assert prepare_command(chosen)["remarks"] == {"cropped": 1}, "a complete set still knows"
+
+
+def test_captions_whose_end_is_not_read_are_counted(
+    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As large encoders cut them; the one of the embedded model refuses such captions."""
+    monkeypatch.setattr(WordTextEncoder, "unread", lambda _, prompt, limit: "and more" if "long" in prompt else "")
+    for name in ("long one", "long two", "short"):
+        write_video(tmp_path / "v" / f"{name}.mp4", numbered(20, 96, 96))
+    more = {"source": [str(tmp_path / "v")], "buckets": ["96x96x3@24"], "captions": "stem", "encode": False}
+    report = prepare_command(replace(config, output=str(tmp_path / "set"), **more))
+    assert report["remarks"] == {"caption cut": 2}
+    assert "have captions that are longer than the text encoder takes: their ends are not read" in caplog.text
 
 
 def test_damaged_videos_give_what_lies_before_the_fault_when_asked(config: PrepareConfig, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from pavdm_dist.train.trainer import Trainer
 
 CONFIGS = {"wan": replace(WAN, text_len=16), "skyreels": replace(SKYREELS, text_len=16)}
 STAGE = "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
+SAMPLING = {"num_inference_steps": 6, "window_chunks": 3, "latent_chunk_size": 2, "seed": 0}
 LOW_RANK = ["model.lora.rank=2", "model.lora.alpha=3"]
 
 
@@ -147,8 +148,12 @@ def test_changes_are_read_by_the_sampler_and_by_diffusers(
     assert theirs.keys() == load_file(file).keys()
     assert metadata["transformer.r"] == 2 and metadata["transformer.lora_alpha"] == 3
     assert "blocks.0.attn1.to_q" in metadata["transformer.target_modules"]
-    lora = [Adapter(Source.of(tmp_path / "lora"), 0.5)]
-    assert Checkpoint.open(models["wan"], lora=lora).require_weights() is None
+    frames = {}
+    for scale in (0.0, 1.0):
+        checkpoint = Checkpoint.open(models["wan"], lora=[Adapter(Source.of(tmp_path / "lora"), scale)])
+        with PAVDMPipeline(checkpoint) as pipeline:
+            frames[scale] = np.asarray(pipeline("a red three", num_frames=5, height=16, width=16, **SAMPLING).frames[0])
+    assert not np.array_equal(frames[0.0], frames[1.0])
 
 
 @pytest.mark.parametrize(

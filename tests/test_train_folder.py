@@ -239,7 +239,7 @@ def test_a_log_that_cannot_be_written_ends_no_run_and_an_export_is_a_sentence(
 ) -> None:
     trainer = one(tmp_path, clips)
     (tmp_path / "log.jsonl").mkdir()
-    trainer.train_step(trainer._load())
+    trainer.train_step(trainer.load())
     trainer._log()
     assert "step 1 is not logged: [Errno 21] Is a directory" in caplog.text
     for fault in (OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from test_zero import PROGRAM, SETTINGS, SHARD_ALL, apart
 from test_zero import run as run_cases
 from training import launch, processes_of, start, write_clips
+from wan_models import WAN, trainable_folder
 
 from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import CheckpointError, ConfigError, EngineError
@@ -75,6 +77,31 @@ def test_one_process_goes_on_with_what_two_began(
     assert names == ["latest", "step0000005", "step0000010"]
     once_more = start(load_config(TrainConfig, None, settings), LatentClips(clips))
     assert once_more.step == 10 and apart(once_more.whole_weights(False), trainer.whole_weights(False)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_one_process_goes_on_with_low_rank_changes_that_two_began(clips: Path, tmp_path: Path) -> None:
+    """Their checkpoints do not hold the weights that stay as they are."""
+    model = trainable_folder(tmp_path / "model", replace(WAN, text_len=16))
+    low_rank = [f"model.pretrained={model}", "model.lora.rank=2"]
+    cases: dict[str, Any] = {}
+    for number in range(4):
+        cases[f"first{number}"] = {"settings": stage(number, *low_rank), "steps": 3, "save": True}
+        cases[f"whole{number}"] = {"settings": stage(number, *low_rank), "steps": 5}
+    found, _ = run_cases(tmp_path, clips, cases)
+    for number in range(4):
+        folder = tmp_path / f"first{number}"
+        settings = [*SETTINGS, *stage(number, *low_rank), f"run_dir={folder}", "resume=must"]
+        trainer = start(load_config(TrainConfig, None, settings), LatentClips(clips))
+        assert trainer.step == 3
+        losses = [trainer.train_step()["loss"] for _ in range(2)]
+        assert losses == pytest.approx(found[f"whole{number}"]["loss"][3:], abs=1e-5)
+        trained = {name for name in found[f"first{number}"]["weights"] if ".lora_" in name}
+        weights, expected = trainer.whole_weights(False, frozen=False), found[f"whole{number}"]["weights"]
+        assert weights.keys() == trained
+        assert apart(weights, {name: expected[name] for name in trained}) < 1e-4
+        trainer.engine.destroy()
 
 
 @pytest.mark.slow

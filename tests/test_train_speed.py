@@ -24,7 +24,7 @@ from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.recompute import Recompute, recompute_blocks
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
-from pavdm_dist.train.zero_settings import engine_settings
+from pavdm_dist.train.zero_settings import engine_settings, pinning
 
 INFO = FrameInfo(32, 48, 24.0)
 
@@ -169,7 +169,7 @@ def test_a_gradient_that_is_no_number_in_bfloat16_is_never_saved(
     trainer.train_step()
     trainer.save()
     spoil = trainer.engine.module.transformer.final_layer.linear.weight.register_hook(lambda g: g * torch.inf)
-    trainer.train_step(trainer._load())
+    trainer.train_step(trainer.load())
     with pytest.raises(EngineError, match="the gradient is no number at step 1 although the loss is one"):
         trainer.save()
     spoil.remove()
@@ -179,18 +179,18 @@ def test_a_gradient_that_is_no_number_in_bfloat16_is_never_saved(
 
 def test_a_loss_that_is_no_number_is_said_a_step_later_and_names_its_clips(tmp_path: Path, clips: LatentClips) -> None:
     trainer = trainer_of(tmp_path, clips, "zero.stage=1")
-    loaded = trainer._load()
+    loaded = trainer.load()
     assert loaded.batch is not None
     loaded.batch.x[0, 0, -1] = torch.nan
     names = loaded.batch.ids
     assert trainer.train_step(loaded) == {}
     with pytest.raises(EngineError, match="the loss is no number at step 0, in a batch with") as caught:
-        trainer.train_step(trainer._load())
+        trainer.train_step(trainer.load())
     assert names[0] in str(caught.value)
     trainer.engine.destroy()
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 3))])
 def test_gradients_are_added_up_in_float32_where_asked(stage: int, tmp_path: Path, clips: LatentClips) -> None:
     """Many parts of one batch: in bfloat16 small ones are lost beside the sum."""
     parts = ["data.batch_size=8", "optimizer.accumulation=8", "optimizer.total_steps=100", "optimizer.grad_clip=1e9"]
@@ -264,7 +264,8 @@ def test_a_backbone_is_what_recomputing_asks_for() -> None:
     assert model.block == plain, "none changes nothing"
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_run_with_gradients_in_float32_resumes_to_the_bit(stage: int, tmp_path: Path, clips: LatentClips) -> None:
     """At stage 1 DeepSpeed has another optimizer for it, with files of its own."""
     more = [f"zero.stage={stage}", "zero.precision=bfloat16", "zero.gradients=float32", "optimizer.accumulation=2"]
@@ -281,3 +282,13 @@ def test_a_run_with_gradients_in_float32_resumes_to_the_bit(stage: int, tmp_path
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     for trainer in (whole, first, second):
         trainer.engine.destroy()
+
+
+def test_what_is_offloaded_is_pinned_for_a_gpu() -> None:
+    config = load_config(TrainConfig, None, [*TINY, "optimizer.name=adamw", "zero.stage=3", "zero.offload=all"])
+    plain = engine_settings(config, 2)
+    assert "pin_memory" not in plain["zero_optimization"]["offload_param"]
+    found = pinning(plain)["zero_optimization"]
+    assert found["offload_param"] == found["offload_optimizer"] == {"pin_memory": True, "device": "cpu"}
+    own = engine_settings(replace(config, deepspeed={"zero_optimization": {"offload_param": {"pin_memory": False}}}), 2)
+    assert pinning(own)["zero_optimization"]["offload_param"]["pin_memory"] is False

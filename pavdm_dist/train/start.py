@@ -13,7 +13,7 @@ from pavdm_dist.train.processes import World
 from pavdm_dist.train.recompute import Recompute, recompute_blocks
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.zero import ZeroEngine, gathered, loading_universal, sharded_building
-from pavdm_dist.train.zero_settings import engine_settings
+from pavdm_dist.train.zero_settings import engine_settings, pinning
 
 # Weight matrices between hidden states; tables, embeddings, the first and the last layer are no such maps.
 INNER = re.compile(r"(blocks\.|layers\.|t_block\.).*weight$")
@@ -32,6 +32,8 @@ def start_engine(
         load_universal: the coming checkpoint was converted for another number of processes.
     """
     settings = engine_settings(config, world.size)
+    if world.device.type == "cuda":
+        settings = pinning(settings)
     if load_universal:
         settings = loading_universal(settings)
     torch.manual_seed(config.seed)

@@ -35,9 +35,9 @@ class Pending:
 
     Attributes:
         step: its number.
-        arrived: waits for ``[share of bad losses, loss, sums, counts]``, means over the processes.
+        arrived: waits for ``[share of bad losses, gradient's norm, loss, sums, counts]``, means over the processes.
         own: whether this process' loss is no number.
-        norm: of the gradient.
+        has_norm: whether the norm is one.
         ids: this process' clips.
         about: the rest of :class:`~pavdm_dist.train.metrics.Shown`.
     """
@@ -45,7 +45,7 @@ class Pending:
     step: int
     arrived: Callable[[], Tensor]
     own: Tensor
-    norm: Tensor | float | None
+    has_norm: bool
     ids: list[str]
     about: dict[str, Any]
 
@@ -105,7 +105,9 @@ def advance(
         norm = engine.step()
     values = torch.stack(found).sum(dim=0)
     own = ~values[:1].isfinite()
-    arrived = world.begin_mean(torch.cat([own.float(), values]))
+    # The norm is the same everywhere; by itself it could only be read when all that follows it is done.
+    told = torch.as_tensor(0.0 if norm is None else norm, dtype=values.dtype, device=values.device).reshape(1)
+    arrived = world.begin_mean(torch.cat([own.float(), told, values]))
     model, frames = engine.module.transformer, whole.levels.shape[1]
     samples = sequence.data_size * len(whole.dropped)
     shown = {
@@ -119,7 +121,7 @@ def advance(
         "flop": step_flop(model, batch, engine.trains_all),
         "loading_seconds": loaded.seconds,
     }
-    return Pending(step, arrived, own, norm, batch.ids, shown)
+    return Pending(step, arrived, own, norm is not None, batch.ids, shown)
 
 
 def settle(pending: Pending, world: World) -> Shown:
@@ -137,10 +139,10 @@ def settle(pending: Pending, world: World) -> Shown:
             f"the loss is no number at step {pending.step}, in a batch with {ids}; the last checkpoint is kept: "
             "look at these clips, or lower optimizer.lr"
         )
-    norm = None if pending.norm is None else float(pending.norm)
+    norm = float(arrived[1]) if pending.has_norm else None
     if norm is not None and not math.isfinite(norm):
         raise EngineError(
             f"the gradient is no number at step {pending.step} although the loss is one; the last checkpoint is kept: "
             "lower optimizer.lr, or set optimizer.grad_clip"
         )
-    return Shown(values=arrived[1:], grad_norm=norm, **pending.about)
+    return Shown(values=arrived[2:], grad_norm=norm, **pending.about)

@@ -101,7 +101,7 @@ class Trainer:
         config, every = self.config, self.config.sheet_every_seconds
         saved = drawn = time.monotonic()
         while self.step < config.optimizer.total_steps:
-            loaded, now, first = self._load(), time.monotonic(), self.world.first
+            loaded, now, first = self.load(), time.monotonic(), self.world.first
             # What clocks and signals say is decided once for all; the processes' hosts ask, their devices go on.
             failed, stop, save, sheet = self.world.told(
                 loaded.fault is not None,
@@ -152,7 +152,7 @@ class Trainer:
         """
         interval = self._interval() if loaded is None else None
         if loaded is None:
-            loaded = self._load()
+            loaded = self.load()
             if self.world.told(loaded.fault is not None)[0]:
                 refuse(loaded, self.step, self.world)
         pending = self._advance(loaded)
@@ -188,7 +188,8 @@ class Trainer:
     def _interval(self) -> Interval:
         return Interval(self.world.device, self.config.peak_tflops or peak_tflops(self.world.device))
 
-    def _load(self) -> Loaded:
+    def load(self) -> Loaded:
+        """This process' part of the next step's batch, or why it has none."""
         return load(self.batches, self.step, self.sequence)
 
     @contextmanager

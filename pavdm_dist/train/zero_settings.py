@@ -94,6 +94,16 @@ def engine_settings(config: TrainConfig, size: int) -> dict[str, Any]:
     return merged
 
 
+def pinning(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings under which offloaded parts lie in memory that a GPU reads by itself, unless they say otherwise."""
+    moved = {
+        name: {"pin_memory": True, **value}
+        for name, value in settings["zero_optimization"].items()
+        if name in ("offload_optimizer", "offload_param")
+    }
+    return {**settings, "zero_optimization": {**settings["zero_optimization"], **moved}}
+
+
 def _defaults(config: TrainConfig, size: int) -> dict[str, Any]:
     """What DeepSpeed would decide otherwise, and a user may."""
     found: dict[str, Any] = {}

@@ -1,0 +1,89 @@
+"""Training on a CUDA device (`-m gpu`; one process): as on the CPU, under every stage, and without waiting for it."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from training import TINY, start, write_clips
+from wan_models import WAN, trainable_folder
+
+from pavdm_dist.digits.cache import LatentClips
+from pavdm_dist.merging import load_config
+from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.trainer import Trainer
+
+pytestmark = pytest.mark.gpu
+SHARD_ALL = "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _plain_products() -> None:
+    assert torch.cuda.is_available(), "run these where there is a GPU"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> LatentClips:
+    return LatentClips(write_clips(tmp_path_factory.mktemp("clips"), 6))
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = trainable_folder(tmp_path_factory.mktemp("model") / "wan", replace(WAN, text_len=16))
+    return f"model.pretrained={folder}"
+
+
+def trainer_of(run_dir: Path, clips: LatentClips, *more: str) -> Trainer:
+    words = [*TINY, "optimizer.name=adamw", SHARD_ALL, f"run_dir={run_dir}", *more]
+    return start(load_config(TrainConfig, None, words), clips)
+
+
+def losses(run_dir: Path, clips: LatentClips, *more: str) -> list[float]:
+    trainer = trainer_of(run_dir, clips, *more)
+    found = [trainer.train_step()["loss"] for _ in range(4)]
+    trainer.engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("what", ["stdit3", "wan", "low rank"])
+def test_every_stage_and_type_trains_alike(what: str, wan: str, tmp_path: Path, clips: LatentClips) -> None:
+    more = {"stdit3": [], "wan": [wan], "low rank": [wan, "model.lora.rank=2"]}[what]
+    exact = losses(tmp_path / "plain", clips, *more)
+    for stage in (1, 2, 3):
+        assert losses(tmp_path / f"{stage}", clips, *more, f"zero.stage={stage}") == pytest.approx(exact, abs=1e-4)
+        half = [f"zero.stage={stage}", "zero.precision=bfloat16"]
+        assert losses(tmp_path / f"half {stage}", clips, *more, *half) == pytest.approx(exact, rel=0.05)
+    for number, extra in enumerate((["compile=true"], ["zero.recompute=every:2"], ["zero.recompute=budget:0.001"])):
+        assert losses(tmp_path / f"more {number}", clips, *more, *extra, "zero.stage=1") == pytest.approx(
+            exact, rel=1e-3
+        )
+    offloaded = ["zero.stage=3", "zero.offload=all"]
+    assert losses(tmp_path / "offloaded", clips, *more, *offloaded) == pytest.approx(exact, abs=1e-4)
+
+
+def test_one_kernel_updates_the_weights(tmp_path: Path, clips: LatentClips) -> None:
+    trainer = trainer_of(tmp_path, clips, "zero.stage=1")
+    assert trainer.engine.optimizer.optimizer.defaults["fused"] is True
+    trainer.engine.destroy()
+
+
+def test_what_a_step_shows_is_not_waited_for(tmp_path: Path, clips: LatentClips) -> None:
+    """This package's part of it: what synchronises inside DeepSpeed is its own."""
+    trainer = trainer_of(tmp_path, clips, "zero.stage=1", "zero.precision=bfloat16")
+    for _ in range(3):
+        trainer.train_step()
+    loaded = trainer.load()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train_step(loaded)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    places = [Path(warning.filename).name for warning in caught if "synchroniz" in str(warning.message)]
+    assert not {"steps.py", "average.py", "processes.py"} & set(places), places
+    trainer.engine.destroy()
