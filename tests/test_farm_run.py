@@ -18,10 +18,14 @@ from forked import Program
 from helpers import tiny_checkpoint
 
 from pavdm_dist import cli
+from pavdm_dist.config import ClusterConfig
 from pavdm_dist.errors import ConfigError, FailedVideosError
 from pavdm_dist.farm.intake import Intake
 from pavdm_dist.farm.manifest import ManifestError
+from pavdm_dist.farm.pool import Pool
+from pavdm_dist.farm.settings import FarmConfig, PoolConfig, validate_farm
 from pavdm_dist.farm.shot import Shot, seed_of
+from pavdm_dist.farm.sizing import sized
 from pavdm_dist.farm.status import status_report
 from pavdm_dist.farm.tree import Failure, Tree
 from pavdm_dist.io.lock import OutputLock
@@ -330,3 +334,37 @@ def test_what_is_left_of_a_complete_shot_is_tidied_up(done: Path, model: Path) -
     assert (parts / "lock.json").exists()
     assert run_farm(farm_config(model), None, done)["done_before"] == 3
     assert not parts.exists()
+
+
+def test_a_cancelled_shot_ends_at_its_next_chunk_and_may_go_on_later(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, grew = tmp_path / "out", Pool.grew
+    tree = Tree(str(out))
+
+    def mark(self: Pool, renderer: Any, shot: Shot, chunk: Any) -> None:
+        grew(self, renderer, shot, chunk)
+        if shot.id == "shot-000" and chunk.index == 1:
+            tree.mark(shot.id, "cancel")
+            time.sleep(0.1)  # longer than the farm looks away
+            self.tick()
+
+    monkeypatch.setattr(Pool, "grew", mark)
+    manifest = write_manifest(tmp_path / "m.jsonl", some_shots(2, num_frames=60))
+    report = run_farm(farm_config(model, chunks_per_segment=1), manifest, out)
+    assert (report["done"], report["cancelled"], report["left"]) == (1, 1, 0)
+    assert tree.state("shot-000").standing == "cancelled" and tree.seconds_rendered("shot-000") > 0
+    tree.unmark("shot-000")
+    again = run_farm(farm_config(model, chunks_per_segment=1), manifest, out)
+    assert again["done"] == 1 and again["frames"] < 60
+
+
+def test_the_planner_sizes_the_pool(model: Path) -> None:
+    config = farm_config(model, {"plan": True}, cluster=ClusterConfig(devices=3, tflops=1e-6))
+    chosen = sized(config, 100)
+    # The model fits one device: with many shots plain replicas do the most work.
+    assert (chosen.farm.renderers, chosen.num_stages, chosen.mode) == (3, 1, "window")
+    alone = sized(config, 1)
+    assert alone.farm.renderers == 1 and alone.num_stages >= 1
+    with pytest.raises(ConfigError, match=r"farm.plan=true: the planner needs to know of devices"):
+        validate_farm(FarmConfig(farm=PoolConfig(plan=True)))

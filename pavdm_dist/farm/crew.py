@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pavdm_dist.errors import EngineError, PAVDMError, ResourcesError
 from pavdm_dist.farm.kinds import Kinds
@@ -31,7 +31,6 @@ class Hand:
         idle_s: how long it had none although there were some to take.
         retiring: it gets none any more.
         over, error: its thread has ended, perhaps by an error.
-        since: when it was started.
     """
 
     renderer: Renderer
@@ -43,7 +42,6 @@ class Hand:
     retiring: bool = False
     over: bool = False
     error: PAVDMError | None = None
-    since: float = field(default_factory=time.monotonic)
     thread: threading.Thread | None = None
 
 
@@ -57,6 +55,7 @@ class Crew:
 
     Attributes:
         hands: all whose threads have not ended, and those that :meth:`reap` has not seen since.
+        ending: the pool is being closed.
         lost: renderers that ended by an error.
         idle_s, rendering_s: of renderers that are no more.
     """
@@ -64,6 +63,7 @@ class Crew:
     def __init__(self, kinds: Kinds, make: Callable[[str], Renderer], turn: threading.Condition) -> None:
         self._kinds, self._options, self._make, self._turn = kinds, kinds.config.farm, make, turn
         self.hands: list[Hand] = []
+        self.ending = False
         self.lost = 0
         self.idle_s = self.rendering_s = 0.0
         self._numbers, self._in_a_row, self._next_start = 0, 0, 0.0
@@ -76,11 +76,11 @@ class Crew:
         """A chunk was written: what is lost from now on is another story."""
         self._in_a_row = 0
 
-    def reap(self, ending: bool) -> None:
+    def reap(self) -> None:
         """Buries renderers that have ended; how soon another takes their place depends on what ended them.
 
         Raises:
-            PAVDMError: of the last one, where none came far, time after time, and ``ending`` is false.
+            PAVDMError: of the last one, where none came far, time after time.
         """
         with self._turn:
             ended = [hand for hand in self.hands if hand.over]
@@ -88,9 +88,9 @@ class Crew:
             alive, now = len(self.hands), time.monotonic()
             for hand in ended:
                 self.idle_s += hand.idle_s
-                self.rendering_s += now - hand.since if hand.renderer.is_up else 0.0
+                self.rendering_s += max(0.0, now - hand.renderer.up_since)
         for hand in ended:
-            if hand.error is not None and not ending:
+            if hand.error is not None and not self.ending:
                 self._follow(hand, hand.error, alive)
 
     def _follow(self, hand: Hand, error: PAVDMError, alive: int) -> None:
@@ -161,6 +161,8 @@ class Crew:
         except PAVDMError as error:
             hand.error = error
         except Exception as error:
+            if self.ending:  # the cluster it was coming up in is being left
+                return
             logger.exception("%s: a fault of this program", hand.renderer.name)
             hand.error = EngineError(f"{hand.renderer.name} failed: {type(error).__name__}: {error}")
         finally:
