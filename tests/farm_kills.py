@@ -80,9 +80,8 @@ class Trial:
             what = "a node"
         else:
             names = ("ray::StageActor", "ray::DecodeActor")
-            actors = [one for one in psutil.Process().children(recursive=True) if _name(one).startswith(names)]
-            if not actors:
-                return
+            while not (actors := [one for one in _children() if _name(one).startswith(names)]):
+                time.sleep(0.1)  # a gang is coming up
             victim = self._rng.choice(actors)
             what = _name(victim)
             victim.kill()
@@ -91,6 +90,10 @@ class Trial:
     def close(self) -> None:
         self._cluster.shutdown()
         self._log.close()
+
+
+def _children() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
 
 
 def _name(process: psutil.Process) -> str:
@@ -108,8 +111,9 @@ def trial(model: Path, folder: Path, shots: int, kills: int, drivers: int, seed:
     """
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray")
     started, run = time.monotonic(), Trial(model, folder, shots, seed)
-    moments = sorted(random.Random(seed + 1).uniform(0.05, 0.85) for _ in range(kills + drivers))
-    ends = set(random.Random(seed + 2).sample(range(kills + drivers), drivers))
+    rng = random.Random(seed + 1)
+    moments = sorted(rng.uniform(0.05, 0.85) for _ in range(kills + drivers))
+    ends = set(rng.sample(range(kills + drivers), drivers))
     statuses: list[int] = []
     farm = run.start()
     try:

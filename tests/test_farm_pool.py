@@ -145,7 +145,7 @@ def test_renderers_come_as_shots_do_and_idle_ones_end(tmp_path: Path, monkeypatc
     end = threading.Event()
     for _ in range(100):
         pool._crew.scale(0, keeps=True)
-        pool._crew.reap(ending=False)
+        pool._crew.reap()
         if len(pool._crew.hands) == 1:
             break
         end.wait(0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -17,10 +18,14 @@ from forked import Program
 from helpers import tiny_checkpoint
 
 from pavdm_dist import cli
+from pavdm_dist.config import ClusterConfig
 from pavdm_dist.errors import ConfigError, FailedVideosError
 from pavdm_dist.farm.intake import Intake
 from pavdm_dist.farm.manifest import ManifestError
+from pavdm_dist.farm.pool import Pool
+from pavdm_dist.farm.settings import FarmConfig, PoolConfig, validate_farm
 from pavdm_dist.farm.shot import Shot, seed_of
+from pavdm_dist.farm.sizing import sized
 from pavdm_dist.farm.status import status_report
 from pavdm_dist.farm.tree import Failure, Tree
 from pavdm_dist.io.lock import OutputLock
@@ -162,21 +167,21 @@ def test_new_lines_are_taken_in_and_bad_ones_told_of(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     manifest = write_manifest(tmp_path / "m.jsonl", some_shots(1))
-    looked, more = [0], Intake.more
+    looked, more = list[Intake](), Intake.more
 
     def grow(self: Intake) -> Any:
-        looked[0] += 1
-        if looked[0] == 1:
+        looked.append(self)
+        if len(looked) == 1:
             with manifest.open("a") as file:
-                file.write("{\n")
-        elif looked[0] == 2:
+                file.write('{"id": "x"}\n')
+            assert more(self) is None
             write_manifest(manifest, some_shots(3))
         return more(self)
 
     monkeypatch.setattr(Intake, "more", grow)
     report = run_farm(farm_config(model), manifest, tmp_path / "out")
-    assert (report["shots"], report["done"]) == (3, 3) or looked[0] < 3
-    assert len(latents_of(tmp_path / "out")) == report["done"]
+    assert (report["shots"], report["done"], len(latents_of(tmp_path / "out"))) == (3, 3, 3)
+    assert "line 2: prompt is missing; it must be text; nothing of what is new is taken in" in caplog.text
 
 
 def test_a_shot_in_other_hands_is_waited_for_and_taken_over(model: Path, tmp_path: Path) -> None:
@@ -211,13 +216,15 @@ def test_a_farm_that_is_told_to_end_saves_all_and_the_next_goes_on(done: Path, m
     words = ["farm", "run", str(manifest), f"model={model}", "guidance_scale=1", "chunks_per_segment=2"]
     process = Program(["-m", "pavdm_dist", *words, "--out", str(out), "--openjd", "--json"])
     parts = out / "shots/long/video.mp4.parts"
-    lines = process.lines()
+    lines, early = process.lines(), list[str]()
     for line in lines:
+        early.append(line)
         if len(list(parts.glob("segment-*.mp4"))) >= 2 or "openjd_progress: 2" in line:
             break
     process.send_signal(signal.SIGTERM)
-    said = [*lines]
+    said = [*early, *lines]
     assert process.returncode == 0, said
+    assert any(line.startswith("openjd_status: 0/1 shots, 1 running") for line in said)
     report = json.loads(said[-1])
     assert (report["done"], report["left"]) == (0, 1) and parts.is_dir()
     assert Tree(str(out)).state("long").standing == "begun"
@@ -291,3 +298,73 @@ def test_in_a_store_as_on_a_disk(model: Path, tmp_path: Path) -> None:
     finally:
         MemoryFileSystem.store.clear()
         MemoryFileSystem.pseudo_dirs[:] = [""]
+
+
+@pytest.mark.slow  # above is what it is made of
+def test_two_farms_on_one_folder_share_the_shots(model: Path, tmp_path: Path) -> None:
+    """Each shot is made by one of them, and both end when all is done."""
+    logging.getLogger("pavdm_dist").setLevel(logging.INFO)
+    shots, out = some_shots(6, num_frames=80), tmp_path / "out"
+    manifest = write_manifest(tmp_path / "m.jsonl", shots)
+    words = ["farm", "run", str(manifest), "--out", str(out), f"model={model}", "guidance_scale=1", "farm.poll_s=0.1"]
+    other = Program(["-m", "pavdm_dist", *words])
+    for line in other.lines():
+        if ": begun" in line:
+            break
+    mine = run_farm(farm_config(model), manifest, out)
+    said, _ = other.communicate(60)
+    assert other.returncode == 0, said
+    assert len(latents_of(out)) == 6 and mine["failed"] == 0
+    made: dict[str, list[str]] = {shot["id"]: [] for shot in shots}
+    for log in out.glob("logs/*.jsonl"):
+        for text in log.read_text().splitlines():
+            entry = json.loads(text)
+            if entry["message"].endswith(": done"):
+                made[entry["shot"]].append(log.name)
+    assert all(len(by) == 1 for by in made.values()), made
+    assert len({by[0] for by in made.values()}) == 2, "the other one had nothing to do"
+
+
+def test_what_is_left_of_a_complete_shot_is_tidied_up(done: Path, model: Path) -> None:
+    """Its process was killed between the sidecar and the end, and left its lock."""
+    parts = done / "shots/shot-000/video.mp4.parts"
+    code = f"import os\nfrom pavdm_dist.io.lock import OutputLock\nlock = OutputLock.acquire({str(parts)[:-6]!r})\n"
+    Program(["-c", f"{code}os.kill(os.getpid(), 9)"]).communicate(60)
+    (parts / "playlist.ffconcat").write_text("ffconcat version 1.0\n")
+    assert (parts / "lock.json").exists()
+    assert run_farm(farm_config(model), None, done)["done_before"] == 3
+    assert not parts.exists()
+
+
+def test_a_cancelled_shot_ends_at_its_next_chunk_and_may_go_on_later(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, grew = tmp_path / "out", Pool.grew
+    tree = Tree(str(out))
+
+    def mark(self: Pool, renderer: Any, shot: Shot, chunk: Any) -> None:
+        grew(self, renderer, shot, chunk)
+        if shot.id == "shot-000" and chunk.index == 1:
+            tree.mark(shot.id, "cancel")
+            time.sleep(0.1)  # longer than the farm looks away
+            self.tick()
+
+    monkeypatch.setattr(Pool, "grew", mark)
+    manifest = write_manifest(tmp_path / "m.jsonl", some_shots(2, num_frames=60))
+    report = run_farm(farm_config(model, chunks_per_segment=1), manifest, out)
+    assert (report["done"], report["cancelled"], report["left"]) == (1, 1, 0)
+    assert tree.state("shot-000").standing == "cancelled" and tree.seconds_rendered("shot-000") > 0
+    tree.unmark("shot-000")
+    again = run_farm(farm_config(model, chunks_per_segment=1), manifest, out)
+    assert again["done"] == 1 and again["frames"] < 60
+
+
+def test_the_planner_sizes_the_pool(model: Path) -> None:
+    config = farm_config(model, {"plan": True}, cluster=ClusterConfig(devices=3, tflops=1e-6))
+    chosen = sized(config, 100)
+    # The model fits one device: with many shots plain replicas do the most work.
+    assert (chosen.farm.renderers, chosen.num_stages, chosen.mode) == (3, 1, "window")
+    alone = sized(config, 1)
+    assert alone.farm.renderers == 1 and alone.num_stages >= 1
+    with pytest.raises(ConfigError, match=r"farm.plan=true: the planner needs to know of devices"):
+        validate_farm(FarmConfig(farm=PoolConfig(plan=True)))

@@ -57,6 +57,7 @@ class Crew:
 
     Attributes:
         hands: all whose threads have not ended, and those that :meth:`reap` has not seen since.
+        ending: the pool is being closed.
         lost: renderers that ended by an error.
         idle_s, rendering_s: of renderers that are no more.
     """
@@ -64,6 +65,7 @@ class Crew:
     def __init__(self, kinds: Kinds, make: Callable[[str], Renderer], turn: threading.Condition) -> None:
         self._kinds, self._options, self._make, self._turn = kinds, kinds.config.farm, make, turn
         self.hands: list[Hand] = []
+        self.ending = False
         self.lost = 0
         self.idle_s = self.rendering_s = 0.0
         self._numbers, self._in_a_row, self._next_start = 0, 0, 0.0
@@ -76,11 +78,11 @@ class Crew:
         """A chunk was written: what is lost from now on is another story."""
         self._in_a_row = 0
 
-    def reap(self, ending: bool) -> None:
+    def reap(self) -> None:
         """Buries renderers that have ended; how soon another takes their place depends on what ended them.
 
         Raises:
-            PAVDMError: of the last one, where none came far, time after time, and ``ending`` is false.
+            PAVDMError: of the last one, where none came far, time after time.
         """
         with self._turn:
             ended = [hand for hand in self.hands if hand.over]
@@ -90,7 +92,7 @@ class Crew:
                 self.idle_s += hand.idle_s
                 self.rendering_s += now - hand.since if hand.renderer.is_up else 0.0
         for hand in ended:
-            if hand.error is not None and not ending:
+            if hand.error is not None and not self.ending:
                 self._follow(hand, hand.error, alive)
 
     def _follow(self, hand: Hand, error: PAVDMError, alive: int) -> None:
@@ -161,6 +163,8 @@ class Crew:
         except PAVDMError as error:
             hand.error = error
         except Exception as error:
+            if self.ending:  # the cluster it was coming up in is being left
+                return
             logger.exception("%s: a fault of this program", hand.renderer.name)
             hand.error = EngineError(f"{hand.renderer.name} failed: {type(error).__name__}: {error}")
         finally:

@@ -12,9 +12,12 @@ from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.manifest import checked
 from pavdm_dist.farm.shot import Shot, seed_of
-from pavdm_dist.farm.tree import FAILED, SIDECAR, Tree
+from pavdm_dist.farm.tree import FAILED, SIDECAR, VIDEO, Tree
 from pavdm_dist.fields import show
+from pavdm_dist.io.lock import Watch
+from pavdm_dist.io.recording import remove_parts
 from pavdm_dist.io.remote import filesystem, is_remote
+from pavdm_dist.io.storage import PARTS_SUFFIX
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ class Intake:
     def __init__(self, manifest: str | None, tree: Tree, kinds: Kinds, only: Collection[str] | None = None) -> None:
         self._manifest, self._tree, self._kinds, self._only = manifest, tree, kinds, only
         self._name = "" if manifest is None else _name(manifest)
+        self._watch = Watch()
         self._known: set[str] = set()
         self._stamp: object = None
 
@@ -99,6 +103,8 @@ class Intake:
         for shot in new:
             names, frames = there.get(shot.id, frozenset()), self._kinds.frames(shot)
             if SIDECAR in names:
+                if VIDEO + PARTS_SUFFIX in names:
+                    self._tidy(shot.id)
                 found.done, found.frames_done = found.done + 1, found.frames_done + frames
             elif FAILED in names:
                 found.failed += 1
@@ -107,6 +113,15 @@ class Intake:
                 found.frames_left += frames
         self._known |= {shot.id for shot in new}
         return found
+
+    def _tidy(self, id: str) -> None:
+        """Removes what a process has left of a complete shot that died between its sidecar and its end."""
+        output = self._tree.output(id)
+        try:
+            if self._watch.is_free(output):
+                remove_parts(output)
+        except (ConfigError, OSError) as error:  # the shot is complete all the same
+            logger.warning("%s: what is left of its parts cannot be removed: %s", output, error)
 
     def _check_unchanged(self, shot: Shot) -> None:
         """Refuses a complete shot that is asked for otherwise than it was made."""

@@ -78,6 +78,17 @@ class Kinds:
         self.base = self._settled(None, "{}", False, False)
         self._identity: str | None = None
 
+    def check_engine(self) -> None:
+        """Refuses what no renderer could be made of, before one is.
+
+        Raises:
+            CheckpointError: a model without weights.
+            ConfigError: a device that is not there, or a cut into stages that cannot be.
+        """
+        pipeline = self.pipeline()
+        if pipeline.engine is not None:
+            pipeline.split(self.base.params)
+
     def pipeline(self) -> PAVDMPipeline:
         """A pipeline of its own for a renderer; loads nothing yet.
 

@@ -6,6 +6,7 @@ What is in memory here can be lost at any moment: the tree has all that counts.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -82,6 +83,7 @@ class Pool:
         self._furthest: dict[str, int] = {}  # by shot, the last chunk that any renderer gave
         self._crew = Crew(kinds, lambda name: Renderer(name, kinds, tree, self), self._turn)
         self._draining_since: float | None = None
+        self._looked = -math.inf
         self._stopped = False
         self._membership: Any = None
         self.ends: Counter[str] = Counter()
@@ -138,6 +140,7 @@ class Pool:
             if self._draining_since is not None:
                 return
             self._draining_since = time.monotonic()
+            self._crew.ending = True
             hands = list(self._crew.hands)
             self._turn.notify_all()
         for hand in hands:
@@ -187,12 +190,15 @@ class Pool:
             PAVDMError: no renderer comes up, time after time; all shots are left in order.
         """
         draining, lost = self._draining_since, self._crew.lost
-        self._crew.reap(ending=draining is not None)
+        self._crew.reap()
         self._meters.add("pavdm_farm_renderers_lost", self._crew.lost - lost)
         if draining is not None:
             if time.monotonic() - draining > self._options.drain_s:
                 self.stop()
             return
+        if time.monotonic() - self._looked < self._options.poll_s:
+            return  # markers may be in a store, and who counts the cluster's nodes has others to answer
+        self._looked = time.monotonic()
         if self._tree.drains:
             logger.info("%s: marker found, all is saved", self._tree.path("drain"))
             return self.drain()

@@ -17,9 +17,11 @@ from pavdm_dist.errors import FailedVideosError
 from pavdm_dist.farm.intake import Found, Intake
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.logs import ShotLog
+from pavdm_dist.farm.manifest import read_shots
 from pavdm_dist.farm.pool import Pool
 from pavdm_dist.farm.progress import FarmProgress
 from pavdm_dist.farm.settings import FarmConfig
+from pavdm_dist.farm.sizing import sized
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.io.metadata import versions
 from pavdm_dist.io.remote import is_remote
@@ -58,7 +60,12 @@ def run_command(
         EngineError: no renderer comes up; what is finished stays.
         Stopped: a signal other than SIGTERM; all is saved.
     """
-    tree, kinds = Tree(out), Kinds(config)
+    tree = Tree(out)
+    if config.farm.plan:
+        asked = tree.shots() if manifest is None else (shot for _, shot in read_shots(manifest))
+        config = sized(config, sum(1 for _ in asked))
+    kinds = Kinds(config)
+    kinds.check_engine()
     intake = Intake(manifest, tree, kinds, only)
     found = intake.first()
     tree.write_settings({"settings": to_dict(config), "manifest": manifest, "versions": versions()})

@@ -18,6 +18,7 @@ class PoolConfig:
     """How shots are shared out, and what becomes of those that fail."""
 
     renderers: Annotated[int, Within(1, 10_000)] | None = None  # at most so many; null = as many as there is room for
+    plan: bool = False  # the planner says num_stages, streams and renderers, for cluster.devices
     min_renderers: Annotated[int, Within(0, 10_000)] = 1  # kept though there is nothing to do for them
     idle_s: _Wait = 30.0  # a renderer above the fewest ends when it had nothing to do for so long
     retries: Annotated[int, Within(0, 1000)] = 3  # of a shot whose renderer was lost, or that stood still
@@ -62,6 +63,10 @@ def validate_farm(config: FarmConfig) -> None:
     validate_sample(config, needs_prompt=False)
     if config.streams > 1 and not config.num_stages:
         raise ConfigError(f"streams={config.streams}: without stages videos are made one after another; set num_stages")
+    if config.farm.plan and config.cluster.devices is None:
+        raise ConfigError("farm.plan=true: the planner needs to know of devices; set cluster.devices=N")
+    if config.farm.plan and (config.farm.renderers is not None or config.layers_per_stage is not None):
+        raise ConfigError("farm.plan=true: farm.renderers and layers_per_stage leave nothing to plan; drop one")
     most, fewest = config.farm.renderers, config.farm.min_renderers
     if not config.num_stages and (most or 1) > 1:
         raise ConfigError(f"farm.renderers={most}: without stages this process is the only one; set num_stages")

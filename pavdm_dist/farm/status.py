@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -9,8 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from pavdm_dist.config import frames_wanted
-from pavdm_dist.errors import ConfigError
+from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.settings import FarmConfig
 from pavdm_dist.farm.shot import Shot
@@ -18,6 +18,8 @@ from pavdm_dist.farm.tree import State, Tree
 from pavdm_dist.fields import json_value
 from pavdm_dist.io.storage import open_read
 from pavdm_dist.merging import merged
+
+logger = logging.getLogger(__name__)
 
 # The rate is that of the newest so many seconds in which something was finished.
 RECENT_S = 1800.0
@@ -80,12 +82,12 @@ def status_report(out: str, now: float | None = None) -> dict[str, Any]:
         ConfigError: no folder of a farm.
     """
     tree, now = Tree(out), time.time() if now is None else now
-    config = settings_of_run(tree)
-    kinds = Kinds(config)
+    kinds = _kinds(settings_of_run(tree))
     counts: Counter[str] = Counter()
     running: list[dict[str, Any]] = []
     failures: list[dict[str, Any]] = []
-    left = playable = 0.0
+    left: float | None = 0.0
+    playable = 0.0
     finished: list[tuple[float, float]] = []
     for one in standings(tree):
         standing = one.state.standing
@@ -95,9 +97,9 @@ def status_report(out: str, now: float | None = None) -> dict[str, Any]:
             finished.append((datetime.fromisoformat(one.sidecar["created"]).timestamp(), one.seconds))
         elif standing in ("queued", "running", "begun"):
             wanted = _seconds(kinds, one.shot)
-            left += max(0.0, wanted - one.seconds)
+            left = None if wanted is None or left is None else left + max(0.0, wanted - one.seconds)
             if standing == "running":
-                made = f"{one.seconds:.1f}/{wanted:.1f}"
+                made = f"{one.seconds:.1f}" + ("" if wanted is None else f"/{wanted:.1f}")
                 running.append({"id": one.shot.id, "seconds": made, "by": one.state.by})
         elif one.state.failure is not None:
             failure = one.state.failure
@@ -107,9 +109,9 @@ def status_report(out: str, now: float | None = None) -> dict[str, Any]:
         "shots": sum(counts.values()),
         **{name: counts[name] for name in ("done", "running", "begun", "queued", "failed", "skipped", "cancelled")},
         "seconds_of_video": round(playable, 3),
-        "seconds_left": round(left, 3),
+        "seconds_left": None if left is None else round(left, 3),
         "seconds_of_video_per_minute": None if rate is None else round(rate, 3),
-        "minutes_left": None if not rate else round(left / rate, 1),
+        "minutes_left": None if not rate or left is None else round(left / rate, 1),
         **({"shots_running": running[:LISTED]} if running else {}),
         **({"failures": failures[:LISTED]} if failures else {}),
     }
@@ -141,11 +143,20 @@ def forget_failures(out: str, ids: Collection[str]) -> list[str]:
     return again
 
 
-def _seconds(kinds: Kinds, shot: Shot) -> float:
+def _kinds(config: FarmConfig) -> Kinds | None:
+    """None where the model cannot be opened: on a machine that only looks on."""
     try:
-        return kinds.seconds(shot)
+        return Kinds(config)
+    except PAVDMError as error:
+        logger.warning("how long shots are to be is not known here: %s", error)
+        return None
+
+
+def _seconds(kinds: Kinds | None, shot: Shot) -> float | None:
+    try:
+        return None if kinds is None else kinds.seconds(shot)
     except ConfigError:  # settings have changed since it was asked for
-        return frames_wanted(kinds.base.config, kinds.base.params.fps) / kinds.base.params.fps
+        return None
 
 
 def _rate(finished: list[tuple[float, float]], now: float) -> float | None:
