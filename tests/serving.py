@@ -6,11 +6,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 
 from pavdm_dist.farm.kinds import Kinds
@@ -106,3 +108,27 @@ def served(config: ServeConfig, out: Path, token: str | None = None) -> Iterator
         desk.close()
         listening.close()
     assert not thread.is_alive()
+
+
+def storm(url: str, clients: int, each: int) -> list[str]:
+    """Many clients at once, bad requests among the good ones; ids of what was taken."""
+    ids: list[str] = []
+
+    def client(number: int) -> None:
+        with httpx.Client(timeout=60) as session:
+            for turn in range(each):
+                kind = (number + turn) % 5
+                if kind == 3:
+                    answer = session.post(f"{url}/v1/videos", json={"prompt": "a", "size": "50x32"})
+                    assert answer.status_code == 400, answer.text
+                elif kind == 4:
+                    assert session.get(f"{url}/v1/videos/video_{number}").status_code == 404
+                answer = session.post(f"{url}/v1/videos", data={"prompt": "a red three", "num_frames": "9"})
+                assert answer.status_code == 200, answer.text
+                ids.append(answer.json()["id"])
+                assert session.get(f"{url}/v1/videos/{ids[-1]}").status_code == 200
+
+    with ThreadPoolExecutor(clients) as pool:
+        for done in [pool.submit(client, number) for number in range(clients)]:
+            done.result()
+    return ids

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submit a `pavdm` command to a running Ray cluster as a Ray job, follow its log, and end with its status. The same
+# Submit a `pavdm` command to a running Ray cluster as a Ray job and follow its log; the status is 1 if it fails. The same
 # command again leaves complete videos alone, and goes on with those that were interrupted.
 #
 #   cluster/ray_job/submit.sh sample "a red three" num_stages=2 output=/shared/three.mp4      any verb and its words

@@ -28,8 +28,8 @@ def application(args: dict[str, Any]) -> Any:
     """
     from ray import serve
 
-    out, settings = _arguments(args)
-    config = _config(settings)
+    out, config = checked(args)
+    settings = args.get("settings", [])
     if asks_for_token(config.http) and not os.environ.get(TOKEN, "").strip():
         raise ConfigError(f"http.auth: set {TOKEN} for the replica, from a Secret")
     server = serve.deployment(name="Server", num_replicas=1, max_ongoing_requests=1000)
@@ -71,9 +71,13 @@ def _config(settings: Sequence[str]) -> ServeConfig:
     return config
 
 
-def _arguments(args: dict[str, Any]) -> tuple[str, list[str]]:
-    unknown = set(args) - {"out", "settings"}
+def checked(args: dict[str, Any]) -> tuple[str, ServeConfig]:
+    """The folder and the settings that the arguments of :func:`application` say.
+
+    Raises:
+        ConfigError: as there.
+    """
     out, settings = args.get("out"), args.get("settings", [])
-    if unknown or not isinstance(out, str) or not isinstance(settings, list):
+    if set(args) - {"out", "settings"} or not isinstance(out, str) or not isinstance(settings, list):
         raise ConfigError(f"args={args}: must be out, a folder, and settings, a list of key=value")
-    return out, [str(one) for one in settings]
+    return out, _config(settings)

@@ -97,6 +97,7 @@ class FrontDesk(Listener):
         self._pool = Pool(kinds, tree, self, self._log, endless=True)
         self._turn = threading.RLock()
         self._reserved = 0  # videos whose manifests are being written
+        self._stamp = 0  # of the newest one
         self._shots: dict[str, Shot] = {}
         self._progress: dict[str, Progress] = {}
         self._asked_at: dict[str, float] = {}  # of those that have given no chunk yet
@@ -186,12 +187,11 @@ class FrontDesk(Listener):
                 left.append(round(pace * max(1, self.num_chunks(shot) - progress.chunks)))
         return max(_RETRY_LEAST_S, min(left))
 
-    def submit(self, shot: Shot, created_at: int) -> None:
+    def submit(self, shot: Shot) -> None:
         """Keeps a video and queues it; once this returns, no restart loses it.
 
         Args:
             shot: checked.
-            created_at: seconds since 1970.
 
         Raises:
             Refusal: as :meth:`check_room`.
@@ -200,8 +200,11 @@ class FrontDesk(Listener):
         with self._turn:
             self.check_room()
             self._reserved += 1
+            # Manifests are read in the order of their names, so that a restart knows who came first.
+            self._stamp = max(time.time_ns(), self._stamp + 1)
+            name = f"{self._stamp:020d}-{shot.id}.jsonl"
         try:
-            self.tree.keep(f"{created_at:011d}-{shot.id}.jsonl", [shot])
+            self.tree.keep(name, [shot])
             with self._turn:
                 self._shots[shot.id] = shot
                 self._asked_at[shot.id] = time.monotonic()

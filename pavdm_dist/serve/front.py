@@ -70,7 +70,7 @@ class Front:
                 self._decode(shot)
             with atomic_write(join(folder, _REQUEST), "w") as file:
                 file.write(f'{{"created_at": {created_at}}}\n')
-            self.desk.submit(shot, created_at)
+            self.desk.submit(shot)
         except BaseException:
             remove(folder)  # nothing was promised
             raise

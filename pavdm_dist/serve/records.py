@@ -8,7 +8,7 @@ from typing import Any
 from pavdm_dist.errors import PAVDMError
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import CANCEL, State
-from pavdm_dist.serve.desk import FrontDesk
+from pavdm_dist.serve.desk import FrontDesk, Progress
 from pavdm_dist.serve.refusals import no_such_video
 
 # What a client knows of states, by the farm's.
@@ -101,13 +101,21 @@ def timeline(desk: FrontDesk, id: str) -> dict[str, Any]:
         "window": window,
         "row": row,
         "rows": plan.num_rows,
-        "prompts": [[0, shot.prompt], *([] if progress is None else [list(change) for change in progress.prompts])],
+        "prompts": [[0, shot.prompt], *_changes(desk, id, state, progress)],
         "seconds_per_chunk": None if progress is None or not progress.seconds else round(progress.seconds[-1], 3),
         "stages": [
             {"stage": rank, "blocks": list(blocks), "at_work": progress is not None}
             for rank, blocks in enumerate(desk.split)
         ],
     }
+
+
+def _changes(desk: FrontDesk, id: str, state: State, progress: Progress | None) -> list[list[Any]]:
+    """``[first chunk, text]`` of prompts that were changed on the way."""
+    if state.standing == "done":
+        extra = (desk.tree.sidecar(id) or {}).get("extra") or {}
+        return [list(change) for change in extra.get("prompt_changes", ())]
+    return [] if progress is None else [list(change) for change in progress.prompts]
 
 
 def _percent(desk: FrontDesk, shot: Shot, state: State, seconds: float) -> int:
