@@ -546,12 +546,19 @@ def test_captions_whose_end_is_not_read_are_counted(
 ) -> None:
     """As large encoders cut them; the one of the embedded model refuses such captions."""
     monkeypatch.setattr(WordTextEncoder, "unread", lambda _, prompt, limit: "and more" if "long" in prompt else "")
+
+    def says(_: WordTextEncoder, prompt: str, limit: int) -> None:
+        for name in ("text", "pretrained_text"):
+            logging.getLogger(f"pavdm_dist.codecs.{name}").warning("of one prompt: %s", prompt)
+
+    monkeypatch.setattr(WordTextEncoder, "check", says)
     for name in ("long one", "long two", "short"):
         write_video(tmp_path / "v" / f"{name}.mp4", numbered(20, 96, 96))
     more = {"source": [str(tmp_path / "v")], "buckets": ["96x96x3@24"], "captions": "stem", "encode": False}
     report = prepare_command(replace(config, output=str(tmp_path / "set"), **more))
     assert report["remarks"] == {"caption cut": 2}
     assert "have captions that are longer than the text encoder takes: their ends are not read" in caplog.text
+    assert "of one prompt" not in caplog.text
 
 
 def test_damaged_videos_give_what_lies_before_the_fault_when_asked(config: PrepareConfig, tmp_path: Path) -> None:

@@ -251,13 +251,16 @@ def _encoders(model: str, device: str, worker: int) -> tuple[VideoCodec, Checkpo
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without a warning per caption: unknown words are counted and reported once."""
-    logger = logging.getLogger("pavdm_dist.codecs.text")
-    before, logger.disabled = logger.disabled, True
+    """Without a warning per caption: unknown words and ends that are not read are counted and reported once."""
+    loggers = [logging.getLogger(f"pavdm_dist.codecs.{name}") for name in ("text", "pretrained_text")]
+    before = [each.disabled for each in loggers]
+    for each in loggers:
+        each.disabled = True
     try:
         yield
     finally:
-        logger.disabled = before
+        for each, disabled in zip(loggers, before, strict=True):
+            each.disabled = disabled
 
 
 def read_scan(output: Path, part: int) -> list[dict[str, Any]]:
