@@ -205,7 +205,7 @@ def videos() -> list[Stream]:
     """Blocks, with clean and noised context, beside the published method; every start."""
     return [
         tiny_stream(0, 1, **BLOCKS, num_chunks=7),
-        tiny_stream(1, 2, **BLOCKS, num_chunks=5, start="clip", context_chunks=2, end="cut"),
+        tiny_stream(1, 2, guidance_scale=1.0, **BLOCKS, num_chunks=5, start="clip", context_chunks=2, end="cut"),
         replace(tiny_stream(2, 3, **BLOCKS, num_chunks=6, start="chunk"), context_follows=True),
         tiny_stream(3, 4, num_chunks=3),
         tiny_stream(4, 5, guidance_scale=1.0, window_chunks=1, num_chunks=3),

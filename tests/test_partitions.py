@@ -209,7 +209,7 @@ def by_hand(stream: Stream) -> dict[int, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("start", ["noise", "chunk"])
 def test_latents_are_those_of_the_queue_by_hand(kind: str, start: Any) -> None:
-    stream = video(kind, start=start)
+    stream = video(kind, start=start, guidance_scale=3.0 if start == "noise" else 1.0)
     expected = by_hand(stream)
     for clean in reference_chunks(tiny_model(), stream):
         assert (clean.latents - expected[clean.index]).abs().max() < 1e-5
@@ -238,7 +238,8 @@ def both(kind: str) -> list[Stream]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "num_stages"), [*zip(KINDS, (2, 1, 4), strict=True), *zip(KINDS, (3, 2, 1), strict=True)]
+    ("kind", "num_stages"),
+    [("two partitions", 3), ("three with lookahead", 2), ("three with lookahead", 4), ("one with lookahead", 1)],
 )
 def test_stages_equal_one_process(kind: str, num_stages: int) -> None:
     cut = {1: CUTS[0], 2: [(0, 1), (1, 4)], 3: CUTS[1], 4: [(i, i + 1) for i in range(4)]}[num_stages]
@@ -342,7 +343,7 @@ def test_a_run_goes_on_from_every_shift() -> None:
 
 
 def test_an_endless_video_is_stopped_alike() -> None:
-    stream = video("three with lookahead", num_chunks=None)
+    stream = video("three with lookahead", num_chunks=None, guidance_scale=1.0)
 
     def stop(driver: Driver, finished: Finished) -> None:
         if finished.clean.index == 3:
@@ -421,7 +422,7 @@ def test_the_time_shift_is_that_of_what_a_call_sees() -> None:
 
 
 def test_the_plan_prints_the_cost_beside_the_plain_one(caplog: pytest.LogCaptureFixture) -> None:
-    chosen = {"partitions": 3, "lookahead": True, "cluster": ClusterConfig(devices=4)}
+    chosen = {"partitions": 3, "lookahead": True, "cluster": ClusterConfig(devices=2)}
     report = plan_report(PlanConfig(**chosen, num_stages=2), chunks=10)  # type: ignore[arg-type]
     checkpoint = Checkpoint.open("embedded")
     params = SamplingParams.resolve(checkpoint, partitions=3, lookahead=True)
