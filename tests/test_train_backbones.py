@@ -274,3 +274,21 @@ def test_sharded_building_keeps_tables_exact(precision: str, tmp_path: Path, cli
     for name, value in tables.items():
         assert value.dtype == torch.float32 and torch.equal(value, stored.state_dict()[name]), name
     trainer.engine.destroy()
+
+
+def test_sharded_building_starts_from_the_same_weights(
+    models: dict[str, Path], tmp_path: Path, clips: LatentClips
+) -> None:
+    plain = plain_torch(clips, [word for word in settings(models["wan"], tmp_path) if word != STAGE], 3)
+    sharded = ["zero.stage=3", "zero.init=true"]
+    trainer = trainer_of(models["wan"], tmp_path / "all", clips, *sharded)
+    assert [trainer.train_step()["loss"] for _ in range(3)] == pytest.approx(plain["loss"], abs=1e-5)
+    trainer.engine.destroy()
+    low = trainer_of(models["wan"], tmp_path / "low", clips, *sharded, *LOW_RANK)
+    base = load_backbone(Source.of(models["wan"]).part("transformer")).state_dict()
+    weights = low.whole_weights(averaged=False)
+    assert all(torch.equal(weights[f"transformer.{name}"], value) for name, value in base.items())
+    assert all(value.eq(0).all() == ("lora_B" in name) for name, value in weights.items() if ".lora_" in name)
+    # Changes that do nothing yet: the first loss is the base's.
+    assert low.train_step()["loss"] == pytest.approx(plain["loss"][0], abs=1e-5)
+    low.engine.destroy()

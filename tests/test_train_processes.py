@@ -124,6 +124,9 @@ def test_settings_of_workers_that_are_not_asked_for_are_refused(
         ),
         (["zero.bucket_elements=5"], "zero.bucket_elements=5; it is of zero.stage=1, 2 and 3"),
         (["objective.variance_scale=0.3"], "objective.variance_scale=0.3; it is of objective.pattern=linear-variance"),
+        (["validation.clips=3"], "validation.clips=3; it is of data.folder"),
+        (["validation.batches=3"], "validation.batches=3; it is of validation.every_steps"),
+        (["model.lora.targets=[to_q]"], r"model.lora.targets=\['to_q'\]; it is of model.lora.rank"),
     ],
 )
 def test_settings_that_are_not_read_are_told_of(given: list[str], said: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -67,6 +67,10 @@ def _unused(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
     if m.pretrained is not None:
         sizes = tuple(field.name for field in dataclasses.fields(m) if field.name not in ("pretrained", "lora"))
         groups.append(("model", m, sizes, f"the sizes of model.pretrained={m.pretrained} count"))
+    if not d.folder:
+        groups.append(("validation", config.validation, ("clips",), "it is of data.folder"))
+    if not config.validation.every_steps:
+        groups.append(("validation", config.validation, ("batches",), "it is of validation.every_steps"))
     if not m.lora.rank:
         groups.append(("model.lora", m.lora, ("alpha", "targets"), "it is of model.lora.rank"))
     if o.name != "muon":
