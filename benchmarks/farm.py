@@ -7,10 +7,10 @@ A tiny untrained model, whose shots take a fraction of a second: for real ones e
 * ``check``: a manifest of 100,000 lines (5,000 with --quick) checked whole, with model and prompts; seconds, and the
   most memory that Python held for a tenth of them and for a twentieth;
 * ``finished``: `farm run` over 10,000 finished shots (500), until it knows that nothing is left;
-* ``rendering``: shots on one renderer of two stages, two in flight; ``idle_share``: of the renderer's time with no shot
-  begun though some waited; ``stage_gaps_share``: of the time from the first unit to the last, what the first stage had
-  between the last unit of a shot and the first of the next with nothing else in flight; ``scheduling_share``: CPU time
-  that the pool's own calls took, of the farm's wall time.
+* ``rendering``, ``one_in_flight``: shots on one renderer of two stages, two or one of them in flight; ``idle_share``:
+  of the renderer's time with no shot begun though some waited; ``stage_gaps_share``: of the time from the first unit
+  to the last, what the first stage had between the last unit of a shot and the first of the next with nothing else in
+  flight; ``scheduling_share``: CPU time that the pool's own calls took, of the farm's wall time.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def main() -> None:
             "machine": machine(),
             "check": _check(model, folder, 5_000 if quick else 100_000),
             "finished": _finished(model, folder, 500 if quick else 10_000),
-            "rendering": _rendering(model, folder, 12 if quick else 60),
+            "rendering": _rendering(model, folder, 12 if quick else 60, streams=2),
+            "one_in_flight": _rendering(model, folder, 6 if quick else 30, streams=1),
         }
     print(json.dumps(report) if arguments.json else _table(report))
 
@@ -67,12 +68,12 @@ def _check(model: Path, folder: Path, lines: int) -> dict[str, Any]:
         return round(most / 2**20, 2)
 
     manifest = _manifest(folder / "timed.jsonl", lines)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     assert sum(1 for _ in checked(str(manifest), kinds.check)) == lines
-    seconds = time.perf_counter() - start
     return {
         "lines": lines,
-        "seconds": round(seconds, 2),
+        "seconds": round(time.perf_counter() - start, 2),
+        "cpu_s": round(time.process_time() - cpu, 2),
         "mib_of_a_tenth": held(lines // 10),
         "mib_of_a_twentieth": held(lines // 20),
     }
@@ -97,23 +98,24 @@ def _finished(model: Path, folder: Path, shots: int) -> dict[str, Any]:
         for file in first.iterdir():
             (place / file.name).hardlink_to(file)
     manifest = write_manifest(folder / "all.jsonl", listed)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     report = run_farm(config, manifest, out)
     assert report["done_before"] == shots and report["frames"] == 0
-    return {"shots": shots, "seconds": round(time.perf_counter() - start, 2)}
+    spent = {"seconds": round(time.perf_counter() - start, 2), "cpu_s": round(time.process_time() - cpu, 2)}
+    return {"shots": shots, **spent}
 
 
-def _rendering(model: Path, folder: Path, shots: int) -> dict[str, Any]:
+def _rendering(model: Path, folder: Path, shots: int, streams: int) -> dict[str, Any]:
     import ray
 
     spent = _timed_calls(Pool, ("take", "is_free", "begun", "grew", "_settled", "tick"))
-    trace = folder / "trace.json"
-    config = farm_config(model, {"renderers": 1, "poll_s": 2.0}, num_stages=2, streams=2)
+    trace = folder / f"trace{streams}.json"
+    config = farm_config(model, {"renderers": 1, "poll_s": 2.0}, num_stages=2, streams=streams)
     config.trace = str(trace)  # of the one renderer
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        manifest = write_manifest(folder / "render.jsonl", some_shots(shots, num_frames=8 * FRAMES))
-        report = run_farm(config, manifest, folder / "rendered")
+        manifest = write_manifest(folder / f"render{streams}.jsonl", some_shots(shots, num_frames=8 * FRAMES))
+        report = run_farm(config, manifest, folder / f"rendered{streams}")
     finally:
         ray.shutdown()
     assert report["done"] == shots
@@ -166,7 +168,7 @@ def _gaps(trace: Path) -> float:
 
 def _table(report: dict[str, Any]) -> str:
     lines = [machine_line(report["machine"]), ""]
-    for name in ("check", "finished", "rendering"):
+    for name in ("check", "finished", "rendering", "one_in_flight"):
         lines.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in report[name].items()))
     return "\n".join(lines)
 

@@ -214,3 +214,13 @@ def test_the_gpu_measurement_runs_where_there_is_none() -> None:
     assert found["sampling"]["window"]["pflop"] > found["sampling"]["causal"]["pflop"] > 0, "the context is kept"
     for part in (*found["sampling"].values(), found["training"]):
         assert 0 < part["share_of_peak"] < 1
+
+
+@pytest.mark.slow
+def test_a_farm_costs_little_beside_its_rendering() -> None:
+    found = report("farm.py", "--quick")
+    check_machine(found)
+    assert found["check"]["mib_of_a_tenth"] < 1 and found["finished"]["shots"] == 500
+    rendering = found["rendering"]
+    assert rendering["idle_share"] < 0.05 and rendering["stage_gaps_share"] < 0.05
+    assert rendering["scheduling_share"] < 0.01

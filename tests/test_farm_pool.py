@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,9 @@ class FakeRenderer:
     """Stands for one whose gang never comes; shots are taken and ended by the test."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.is_up, self.told = name, True, list[str]()
+        self.name, self.up_since, self.told = name, time.monotonic(), list[str]()
+
+    is_up = True
 
     def drain(self) -> None:
         self.told.append("drain")

@@ -20,7 +20,7 @@ import pytest
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io import lock, lockfile, processes, storage
-from pavdm_dist.io.lock import OutputLock, clear_locks
+from pavdm_dist.io.lock import OutputLock, Watch, clear_locks
 from pavdm_dist.io.lockfile import read_lock, remove_stale
 
 pytestmark = pytest.mark.timeout(60)
@@ -407,3 +407,28 @@ except lock.ConfigError as error:
 """
     done = subprocess.run([*ALONE[:-1], sys.executable, "-c", program], capture_output=True, text=True)
     assert "is being written by process 1 on this machine" in done.stdout, done.stderr
+
+
+def test_locks_of_other_machines_are_watched_beside_other_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits: a lock that changes is alive, one that has not for long enough is taken away."""
+    monkeypatch.setattr(lock, "SILENCE_S", 0.2)
+    output, watch = tmp_path / "v.mp4", Watch()
+    assert watch.is_free(output)
+    path = tmp_path / "v.mp4.parts" / "lock.json"
+    path.parent.mkdir()
+
+    def write(beats: int) -> None:
+        facts = {"host": "far", "machine": "another", "pid": 1, "started": 1, "token": "t", "beats": beats}
+        path.write_text(json.dumps(facts))
+
+    write(0)
+    assert not watch.is_free(output)
+    time.sleep(0.25)
+    write(1)
+    assert not watch.is_free(output), "it was renewed meanwhile"
+    time.sleep(0.25)
+    assert watch.is_free(output) and not path.exists()
+    mine = OutputLock.acquire(output)
+    assert not watch.is_free(output), "this process' own is held, too"
+    mine.release()
+    assert watch.is_free(output)

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pavdm_dist.errors import EngineError, PAVDMError, ResourcesError
 from pavdm_dist.farm.kinds import Kinds
@@ -31,7 +31,6 @@ class Hand:
         idle_s: how long it had none although there were some to take.
         retiring: it gets none any more.
         over, error: its thread has ended, perhaps by an error.
-        since: when it was started.
     """
 
     renderer: Renderer
@@ -43,7 +42,6 @@ class Hand:
     retiring: bool = False
     over: bool = False
     error: PAVDMError | None = None
-    since: float = field(default_factory=time.monotonic)
     thread: threading.Thread | None = None
 
 
@@ -90,7 +88,7 @@ class Crew:
             alive, now = len(self.hands), time.monotonic()
             for hand in ended:
                 self.idle_s += hand.idle_s
-                self.rendering_s += now - hand.since if hand.renderer.is_up else 0.0
+                self.rendering_s += max(0.0, now - hand.renderer.up_since)
         for hand in ended:
             if hand.error is not None and not self.ending:
                 self._follow(hand, hand.error, alive)

@@ -174,7 +174,7 @@ class Pool:
                 "waiting": len(self._waiting),
                 "running": len(self._running),
                 "renderers": len(hands),
-                "rendering_s": self._crew.rendering_s + sum(now - hand.since for hand in hands if hand.renderer.is_up),
+                "rendering_s": self._crew.rendering_s + sum(max(0.0, now - hand.renderer.up_since) for hand in hands),
                 "idle_s": self._crew.idle_s + sum(hand.idle_s for hand in hands),
             }
 

@@ -7,6 +7,7 @@ place is free, and is this renderer's from the moment at which the lock in its p
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -51,23 +52,22 @@ class Renderer:
         desk: where shots come from.
 
     Attributes:
-        made: chunks written so far.
-        is_up: the gang has asked for its first shot, so its weights are loaded.
+        up_since: when the gang asked for its first shot, so that its weights were loaded; of the monotonic clock.
     """
 
     def __init__(self, name: str, kinds: Kinds, tree: Tree, desk: Desk) -> None:
         self.name, self._kinds, self._tree, self._desk = name, kinds, tree, desk
         self.pipeline = kinds.pipeline()
-        self.made, self.is_up = 0, False
+        self.up_since = math.inf
         self._flights: dict[int, _Flight] = {}
         self._numbers = 0
         self._turn = threading.RLock()  # of what the thread that begins shots and the one that writes them share
         self._draining = self._stopping = self._over = False
 
     @property
-    def in_flight(self) -> int:
-        """Shots in its hands."""
-        return len(self._flights)
+    def is_up(self) -> bool:
+        """Whether it has asked for shots."""
+        return self.up_since < math.inf
 
     def run(self) -> None:
         """Renders what the desk gives until it gives no more. Whatever ends it, all shots are left in order.
@@ -137,7 +137,7 @@ class Renderer:
     # --- the thread that begins shots ------------------------------------------------------------------------
 
     def _requests(self) -> Iterator[VideoRequest]:
-        self.is_up = True
+        self.up_since = time.monotonic()
         while not self._draining and (shot := self._desk.take(self)) is not None:
             request = self._begin(shot)
             if request is not None:
@@ -207,7 +207,6 @@ class Renderer:
                 self._end(flight, end_of(error.__cause__ or error, error))
             else:
                 flight.frames += chunk.frames.shape[0]
-                self.made += 1
                 self._desk.grew(self, flight.shot, chunk)
                 if flight.video.result is not None:
                     self._end(flight, Ended("done"))
