@@ -47,6 +47,11 @@ class GatedDesk(FrontDesk):
             self._most = self._written + chunks
             self._gate.notify_all()
 
+    def has(self, id: str, chunks: int) -> bool:
+        """Whether so many chunks of a video that is being rendered are written."""
+        progress = self.progress(id)
+        return progress is not None and progress.chunks >= chunks
+
     def grew(self, shot: Shot, chunk: VideoChunk) -> None:
         super().grew(shot, chunk)
         with self._gate:

@@ -291,27 +291,34 @@ def test_the_dockerfile_copies_what_is_there_and_the_builder_gets_no_more() -> N
     assert shlex.split(install)[1:5] == ["python", "-m", "pip", "install"] and "-c constraints.txt" in install
 
 
-def test_openjd_takes_the_templates_and_gets_a_task_a_seed_whose_command_reads(tmp_path: Path) -> None:
-    """By the reference implementation of Open Job Description's own model; the task's script runs."""
+def openjd_words(name: str, given: dict[str, str], task: str, tasks: list[str], tmp_path: Path) -> list[str]:
+    """What the script of a template's task runs, by the model of Open Job Description's reference implementation.
+
+    Args:
+        name: of the template.
+        given: parameters of the job.
+        task: name of the task's parameter.
+        tasks: its values, which are checked; the script is that of the last one.
+        tmp_path: a folder to run in.
+    """
     model = pytest.importorskip("openjd.model", reason="needs openjd-model")
     template = model.decode_job_template(
-        template=yaml.safe_load((CLUSTER / "openjd" / "seeds" / "template.yaml").read_text())
+        template=yaml.safe_load((CLUSTER / "openjd" / name / "template.yaml").read_text())
     )
-    given = {"Prompt": 'a "red" three, $up', "Seeds": "3,7-8", "OutputDir": "/s/a b", "Settings": "seconds=2 fps=12"}
     values = model.preprocess_job_parameters(
         job_template=template,
         job_parameter_values=given,
         job_template_dir=CLUSTER,
         current_working_dir=tmp_path,
     )
-    job = model.create_job(job_template=template, job_parameter_values=values)
-    (step,) = job.steps
-    tasks = model.StepParameterSpaceIterator(space=step.parameterSpace)
-    assert [task["Seed"].value for task in tasks] == ["3", "7", "8"]
+    (step,) = model.create_job(job_template=template, job_parameter_values=values).steps
+    found = model.StepParameterSpaceIterator(space=step.parameterSpace)
+    assert [one[task].value for one in found] == tasks
+    assert step.script.actions.onRun.cancelation.mode.value == "NOTIFY_THEN_TERMINATE"
     # The script as a session would write it.
     stand_in(tmp_path / "python", 'printf "%s\\n" "$@"')
     references = {f"Param.{name}": value.value for name, value in values.items()}
-    references |= {"Task.Param.Seed": 7, "Param.Python": tmp_path / "python"}
+    references |= {f"Task.Param.{task}": tasks[-1], "Param.Python": tmp_path / "python"}
     for file in step.script.embeddedFiles:
         references[f"Task.File.{file.name}"] = tmp_path / file.name
     for file in step.script.embeddedFiles:
@@ -325,10 +332,31 @@ def test_openjd_takes_the_templates_and_gets_a_task_a_seed_whose_command_reads(t
         check=True,
         env={"PATH": "/usr/bin:/bin"},
     )
-    words = done.stdout.splitlines()
-    assert words[:3] == ["-m", "pavdm_dist", "sample"]
-    config = sample_config(words[3:])
-    assert (config.prompt, config.seed, config.output) == ('a "red" three, $up', 7, "/s/a b/seed-7.mp4")
-    assert (config.seconds, config.fps, config.progress) == (2.0, 12.0, "openjd")
     with pytest.raises(model.DecodeValidationError, match="Extra inputs are not permitted"):
         model.decode_job_template(template={"specificationVersion": "jobtemplate-2023-09", "name": "x", "step": []})
+    return done.stdout.splitlines()
+
+
+def test_openjd_gets_a_task_a_seed_whose_command_reads(tmp_path: Path) -> None:
+    given = {"Prompt": 'a "red" three, $up', "Seeds": "3,7-8", "OutputDir": "/s/a b", "Settings": "seconds=2 fps=12"}
+    words = openjd_words("seeds", given, "Seed", ["3", "7", "8"], tmp_path)
+    assert words[:3] == ["-m", "pavdm_dist", "sample"]
+    config = sample_config(words[3:])
+    assert (config.prompt, config.seed, config.output) == ('a "red" three, $up', 8, "/s/a b/seed-8.mp4")
+    assert (config.seconds, config.fps, config.progress) == (2.0, 12.0, "openjd")
+
+
+def test_openjd_gets_a_task_a_machine_that_all_render_one_folder(tmp_path: Path) -> None:
+    from pavdm_dist.cli import _parser
+    from pavdm_dist.farm.verbs import run_settings
+
+    manifest = tmp_path / "my shots.jsonl"
+    manifest.write_text('{"prompt": "a red three"}\n')
+    given = {"Manifest": str(manifest), "OutputDir": "/s/a b", "Machines": "1-3", "Settings": "seconds=2 streams=1"}
+    words = openjd_words("farm", given, "Machine", ["1", "2", "3"], tmp_path)
+    assert words[:2] == ["-m", "pavdm_dist"]
+    arguments, rest = _parser().parse_known_args(words[2:])
+    arguments.words += rest  # as main() does with words behind a flag
+    named, config = run_settings(arguments)
+    assert (arguments.action, arguments.out, arguments.openjd) == ("run", "/s/a b", True)
+    assert (str(named), config.seconds, config.streams) == (str(manifest), 2.0, 1)

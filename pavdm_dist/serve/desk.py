@@ -118,6 +118,8 @@ class FrontDesk(Listener):
             if self.tree.state(shot.id, there.get(shot.id, frozenset())).standing in ("queued", "begun", "running"):
                 unfinished.append(shot)
         self._pool.open()
+        with suppress(PAVDMError):  # what checks need is loaded now, and not while the first client waits
+            self.kinds.check(Shot("warm-up", "a"))
         logging.getLogger("pavdm_dist").addHandler(self._log)
         self._pool.submit(unfinished)
         self._ticker.start()
