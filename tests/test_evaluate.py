@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,14 @@ from numpy.typing import NDArray
 
 from pavdm_dist.cli import main
 from pavdm_dist.digits.world import NUMBERS, render, sample_scene, scene_prompt
-from pavdm_dist.evaluate.drift import drift_of
+from pavdm_dist.evaluate.drift import Drift, drift_of
 from pavdm_dist.evaluate.features import FeatureMeter, frechet_distance, subject_consistency
 from pavdm_dist.evaluate.motion import MotionMeter
 from pavdm_dist.evaluate.pixels import PixelMeter
+from pavdm_dist.evaluate.report import _curves, _summarised
 from pavdm_dist.evaluate.scenes import SceneMeter
 from pavdm_dist.evaluate.settings import EvalConfig
-from pavdm_dist.evaluate.video import measure
+from pavdm_dist.evaluate.video import Measured, measure
 from pavdm_dist.io.video import export_to_video
 
 Frames = NDArray[np.uint8]
@@ -146,6 +148,13 @@ def test_motion_is_as_fast_as_it_is(pixels: int, dynamic: float) -> None:
         assert speed == pytest.approx(pixels / 128 * 8, rel=0.25, abs=0.01)
 
 
+def test_two_frames_that_are_one_do_not_move() -> None:
+    meter = MotionMeter(8.0)
+    for frame in moving(2, 0, 32):
+        meter.add(frame, False) if meter._fast else meter.add(frame, True)
+    assert meter.dynamic_degree() == 0
+
+
 def test_scenes_are_counted() -> None:
     meter = SceneMeter(24.0)
     for scene, colour in enumerate(np.eye(3)):
@@ -247,6 +256,48 @@ def test_a_report_goes_on_past_bad_files(
     assert not re.search(r'(src|href)="(?!data:)', page), "nothing is fetched"
     assert main(words) == 2 and "exists already" in capsys.readouterr().err
     assert main([*words, "--overwrite"]) == 102
+
+
+@pytest.mark.parametrize(
+    "said", ['{"versions": {}, "prompt": 5}', '{"versions": {}, "config": {"method": ["x"]}}', "[1]", "no JSON", None]
+)
+def test_what_lies_beside_a_video_may_be_anybodys(said: str | None, digits: tuple[Path, str], tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(digits[0].read_bytes())
+    sidecar = tmp_path / "a.json"
+    sidecar.mkdir() if said is None else sidecar.write_text(said)
+    off = [f"{name}=off" for name in ("motion", "scenes", "features")]
+    assert main(["eval", str(tmp_path), *off, f"output={tmp_path / 'out'}"]) == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["videos"][0]["method"] is None
+
+
+def test_a_fault_of_a_detector_is_one_videos(
+    digits: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks(*_: object) -> None:
+        raise ZeroDivisionError("inside")
+
+    monkeypatch.setattr(PixelMeter, "add", breaks)
+    assert main(["eval", str(digits[0])]) == 101
+    assert "scene.mp4: ZeroDivisionError: inside" in capsys.readouterr().err
+
+
+def test_curves_meet_by_time() -> None:
+    """Chunks of one video may last a third of those of another."""
+
+    def video(step: float, count: int) -> Measured:
+        times = [step * i for i in range(count)]
+        return Measured("v", None, 1, 1, 24, 1, 1, None, times, {"x": [time or None for time in times]}, {}, {})
+
+    times, rows = _curves([video(1, 4), video(1 / 3, 12)], "x")
+    assert times[-1] == pytest.approx(11 / 3)
+    known = ~np.isnan(rows)
+    assert np.allclose(rows[known], np.broadcast_to(times, rows.shape)[known]) and known.sum(1).tolist() == [7, 11]
+
+
+def test_the_only_slope_gives_the_interval() -> None:
+    one = Drift(1, None, None, None, 1, 1, 1, 0)
+    found = _summarised([one, replace(one, slope=2.0, low=1.0, high=3.0)], 100, 0)
+    assert (found["slope"], found["low"], found["high"], found["hold"]) == (2.0, 1.0, 3.0, "0 of 1")
 
 
 @pytest.mark.parametrize(

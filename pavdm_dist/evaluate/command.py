@@ -50,6 +50,9 @@ def eval_report(config: EvalConfig, overwrite: bool) -> tuple[dict[str, Any], Fa
         except PAVDMError as error:
             logger.warning("not measured: %s", error)
             failed.append({"video": path, "error": str(error)})
+        except Exception as error:  # of a decoder or detector: one file must not end the measuring of thousands
+            logger.exception("not measured: %s", path)
+            failed.append({"video": path, "error": f"{path}: {type(error).__name__}: {error}"})
     rows = summary(measured, config.resamples, config.seed)
     report = {
         "videos": [video.as_json() for video in measured],

@@ -14,8 +14,8 @@ from pavdm_dist.errors import ConfigError
 _RATE = 8
 # ... at the fastest share of pixels, and asks for so many pixels a step at a short side of 256.
 _FASTEST, _PIXELS, _SIDE = 0.05, 6.0, 256
-# Larger pictures are halved until their short side is below this: flow costs by the pixel.
-_LARGEST = 256
+# Larger pictures are halved until their short side is at most this: flow costs by the pixel.
+_LARGEST = 512
 
 
 class MotionMeter:
@@ -63,11 +63,11 @@ class MotionMeter:
         steps = [step for chunk in self._fast for step in chunk]
         if not steps:
             return None
-        return float(sum(step > self._threshold for step in steps) >= round((len(steps) + 1) / 4))
+        return float(sum(step > self._threshold for step in steps) >= max(1, round((len(steps) + 1) / 4)))
 
     def _small(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
         grey = self._cv2.cvtColor(frame, self._cv2.COLOR_RGB2GRAY)
-        while min(grey.shape) > 2 * _LARGEST:
+        while min(grey.shape) > _LARGEST:
             grey = self._cv2.pyrDown(grey)
         return grey
 

@@ -74,12 +74,13 @@ def whole_rows(videos: Sequence[Measured]) -> list[dict[str, Any]]:
 
 
 def _summarised(found: Sequence[Drift], resamples: int, seed: int) -> dict[str, Any]:
-    slopes = [drift.slope for drift in found if drift.slope is not None]
+    sloping = [drift for drift in found if drift.slope is not None]
+    slopes = [drift.slope for drift in sloping if drift.slope is not None]
     low = high = None
     if len(slopes) > 1:
         low, high = mean_interval(slopes, resamples, seed)
-    elif slopes:
-        low, high = found[0].low, found[0].high
+    elif sloping:
+        low, high = sloping[0].low, sloping[0].high
     held = [drift.holds for drift in found if drift.holds is not None]
     return {
         "videos": len(found),
@@ -132,13 +133,19 @@ def plots(videos: Sequence[Measured]) -> dict[str, bytes]:
 
 
 def _curves(videos: Sequence[Measured], name: str) -> tuple[Any, Any]:
-    """Times, and a row of values for every video, NaN where it has none."""
-    longest = max((video.times for video in videos), key=len, default=[])
-    rows = np.full((len(videos), len(longest)), np.nan)
+    """Times, and a row of values for every video at them: its own between its first and last chunk, else NaN.
+
+    The times are those of the video with the most chunks; others may have chunks of other lengths.
+    """
+    times = np.array(max((video.times for video in videos), key=len, default=[]))
+    rows = np.full((len(videos), len(times)), np.nan)
     for row, video in zip(rows, videos, strict=True):
-        values = [np.nan if value is None else value for value in video.chunks[name]]
-        row[: len(values)] = values
-    return np.array(longest), rows
+        pairs = zip(video.times, video.chunks[name], strict=True)
+        known = [(time, value) for time, value in pairs if value is not None]
+        if known:
+            at, found = np.array(known).T
+            row[:] = np.interp(times, at, found, left=np.nan, right=np.nan)
+    return times, rows
 
 
 def moments(path: str) -> list[tuple[float, bytes]]:

@@ -86,7 +86,7 @@ def measure(path: str, config: EvalConfig, reference: Floats | None = None) -> M
         ConfigError: something is wanted (``on``) that is not installed, or that this video has not.
     """
     sidecar = _sidecar(path)
-    prompt = config.prompt or sidecar.get("prompt")
+    prompt = config.prompt or _text(sidecar.get("prompt"))
     with open_video(path) as reader:
         fps = float(reader.rate)
         digits = _digits(path, prompt, sidecar, config)
@@ -111,7 +111,7 @@ def measure(path: str, config: EvalConfig, reference: Floats | None = None) -> M
     times = [start / fps for start in starts]
     drifts = {name: drift_of(times, values, config.resamples, config.seed) for name, values in chunks.items()}
     known = {name: drift for name, drift in drifts.items() if drift is not None}
-    method = _within(sidecar, "config", "method")
+    method = _text(_within(sidecar, "config", "method"))
     return Measured(
         path, prompt, frames / fps, frames, fps, size[0], size[1], method, times, chunks, known, whole, features
     )
@@ -228,9 +228,14 @@ def _sidecar(path: str) -> dict[str, Any]:
     """What lies beside a video that was made here; of others nothing."""
     try:
         found = read_sidecar(path)
-    except MediaError:
+    except (MediaError, OSError):  # a folder of that name, or one that nobody may read
         return {}
     return found if isinstance(found, dict) and "versions" in found else {}
+
+
+def _text(value: object) -> str | None:
+    """Sidecars may be anybody's files of that name."""
+    return value if isinstance(value, str) and value else None
 
 
 def _chunk_lengths(sidecar: Mapping[str, Any], fps: float, seconds: float | None) -> Iterator[int]:
@@ -239,7 +244,7 @@ def _chunk_lengths(sidecar: Mapping[str, Any], fps: float, seconds: float | None
     Of a video made here they are its own, unless its first frames are those of a film it goes on from.
     """
     said = _within(sidecar, "extra", "chunk_frames")
-    own = isinstance(said, list) and len(said) == 2 and all(isinstance(part, int) and part > 0 for part in said)
+    own = isinstance(said, list) and len(said) == 2 and all(type(part) is int and part > 0 for part in said)
     if seconds is None and own and not _within(sidecar, "config", "include_input"):
         yield said[0]
         yield from repeat(said[1])
