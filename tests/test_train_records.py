@@ -134,7 +134,7 @@ def test_a_profile_is_of_the_steps_that_were_asked_for(tmp_path: Path, clips: La
     (trace,) = (tmp_path / "profile").glob("*.json")
     assert trace.name == "steps-0000002-0000003-rank0.json"
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
-    assert {"aten::linear", "aten::addmm"} & names, sorted(map(str, names))
+    assert any(str(name).startswith("aten::") for name in names), sorted(map(str, names))
     assert "aten::" in trace.with_suffix(".txt").read_text()
 
 

@@ -100,6 +100,7 @@ class Trainer:
         """Trains until ``end`` (monotonic clock) or the last step; True when all steps are done."""
         config, every = self.config, self.config.sheet_every_seconds
         saved = drawn = time.monotonic()
+        self.interval = self._interval()  # what was before, building the model, is no time of steps
         while self.step < config.optimizer.total_steps:
             loaded, now, first = self.load(), time.monotonic(), self.world.first
             # What clocks and signals say is decided once for all; the processes' hosts ask, their devices go on.
