@@ -13,7 +13,7 @@ from pavdm_dist.arguments import check_names, checked_seed
 from pavdm_dist.checkpoint import Checkpoint, SamplingDefaults
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.fields import show
-from pavdm_dist.method.baselines import Method, block_chunks, settings_of
+from pavdm_dist.method.baselines import CONTINUES, Method, block_chunks, settings_of
 from pavdm_dist.method.microbatches import Displaced, MicroBatches, check_adaptive, check_displaced
 from pavdm_dist.method.schedule import Context, End, Mode, NoiseSchedule, Start, WindowPlan, time_shift_ratio
 from pavdm_dist.method.stream import ResumePoint
@@ -301,12 +301,12 @@ def _check_step(params: SamplingParams, defaults: SamplingDefaults) -> None:
 
 
 def _check_method(params: SamplingParams) -> None:
-    """Refuses what leaves a method of blocks nothing to go on from.
+    """Refuses what leaves a method nothing to go on from.
 
     Raises:
         ConfigError: naming it.
     """
-    if params.plan(None).block_chunks == 1 and not params.context_follows:
+    if params.method not in CONTINUES:
         return
     if not params.context_chunks:
         raise ConfigError(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.plan import plan_report
-from pavdm_dist.commands.resolve import say_cost, say_what_to_expect
+from pavdm_dist.commands.resolve import plain_cost, say_cost, say_what_to_expect
 from pavdm_dist.config import ClusterConfig, PlanConfig, SampleConfig, validate_sample
 from pavdm_dist.engine.driver import Driver
 from pavdm_dist.engine.events import Finished, Grown, Shift
@@ -36,6 +36,8 @@ from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.schedule import NoiseSchedule, PlanRow, WindowPlan
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import CONTEXT, CleanChunk, Held, Window, WindowSnapshot, chunk_noise
+from pavdm_dist.models.base import FrameInfo
+from pavdm_dist.planning.costs import _stream, measure_costs
 from pavdm_dist.planning.forecast import UnitTime, makespan, rows_of
 from pavdm_dist.planning.simulate import Machine, simulate
 from pavdm_dist.request import SamplingParams, VideoRequest
@@ -379,10 +381,17 @@ def test_methods_are_plans(model: Path) -> None:
     [
         ({"method": "rolling"}, "method='rolling': must be pavdm, replacement, replacement-noise, fifo or autoreg"),
         ({"method": "autoregressive", "window_chunks": 3}, "window_chunks=3: method=autoregressive makes one chunk"),
-        ({"method": "fifo"}, "window_chunks=3 has no halves; use window_chunks 2 or 4"),
+        (
+            {"method": "fifo"},
+            "window_chunks=3: method=fifo looks at halves, .* use window_chunks=2 or 4, or",
+        ),
+        ({"method": "fifo", "lookahead": True}, "window_chunks=3 has no halves; use window_chunks 2 or 4"),
+        ({"method": "fifo", "window_chunks": "6"}, "window_chunks=6: at least 1 is needed, and a whole number"),
         ({"method": "fifo", "partitions": 1, "lookahead": False}, "are method=pavdm; use partitions=2 or more"),
         ({"method": "replacement", "partitions": 3}, "partitions=3: chunks of a block have one level"),
         ({"method": "replacement", "context_chunks": 0}, "context_chunks=0: method=replacement goes on from clean"),
+        ({"method": "replacement", "context_chunks": 0, "window_chunks": 1}, "context_chunks=0: method=replacement"),
+        ({"method": "autoregressive", "context_chunks": 0}, "context_chunks=0: method=autoregressive goes on from"),
         ({"method": "replacement-noise", "context_noise": 0.1}, "context_noise=0.1: method=replacement-noise noises"),
         ({"method": "replacement", "mode": "displaced"}, "mode=displaced: blocks of 3 chunks"),
         (
@@ -417,6 +426,24 @@ def test_costs_are_printed_beside_the_published_plan(model: Path, caplog: pytest
             f"method={method}, partitions=1, lookahead=false: {calls} model calls and {latents} latent evaluations a"
             f" video and guidance branch; method=pavdm in whole windows 28 and {plain.latent_evaluations}"
         )
+
+
+def test_the_published_plan_has_the_models_own_context(model: Path) -> None:
+    """Lookahead has more of it; and where such a window is not legal nothing is said."""
+    checkpoint = Checkpoint.open(model)
+    wide = params_of(model, method="fifo", window_chunks=6, num_inference_steps=6, partitions=1)
+    assert wide.context_chunks == 3
+    plain = params_of(model, window_chunks=6, num_inference_steps=6).plan(12)
+    assert plain_cost(wide, wide.plan(12), checkpoint)["latent_evaluations"] == plain.latent_evaluations
+    cached = params_of(model, method="autoregressive", context="cached", context_chunks=1, guidance_scale=1.0)
+    assert plain_cost(cached, cached.plan(12), checkpoint) == {}
+
+
+def test_blocks_are_timed(model: Path) -> None:
+    shape = Checkpoint.open(model).backbone
+    plan = params_of(model, method="replacement", context_chunks=2).plan(9)
+    stream = _stream(shape, plan, (4, 4, 6), FrameInfo(32, 48, 24), "window")
+    assert all(seconds > 0 for seconds in measure_costs(shape, stream, repeats=1).blocks)
 
 
 def test_what_to_expect_depends_on_the_levels_of_a_window(model: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,6 +10,7 @@ from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.microbatches import Displaced
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.models.source import Adapter, Source
@@ -155,9 +156,14 @@ def plain_cost(params: SamplingParams, plan: WindowPlan, checkpoint: Checkpoint)
     {} where it is that, and where such a window would not be legal.
     """
     width = checkpoint.defaults.window_chunks if params.method == "autoregressive" else plan.window_chunks
-    if plan.num_inference_steps % width:
+    # With lookahead the context is what the first call looks at; a whole window has the model's own.
+    context = checkpoint.defaults.context_chunks if plan.lookahead else plan.context_chunks
+    try:
+        plain = replace(
+            plan, window_chunks=width, context_chunks=context, partitions=1, lookahead=False, block_chunks=1
+        )
+    except ConfigError:
         return {}
-    plain = replace(plan, window_chunks=width, partitions=1, lookahead=False, block_chunks=1)
     if plain == plan:
         return {}
     return {"model_calls": plain.num_calls, "latent_evaluations": plain.latent_evaluations}

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.method.legal import check_whole
 
 # How long videos are made. ``pavdm``: the published window. ``replacement``: a block of W chunks, all at one level,
 # behind clean chunks; after T steps the next block. ``replacement-noise``: the same, the clean chunks being noised to
 # the block's level at every step. ``fifo``: partitions and lookahead. ``autoregressive``: chunk after chunk, W = 1.
 Method = Literal["pavdm", "replacement", "replacement-noise", "fifo", "autoregressive"]
+# Those of which a chunk knows of the ones before by clean context alone.
+CONTINUES: tuple[Method, ...] = ("replacement", "replacement-noise", "autoregressive")
 # Partitions of FIFO-Diffusion's published setting.
 FIFO_PARTITIONS = 4
 
@@ -39,8 +42,14 @@ def settings_of(method: Method, window_chunks: int, chosen: dict[str, Any]) -> d
         return {"window_chunks": 1}
     if method != "fifo":
         return {}
+    check_whole("window_chunks", window_chunks)
     lookahead = True if chosen["lookahead"] is None else chosen["lookahead"]
     partitions = chosen["partitions"]
+    if chosen["lookahead"] is None and window_chunks % 2:
+        raise ConfigError(
+            f"window_chunks={window_chunks}: method=fifo looks at halves, and it has none; use"
+            f" window_chunks={max(2, window_chunks - 1)} or {window_chunks + 1}, or lookahead=false"
+        )
     if partitions is None:
         parts = [n for n in range(1, FIFO_PARTITIONS + 1) if window_chunks % (2 * n if lookahead else n) == 0]
         partitions = max(parts, default=1)

@@ -19,9 +19,7 @@ def check_plan(plan: WindowPlan) -> None:
     """
     steps, width, block = plan.num_inference_steps, plan.window_chunks, plan.block_chunks
     for name in ("num_inference_steps", "window_chunks", "latent_chunk_size"):
-        value = getattr(plan, name)
-        if type(value) is not int or value < 1:
-            raise ConfigError(f"{name}={value}: at least 1 is needed, and a whole number")
+        check_whole(name, getattr(plan, name))
     if block < 1 or width % block:
         raise ConfigError(f"block_chunks={block}: must divide window_chunks={width}")
     blocks = width // block
@@ -78,6 +76,16 @@ def _check_context(plan: WindowPlan) -> None:
             f" window_chunks={plan.window_chunks} and anchor_chunks={plan.anchor_chunks} among them; use {least} or"
             " more"
         )
+
+
+def check_whole(name: str, value: object) -> None:
+    """Refuses what is no whole number above 0.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{name}={value}: at least 1 is needed, and a whole number")
 
 
 def _nearest_divisors(number: int, near: int) -> list[int]:

@@ -154,7 +154,8 @@ def measure_costs(model: Backbone, stream: Stream, device: torch.device | str = 
 
 def _stream(model: Backbone, plan: WindowPlan, shape: tuple[int, int, int], info: FrameInfo, mode: Mode) -> Stream:
     """A stream of noise and a full-length text, long enough for a full window, from text alone."""
-    long_enough = plan.window_chunks + plan.context_chunks + 1
+    block = plan.block_chunks
+    long_enough = block * (-(-plan.context_chunks // block) + plan.window_chunks // block + 1)
     plan = replace(plan, start="noise", end="drain", num_chunks=long_enough)
     text = torch.zeros(model.spec.text_len, model.spec.text_dim)
     return Stream(
