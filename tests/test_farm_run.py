@@ -21,7 +21,7 @@ from pavdm_dist import cli
 from pavdm_dist.config import ClusterConfig
 from pavdm_dist.errors import ConfigError, FailedVideosError
 from pavdm_dist.farm.intake import Intake
-from pavdm_dist.farm.manifest import ManifestError
+from pavdm_dist.farm.manifest import ManifestError, checked
 from pavdm_dist.farm.pool import Pool
 from pavdm_dist.farm.settings import FarmConfig, PoolConfig, validate_farm
 from pavdm_dist.farm.shot import Shot, seed_of
@@ -135,6 +135,7 @@ def test_bad_shots_fail_alone_are_recorded_and_tried_again(
     assert any("shot bad: failed" in line for line in failure.log)
     (line,) = (out / "failed.jsonl").read_text().splitlines()
     assert json.loads(line)["id"] == "bad"
+    assert [shot.id for shot in checked(str(out / "failed.jsonl"))] == ["bad"]
     assert cli.main(words) == 101  # it stays failed
     report = status_report(str(out))
     assert report["failures"] == [{"id": "bad", "kind": "input", "error": failure.error}]
@@ -269,7 +270,7 @@ def test_a_dry_run_plans_and_writes_nothing(model: Path, tmp_path: Path, capsys:
     shots = [*some_shots(3), *some_shots(1, id="x", size="32x48", seconds=2)]
     manifest = write_manifest(tmp_path / "m.jsonl", shots)
     words = ["farm", "run", str(manifest), "--out", str(tmp_path / "out"), f"model={model}", f"num_frames={FRAMES}"]
-    priced = ["cluster.devices=4", "cluster.price_per_device_hour=2"]
+    priced = ["cluster.devices=2", "cluster.price_per_device_hour=2"]
     assert cli.main([*words, "--dry-run", "--json", *priced]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["shots"], report["kinds"]) == (4, 2) and not (tmp_path / "out").exists()
