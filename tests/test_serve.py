@@ -340,6 +340,24 @@ def test_a_request_that_cannot_be_is_one_sentence(server: Served, fields: dict[s
     assert server.desk.counts.asked == before
 
 
+def test_values_that_no_form_would_send_are_refused_in_words(server: Served) -> None:
+    names = ("prompt", "seconds", "size", "seed", "model", "negative_prompt", "fps", "num_inference_steps", "\ud800")
+    values = (True, float("nan"), 2**70, "\ud800", "\0", [], {}, 10**400, {"a": {"b": 1}}, "1e999")
+    with httpx.Client(timeout=30) as session:
+        for name in names:
+            for value in values if "prompt" not in name else values[:8]:  # any text is a prompt
+                text = f'{{"prompt": "a", "num_frames": 1, {json.dumps(name)}: {_json(value)}}}'
+                answer = session.post(
+                    f"{server.url}/v1/videos", content=text, headers={"content-type": "application/json"}
+                )
+                assert answer.status_code == 400, (name, value, answer.text)
+                assert len(message(answer)) < 1000
+
+
+def _json(value: Any) -> str:
+    return "1" + "0" * 400 if value == 10**400 else json.dumps(value)
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status", "said"),
     [

@@ -86,8 +86,7 @@ def _handle_errors(app: FastAPI) -> None:
         return answer(503, f"the server's disk does not do its part ({error.strerror or 'error'})", "storage")
 
     @app.exception_handler(Exception)
-    async def fault(_: Request, error: Exception) -> Response:
-        logger.exception("a fault of this program", exc_info=error)
+    async def fault(_: Request, __: Exception) -> Response:
         return answer(500, "a fault of the server; its log says more", "internal")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import logging
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from http.cookies import CookieError, SimpleCookie
@@ -12,6 +13,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from pavdm_dist.serve.refusals import error_body
 from pavdm_dist.serve.settings import is_loopback
+
+logger = logging.getLogger(__name__)
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -47,7 +50,11 @@ class Guard:
             return await _refuse(scope, receive, send, *refused)
         if scope["type"] == "websocket":
             return await self._app(scope, receive, send)
-        await self._app(scope, self._limited(receive), send)
+        try:
+            await self._app(scope, self._limited(receive), send)
+        except Exception:
+            # It was answered as far as possible; raised further it would end the connection, and requests behind it.
+            logger.exception("a fault of this program")
 
     def _refused(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
         host = headers.get("host", "")

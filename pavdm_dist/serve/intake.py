@@ -44,6 +44,9 @@ def shot_of(id: str, fields: Mapping[str, Any], served: str, reference: str | No
     if "prompt" not in values:
         raise ConfigError("prompt is missing; it must be text")
     overrides = {name: values.pop(name) for name in _OVERRIDES if name in values}
+    for name, value in overrides.items():
+        if type(value) not in (int, float):
+            raise ConfigError(f"{name}={show(value)}: must be a number")
     if reference is not None:
         values["video" if reference.endswith(".mp4") else "image"] = reference
     return make_shot({**values, "id": id, "overrides": overrides}, "request")
