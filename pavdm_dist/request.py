@@ -13,7 +13,13 @@ from pavdm_dist.arguments import check_names, checked_seed
 from pavdm_dist.checkpoint import Checkpoint, SamplingDefaults
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.fields import show
-from pavdm_dist.method.microbatches import Displaced, MicroBatches, check_adaptive, check_displaced
+from pavdm_dist.method.microbatches import (
+    Displaced,
+    MicroBatches,
+    check_adaptive,
+    check_chunks_per_unit,
+    check_displaced,
+)
 from pavdm_dist.method.schedule import Context, End, Mode, NoiseSchedule, Start, WindowPlan, time_shift_ratio
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.method.window import Step
@@ -40,6 +46,8 @@ class SamplingParams:
         step: how a chunk comes to its next level.
         context, anchor_chunks: see :class:`~pavdm_dist.method.schedule.WindowPlan`.
         levels: the model's own, noisiest first; None makes them of the time shift.
+        chunks_per_unit: of modes causal and displaced, neighbouring noisy chunks that are one micro-batch; another
+            number gives the same up to rounding.
     """
 
     num_inference_steps: int
@@ -61,6 +69,7 @@ class SamplingParams:
     context: Context = "joint"
     anchor_chunks: int = 0
     levels: tuple[float, ...] | None = None
+    chunks_per_unit: int = 1
 
     @classmethod
     def resolve(cls, checkpoint: Checkpoint, allow_untrained_causal: bool = False, **chosen: Any) -> SamplingParams:
@@ -76,7 +85,8 @@ class SamplingParams:
         """
         check_names(chosen, cls.__dataclass_fields__, "sampling")
         defaults = checkpoint.defaults
-        names = set(cls.__dataclass_fields__) - {"start", "end", "time_shift", "mode", "displaced"}
+        own = {"start", "end", "time_shift", "mode", "displaced", "chunks_per_unit"}
+        names = set(cls.__dataclass_fields__) - own
         values = {name: chosen[name] if chosen.get(name) is not None else getattr(defaults, name) for name in names}
         if not isinstance(values["fps"], int | float):
             values["fps"] = float(as_rate(values["fps"]))
@@ -97,6 +107,8 @@ class SamplingParams:
         displaced = chosen.get("displaced") or Displaced()
         if not isinstance(displaced, Displaced):
             raise ConfigError(f"displaced={displaced!r}: must be a pavdm_dist.method.microbatches.Displaced")
+        together = chosen.get("chunks_per_unit")
+        values["chunks_per_unit"] = 1 if together is None else together
         params = cls(time_shift=shift, displaced=displaced, **values)
         if params.guidance_scale < 1:
             logger.warning(
@@ -105,6 +117,7 @@ class SamplingParams:
                 params.guidance_scale,
             )
         check_displaced(params.mode, displaced)
+        check_chunks_per_unit(params.mode, params.plan(None), params.chunks_per_unit)
         check_adaptive(MicroBatches(params.plan(None), params.mode, 0, displaced))
         _check_step(params, defaults)
         if params.mode == "causal":
@@ -200,6 +213,17 @@ class VideoRequest:
         # What forms and other programs send where nothing was written.
         if self.negative_prompt is not None and not self.negative_prompt.strip():
             object.__setattr__(self, "negative_prompt", None)
+
+
+def tier(params: SamplingParams, compiled: bool) -> str:
+    """How what is computed relates to plain blocks in the mode that the model was published for.
+
+    ``same bits``: it is that; ``same mathematics``: sums in another order, or fused; ``approximate``: some of what is
+    read is a step old.
+    """
+    if params.mode == "displaced" and params.displaced.resync_every_steps != 1:
+        return "approximate"
+    return "same mathematics" if compiled or params.chunks_per_unit > 1 else "same bits"
 
 
 def plan_of(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> WindowPlan:

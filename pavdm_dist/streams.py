@@ -49,6 +49,7 @@ def build_stream(request: VideoRequest, stream_id: int, params: SamplingParams, 
         image=image,
         context_noise=params.context_noise,
         step=params.step,
+        chunks_per_unit=params.chunks_per_unit,
     )
 
 

@@ -85,12 +85,12 @@ class Unit:
         row: row of the stream's plan.
         branch: guidance branch.
         opens, closes: first or last branch of the micro-batch.
-        fed: micro-batches of the row before whose latents come back from the last stage before this one can begin;
-            none in a stream's first row and for newborn chunks.
+        fed: micro-batches of the row before whose latents come back from the last stage before this one can begin, by
+            their first chunks; none in a stream's first row and for newborn chunks.
         feeds: the last stage sends the latents it updates back, for the next row.
         ends_stream: nothing of the stream follows its last branch.
-        chunk: index of the chunk; ``WHOLE`` when the unit is the whole window.
-        context: the chunk is clean: it gets no update, later units of the shift attend to it.
+        chunk: index of the first chunk that it holds; ``WHOLE`` when the unit is the whole window.
+        context: its chunk is clean: it gets no update, later units of the shift attend to it.
     """
 
     order: int
@@ -148,19 +148,12 @@ def _parts(join: Join, row: int) -> list[_Part]:
     if batches is None:
         return [_Part(WHOLE, False, () if starts else (WHOLE,), not ends, True)]
     parts = batches.parts(row)
-    arriving = () if starts else batches.sent(row - 1)
+    fed = {} if starts else batches.awaited(row)
     sent = () if ends else batches.sent(row)
     return [
-        _Part(chunk, context, _fed(chunk, parts[0][0], arriving), chunk in sent and not context, i == len(parts) - 1)
+        _Part(chunk, context, fed.get(chunk, ()), chunk in sent and not context, i == len(parts) - 1)
         for i, (chunk, context) in enumerate(parts)
     ]
-
-
-def _fed(chunk: int, first: int, arriving: tuple[int, ...]) -> tuple[int, ...]:
-    """Which of the latents on their way a micro-batch waits for; a whole window holds those of all chunks."""
-    if chunk == WHOLE or WHOLE in arriving:
-        return arriving if chunk == first else ()
-    return (chunk,) if chunk in arriving else ()
 
 
 def with_exact(log: Sequence[Join], rows: Mapping[int, frozenset[int]]) -> list[Join]:

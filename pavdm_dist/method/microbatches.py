@@ -79,11 +79,39 @@ def check_displaced(mode: Mode, displaced: Displaced) -> None:
             raise ConfigError(f"displaced.{setting.name}={value}: mode={mode} does not read it; set mode=displaced")
 
 
-def slots_of(plan: WindowPlan, row: PlanRow, chunk: int) -> slice:
-    """Which chunks of a row's window a micro-batch holds, ``chunk`` being one of them or ``WHOLE``."""
+def slots_of(plan: WindowPlan, row: PlanRow, chunk: int, chunks_per_unit: int = 1) -> slice:
+    """Which chunks of a row's window a micro-batch holds.
+
+    Args:
+        plan: of the stream.
+        row: one of its rows.
+        chunk: the micro-batch's first chunk, or ``WHOLE``.
+        chunks_per_unit: so many noisy chunks, neighbours, are one micro-batch; the noisiest one holds what is left. A
+            clean chunk always has one of its own.
+    """
     if chunk == WHOLE:
         return slice(0 if plan.context == "joint" else len(row.context), len(row.window))
-    return slice(row.window.index(chunk), row.window.index(chunk) + 1)
+    first = row.window.index(chunk)
+    held = 1 if chunk in row.context else chunks_per_unit
+    return slice(first, min(first + held, len(row.window)))
+
+
+def check_chunks_per_unit(mode: Mode, plan: WindowPlan, chunks_per_unit: int) -> None:
+    """Refuses a size of micro-batches that the mode does not read or no window fills.
+
+    Raises:
+        ConfigError: naming it and what is legal.
+    """
+    if mode == "window" and chunks_per_unit != 1:
+        raise ConfigError(
+            f"chunks_per_unit={chunks_per_unit}: in mode=window a micro-batch is the whole window; use"
+            " chunks_per_unit=1, or mode=causal or displaced"
+        )
+    if not 1 <= chunks_per_unit <= plan.window_chunks:
+        raise ConfigError(
+            f"chunks_per_unit={chunks_per_unit}: a window has window_chunks={plan.window_chunks} noisy chunks; use 1 to"
+            f" {plan.window_chunks}"
+        )
 
 
 @dataclass(frozen=True)
@@ -96,6 +124,7 @@ class MicroBatches:
         first_row: where the stream starts.
         displaced: of mode displaced.
         exact_rows: rows that adaptive re-sync has made exact so far.
+        chunks_per_unit: noisy chunks of a micro-batch that is no whole window (:func:`slots_of`).
     """
 
     plan: WindowPlan
@@ -103,9 +132,10 @@ class MicroBatches:
     first_row: int = 0
     displaced: Displaced = field(default_factory=Displaced)
     exact_rows: frozenset[int] = frozenset()
+    chunks_per_unit: int = 1
 
     def parts(self, n: int) -> tuple[tuple[int, bool], ...]:
-        """Row ``n`` as ``(chunk, is clean context)`` in order of work: ``WHOLE`` alone, or chunks cleanest first.
+        """Row ``n`` as ``(first chunk, is clean context)`` in order of work: ``WHOLE`` alone, or cleanest first.
 
         Where context is cached the newest clean chunk comes before ``WHOLE``, once, in the first row of a shift.
 
@@ -121,14 +151,41 @@ class MicroBatches:
         known: tuple[int, ...] = ()
         if n > self.first_row and not (self.mode == "displaced" and self.displaced.context_refresh == "step"):
             known = self.plan.row(n - 1).context
-        return tuple((k, True) for k in now.context if k not in known) + tuple((k, False) for k in now.chunks)
+        clean = tuple((k, True) for k in now.context if k not in known)
+        return clean + tuple((k, False) for k in now.chunks[:: self.chunks_per_unit])
 
     def sent(self, n: int) -> tuple[int, ...]:
         """Micro-batches of row ``n`` whose latents the last stage sends back to the first, for row ``n + 1``."""
         if self.plan.is_over(n + 1):
             return ()
         after = self.plan.row(n + 1).window
-        return tuple(k for k, is_context in self.parts(n) if k == WHOLE or (k in after and not is_context))
+        return tuple(
+            k for k, clean in self.parts(n) if k == WHOLE or (not clean and any(c in after for c in self.held(n, k)))
+        )
+
+    def held(self, n: int, chunk: int) -> tuple[int, ...]:
+        """Chunks of a micro-batch of row ``n``."""
+        if self.chunks_per_unit == 1 and chunk != WHOLE:
+            return (chunk,)
+        row = self.plan.row(n)
+        return row.window[slots_of(self.plan, row, chunk, self.chunks_per_unit)]
+
+    def returned(self, n: int, chunk: int) -> tuple[int, ...]:
+        """Those of :meth:`held` that row ``n + 1`` reads, whose latents come back to the first stage."""
+        after = self.plan.row(n + 1).window
+        return tuple(k for k in self.held(n, chunk) if k in after)
+
+    def awaited(self, n: int) -> dict[int, tuple[int, ...]]:
+        """By micro-batch of row ``n``, those of the row before whose latents it is the first to need."""
+        now = self.plan.row(n).window
+        left = {k: [c for c in self.held(n - 1, k) if c in now] for k in self.sent(n - 1)}
+        found = dict[int, tuple[int, ...]]()
+        for chunk, _ in self.parts(n):
+            own = self.held(n, chunk)
+            needed = [k for k in left if WHOLE in (chunk, k) or not set(own).isdisjoint(left[k])]
+            found[chunk] = tuple(needed)
+            left = {k: held for k, held in left.items() if k not in needed}
+        return found
 
     @property
     def adaptive(self) -> bool:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.fields import Within, made
 from pavdm_dist.models.base import Activation, BackboneSpec, BlockContext, Costs, FrameInfo, Grid, LevelSupport
+from pavdm_dist.models.compiling import Compiler
 from pavdm_dist.models.loading import convert, load_module, save_module
 from pavdm_dist.models.source import Source, load_config
 from pavdm_dist.models.text_cache import TextRun
@@ -104,7 +105,7 @@ class Wan(nn.Module):
         self.config = config
         self._take(self.of_diffusers())
         self.rope = RotaryGrid(config.attention_head_dim)
-        self.is_compiled = False
+        self.compiler: Compiler | None = None
         support, causal = self._training()
         self.spec = BackboneSpec(
             block_kinds=("block",) * config.num_layers,
@@ -136,8 +137,8 @@ class Wan(nn.Module):
         """What public weights of this shape met in training: levels, and whether the chunk-causal mask."""
         return ("mixed-trained" if self.config.in_channels == TI2V_CHANNELS else "accepts"), False
 
-    def compile_repeated_blocks(self) -> None:
-        self.is_compiled = True
+    def compile_repeated_blocks(self, compiler: Compiler | None = None) -> None:
+        self.compiler = compiler or Compiler()
 
     # --- the backbone contract -------------------------------------------------------------------------
 
@@ -193,9 +194,7 @@ class Wan(nn.Module):
 
     def block(self, index: int, activation: Activation, context: BlockContext) -> Activation:
         modulation = activation.modulation.unflatten(-1, (6, -1))
-        hidden = run_block(
-            self.blocks[index], activation.hidden, modulation, index, context, self.rope, self.is_compiled
-        )
+        hidden = run_block(self.blocks[index], activation.hidden, modulation, index, context, self.rope, self.compiler)
         return Activation(hidden, activation.modulation, activation.time)
 
     def head(self, activation: Activation, grid: Grid) -> Tensor:

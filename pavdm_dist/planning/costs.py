@@ -71,6 +71,7 @@ def profiled_costs(
     device: str = "cpu",
     mode: Mode = "window",
     dtype: torch.dtype = torch.float32,
+    chunks_per_unit: int = 1,
 ) -> Costs:
     """Costs of a micro-batch in seconds, from the cache or measured now (some seconds).
 
@@ -83,13 +84,15 @@ def profiled_costs(
         info: picture size and rate.
         threads: intra-op threads of a stage.
         device: ``cpu`` or ``cuda``.
-        mode: a micro-batch is a window, or a chunk that attends to what others left.
+        mode: a micro-batch is a window, or so many chunks that attend to what others left.
         dtype: of the weights.
+        chunks_per_unit: how many.
     """
     window = (plan.window_chunks, plan.context_chunks, plan.latent_chunk_size)
     facts = {
         "model": [type(shape).__name__, asdict(shape.config)], "window": window, "mode": mode, "cells": cells,
         "device": _where(device, threads), "dtype": str(dtype), "torch": torch.__version__,
+        **({"chunks_per_unit": chunks_per_unit} if chunks_per_unit > 1 else {}),
     }  # fmt: skip
 
     def measure() -> dict[str, Any]:
@@ -97,7 +100,8 @@ def profiled_costs(
             with torch.random.fork_rng():
                 model = shape.shortened(dtype, device)
             latents = (shape.spec.latent_channels, *cells)
-            costs = measure_costs(model, _stream(model, plan, latents, info, mode), device)
+            stream = _stream(model, plan, latents, info, mode, chunks_per_unit)
+            costs = measure_costs(model, stream, device)
         by_kind = dict(zip(model.spec.block_kinds, costs.blocks, strict=True))
         return {**by_kind, "embed": costs.embed, "head": costs.head}
 
@@ -120,7 +124,7 @@ def measure_costs(model: Backbone, stream: Stream, device: torch.device | str = 
     plan, device = stream.plan, torch.device(device)
     full = plan.window_chunks + plan.context_chunks
     row = next(row for row in plan.rows() if len(row.window) == full)
-    units = [WHOLE] if stream.mode == "window" else list(row.chunks)
+    units = [WHOLE] if stream.mode == "window" else list(row.chunks[:: stream.chunks_per_unit])
     # What a running video has left for them.
     left = {"window": [], "causal": list(row.context), "displaced": [WHOLE]}
     (memory, *_), texts = memories_of(stream, model), TextBank(model.project_text, device)
@@ -150,14 +154,16 @@ def measure_costs(model: Backbone, stream: Stream, device: torch.device | str = 
     return Costs(tuple(blocks), embed, head)
 
 
-def _stream(model: Backbone, plan: WindowPlan, shape: tuple[int, int, int], info: FrameInfo, mode: Mode) -> Stream:
+def _stream(
+    model: Backbone, plan: WindowPlan, shape: tuple[int, int, int], info: FrameInfo, mode: Mode, chunks_per_unit: int
+) -> Stream:
     """A stream of noise and a full-length text, long enough for a full window, from text alone."""
     long_enough = plan.window_chunks + plan.context_chunks + 1
     plan = replace(plan, start="noise", end="drain", num_chunks=long_enough)
     text = torch.zeros(model.spec.text_len, model.spec.text_dim)
     return Stream(
         id=0, plan=plan, schedule=NoiseSchedule(plan.num_inference_steps, 1.0), seed=0, latent_shape=shape,
-        conditioning=Conditioning.build([(0, text)], None), info=info, mode=mode,
+        conditioning=Conditioning.build([(0, text)], None), info=info, mode=mode, chunks_per_unit=chunks_per_unit,
     )  # fmt: skip
 
 

@@ -25,16 +25,24 @@ class RowShape:
     """Micro-batches of one branch of one row.
 
     Attributes:
-        units: how many.
-        chunks: held by each.
+        sizes: chunks that each of them holds, in order.
         turns: the window has moved since the row before, so that another chunk comes first.
         finishes: a chunk is clean after it.
     """
 
-    units: int
-    chunks: int
+    sizes: tuple[int, ...]
     turns: bool = False
     finishes: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is one micro-batch, which needs all chunks of the row before."""
+        return len(self.sizes) == 1
+
+    @property
+    def lead(self) -> int:
+        """Chunks of the first micro-batch that the next row waits for; a clean chunk may come before it."""
+        return max(self.sizes[:2])
 
 
 @dataclass(frozen=True)
@@ -63,17 +71,22 @@ class UnitTime:
         return sum(self.stages) + hops * (self.link + self.latency) + (self.latency if hops else 0.0)
 
 
-def rows_of(plan: WindowPlan, mode: Mode, displaced: Displaced | None = None) -> list[RowShape]:
+def rows_of(
+    plan: WindowPlan, mode: Mode, displaced: Displaced | None = None, chunks_per_unit: int = 1
+) -> list[RowShape]:
     """All rows of a video; without those that adaptive re-sync would make exact, which nobody knows beforehand."""
-    batches, rows = MicroBatches(plan, mode, 0, displaced or Displaced()), list[RowShape]()
+    batches = MicroBatches(plan, mode, 0, displaced or Displaced(), chunks_per_unit=chunks_per_unit)
+    rows = list[RowShape]()
     for row in plan.rows():
         parts = batches.parts(row.index)
-        whole = parts[-1][0] == WHOLE
-        held = slots_of(plan, row, WHOLE)
-        # A clean chunk's own call comes right before the window's, on every stage: as one.
-        chunks = held.stop - held.start + len(parts) - 1
+        if parts[-1][0] == WHOLE:
+            held = slots_of(plan, row, WHOLE)
+            # A clean chunk's own call comes right before the window's, on every stage: as one.
+            sizes: tuple[int, ...] = (held.stop - held.start + len(parts) - 1,)
+        else:
+            sizes = tuple(len(batches.held(row.index, chunk)) for chunk, _ in parts)
         turns = row.index > 0 and row.index % plan.steps_per_shift == 0
-        rows.append(RowShape(1 if whole else len(parts), chunks if whole else 1, turns, row.emit is not None))
+        rows.append(RowShape(sizes, turns, row.emit is not None))
     return rows
 
 
@@ -97,7 +110,7 @@ def makespan(
     """
     rounds, rest = divmod(videos, streams)
     pairs = Counter(pairwise([*rows, rows[0]]))
-    units = {chunks: unit(chunks) for chunks in {row.chunks for row in rows}}
+    units = {chunks: unit(chunks) for chunks in {size for row in rows for size in row.sizes}}
 
     def body(together: int) -> float:
         return sum(_row(row, after, branches, together, units) * count for (row, after), count in pairs.items())
@@ -111,20 +124,19 @@ def work(rows: Sequence[RowShape], branches: int, videos: int, unit: Callable[[i
     """Time of all stages together that is spent computing."""
     held = Counter[int]()
     for row in rows:
-        held[row.chunks] += row.units
+        held.update(row.sizes)
     return videos * branches * sum(count * sum(unit(chunks).stages) for chunks, count in held.items())
 
 
 def _row(row: RowShape, after: RowShape, branches: int, streams: int, units: dict[int, UnitTime]) -> float:
     """From the row's first micro-batch on the first stage to that of the row after."""
-    unit = units[row.chunks]
     own, trip = _own_and_trip(row, branches, streams, units)
     late = 0.0
-    if after.turns and row.units > 1 and own <= trip:
-        # The chunk that is first from now on was second: it comes back one micro-batch after the first.
-        late = branches * unit.pace
+    if after.turns and not row.whole and own <= trip:
+        # The chunk that is last in the first micro-batch from now on came back with the second.
+        late = branches * units[row.sizes[1]].pace
     # A whole window needs all chunks of the row before.
-    if row.chunks < after.chunks:
+    if after.whole and max(row.sizes) < after.sizes[0]:
         late = max(late, _emptying(row, branches, streams, units))
     return max(own, trip) + late
 
@@ -160,28 +172,31 @@ def _emptying(row: RowShape, branches: int, streams: int, units: dict[int, UnitT
     Other videos' micro-batches fill that time.
     """
     own, trip = _own_and_trip(row, branches, streams, units)
-    through = trip - branches * units[row.chunks].pace
+    through = trip - branches * units[row.lead].pace
     return max(0.0, (own if last else own / streams) + through - max(own, trip))
 
 
 def _own_and_trip(row: RowShape, branches: int, streams: int, units: dict[int, UnitTime]) -> tuple[float, float]:
-    unit = units[row.chunks]
-    return streams * branches * row.units * unit.pace, unit.way + (branches - 1) * unit.pace
+    unit = units[row.lead]
+    own = streams * branches * sum(units[size].pace for size in row.sizes)
+    return own, unit.way + (branches - 1) * unit.pace
 
 
 def useful_stages(params: SamplingParams, streams: int) -> int:
     """Stages beyond which another one brings next to nothing: the micro-batches under way at a time in full windows.
 
-    That is M B in mode window (and displaced with every step exact), M W B where a micro-batch is a chunk, for M
-    guidance branches and B ``streams``.
+    That is M B in mode window (and displaced with every step exact), else M U B, for M guidance branches, U
+    micro-batches of a full window (W where each is a chunk) and B ``streams``.
     """
     whole = params.mode == "window" or (params.mode == "displaced" and params.displaced.resync_every_steps == 1)
-    return num_branches(params.guidance_scale) * (1 if whole else params.window_chunks) * streams
+    units = 1 if whole else -(-params.window_chunks // params.chunks_per_unit)
+    return num_branches(params.guidance_scale) * units * streams
 
 
 def pipeline_utilisation(params: SamplingParams, plan: WindowPlan, stages: int, streams: int) -> float:
     """Share of the time that equal stages compute, 0..1, for ``streams`` videos of one plan side by side."""
-    rows, branches = rows_of(plan, params.mode, params.displaced), num_branches(params.guidance_scale)
+    rows = rows_of(plan, params.mode, params.displaced, params.chunks_per_unit)
+    branches = num_branches(params.guidance_scale)
 
     def unit(chunks: int) -> UnitTime:
         return UnitTime((float(chunks),) * stages)

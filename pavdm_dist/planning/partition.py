@@ -90,10 +90,11 @@ def layer_split(checkpoint: Checkpoint, params: SamplingParams, options: EngineO
 
 def units_per_chunk(params: SamplingParams) -> int:
     """Micro-batches of a full window from one finished chunk to the next."""
-    branches, plan = num_branches(params.guidance_scale), params.plan(None)
-    return branches * (
-        plan.steps_per_shift if params.mode == "window" else params.num_inference_steps + params.context_chunks
-    )
+    branches, shift = num_branches(params.guidance_scale), params.plan(None).steps_per_shift
+    if params.mode == "window":
+        return branches * shift
+    units = -(-params.window_chunks // params.chunks_per_unit)
+    return branches * (shift * units + params.context_chunks)
 
 
 def _costs(
@@ -104,7 +105,7 @@ def _costs(
     if options.balance == "estimated":
         window, context = params.window_chunks, params.context_chunks
         read = chunk_reads(params.mode, window, context, size)
-        frames = read if params.mode == "window" else size
+        frames = read if params.mode == "window" else size * params.chunks_per_unit
         if params.cached:
             frames, read = params.window_chunks * size, params.span * size
         return estimated_costs(checkpoint.shape, frames, cells, read), estimated_decode(checkpoint, size, cells)
@@ -117,7 +118,7 @@ def _costs(
         plan = replace(plan, context="joint", anchor_chunks=0, context_chunks=beside)
     costs = profiled_costs(
         checkpoint.shape, plan, cells, params.info, options.threads_per_stage, options.device,
-        params.mode, dtype,
+        params.mode, dtype, params.chunks_per_unit,
     )  # fmt: skip
     decode = 0.0
     if options.decoder_slows_last_stage:
