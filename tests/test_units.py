@@ -16,7 +16,8 @@ from wan_models import tiny_wan
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.cli import main
-from pavdm_dist.config import ClusterConfig
+from pavdm_dist.commands.resolve import sampling_params
+from pavdm_dist.config import ClusterConfig, SampleConfig
 from pavdm_dist.engine.local import LocalEngine
 from pavdm_dist.engine.order import epochs, join_of
 from pavdm_dist.engine.stage import Stage
@@ -44,7 +45,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("together", [2, 3])
+@pytest.mark.parametrize("together", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("start", STARTS)
 def test_chunks_together_are_chunk_by_chunk(start: str, mode: Mode, together: int) -> None:
@@ -58,8 +59,14 @@ def test_chunks_together_are_chunk_by_chunk(start: str, mode: Mode, together: in
             assert relative(one.latents, other.latents) < 1e-5
 
 
-@pytest.mark.parametrize("together", [2, 3])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "together"),
+    [
+        ("causal", 2),
+        ("displaced", 3),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("causal", 3), ("displaced", 2))),
+    ],
+)
 def test_any_cut_gives_the_same_bits(mode: Mode, together: int) -> None:
     model = tiny_model()
     streams = [
@@ -199,3 +206,14 @@ def test_commands_know_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert units[1] < 0.5 * units[0]
     assert main(["simulate", *words, "chunks_per_unit=9"]) == 2
     assert "chunks_per_unit=9" in capsys.readouterr().err
+
+
+def test_where_nobody_says_it_cpus_take_one_and_gpus_what_suits() -> None:
+    checkpoint = Checkpoint.open("embedded")
+    config = SampleConfig(mode="causal", device="cpu")
+    assert sampling_params(config, checkpoint).chunks_per_unit == 1
+    card = replace(config, device="cuda", num_stages=1)
+    assert sampling_params(card, checkpoint).chunks_per_unit == checkpoint.defaults.window_chunks
+    assert sampling_params(replace(card, num_stages=8), checkpoint).chunks_per_unit < 3
+    assert sampling_params(replace(card, chunks_per_unit=2), checkpoint).chunks_per_unit == 2
+    assert sampling_params(replace(card, mode="window"), checkpoint).chunks_per_unit == 1

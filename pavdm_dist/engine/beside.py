@@ -24,6 +24,8 @@ class Beside:
     def __init__(self, decoder: ChunkDecoder, device: torch.device, threads: int) -> None:
         self._decoder, self._threads = decoder, threads
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:  # what the decoder was warmed on is there
+            self._stream.wait_stream(torch.cuda.current_stream(device))
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="pavdm-decoder")
 
     def __enter__(self) -> Beside:

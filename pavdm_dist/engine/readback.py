@@ -52,7 +52,7 @@ class Readback:
                 host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 hosts.append(host.copy_(tensor, non_blocking=True))
                 tensor.record_stream(self._stream)
-        return Copies(hosts, self._stream.record_event())
+        return Copies(hosts, _event(self._stream))
 
 
 class Teller:
@@ -82,7 +82,7 @@ class Teller:
         if self._thread is None:
             tell()
             return
-        self._waiting.put((torch.cuda.current_stream(self._device).record_event(), tell))
+        self._waiting.put((_event(torch.cuda.current_stream(self._device)), tell))
 
     def close(self) -> None:
         """Waits until everything is told; raises what was raised meanwhile."""
@@ -102,3 +102,10 @@ class Teller:
                 self._error = error
                 self._failed(error)
                 return
+
+
+def _event(stream: Any) -> Any:
+    """Behind what a GPU's stream was given so far; whoever waits for it sleeps."""
+    event = torch.cuda.Event(blocking=True)
+    event.record(stream)
+    return event

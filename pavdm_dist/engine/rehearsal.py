@@ -84,8 +84,7 @@ def rehearse(stage: Stage, stream: Stream, compiled: bool) -> Rehearsed:
     plain = list(_outputs(stage, stream, steady=False))
     if compiled:
         CHOICES.use({**kept_choices(stage.device), **CHOICES.chosen})
-        with CHOICES.measured():
-            found = list(_outputs(stage, stream, steady=True))
+        found = _compiled_outputs(stage, stream)
         keep_choices(stage.device)
         error = max(float((a - b).norm() / b.norm()) for a, b in zip(found, plain, strict=True))
         if not error < _LIMITS[stage.dtype]:
@@ -94,6 +93,22 @@ def rehearse(stage: Stage, stream: Stream, compiled: bool) -> Rehearsed:
                 " (relative L2); use compile=false, and tell with which versions of torch and which device"
             )
     return Rehearsed(error, dict(CHOICES.chosen), time.monotonic() - began)
+
+
+def _compiled_outputs(stage: Stage, stream: Stream) -> list[Tensor]:
+    """As :func:`_outputs`, by compiled blocks, whose kernels of attention are chosen.
+
+    Raises:
+        EngineError: torch's compiler failed.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        with CHOICES.measured():
+            return list(_outputs(stage, stream, steady=True))
+    except TorchDynamoException as error:  # no compiler on the machine, above all
+        reason = str(error).strip().splitlines()[0]
+        raise EngineError(f"blocks could not be compiled ({reason}); use compile=false") from error
 
 
 def _outputs(stage: Stage, stream: Stream, steady: bool) -> Iterator[Tensor]:
