@@ -19,6 +19,7 @@ from pavdm_dist.models.kv_cache import read_in_turn
 from pavdm_dist.models.layers import MLP, CrossAttention, RotaryTable, SelfAttention, Words, drawn, modulate, turned
 
 Rotation = tuple[Tensor, Tensor]
+Parts = tuple[Tensor, ...]
 # A function of tensors, and what its version depends on besides the call's own shape -> what is run.
 Versions = Callable[..., Callable[..., Any]]
 
@@ -119,7 +120,10 @@ def _whole(
     mask: Tensor | None,
 ) -> Tensor:
     """All of it: attention among the tokens of a frame, or of every place over the micro-batch's frames."""
-    return _leave(block, x, modulation, _mixed(_enter(block, x, modulation, rotation), rotation, mask), texts)
+    parts = _parts(block, modulation)
+    return _leave(
+        block, x, modulation, _mixed(_enter(block, x, modulation, rotation, parts), rotation, mask), texts, parts
+    )
 
 
 def _mixed(projected: list[Tensor], rotation: Rotation | None, mask: Tensor | None) -> Tensor:
@@ -130,22 +134,32 @@ def _mixed(projected: list[Tensor], rotation: Rotation | None, mask: Tensor | No
     return attention(q, k, v, attn_mask=mask)
 
 
-def _enter(block: STDiT3Block, x: Tensor, modulation: Tensor, rotation: Rotation | None) -> list[Tensor]:
+def _enter(
+    block: STDiT3Block, x: Tensor, modulation: Tensor, rotation: Rotation | None, parts: Parts | None = None
+) -> list[Tensor]:
     """Queries, turned where a rotation is given, keys that are not, and values."""
-    shift, scale, *_ = _parts(block, modulation)
+    shift, scale, *_ = _parts(block, modulation) if parts is None else parts
     q, k, v = block.attn.project(modulate(x, shift, scale), block.places)
     return [q if rotation is None else turned(q, *rotation), k, v]
 
 
-def _leave(block: STDiT3Block, x: Tensor, modulation: Tensor, y: Tensor, texts: Sequence[Words]) -> Tensor:
+def _leave(
+    block: STDiT3Block,
+    x: Tensor,
+    modulation: Tensor,
+    y: Tensor,
+    texts: Sequence[Words],
+    parts: Parts | None = None,
+) -> Tensor:
     """What follows the attention, whose result is ``y``."""
-    _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = _parts(block, modulation)
+    parts = _parts(block, modulation) if parts is None else parts
+    _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
     x = torch.addcmul(x, gate_attn, block.attn.proj(rearrange(y, f"{block.places} -> b f s (n d)")))
     del y
     x = x + block.cross_attn(x, texts)
     return torch.addcmul(x, gate_mlp, block.mlp(modulate(x, shift_mlp, scale_mlp)))
 
 
-def _parts(block: STDiT3Block, modulation: Tensor) -> tuple[Tensor, ...]:
+def _parts(block: STDiT3Block, modulation: Tensor) -> Parts:
     """Shift, scale and gate of the attention, then of the MLP, ``[b, F, 1, D]`` each."""
     return (block.scale_shift_table + modulation).unsqueeze(-2).unbind(dim=2)

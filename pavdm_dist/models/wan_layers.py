@@ -148,7 +148,8 @@ def modulate(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor
 def _whole(
     block: Any, x: Tensor, modulation: Tensor, rotation: tuple[Tensor, Tensor], texts: Sequence[Words]
 ) -> Tensor:
-    return _leave(block, x, modulation, _mixed(_enter(block, x, modulation, rotation), rotation), texts)
+    parts = _parts(block, modulation)
+    return _leave(block, x, modulation, _mixed(_enter(block, x, modulation, rotation, parts), rotation), texts, parts)
 
 
 def _mixed(projected: list[Tensor], rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -158,18 +159,32 @@ def _mixed(projected: list[Tensor], rotation: tuple[Tensor, Tensor]) -> Tensor:
     return attention(q, k, v)
 
 
-def _enter(block: Any, x: Tensor, modulation: Tensor, rotation: tuple[Tensor, Tensor]) -> list[Tensor]:
+def _enter(
+    block: Any,
+    x: Tensor,
+    modulation: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    parts: tuple[Tensor, ...] | None = None,
+) -> list[Tensor]:
     """Queries, turned to their places, keys that are not, and values, ``[b, heads, F S, head_dim]`` each."""
-    shift, scale, *_ = _parts(block, modulation)
+    shift, scale, *_ = _parts(block, modulation) if parts is None else parts
     attn, h = block.attn1, modulate(block.norm1, x, shift, scale).flatten(1, 2)
     parts = (attn.norm_q(attn.to_q(h)), attn.norm_k(attn.to_k(h)), attn.to_v(h))
     q, k, v = (_heads(part, attn.heads) for part in parts)
     return [turned(q, *rotation), k, v]
 
 
-def _leave(block: Any, x: Tensor, modulation: Tensor, mixed: Tensor, texts: Sequence[Words]) -> Tensor:
+def _leave(
+    block: Any,
+    x: Tensor,
+    modulation: Tensor,
+    mixed: Tensor,
+    texts: Sequence[Words],
+    parts: tuple[Tensor, ...] | None = None,
+) -> Tensor:
     """What follows self-attention, whose result is ``mixed``, ``[b, heads, F S, head_dim]``."""
-    _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = _parts(block, modulation)
+    parts = _parts(block, modulation) if parts is None else parts
+    _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
     out = block.attn1.to_out[0](mixed.transpose(1, 2).flatten(2)).unflatten(1, x.shape[1:3])
     del mixed
     x = (x.float() + out * gate_attn).type_as(x)
