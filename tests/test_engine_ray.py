@@ -22,7 +22,7 @@ from pavdm_dist.engine.ray_engine import RayEngine
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
 from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.method.denoiser import StreamDenoiser
-from pavdm_dist.method.microbatches import Displaced, carried_by, slots_of
+from pavdm_dist.method.microbatches import Displaced
 from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.schedule import Mode, PlanRow
 from pavdm_dist.method.stream import ResumePoint, Stream
@@ -137,8 +137,9 @@ def test_actors_equal_the_sampler(ray_cluster: None, folder: Path, num_stages: i
 
 def _frames(stream: Stream, row: PlanRow) -> list[int]:
     """Latent frames of every micro-batch of a row."""
-    parts = [slots_of(stream.plan, row, chunk) for chunk, _ in stream.batches.parts(row.index)]
-    return [stream.plan.latent_chunk_size * (slots.stop - slots.start) for slots in parts]
+    batches = stream.batches
+    held = [batches.held(row, chunk) for chunk, _ in batches.parts(row.index)]
+    return [stream.plan.latent_chunk_size * len(chunks) for chunks in held]
 
 
 def _check_bytes(streams: list, reports: list, num_stages: int) -> None:
@@ -151,7 +152,7 @@ def _check_bytes(streams: list, reports: list, num_stages: int) -> None:
                 forward += stream.branches * (64 + 4 * frames * dim * (tokens + 6 + 1))
             # Everything that was there at the row before and is still read.
             for chunk in stream.batches.sent(row.index - 1) if row.index else ():
-                chunks = len(carried_by(stream.plan, stream.plan.row(row.index - 1), row, chunk))
+                chunks = len(stream.batches.returned(stream.plan.row(row.index - 1), chunk))
                 back += 64 + 4 * 4 * stream.plan.latent_chunk_size * chunks * 4 * 6
     assert [report.bytes_forward for report in reports] == [forward] * (num_stages - 1) + [0]
     assert [report.bytes_feedback for report in reports] == [0] * (num_stages - 1) + [back]

@@ -34,7 +34,7 @@ from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
 from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk
 from pavdm_dist.redaction import hide_secrets
-from pavdm_dist.request import SamplingParams, VideoRequest
+from pavdm_dist.request import SamplingParams, VideoRequest, tier
 from pavdm_dist.streams import input_frames
 
 logger = logging.getLogger(__name__)
@@ -180,6 +180,7 @@ class Videos:
             "extra": {
                 "sampling": asdict(self.params),
                 "chunk_frames": self._chunk_frames(),
+                **self._exactness(),
                 **({"resyncs": list(resyncs)} if resyncs else {}),
                 **({"prompt_changes": [list(change) for change in video.changes]} if video.changes else {}),
             },
@@ -285,12 +286,20 @@ class Videos:
             "sampling": asdict(self.params),
             "weights": self.weights,
             "threads": self.config.threads_per_stage,
-            "compile": self.config.compile,
+            "compile": self.pipeline.compiled,
             "dtype": self.pipeline.dtype_name,
             "decoder_dtype": self.config.decoder_dtype,
             "versions": {name: found[name] for name in ("pavdm_dist", "torch", "av")},
             **self._further(request),
         }
+
+    def _exactness(self) -> dict[str, Any]:
+        """How what was computed relates to the model as published, run block by block."""
+        pipeline = self.pipeline
+        facts: dict[str, Any] = {"tier": tier(self.params, pipeline.compiled)}
+        if pipeline.compiled:
+            facts["compiled"] = {"relative_error": pipeline.relative_error, "attention": pipeline.kernels}
+        return facts
 
     def _further(self, request: VideoRequest) -> dict[str, Any]:
         """Facts that most videos do not have."""
