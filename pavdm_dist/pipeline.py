@@ -242,7 +242,7 @@ class PAVDMPipeline:
             callback_on_step_end: called with (pipeline, row, level of the noisiest chunk, {"latents": the window's
                 input of the next row}), to look at; only with ``num_stages=0``.
             sampling: ``window_chunks``, ``latent_chunk_size``, ``context_chunks``, ``context``, ``anchor_chunks``,
-                ``step``, ``start``, ``end``, ``fps``, ``time_shift``, ``mode``, ``displaced``,
+                ``step``, ``start``, ``end``, ``fps``, ``time_shift``, ``mode``, ``displaced``, ``chunks_per_unit``,
                 ``allow_untrained_causal``, ``streams`` (videos in flight).
 
         Raises:

@@ -82,14 +82,19 @@ def check(kind: str, backend: str, streams: list[Stream], versions: int) -> None
             assert relative(one, expected.latents) < 1e-5
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", ["stdit3", "wan"])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *(("stdit3", "window"), ("stdit3", "causal"), ("wan", "window"), ("wan", "causal")),
+        *(pytest.param(kind, "displaced", marks=pytest.mark.slow) for kind in ("stdit3", "wan")),
+    ],
+)
 def test_a_rehearsal_compiles_all_that_a_run_needs(kind: str, mode: Mode) -> None:
     streams = [tiny_stream(number, seed=number, mode=mode, num_chunks=5) for number in range(2)]
     check(kind, "eager", streams, VERSIONS[kind, mode])
 
 
-@pytest.mark.parametrize("mode", ["causal", "displaced"])
+@pytest.mark.parametrize("mode", ["causal", pytest.param("displaced", marks=pytest.mark.slow)])
 def test_so_it_does_for_several_chunks_at_a_time(mode: Mode) -> None:
     stream = replace(tiny_stream(mode=mode, num_chunks=5), chunks_per_unit=2)
     plain, compiled, compiler = models("stdit3", "eager")
