@@ -210,12 +210,12 @@ def test_commands_know_it(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_where_nobody_says_it_cpus_take_one_and_gpus_what_suits() -> None:
-    checkpoint = Checkpoint.open("embedded")
-    config = SampleConfig(mode="causal", device="cpu")
+    checkpoint = Checkpoint.open("stdit3-xl")
+    config = SampleConfig(model="stdit3-xl", mode="causal", allow_untrained_causal=True, device="cpu")
     assert sampling_params(config, checkpoint).chunks_per_unit == 1
     card = replace(config, device="cuda", num_stages=1)
     assert sampling_params(card, checkpoint).chunks_per_unit == checkpoint.defaults.window_chunks
-    assert sampling_params(replace(card, num_stages=8), checkpoint).chunks_per_unit < 3
+    assert sampling_params(replace(card, num_stages=12), checkpoint).chunks_per_unit == 1
     assert sampling_params(replace(card, chunks_per_unit=2), checkpoint).chunks_per_unit == 2
     assert sampling_params(replace(card, mode="window"), checkpoint).chunks_per_unit == 1
 
