@@ -244,7 +244,8 @@ class PAVDMPipeline:
                 input of the next row}), to look at; only with ``num_stages=0``.
             sampling: ``window_chunks``, ``latent_chunk_size``, ``context_chunks``, ``context``, ``anchor_chunks``,
                 ``method``, ``partitions``, ``lookahead``, ``step``, ``start``, ``end``, ``fps``, ``time_shift``,
-                ``mode``, ``displaced``, ``allow_untrained_causal``, ``streams`` (videos in flight).
+                ``mode``, ``displaced``, ``chunks_per_unit``, ``allow_untrained_causal``, ``streams`` (videos in
+                flight).
 
         Raises:
             ConfigError: impossible arguments, or a result that would not fit in memory (use :meth:`iter_chunks`).

@@ -250,7 +250,7 @@ class VideoRequest:
 
 
 def tier(params: SamplingParams, compiled: bool) -> str:
-    """How what is computed relates to plain blocks in the mode that the model was published for.
+    """How what is computed relates to plain blocks, chunk by chunk, in a mode that leaves nothing out.
 
     ``same bits``: it is that; ``same mathematics``: sums in another order, or fused; ``approximate``: some of what is
     read is a step old.

@@ -82,8 +82,13 @@ def check(kind: str, backend: str, streams: list[Stream], versions: int) -> None
             assert relative(one, expected.latents) < 1e-5
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", ["stdit3", "wan"])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *(("stdit3", "window"), ("stdit3", "causal"), ("wan", "window"), ("wan", "causal")),
+        *(pytest.param(kind, "displaced", marks=pytest.mark.slow) for kind in ("stdit3", "wan")),
+    ],
+)
 def test_a_rehearsal_compiles_all_that_a_run_needs(kind: str, mode: Mode) -> None:
     streams = [tiny_stream(number, seed=number, mode=mode, num_chunks=5) for number in range(2)]
     check(kind, "eager", streams, VERSIONS[kind, mode])
@@ -96,9 +101,13 @@ OTHERWISE_CUT = {
     "lookahead": tiny_stream(window_chunks=6, partitions=1, lookahead=True, num_chunks=7),
     "blocks": tiny_stream(block_chunks=3, context_chunks=2, num_chunks=8),
 }
+SLOW_CUTS = ("displaced", "partitions")
 
 
-@pytest.mark.parametrize("rows", OTHERWISE_CUT)
+@pytest.mark.parametrize(
+    "rows",
+    [pytest.param(rows, marks=pytest.mark.slow if rows in SLOW_CUTS else ()) for rows in OTHERWISE_CUT],
+)
 def test_so_it_does_for_rows_that_are_cut_otherwise(rows: str) -> None:
     stream = OTHERWISE_CUT[rows]
     plain, compiled, compiler = models("stdit3", "eager")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections import defaultdict
@@ -19,6 +20,7 @@ from helpers import reference_chunks, tiny_model, tiny_stream
 from pavdm_dist.cluster.room import fits
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.ray_engine import RayEngine
+from pavdm_dist.engine.rehearsal import rehearsal
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
 from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.method.denoiser import StreamDenoiser
@@ -83,6 +85,24 @@ def test_actors_in_bfloat16_equal_the_bfloat16_model(ray_cluster: None, folder: 
         found = [finished.clean for finished in engine.run([stream])]
     for clean, reference in zip(found, reference_chunks(model, stream), strict=True):
         assert clean.latents.dtype == torch.float32 and torch.equal(clean.latents, reference.latents)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on CPUs")
+@pytest.mark.timeout(280)
+def test_actors_rehearse_before_they_are_linked(
+    ray_cluster: None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # of all of them
+    stream, found = replace(tiny_stream(21, mode="causal"), chunks_per_unit=2), []
+    prepared = rehearsal(tiny_model(), stream.plan, stream.latent_shape, stream.info, mode="causal", chunks_per_unit=2)
+    for stages in (2, 1):
+        with RayEngine(str(folder), _cut(stages), EngineOptions(stages, compile=True), rehearsal=prepared) as engine:
+            assert engine.relative_error is not None and engine.relative_error < 1e-5
+            found.append([finished.clean.latents for finished in engine.run([stream])])
+    for two, one, plain in zip(*found, reference_chunks(tiny_model(), stream), strict=True):
+        assert torch.equal(two, one)
+        assert (one - plain.latents).norm() < 1e-5 * plain.latents.norm()
 
 
 def test_a_model_that_is_not_on_a_node_is_said(ray_cluster: None, tmp_path: Path) -> None:

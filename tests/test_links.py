@@ -116,8 +116,10 @@ def sampled(stages: list[Stage], links: list[Links], streams: list[Stream]) -> t
     return told, reports
 
 
-@pytest.mark.parametrize("mode", ["window", "causal", "displaced"])
-@pytest.mark.parametrize("kind", [plain, late, staged])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [(plain, "causal"), (late, "window"), (late, "causal"), (late, "displaced"), (staged, "window")],
+)
 def test_any_link_gives_the_same_bits(kind: Callable[[Any, int], Link], mode: Mode) -> None:
     model = tiny_model()
     streams = [tiny_stream(0, seed=1, mode=mode), tiny_stream(1, seed=2, guidance_scale=1.0, num_chunks=2, mode=mode)]

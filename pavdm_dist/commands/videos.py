@@ -257,7 +257,7 @@ class Videos:
             **self._shape,
             overwrite=self.overwrite,
             resume=not self.overwrite,
-            settings=to_yaml(_own_settings(self.config, video)),
+            settings=to_yaml(_own_settings(self.config, video, self.params)),
         )
         if video.recording.next_chunk or video.recording.point is not None:
             logger.info("%s goes on at chunk %d", video.output, video.recording.next_chunk)
@@ -315,8 +315,9 @@ def _pixels(frames: Tensor | None) -> str | None:
     return None if frames is None else hashlib.sha256(frames.contiguous().numpy().data).hexdigest()
 
 
-def _own_settings(config: SampleConfig, video: Video) -> SampleConfig:
-    """Settings that make one video of a command alone, and mean the same in every working directory."""
+def _own_settings(config: SampleConfig, video: Video, params: SamplingParams) -> SampleConfig:
+    """Settings that make one video of a command alone, and mean the same in every working directory and on any number
+    of stages."""
 
     def absolute(path: str | None) -> str | None:
         return path if path is None or path == RGB or is_remote(path) else os.path.abspath(path)
@@ -334,6 +335,7 @@ def _own_settings(config: SampleConfig, video: Video) -> SampleConfig:
         preview_decoder=absolute(config.preview_decoder),
         text_cache=absolute(config.text_cache),
         trace=absolute(config.trace),
+        chunks_per_unit=params.chunks_per_unit if params.chunks_per_unit > 1 else config.chunks_per_unit,
     )
 
 
