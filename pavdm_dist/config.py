@@ -126,7 +126,11 @@ class SampleConfig:
     layers_per_stage: list[Annotated[int, Within(1)]] | None = None  # blocks of each stage; None = balanced by cost
     balance: Literal["estimated", "measured"] = "estimated"  # cost by FLOP, or timed once here and kept
     backend: Literal["auto", "gloo", "nccl"] = "auto"
-    compile: bool = False  # stages compile their blocks first (torch.compile; GPUs, long videos); other last bits
+    compile: Literal["auto", "true", "false"] = (
+        "auto"  # blocks of stages (torch.compile); auto: on GPUs; other last bits
+    )
+    # of mode=causal, displaced: noisy chunks that are computed together; null = 1, on GPUs what suits; other last bits
+    chunks_per_unit: Annotated[int, Within(1, 10_000)] | None = None
     cpus_per_stage: _Share = 1.0  # Ray's logical CPUs
     gpus_per_stage: _Share = 0.0  # 1, or with backend=gloo a share; device=cuda means 1
     decoder: Literal["auto", "cpu", "cuda", "shared"] = "auto"  # auto: cpu beside stages, else what samples; see README
@@ -167,6 +171,8 @@ class ClusterConfig:
     decoder_tflops: _Rate | None = None  # what a decoder on CPUs sustains; null leaves it out of the plan
     link_gib_per_s: _Rate = 20.0  # between two of them
     link_latency_ms: Annotated[float, Within(0, 1_000_000)] = 0.1
+    # of a block and micro-batch beyond its FLOP; above 0 the planner chooses chunks_per_unit, too
+    block_overhead_ms: Annotated[float, Within(0, 1_000_000)] = 0.0
     videos: Annotated[int, Within(1, 1_000_000)] = 1  # of the given length, all at hand from the start
     price_per_device_hour: Annotated[float, Within(0, 1_000_000)] = 0.0
     chart: str | None = None  # .png of what the chosen stages do when
@@ -294,7 +300,7 @@ def _check_stages(config: SampleConfig) -> None:
         raise ConfigError(f"trace={config.trace}: must end in .json")
     if config.balance == "measured" and not config.num_stages:
         raise ConfigError("balance=measured: there is nothing to balance with num_stages=0")
-    if config.compile and not config.num_stages:
+    if config.compile == "true" and not config.num_stages:
         raise ConfigError(
             "compile=true: there are no stages to compile for with num_stages=0; set num_stages=1 or more"
         )

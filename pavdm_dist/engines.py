@@ -14,6 +14,7 @@ from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.events import Failed, Finished
 from pavdm_dist.engine.inline import InlineEngine
 from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.engine.rehearsal import rehearsal
 from pavdm_dist.errors import EngineError, PAVDMError
 from pavdm_dist.method.stream import ResumePoint, Stream
 from pavdm_dist.planning.forecast import useful_stages
@@ -56,13 +57,14 @@ class Engines:
         """
         from pavdm_dist.engine.ray_engine import RayEngine
 
-        blocks = layer_split(checkpoint, params, options)
+        blocks, rehearsed = layer_split(checkpoint, params, options), _rehearsal(checkpoint, params, options)
         current = self.current
-        if isinstance(current, RayEngine) and current.blocks == blocks and not current.is_over:
+        alike = isinstance(current, RayEngine) and current.blocks == blocks and _alike(current.rehearsal, rehearsed)
+        if isinstance(current, RayEngine) and alike and not current.is_over:
             return current
         self.close()
         recut = partial(_recut, checkpoint, params, options)
-        return self._hold(RayEngine(checkpoint.transformer, blocks, options, frames, recut))
+        return self._hold(RayEngine(checkpoint.transformer, blocks, options, frames, recut, rehearsed))
 
     def run(
         self,
@@ -91,7 +93,7 @@ class Engines:
             if options.trace_file is not None:
                 reports = engine.finish()
                 self.close()
-                write_trace(options.trace_file, reports)
+                write_trace(options.trace_file, reports, engine.decoded)
         except EngineError:  # the actors are gone
             self.close()
             raise
@@ -108,6 +110,28 @@ class Engines:
         # Whoever forgets close(): the actors go with this object, or with the process.
         self._finalizer = weakref.finalize(self, engine.close)
         return engine
+
+
+def _rehearsal(checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions) -> Stream | None:
+    """What stages run before they are linked, where that is of use."""
+    if not options.rehearses:
+        return None
+    latent_shape = (
+        checkpoint.codec_spec.latent_channels,
+        *checkpoint.codec_spec.latent_size(params.height, params.width),
+    )
+    more = {"mode": params.mode, "displaced": params.displaced, "chunks_per_unit": params.chunks_per_unit}
+    return rehearsal(checkpoint.shape, params.plan(None), latent_shape, params.info, **more)
+
+
+def _alike(one: Stream | None, other: Stream | None) -> bool:
+    """Whether two rehearsals meet the same sizes."""
+    if one is None or other is None:
+        return one is other
+    return all(
+        getattr(one, name) == getattr(other, name)
+        for name in ("plan", "latent_shape", "info", "mode", "displaced", "chunks_per_unit")
+    )
 
 
 def _recut(

@@ -155,7 +155,13 @@ def fault(annotation: Any, name: str, value: Any) -> str | None:
 
 
 def read(annotation: Any, value: Any) -> Any:
-    """A value as its annotation holds it: of a frame rate's text the number; what is none stays as it is."""
+    """A value as its annotation holds it: of a frame rate's text the number, of a truth the word where it is one of
+    several; what is none stays as it is."""
+    words = {
+        word for kind in members(annotation) if typing.get_origin(kind) is Literal for word in typing.get_args(kind)
+    }
+    if isinstance(value, bool) and {"true", "false"} <= words:
+        return str(value).lower()
     limits = (limit for kind in members(annotation) for limit in getattr(kind, "__metadata__", ()))
     if isinstance(value, str) and any(isinstance(limit, Rate) for limit in limits):
         with suppress(ConfigError):

@@ -79,6 +79,8 @@ class PAVDMPipeline:
     Attributes:
         resyncs: by video of the last run, rows that adaptive re-sync of mode displaced has made exact.
         device_name: model of what samples, once it does.
+        relative_error: of compiled blocks against plain ones, once they were compared; None where none are compiled.
+        kernels: of attention in compiled blocks, by shape.
 
     Raises:
         CheckpointError: a model without weights.
@@ -103,6 +105,8 @@ class PAVDMPipeline:
         self.checkpoint, self.num_stages, self.threads_per_stage = checkpoint, num_stages, threads_per_stage
         self.engine: EngineOptions | None = None
         self.resyncs: dict[int, tuple[int, ...]] = {}
+        self.relative_error: float | None = None
+        self.kernels: dict[str, str] = {}
         self._engines = Engines()
         self._decoder, self._decoder_dtype, self._told = decoder, decoder_dtype, False
         self._frames = FrameMaker(checkpoint.vae, decoder_tile, preview_decoder)
@@ -240,7 +244,8 @@ class PAVDMPipeline:
                 input of the next row}), to look at; only with ``num_stages=0``.
             sampling: ``window_chunks``, ``latent_chunk_size``, ``context_chunks``, ``context``, ``anchor_chunks``,
                 ``method``, ``partitions``, ``lookahead``, ``step``, ``start``, ``end``, ``fps``, ``time_shift``,
-                ``mode``, ``displaced``, ``allow_untrained_causal``, ``streams`` (videos in flight).
+                ``mode``, ``displaced``, ``chunks_per_unit``, ``allow_untrained_causal``, ``streams`` (videos in
+                flight).
 
         Raises:
             ConfigError: impossible arguments, or a result that would not fit in memory (use :meth:`iter_chunks`).
@@ -340,6 +345,7 @@ class PAVDMPipeline:
 
             engine = self._engines.on_stages(self.checkpoint, params, self.engine, self._frames)
             self.device_name = ", ".join(engine.devices)
+            self.relative_error, self.kernels = engine.relative_error, engine.kernels
             if self.engine.device == "cpu" and (gpus := gpus_of_cluster()):
                 self._tell(idle_on_stages(gpus, "the cluster"))
             finished = self._engines.run(engine, build(), params, streams, on_grown, on_failed)
@@ -387,6 +393,11 @@ class PAVDMPipeline:
             self._engines.current.cancel(video)
 
     @property
+    def compiled(self) -> bool:
+        """Whether blocks are compiled."""
+        return self.engine is not None and self.engine.compiled
+
+    @property
     def dtype_name(self) -> str:
         """Type of the weights, and of what travels between stages."""
         return str(self._weights).removeprefix("torch.")
@@ -409,7 +420,7 @@ class PAVDMPipeline:
     def _load(self) -> InlineEngine:
         model = load_backbone(self.checkpoint.transformer, None, self._weights, self._place)
         codec = self._frames.load(self._codec_place, DTYPES[self._decoder_dtype])
-        return InlineEngine(model, codec, self._place, self.threads_per_stage)
+        return InlineEngine(model, codec, self._place, self.threads_per_stage, codec_device=self._codec_place)
 
     def _timed(
         self, prompt: str | Mapping[str, str], params: SamplingParams

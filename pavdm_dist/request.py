@@ -14,7 +14,13 @@ from pavdm_dist.checkpoint import Checkpoint, SamplingDefaults
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.fields import show
 from pavdm_dist.method.baselines import CONTINUES, Method, block_chunks, settings_of
-from pavdm_dist.method.microbatches import Displaced, MicroBatches, check_adaptive, check_displaced
+from pavdm_dist.method.microbatches import (
+    Displaced,
+    MicroBatches,
+    check_adaptive,
+    check_chunks_per_unit,
+    check_displaced,
+)
 from pavdm_dist.method.schedule import Context, End, Mode, NoiseSchedule, Start, WindowPlan, time_shift_ratio
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.method.window import Step
@@ -43,6 +49,8 @@ class SamplingParams:
         levels: the model's own, noisiest first; None makes them of the time shift.
         partitions, lookahead: see :class:`~pavdm_dist.method.schedule.WindowPlan`.
         method: PA-VDM, or what it is compared with (:data:`~pavdm_dist.method.baselines.Method`).
+        chunks_per_unit: of modes causal and displaced, neighbouring noisy chunks that are one micro-batch; another
+            number gives the same up to rounding.
     """
 
     num_inference_steps: int
@@ -67,6 +75,7 @@ class SamplingParams:
     partitions: int = 1
     lookahead: bool = False
     method: Method = "pavdm"
+    chunks_per_unit: int = 1
 
     @classmethod
     def resolve(cls, checkpoint: Checkpoint, allow_untrained_causal: bool = False, **chosen: Any) -> SamplingParams:
@@ -83,7 +92,7 @@ class SamplingParams:
         check_names(chosen, cls.__dataclass_fields__, "sampling")
         defaults = checkpoint.defaults
         own: dict[str, Any] = {"start": "noise", "end": "drain", "mode": "window", "method": "pavdm"}
-        own |= {"partitions": 1, "lookahead": False}
+        own |= {"partitions": 1, "lookahead": False, "chunks_per_unit": 1}
         names = set(cls.__dataclass_fields__) - {*own, "time_shift", "displaced"}
         values = {name: chosen[name] if chosen.get(name) is not None else getattr(defaults, name) for name in names}
         if not isinstance(values["fps"], int | float):
@@ -115,6 +124,7 @@ class SamplingParams:
                 params.guidance_scale,
             )
         check_displaced(params.mode, displaced)
+        check_chunks_per_unit(params.mode, params.plan(None), params.chunks_per_unit)
         check_adaptive(MicroBatches(params.plan(None), params.mode, 0, displaced))
         _check_step(params, defaults)
         _check_method(params)
@@ -237,6 +247,17 @@ class VideoRequest:
         # What forms and other programs send where nothing was written.
         if self.negative_prompt is not None and not self.negative_prompt.strip():
             object.__setattr__(self, "negative_prompt", None)
+
+
+def tier(params: SamplingParams, compiled: bool) -> str:
+    """How what is computed relates to plain blocks, chunk by chunk, in a mode that leaves nothing out.
+
+    ``same bits``: it is that; ``same mathematics``: sums in another order, or fused; ``approximate``: some of what is
+    read is a step old.
+    """
+    if params.mode == "displaced" and params.displaced.resync_every_steps != 1:
+        return "approximate"
+    return "same mathematics" if compiled or params.chunks_per_unit > 1 else "same bits"
 
 
 def plan_of(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> WindowPlan:

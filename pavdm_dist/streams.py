@@ -50,6 +50,7 @@ def build_stream(request: VideoRequest, stream_id: int, params: SamplingParams, 
         context_noise=params.context_noise,
         step=params.step,
         context_follows=params.context_follows,
+        chunks_per_unit=params.chunks_per_unit,
     )
 
 

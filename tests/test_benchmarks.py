@@ -212,8 +212,14 @@ def test_the_gpu_measurement_runs_where_there_is_none() -> None:
     found = report("gpu.py", "--quick", "--latents", "10")
     check_machine(found)
     assert found["sampling"]["window"]["pflop"] > found["sampling"]["causal"]["pflop"] > 0, "the context is kept"
-    for part in (*found["sampling"].values(), found["training"]):
+    for part in (*found["units"].values(), *found["sampling"].values(), *found["training"].values()):
         assert 0 < part["share_of_peak"] < 1
+    assert set(found["units"]["causal 3 plain"]["by_chunks"]) == {"1", "3"}, (
+        "a clean chunk, and all noisy ones together"
+    )
+    assert all(part["same_bits"] for part in found["staged"].values()) and not found["skipped"]
+    late = report("gpu.py", "--quick", "--part", "units", "--mode", "window", "--minutes", "0")
+    assert late["skipped"] == ["units window 1 plain: no time left"] and "units" not in late
 
 
 @pytest.mark.slow

@@ -60,6 +60,20 @@ def test_measured_once_per_shape(cache: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not list(cache.glob("*.tmp"))
 
 
+def test_a_block_behind_clean_chunks_is_timed_whole() -> None:
+    found = costs.profiled_costs(tiny_model(), replace(PLAN, block_chunks=3), (4, 6), INFO, 1)
+    assert min(*found.blocks, found.embed, found.head) > 0
+
+
+@pytest.mark.parametrize("mode", ["causal", "displaced"])
+def test_several_chunks_are_timed_together(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames, model = list[int](), tiny_model()
+    embed = model.embed
+    monkeypatch.setattr(model, "embed", lambda x, *rest: (frames.append(x.shape[2]), embed(x, *rest))[1])
+    costs.measure_costs(model, replace(tiny_stream(mode=mode), chunks_per_unit=2), repeats=1)
+    assert frames == [2 if mode == "causal" else 8, 4, 2] * 2
+
+
 @pytest.mark.parametrize(("mode", "frames"), [("causal", [4, 6, 8]), ("displaced", [8, 8, 8])])
 def test_what_is_timed_attends_to_what_a_running_video_has_left(
     mode: Mode, frames: list[int], monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections import defaultdict
@@ -19,10 +20,11 @@ from helpers import reference_chunks, tiny_model, tiny_stream
 from pavdm_dist.cluster.room import fits
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.ray_engine import RayEngine
+from pavdm_dist.engine.rehearsal import rehearsal
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
 from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.method.denoiser import StreamDenoiser
-from pavdm_dist.method.microbatches import Displaced, carried_by, slots_of
+from pavdm_dist.method.microbatches import Displaced
 from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.schedule import Mode, PlanRow
 from pavdm_dist.method.stream import ResumePoint, Stream
@@ -85,6 +87,24 @@ def test_actors_in_bfloat16_equal_the_bfloat16_model(ray_cluster: None, folder: 
         assert clean.latents.dtype == torch.float32 and torch.equal(clean.latents, reference.latents)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on CPUs")
+@pytest.mark.timeout(280)
+def test_actors_rehearse_before_they_are_linked(
+    ray_cluster: None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # of all of them
+    stream, found = replace(tiny_stream(21, mode="causal"), chunks_per_unit=2), []
+    prepared = rehearsal(tiny_model(), stream.plan, stream.latent_shape, stream.info, mode="causal", chunks_per_unit=2)
+    for stages in (2, 1):
+        with RayEngine(str(folder), _cut(stages), EngineOptions(stages, compile=True), rehearsal=prepared) as engine:
+            assert engine.relative_error is not None and engine.relative_error < 1e-5
+            found.append([finished.clean.latents for finished in engine.run([stream])])
+    for two, one, plain in zip(*found, reference_chunks(tiny_model(), stream), strict=True):
+        assert torch.equal(two, one)
+        assert (one - plain.latents).norm() < 1e-5 * plain.latents.norm()
+
+
 def test_a_model_that_is_not_on_a_node_is_said(ray_cluster: None, tmp_path: Path) -> None:
     with pytest.raises(PAVDMError, match=r"gone/transformer is not on .*: a model folder must have the same path"):
         RayEngine(Source(str(tmp_path / "gone"), component="transformer"), _cut(2), EngineOptions(2))
@@ -137,8 +157,9 @@ def test_actors_equal_the_sampler(ray_cluster: None, folder: Path, num_stages: i
 
 def _frames(stream: Stream, row: PlanRow) -> list[int]:
     """Latent frames of every micro-batch of a row."""
-    parts = [slots_of(stream.plan, row, chunk) for chunk, _ in stream.batches.parts(row.index)]
-    return [stream.plan.latent_chunk_size * (slots.stop - slots.start) for slots in parts]
+    batches = stream.batches
+    held = [batches.held(row, chunk) for chunk, _ in batches.parts(row.index)]
+    return [stream.plan.latent_chunk_size * len(chunks) for chunks in held]
 
 
 def _check_bytes(streams: list, reports: list, num_stages: int) -> None:
@@ -151,7 +172,7 @@ def _check_bytes(streams: list, reports: list, num_stages: int) -> None:
                 forward += stream.branches * (64 + 4 * frames * dim * (tokens + 6 + 1))
             # Everything that was there at the row before and is still read.
             for chunk in stream.batches.sent(row.index - 1) if row.index else ():
-                chunks = len(carried_by(stream.plan, stream.plan.row(row.index - 1), row, chunk))
+                chunks = len(stream.batches.returned(stream.plan.row(row.index - 1), chunk))
                 back += 64 + 4 * 4 * stream.plan.latent_chunk_size * chunks * 4 * 6
     assert [report.bytes_forward for report in reports] == [forward] * (num_stages - 1) + [0]
     assert [report.bytes_feedback for report in reports] == [0] * (num_stages - 1) + [back]

@@ -442,7 +442,7 @@ def test_the_published_plan_has_the_models_own_context(model: Path) -> None:
 def test_blocks_are_timed(model: Path) -> None:
     shape = Checkpoint.open(model).backbone
     plan = params_of(model, method="replacement", context_chunks=2).plan(9)
-    stream = _stream(shape, plan, (4, 4, 6), FrameInfo(32, 48, 24), "window")
+    stream = _stream(shape, plan, (4, 4, 6), FrameInfo(32, 48, 24), "window", 1)
     assert all(seconds > 0 for seconds in measure_costs(shape, stream, repeats=1).blocks)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,7 @@ from pavdm_dist.engine.order import Join, LogEntry, epoch_units, join_of
 from pavdm_dist.engine.stage import Stage
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.calls import Call
-from pavdm_dist.method.microbatches import WHOLE, MicroBatches, moved_by, slots_of
+from pavdm_dist.method.microbatches import WHOLE, MicroBatches
 from pavdm_dist.method.sampler import guide
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.stream import ResumePoint, Stream
@@ -108,7 +109,7 @@ def test_every_call_sees_its_levels_and_every_chunk_moves_once(plan: WindowPlan)
                 looks = row.context
             expected.append((looks + moves, moves))
         keys = [chunk for chunk, _ in batches.parts(row.index)]
-        found = [(row.window[slots_of(plan, row, key)], moved_by(plan, row, key)) for key in keys]
+        found = [(batches.held(row, key), batches.moved(row, key)) for key in keys]
         assert found == expected
         assert [k for _, moves in reversed(found) for k in moves] == list(row.chunks)
         for sees, _ in found:
@@ -260,12 +261,16 @@ def test_stages_equal_one_process(kind: str, num_stages: int) -> None:
 class Wire:
     """A link between two threads of this process."""
 
-    bytes_sent = 0
+    bytes_sent, posts_late = 0, False
 
     def __init__(self) -> None:
         self._messages: queue.Queue[Tensor] = queue.Queue()
 
+    def announce(self, headers: Sequence[Header]) -> None: ...
+
     def post(self, layout: Layout) -> None: ...
+
+    def verdict(self) -> None: ...
 
     def receive(self, expected: Header, layout: Layout) -> list[Tensor]:
         return unpack(self._messages.get(timeout=60), expected, layout)
@@ -315,7 +320,8 @@ def test_loops_that_run_ahead_of_each_other_equal_one_process(kind: str) -> None
 @many(60)
 def test_nothing_is_begun_before_its_latents_are_back(plan: WindowPlan, branches: int) -> None:
     """By following every message: a call has all it sees, and takes what comes back in the order of its sending."""
-    join = Join(0, 0, 0, plan.num_rows, branches, MicroBatches(plan, "window"))
+    batches = MicroBatches(plan, "window")
+    join = Join(0, 0, 0, plan.num_rows, branches, batches)
     units = [unit for epoch in range(plan.num_rows // 4 + 1) for unit in epoch_units([join], epoch, 0)]
     held = dict.fromkeys(plan.row(0).window, 0)  # by chunk, the row that its latents are for
     under_way: list[tuple[int, tuple[int, ...]]] = []
@@ -325,10 +331,10 @@ def test_nothing_is_begun_before_its_latents_are_back(plan: WindowPlan, branches
             sender, moved = under_way.pop(0)
             assert sender == key
             held |= {chunk: unit.row for chunk in moved if chunk in row.window}
-        for chunk in row.window[slots_of(plan, row, unit.chunk)]:
+        for chunk in batches.held(row, unit.chunk):
             assert chunk in row.born or held[chunk] == unit.row or (chunk in row.context and chunk in held)
         if unit.feeds:
-            under_way.append((unit.chunk, moved_by(plan, row, unit.chunk)))
+            under_way.append((unit.chunk, batches.moved(row, unit.chunk)))
     assert not under_way and units[-1].ends_stream
 
 

@@ -105,7 +105,17 @@ def test_causal_needs_a_checkpoint_that_was_trained_for_it(model: Path, tmp_path
     causal = _render(model, tmp_path / "causal.mp4", **settings)[0]["latents_sha256"]
     window = _render(model, tmp_path / "window.mp4", num_frames=23)[0]["latents_sha256"]
     assert causal != window
-    assert read_sidecar(tmp_path / "causal.mp4")["extra"]["sampling"]["mode"] == "causal"
+    extra = read_sidecar(tmp_path / "causal.mp4")["extra"]
+    assert (extra["sampling"]["mode"], extra["sampling"]["chunks_per_unit"], extra["tier"]) == (
+        "causal",
+        1,
+        "same bits",
+    )
+    _render(model, tmp_path / "together.mp4", chunks_per_unit=2, **settings)
+    extra = read_sidecar(tmp_path / "together.mp4")["extra"]
+    assert (extra["sampling"]["chunks_per_unit"], extra["tier"]) == (2, "same mathematics")
+    with pytest.raises(ConfigError, match=r"was made with sampling.chunks_per_unit=2 \(now 1\)"):
+        _render(model, tmp_path / "together.mp4", **settings)
 
 
 @pytest.mark.timeout(120)
@@ -118,6 +128,7 @@ def test_displaced_needs_no_training_and_its_knobs_no_other_mode(displaced: Path
     assert alone["latents_sha256"] == sidecar["latents_sha256"]
     sampling = sidecar["extra"]["sampling"]
     assert (sampling["mode"], sampling["displaced"]["resync_every_steps"]) == ("displaced", 25)
+    assert sidecar["extra"]["tier"] == "approximate" and "compiled" not in sidecar["extra"]
     settings |= {"num_frames": 60, "displaced": DisplacedConfig(None, exact_growing=False, adaptive=1e-6)}
     with pytest.raises(
         ConfigError,
@@ -148,7 +159,10 @@ def test_a_traced_run_can_be_drawn_and_is_the_order(displaced: Path, model: Path
     order = [unit for units in epochs(lambda epoch: join if epoch == 0 else None, 1) for unit in units]
     for stage in range(2):
         assert [part.unit for part in found.busy if part.stage == stage] == order
+    assert [(one.stream, one.chunk) for one in found.decoded] == [(0, chunk) for chunk in range(4)]
+    assert all(0 < one.start < one.end <= found.makespan for one in found.decoded)
     report = simulate_report(SimulateConfig(trace=trace, chart=str(chart)))
+    assert report["decoder_busy"] > 0
     assert report["num_stages"] == 2 and report["units"] == len(order) and 0 < report["utilisation"] <= 1
     with Image.open(chart) as picture:
         assert picture.size[0] > 1000

@@ -86,8 +86,7 @@ def counted(model: Wan, stream: Stream, dtype: torch.dtype, device: str) -> tupl
     stage, allocated = Stage(model, (1, 3), device, dtype), Allocated()
     stage.prepare(stream)
     for unit in (unit for rows in islice(epochs(lambda n: None if n else join_of(stream, n), 1), 2) for unit in rows):
-        row = stream.plan.row(unit.row)
-        frames = size * (1 if unit.chunk in row.window else len(row.window))
+        frames = size * len(stream.batches.held(unit.row, unit.chunk))
         with allocated:
             shapes = model.activation_shapes(model.grid(frames, *cells))
             stage.run(unit, Activation(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)))
@@ -95,19 +94,23 @@ def counted(model: Wan, stream: Stream, dtype: torch.dtype, device: str) -> tupl
     want = model.keys(1, 3, first=False, last=False)
     weights = sum(value.nbytes for name, value in model.state_dict().items() if want(name))
     chunk = model.activation_shapes(model.grid(size, *cells))[0]
-    messages = dtype.itemsize * MESSAGES * (1 if mode == "causal" else full) * math.prod(chunk)
-    return StageMemory(model, dtype, 2, size, full, cells).bytes(mode, (1, 3), 1) - weights - messages, allocated.peak
+    together = stream.chunks_per_unit
+    messages = dtype.itemsize * MESSAGES * (together if mode == "causal" else full) * math.prod(chunk)
+    predicted = StageMemory(model, dtype, 2, size, full, cells).bytes(mode, (1, 3), 1, together)
+    return predicted - weights - messages, allocated.peak
 
 
-@pytest.mark.parametrize("mode", ["window", "causal", "displaced"])
+@pytest.mark.parametrize(("mode", "together"), [("window", 1), ("causal", 1), ("causal", 2), ("displaced", 1)])
 @pytest.mark.parametrize(("ffn_dim", "dtype"), [(560, torch.float32), (260, torch.bfloat16)], ids=["1.3B", "14B"])
-def test_stages_need_the_memory_that_is_predicted(ffn_dim: int, mode: Mode, dtype: torch.dtype) -> None:
+def test_stages_need_the_memory_that_is_predicted(ffn_dim: int, mode: Mode, together: int, dtype: torch.dtype) -> None:
     """In the proportions of the public models."""
     model = tiny_wan(config=replace(SKYREELS, num_attention_heads=8, ffn_dim=ffn_dim, num_layers=4))
     convert(model, dtype, "cpu", model.keeps_float32)
     plan = {"num_inference_steps": 3, "num_chunks": 9, "latent_chunk_size": 3}
     stream = replace(
-        tiny_stream(mode=mode, displaced=Displaced(3, exact_growing=False), **plan), latent_shape=(4, 12, 16)
+        tiny_stream(mode=mode, displaced=Displaced(3, exact_growing=False), **plan),
+        latent_shape=(4, 12, 16),
+        chunks_per_unit=together,
     )
     predicted, peak = counted(model, stream, dtype, "cpu")
     assert predicted == pytest.approx(peak, rel=0.1)

@@ -85,7 +85,7 @@ class WholeWindow(nn.Module):
         convert(model, dtype, device, model.keeps_float32)
         return model
 
-    def compile_repeated_blocks(self) -> None:
+    def compile_repeated_blocks(self, compiler: object = None) -> None:
         raise NotImplementedError
 
     def keys(self, first_block: int, last_block: int, first: bool, last: bool) -> Callable[[str], bool]:

@@ -6,6 +6,8 @@ import logging
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
+
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.config import SampleConfig
@@ -15,6 +17,7 @@ from pavdm_dist.method.microbatches import Displaced
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.models.source import Adapter, Source
 from pavdm_dist.pipeline import PAVDMPipeline
+from pavdm_dist.planning.unit_size import suited_chunks_per_unit
 from pavdm_dist.request import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -52,7 +55,7 @@ def engine_options(config: SampleConfig) -> EngineOptions:
         num_stages=config.num_stages,
         layers_per_stage=config.layers_per_stage,
         balance=config.balance,
-        compile=config.compile,
+        compile=None if config.compile == "auto" else config.compile == "true",
         dtype=config.dtype,
         threads_per_stage=config.threads_per_stage,
         cpus_per_stage=config.cpus_per_stage,
@@ -127,7 +130,18 @@ def sampling_params(config: SampleConfig, checkpoint: Checkpoint) -> SamplingPar
     chosen["displaced"] = Displaced(**asdict(config.displaced))
     params = SamplingParams.resolve(checkpoint, config.allow_untrained_causal, **chosen)
     checkpoint.check_size(params.height, params.width)
+    if config.chunks_per_unit is None and _on_gpus(config):
+        cells = checkpoint.codec_spec.latent_size(params.height, params.width)
+        suited = suited_chunks_per_unit(checkpoint.shape, params, cells, max(config.num_stages, 1), config.streams)
+        params = replace(params, chunks_per_unit=suited)
     return params
+
+
+def _on_gpus(config: SampleConfig) -> bool:
+    """Whether GPUs sample."""
+    if config.num_stages:
+        return engine_options(config).device == "cuda"
+    return config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
 
 
 def say_what_to_expect(params: SamplingParams, checkpoint: Checkpoint) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pavdm_dist.config import DisplacedConfig
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.fields import Steps, WindowChunks, Within
-from pavdm_dist.method.microbatches import Displaced, check_displaced
+from pavdm_dist.method.microbatches import Displaced, check_chunks_per_unit, check_displaced
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.planning.chart import check_chart, draw_chart
 from pavdm_dist.planning.simulate import Machine, Result, bars, of_trace, simulate
@@ -33,6 +33,7 @@ class SimulateConfig:
     streams: Annotated[int, Within(1, 10_000)] = 1  # videos in flight
     # the pipeline
     mode: Literal["window", "causal", "displaced"] = "window"
+    chunks_per_unit: Annotated[int, Within(1, 10_000)] = 1  # of mode=causal, displaced: noisy chunks of a unit
     displaced: DisplacedConfig = field(default_factory=DisplacedConfig)  # of mode=displaced
     num_stages: int = 2
     unit_cost: bool = False  # every unit costs 1 on every stage, whatever it holds
@@ -83,12 +84,14 @@ def simulate_report(config: SimulateConfig) -> dict[str, Any]:
         )
     displaced = Displaced(**asdict(config.displaced))
     check_displaced(config.mode, displaced)
+    check_chunks_per_unit(config.mode, plan, config.chunks_per_unit)
     if displaced.adaptive is not None:
         raise ConfigError(
             f"displaced.adaptive={displaced.adaptive}: depends on what the model computes; give"
             " displaced.resync_every_steps as often as you expect it"
         )
-    result = simulate([plan] * videos, config.mode, config.branches, config.streams, machine, displaced)
+    together = config.chunks_per_unit
+    result = simulate([plan] * videos, config.mode, config.branches, config.streams, machine, displaced, together)
     settings = {"mode": config.mode, "context": config.context, "unit_cost": config.unit_cost, "videos": videos}
     if plan.is_partitioned:
         settings |= {"partitions": plan.partitions, "lookahead": plan.lookahead}

@@ -34,7 +34,7 @@ from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
 from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk
 from pavdm_dist.redaction import hide_secrets
-from pavdm_dist.request import SamplingParams, VideoRequest
+from pavdm_dist.request import SamplingParams, VideoRequest, tier
 from pavdm_dist.streams import input_frames
 
 logger = logging.getLogger(__name__)
@@ -180,6 +180,7 @@ class Videos:
             "extra": {
                 "sampling": asdict(self.params),
                 "chunk_frames": self._chunk_frames(),
+                **self._exactness(),
                 **({"resyncs": list(resyncs)} if resyncs else {}),
                 **({"prompt_changes": [list(change) for change in video.changes]} if video.changes else {}),
             },
@@ -256,7 +257,7 @@ class Videos:
             **self._shape,
             overwrite=self.overwrite,
             resume=not self.overwrite,
-            settings=to_yaml(_own_settings(self.config, video)),
+            settings=to_yaml(_own_settings(self.config, video, self.params)),
         )
         if video.recording.next_chunk or video.recording.point is not None:
             logger.info("%s goes on at chunk %d", video.output, video.recording.next_chunk)
@@ -285,12 +286,20 @@ class Videos:
             "sampling": asdict(self.params),
             "weights": self.weights,
             "threads": self.config.threads_per_stage,
-            "compile": self.config.compile,
+            "compile": self.pipeline.compiled,
             "dtype": self.pipeline.dtype_name,
             "decoder_dtype": self.config.decoder_dtype,
             "versions": {name: found[name] for name in ("pavdm_dist", "torch", "av")},
             **self._further(request),
         }
+
+    def _exactness(self) -> dict[str, Any]:
+        """How what was computed relates to the model as published, run block by block."""
+        pipeline = self.pipeline
+        facts: dict[str, Any] = {"tier": tier(self.params, pipeline.compiled)}
+        if pipeline.compiled:
+            facts["compiled"] = {"relative_error": pipeline.relative_error, "attention": pipeline.kernels}
+        return facts
 
     def _further(self, request: VideoRequest) -> dict[str, Any]:
         """Facts that most videos do not have."""
@@ -306,8 +315,9 @@ def _pixels(frames: Tensor | None) -> str | None:
     return None if frames is None else hashlib.sha256(frames.contiguous().numpy().data).hexdigest()
 
 
-def _own_settings(config: SampleConfig, video: Video) -> SampleConfig:
-    """Settings that make one video of a command alone, and mean the same in every working directory."""
+def _own_settings(config: SampleConfig, video: Video, params: SamplingParams) -> SampleConfig:
+    """Settings that make one video of a command alone, and mean the same in every working directory and on any number
+    of stages."""
 
     def absolute(path: str | None) -> str | None:
         return path if path is None or path == RGB or is_remote(path) else os.path.abspath(path)
@@ -325,6 +335,7 @@ def _own_settings(config: SampleConfig, video: Video) -> SampleConfig:
         preview_decoder=absolute(config.preview_decoder),
         text_cache=absolute(config.text_cache),
         trace=absolute(config.trace),
+        chunks_per_unit=params.chunks_per_unit if params.chunks_per_unit > 1 else config.chunks_per_unit,
     )
 
 

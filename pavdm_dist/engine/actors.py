@@ -24,11 +24,14 @@ from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.events import Event, Left, Place
 from pavdm_dist.engine.loop import EpochFeed, Links, RunReport, StageLoop
 from pavdm_dist.engine.order import LogEntry, Unit
+from pavdm_dist.engine.rehearsal import Rehearsed, rehearse
 from pavdm_dist.engine.stage import Stage
-from pavdm_dist.engine.transport import HostStagedLink, Link, LocalLink, TorchLink, warm_up
+from pavdm_dist.engine.transport import HostStagedLink, Link, LocalLink, NcclLink, TorchLink, warm_up
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.models.catalog import load_backbone
+from pavdm_dist.models.compiling import keep_on_disk
 from pavdm_dist.models.devices import DTYPES, check_dtype, choose_device, choose_dtype, device_model
+from pavdm_dist.models.kernels import CHOICES
 from pavdm_dist.models.source import Source
 
 # Between two looks at how busy a stage is, for who watches the cluster.
@@ -51,7 +54,7 @@ class StageActor:
         blocks: block range.
         device: ``cpu`` or ``cuda``.
         threads: intra-op threads.
-        compiled: whether blocks are compiled.
+        compiled: whether blocks are compiled, as :meth:`rehearse` does.
         dtype: of weights and of what travels between stages, see :func:`~pavdm_dist.models.devices.choose_dtype`.
         environment: of the driver (:func:`~pavdm_dist.cluster.environment.handed_on`).
     """
@@ -73,8 +76,9 @@ class StageActor:
         kind = choose_dtype(dtype, choose_device(device), source)
         model = load_backbone(source, blocks, kind, device)
         if compiled:
+            keep_on_disk()
             model.compile_repeated_blocks()
-        self._stage = Stage(model, blocks, device, kind)
+        self._stage, self._compiled = Stage(model, blocks, device, kind), compiled
         self._feed = EpochFeed()
         self._events: queue.SimpleQueue[Event | Left] = queue.SimpleQueue()
         self._loop: StageLoop | None = None
@@ -85,6 +89,15 @@ class StageActor:
     def where(self) -> Place:
         """Node and process of the actor."""
         return _here(self._stage.device)
+
+    def rehearse(self, stream: Stream) -> Rehearsed:
+        """Before the links are made: what a run's micro-batches need is loaded, and compiled."""
+        torch.set_num_threads(self._threads)
+        return rehearse(self._stage, stream, self._compiled)
+
+    def use_kernels(self, chosen: Mapping[str, str]) -> None:
+        """Takes over which kernel of attention all stages use for a shape."""
+        CHOICES.use(chosen)
 
     def open_store(self, host: str) -> int:
         """Rank 0: opens the rendezvous store on a free port and returns it. The store lives as long as the actor.
@@ -123,11 +136,13 @@ class StageActor:
         # Opposite directions between two ranks must not share a group: without tags their messages could mix.
         forward, feedback = dist.new_group(timeout=timeout), dist.new_group(timeout=timeout)
 
-        # gloo carries what is in host memory only.
-        device = torch.device("cpu") if backend == "gloo" else self._stage.device
+        device = self._stage.device
 
         def link(group: Any, peer: int) -> TorchLink:
-            return TorchLink(group, peer, device, timeout_s=timeout_s)
+            if backend == "nccl":
+                return NcclLink(group, peer, device, timeout_s=timeout_s)
+            # gloo carries what is in host memory only.
+            return TorchLink(group, peer, torch.device("cpu"), timeout_s=timeout_s, pinned=device.type == "cuda")
 
         upstream = link(forward, rank - 1) if rank > 0 else None
         downstream = link(forward, rank + 1) if rank < world - 1 else None
@@ -139,8 +154,8 @@ class StageActor:
         if back is not None:
             warm_up(back, generation, sender=rank != 0)
         links: list[Link | None] = [upstream, downstream, back]
-        if device != self._stage.device:
-            links = [link and HostStagedLink(link, self._stage.device) for link in (upstream, downstream, back)]
+        if backend == "gloo" and device.type == "cuda":
+            links = [link and HostStagedLink(link, device) for link in (upstream, downstream, back)]
         self._links = Links(*links)
 
     def prepare(self, stream: Stream) -> None:
@@ -205,6 +220,7 @@ class DecodeActor:
         device: ``cpu`` or ``cuda``.
         dtype: what it computes in.
         environment: of the driver.
+        trace: keep when each chunk was decoded.
     """
 
     def __init__(
@@ -214,6 +230,7 @@ class DecodeActor:
         device: str,
         dtype: str = "float32",
         environment: Mapping[str, str] | None = None,
+        trace: bool = False,
     ) -> None:
         take_on(environment or {})
         self._threads = threads
@@ -225,6 +242,7 @@ class DecodeActor:
         self._decoders: dict[int, Any] = {}
         self._dropped: set[int] = set()
         self._latents = 0
+        self._times: list[tuple[int, float, float]] | None = [] if trace else None
 
     def facts(self) -> tuple[int, int, Place]:
         """Latents that a decoder is warmed on to go on with a stream; frames per latent; where the actor is."""
@@ -245,7 +263,7 @@ class DecodeActor:
     def decode(self, key: int, latents: Tensor) -> Any:
         """Latents ``[C, c, h, w]`` of the next chunk -> frames, uint8 numpy ``[t, H, W, 3]``; None if dropped."""
         torch.set_num_threads(self._threads)
-        decoder, frames = self._decoders.get(key), []
+        decoder, frames, began = self._decoders.get(key), [], time.time()
         if isinstance(decoder, Exception):
             raise decoder
         for latent in latents.split(1, dim=1):  # one by one, so that it can be seen to work
@@ -254,6 +272,8 @@ class DecodeActor:
             assert decoder is not None, "open comes before decode"
             frames.append(decoder.decode(latent).numpy())
             self._latents += 1
+        if self._times is not None:
+            self._times.append((key, began, time.time()))
         return np.concatenate(frames)
 
     def close(self, key: int) -> None:
@@ -268,6 +288,10 @@ class DecodeActor:
     def progress(self) -> int:
         """Control: latents decoded so far, of all streams."""
         return self._latents
+
+    def times(self) -> list[tuple[int, float, float]]:
+        """Control: key, begin and end of every chunk, in seconds of the time of day; for a trace alone."""
+        return list(self._times or ())
 
 
 def _measure(loop: StageLoop, rank: int, over: threading.Event) -> None:

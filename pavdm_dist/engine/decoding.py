@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pavdm_dist.engine.blame import ANSWER_S, last_line, video_error
 from pavdm_dist.engine.events import Decoded, DecoderLost, Place
+from pavdm_dist.engine.loop import DecodeSpan
 from pavdm_dist.method.window import CleanChunk
 
 
@@ -34,11 +35,13 @@ class Decoding:
         limit_s: longest time for a latent.
         start_s: longest time until it is up.
 
+        trace: remember what was handed over, for :meth:`spans`.
+
     Attributes:
         facts: reference to what the actor says of itself, once it is up.
     """
 
-    def __init__(self, actor: Any, limit_s: float, start_s: float) -> None:
+    def __init__(self, actor: Any, limit_s: float, start_s: float, trace: bool = False) -> None:
         self.actor, self._limit, self._start, self._born = actor, limit_s, start_s, time.monotonic()
         self._is_up = False
         self.facts = actor.facts.remote()
@@ -46,6 +49,7 @@ class Decoding:
         self._opened = 0
         self._chunks: deque[_Chunk] = deque()
         self._decoded = 0  # latents, when it was last asked
+        self._handed: dict[int, list[tuple[int, int]]] | None = {} if trace else None
 
     def open(self, stream: int, warm: Tensor | None) -> None:
         """A decoder for a stream; an earlier one of the same id has been forgotten."""
@@ -58,6 +62,8 @@ class Decoding:
         key = self._keys[stream]
         frames = self.actor.decode.remote(key, clean.latents)
         self._chunks.append(_Chunk(key, stream, clean.index, frames, time.monotonic()))
+        if self._handed is not None:
+            self._handed.setdefault(key, []).append((stream, clean.index))
 
     def forget(self, stream: int) -> None:
         """Drops a stream's decoder and what waits for it."""
@@ -131,6 +137,15 @@ class Decoding:
         if decoded == self._decoded:
             raise TimeoutError(f"it has decoded nothing for {self._limit:g} s (link_timeout_s)")
         self._decoded, self._chunks[0].since = decoded, now
+
+    def spans(self) -> list[DecodeSpan]:
+        """When each chunk of a traced run was decoded."""
+        import ray
+
+        spans, taken = list[DecodeSpan](), {key: iter(chunks) for key, chunks in (self._handed or {}).items()}
+        for key, start, end in ray.get(self._control("times")):
+            spans.append(DecodeSpan(*next(taken[key]), start, end))
+        return spans
 
     def _control(self, method: str, *arguments: Any) -> Any:
         return getattr(self.actor, method).options(concurrency_group="control").remote(*arguments)

@@ -10,10 +10,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from pavdm_dist.codecs.base import FrameDecoder
+from pavdm_dist.engine.beside import Beside
 from pavdm_dist.engine.events import Decoded, Failed, Finished, Shift
 from pavdm_dist.engine.flight import Flight
 from pavdm_dist.engine.watchdog import Patience, Watchdog
@@ -40,6 +43,7 @@ class InlineEngine:
         codec: makes frames.
         device: that the model is on.
         threads: intra-op threads while it computes; the caller's own number holds in between.
+        codec_device: that the codec is on; None = the model's.
         patience: when a video that gives nothing is reported. Nothing can end it: what stands still is the caller.
     """
 
@@ -50,9 +54,12 @@ class InlineEngine:
         device: torch.device | str = "cpu",
         threads: int = 1,
         patience: Patience | None = None,
+        codec_device: torch.device | str | None = None,
     ) -> None:
         self._model, self._codec, self._device, self._threads = model, codec, torch.device(device), threads
         self._patience = patience or Patience()
+        self._codec_device = self._device if codec_device is None else torch.device(codec_device)
+        self._overlaps = self._device.type != "cpu"
         self._stopping: set[int] = set()
         self._cancelled: set[int] = set()
         self._prompts: dict[int, list[NewPrompt]] = {}
@@ -150,9 +157,9 @@ class InlineEngine:
             elif (point := flight.shifted(shift)[1]) is not None and on_grown is not None:
                 on_grown(stream.id, point)
 
-        def finished(clean: CleanChunk) -> Finished:
+        def finished(clean: CleanChunk, frames_of: Callable[[], Tensor]) -> Finished:
             try:
-                frames = decoder.decode(clean.latents)
+                frames = frames_of()
             except Exception as error:  # as in a decode actor, it ends this video
                 if not isinstance(error, PAVDMError):
                     logger.exception("chunk %d could not be decoded", clean.index)
@@ -160,18 +167,39 @@ class InlineEngine:
             return flight.finished(Decoded(stream.id, clean.index, frames))
 
         for clean, _ in list(flight.undecoded):
-            yield finished(clean)
-        chunks = list[CleanChunk]()
-        for clean in sample(stream.window(self._device), denoise, stream.guidance_scale, after):
-            chunks.append(CleanChunk(clean.index, clean.latents.cpu()))
-            count, shift = ended[-1]
-            if len(chunks) < count:
-                continue
-            flight.shifted(replace(shift, clean=tuple(chunks)))
-            for clean in chunks:
-                yield finished(clean)
-            ended.clear()
-            chunks.clear()
+            yield finished(clean, partial(decoder.decode, clean.latents))
+
+        def shifted() -> Iterator[CleanChunk]:
+            """Chunks in main memory; those that become clean at one row come once all of them are there."""
+            together = list[CleanChunk]()
+            for clean in sample(stream.window(self._device), denoise, stream.guidance_scale, after):
+                together.append(CleanChunk(clean.index, clean.latents.cpu()))
+                count, shift = ended[-1]
+                if len(together) < count:
+                    continue
+                flight.shifted(replace(shift, clean=tuple(together)))
+                ended.clear()
+                yield from together
+                together.clear()
+
+        if not self._overlaps:
+            for clean in shifted():
+                yield finished(clean, partial(decoder.decode, clean.latents))
+            return
+        # A chunk is decoded while the next one is sampled, and given out when that has been.
+        before: tuple[CleanChunk, Callable[[], Tensor]] | None = None
+        with Beside(decoder, self._codec_device, self._threads) as beside:
+            try:
+                for clean in shifted():
+                    if before is not None:
+                        yield finished(*before)
+                    before = clean, beside.decode(clean.latents)
+            except VideoError:  # nothing follows, but what was finished is
+                if before is not None:
+                    yield finished(*before)
+                raise
+            if before is not None:
+                yield finished(*before)
 
 
 class _Pace:

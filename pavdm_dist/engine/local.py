@@ -81,6 +81,7 @@ class LocalGang:
                 for stream, changes in epoch.entry.prompts.items():
                     for new in changes:
                         stage.change(stream, new)
+                stage.begin(epoch.units)
             for unit in epoch.units:
                 self._run_unit(unit)
                 yield True
@@ -92,7 +93,8 @@ class LocalGang:
         left: dict[str, Tensor] = {}
         for stage in self._stages:
             result = stage.run(unit, activation)
-            left |= stage.newly_left(unit) or {}
+            if (taken := stage.newly_left(unit)) is not None:
+                left |= taken()
             activation = result if isinstance(result, Activation) else None
         if not isinstance(result, RowDone):
             return

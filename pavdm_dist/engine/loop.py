@@ -10,14 +10,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
+from pavdm_dist.engine.clock import Clock
 from pavdm_dist.engine.events import EpochDone, Event, KeysChanged, Left, Shift
 from pavdm_dist.engine.messages import ACTIVATION, LATENTS, Header, Layout
 from pavdm_dist.engine.order import Join, LogEntry, Unit, epoch_units
+from pavdm_dist.engine.readback import Readback, Teller
 from pavdm_dist.engine.stage import RowDone, Stage
 from pavdm_dist.engine.transport import Link
+from pavdm_dist.errors import EngineError
 from pavdm_dist.models.base import Activation
 
 
@@ -40,6 +45,7 @@ class EpochFeed:
         self._sealed: dict[int, LogEntry] = {}
         self._log: list[Join] = []
         self._stop_at: int | None = None
+        self._broken: BaseException | None = None
         self._changed = threading.Condition()
         self._epoch = 0
         self._order = 0
@@ -56,13 +62,21 @@ class EpochFeed:
             self._stop_at = epoch
             self._changed.notify_all()
 
+    def break_off(self, error: BaseException) -> None:
+        """What was handed out has failed: whoever asks for more gets the error."""
+        with self._changed:
+            self._broken = error
+            self._changed.notify_all()
+
     def next(self, block: bool) -> Epoch | None:
         """The next epoch; None at the stop, or (without ``block``) when it is not sealed yet."""
         with self._changed:
-            while self._epoch not in self._sealed:
+            while self._broken is None and self._epoch not in self._sealed:
                 if not block or self._stop_at == self._epoch:
                     return None
                 self._changed.wait()
+            if self._broken is not None:
+                raise self._broken
             number, entry = self._epoch, self._sealed.pop(self._epoch)
             self._log = entry.applied(self._log, number)
             units = epoch_units(self._log, number, self._order)
@@ -88,11 +102,22 @@ class Links:
 class Span:
     """One traced unit: compute from ``start`` to ``end``, after waiting for its input since ``ready``.
 
-    Times are seconds of the machine's monotonic clock, comparable between processes of one machine.
+    Times are seconds of the machine's monotonic clock, comparable between processes of one machine; of a GPU they say
+    when it computed, not when it was told to.
     """
 
     unit: Unit
     ready: float
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class DecodeSpan:
+    """A chunk that was decoded beside the stages, in seconds of the time of day."""
+
+    stream: int
+    chunk: int
     start: float
     end: float
 
@@ -112,7 +137,7 @@ class RunReport:
 
 
 def events_of(unit: Unit, done: RowDone, left: Mapping[str, Tensor]) -> list[Event]:
-    """What the driver is told of a unit of the last stage: something at the end of a shift only.
+    """What the driver is told of a unit of the last stage: something at the end of a shift only. Waits for the device.
 
     Args:
         unit: which.
@@ -122,8 +147,8 @@ def events_of(unit: Unit, done: RowDone, left: Mapping[str, Tensor]) -> list[Eve
     events: list[Event] = []
     if done.change is not None:
         events.append(KeysChanged(unit.stream, unit.row, done.change))
-    if done.snapshot is not None:
-        events.append(Shift(unit.stream, replace(done.snapshot, left=left), done.clean, done.not_finite))
+    if (snapshot := done.snapshot) is not None:
+        events.append(Shift(unit.stream, replace(snapshot, left=left), done.clean, done.not_finite))
     return events
 
 
@@ -139,6 +164,16 @@ class _Awaited:
     wanted: bool = True
 
 
+@dataclass(frozen=True)
+class _Messages:
+    """What a unit receives from or sends to a neighbour: ``activation`` between all stages, ``latents`` from the last
+    back to the first, for the next row; None where it sends none."""
+
+    unit: Unit
+    activation: tuple[Header, Layout]
+    latents: tuple[Header, Layout] | None
+
+
 class StageLoop:
     """Runs a stage until its feed stops.
 
@@ -152,8 +187,8 @@ class StageLoop:
         trace: keep a :class:`Span` per unit (unbounded memory: for measurements only).
 
     Attributes:
-        last: the unit that was run last; None before the first. Any thread may read it.
-        units, busy_s: how many were run, and how long the stage computed. Any thread may read them.
+        last: the unit that was finished last; None before the first. Any thread may read it.
+        units, busy_s: how many were finished, and how long the stage computed. Any thread may read them.
     """
 
     def __init__(
@@ -170,12 +205,14 @@ class StageLoop:
         self._ahead: Epoch | None = None
         self._posted_until = 0
         self._awaited: deque[_Awaited] = deque()
+        self._teller, self._readback = Teller(stage.device, feed.break_off), Readback(stage.device)
         self.last: Unit | None = None
         self.units, self.busy_s = 0, 0.0
 
     def run(self) -> RunReport:
         """Blocks until the feed stops; raises what the stage or a link raises."""
-        report = RunReport(time.time() - time.monotonic())
+        report, clock = RunReport(time.time() - time.monotonic()), Clock(self._stage.device)
+        marks = list[tuple[Unit, Any, Any, Any]]()
         while (epoch := self._ahead or self._feed.next(block=True)) is not None:
             self._ahead = None
             for stream in epoch.entry.leaves:
@@ -185,14 +222,22 @@ class StageLoop:
             for stream, changes in epoch.entry.prompts.items():
                 for new in changes:
                     self._stage.change(stream, new)
-            for position, unit in enumerate(epoch.units):
-                self._run_unit(unit, epoch.units[position + 1 :][:1] or self._first_of_next(), report)
-            self._tell(EpochDone(epoch.number))
+            self._stage.begin(epoch.units)
+            messages = [self._messages(unit) for unit in epoch.units]
+            self._announce(messages)
+            for position, own in enumerate(messages):
+                times = self._run_unit(own, messages[position + 1 :][:1] or self._first_of_next(), clock)
+                report.units += 1
+                if self._trace:
+                    marks.append((own.unit, *times))
+            self._end(epoch.number)
         while self._awaited:  # of streams that left: their latents were sent before anybody knew
             self._take_back()
         for link in (self._links.downstream, self._links.feedback if self._stage.last else None):
             if link is not None:
                 link.close()
+        self._teller.close()
+        report.trace = [Span(unit, *map(clock.seconds, times)) for unit, *times in marks]
         report.bytes_forward = self._links.downstream.bytes_sent if self._links.downstream else 0
         report.bytes_feedback = self._links.feedback.bytes_sent if self._stage.last and self._links.feedback else 0
         return report
@@ -202,38 +247,68 @@ class StageLoop:
         for awaited in self._awaited:
             awaited.wanted = awaited.wanted and awaited.header.stream != stream
 
-    def _first_of_next(self) -> Sequence[Unit]:
-        """The first unit of the next epoch where that is already sealed."""
+    def _first_of_next(self) -> list[_Messages]:
+        """Messages of the first unit of the next epoch where that is already sealed."""
         self._ahead = self._ahead or self._feed.next(block=False)
-        return [] if self._ahead is None else self._ahead.units[:1]
+        return [] if self._ahead is None else [self._messages(unit) for unit in self._ahead.units[:1]]
 
-    def _run_unit(self, unit: Unit, following: Sequence[Unit], report: RunReport) -> None:
-        ready = time.monotonic()
-        incoming = self._receive(unit, following)
-        start = time.monotonic()
-        if self._stage.first and unit.feeds:
-            layout = self._stage.latents_layout(unit.stream, unit.row + 1, unit.chunk)
-            self._awaited.append(_Awaited(self._header(LATENTS, unit, layout, branch=0), layout))
-            self._feedback().post(layout)
-        layouts = self._layouts(unit)
+    def _messages(self, unit: Unit) -> _Messages:
+        layout, latents = self._stage.activation_layout(unit), None
+        if unit.feeds and (self._stage.first or self._stage.last):
+            back = self._stage.latents_layout(unit.stream, unit.row + 1, unit.chunk)
+            latents = self._header(LATENTS, unit, back, branch=0), back
+        return _Messages(unit, (self._header(ACTIVATION, unit, layout), layout), latents)
+
+    def _announce(self, messages: Sequence[_Messages]) -> None:
+        forward = [own.activation[0] for own in messages]
+        back = [own.latents[0] for own in messages if own.latents is not None]
+        links = self._links
+        for link, headers in ((links.upstream, forward), (links.downstream, forward), (links.feedback, back)):
+            if link is not None:
+                link.announce(headers)
+
+    def _run_unit(self, own: _Messages, following: Sequence[_Messages], clock: Clock) -> tuple[Any, Any, Any]:
+        """Returns the marks of its being awaited, its start and its end."""
+        unit, upstream = own.unit, self._links.upstream
+        late = upstream is not None and upstream.posts_late
+        ready = clock.mark()
+        incoming = self._receive(own, [] if late else following)
+        start = clock.mark()
+        back = self._feedback() if self._stage.first and own.latents is not None else None
+        if back is not None and not back.posts_late:
+            self._await(back, own)
         result = self._stage.run(unit, incoming)
-        end = time.monotonic()
-        self._send(unit, result, layouts)
-        self.last = unit
-        report.units += 1
-        self.units, self.busy_s = self.units + 1, self.busy_s + end - start
-        if self._trace:
-            report.trace.append(Span(unit, ready, start, end))
+        if back is not None and back.posts_late:
+            self._await(back, own)
+        if late:
+            self._post(following)
+        end = clock.mark()
+        self._send(own, result)
+        self._teller.then(partial(self._finished, unit, partial(clock.between, start, end)))
+        return ready, start, end
 
-    def _receive(self, unit: Unit, following: Sequence[Unit]) -> Activation | None:
-        upstream = self._links.upstream
+    def _finished(self, unit: Unit, busy_s: Callable[[], float]) -> None:
+        self.last = unit
+        self.units, self.busy_s = self.units + 1, self.busy_s + busy_s()
+
+    def _await(self, back: Link, own: _Messages) -> None:
+        """Gets ready for the latents of a unit that come back."""
+        assert own.latents is not None
+        self._awaited.append(_Awaited(*own.latents))
+        back.post(own.latents[1])
+
+    def _post(self, messages: Sequence[_Messages]) -> None:
+        assert self._links.upstream is not None
+        for own in messages:
+            if own.unit.order >= self._posted_until:
+                self._links.upstream.post(own.activation[1])
+                self._posted_until = own.unit.order + 1
+
+    def _receive(self, own: _Messages, following: Sequence[_Messages]) -> Activation | None:
+        unit, upstream = own.unit, self._links.upstream
         if upstream is not None:
-            for ahead in (unit, *following):
-                if ahead.order >= self._posted_until:
-                    upstream.post(self._stage.activation_layout(ahead))
-                    self._posted_until = ahead.order + 1
-            layout = self._stage.activation_layout(unit)
-            return Activation(*upstream.receive(self._header(ACTIVATION, unit, layout), layout))
+            self._post([own, *following])
+            return Activation(*upstream.receive(*own.activation))
         for chunk in unit.fed:
             awaited, latents = self._take_back()
             while not awaited.wanted:
@@ -243,38 +318,44 @@ class StageLoop:
             self._stage.feed(unit.stream, unit.row, chunk, latents)
         return None
 
+    def _end(self, epoch: int) -> None:
+        """Tells of the end of an epoch once it has been reached, and no message was another than expected."""
+        links = (self._links.upstream, self._links.feedback)
+        verdicts = [verdict for link in links if link is not None and (verdict := link.verdict()) is not None]
+        copies = self._readback(verdicts)
+
+        def tell() -> None:
+            if any(int(differ) for differ in copies.take()):
+                raise EngineError(f"link out of order: a message of epoch {epoch} was another than expected")
+            self._tell(EpochDone(epoch))
+
+        self._teller.then(tell)
+
     def _take_back(self) -> tuple[_Awaited, Tensor]:
         """The oldest latents on their way back."""
         awaited = self._awaited.popleft()
         (latents,) = self._feedback().receive(awaited.header, awaited.layout)
         return awaited, latents
 
-    def _layouts(self, unit: Unit) -> tuple[Layout | None, Layout | None]:
-        """What this unit may send, computed while the stage still knows the stream."""
-        forward = self._stage.activation_layout(unit) if self._links.downstream is not None else None
-        back = None
-        if self._stage.last and unit.feeds:
-            back = self._stage.latents_layout(unit.stream, unit.row + 1, unit.chunk)
-        return forward, back
-
-    def _send(
-        self, unit: Unit, result: Activation | RowDone | None, layouts: tuple[Layout | None, Layout | None]
-    ) -> None:
-        forward, back = layouts
-        left = self._stage.newly_left(unit)
+    def _send(self, own: _Messages, result: Activation | RowDone | None) -> None:
+        unit, left = own.unit, self._stage.newly_left(own.unit)
         if left is not None and not self._stage.last:
-            self._tell(Left(unit.stream, unit.row, left))
+            self._teller.then(lambda: self._tell(Left(unit.stream, unit.row, left())))
         if isinstance(result, Activation):
             assert self._links.downstream is not None
-            assert forward is not None
-            tensors = (result.hidden, result.modulation, result.time)
-            self._links.downstream.send(self._header(ACTIVATION, unit, forward), tensors, forward)
+            header, layout = own.activation
+            self._links.downstream.send(header, (result.hidden, result.modulation, result.time), layout)
         elif isinstance(result, RowDone):
             if result.latents is not None:
-                assert back is not None
-                self._feedback().send(self._header(LATENTS, unit, back, branch=0), [result.latents], back)
-            for event in events_of(unit, result, left or {}):
-                self._tell(event)
+                assert own.latents is not None
+                header, layout = own.latents
+                self._feedback().send(header, [result.latents], layout)
+            if result.end is not None:
+                self._teller.then(partial(self._tell_shift, unit, result, left))
+
+    def _tell_shift(self, unit: Unit, done: RowDone, left: Callable[[], dict[str, Tensor]] | None) -> None:
+        for event in events_of(unit, done, {} if left is None else left()):
+            self._tell(event)
 
     def _header(self, kind: int, unit: Unit, layout: Layout, branch: int | None = None) -> Header:
         branch = unit.branch if branch is None else branch

@@ -59,28 +59,66 @@ class Layout:
         return HEADER_BYTES + self.numel * self.dtype.itemsize
 
 
-def pack(header: Header, tensors: Sequence[Tensor], layout: Layout) -> Tensor:
-    """One uint8 buffer on the tensors' device: header, then the tensors back to back."""
-    device = tensors[0].device
-    buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
-    buffer[:HEADER_BYTES] = torch.tensor(astuple(header), dtype=torch.int64).view(torch.uint8).to(device)
-    payload = buffer[HEADER_BYTES:].view(layout.dtype)
-    offset = 0
+def stamps_of(headers: Sequence[Header]) -> Tensor:
+    """Headers as they are on the wire, uint8 ``[n, HEADER_BYTES]`` in main memory."""
+    numbers = torch.tensor([astuple(header) for header in headers], dtype=torch.int64)
+    return numbers.view(torch.uint8).view(len(headers), HEADER_BYTES)
+
+
+def check_payload(tensors: Sequence[Tensor], layout: Layout) -> None:
+    """Refuses tensors that are not what was planned.
+
+    Raises:
+        EngineError: naming the first of them.
+    """
     for tensor, shape in zip(tensors, layout.shapes, strict=True):
         if tuple(tensor.shape) != shape or tensor.dtype != layout.dtype:
             raise EngineError(f"message of {tuple(tensor.shape)} {tensor.dtype}, planned {shape} {layout.dtype}")
-        payload[offset : offset + tensor.numel()].view(shape).copy_(tensor)
+
+
+def pack(
+    header: Header,
+    tensors: Sequence[Tensor],
+    layout: Layout,
+    buffer: Tensor | None = None,
+    stamp: Tensor | None = None,
+) -> Tensor:
+    """One uint8 buffer: header, then the tensors back to back.
+
+    Args:
+        header: of the message.
+        tensors: as planned.
+        layout: the plan.
+        buffer: what is filled, ``layout.num_bytes`` long; None makes one on the tensors' device.
+        stamp: the header as a row of :func:`stamps_of` where the buffer is; None makes it.
+
+    Raises:
+        EngineError: tensors that are not what was planned.
+    """
+    check_payload(tensors, layout)
+    if buffer is None:
+        buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=tensors[0].device)
+    buffer[:HEADER_BYTES] = stamps_of([header])[0] if stamp is None else stamp
+    payload = buffer[HEADER_BYTES:].view(layout.dtype)
+    offset = 0
+    for tensor, shape in zip(tensors, layout.shapes, strict=True):
+        payload[offset : offset + tensor.numel()].view(shape).copy_(tensor, non_blocking=True)
         offset += tensor.numel()
     return buffer
 
 
-def unpack(buffer: Tensor, expected: Header, layout: Layout) -> list[Tensor]:
+def unpack(buffer: Tensor, expected: Header | None, layout: Layout) -> list[Tensor]:
     """The tensors of a received buffer, as views into it.
+
+    Args:
+        buffer: what was received.
+        expected: its header; None where that is compared elsewhere.
+        layout: the plan.
 
     Raises:
         EngineError: the header is not the expected one.
     """
-    found = Header(*buffer[:HEADER_BYTES].view(torch.int64).tolist())
+    found = expected and Header(*buffer[:HEADER_BYTES].view(torch.int64).tolist())
     if found != expected:
         raise EngineError(f"link out of order: expected {expected}, received {found}")
     tensors, offset = [], 0

@@ -54,7 +54,7 @@ class EngineOptions:
         backlog_bytes: of frames that wait for the decoder or the consumer, before the stages get no more work.
         ray_address: cluster to join; None = the one this process is in, else a local one is started.
         compile: stages run compiled blocks (``Backbone.compile_repeated_blocks``): the same bits on any number of
-            stages, but not those of uncompiled ones. Must be done within ``link_timeout_s``.
+            stages, but not those of uncompiled ones. None = on GPUs. Must be done within ``start_timeout_s``.
         trace: keep start and end of every unit.
         trace_file: where a finished run writes them; sets ``trace``.
     """
@@ -83,7 +83,7 @@ class EngineOptions:
     stall_limit_s: float = 3600
     backlog_bytes: int = 256 * 2**20
     ray_address: str | None = None
-    compile: bool = False
+    compile: bool | None = None
     trace: bool = False
     trace_file: str | None = None
 
@@ -144,6 +144,17 @@ class EngineOptions:
     def device(self) -> str:
         """Device type of a stage."""
         return "cuda" if self.gpus_per_stage else "cpu"
+
+    @property
+    def compiled(self) -> bool:
+        """Whether stages compile their blocks."""
+        return self.device == "cuda" if self.compile is None else self.compile
+
+    @property
+    def rehearses(self) -> bool:
+        """Whether stages run a run's sizes before they are linked: what takes long at first, or must not wait for a
+        link, is loaded and compiled then."""
+        return self.compiled or self.device == "cuda"
 
     @property
     def decoder_device(self) -> str:

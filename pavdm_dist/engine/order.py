@@ -1,10 +1,9 @@
 """The one order in which all stages work, computed and never communicated.
 
-A unit is one micro-batch of one (stream, guidance branch) at one row: its whole window, a partition
-of it, or a single chunk. Every stage derives the same list from an append-only log of entries, so no driver sits in the
-data path and no message needs a tag. Oldest row first, then streams by age, chunks cleanest first (partitions noisiest
-first), branches innermost: sending one branch of all streams before the other costs 18-34 % of the pipeline's
-throughput.
+A unit is one micro-batch of one (stream, guidance branch) at one row: its whole window, a partition of it, or so many
+chunks. Every stage derives the same list from an append-only log of entries, so no driver sits in the data path and no
+message needs a tag. Oldest row first, then streams by age, chunks cleanest first (partitions noisiest first), branches
+innermost: sending one branch of all streams before the other costs 18-34 % of the pipeline's throughput.
 """
 
 from __future__ import annotations
@@ -86,12 +85,12 @@ class Unit:
         row: row of the stream's plan.
         branch: guidance branch.
         opens, closes: first or last branch of the micro-batch.
-        fed: micro-batches of the row before whose latents come back from the last stage before this one can begin;
-            none in a stream's first row and for newborn chunks.
+        fed: micro-batches of the row before whose latents come back from the last stage before this one can begin, by
+            their first chunks; none in a stream's first row and for newborn chunks.
         feeds: the last stage sends the latents it updates back, for the next row.
         ends_stream: nothing of the stream follows its last branch.
-        chunk: index of the chunk, or of the first one that a partition moves; ``WHOLE`` for the whole window.
-        context: the chunk is clean: it gets no update, later units of the shift attend to it.
+        chunk: index of the first chunk that it moves, or of its clean one; ``WHOLE`` when the unit is the whole window.
+        context: its chunk is clean: it gets no update, later units of the shift attend to it.
     """
 
     order: int

@@ -19,7 +19,7 @@ from pavdm_dist.cluster.metrics import Meters
 from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.driver import Driver
 from pavdm_dist.engine.events import Failed, Finished, GangLost, Grown, Output
-from pavdm_dist.engine.loop import RunReport
+from pavdm_dist.engine.loop import DecodeSpan, RunReport
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.ray_gang import RayGang
 from pavdm_dist.engine.restart import Restarts, rebuilt
@@ -48,11 +48,14 @@ class RayEngine:
         codec: of the decode actor; None makes none.
         recut: block ranges for another number of stages, where a restart has room for fewer; None always restarts
             with as many.
+        rehearsal: of :class:`RayGang`; streams of other sizes take longer at first.
 
     Attributes:
         blocks, options: as asked for; after a restart with fewer stages the gang's may differ.
         generation: of the present gang, from 1.
         devices: models of what the stages compute on.
+        rehearsal: as given.
+        relative_error, kernels: of the gang, see :class:`RayGang`.
 
     Raises:
         EngineError: no cluster, not enough resources, or an actor did not come up.
@@ -65,14 +68,20 @@ class RayEngine:
         options: EngineOptions,
         codec: FrameMaker | Source | str | None = None,
         recut: Callable[[int], list[tuple[int, int]]] | None = None,
+        rehearsal: Stream | None = None,
     ) -> None:
         self.blocks, self.options, self._recut = list(blocks), options, recut
+        self.rehearsal, self.kernels = rehearsal, dict[str, str]()
         self._membership = connect(options.ray_address)
 
         def gang(stages: int, generation: int, patience_s: float) -> RayGang:
             cut = self.blocks if stages == len(self.blocks) or recut is None else recut(stages)
             chosen = replace(options, num_stages=len(cut), placement_timeout_s=patience_s)
-            return RayGang(source, cut, chosen, codec, generation, lambda: self._switch.closing)
+            made = RayGang(
+                source, cut, chosen, codec, generation, lambda: self._switch.closing, rehearsal, self.kernels
+            )
+            self.kernels = made.kernels
+            return made
 
         # Guards all of the below but the driver and its gang, which are the thread's alone.
         self._switch = Switch()
@@ -150,6 +159,15 @@ class RayEngine:
     def is_over(self) -> bool:
         """Whether it was closed, or has ended by a fault: nothing can be run on it any more."""
         return self._switch.over
+
+    @property
+    def decoded(self) -> list[DecodeSpan]:
+        """Of :meth:`finish`: when chunks were decoded, where a trace is kept."""
+        return self._gang.decoded
+
+    @property
+    def relative_error(self) -> float | None:
+        return self._gang.relative_error
 
     def stop(self, stream: int) -> None:
         """Lets an endless stream end: what is in flight is finished, then its last chunk comes."""

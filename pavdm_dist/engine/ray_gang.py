@@ -19,7 +19,7 @@ from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.blame import control_results, frozen, lost, video_error
 from pavdm_dist.engine.decoding import Decoding
 from pavdm_dist.engine.events import EpochDone, Event, GangLost, Left, Place, Prepared, Shift
-from pavdm_dist.engine.loop import RunReport
+from pavdm_dist.engine.loop import DecodeSpan, RunReport
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.order import LogEntry, Unit
 from pavdm_dist.engine.placement import Placement, place
@@ -43,6 +43,13 @@ class RayGang:
         codec: of the decode actor; None makes none.
         generation: stamped on every message; higher than that of any gang before.
         given_up: asked while actors come up; true ends that.
+        stream: what stages rehearse before they are linked (:mod:`pavdm_dist.engine.rehearsal`); None = nothing.
+        kernels: that an earlier gang of the run chose, so that bits stay what they were.
+
+    Attributes:
+        relative_error: of compiled blocks against plain ones, as the rehearsal found it; None where none are compiled.
+        kernels: of attention, by shape, as all stages use them.
+        decoded: when chunks were decoded, once a traced gang has finished; by the last decoder, where one was lost.
 
     Raises:
         EngineError: not enough resources, or an actor did not come up within ``start_timeout_s``.
@@ -56,7 +63,13 @@ class RayGang:
         codec: FrameMaker | Source | str | None = None,
         generation: int = 1,
         given_up: Callable[[], bool] = lambda: False,
+        stream: Stream | None = None,
+        kernels: Mapping[str, str] | None = None,
     ) -> None:
+        self.relative_error: float | None = None
+        self.kernels: dict[str, str] = dict(kernels or {})
+        self.decoded: list[DecodeSpan] = []
+        self._rehearsal = stream
         self._options, self._blocks, self._generation = options, list(blocks), generation
         self._codec = codec
         self._stages: list[Any] = []
@@ -153,7 +166,9 @@ class RayGang:
         """Lets the loops end after the last sealed epoch and returns every stage's report, in stage order."""
         for stage in self._stages:
             stage.stop.remote(self._sealed + 1)
-        return control_results(self._loops, self._options.link_timeout_s, "a stage", "end")
+        reports = control_results(self._loops, self._options.link_timeout_s, "a stage", "end")
+        self.decoded = [] if self._decoding is None or not self._options.trace else self._decoding.spans()
+        return reports
 
     def close(self) -> None:
         """Ends all actors and gives the resources back; safe to call twice."""
@@ -177,7 +192,7 @@ class RayGang:
         from pavdm_dist.engine.actors import CONCURRENT_CALLS, StageActor
 
         options, world = self._options, len(self._blocks)
-        settings = (options.device, options.threads_per_stage, options.compile, options.dtype, self._environment)
+        settings = (options.device, options.threads_per_stage, options.compiled, options.dtype, self._environment)
         for rank, (bundle, blocks) in enumerate(zip(placement.stages, self._blocks, strict=True)):
             resources = (placement.group, bundle, options.cpus_per_stage, options.stage_gpus(rank))
             make = self._actor(StageActor, *resources, max_concurrency=CONCURRENT_CALLS)
@@ -188,6 +203,7 @@ class RayGang:
         self._places = control_results(
             [stage.where.remote() for stage in self._stages], limit, "a stage", "come up", given_up
         )
+        self._rehearse(given_up)
         host, port = self._places[0].node, 0
         if world > 1:
             opened = [self._stages[0].open_store.remote(host)]
@@ -205,6 +221,27 @@ class RayGang:
         self._taking = self._stages[-1].take.remote()
         logger.info("stages up: %d, blocks %s", world, self._blocks)
 
+    def _rehearse(self, given_up: Callable[[], bool]) -> None:
+        """All stages at once, before any of them is linked; what each chose by measuring, all use."""
+        if self._rehearsal is None:
+            return
+        import ray
+
+        shared, limit = ray.put(self._rehearsal), self._options.start_timeout_s
+        self._use_kernels(given_up)
+        calls = [stage.rehearse.remote(shared) for stage in self._stages]
+        for found in control_results(calls, limit, "a stage", "rehearse", given_up):
+            self.kernels = {**found.kernels, **self.kernels}  # of two the earlier stage's
+            if found.relative_error is not None:
+                self.relative_error = max(found.relative_error, self.relative_error or 0.0)
+        self._use_kernels(given_up)
+        logger.info("rehearsed, relative error of compiled blocks %s, kernels %s", self.relative_error, self.kernels)
+
+    def _use_kernels(self, given_up: Callable[[], bool]) -> None:
+        if self.kernels:
+            told = [stage.use_kernels.remote(self.kernels) for stage in self._stages]
+            control_results(told, self._options.start_timeout_s, "a stage", "take kernels over", given_up)
+
     def _actor(self, cls: type, group: Any, bundle: int, cpus: float, gpus: float, **more: Any) -> Any:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -220,8 +257,8 @@ class RayGang:
         resources = (placement.group, placement.decoder, options.cpus_per_decoder, options.decoder_gpus)
         make = self._actor(DecodeActor, *resources, concurrency_groups={"control": 1})
         settings = (options.decoder_threads, options.decoder_device, options.decoder_dtype, self._environment)
-        actor = make.remote(self._codec, *settings)
-        return Decoding(actor, options.link_timeout_s, options.start_timeout_s)
+        actor = make.remote(self._codec, *settings, options.trace)
+        return Decoding(actor, options.link_timeout_s, options.start_timeout_s, options.trace)
 
     def _collect(self, timeout: float) -> None:
         """Waits for the first of: the last stage's events, a stage's having taken a stream in, frames, a loop's end."""

@@ -5,6 +5,7 @@ The first stage embeds latents, the last one guides, takes the step to the next 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,16 +13,48 @@ from torch import Tensor
 
 from pavdm_dist.engine.messages import Layout
 from pavdm_dist.engine.order import Unit
+from pavdm_dist.engine.readback import Copies, Readback
 from pavdm_dist.method.denoiser import change_of, memories_of, unit_context
-from pavdm_dist.method.microbatches import WHOLE, carried_by, ends_row, moved_by, slots_of
+from pavdm_dist.method.microbatches import WHOLE
 from pavdm_dist.method.sampler import guide
-from pavdm_dist.method.saved_keys import newly_left
+from pavdm_dist.method.saved_keys import left_tensors
 from pavdm_dist.method.schedule import PlanRow, WindowPlan
 from pavdm_dist.method.stream import NewPrompt, Stream
-from pavdm_dist.method.window import CleanChunk, Window, WindowSnapshot, row_levels
+from pavdm_dist.method.window import CleanChunk, Window, WindowSnapshot, first_not_finite, row_levels
 from pavdm_dist.models.base import Activation, Backbone, BlockContext, Grid
+from pavdm_dist.models.devices import to_device
 from pavdm_dist.models.kv_cache import Memory
 from pavdm_dist.models.text_cache import TextBank
+
+
+class ShiftEnd:
+    """What the last stage hands out at the end of a shift; it is on its way from the device until somebody asks.
+
+    Args:
+        row: the next one.
+        chunks: held by the window.
+        clean: the chunks that became clean.
+        copies: latents of ``chunks``, then of ``clean``.
+        change: of an adaptive stream.
+    """
+
+    def __init__(
+        self, row: int, chunks: Sequence[int], clean: Sequence[int], copies: Copies, change: float | None
+    ) -> None:
+        self._row, self._chunks, self._clean, self._copies, self.change = row, chunks, clean, copies, change
+
+    @property
+    def snapshot(self) -> WindowSnapshot:
+        return WindowSnapshot(self._row, dict(zip(self._chunks, self._copies.take(), strict=False)))
+
+    @property
+    def clean(self) -> tuple[CleanChunk, ...]:
+        latents = self._copies.take()[len(self._chunks) :]
+        return tuple(CleanChunk(chunk, held) for chunk, held in zip(self._clean, latents, strict=True))
+
+    @property
+    def not_finite(self) -> int | None:
+        return first_not_finite(self.snapshot.latents, self.clean)
 
 
 @dataclass(frozen=True)
@@ -30,6 +63,7 @@ class RowDone:
 
     Attributes:
         latents: its input at the next row, ``[1, C, F, h, w]`` float32; None where there is none.
+        end: at the end of a shift, what is handed out; waited for by those below.
         snapshot: at the end of a shift, the state after the row, in main memory; the driver, which knows what adaptive
             re-sync has decided, completes it.
         clean: at the end of a shift, the chunks that became clean, in main memory.
@@ -38,10 +72,23 @@ class RowDone:
     """
 
     latents: Tensor | None
-    snapshot: WindowSnapshot | None = None
-    clean: tuple[CleanChunk, ...] = ()
-    not_finite: int | None = None
-    change: float | None = None
+    end: ShiftEnd | None = None
+
+    @property
+    def snapshot(self) -> WindowSnapshot | None:
+        return None if self.end is None else self.end.snapshot
+
+    @property
+    def clean(self) -> tuple[CleanChunk, ...]:
+        return () if self.end is None else self.end.clean
+
+    @property
+    def not_finite(self) -> int | None:
+        return None if self.end is None else self.end.not_finite
+
+    @property
+    def change(self) -> float | None:
+        return None if self.end is None else self.end.change
 
 
 class Stage:
@@ -71,6 +118,8 @@ class Stage:
         self._inputs: dict[int, dict[int, Tensor]] = {}
         self._velocities: dict[int, list[Tensor]] = {}
         self._memories: dict[int, list[Memory | None]] = {}
+        self._levels: dict[tuple[int, int], Tensor] = {}
+        self._readback = Readback(self.device)
 
     def prepare(self, stream: Stream) -> None:
         """Takes a stream in before its first unit; computes nothing with the model."""
@@ -84,6 +133,16 @@ class Stage:
             self._inputs[stream.id] = {chunk: window.input(chunk, row) for chunk in row.window}
         self._memories[stream.id] = memories_of(stream, self.model, range(*self.blocks), self.device)
         self._streams[stream.id] = stream
+
+    def begin(self, units: Sequence[Unit]) -> None:
+        """An epoch's units come next: what they read that follows from the order alone is put on the device at once."""
+        if not (self.first or self.last):
+            return
+        rows = {(unit.stream, unit.row): None for unit in units if unit.stream in self._streams}
+        parts = [self._row_levels(*row) for row in rows]
+        if parts:
+            uploaded = to_device(torch.cat(parts, dim=1), self.device)
+            self._levels = dict(zip(rows, uploaded.split([part.shape[1] for part in parts], dim=1), strict=True))
 
     def leave(self, stream: int) -> None:
         """Forgets all that is held of a stream; harmless where it has ended by itself or never came."""
@@ -104,10 +163,14 @@ class Stage:
         self._texts.add(stream, changed.conditioning.texts)
 
     def feed(self, stream: int, row: int, chunk: int, latents: Tensor) -> None:
-        """First stage: latents ``[1, C, F, h, w]`` for ``row`` of a stream, which micro-batch ``chunk`` sent back."""
-        plan = self._streams[stream].plan
-        chunks = carried_by(plan, plan.row(row - 1), plan.row(row), chunk)
-        self._inputs[stream].update(zip(chunks, latents.split(plan.latent_chunk_size, dim=2), strict=True))
+        """First stage: latents ``[1, C, F, h, w]`` for ``row`` of a stream, which micro-batch ``chunk`` sent back.
+
+        They are copied: the message that they came in is used again.
+        """
+        own = self._streams[stream]
+        chunks = own.batches.returned(own.plan.row(row - 1), chunk)
+        parts = latents.clone().split(own.plan.latent_chunk_size, dim=2)
+        self._inputs[stream].update(zip(chunks, parts, strict=True))
 
     @torch.inference_mode()
     def run(self, unit: Unit, incoming: Activation | None) -> Activation | RowDone | None:
@@ -124,8 +187,9 @@ class Stage:
         stream = self._streams[unit.stream]
         row = stream.plan.row(unit.row)
         context = self._context(stream, row, unit)
-        levels = self._levels(stream, row, unit)
+        levels = self._unit_levels(stream, row, unit) if self.first or self.last else None
         if incoming is None:
+            assert levels is not None
             incoming = self.model.embed(self._input(unit, stream, row), levels, stream.info)
         activation = incoming
         for index in range(*self.blocks):
@@ -134,13 +198,15 @@ class Stage:
             self._forget(unit)
             return None if self.last else activation
         window = self._windows[unit.stream]
-        x = window.joined(row, self._held(stream, row, unit))
+        x = window.joined(row, stream.batches.held(row, unit.chunk))
+        assert levels is not None
         velocity = self.model.to_velocity(self.model.head(activation, context.grid), x, levels)
         self._velocities[unit.stream].append(velocity)
         return self._update(unit, stream, row) if unit.closes else None
 
-    def newly_left(self, unit: Unit) -> dict[str, Tensor] | None:
-        """After a stream's last unit of a shift in which a clean chunk left keys and values: those of this stage.
+    def newly_left(self, unit: Unit) -> Callable[[], dict[str, Tensor]] | None:
+        """After a stream's last unit of a shift in which a clean chunk left keys and values: what gives those of this
+        stage, once they are in main memory.
 
         None otherwise; all stages agree on that, whether or not their blocks keep any.
         """
@@ -149,38 +215,44 @@ class Stage:
             return None
         if not (stream.plan.closes_shift(unit.row) and stream.plan.row(unit.row).context):
             return None
-        return newly_left(self._memories[unit.stream])
+        left = left_tensors(self._memories[unit.stream])
+        copies = self._readback(list(left.values()))
+        return lambda: dict(zip(left, copies.take(), strict=True))
 
     def activation_layout(self, unit: Unit) -> Layout:
         """Shapes of the activation that crosses a stage boundary for a unit."""
         stream = self._streams[unit.stream]
-        grid = self._grid(stream, len(self._held(stream, stream.plan.row(unit.row), unit)))
+        grid = self._grid(stream, len(stream.batches.held(stream.plan.row(unit.row), unit.chunk)))
         return Layout(self.model.activation_shapes(grid), self.dtype)
 
     def latents_layout(self, stream_id: int, row: int, chunk: int) -> Layout:
         """Shape of the latents that come back to the first stage as input of ``row``, from micro-batch ``chunk``."""
         stream = self._streams[stream_id]
-        plan, (channels, height, width) = stream.plan, stream.latent_shape
-        frames = len(carried_by(plan, plan.row(row - 1), plan.row(row), chunk)) * plan.latent_chunk_size
-        return Layout(((1, channels, frames, height, width),), torch.float32)
+        channels, height, width = stream.latent_shape
+        back = stream.batches.returned(stream.plan.row(row - 1), chunk)
+        return Layout(((1, channels, len(back) * stream.plan.latent_chunk_size, height, width),), torch.float32)
 
     def _context(self, stream: Stream, row: PlanRow, unit: Unit) -> BlockContext:
         memory = self._memories[unit.stream][unit.branch]
         return unit_context(self.model, stream, row, unit.chunk, unit.branch, self._texts, memory)
 
-    def _levels(self, stream: Stream, row: PlanRow, unit: Unit) -> Tensor:
-        size, slots = stream.plan.latent_chunk_size, slots_of(stream.plan, row, unit.chunk)
-        levels = row_levels(row, stream.schedule.levels, size, stream.held)[None]
-        return levels[:, slots.start * size : slots.stop * size].to(self.device)
+    def _unit_levels(self, stream: Stream, row: PlanRow, unit: Unit) -> Tensor:
+        size, slots = stream.plan.latent_chunk_size, stream.batches.slots(row, unit.chunk)
+        levels = self._levels.get((stream.id, row.index))
+        if levels is None:
+            levels = to_device(self._row_levels(stream.id, row.index), self.device)
+        return levels[:, slots.start * size : slots.stop * size]
 
-    def _held(self, stream: Stream, row: PlanRow, unit: Unit) -> tuple[int, ...]:
-        """The chunks of a unit."""
-        return row.window[slots_of(stream.plan, row, unit.chunk)]
+    def _row_levels(self, stream_id: int, index: int) -> Tensor:
+        """``[1, F]``, in main memory."""
+        stream = self._streams[stream_id]
+        size = stream.plan.latent_chunk_size
+        return row_levels(stream.plan.row(index), stream.schedule.levels, size, stream.held)[None]
 
     def _input(self, unit: Unit, stream: Stream, row: PlanRow) -> Tensor:
         """First stage: latents of the unit. Noisy ones are used for one row only, the context's stay for a shift."""
-        inputs = self._inputs[unit.stream]
-        chunks, moved = self._held(stream, row, unit), moved_by(stream.plan, row, unit.chunk)
+        inputs, batches = self._inputs[unit.stream], stream.batches
+        chunks, moved = batches.held(row, unit.chunk), batches.moved(row, unit.chunk)
         for chunk in row.born:
             if chunk in chunks and chunk not in inputs:
                 inputs[chunk] = stream.noise(chunk, self.device).unsqueeze(0)
@@ -195,20 +267,24 @@ class Stage:
         window = self._windows[unit.stream]
         velocity = guide(self._velocities[unit.stream], stream.guidance_scale)
         self._velocities[unit.stream] = []
-        window.step(row, moved_by(stream.plan, row, unit.chunk), velocity)
-        ends = ends_row(stream.plan, row, unit.chunk)
-        clean = window.close(row) if ends else ()
-        latents, snapshot, not_finite, change = None, None, None, None
-        if ends and stream.plan.closes_shift(row.index):
-            snapshot, not_finite = window.snapshot(), window.not_finite(clean)
-            clean = tuple(CleanChunk(chunk.index, chunk.latents.cpu()) for chunk in clean)
-            if stream.batches.adaptive:
-                change = change_of(self._memories[unit.stream])
+        batches, latents, end = stream.batches, None, None
+        window.step(row, batches.moved(row, unit.chunk), velocity)
+        if batches.ends_row(row, unit.chunk):
+            clean = window.close(row)
+            if stream.plan.closes_shift(row.index):
+                end = self._shift_end(unit, stream, window, clean)
         if unit.feeds:
             following = stream.plan.row(unit.row + 1)
-            latents = window.joined(following, carried_by(stream.plan, row, following, unit.chunk))
+            latents = window.joined(following, batches.returned(row, unit.chunk))
         self._forget(unit)
-        return RowDone(latents, snapshot, clean, not_finite, change)
+        return RowDone(latents, end)
+
+    def _shift_end(self, unit: Unit, stream: Stream, window: Window, clean: Sequence[CleanChunk]) -> ShiftEnd:
+        latents, change = window.latents, None
+        copies = self._readback([*latents.values(), *(chunk.latents for chunk in clean)])
+        if stream.batches.adaptive:
+            change = change_of(self._memories[unit.stream])
+        return ShiftEnd(window.row, list(latents), [chunk.index for chunk in clean], copies, change)
 
     def _grid(self, stream: Stream, chunks: int) -> Grid:
         _, height, width = stream.latent_shape

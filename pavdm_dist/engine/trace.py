@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pavdm_dist.engine.loop import RunReport, Span
+from pavdm_dist.engine.loop import DecodeSpan, RunReport, Span
 from pavdm_dist.engine.order import Unit
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.fields import json_value
@@ -19,8 +19,8 @@ from pavdm_dist.io.storage import atomic_write
 VERSION = 1
 
 
-def write_trace(path: str | Path, reports: Sequence[RunReport]) -> None:
-    """Writes the spans of all stages, all or nothing; times are seconds from the first span on.
+def write_trace(path: str | Path, reports: Sequence[RunReport], decoded: Sequence[DecodeSpan] = ()) -> None:
+    """Writes the spans of all stages and of the decoder, all or nothing; times are seconds from the first span on.
 
     Stages on several machines are comparable as far as these agree on the time of day.
 
@@ -40,9 +40,13 @@ def write_trace(path: str | Path, reports: Sequence[RunReport]) -> None:
         ]
         for report in reports
     ]
+    decoder = [
+        [span.stream, span.chunk, round(max(0.0, span.start - zero), 6), round(max(0.0, span.end - zero), 6)]
+        for span in decoded
+    ]
     try:
         with atomic_write(path, "w") as file:
-            json.dump({"version": VERSION, "stages": stages}, file)
+            json.dump({"version": VERSION, "stages": stages, "decoder": decoder}, file)
     except OSError as error:
         raise MediaError(f"trace={path}: cannot be written ({error.strerror}); the videos are complete") from error
 
@@ -54,6 +58,28 @@ def read_trace(path: str | Path) -> list[list[Span]]:
         ConfigError: no such file, no trace, or one of another version.
     """
     try:
+        return [[_span(**entry) for entry in spans] for spans in _content(path)["stages"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"trace={path}: is damaged ({error})") from error
+
+
+def read_decoder(path: str | Path) -> list[DecodeSpan]:
+    """What the decoder did, on the clock of the stages; nothing where it was not traced.
+
+    Raises:
+        ConfigError: as :func:`read_trace`.
+    """
+    try:
+        spans = [DecodeSpan(int(a), int(b), float(c), float(d)) for a, b, c, d in _content(path).get("decoder", ())]
+        if not all(0 <= span.start <= span.end < math.inf for span in spans):
+            raise ValueError("times of the decoder")
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"trace={path}: is damaged ({error})") from error
+    return spans
+
+
+def _content(path: str | Path) -> dict[str, Any]:
+    try:
         content: Any = json_value(Path(path).read_bytes())
     except OSError as error:
         raise ConfigError(f"trace={path}: {error.strerror}") from error
@@ -63,10 +89,7 @@ def read_trace(path: str | Path) -> list[list[Span]]:
         raise ConfigError(f"trace={path}: is no trace; pavdm sample ... num_stages=2 trace=FILE writes one")
     if content["version"] != VERSION:
         raise ConfigError(f"trace={path}: is of version {content['version']}, this package reads version {VERSION}")
-    try:
-        return [[_span(**entry) for entry in spans] for spans in content["stages"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"trace={path}: is damaged ({error})") from error
+    return content
 
 
 def _span(unit: dict[str, Any], ready: float, start: float, end: float) -> Span:

@@ -16,25 +16,40 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pavdm_dist.engine.messages import HEADER_BYTES, WARM_UP, Header, Layout, pack, unpack
+from pavdm_dist.engine.messages import HEADER_BYTES, WARM_UP, Header, Layout, check_payload, pack, stamps_of, unpack
 from pavdm_dist.errors import EngineError
+from pavdm_dist.models.devices import to_device
 
 # Sends to one neighbour that may be under way before the sender waits.
 OUTSTANDING = 4
 
 
 class Link(Protocol):
-    """One direction between two stages; each end calls only its own half."""
+    """One direction between two stages; each end calls only its own half.
+
+    Attributes:
+        posts_late: a receive is work for the device, which spins until its message is there. It is posted when all that
+            the message depends on has been handed to the device; the unit before it, above all.
+    """
+
+    posts_late: bool
 
     @property
     def bytes_sent(self) -> int:
         """Sender: bytes handed over so far, headers included."""
 
+    def announce(self, headers: Sequence[Header]) -> None:
+        """Either end: these messages come next, with others between them that are announced later."""
+
     def post(self, layout: Layout) -> None:
         """Receiver: get ready for the next message."""
 
     def receive(self, expected: Header, layout: Layout) -> list[Tensor]:
-        """Receiver: the oldest posted message; waits for it."""
+        """Receiver: the oldest posted message; it holds until the next one is received."""
+
+    def verdict(self) -> Tensor | None:
+        """Receiver: whether a message since the last call had another header than expected, where that was not looked
+        at when it came; a number on the device, 0 for none."""
 
     def send(self, header: Header, tensors: Sequence[Tensor], layout: Layout) -> None:
         """Sender: hands the message over without waiting for the receiver."""
@@ -46,28 +61,67 @@ class Link(Protocol):
 class LocalLink:
     """A link inside one process (one stage, whose feedback is a message to itself)."""
 
+    posts_late = False
+
     def __init__(self) -> None:
         self.bytes_sent = 0
-        self._messages: deque[Tensor] = deque()
+        self._messages: deque[tuple[Header, list[Tensor]]] = deque()
+
+    def announce(self, headers: Sequence[Header]) -> None:
+        """Nothing to prepare."""
 
     def post(self, layout: Layout) -> None:
         """Nothing to prepare."""
 
     def receive(self, expected: Header, layout: Layout) -> list[Tensor]:
         """The oldest message."""
-        return unpack(self._messages.popleft(), expected, layout)
+        found, tensors = self._messages.popleft()
+        if found != expected:
+            raise EngineError(f"link out of order: expected {expected}, received {found}")
+        return tensors
+
+    def verdict(self) -> None:
+        """Headers are looked at when messages come."""
 
     def send(self, header: Header, tensors: Sequence[Tensor], layout: Layout) -> None:
         """Queues a copy."""
-        self._messages.append(pack(header, tensors, layout))
+        check_payload(tensors, layout)
+        self._messages.append((header, [tensor.clone() for tensor in tensors]))
         self.bytes_sent += layout.num_bytes
 
     def close(self) -> None:
         """Nothing is in flight."""
 
 
+class Buffers:
+    """Message buffers that are used again; the largest in use sets what is held.
+
+    Args:
+        device: where they live.
+        pinned: in main memory that GPUs copy from and to by themselves.
+        most: free ones that are kept.
+    """
+
+    def __init__(self, device: torch.device, pinned: bool, most: int) -> None:
+        self._device, self._pinned, self._most = device, pinned, most
+        self._free: list[Tensor] = []
+
+    def take(self, num_bytes: int) -> Tensor:
+        """One of at least so many bytes."""
+        fitting = [place for place, buffer in enumerate(self._free) if buffer.numel() >= num_bytes]
+        if fitting:
+            return self._free.pop(min(fitting, key=lambda place: self._free[place].numel()))
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device, pin_memory=self._pinned)
+
+    def give(self, buffer: Tensor) -> None:
+        """It is free again; beyond the number that is kept the smallest one goes."""
+        self._free.append(buffer)
+        if len(self._free) > self._most:
+            self._free.pop(min(range(len(self._free)), key=lambda place: self._free[place].numel()))
+
+
 class TorchLink:
-    """A link over a torch.distributed process group (gloo on CPUs, NCCL on GPUs).
+    """A link over a torch.distributed process group of gloo, which carries what is in main memory.
 
     Args:
         group: a group of its own for this direction of traffic.
@@ -75,23 +129,37 @@ class TorchLink:
         device: where buffers live.
         outstanding: buffers in flight at most, 2 or more.
         timeout_s: longest wait for one message, in seconds.
+        pinned: buffers are in pinned memory, because stages compute on GPUs.
     """
 
+    posts_late = False
+
     def __init__(
-        self, group: Any, peer: int, device: torch.device, outstanding: int = OUTSTANDING, timeout_s: float = 300
+        self,
+        group: Any,
+        peer: int,
+        device: torch.device,
+        outstanding: int = OUTSTANDING,
+        timeout_s: float = 300,
+        pinned: bool = False,
     ) -> None:
         self.bytes_sent = 0
         self._group, self._peer, self._device = group, peer, device
         self._outstanding, self._timeout = outstanding, timedelta(seconds=timeout_s)
         self._sent: deque[tuple[Any, Tensor]] = deque()
         self._posted: deque[tuple[Any, Tensor]] = deque()
+        self._buffers = Buffers(device, pinned, outstanding + 2)
+        self._read: Tensor | None = None
+
+    def announce(self, headers: Sequence[Header]) -> None:
+        """Headers are made and looked at in main memory, message by message."""
 
     def post(self, layout: Layout) -> None:
         """Posts a receive of exactly the planned size."""
         import torch.distributed as dist
 
-        buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self._device)
-        work = self._begun(lambda: dist.irecv(buffer, self._peer, group=self._group))
+        buffer = self._buffers.take(layout.num_bytes)
+        work = self._begun(lambda: dist.irecv(buffer[: layout.num_bytes], self._peer, group=self._group))
         self._posted.append((work, buffer))
 
     def receive(self, expected: Header, layout: Layout) -> list[Tensor]:
@@ -102,18 +170,29 @@ class TorchLink:
         """
         work, buffer = self._posted.popleft()
         self._wait(work, f"rank {self._peer} sent nothing for unit {expected.order}")
-        return unpack(buffer, expected, layout)
+        if self._read is not None:
+            self._buffers.give(self._read)
+        self._read = buffer
+        return self._unpacked(buffer[: layout.num_bytes], expected, layout)
+
+    def verdict(self) -> Tensor | None:
+        """Headers are looked at when messages come."""
+        return None
 
     def send(self, header: Header, tensors: Sequence[Tensor], layout: Layout) -> None:
         """Starts a send; waits only when ``outstanding`` earlier ones have not left."""
         import torch.distributed as dist
 
         while self._sent and self._sent[0][0].is_completed():
-            self._sent.popleft()
+            self._buffers.give(self._sent.popleft()[1])
         if len(self._sent) >= self._outstanding:
-            self._wait(self._sent.popleft()[0], f"rank {self._peer} did not take unit {header.order}")
-        buffer = pack(header, tensors, layout)
-        work = self._begun(lambda: dist.isend(buffer, self._peer, group=self._group))
+            work, buffer = self._sent.popleft()
+            self._wait(work, f"rank {self._peer} did not take unit {header.order}")
+            self._buffers.give(buffer)
+        buffer = self._buffers.take(layout.num_bytes)
+        message = buffer[: layout.num_bytes]
+        self._fill(message, header, tensors, layout)
+        work = self._begun(lambda: dist.isend(message, self._peer, group=self._group))
         self._sent.append((work, buffer))
         self.bytes_sent += layout.num_bytes
 
@@ -121,6 +200,14 @@ class TorchLink:
         """Waits for all sends."""
         while self._sent:
             self._wait(self._sent.popleft()[0], f"rank {self._peer} did not take the last messages")
+
+    def _fill(self, message: Tensor, header: Header, tensors: Sequence[Tensor], layout: Layout) -> None:
+        pack(header, tensors, layout, message)
+        if tensors[0].is_cuda:  # gloo reads at once
+            torch.cuda.current_stream(tensors[0].device).record_event().synchronize()
+
+    def _unpacked(self, message: Tensor, expected: Header, layout: Layout) -> list[Tensor]:
+        return unpack(message, expected, layout)
 
     def _begun(self, call: Callable[[], Any]) -> Any:
         try:
@@ -130,9 +217,56 @@ class TorchLink:
 
     def _wait(self, work: Any, what: str) -> None:
         try:
-            work.wait(self._timeout)
+            self._until_done(work)
         except RuntimeError as error:  # torch.distributed has no finer type for a closed or silent peer
             raise EngineError(f"{what}: {str(error).splitlines()[0]}") from error
+
+    def _until_done(self, work: Any) -> None:
+        work.wait(self._timeout)
+
+
+class NcclLink(TorchLink):
+    """A link over a group of NCCL: sends and receives are work of the device, for which no thread waits.
+
+    A message that never comes lets the device stand still; the group's own timeout ends the process then, and the
+    driver notices by the units that are not finished. Headers are compared on the device, and the result is read once
+    an epoch (:meth:`verdict`).
+    """
+
+    posts_late = True
+
+    def __init__(
+        self, group: Any, peer: int, device: torch.device, outstanding: int = OUTSTANDING, timeout_s: float = 300
+    ) -> None:
+        super().__init__(group, peer, device, outstanding, timeout_s)
+        self._stamps: dict[Header, Tensor] = {}
+        self._differ: Tensor | None = None
+
+    def announce(self, headers: Sequence[Header]) -> None:
+        """Puts their headers on the device in one copy."""
+        if headers:
+            rows = to_device(stamps_of(headers), self._device).unbind(0)
+            self._stamps.update(zip(headers, rows, strict=True))
+
+    def verdict(self) -> Tensor | None:
+        """How many bytes of headers differed since the last call."""
+        differ, self._differ = self._differ, None
+        return differ
+
+    def _fill(self, message: Tensor, header: Header, tensors: Sequence[Tensor], layout: Layout) -> None:
+        pack(header, tensors, layout, message, self._stamp(header))
+
+    def _unpacked(self, message: Tensor, expected: Header, layout: Layout) -> list[Tensor]:
+        differ = (message[:HEADER_BYTES] != self._stamp(expected)).sum()
+        self._differ = differ if self._differ is None else self._differ + differ
+        return unpack(message, None, layout)
+
+    def _stamp(self, header: Header) -> Tensor:
+        known = self._stamps.pop(header, None)
+        return to_device(stamps_of([header])[0], self._device) if known is None else known
+
+    def _until_done(self, work: Any) -> None:
+        work.wait()  # with a timeout this thread would look once a millisecond; so the device waits
 
 
 class HostStagedLink:
@@ -143,24 +277,45 @@ class HostStagedLink:
         device: where what is received goes.
     """
 
+    posts_late = False
+
     def __init__(self, link: Link, device: torch.device) -> None:
         self._link, self._device = link, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
     def bytes_sent(self) -> int:
         return self._link.bytes_sent
+
+    def announce(self, headers: Sequence[Header]) -> None:
+        """As of the link."""
+        self._link.announce(headers)
 
     def post(self, layout: Layout) -> None:
         """As of the link."""
         self._link.post(layout)
 
     def receive(self, expected: Header, layout: Layout) -> list[Tensor]:
-        """The oldest posted message, on the device."""
-        return [tensor.to(self._device) for tensor in self._link.receive(expected, layout)]
+        """The oldest posted message, on the device; waits for the copy alone, not for what is computed there."""
+        found = self._link.receive(expected, layout)
+        if self._stream is None:
+            return [tensor.to(self._device) for tensor in found]
+        with torch.cuda.stream(self._stream):
+            moved = [tensor.to(self._device, non_blocking=True) for tensor in found]
+        here = torch.cuda.current_stream(self._device)
+        here.wait_stream(self._stream)
+        for tensor in moved:
+            tensor.record_stream(here)
+        self._stream.synchronize()  # the host's buffer is used again
+        return moved
+
+    def verdict(self) -> Tensor | None:
+        """As of the link."""
+        return self._link.verdict()
 
     def send(self, header: Header, tensors: Sequence[Tensor], layout: Layout) -> None:
-        """As of the link; waits for the device to have computed them."""
-        self._link.send(header, [tensor.cpu() for tensor in tensors], layout)
+        """As of the link, which waits for the device to have computed them."""
+        self._link.send(header, tensors, layout)
 
     def close(self) -> None:
         """As of the link."""
@@ -178,3 +333,5 @@ def warm_up(link: TorchLink, generation: int, sender: bool) -> None:
     else:
         link.post(layout)
         link.receive(header, layout)
+    if (differ := link.verdict()) is not None and int(differ):  # read here, so that the device has done it
+        raise EngineError(f"link out of order: rank {link._peer} sent something else than a first message")

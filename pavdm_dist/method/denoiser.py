@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pavdm_dist.method.microbatches import WHOLE, slots_of
+from pavdm_dist.method.calls import calls_of
+from pavdm_dist.method.microbatches import WHOLE
 from pavdm_dist.method.saved_keys import newly_left, put_back
-from pavdm_dist.method.schedule import PlanRow
+from pavdm_dist.method.schedule import PlanRow, WindowPlan
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.models.base import Backbone, BlockContext
 from pavdm_dist.models.clean_memory import CleanMemory
+from pavdm_dist.models.devices import to_device
 from pavdm_dist.models.kv_cache import ChunkMemory, DisplacedMemory, Memory
 from pavdm_dist.models.text_cache import TextBank, TextRun
 
@@ -39,7 +41,7 @@ class ModelDenoiser:
         grid = model.grid(x.shape[2], x.shape[3], x.shape[4])
         texts = text_runs(self._texts, self._stream, row, branch, row.window)
         context = BlockContext(grid, texts, self._chunk_causal, text_cache=self._texts.cache)
-        levels = levels.to(x.device)
+        levels = to_device(levels, x.device)
         activation = model.embed(x, levels, self._stream.info)
         for index in range(model.spec.num_blocks):
             activation = model.block(index, activation, context)
@@ -87,12 +89,13 @@ class StreamDenoiser:
     @torch.inference_mode()
     def __call__(self, x: Tensor, levels: Tensor, row: PlanRow, branch: int) -> Tensor:
         """``x [1, C, F, h, w]``, ``levels [1, F]`` -> velocity ``[1, C, F, h, w]``, float32; 0 for a clean chunk."""
-        model, levels = self._backbone, levels.to(x.device)
+        model, levels = self._backbone, to_device(levels, x.device)
         velocity = torch.zeros_like(x)
         for chunk, is_context in self.batches.parts(row.index):
             memory = self._memories[branch]
             context = unit_context(model, self._stream, row, chunk, branch, self._texts, memory)
-            slots, size = slots_of(self._stream.plan, row, chunk), self._stream.plan.latent_chunk_size
+            size = self._stream.plan.latent_chunk_size
+            slots = self.batches.slots(row, chunk)
             frames = slice(slots.start * size, slots.stop * size)
             part, part_levels = x[:, :, frames].contiguous(), levels[:, frames]
             activation = model.embed(part, part_levels, self._stream.info)
@@ -159,7 +162,7 @@ def unit_context(
     plan, size = stream.plan, stream.plan.latent_chunk_size
     _, height, width = stream.latent_shape
     only = None if chunk == WHOLE else chunk
-    slots = slots_of(plan, row, chunk)
+    slots = stream.batches.slots(row, chunk)
     # The call of a partition is a window of its own to the model.
     own, first = row.window[slots], 0 if plan.is_partitioned else slots.start
     if plan.context == "cached":
@@ -169,13 +172,37 @@ def unit_context(
         window = row.window
     if memory is not None:
         memory.begin(window, only)
+    runs = text_runs(texts, stream, row, branch, own)
     return BlockContext(
         backbone.grid(size * len(own), height, width),
-        text_runs(texts, stream, row, branch, own),
+        runs,
         text_cache=texts.cache,
         first_frame=first * size,
         memory=memory,
+        steady=len(runs) == 1 and len(own) in steady_sizes(plan, chunk == WHOLE, stream.chunks_per_unit),
+        chunk_frames=size if memory is not None and only is not None and len(own) > 1 else None,
     )
+
+
+def steady_sizes(plan: WindowPlan, whole: bool, chunks_per_unit: int = 1) -> tuple[int, ...]:
+    """Chunks of the micro-batches of a full window: for these sizes blocks are compiled, where they are.
+
+    Others, while a window grows or drains, are rare. By size alone, so that bits depend on nothing else.
+
+    Args:
+        plan: of the stream.
+        whole: of micro-batches that are whole windows.
+        chunks_per_unit: of the others.
+    """
+    if whole:
+        return (plan.window_chunks + (plan.context_chunks if plan.context == "joint" else 0),)
+    if plan.is_partitioned:
+        full = tuple(range(plan.window_chunks))
+        calls = calls_of(full, plan.context_chunks, plan.window_chunks, plan.partitions, plan.lookahead)
+        return tuple({call.sees.stop - call.sees.start for call in calls})
+    rest = plan.window_chunks % chunks_per_unit
+    clean = plan.context == "cached" or plan.context_chunks > 0
+    return (chunks_per_unit, *([rest] if rest else []), *([1] if clean else []))
 
 
 def text_runs(texts: TextBank, stream: Stream, row: PlanRow, branch: int, chunks: tuple[int, ...]) -> list[TextRun]:

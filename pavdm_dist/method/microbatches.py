@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.method.calls import Call, named
+from pavdm_dist.method.calls import named
 from pavdm_dist.method.schedule import Mode, PlanRow, WindowPlan
 
 # The "chunk" of a micro-batch that is a whole window: of all its noisy chunks, where context is cached.
@@ -80,43 +80,33 @@ def check_displaced(mode: Mode, displaced: Displaced) -> None:
             raise ConfigError(f"displaced.{setting.name}={value}: mode={mode} does not read it; set mode=displaced")
 
 
-def slots_of(plan: WindowPlan, row: PlanRow, chunk: int) -> slice:
-    """Which chunks of a row's window a micro-batch holds; ``chunk`` names it, see :meth:`MicroBatches.parts`."""
-    if chunk == WHOLE:
-        return slice(0 if plan.context == "joint" else len(row.context), len(row.window))
-    place = row.window.index(chunk)
-    if plan.is_partitioned:
-        return _call(plan, row, place).sees
-    return slice(place, place + 1)
+def check_chunks_per_unit(mode: Mode, plan: WindowPlan, chunks_per_unit: int) -> None:
+    """Refuses a size of micro-batches that the mode or the plan does not read, or no window fills.
 
-
-def moved_by(plan: WindowPlan, row: PlanRow, chunk: int) -> tuple[int, ...]:
-    """The noisy chunks that take a step by a micro-batch, the last ones that it holds; none by a clean chunk's."""
-    if chunk == WHOLE:
-        return row.chunks
-    if chunk in row.context:
-        return ()
-    if plan.is_partitioned:
-        place = row.window.index(chunk)
-        return row.window[place : _call(plan, row, place).sees.stop]
-    return (chunk,)
-
-
-def carried_by(plan: WindowPlan, row: PlanRow, after: PlanRow, chunk: int) -> tuple[int, ...]:
-    """Chunks whose latents the last stage sends to the first behind a micro-batch of ``row``, for the row ``after``."""
-    if chunk == WHOLE:
-        return after.window
-    return tuple(k for k in moved_by(plan, row, chunk) if k in after.window)
-
-
-def ends_row(plan: WindowPlan, row: PlanRow, chunk: int) -> bool:
-    """Whether a micro-batch is the row's last one."""
-    return chunk == WHOLE or chunk == row.chunks[0 if plan.is_partitioned else -1]
-
-
-def _call(plan: WindowPlan, row: PlanRow, place: int) -> Call:
-    """The call of a partitioned row whose moving chunks begin at ``place`` of its window."""
-    return next(call for call in plan.calls(row) if call.sees.stop - call.moves == place)
+    Raises:
+        ConfigError: naming it and what is legal.
+    """
+    if plan.is_partitioned and chunks_per_unit != 1:
+        raise ConfigError(
+            f"chunks_per_unit={chunks_per_unit}: {named(plan.partitions, plan.lookahead)} says already which chunks a"
+            " micro-batch holds; use chunks_per_unit=1"
+        )
+    if plan.block_chunks > 1 and chunks_per_unit != 1:
+        raise ConfigError(
+            f"chunks_per_unit={chunks_per_unit}: blocks of {plan.block_chunks} chunks, which see each other, are one"
+            " micro-batch with the rest of the window; use chunks_per_unit=1"
+        )
+    if mode == "window" and chunks_per_unit != 1:
+        raise ConfigError(
+            f"chunks_per_unit={chunks_per_unit}: in mode=window a micro-batch is the whole window; use"
+            " chunks_per_unit=1, or mode=causal or displaced"
+        )
+    if not 1 <= chunks_per_unit <= plan.window_chunks:
+        legal = "1" if plan.window_chunks == 1 else f"1 to {plan.window_chunks}"
+        raise ConfigError(
+            f"chunks_per_unit={chunks_per_unit}: a window has window_chunks={plan.window_chunks} noisy chunks; use"
+            f" {legal}"
+        )
 
 
 @dataclass(frozen=True)
@@ -129,6 +119,8 @@ class MicroBatches:
         first_row: where the stream starts.
         displaced: of mode displaced.
         exact_rows: rows that adaptive re-sync has made exact so far.
+        chunks_per_unit: neighbouring noisy chunks that are one micro-batch, where that is no whole window; the noisiest
+            one holds what is left, and a clean chunk has one of its own.
     """
 
     plan: WindowPlan
@@ -136,6 +128,7 @@ class MicroBatches:
     first_row: int = 0
     displaced: Displaced = field(default_factory=Displaced)
     exact_rows: frozenset[int] = frozenset()
+    chunks_per_unit: int = 1
 
     def __post_init__(self) -> None:
         plan = self.plan
@@ -150,9 +143,10 @@ class MicroBatches:
             )
 
     def parts(self, n: int) -> tuple[tuple[int, bool], ...]:
-        """Row ``n`` as ``(chunk, is clean context)`` in order of work: ``WHOLE`` alone, or chunks cleanest first.
+        """Row ``n`` as ``(name, is clean context)`` in order of work: ``WHOLE`` alone, or cleanest first.
 
-        The calls of a partitioned row go by the first chunk that each moves, and come noisiest first.
+        A micro-batch that is no whole window goes by the first chunk that it moves, or by its clean one. The calls of a
+        partitioned row come noisiest first.
 
         Where context is cached the newest clean chunk comes before ``WHOLE``, once, in the first row of a shift.
 
@@ -171,7 +165,8 @@ class MicroBatches:
         known: tuple[int, ...] = ()
         if n > self.first_row and not (self.mode == "displaced" and self.displaced.context_refresh == "step"):
             known = self.plan.row(n - 1).context
-        return tuple((k, True) for k in now.context if k not in known) + tuple((k, False) for k in now.chunks)
+        clean = tuple((k, True) for k in now.context if k not in known)
+        return clean + tuple((k, False) for k in now.chunks[:: self.chunks_per_unit])
 
     def sent(self, n: int) -> tuple[int, ...]:
         """Micro-batches of row ``n`` whose latents the last stage sends back to the first, for row ``n + 1``."""
@@ -184,14 +179,47 @@ class MicroBatches:
 
         Latents come back in the order of the work that gave them, so what came for others is taken with them.
         """
-        row, coming = self.plan.row(n), [(k, frozenset(held)) for k, held in self._carried(n - 1).items()]
+        row, coming = self.plan.row(n), [(k, frozenset(chunks)) for k, chunks in self._carried(n - 1).items()]
         waited, taken = [], 0
         for chunk, _ in self.parts(n):
-            seen = row.window[slots_of(self.plan, row, chunk)]
-            needed = [i for i in range(taken, len(coming)) if not coming[i][1].isdisjoint(seen)]
+            held = self.held(row, chunk)
+            needed = [i for i in range(taken, len(coming)) if not coming[i][1].isdisjoint(held)]
             first, taken = taken, max(needed, default=taken - 1) + 1
             waited.append(tuple(k for k, _ in coming[first:taken]))
         return tuple(waited)
+
+    def slots(self, row: PlanRow, chunk: int) -> slice:
+        """Places in a row's window of the chunks that a micro-batch holds, see :meth:`parts` for its name.
+
+        The last of them are those that it moves (:meth:`moved`); at the others it only looks.
+        """
+        if chunk == WHOLE:
+            return slice(0 if self.plan.context == "joint" else len(row.context), len(row.window))
+        first = row.window.index(chunk)
+        if self.plan.is_partitioned:
+            return next(call.sees for call in self.plan.calls(row) if call.sees.stop - call.moves == first)
+        size = 1 if chunk in row.context else self.chunks_per_unit
+        return slice(first, min(first + size, len(row.window)))
+
+    def held(self, row: PlanRow, chunk: int) -> tuple[int, ...]:
+        """The chunks of a micro-batch."""
+        return row.window[self.slots(row, chunk)]
+
+    def moved(self, row: PlanRow, chunk: int) -> tuple[int, ...]:
+        """The noisy chunks that take a step by a micro-batch, the last ones that it holds; none by a clean chunk's."""
+        if chunk == WHOLE:
+            return row.chunks
+        if chunk in row.context:
+            return ()
+        return row.window[row.window.index(chunk) : self.slots(row, chunk).stop]
+
+    def returned(self, row: PlanRow, chunk: int) -> tuple[int, ...]:
+        """Chunks whose latents the last stage sends to the first behind a micro-batch, for the row after ``row``."""
+        return self._returned(row, self.plan.row(row.index + 1), chunk)
+
+    def ends_row(self, row: PlanRow, chunk: int) -> bool:
+        """Whether a micro-batch is the row's last one."""
+        return chunk == WHOLE or row.chunks[0 if self.plan.is_partitioned else -1] in self.moved(row, chunk)
 
     @property
     def adaptive(self) -> bool:
@@ -229,8 +257,11 @@ class MicroBatches:
     def _carried(self, n: int) -> dict[int, tuple[int, ...]]:
         """By micro-batch of row ``n`` that is followed by another row, the chunks that come back for it; in order."""
         row, after = self.plan.row(n), self.plan.row(n + 1)
-        carried = {k: carried_by(self.plan, row, after, k) for k, is_context in self.parts(n) if not is_context}
+        carried = {k: self._returned(row, after, k) for k, is_context in self.parts(n) if not is_context}
         return {k: chunks for k, chunks in carried.items() if chunks}
+
+    def _returned(self, row: PlanRow, after: PlanRow, chunk: int) -> tuple[int, ...]:
+        return after.window if chunk == WHOLE else tuple(k for k in self.moved(row, chunk) if k in after.window)
 
     def _is_exact(self, n: int) -> bool:
         return n in self.exact_rows or self.displaced.is_exact(self.plan, n, self.first_row)

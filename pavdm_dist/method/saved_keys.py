@@ -13,9 +13,14 @@ from pavdm_dist.models.kv_cache import Memory
 
 
 def newly_left(memories: Sequence[Memory | None]) -> dict[str, Tensor]:
-    """What clean chunks left since the last call, ``[1, heads, tokens, head_dim]`` each, in main memory."""
+    """As :func:`left_tensors`, in main memory."""
+    return {name: part.cpu() for name, part in left_tensors(memories).items()}
+
+
+def left_tensors(memories: Sequence[Memory | None]) -> dict[str, Tensor]:
+    """What clean chunks left since the last call, ``[1, heads, tokens, head_dim]`` each, where it is."""
     return {
-        f"{branch}.{chunk}.{block}.{kind}": part.cpu()
+        f"{branch}.{chunk}.{block}.{kind}": part
         for branch, memory in enumerate(memories)
         if isinstance(memory, CleanMemory)
         for (chunk, block), pair in memory.take_new().items()

@@ -14,6 +14,7 @@ from pavdm_dist.method.sampler import UNCONDITIONAL, num_branches
 from pavdm_dist.method.schedule import Mode, NoiseSchedule, PlanRow, WindowPlan
 from pavdm_dist.method.window import CleanChunk, Held, Step, Window, WindowSnapshot, chunk_noise
 from pavdm_dist.models.base import FrameInfo
+from pavdm_dist.models.devices import to_device
 
 
 def text_key(text: Tensor) -> str:
@@ -138,6 +139,7 @@ class Stream:
         context_noise: level to which clean context is noised again, and which the model is told; 0 = it is clean.
         context_follows: clean context is noised to the row's own level instead.
         step: how a chunk comes to its next level.
+        chunks_per_unit: of modes causal and displaced, noisy chunks of a micro-batch; other last bits.
     """
 
     id: int
@@ -157,6 +159,7 @@ class Stream:
     context_noise: float = 0.0
     step: Step = "euler"
     context_follows: bool = False
+    chunks_per_unit: int = 1
 
     @property
     def branches(self) -> int:
@@ -181,7 +184,7 @@ class Stream:
     def batches(self) -> MicroBatches:
         """How its rows are cut into micro-batches."""
         exact = frozenset[int]() if self.resume is None else self.resume.snapshot.exact_rows
-        return MicroBatches(self.plan, self.mode, self.first_row, self.displaced, exact)
+        return MicroBatches(self.plan, self.mode, self.first_row, self.displaced, exact, self.chunks_per_unit)
 
     def changed(self, new: NewPrompt) -> Stream:
         """With another prompt."""
@@ -197,7 +200,7 @@ class Stream:
         noise = self._unit_noise(index)
         if index == 0 and self.image is not None:
             noise = torch.cat([self.image.float().cpu(), noise[:, self.image.shape[1] :]], dim=1)
-        return noise.to(device)
+        return to_device(noise, device)
 
     def _unit_noise(self, index: int, use: str = "") -> Tensor:
         channels, height, width = self.latent_shape
@@ -210,7 +213,7 @@ class Stream:
             return self.noise(index, device)
 
         def again(index: int, use: str) -> Tensor:
-            return self._unit_noise(index, use).to(device)
+            return to_device(self._unit_noise(index, use), device)
 
         if self.resume is not None:
             snapshot = self.resume.snapshot

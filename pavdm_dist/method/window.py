@@ -175,11 +175,12 @@ class Window:
 
         Nothing sound comes out of a window again once it holds one: every chunk reads the others.
         """
-        held = {**{chunk.index: chunk.latents for chunk in clean}, **self._latents}
-        # Nothing but finite values has a finite sum, and one sum is one answer to wait for.
-        if not held or torch.cat([latents.flatten() for latents in held.values()]).sum().isfinite():
-            return None
-        return next((index for index, latents in sorted(held.items()) if not latents.isfinite().all()), None)
+        return first_not_finite(self._latents, clean)
+
+    @property
+    def latents(self) -> dict[int, Tensor]:
+        """What is held now, ``[C, c, h, w]`` by chunk; no tensor is ever changed in place."""
+        return dict(self._latents)
 
     def inputs(self, row: PlanRow) -> tuple[Tensor, Tensor]:
         """What the model sees at ``row``: latents ``[1, C, F, h, w]`` and levels ``[1, F]``, both float32.
@@ -262,6 +263,15 @@ class Window:
         first_noisy = row.chunks[0] + row.steps_left.count(1)
         for index in [i for i in self._latents if i < first_noisy - self.plan.joint_context]:
             del self._latents[index]
+
+
+def first_not_finite(latents: Mapping[int, Tensor], clean: Sequence[CleanChunk] = ()) -> int | None:
+    """The first chunk with a value that is no finite number, of ``clean`` and others; None where there is none."""
+    held = {**{chunk.index: chunk.latents for chunk in clean}, **latents}
+    # Nothing but finite values has a finite sum, and one sum is one answer to wait for.
+    if not held or torch.cat([one.flatten() for one in held.values()]).sum().isfinite():
+        return None
+    return next((index for index, one in sorted(held.items()) if not one.isfinite().all()), None)
 
 
 def predicted(latents: Tensor, velocity: Tensor, level: float) -> Tensor:

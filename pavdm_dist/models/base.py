@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pavdm_dist.models.compiling import Compiler
+from pavdm_dist.models.kernels import fused_attention
 from pavdm_dist.models.kv_cache import Memory
 from pavdm_dist.models.source import Source
 from pavdm_dist.models.text_cache import TextCache, TextRun
@@ -130,7 +132,14 @@ def attention(
         chunks = zip(query.split(chunk, dim=-2), ends, strict=True)
         return torch.cat([attention(part, key[..., :end, :], value[..., :end, :]) for part, end in chunks], dim=-2)
     q, k, v = (tensor.flatten(0, -4) for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).unflatten(0, query.shape[:-3])
+    return fused(q, k, v, attn_mask).unflatten(0, query.shape[:-3])
+
+
+def fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """Torch's attention, ``[b, heads, n, d]`` each; where it is compiled for sampling, an operation of its own."""
+    if attn_mask is None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        return fused_attention(query, key, value).transpose(1, 2)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask)
 
 
 @dataclass(frozen=True)
@@ -176,6 +185,9 @@ class BlockContext:
         memory: what chunks leave for each other; None when nothing is left and nothing read.
         window_frames: latent frames that ``attend`` mixes, which the mask is for; None for those of the micro-batch.
         attend: attention that mixes frames.
+        steady: the micro-batch has the size of one of a full window; blocks that are compiled run others as they are.
+        chunk_frames: latent frames of a chunk, where the micro-batch holds several that read the memory in turn, each
+            as if it were alone; None where all of it reads at once.
     """
 
     grid: Grid
@@ -186,6 +198,8 @@ class BlockContext:
     memory: Memory | None = field(default=None, repr=False)
     window_frames: int | None = None
     attend: Attention = field(default=attention, repr=False)
+    steady: bool = True
+    chunk_frames: int | None = None
 
 
 class Backbone(Protocol):
@@ -233,8 +247,11 @@ class Backbone(Protocol):
     def shortened(self, dtype: torch.dtype, device: torch.device | str) -> Self:
         """One block of each kind in order of ``spec.block_kinds``, with random weights: to measure what they cost."""
 
-    def compile_repeated_blocks(self) -> None:
-        """Runs blocks as compiled functions from now on."""
+    def compile_repeated_blocks(self, compiler: Compiler | None = None) -> None:
+        """Runs blocks as compiled functions from now on, versions of which ``compiler`` makes.
+
+        Sampling compiles for steady micro-batches alone (:attr:`BlockContext.steady`).
+        """
 
     # --- what it needs
 

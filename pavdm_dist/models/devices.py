@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.metadata import cpu_model
@@ -93,6 +94,14 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device, source: Source)
     chosen = named_dtype(dtype, device, source)
     check_dtype("dtype", str(chosen).removeprefix("torch."), device)
     return chosen
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of main memory on a device; a GPU gets it from pinned memory, so that nobody waits for the copy."""
+    place = torch.device(device)
+    if place.type != "cuda" or tensor.is_cuda:
+        return tensor.to(place)
+    return tensor.pin_memory().to(place, non_blocking=True)
 
 
 def device_model(device: torch.device) -> str:

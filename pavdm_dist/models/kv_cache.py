@@ -47,6 +47,47 @@ class Memory(Protocol):
         """
 
 
+def read_in_turn(
+    memory: Memory,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    block: int,
+    projected: list[Tensor],
+    first: int,
+    turn: Turn,
+    chunk: int | None,
+    frame_tokens: int = 1,
+) -> Tensor:
+    """Attention of a micro-batch over what its memory has for it: at once, or chunk by chunk.
+
+    Of several chunks each leaves its pair and reads before the next one does, as if it came alone; only what is no
+    attention over frames is computed for all together.
+
+    Args:
+        memory: asked for keys and values.
+        attend: softmax attention.
+        block: which.
+        projected: queries turned to their places, keys that are not, values, ``[..., tokens, head_dim]`` each. They are
+            taken off the list, so that they are gone as soon as they were read.
+        first: place of the first token in the window.
+        turn: rotary embedding.
+        chunk: tokens of a chunk; None where all read at once.
+        frame_tokens: see :meth:`Memory.attend`.
+
+    Returns:
+        The shape of the queries.
+    """
+    v, k, q = projected.pop(), projected.pop(), projected.pop()
+    if chunk is None:
+        k, v = memory.attend(block, k, v, first, turn, frame_tokens)
+        return attend(q, k, v)
+    parts = []
+    for start, queries in enumerate(q.split(chunk, dim=-2)):
+        own = slice(start * chunk, start * chunk + queries.shape[-2])
+        pair = memory.attend(block, k[..., own, :], v[..., own, :], first + own.start, turn, frame_tokens)
+        parts.append(attend(queries, *pair))
+    return torch.cat(parts, dim=-2)
+
+
 class ChunkMemory:
     """Mode causal: a chunk reads itself, the row's cleaner chunks and the clean context: all places up to its own.
 
@@ -124,7 +165,9 @@ class DisplacedMemory:
 
     def __init__(self, frames: int, chunk_frames: int, probe: int | None = None) -> None:
         self._frames, self._chunk_frames = frames, chunk_frames
-        self._probe, self._changed, self._size = probe, 0.0, 0.0
+        self._probe = probe
+        self._changed: Tensor | float = 0.0
+        self._size: Tensor | float = 0.0
         self._banks: dict[int, _Bank] = {}
         self._window: tuple[int, ...] = ()
         self._is_whole = False
@@ -144,13 +187,15 @@ class DisplacedMemory:
         last = first + keys.shape[-2]
         if block == self._probe and not self._is_whole and last <= bank.held:
             before = bank.keys[..., first:last, :]
-            self._changed += float((keys - before).square().sum())
-            self._size += float(before.square().sum())
+            # Summed where it is: nobody waits for a device before the end of a shift.
+            self._changed = self._changed + (keys - before).square().sum().double()
+            self._size = self._size + before.square().sum().double()
         return bank.write(keys, values, first, turn)
 
     def take_change(self) -> float:
         """Relative L2 by which the probe's keys changed from row to row since the last call; 0 if nothing was run."""
-        change = math.sqrt(self._changed / self._size) if self._size else 0.0
+        changed, size = float(self._changed), float(self._size)
+        change = math.sqrt(changed / size) if size else 0.0
         self._changed = self._size = 0.0
         return change
 

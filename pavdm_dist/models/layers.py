@@ -7,16 +7,15 @@ temporal attention mixes the F frames at a place; cross-attention and the MLP ac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pavdm_dist.models.base import BlockContext, attention
+from pavdm_dist.models.base import BlockContext, fused
 from pavdm_dist.models.text_cache import TextRun
 
 ROPE_BASE = 10000.0
@@ -54,11 +53,11 @@ class RotaryTable(nn.Module):
     """Rotary angles over the frame index, interleaved pairs; ``freqs`` is part of the checkpoint."""
 
     freqs: Tensor
-    compiled = False
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         self._head_dim = head_dim
+        self._tables: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
         self.register_buffer("freqs", torch.empty(head_dim // 2, dtype=torch.float32))
         if not self.freqs.is_meta:
             self.restore()
@@ -67,20 +66,34 @@ class RotaryTable(nn.Module):
         """Makes the angles anew, on their device: something may have rounded them."""
         freqs = ROPE_BASE ** -(torch.arange(0, self._head_dim, 2, dtype=torch.float32) / self._head_dim)
         self.freqs = freqs.to(self.freqs.device)
+        self._tables.clear()
 
     def forward(self, frames: int, first: int = 0) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[frames, head_dim / 2]`` for places first .. first + frames - 1 of the window."""
-        freqs = self.freqs.float()
-        angles = torch.arange(first, first + frames, dtype=torch.float32, device=freqs.device)[:, None] * freqs
-        return angles.cos(), angles.sin()
+        key = (frames, first, self.freqs.device)
+        if key not in self._tables:
+            with torch.inference_mode(False):  # also training reads it, whoever made it
+                freqs = self.freqs.float()
+                places = torch.arange(first, first + frames, dtype=torch.float32, device=freqs.device)
+                angles = places[:, None] * freqs
+                self._tables[key] = angles.cos(), angles.sin()
+        return self._tables[key]
 
     def turn(self, x: Tensor, first: int) -> Tensor:
         """Queries or keys ``[..., frames, head_dim]`` of places ``first`` and on, turned; in their own type."""
-        turned = _compiled(_turned) if self.compiled else _turned
         return turned(x, *self(x.shape[-2], first))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTable:
+        self._tables.clear()
+        return super()._apply(fn, recurse)
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._tables.clear()
+        super()._load_from_state_dict(*arguments)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As :func:`rotate`, in the type of ``x``."""
     return rotate(x, cos, sin).type_as(x)
 
 
@@ -118,6 +131,21 @@ class SelfAttention(nn.Module):
         return [self.q_norm(q), self.k_norm(k), v]
 
 
+class Words(NamedTuple):
+    """What latent frames ``start .. stop - 1`` read of their text in one block.
+
+    Attributes:
+        keys, values: ``[b, heads, L, head_dim]``.
+        mask: ``[b, 1, 1, L]`` bool, True = a real token; None when all are.
+    """
+
+    start: int
+    stop: int
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+
+
 class CrossAttention(nn.Module):
     """Attention of every token to the text of its frame."""
 
@@ -128,19 +156,25 @@ class CrossAttention(nn.Module):
         self.kv_linear = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, block: int, context: BlockContext) -> Tensor:
+    def read(self, block: int, context: BlockContext) -> list[Words]:
+        """Keys and values of the texts that a micro-batch reads, made once per text where they are cached."""
+        return [self._words(run, block, context) for run in context.text]
+
+    def forward(self, x: Tensor, texts: Sequence[Words]) -> Tensor:
         """``x [b, F, S, D]`` -> the same shape; one attention call per run of equal text."""
-        parts = [self._run(x[:, run.start : run.stop], run, block, context) for run in context.text]
+        parts = [self._run(x[:, words.start : words.stop], words) for words in texts]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _run(self, x: Tensor, run: TextRun, block: int, context: BlockContext) -> Tensor:
+    def _words(self, run: TextRun, block: int, context: BlockContext) -> Words:
         if run.key is None or context.text_cache is None:
             k, v = self._pair(run.tokens)
         else:
             k, v = context.text_cache.pair(run.key, block, lambda: self._pair(run.tokens))
+        return Words(run.start, run.stop, k, v, None if run.mask is None else run.mask[:, None, None, :])
+
+    def _run(self, x: Tensor, words: Words) -> Tensor:
         q = rearrange(self.q_linear(x), "b f s (n d) -> b n (f s) d", n=self.num_heads)
-        mask = None if run.mask is None else run.mask[:, None, None, :]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = fused(q, words.keys, words.values, words.mask)
         return self.proj(rearrange(out, "b n (f s) d -> b f s (n d)", f=x.shape[1]))
 
     def _pair(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,7 +191,16 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(_gelu(self.fc1, x))
+
+
+def _gelu(linear: nn.Linear, x: Tensor) -> Tensor:
+    """Tanh-approximated GELU of a linear layer; compiled for sampling on a GPU it is done in the product's own pass."""
+    alone = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    if alone and x.is_cuda and x.dtype != torch.float32 and linear.bias is not None:
+        product = torch._addmm_activation(linear.bias, x.flatten(0, -2), linear.weight.t(), use_gelu=True)
+        return product.unflatten(0, x.shape[:-1])
+    return F.gelu(linear(x), approximate="tanh")
 
 
 class ScalarEmbedder(nn.Module):
@@ -182,7 +225,7 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv3d(channels, dim, kernel_size=patch, stride=patch)
 
 
-def _drawn(rows: int, dim: int) -> Tensor:
+def drawn(rows: int, dim: int) -> Tensor:
     """First values of a table, ``[rows, dim]``, with rows of length 1 on average."""
     values = torch.randn(rows, dim)
     # Arithmetic on the meta device would import torch's compiler: a second of every process, for values nobody has.
@@ -197,94 +240,7 @@ class Caption(nn.Module):
     def __init__(self, in_dim: int, dim: int, max_length: int) -> None:
         super().__init__()
         self.y_proj = MLP(in_dim, dim, dim)
-        self.register_buffer("y_embedding", _drawn(max_length, in_dim))
-
-
-class STDiT3Block(nn.Module):
-    """A half-block: self-attention (spatial or temporal), cross-attention to the text, MLP.
-
-    The six modulation parts, shift, scale and gate of the attention and then of the MLP, differ per frame; that
-    is the only change progressive noise levels ask of the published block (paper App. E.1).
-
-    Attributes:
-        compiled: what surrounds the attentions runs as functions that torch has compiled, one for all blocks.
-    """
-
-    compiled = False
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool, temporal: bool) -> None:
-        super().__init__()
-        self.temporal = temporal
-        self.places = "b s n f d" if temporal else "b f n s d"
-        self.attn = SelfAttention(dim, num_heads, qk_norm)
-        self.cross_attn = CrossAttention(dim, num_heads)
-        self.mlp = MLP(dim, int(dim * mlp_ratio), dim)
-        self.scale_shift_table = nn.Parameter(_drawn(6, dim))
-
-    def forward(
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        index: int,
-        context: BlockContext,
-        rope: RotaryTable,
-        mask: Tensor | None,
-    ) -> Tensor:
-        """``x [b, F, S, D]``, ``modulation [b, F, 6, D]`` -> the same shape as ``x``.
-
-        Args:
-            x: tokens.
-            modulation: of every frame.
-            index: this block's number, for memory and texts.
-            context: place of the first frame; the attention over frames; the memory, if any.
-            rope: rotary embedding.
-            mask: over the frames that ``context.attend`` mixes, True where attention is allowed.
-        """
-        enter, leave, mlp = map(_compiled, _PARTS) if self.compiled else _PARTS
-        parts = (self.scale_shift_table + modulation).unsqueeze(-2).unbind(dim=2)
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
-        x = leave(self, x, self._mixed(enter(self, x, shift_attn, scale_attn), index, context, rope, mask), gate_attn)
-        x = x + self.cross_attn(x, index, context)
-        return mlp(self, x, shift_mlp, scale_mlp, gate_mlp)
-
-    def _mixed(
-        self, projected: list[Tensor], index: int, context: BlockContext, rope: RotaryTable, mask: Tensor | None
-    ) -> Tensor:
-        """Attention among the tokens of a frame, or of every place over frames, also over those in the memory.
-
-        Takes queries, keys and values off the list ``projected``, so that they are gone as soon as they were read.
-        """
-        v, k, q = projected.pop(), projected.pop(), projected.pop()
-        if not self.temporal:
-            return attention(q, k, v)
-        first = context.first_frame
-        q = rope.turn(q, first)
-        if context.memory is None:
-            k = rope.turn(k, first)
-        else:
-            k, v = context.memory.attend(index, k, v, first, rope.turn)
-        return context.attend(q, k, v, attn_mask=mask)
-
-
-def _enter(block: STDiT3Block, x: Tensor, shift: Tensor, scale: Tensor) -> list[Tensor]:
-    return block.attn.project(modulate(x, shift, scale), block.places)
-
-
-def _leave(block: STDiT3Block, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    return torch.addcmul(x, gate, block.attn.proj(rearrange(y, f"{block.places} -> b f s (n d)")))
-
-
-def _mlp(block: STDiT3Block, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-    return torch.addcmul(x, gate, block.mlp(modulate(x, shift, scale)))
-
-
-_PARTS = (_enter, _leave, _mlp)
-
-
-@cache
-def _compiled(part: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled at its first call per kind of block; sizes that change are compiled once more, for all sizes."""
-    return torch.compile(part)
+        self.register_buffer("y_embedding", drawn(max_length, in_dim))
 
 
 class FinalLayer(nn.Module):
@@ -293,7 +249,7 @@ class FinalLayer(nn.Module):
     def __init__(self, dim: int, patch_volume: int, out_channels: int) -> None:
         super().__init__()
         self.linear = nn.Linear(dim, patch_volume * out_channels)
-        self.scale_shift_table = nn.Parameter(_drawn(2, dim))
+        self.scale_shift_table = nn.Parameter(drawn(2, dim))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """``x [b, F, S, D]``, ``time [b, F, D]`` -> ``[b, F, S, patch_volume * out_channels]``."""

@@ -30,17 +30,18 @@ from pavdm_dist.models.base import (
     LevelSupport,
     WindowSlice,
 )
+from pavdm_dist.models.compiling import Compiler
 from pavdm_dist.models.layers import (
     Caption,
     FinalLayer,
     PatchEmbedding,
     RotaryTable,
     ScalarEmbedder,
-    STDiT3Block,
     position_embedding_2d,
 )
 from pavdm_dist.models.loading import convert, load_module, save_module
 from pavdm_dist.models.source import Source, load_config
+from pavdm_dist.models.stdit3_block import STDiT3Block
 from pavdm_dist.models.text_cache import TextRun
 
 NULL_TEXT = "y_embedder.y_embedding"
@@ -54,6 +55,8 @@ INPUT_SIZE = 512
 # and turned copies, attention's output, and the MLP's fourfold inner width twice (before and after GELU). Counted in
 # running stages: 13.6 to 14.6.
 ACTIVATION_COPIES = 14
+# Kinds of picture whose constants are kept: more than a run of training has buckets.
+_GIVEN = 64
 
 
 _Patch = Annotated[int, Within(1, 64)]
@@ -117,6 +120,7 @@ class STDiT3(nn.Module):
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.y_embedder = Caption(config.caption_channels, dim, config.model_max_length)
         self.rope = RotaryTable(dim // config.num_heads)
+        self._given: dict[Any, tuple[Tensor, Tensor]] = {}
 
         def blocks(temporal: bool) -> nn.ModuleList:
             make = (config.hidden_size, config.num_heads, config.mlp_ratio, config.qk_norm, temporal)
@@ -138,15 +142,15 @@ class STDiT3(nn.Module):
             causal_trained=config.causal_trained,
         )
 
-    def compile_repeated_blocks(self) -> None:
+    def compile_repeated_blocks(self, compiler: Compiler | None = None) -> None:
         """Runs blocks as compiled functions from now on (diffusers' name for it): fewer passes over memory, other bits.
 
-        One block of each kind is compiled, at its first call, so that it takes as long for any depth. Attention, texts
-        and what chunks leave for each other stay outside.
+        One block of each kind is compiled for a shape, at its first call, so that it takes as long for any depth.
         """
+        compiler = compiler or Compiler()
         for module in self.modules():
-            if isinstance(module, STDiT3Block | RotaryTable):
-                module.compiled = True
+            if isinstance(module, STDiT3Block):
+                module.compiler = compiler
 
     # --- the backbone contract -------------------------------------------------------------------------
 
@@ -170,13 +174,23 @@ class STDiT3(nn.Module):
         _, ph, pw = self.config.patch_size
         x = F.pad(x, (0, grid.width * pw - w, 0, grid.height * ph - h))
         tokens = rearrange(self.x_embedder.proj(x.to(self.x_embedder.proj.weight.dtype)), "b d f h w -> b f (h w) d")
-        scale = (info.height * info.width) ** 0.5 / INPUT_SIZE
-        position = position_embedding_2d(grid.height, grid.width, self.config.hidden_size, scale, x.device)
+        position, fps = self._constants(grid, info, x.device)
         # The backbone's own unit of time is thousandths; levels stay float32 up to here (METHOD: bf16 merges levels).
         time = self.t_embedder(levels.reshape(-1) * 1000).unflatten(0, (b, frames))
-        fps = self.fps_embedder(torch.tensor([info.fps], dtype=torch.float32, device=x.device))
-        time = time + fps
+        time = time + self.fps_embedder(fps)
         return Activation((tokens + position.to(tokens.dtype)).contiguous(), self.t_block(time), time)
+
+    def _constants(self, grid: Grid, info: FrameInfo, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Position embedding and frame rate, which a device is given once."""
+        key = (grid.height, grid.width, info, device)
+        if key not in self._given:
+            if len(self._given) == _GIVEN:
+                self._given.clear()
+            with torch.inference_mode(False):  # also training reads them, whoever made them
+                scale = (info.height * info.width) ** 0.5 / INPUT_SIZE
+                position = position_embedding_2d(grid.height, grid.width, self.config.hidden_size, scale, device)
+                self._given[key] = position, torch.tensor([info.fps], dtype=torch.float32, device=device)
+        return self._given[key]
 
     def block(self, index: int, activation: Activation, context: BlockContext) -> Activation:
         """Half-block ``index`` in 0 .. 2 * depth - 1: even spatial, odd temporal."""

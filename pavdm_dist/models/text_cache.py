@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pavdm_dist.models.devices import to_device
+
 
 @dataclass(frozen=True)
 class TextRun:
@@ -99,5 +101,5 @@ class TextBank:
 
     def _projected(self, key: str) -> Tensor:
         if key not in self._tokens:
-            self._tokens[key] = self._project(self._raw[key].to(self._device).unsqueeze(0))
+            self._tokens[key] = self._project(to_device(self._raw[key], self._device).unsqueeze(0))
         return self._tokens[key]

@@ -29,6 +29,7 @@ from pavdm_dist.models.base import (
     LevelSupport,
     WindowSlice,
 )
+from pavdm_dist.models.compiling import Compiler
 from pavdm_dist.models.loading import convert, load_module, save_module
 from pavdm_dist.models.source import Source, load_config
 from pavdm_dist.models.text_cache import TextRun
@@ -113,7 +114,7 @@ class Wan(nn.Module):
         self.config = config
         self._take(self.of_diffusers())
         self.rope = RotaryGrid(config.attention_head_dim)
-        self.is_compiled = False
+        self.compiler: Compiler | None = None
         support, causal = self._training()
         self.spec = BackboneSpec(
             block_kinds=("block",) * config.num_layers,
@@ -145,8 +146,8 @@ class Wan(nn.Module):
         """What public weights of this shape met in training: levels, and whether the chunk-causal mask."""
         return ("mixed-trained" if self.config.in_channels == TI2V_CHANNELS else "accepts"), False
 
-    def compile_repeated_blocks(self) -> None:
-        self.is_compiled = True
+    def compile_repeated_blocks(self, compiler: Compiler | None = None) -> None:
+        self.compiler = compiler or Compiler()
 
     # --- the backbone contract -------------------------------------------------------------------------
 
@@ -202,9 +203,7 @@ class Wan(nn.Module):
 
     def block(self, index: int, activation: Activation, context: BlockContext) -> Activation:
         modulation = activation.modulation.unflatten(-1, (6, -1))
-        hidden = run_block(
-            self.blocks[index], activation.hidden, modulation, index, context, self.rope, self.is_compiled
-        )
+        hidden = run_block(self.blocks[index], activation.hidden, modulation, index, context, self.rope, self.compiler)
         return Activation(hidden, activation.modulation, activation.time)
 
     def head(self, activation: Activation, grid: Grid) -> Tensor:

@@ -7,15 +7,16 @@ Self-attention, which mixes all tokens of a window, may also read what other chu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pavdm_dist.models.base import BlockContext, Grid
-from pavdm_dist.models.layers import rotate
+from pavdm_dist.models.base import BlockContext, Grid, attention, fused
+from pavdm_dist.models.compiling import Compiler, any_length
+from pavdm_dist.models.kv_cache import read_in_turn
+from pavdm_dist.models.layers import Words, turned
 from pavdm_dist.models.text_cache import TextRun
 
 ROPE_BASE = 10000.0
@@ -43,9 +44,13 @@ class RotaryGrid:
             first: place of the first token in the window.
             grid: how a frame's tokens lie; its ``frames`` do not matter.
         """
-        last = first + x.shape[-2]
-        cos, sin = self._table(grid, -(-last // grid.tokens_per_frame), x.device)
-        return rotate(x, cos[first:last], sin[first:last]).type_as(x)
+        return turned(x, *self.angles(first, x.shape[-2], grid, x.device))
+
+    def angles(self, first: int, tokens: int, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[tokens, head_dim / 2]`` of so many tokens from ``first`` on."""
+        last = first + tokens
+        cos, sin = self._table(grid, -(-last // grid.tokens_per_frame), device)
+        return cos[first:last], sin[first:last]
 
     def _table(self, grid: Grid, frames: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[tokens, head_dim / 2]`` of at least so many frames from place 0 on."""
@@ -84,9 +89,12 @@ def run_block(
     index: int,
     context: BlockContext,
     rope: RotaryGrid,
-    is_compiled: bool = False,
+    compiler: Compiler | None = None,
 ) -> Tensor:
     """One block: self-attention over all tokens, cross-attention to the texts, MLP.
+
+    Where self-attention reads nothing but the micro-batch itself, the block is one function of tensors. Else it is two,
+    with what other chunks left, or other processes hold, between them.
 
     Args:
         block: diffusers' ``WanTransformerBlock`` or ``SkyReelsV2TransformerBlock``.
@@ -95,18 +103,41 @@ def run_block(
         index: the block's number, for memory and texts.
         context: what it reads besides.
         rope: rotary embedding.
-        is_compiled: what surrounds the attentions runs as compiled functions, one for all blocks.
+        compiler: makes the versions that run; None runs the functions as they are.
 
     Returns:
         The same shape as ``x``, contiguous.
     """
-    enter, leave, mlp = map(_compiled, _PARTS) if is_compiled else _PARTS
-    parts = (block.scale_shift_table.unsqueeze(1) + modulation.float()).unsqueeze(3).unbind(dim=2)
-    shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
-    mixed = _self_attention(enter(block, x, shift_attn, scale_attn), index, context, rope)
-    x = leave(block, x, mixed, gate_attn)
-    x = x + _cross_attention(block, x, index, context)
-    return mlp(block, x, shift_mlp, scale_mlp, gate_mlp)
+    texts = [_words(block.attn2, run, index, context) for run in context.text]
+    version = _versions(x, texts, context, compiler)
+    first, frame = context.first_frame * context.grid.tokens_per_frame, context.grid.tokens_per_frame
+    rotation = rope.angles(first, x.shape[1] * frame, context.grid, x.device)
+    alone = context.memory is None and context.chunk_causal is None
+    if alone and context.attend is attention:
+        return version(_whole)(block, x, modulation, rotation, texts)
+
+    def turn(keys: Tensor, place: int) -> Tensor:
+        angles = rope.angles(place, keys.shape[-2], context.grid, keys.device)
+        own = keys.shape[-2] in (x.shape[1] * frame, (context.chunk_frames or 0) * frame)
+        return (version(turned, keys.shape) if own else turned)(keys, *angles)
+
+    projected = version(_enter)(block, x, modulation, rotation)
+    mixed = _self_attention(projected, index, context, first, turn)
+    del projected
+    return version(_leave)(block, x, modulation, mixed, texts)
+
+
+def _versions(
+    x: Tensor, texts: Sequence[Words], context: BlockContext, compiler: Compiler | None
+) -> Callable[..., Callable[..., Any]]:
+    """How the functions of this call are run."""
+    if compiler is None or not context.steady:
+        return lambda function, *_: function
+    for words in texts if not torch.is_grad_enabled() else ():
+        for part in (words.keys, words.values):
+            any_length(part, 2)
+    shape = (x.shape, x.dtype, x.device, tuple((words.start, words.stop) for words in texts))
+    return lambda function, *more: compiler.of(function, *shape, *more)
 
 
 def modulate(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -114,70 +145,100 @@ def modulate(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor
     return (norm(x.float()) * (1 + scale) + shift).type_as(x)
 
 
-def _enter(block: Any, x: Tensor, shift: Tensor, scale: Tensor) -> list[Tensor]:
-    """Queries, keys and values of self-attention, ``[b, heads, F S, head_dim]``, not yet turned."""
+def _whole(
+    block: Any, x: Tensor, modulation: Tensor, rotation: tuple[Tensor, Tensor], texts: Sequence[Words]
+) -> Tensor:
+    parts = _parts(block, modulation)
+    return _leave(block, x, modulation, _mixed(_enter(block, x, modulation, rotation, parts), rotation), texts, parts)
+
+
+def _mixed(projected: list[Tensor], rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Takes queries, keys and values off the list, so that they are gone as soon as they were read."""
+    v, k, q = projected.pop(), projected.pop(), projected.pop()
+    k = turned(k, *rotation)
+    return attention(q, k, v)
+
+
+def _enter(
+    block: Any,
+    x: Tensor,
+    modulation: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    parts: tuple[Tensor, ...] | None = None,
+) -> list[Tensor]:
+    """Queries, turned to their places, keys that are not, and values, ``[b, heads, F S, head_dim]`` each."""
+    shift, scale, *_ = _parts(block, modulation) if parts is None else parts
     attn, h = block.attn1, modulate(block.norm1, x, shift, scale).flatten(1, 2)
-    return [_heads(part, attn.heads) for part in (attn.norm_q(attn.to_q(h)), attn.norm_k(attn.to_k(h)), attn.to_v(h))]
+    parts = (attn.norm_q(attn.to_q(h)), attn.norm_k(attn.to_k(h)), attn.to_v(h))
+    q, k, v = (_heads(part, attn.heads) for part in parts)
+    return [turned(q, *rotation), k, v]
 
 
-def _leave(block: Any, x: Tensor, mixed: Tensor, gate: Tensor) -> Tensor:
+def _leave(
+    block: Any,
+    x: Tensor,
+    modulation: Tensor,
+    mixed: Tensor,
+    texts: Sequence[Words],
+    parts: tuple[Tensor, ...] | None = None,
+) -> Tensor:
+    """What follows self-attention, whose result is ``mixed``, ``[b, heads, F S, head_dim]``."""
+    parts = _parts(block, modulation) if parts is None else parts
+    _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
     out = block.attn1.to_out[0](mixed.transpose(1, 2).flatten(2)).unflatten(1, x.shape[1:3])
-    return (x.float() + out * gate).type_as(x)
+    del mixed
+    x = (x.float() + out * gate_attn).type_as(x)
+    del out
+    x = x + _cross_attention(block, x, texts)
+    out = block.ffn(modulate(block.norm3, x, shift_mlp, scale_mlp).flatten(1, 2)).unflatten(1, x.shape[1:3])
+    return (x.float() + out.float() * gate_mlp).type_as(x)
 
 
-def _mlp(block: Any, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-    out = block.ffn(modulate(block.norm3, x, shift, scale).flatten(1, 2)).unflatten(1, x.shape[1:3])
-    return (x.float() + out.float() * gate).type_as(x)
+def _parts(block: Any, modulation: Tensor) -> tuple[Tensor, ...]:
+    """Shift, scale and gate of self-attention, then of the MLP, ``[b, F, 1, D]`` each, float32."""
+    return (block.scale_shift_table.unsqueeze(1) + modulation.float()).unsqueeze(3).unbind(dim=2)
 
 
-_PARTS = (_enter, _leave, _mlp)
-
-
-@cache
-def _compiled(part: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(part)
-
-
-def _self_attention(projected: list[Tensor], index: int, context: BlockContext, rope: RotaryGrid) -> Tensor:
+def _self_attention(
+    projected: list[Tensor], index: int, context: BlockContext, first: int, turn: Callable[[Tensor, int], Tensor]
+) -> Tensor:
     """Among all tokens of the micro-batch and what the memory has for it, ``[b, heads, F S, head_dim]``.
 
     Takes queries, keys and values off the list, so that they are gone as soon as they were read.
     """
-    v, k, q = projected.pop(), projected.pop(), projected.pop()
     frame = context.grid.tokens_per_frame
-    first = context.first_frame * frame
-
-    def turn(keys: Tensor, place: int) -> Tensor:
-        return rope.turn(keys, place, context.grid)
-
-    q = turn(q, first)
-    if context.memory is None:
-        k = turn(k, first)
-    else:
-        k, v = context.memory.attend(index, k, v, first, turn, frame)
+    if context.memory is not None:
+        chunk = None if context.chunk_frames is None else context.chunk_frames * frame
+        return read_in_turn(context.memory, context.attend, index, projected, first, turn, chunk, frame)
+    v, k, q = projected.pop(), projected.pop(), projected.pop()
+    k = turn(k, first)
     chunk = None if context.chunk_causal is None else context.chunk_causal * frame
     return context.attend(q, k, v, chunk=chunk)
 
 
-def _cross_attention(block: Any, x: Tensor, index: int, context: BlockContext) -> Tensor:
+def _words(attn: Any, run: TextRun, index: int, context: BlockContext) -> Words:
+    """Keys and values of a text, made once where they are cached."""
+
+    def pair() -> tuple[Tensor, Tensor]:
+        return _heads(attn.norm_k(attn.to_k(run.tokens)), attn.heads), _heads(attn.to_v(run.tokens), attn.heads)
+
+    cached = run.key is not None and context.text_cache is not None
+    k, v = context.text_cache.pair(run.key, index, pair) if cached else pair()  # type: ignore[union-attr,arg-type]
+    return Words(run.start, run.stop, k, v, None)
+
+
+def _cross_attention(block: Any, x: Tensor, texts: Sequence[Words]) -> Tensor:
     """Of every token to the text of its frame, ``[b, F, S, D]``; one call per run of equal text."""
     attn = block.attn2
     h = block.norm2(x.float()).type_as(x)
 
-    def pair(run: TextRun) -> tuple[Tensor, Tensor]:
-        return _heads(attn.norm_k(attn.to_k(run.tokens)), attn.heads), _heads(attn.to_v(run.tokens), attn.heads)
-
-    def read(run: TextRun) -> Tensor:
-        if run.key is None or context.text_cache is None:
-            k, v = pair(run)
-        else:
-            k, v = context.text_cache.pair(run.key, index, lambda: pair(run))
-        q = _heads(attn.norm_q(attn.to_q(h[:, run.start : run.stop].flatten(1, 2))), attn.heads)
+    def read(words: Words) -> Tensor:
+        q = _heads(attn.norm_q(attn.to_q(h[:, words.start : words.stop].flatten(1, 2))), attn.heads)
         # Padding is read as well: these models were trained with texts of one length, zero behind their end.
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-        return attn.to_out[0](out.transpose(1, 2).flatten(2)).unflatten(1, (run.stop - run.start, -1))
+        out = fused(q, words.keys, words.values)
+        return attn.to_out[0](out.transpose(1, 2).flatten(2)).unflatten(1, (words.stop - words.start, -1))
 
-    parts = [read(run) for run in context.text]
+    parts = [read(words) for words in texts]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 

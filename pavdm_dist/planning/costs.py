@@ -21,7 +21,7 @@ from pavdm_dist.io.local import cache_folder
 from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.io.storage import atomic_write
 from pavdm_dist.method.denoiser import memories_of, unit_context
-from pavdm_dist.method.microbatches import WHOLE, slots_of
+from pavdm_dist.method.microbatches import WHOLE
 from pavdm_dist.method.schedule import Mode, NoiseSchedule, WindowPlan
 from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.models.base import Backbone, Costs, FrameInfo
@@ -71,6 +71,7 @@ def profiled_costs(
     device: str = "cpu",
     mode: Mode = "window",
     dtype: torch.dtype = torch.float32,
+    chunks_per_unit: int = 1,
 ) -> Costs:
     """Costs of a micro-batch in seconds, from the cache or measured now (some seconds).
 
@@ -83,14 +84,16 @@ def profiled_costs(
         info: picture size and rate.
         threads: intra-op threads of a stage.
         device: ``cpu`` or ``cuda``.
-        mode: a micro-batch is a window, or a chunk that attends to what others left.
+        mode: a micro-batch is a window, or so many chunks that attend to what others left.
         dtype: of the weights.
+        chunks_per_unit: how many.
     """
     window = (plan.window_chunks, plan.context_chunks, plan.latent_chunk_size)
     calls = {"calls": (plan.partitions, plan.lookahead)} if plan.is_partitioned else {}
     facts = {
         "model": [type(shape).__name__, asdict(shape.config)], "window": window, "mode": mode, "cells": cells,
         "device": _where(device, threads), "dtype": str(dtype), "torch": torch.__version__, **calls,
+        **({"chunks_per_unit": chunks_per_unit} if chunks_per_unit > 1 else {}),
     }  # fmt: skip
 
     def measure() -> dict[str, Any]:
@@ -98,7 +101,8 @@ def profiled_costs(
             with torch.random.fork_rng():
                 model = shape.shortened(dtype, device)
             latents = (shape.spec.latent_channels, *cells)
-            costs = measure_costs(model, _stream(model, plan, latents, info, mode), device)
+            stream = _stream(model, plan, latents, info, mode, chunks_per_unit)
+            costs = measure_costs(model, stream, device)
         by_kind = dict(zip(model.spec.block_kinds, costs.blocks, strict=True))
         return {**by_kind, "embed": costs.embed, "head": costs.head}
 
@@ -121,7 +125,8 @@ def measure_costs(model: Backbone, stream: Stream, device: torch.device | str = 
     plan, device = stream.plan, torch.device(device)
     full = plan.window_chunks + plan.context_chunks
     row = next(row for row in plan.rows() if len(row.window) == full)
-    units = list(row.chunks) if stream.mode != "window" else [chunk for chunk, _ in stream.batches.parts(row.index)]
+    parts = row.chunks[:: stream.chunks_per_unit]
+    units = list(parts) if stream.mode != "window" else [chunk for chunk, _ in stream.batches.parts(row.index)]
     # What a running video has left for them.
     left = {"window": [], "causal": list(row.context), "displaced": [WHOLE]}
     (memory, *_), texts = memories_of(stream, model), TextBank(model.project_text, device)
@@ -130,7 +135,7 @@ def measure_costs(model: Backbone, stream: Stream, device: torch.device | str = 
 
     def run(chunk: int) -> list[float]:
         context = unit_context(model, stream, row, chunk, 0, texts, memory)
-        slots, size = slots_of(plan, row, chunk), plan.latent_chunk_size
+        slots, size = stream.batches.slots(row, chunk), plan.latent_chunk_size
         frames = slice(slots.start * size, slots.stop * size)
         part, part_levels = x[:, :, frames].contiguous(), levels[:, frames]
         marks = [_now(device)]
@@ -152,7 +157,9 @@ def measure_costs(model: Backbone, stream: Stream, device: torch.device | str = 
     return Costs(tuple(blocks), embed, head)
 
 
-def _stream(model: Backbone, plan: WindowPlan, shape: tuple[int, int, int], info: FrameInfo, mode: Mode) -> Stream:
+def _stream(
+    model: Backbone, plan: WindowPlan, shape: tuple[int, int, int], info: FrameInfo, mode: Mode, chunks_per_unit: int
+) -> Stream:
     """A stream of noise and a full-length text, long enough for a full window, from text alone."""
     block = plan.block_chunks
     long_enough = block * (-(-plan.context_chunks // block) + plan.window_chunks // block + 1)
@@ -160,7 +167,7 @@ def _stream(model: Backbone, plan: WindowPlan, shape: tuple[int, int, int], info
     text = torch.zeros(model.spec.text_len, model.spec.text_dim)
     return Stream(
         id=0, plan=plan, schedule=NoiseSchedule(plan.num_inference_steps, 1.0), seed=0, latent_shape=shape,
-        conditioning=Conditioning.build([(0, text)], None), info=info, mode=mode,
+        conditioning=Conditioning.build([(0, text)], None), info=info, mode=mode, chunks_per_unit=chunks_per_unit,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
-from pavdm_dist.method.microbatches import Displaced, MicroBatches, moved_by, slots_of
+from pavdm_dist.method.microbatches import Displaced, MicroBatches
 from pavdm_dist.method.sampler import num_branches
 from pavdm_dist.method.schedule import Mode, PlanRow, WindowPlan
 from pavdm_dist.request import SamplingParams
@@ -63,19 +63,21 @@ class UnitTime:
         return sum(self.stages) + hops * (self.link + self.latency) + (self.latency if hops else 0.0)
 
 
-def rows_of(plan: WindowPlan, mode: Mode, displaced: Displaced | None = None) -> list[RowShape]:
+def rows_of(
+    plan: WindowPlan, mode: Mode, displaced: Displaced | None = None, chunks_per_unit: int = 1
+) -> list[RowShape]:
     """All rows of a video; without those that adaptive re-sync would make exact, which nobody knows beforehand."""
-    batches, rows = MicroBatches(plan, mode, 0, displaced or Displaced()), list[RowShape]()
-    before, earlier = list[int](), list[int]()
+    batches = MicroBatches(plan, mode, 0, displaced or Displaced(), chunks_per_unit=chunks_per_unit)
+    rows, before, earlier = list[RowShape](), list[int](), list[int]()
     for row in plan.rows():
         parts = [chunk for chunk, _ in batches.parts(row.index)]
-        held, needs, finishes = _held(plan, row, parts), tuple(range(1, len(parts) + 1)), 0
+        held, needs, finishes = _held(batches, row, parts), tuple(range(1, len(parts) + 1)), 0
         if parts == before == earlier:
             needs = rows[-1].needs
         elif before and (plan.is_partitioned or parts != before):
             needs = tuple(before.index(fed[-1]) + 1 if fed else 0 for fed in batches.fed(row.index))
         if row.emits:
-            finishes = next(i for i, chunk in enumerate(parts, 1) if row.emits[0] in moved_by(plan, row, chunk))
+            finishes = next(i for i, chunk in enumerate(parts, 1) if row.emits[0] in batches.moved(row, chunk))
         if len(held) < len(parts):
             needs, finishes = (1,), min(finishes, 1)
         rows.append(RowShape(held, needs, finishes, len(row.emits)))
@@ -83,11 +85,10 @@ def rows_of(plan: WindowPlan, mode: Mode, displaced: Displaced | None = None) ->
     return rows
 
 
-def _held(plan: WindowPlan, row: PlanRow, parts: Sequence[int]) -> tuple[int, ...]:
-    slots = [slots_of(plan, row, chunk) for chunk in parts]
-    held = [part.stop - part.start for part in slots]
+def _held(batches: MicroBatches, row: PlanRow, parts: Sequence[int]) -> tuple[int, ...]:
+    held = [len(batches.held(row, chunk)) for chunk in parts]
     # A clean chunk's own call, where it has one, comes right before the window's, on every stage: as one.
-    return (sum(held),) if plan.context == "cached" else tuple(held)
+    return (sum(held),) if batches.plan.context == "cached" else tuple(held)
 
 
 def makespan(
@@ -184,18 +185,21 @@ def _arrival(row: RowShape, count: int, branches: int, units: dict[int, UnitTime
 def useful_stages(params: SamplingParams, streams: int) -> int:
     """Stages beyond which another one brings next to nothing: the micro-batches under way at a time in full windows.
 
-    That is M B in mode window (and displaced with every step exact), M W B where a micro-batch is a chunk, for M
-    guidance branches and B ``streams``. Of n partitions it is M n B, with lookahead M (2 n - 1) B.
+    That is M B in mode window (and displaced with every step exact), else M U B, for M guidance branches, U
+    micro-batches of a full window (W where each is a chunk) and B ``streams``. Of n partitions it is M n B, with
+    lookahead M (2 n - 1) B.
     """
     whole = params.mode == "window" or (params.mode == "displaced" and params.displaced.resync_every_steps == 1)
     # With lookahead a call waits for two of the row before.
-    units = params.calls_per_row - params.lookahead if whole else params.window_chunks
+    whole_units = params.calls_per_row - params.lookahead
+    units = whole_units if whole else -(-params.window_chunks // params.chunks_per_unit)
     return num_branches(params.guidance_scale) * units * streams
 
 
 def pipeline_utilisation(params: SamplingParams, plan: WindowPlan, stages: int, streams: int) -> float:
     """Share of the time that equal stages compute, 0..1, for ``streams`` videos of one plan side by side."""
-    rows, branches = rows_of(plan, params.mode, params.displaced), num_branches(params.guidance_scale)
+    rows = rows_of(plan, params.mode, params.displaced, params.chunks_per_unit)
+    branches = num_branches(params.guidance_scale)
 
     def unit(chunks: int) -> UnitTime:
         return UnitTime((float(chunks),) * stages)

@@ -37,7 +37,7 @@ class StageMemory:
     cells: tuple[int, int]
     cached: int = 0
 
-    def bytes(self, mode: Mode, blocks: tuple[int, int], streams: int) -> float:
+    def bytes(self, mode: Mode, blocks: tuple[int, int], streams: int, chunks_per_unit: int = 1) -> float:
         """One stage's at its peak: weights, kept keys and values, activations, messages under way."""
         first, last = blocks[0] == 0, blocks[1] == self.model.spec.num_blocks
         want = self.model.keys(*blocks, first=first, last=last)
@@ -60,7 +60,7 @@ class StageMemory:
         window = self.model.grid(self.full * self.size, *self.cells)
         kept = streams * self.branches * sum(self.model.kv_values(window, block) for block in range(*blocks))
         if mode == "causal":
-            return weights + size * (text + kept + (copies + MESSAGES) * chunk)
+            return weights + size * (text + kept + (copies + MESSAGES) * chunk * chunks_per_unit)
         kept = kept * 3 // 2  # mode displaced keeps keys twice: as they are and turned to their place
         return weights + size * (text + kept + whole + MESSAGES * self.full * chunk)
 

@@ -91,9 +91,10 @@ def layer_split(checkpoint: Checkpoint, params: SamplingParams, options: EngineO
 def units_per_chunk(params: SamplingParams) -> float:
     """Micro-batches of a full window for one finished chunk."""
     branches, plan = num_branches(params.guidance_scale), params.plan(None)
-    if params.mode != "window":
-        return branches * (params.num_inference_steps + params.context_chunks)
-    return branches * plan.steps_per_shift * params.calls_per_row / plan.block_chunks
+    if params.mode == "window":
+        return branches * plan.steps_per_shift * params.calls_per_row / plan.block_chunks
+    units = -(-params.window_chunks // params.chunks_per_unit)
+    return branches * (plan.steps_per_shift * units + params.context_chunks)
 
 
 def _costs(
@@ -104,7 +105,7 @@ def _costs(
     if options.balance == "estimated":
         window, context = params.window_chunks, params.context_chunks
         read = chunk_reads(params.mode, window, context, size)
-        frames = read if params.mode == "window" else size
+        frames = read if params.mode == "window" else size * params.chunks_per_unit
         if params.cached:
             frames, read = params.window_chunks * size, params.span * size
         if params.calls_per_row > 1:
@@ -119,7 +120,7 @@ def _costs(
         plan = replace(plan, context="joint", anchor_chunks=0, context_chunks=beside)
     costs = profiled_costs(
         checkpoint.shape, plan, cells, params.info, options.threads_per_stage, options.device,
-        params.mode, dtype,
+        params.mode, dtype, params.chunks_per_unit,
     )  # fmt: skip
     decode = 0.0
     if options.decoder_slows_last_stage:

@@ -83,7 +83,12 @@ def _chosen(job: Job, cluster: ClusterConfig) -> tuple[Setup, list[Setup], str]:
             f"cluster.devices={cluster.devices}: decoder=cuda needs one beside the stages'; use 2 or more"
         )
     limit = min((cluster.devices or 1) - job.decoder_devices, MAX_STAGES, spec.num_blocks)
-    setups = [job.setup(mode, stages, cluster) for mode in modes for stages in range(1, limit + 1)]
+    sizes = {mode: _sizes(mode, job, cluster) for mode in modes}
+    setups = [
+        min((job.setup(mode, stages, cluster, size) for size in sizes[mode]), key=lambda setup: setup.seconds)
+        for mode in modes
+        for stages in range(1, limit + 1)
+    ]
     fitting = [setup for setup in setups if setup.peak_gib <= cluster.memory_gib]
     if not fitting:
         least = min(setup.peak_gib for setup in setups)
@@ -96,6 +101,13 @@ def _chosen(job: Job, cluster: ClusterConfig) -> tuple[Setup, list[Setup], str]:
         if setup.seconds * WORTH < best.seconds:
             best = setup
     return best, fitting, _why(best, fitting, cluster) + _decoder(best, job, cluster)
+
+
+def _sizes(mode: Mode, job: Job, cluster: ClusterConfig) -> list[int]:
+    """Noisy chunks of a micro-batch that are considered, the smallest first."""
+    if mode == "window" or not cluster.block_overhead_ms:
+        return [1 if mode == "window" else job.params.chunks_per_unit]
+    return list(range(1, job.params.window_chunks + 1))
 
 
 def _check(cluster: ClusterConfig) -> None:

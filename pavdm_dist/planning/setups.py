@@ -48,6 +48,7 @@ class Setup:
         decode_seconds: of a chunk on a decoder beside the stages; 0 without one.
         decoder_memory_gib: predicted peak of a decoder beside the stages: of its device, or of main memory on CPUs; 0
             without one.
+        chunks_per_unit: noisy chunks of a micro-batch, in modes whose micro-batch is no whole window.
     """
 
     mode: Mode
@@ -63,6 +64,7 @@ class Setup:
     decoder_devices: int = 0
     decode_seconds: float = 0.0
     decoder_memory_gib: float = 0.0
+    chunks_per_unit: int = 1
 
     @property
     def devices(self) -> int:
@@ -101,14 +103,22 @@ class Job:
             on_gpu = decoder != "cpu"
             self._decoding = decode_memory(checkpoint.vae, *self.cells, decoder_dtype, decoder_tile, on_gpu)
 
-    def setup(self, mode: Mode, stages: int, cluster: ClusterConfig) -> Setup:
-        """The set-up with so many stages and as many replicas as the devices and videos allow."""
+    def setup(self, mode: Mode, stages: int, cluster: ClusterConfig, together: int = 1) -> Setup:
+        """The set-up with so many stages and as many replicas as the devices and videos allow.
+
+        Args:
+            mode: of it.
+            stages: of each replica.
+            cluster: what there is.
+            together: noisy chunks of a micro-batch.
+        """
         devices = stages + self.decoder_devices
         replicas = max(1, min((cluster.devices or 1) // devices, cluster.videos))
         videos = math.ceil(cluster.videos / replicas)
-        ranges = partition(self.costs(mode, 1 if mode != "window" else self.full), stages)
-        rows, unit = rows_of(self.plan, mode, self.params.displaced), self.units(mode, ranges, cluster)
-        decode, fitting = self.decode_seconds(cluster), self._fitting(mode, ranges, videos, cluster)
+        ranges = partition(self.costs(mode, together if mode != "window" else self.full, together), stages)
+        rows = rows_of(self.plan, mode, self.params.displaced, together)
+        unit = self.units(mode, ranges, cluster, together)
+        decode, fitting = self.decode_seconds(cluster), self._fitting(mode, ranges, videos, cluster, together)
         streams = self._streams(rows, unit, decode, fitting, videos)
         seconds = makespan(rows, self.branches, streams, videos, unit, decode)
         return Setup(
@@ -117,7 +127,7 @@ class Job:
             num_stages=stages,
             streams=streams,
             layers_per_stage=tuple(last - first for first, last in ranges),
-            memory_gib=tuple(size / GIB for size in self.stage_bytes(mode, ranges, streams)),
+            memory_gib=tuple(size / GIB for size in self.stage_bytes(mode, ranges, streams, together)),
             seconds=seconds,
             seconds_per_video=makespan(rows, self.branches, streams, streams, unit, decode),
             utilisation=work(rows, self.branches, videos, unit) / (stages * seconds),
@@ -125,11 +135,14 @@ class Job:
             decoder_devices=self.decoder_devices,
             decode_seconds=decode,
             decoder_memory_gib=0.0 if self.decoder == "shared" else self.decoder_bytes(streams) / GIB,
+            chunks_per_unit=together,
         )
 
-    def stage_bytes(self, mode: Mode, ranges: Sequence[tuple[int, int]], streams: int) -> list[float]:
+    def stage_bytes(
+        self, mode: Mode, ranges: Sequence[tuple[int, int]], streams: int, together: int = 1
+    ) -> list[float]:
         """Of every stage at its peak; of the last one with the decoder that shares its device."""
-        stages = [self.memory.bytes(mode, blocks, streams) for blocks in ranges]
+        stages = [self.memory.bytes(mode, blocks, streams, together) for blocks in ranges]
         if self.decoder == "shared":
             stages[-1] += self.decoder_bytes(streams)
         return stages
@@ -145,30 +158,35 @@ class Job:
         rate = {"cpu": cluster.decoder_tflops, "cuda": cluster.tflops}.get(self.decoder or "")
         return self.decode_flop / (rate * 1e12) if rate is not None else 0.0
 
-    def units(self, mode: Mode, ranges: Sequence[tuple[int, int]], cluster: ClusterConfig) -> Callable[[int], UnitTime]:
+    def units(
+        self, mode: Mode, ranges: Sequence[tuple[int, int]], cluster: ClusterConfig, together: int = 1
+    ) -> Callable[[int], UnitTime]:
         """Seconds of a micro-batch by the chunks it holds."""
         rate, latency = cluster.tflops * 1e12, cluster.link_latency_ms / 1000
         tokens = self.size * self.model.grid(self.size, *self.cells).tokens_per_frame
         link = self.dtype.itemsize * tokens * self.model.spec.hidden_size / (cluster.link_gib_per_s * GIB)
 
         def unit(chunks: int) -> UnitTime:
-            costs = self.costs(mode, chunks)
-            stages = tuple(costs.stage(*blocks) / rate for blocks in ranges)
+            costs = self.costs(mode, chunks, together)
+            stages = tuple(
+                costs.stage(*blocks) / rate + (blocks[1] - blocks[0]) * cluster.block_overhead_ms / 1000
+                for blocks in ranges
+            )
             return UnitTime(stages, chunks * link, latency)
 
         return unit
 
-    def costs(self, mode: Mode, chunks: int) -> Costs:
+    def costs(self, mode: Mode, chunks: int, together: int = 1) -> Costs:
         """FLOP of a unit of so many chunks; decoding on the last stage is spread over the units of a full window."""
-        alone = mode != "window" and chunks == 1
+        alone = mode != "window" and chunks <= together
         read = chunk_reads(mode, self.params.window_chunks, self.params.context_chunks, self.size) if alone else None
         if self.params.cached:
             read = self.params.span * self.size
         costs = estimated_costs(self.model, chunks * self.size, self.cells, read)
         if self.decoder != "shared":
             return costs
-        whole: Mode = "window" if mode == "window" or chunks > 1 else mode
-        return with_codec(costs, self.decode_flop / units_per_chunk(replace(self.params, mode=whole)))
+        params = replace(self.params, mode=mode if alone else "window", chunks_per_unit=together if alone else 1)
+        return with_codec(costs, self.decode_flop / units_per_chunk(params))
 
     def draw(self, setup: Setup, cluster: ClusterConfig) -> float:
         """Simulates one replica with its videos in flight and draws the beginning; returns its utilisation."""
@@ -176,7 +194,8 @@ class Job:
         per_chunk *= self.params.calls_per_row if setup.mode == "window" else self.params.window_chunks
         short = replace(self.plan, num_chunks=min(self.plan.num_chunks or 1, max(1, SIMULATED // per_chunk)))
         ends = [sum(setup.layers_per_stage[:i]) for i in range(setup.num_stages + 1)]
-        unit = self.units(setup.mode, list(pairwise(ends)), cluster)
+        together = setup.chunks_per_unit
+        unit = self.units(setup.mode, list(pairwise(ends)), cluster, together)
         one = unit(1)
         machine = Machine(
             tuple(one.stages),
@@ -190,23 +209,26 @@ class Job:
             decode_seconds=setup.decode_seconds,
         )
         streams = setup.streams
-        found = simulate([short] * streams, setup.mode, self.branches, streams, machine, self.params.displaced)
+        displaced = self.params.displaced
+        found = simulate([short] * streams, setup.mode, self.branches, streams, machine, displaced, together)
         if cluster.chart is not None:
             title = f"{setup.mode}, {setup.num_stages} stages, {streams} in flight, seconds"
             drawn = sorted(bars(found), key=lambda bar: bar.end)[: DRAWN * setup.num_stages]
             draw_chart(cluster.chart, setup.num_stages, drawn, title, decoder=setup.decode_seconds > 0)
         return round(found.utilisation, 4)
 
-    def _fitting(self, mode: Mode, ranges: Sequence[tuple[int, int]], videos: int, cluster: ClusterConfig) -> int:
+    def _fitting(
+        self, mode: Mode, ranges: Sequence[tuple[int, int]], videos: int, cluster: ClusterConfig, together: int
+    ) -> int:
         """Videos in flight that memory holds, at least one; on one device one keeps it busy."""
         most = 1 if len(ranges) == 1 else min(videos, MAX_VIDEOS_IN_FLIGHT)
-        while most > 1 and self._peak(mode, ranges, most) > cluster.memory_gib * GIB:
+        while most > 1 and self._peak(mode, ranges, most, together) > cluster.memory_gib * GIB:
             most -= 1
         return most
 
-    def _peak(self, mode: Mode, ranges: Sequence[tuple[int, int]], streams: int) -> float:
+    def _peak(self, mode: Mode, ranges: Sequence[tuple[int, int]], streams: int, together: int) -> float:
         own = self.decoder_bytes(streams) if self.decoder_devices else 0
-        return max(*self.stage_bytes(mode, ranges, streams), own)
+        return max(*self.stage_bytes(mode, ranges, streams, together), own)
 
     def _streams(
         self, rows: Sequence[RowShape], unit: Callable[[int], UnitTime], decode: float, most: int, videos: int

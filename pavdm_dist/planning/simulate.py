@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pavdm_dist.engine.order import Join, Unit, epochs
-from pavdm_dist.engine.trace import read_trace
+from pavdm_dist.engine.trace import read_decoder, read_trace
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.method.microbatches import WHOLE, Displaced, MicroBatches, moved_by, slots_of
+from pavdm_dist.method.microbatches import WHOLE, Displaced, MicroBatches
 from pavdm_dist.method.schedule import Mode, WindowPlan
 from pavdm_dist.planning.chart import Bar
 
@@ -111,17 +111,19 @@ def simulate(
     streams_in_flight: int,
     machine: Machine,
     displaced: Displaced | None = None,
+    chunks_per_unit: int = 1,
 ) -> Result:
     """Runs videos through a pipeline, strictly in the engine's order.
 
     Args:
         plans: one per video, in order of arrival; causal needs at most one context chunk.
-        mode: ``window``: a unit is a whole window, or a partition; ``causal``: one chunk; ``displaced``: one chunk, in
-            exact rows all.
+        mode: ``window``: a unit is a whole window, or a partition; ``causal``: so many chunks; ``displaced``: so many,
+            in exact rows all.
         branches: guidance branches, each a unit of its own.
         streams_in_flight: videos in the pipeline at a time.
         machine: stages and links.
         displaced: of mode displaced; None = its defaults.
+        chunks_per_unit: noisy chunks of a unit.
 
     Raises:
         ConfigError: nothing to run, or a plan the mode does not allow.
@@ -131,11 +133,9 @@ def simulate(
     for plan in plans:
         if mode == "causal" and plan.context_chunks > 1:
             raise ConfigError(f"context_chunks={plan.context_chunks}: mode causal has 0 or 1")
-    joins = [
-        Join(number, 0, 0, plan.num_rows, branches, MicroBatches(plan, mode, 0, displaced or Displaced()))
-        for number, plan in enumerate(plans)
-    ]
-    return _Simulation(plans, joins, streams_in_flight, machine).run()
+    batches = [MicroBatches(plan, mode, 0, displaced or Displaced(), frozenset(), chunks_per_unit) for plan in plans]
+    joins = [Join(number, 0, 0, own.plan.num_rows, branches, own) for number, own in enumerate(batches)]
+    return _Simulation(batches, joins, streams_in_flight, machine).run()
 
 
 def of_trace(path: str) -> Result:
@@ -152,7 +152,12 @@ def of_trace(path: str) -> Result:
         raise ConfigError(f"trace={path}: is damaged (stages of different units, or no time at all)")
     begin = min(part.start for part in found)
     busy = sorted((replace(p, start=p.start - begin, end=p.end - begin) for p in found), key=lambda part: part.end)
-    return Result(len(stages), busy[-1].end, None, busy)
+    decoded = [
+        Decoding(span.stream, span.chunk, max(0.0, span.start - begin), max(0.0, span.end - begin))
+        for span in read_decoder(path)
+    ]
+    makespan = max([busy[-1].end, *(one.end for one in decoded)])
+    return Result(len(stages), makespan, None, busy, decoded)
 
 
 def bars(result: Result) -> list[Bar]:
@@ -169,10 +174,12 @@ def _bar(part: Busy) -> Bar:
 
 
 class _Simulation:
-    def __init__(self, plans: Sequence[WindowPlan], joins: Sequence[Join], in_flight: int, machine: Machine) -> None:
+    def __init__(
+        self, batches: Sequence[MicroBatches], joins: Sequence[Join], in_flight: int, machine: Machine
+    ) -> None:
         import simpy
 
-        self._plans, self._machine = plans, machine
+        self._batches, self._machine = batches, machine
         self._env = simpy.Environment()
         stages = len(machine.stage_seconds)
         self._inboxes = [simpy.Store(self._env) for _ in range(stages)]
@@ -232,9 +239,9 @@ class _Simulation:
 
     def _feed_back(self, unit: Unit) -> Generator[Any, Any, None]:
         """Latents are a few percent of the hidden states: the way back costs its latency."""
-        plan = self._plans[unit.stream]
-        row = plan.row(unit.row)
-        moved = moved_by(plan, row, unit.chunk)
+        batches = self._batches[unit.stream]
+        row = batches.plan.row(unit.row)
+        moved = batches.moved(row, unit.chunk)
         for clean in (chunk for chunk in row.emits if chunk in moved):
             if self._result.first_chunk is None:
                 self._result.first_chunk = self._env.now
@@ -268,6 +275,5 @@ class _Simulation:
         return self._machine.stage_seconds[stage] * chunks if measured is None else measured
 
     def _chunks(self, unit: Unit) -> int:
-        plan = self._plans[unit.stream]
-        slots = slots_of(plan, plan.row(unit.row), unit.chunk)
-        return slots.stop - slots.start
+        batches = self._batches[unit.stream]
+        return len(batches.held(batches.plan.row(unit.row), unit.chunk))

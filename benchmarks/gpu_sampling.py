@@ -1,0 +1,231 @@
+"""The parts of `gpu.py` that sample: by the stage loop that users run, with links of its own kind."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from gpu_shapes import Case, random_backbone
+
+from pavdm_dist.engine.events import Shift
+from pavdm_dist.engine.loop import EpochFeed, Links, RunReport, StageLoop
+from pavdm_dist.engine.order import LogEntry, is_active, join_of
+from pavdm_dist.engine.rehearsal import rehearsal, rehearse
+from pavdm_dist.engine.stage import Stage
+from pavdm_dist.engine.transport import HostStagedLink, Link, LocalLink, TorchLink, warm_up
+from pavdm_dist.method.schedule import Mode
+from pavdm_dist.method.stream import Stream
+from pavdm_dist.models.base import Backbone
+from pavdm_dist.models.compiling import keep_on_disk
+
+EPOCHS = 3  # of four rows each, in which units of a full window are timed
+
+
+@dataclass
+class Runner:
+    """One stage, or several in threads of this process, that sample streams of a case.
+
+    Args:
+        case, device: what, and where.
+        compiled: blocks are compiled.
+    """
+
+    case: Case
+    device: torch.device
+    compiled: bool
+    model: Backbone = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.model = random_backbone(self.case, self.device)
+        if self.compiled:
+            keep_on_disk()
+            self.model.compile_repeated_blocks()
+
+    def stage(self, stream: Stream, blocks: tuple[int, int] | None = None) -> tuple[Stage, dict[str, Any]]:
+        """A stage that has rehearsed, and what that took and found."""
+        stage = Stage(self.model, blocks or (0, self.model.spec.num_blocks), self.device, torch.bfloat16)
+        more = {"mode": stream.mode, "displaced": stream.displaced, "chunks_per_unit": stream.chunks_per_unit}
+        found = rehearse(
+            stage, rehearsal(self.model, stream.plan, stream.latent_shape, stream.info, **more), self.compiled
+        )
+        return stage, {"seconds": found.seconds, "relative_error": found.relative_error, "kernels": dict(found.kernels)}
+
+
+def run(
+    stage: Stage, links: Links, stream: Stream, epochs: int | None, tell: Callable[[Any], None] = lambda event: None
+) -> RunReport:
+    """The loop of a stage over a stream, to its end or for so many epochs."""
+    join = join_of(stream, 0)
+    stage.prepare(stream)
+    feed, count = EpochFeed(), 0
+    while is_active(join, count) and count != epochs:
+        feed.seal(count, LogEntry((join,) if count == 0 else ()))
+        count += 1
+    feed.stop(count)
+    report = StageLoop(stage, links, feed, 1, tell, trace=True).run()
+    stage.leave(stream.id)
+    return report
+
+
+def alone() -> Links:
+    return Links(None, None, LocalLink())
+
+
+def units(runner: Runner, mode: Mode, chunks_per_unit: int, peak: float) -> dict[str, Any]:
+    """Micro-batches of a full window: seconds by what they hold, launches and waits of a unit, share of the peak."""
+    case, model = runner.case, runner.model
+    stream = case.full(model, mode, chunks_per_unit)
+    stage, rehearsed = runner.stage(stream)
+    run(stage, alone(), stream, 1)
+    report = run(stage, alone(), stream, EPOCHS)
+    seconds, flop = defaultdict[int, list[float]](list), dict[int, float]()
+    for span in report.trace:
+        held = len(stream.batches.held(stream.plan.row(span.unit.row), span.unit.chunk))
+        seconds[held].append(span.end - span.start)
+        costs = model.costs(model.grid(held * case.plan.latent_chunk_size, *case.cells), model.spec.text_len)
+        flop[held] = costs.stage(0, len(costs.blocks))
+    wall = (report.trace[-1].end - report.trace[0].start) / len(report.trace)
+    found = {
+        "by_chunks": {
+            held: {"seconds": statistics.median(times), "tflops": flop[held] / statistics.median(times) / 1e12}
+            for held, times in sorted(seconds.items())
+        },
+        "seconds_a_unit": wall,
+        "rehearsal": rehearsed,
+        "share_of_peak": max(flop[held] / statistics.median(times) for held, times in seconds.items()) / (peak * 1e12),
+    }
+    return {**found, **(_profiled(stage, stream) if runner.device.type == "cuda" else {})}
+
+
+def _profiled(stage: Stage, stream: Stream) -> dict[str, float]:
+    """Kernels' time, launches, and calls that wait for the device, of one unit."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        report = run(stage, alone(), stream, 1)
+        torch.cuda.synchronize(stage.device)
+    events = profiler.key_averages()
+    launches = sum(event.count for event in events if "LaunchKernel" in event.key)
+    kernels = sum(event.self_device_time_total for event in events)
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run(stage, alone(), stream, 1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    synchronising = sum("synchron" in str(warning.message).lower() for warning in waits)
+    return {
+        "kernel_seconds_a_unit": kernels / 1e6 / report.units,
+        "launches_a_unit": launches / report.units,
+        "waits_a_unit": synchronising / report.units,
+    }
+
+
+def whole(runner: Runner, mode: Mode, latents: int, chunks_per_unit: int, peak: float) -> dict[str, Any]:
+    """Seconds of a whole video without decoding, the window's growing and draining included."""
+    case, model = runner.case, runner.model
+    stream = case.stream(model, mode, -(-latents // case.plan.latent_chunk_size), chunks_per_unit)
+    stage, _ = runner.stage(stream)
+    run(stage, alone(), stream, 2)
+    _settle(runner.device)
+    began = time.perf_counter()
+    run(stage, alone(), stream, None)
+    _settle(runner.device)
+    seconds = time.perf_counter() - began
+    flop = 0.0
+    for row in stream.plan.rows():
+        for chunk, _ in stream.batches.parts(row.index):
+            frames = len(stream.batches.held(row, chunk)) * case.plan.latent_chunk_size
+            costs = model.costs(model.grid(frames, *case.cells), model.spec.text_len)
+            flop += stream.branches * costs.stage(0, len(costs.blocks))
+    return {"seconds": seconds, "pflop": flop / 1e15, "share_of_peak": flop / seconds / (peak * 1e12)}
+
+
+def staged(runner: Runner, mode: Mode, latents: int, chunks_per_unit: int) -> dict[str, Any]:
+    """Two stages on this one device over gloo, whose messages pass through main memory; equal bits are checked."""
+    import torch.distributed as dist
+
+    case, model, middle = runner.case, runner.model, runner.model.spec.num_blocks // 2
+    stream = case.stream(model, mode, -(-latents // case.plan.latent_chunk_size), chunks_per_unit)
+    one, _ = runner.stage(stream)
+    expected = list[Any]()
+    run(one, alone(), stream, None, lambda event: expected.append(event))
+    stages = [runner.stage(stream, blocks)[0] for blocks in ((0, middle), (middle, model.spec.num_blocks))]
+    # A process has one place in torch.distributed's world; here every thread has groups of its own.
+    before, dist.isend, dist.irecv = (
+        (dist.isend, dist.irecv),
+        lambda tensor, peer, group: group.send([tensor], peer, 0),
+        lambda tensor, peer, group: group.recv([tensor], peer, 0),
+    )
+    found, errors, store = list[Any](), list[BaseException](), dist.HashStore()
+
+    def loop(rank: int) -> None:
+        try:
+            links = []
+            for name in ("forward", "back"):
+                group = dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, 2)
+                link = TorchLink(group, 1 - rank, torch.device("cpu"), pinned=runner.device.type == "cuda")
+                warm_up(link, 1, sender=(rank == 0) == (name == "forward"))
+                links.append(HostStagedLink(link, runner.device))
+            forward, back = links
+            ends: tuple[Link | None, Link | None] = (None, forward) if rank == 0 else (forward, None)
+            run(stages[rank], Links(*ends, back), stream, None, found.append if rank else lambda event: None)
+        except BaseException as error:
+            errors.append(error)
+
+    began = time.perf_counter()
+    threads = [threading.Thread(target=loop, args=(rank,)) for rank in range(2)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        dist.isend, dist.irecv = before
+    if errors:
+        raise errors[0]
+    _settle(runner.device)
+    pairs = zip(_clean(expected), _clean(found), strict=True)
+    return {"seconds": time.perf_counter() - began, "same_bits": all(torch.equal(a, b) for a, b in pairs)}
+
+
+def _clean(events: list[Any]) -> list[torch.Tensor]:
+    return [event.clean.latents for event in events if isinstance(event, Shift) and event.clean is not None]
+
+
+def decoded(case: Case, device: torch.device, repeats: int) -> dict[str, float]:
+    """Seconds of decoding a chunk in bfloat16, random weights, with nothing beside it."""
+    from pavdm_dist.codecs.wan import WanCodec
+    from pavdm_dist.io.shipped import shipped_models
+    from pavdm_dist.models.source import Source
+
+    assert case.codec is not None
+    source = Source(str(shipped_models()[case.codec]), component="vae")
+    codec = WanCodec.on_meta(source, torch.bfloat16)
+    vae = codec.vae.to_empty(device=device)
+    for parameter in vae.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    codec = WanCodec(vae)
+    decoder, size, times = codec.decoder(), case.plan.latent_chunk_size, list[float]()
+    latents = torch.randn(codec.spec.latent_channels, size, *case.cells)
+    frames = 0
+    for _ in range(repeats + 2):
+        _settle(device)
+        began = time.perf_counter()
+        frames = decoder.decode(latents).shape[0]
+        times.append(time.perf_counter() - began)
+    seconds = statistics.median(times[2:])
+    return {"seconds_a_chunk": seconds, "video_seconds_per_second": frames / case.fps / seconds}
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

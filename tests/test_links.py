@@ -1,0 +1,205 @@
+"""Stages over real links, each loop in a thread of this process: any kind of link gives the in-process bits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import reference_chunks, tiny_model, tiny_stream
+
+from pavdm_dist.engine.events import EpochDone, Shift
+from pavdm_dist.engine.loop import EpochFeed, Links, RunReport, StageLoop
+from pavdm_dist.engine.messages import ACTIVATION, HEADER_BYTES, Header, Layout
+from pavdm_dist.engine.order import LogEntry, is_active, join_of
+from pavdm_dist.engine.stage import Stage
+from pavdm_dist.engine.transport import Buffers, HostStagedLink, Link, LocalLink, NcclLink, TorchLink, warm_up
+from pavdm_dist.errors import EngineError
+from pavdm_dist.method.schedule import Mode
+from pavdm_dist.method.stream import Stream
+
+CPU = torch.device("cpu")
+WAIT = timedelta(seconds=20)
+
+
+@pytest.fixture(autouse=True)
+def _groups_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process has one place in torch.distributed's world; here every thread has groups of its own."""
+    monkeypatch.setattr(dist, "isend", lambda tensor, peer, group: group.send([tensor], peer, 0))
+    monkeypatch.setattr(dist, "irecv", lambda tensor, peer, group: group.recv([tensor], peer, 0))
+
+
+def groups(world: int, name: str, store: dist.HashStore, wait: timedelta = WAIT) -> list[Any]:
+    """One of gloo, as every rank sees it."""
+    made: list[Any] = [None] * world
+
+    def join(rank: int) -> None:
+        made[rank] = dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, world, wait)
+
+    in_threads([lambda rank=rank: join(rank) for rank in range(world)])
+    return made
+
+
+def in_threads(calls: list[Callable[[], None]]) -> None:
+    errors = list[BaseException]()
+
+    def run(call: Callable[[], None]) -> None:
+        try:
+            call()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    if errors:
+        raise errors[0]
+
+
+def plain(group: Any, peer: int) -> Link:
+    return TorchLink(group, peer, CPU, timeout_s=20)
+
+
+def late(group: Any, peer: int) -> Link:
+    """The link of GPUs, over what this machine has: receives are posted behind a unit, headers compared by tensors."""
+    return NcclLink(group, peer, CPU, timeout_s=20)
+
+
+def staged(group: Any, peer: int) -> Link:
+    return HostStagedLink(TorchLink(group, peer, CPU, timeout_s=20), CPU)
+
+
+def linked(world: int, kind: Callable[[Any, int], Link], wait: timedelta = WAIT) -> list[Links]:
+    store = dist.HashStore()
+    forward, back = (groups(world, name, store, wait) for name in ("forward", "back"))
+    return [
+        Links(
+            kind(forward[rank], rank - 1) if rank else None,
+            kind(forward[rank], rank + 1) if rank < world - 1 else None,
+            kind(back[rank], world - 1 if rank == 0 else 0) if rank in (0, world - 1) else None,
+        )
+        for rank in range(world)
+    ]
+
+
+def entries(streams: list[Stream]) -> list[LogEntry]:
+    """All of them at once, until the last one ends."""
+    joins = [join_of(stream, 0) for stream in streams]
+    ends = next(epoch for epoch in range(1000) if not any(is_active(join, epoch) for join in joins))
+    return [LogEntry(tuple(joins)), *[LogEntry()] * (ends - 1)]
+
+
+def sampled(stages: list[Stage], links: list[Links], streams: list[Stream]) -> tuple[list[Any], list[RunReport]]:
+    """What the last stage tells, and all reports."""
+    told, reports = list[Any](), list[RunReport]()
+    log = entries(streams)
+
+    def loop(rank: int) -> None:
+        feed = EpochFeed()
+        for epoch, entry in enumerate(log):
+            feed.seal(epoch, entry)
+        feed.stop(len(log))
+        tell = told.append if stages[rank].last else lambda event: None
+        reports.append(StageLoop(stages[rank], links[rank], feed, 1, tell, trace=True).run())
+
+    for stage in stages:
+        for stream in streams:
+            stage.prepare(stream)
+    in_threads([lambda rank=rank: loop(rank) for rank in range(len(stages))])
+    return told, reports
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [(plain, "causal"), (late, "window"), (late, "causal"), (late, "displaced"), (staged, "window")],
+)
+def test_any_link_gives_the_same_bits(kind: Callable[[Any, int], Link], mode: Mode) -> None:
+    model = tiny_model()
+    streams = [tiny_stream(0, seed=1, mode=mode), tiny_stream(1, seed=2, guidance_scale=1.0, num_chunks=2, mode=mode)]
+    streams[0] = replace(streams[0], chunks_per_unit=1 if mode == "window" else 2)
+    for cuts in ([(0, 1), (1, 4)], [(0, 2), (2, 3), (3, 4)]):
+        told, reports = sampled([Stage(model, blocks) for blocks in cuts], linked(len(cuts), kind), streams)
+        for stream in streams:
+            shifts = [event for event in told if isinstance(event, Shift) and event.stream == stream.id]
+            found = [clean.latents for event in shifts for clean in event.clean]
+            expected = reference_chunks(model, stream)
+            assert len(found) == len(expected)
+            assert all(torch.equal(one, other.latents) for one, other in zip(found, expected, strict=True))
+        assert [event.epoch for event in told if isinstance(event, EpochDone)] == list(range(len(entries(streams))))
+        assert len({report.units for report in reports}) == 1
+        assert all(span.ready <= span.start <= span.end for report in reports for span in report.trace)
+
+
+@pytest.mark.parametrize("rows", [
+    {"partitions": 3}, {"window_chunks": 6, "lookahead": True}, {"block_chunks": 3, "context_chunks": 2},
+], ids=str)  # fmt: skip
+def test_calls_and_blocks_over_links_that_post_late(rows: dict) -> None:
+    """Several units of a row in mode window, several chunks that become clean at one row."""
+    model, stream = tiny_model(), tiny_stream(num_chunks=7, **rows)
+    told, _ = sampled([Stage(model, blocks) for blocks in [(0, 2), (2, 3), (3, 4)]], linked(3, late), [stream])
+    found = [clean for event in told if isinstance(event, Shift) for clean in event.clean]
+    assert [clean.index for clean in found] == list(range(7))
+    expected = reference_chunks(model, stream)
+    assert all(torch.equal(one.latents, other.latents) for one, other in zip(found, expected, strict=True))
+
+
+def test_one_stage_sends_to_itself() -> None:
+    model, stream = tiny_model(), tiny_stream()
+    told, _ = sampled([Stage(model, (0, 4))], [Links(None, None, LocalLink())], [stream])
+    found = [clean.latents for event in told if isinstance(event, Shift) for clean in event.clean]
+    assert all(torch.equal(a, b.latents) for a, b in zip(found, reference_chunks(model, stream), strict=True))
+
+
+LAYOUT = Layout(((2, 3),), torch.float32)
+
+
+def header(order: int) -> Header:
+    return Header(1, ACTIVATION, order, 0, 0, 0, 0, LAYOUT.numel)
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_message_that_is_another_is_noticed_on_the_device(announced: bool) -> None:
+    ends = groups(2, "pair", dist.HashStore())
+    sender, receiver = NcclLink(ends[0], 1, CPU), NcclLink(ends[1], 0, CPU)
+    in_threads([lambda: warm_up(sender, 1, sender=True), lambda: warm_up(receiver, 1, sender=False)])
+    assert sender.bytes_sent == 0 and receiver.verdict() is None
+    payload = torch.randn(2, 3)
+    for sent, expected, differs in ((5, 5, False), (6, 7, True), (8, 8, False)):
+        if announced:
+            sender.announce([header(sent)])
+            receiver.announce([header(expected)])
+        receiver.post(LAYOUT)
+        sender.send(header(sent), [payload], LAYOUT)
+        (found,) = receiver.receive(header(expected), LAYOUT)
+        assert torch.equal(found, payload)
+        verdict = receiver.verdict()
+        assert verdict is not None and bool(int(verdict)) == differs
+    assert not receiver._stamps and not sender._stamps
+    sender.close()
+
+
+def test_such_a_message_ends_the_loop() -> None:
+    links = linked(2, late, timedelta(seconds=2))
+    links[0].downstream._stamp = lambda header: torch.zeros(HEADER_BYTES, dtype=torch.uint8)  # type: ignore[union-attr]
+    stages = [Stage(tiny_model(), blocks) for blocks in ((0, 2), (2, 4))]
+    with pytest.raises(EngineError, match=r"link out of order: a message of epoch 0 was another than expected"):
+        sampled(stages, links, [tiny_stream(num_chunks=1)])
+
+
+def test_buffers_are_used_again_and_bounded() -> None:
+    buffers = Buffers(CPU, pinned=False, most=2)
+    small, large = buffers.take(10), buffers.take(1000)
+    assert (small.numel(), large.numel()) == (10, 1000)
+    buffers.give(small)
+    buffers.give(large)
+    assert buffers.take(9) is small and buffers.take(9) is large
+    for buffer in (small, large, torch.empty(500, dtype=torch.uint8)):
+        buffers.give(buffer)
+    assert sorted(buffer.numel() for buffer in buffers._free) == [500, 1000], "the smallest goes"
