@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -369,3 +370,19 @@ def test_the_planner_sizes_the_pool(model: Path) -> None:
     assert alone.farm.renderers == 1 and alone.num_stages >= 1
     with pytest.raises(ConfigError, match=r"farm.plan=true: the planner needs to know of devices"):
         validate_farm(FarmConfig(farm=PoolConfig(plan=True)))
+
+
+def test_latents_that_are_not_finite_fail_their_shot_at_once(model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    (weights,) = broken.glob("transformer/*.safetensors")
+    tensors = load_file(weights)
+    tensors["final_layer.linear.bias"] = tensors["final_layer.linear.bias"] * float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(FailedVideosError, match="1 of 1 shots failed"):
+        run_farm(farm_config(broken), write_manifest(tmp_path / "m.jsonl", some_shots(1)), tmp_path / "out")
+    failure = Tree(str(tmp_path / "out")).state("shot-000").failure
+    assert failure is not None and (failure.kind, failure.attempts) == ("video", 1)
+    assert "not finite" in failure.error
