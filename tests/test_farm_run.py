@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from farms import FRAMES, PROMPTS, farm_config, latents_of, packets_of, run_farm, some_shots, write_manifest
+from farms import (
+    FRAMES,
+    PROMPTS,
+    farm_config,
+    latents_of,
+    packets_of,
+    run_farm,
+    some_shots,
+    stops_at_chunk,
+    write_manifest,
+)
 from forked import Program
 from helpers import tiny_checkpoint
 
@@ -386,3 +396,17 @@ def test_latents_that_are_not_finite_fail_their_shot_at_once(model: Path, tmp_pa
     failure = Tree(str(tmp_path / "out")).state("shot-000").failure
     assert failure is not None and (failure.kind, failure.attempts) == ("video", 1)
     assert "not finite" in failure.error
+
+
+def test_a_farm_that_is_not_to_wait_saves_what_is_there(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a second signal, or the end of ``drain_s``, tells it."""
+    out, config = tmp_path / "out", farm_config(model, chunks_per_segment=2)
+    manifest = write_manifest(tmp_path / "m.jsonl", some_shots(1, num_frames=400))
+    with monkeypatch.context() as patched:
+        patched.setattr(Pool, "grew", stops_at_chunk(4))
+        report = run_farm(config, manifest, out)
+    assert (report["done"], report["left"]) == (0, 1) and Tree(str(out)).state("shot-000").standing == "begun"
+    again, whole = run_farm(config, manifest, out), run_farm(config, manifest, tmp_path / "whole")
+    assert again["frames"] < whole["frames"] == 400 and latents_of(out) == latents_of(tmp_path / "whole")
