@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from pavdm_dist.farm.pool import Pool
 from pavdm_dist.farm.progress import FarmProgress
+from pavdm_dist.farm.renderer import Renderer
 from pavdm_dist.farm.run import run_command
 from pavdm_dist.farm.settings import FarmConfig, PoolConfig, validate_farm
-from pavdm_dist.farm.shot import make_shot
+from pavdm_dist.farm.shot import Shot, make_shot
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.io.encode import export_to_video
 from pavdm_dist.io.metadata import Sidecar
 from pavdm_dist.merging import to_dict
+from pavdm_dist.outputs import VideoChunk
 
 PROMPTS = ("a red three drifting up", "a blue seven", "a red seven drifting", "a blue three")
 # Of tiny videos: quick to make, with more than one chunk.
@@ -79,3 +83,16 @@ def finished_tree(folder: Path, shots: Iterable[dict[str, Any]], model: Path | s
             tree.output(shot.id)
         )
     return tree
+
+
+def stops_at_chunk(chunk: int) -> Callable[..., None]:
+    """For ``Pool.grew``: all is told to end, without waiting, once a shot has given so many chunks."""
+    grew = Pool.grew
+
+    def told(self: Pool, renderer: Renderer, shot: Shot, given: VideoChunk) -> None:
+        grew(self, renderer, shot, given)
+        if given.index == chunk:
+            # As the farm's own thread does it: who writes the shots goes on meanwhile.
+            threading.Thread(target=self.stop).start()
+
+    return told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import tracemalloc
 from pathlib import Path
 
@@ -134,3 +135,33 @@ def test_a_manifest_is_checked_in_constant_memory(tmp_path: Path) -> None:
 
     peak(3000)  # Python keeps two thousand tuples of each length for the next use
     assert peak(5000) < peak(500) + 30_000
+
+
+_LINES = (
+    b'{"id": "a", "prompt": "x", "seed": 3, "overrides": {"fps": 24}, "tags": ["a"]}\n',
+    b'id,prompt,seed,overrides,tags,width,height\nx,"a, b",5,"{""mode"": 1}",a;b,3,4\n',
+    b'{"custom_id": "r", "method": "POST", "url": "/v1/videos", "body": {"prompt": "a", "seconds": "4"}}\n',
+    b"a||b.mp4\n# c\n",
+)
+_BITS = (
+    b"null", b"[]", b"1e999", b"NaN", b'"', b",", b"\0", b"\xff", b"\r", b"\n", b"9" * 400, b"-1", b"\\ud800",
+    b'{"a":' * 30, b'"body": 3', b'"overrides": null', b'"id": null', b'"prompt": 7',
+)  # fmt: skip
+
+
+def test_whatever_a_manifest_holds_it_is_read_or_refused_in_one_line(tmp_path: Path) -> None:
+    rng, refused = random.Random(5), list[str]()
+    for _ in range(1500):
+        content = bytearray(rng.choice(_LINES) * rng.randrange(1, 3))
+        for _ in range(rng.randrange(5)):
+            start = rng.randrange(len(content) + 1)
+            content[start : start + rng.randrange(8)] = rng.choice(_BITS)
+        path = tmp_path / f"m{rng.choice(('.jsonl', '.csv', '.tsv', '.txt'))}"
+        path.write_bytes(content)
+        try:
+            shots = _shots(path)
+        except ConfigError as error:
+            refused.append(str(error))
+        else:
+            assert [make_shot(json.loads(shot.to_line()), "again") for shot in shots] == shots
+    assert 0 < len(refused) < 1500 and not any("\n" in said for said in refused)

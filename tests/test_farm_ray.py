@@ -8,9 +8,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from farms import farm_config, latents_of, packets_of, run_farm, some_shots, write_manifest
+from farms import farm_config, latents_of, packets_of, run_farm, some_shots, stops_at_chunk, write_manifest
 from helpers import tiny_checkpoint
 
+from pavdm_dist.farm.pool import Pool
 from pavdm_dist.farm.tree import Tree
 
 pytestmark = pytest.mark.timeout(180)
@@ -54,3 +55,21 @@ def test_two_renderers_give_the_bits_of_one_process_though_one_dies(
     for shot in shots:
         one, other = (folder / f"shots/{shot['id']}/video.mp4" for folder in (out, tmp_path / "alone"))
         assert packets_of(one) == packets_of(other)
+
+
+@pytest.mark.slow
+def test_stages_that_are_not_to_be_waited_for_leave_their_shots_in_order(
+    ray_cluster: None, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, config = tmp_path / "out", farm_config(model, {"renderers": 1}, num_stages=2, streams=2)
+    manifest = write_manifest(tmp_path / "m.jsonl", some_shots(3, num_frames=600))
+    with monkeypatch.context() as patched:
+        patched.setattr(Pool, "grew", stops_at_chunk(4))
+        report = run_farm(config, manifest, out)
+    assert (report["done"], report["failed"], report["left"]) == (0, 0, 3)
+    assert not _stages(), "an actor has outlived its farm"
+    states = {Tree(str(out)).state(shot["id"]).standing for shot in some_shots(3)}
+    assert states == {"begun", "queued"}
+    run_farm(config, manifest, out)
+    run_farm(farm_config(model), manifest, tmp_path / "alone")
+    assert latents_of(out) == latents_of(tmp_path / "alone") and len(latents_of(out)) == 3

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -13,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from farms import FRAMES, PROMPTS, farm_config, latents_of, packets_of, run_farm, some_shots, write_manifest
+from farms import (
+    FRAMES,
+    PROMPTS,
+    farm_config,
+    latents_of,
+    packets_of,
+    run_farm,
+    some_shots,
+    stops_at_chunk,
+    write_manifest,
+)
 from forked import Program
 from helpers import tiny_checkpoint
 
@@ -369,3 +380,33 @@ def test_the_planner_sizes_the_pool(model: Path) -> None:
     assert alone.farm.renderers == 1 and alone.num_stages >= 1
     with pytest.raises(ConfigError, match=r"farm.plan=true: the planner needs to know of devices"):
         validate_farm(FarmConfig(farm=PoolConfig(plan=True)))
+
+
+def test_latents_that_are_not_finite_fail_their_shot_at_once(model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    (weights,) = broken.glob("transformer/*.safetensors")
+    tensors = load_file(weights)
+    tensors["final_layer.linear.bias"] = tensors["final_layer.linear.bias"] * float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(FailedVideosError, match="1 of 1 shots failed"):
+        run_farm(farm_config(broken), write_manifest(tmp_path / "m.jsonl", some_shots(1)), tmp_path / "out")
+    failure = Tree(str(tmp_path / "out")).state("shot-000").failure
+    assert failure is not None and (failure.kind, failure.attempts) == ("video", 1)
+    assert "not finite" in failure.error
+
+
+def test_a_farm_that_is_not_to_wait_saves_what_is_there(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a second signal, or the end of ``drain_s``, tells it."""
+    out, config = tmp_path / "out", farm_config(model, chunks_per_segment=2)
+    manifest = write_manifest(tmp_path / "m.jsonl", some_shots(1, num_frames=400))
+    with monkeypatch.context() as patched:
+        patched.setattr(Pool, "grew", stops_at_chunk(4))
+        report = run_farm(config, manifest, out)
+    assert (report["done"], report["left"]) == (0, 1) and Tree(str(out)).state("shot-000").standing == "begun"
+    again, whole = run_farm(config, manifest, out), run_farm(config, manifest, tmp_path / "whole")
+    assert again["frames"] < whole["frames"] == 400 and latents_of(out) == latents_of(tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""Numbers that the agents of Ray's nodes export for Prometheus; of a process in no cluster they go nowhere."""
+"""Numbers that Ray exports for Prometheus on every node; those of a process in no cluster go nowhere."""
 
 from __future__ import annotations
 

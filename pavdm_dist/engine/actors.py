@@ -295,7 +295,7 @@ class DecodeActor:
 
 
 def _measure(loop: StageLoop, rank: int, over: threading.Event) -> None:
-    """Tells Ray's agent now and then how busy a stage is, until it is over."""
+    """Tells whoever watches the cluster now and then how busy a stage is, until it is over."""
     meters, units, busy_s, then = Meters(_MEASURED, ("stage",)), 0, 0.0, time.monotonic()
     while not over.wait(MEASURE_S):
         now, stage = time.monotonic(), str(rank)
