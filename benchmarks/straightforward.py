@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import chunk_noise
 from pavdm_dist.models.base import attention
-from pavdm_dist.models.layers import NORM_EPS, CrossAttention, STDiT3Block, rotate
+from pavdm_dist.models.layers import NORM_EPS, CrossAttention, rotate
 from pavdm_dist.models.stdit3 import STDiT3
+from pavdm_dist.models.stdit3_block import STDiT3Block
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def counted(model: Wan, stream: Stream, dtype: torch.dtype, device: str) -> tupl
     stage, allocated = Stage(model, (1, 3), device, dtype), Allocated()
     stage.prepare(stream)
     for unit in (unit for rows in islice(epochs(lambda n: None if n else join_of(stream, n), 1), 2) for unit in rows):
-        frames = size * len(stream.batches.held(unit.row, unit.chunk))
+        frames = size * len(stream.batches.held(stream.plan.row(unit.row), unit.chunk))
         with allocated:
             shapes = model.activation_shapes(model.grid(frames, *cells))
             stage.run(unit, Activation(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)))
