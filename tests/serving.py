@@ -37,7 +37,9 @@ class GatedDesk(FrontDesk):
         self._gate = threading.Condition()
 
     def hold(self, chunks: int) -> None:
-        """Stand still once so many more are written."""
+        """Stand still once so many more are written. A video is complete a moment before its last chunk is told of."""
+        while self.unfinished:
+            time.sleep(0.01)
         with self._gate:
             self._most = self._written + chunks
 

@@ -341,7 +341,7 @@ def test_a_request_that_cannot_be_is_one_sentence(server: Served, fields: dict[s
 
 
 def test_values_that_no_form_would_send_are_refused_in_words(server: Served) -> None:
-    names = ("prompt", "seconds", "size", "seed", "model", "negative_prompt", "fps", "num_inference_steps", "\ud800")
+    names = ("prompt", "seconds", "size", "fps", "\ud800")
     values = (True, float("nan"), 2**70, "\ud800", "\0", [], {}, 10**400, {"a": {"b": 1}}, "1e999")
     with httpx.Client(timeout=30) as session:
         for name in names:
