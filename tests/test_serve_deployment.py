@@ -18,7 +18,7 @@ from serving import uvicorn
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.serve.deployment import application, build, checked
-from pavdm_dist.serve.run import TOKEN
+from pavdm_dist.serve.tokens import TOKEN
 
 MANIFEST = Path(__file__).parent.parent / "cluster" / "kuberay" / "rayservice.yaml"
 
@@ -50,6 +50,9 @@ def test_ray_serve_takes_the_services_config(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv(TOKEN, raising=False)
     with pytest.raises(ConfigError, match=f"set {TOKEN}"):
         application(app.args)
+    # The replica, in an environment of its own, never opens what was to be closed.
+    with pytest.raises(ConfigError, match=f"set {TOKEN}"):
+        build("unused", ["http.host=0.0.0.0"])
     monkeypatch.setenv(TOKEN, "x" * 20)
     assert application(app.args)._bound_deployment.name == deployment.name
 

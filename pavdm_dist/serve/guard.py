@@ -33,9 +33,14 @@ class Guard:
         loopback_only: the server listens to this machine alone: what a browser sends for another name is refused (a
             name that an attacker lets lead to 127.0.0.1).
         max_body: bytes of a request's body.
+
+    Raises:
+        ValueError: an empty token, which a request without one would have.
     """
 
     def __init__(self, app: App, token: str | None, loopback_only: bool, max_body: int) -> None:
+        if token is not None and not token.strip():
+            raise ValueError("an empty token would let everybody in")
         self._app, self._token, self._loopback_only, self._max_body = app, token, loopback_only, max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
