@@ -62,7 +62,9 @@ def packets(file: Any) -> list[tuple[int, bytes]]:
 
 
 def post(server: Served, **fields: Any) -> httpx.Response:
-    return httpx.post(f"{server.url}/v1/videos", json=fields, timeout=30)
+    # As Python writes JSON, which has a way to say halves of characters, too.
+    headers = {"content-type": "application/json"}
+    return httpx.post(f"{server.url}/v1/videos", content=json.dumps(fields), headers=headers, timeout=30)
 
 
 def message(answer: httpx.Response) -> str:
@@ -201,9 +203,14 @@ def test_a_prompt_is_changed_in_mid_video(server: Served) -> None:
             ({}, "must be text"),
             ({"prompt": "a", "from_chunk": 99}, "has chunks 0 to"),
             ({"x": 1}, "the fields are"),
+            ({"prompt": "a", "from_chunk": "1" * 5000}, "from_chunk=1+[.]{3}: must be a whole number"),
+            ({"prompt": "a", "from_chunk": "²"}, "must be a whole number"),
+            ({"prompt": "a", "from_chunk": [1]}, "must be a whole number"),
+            ({"prompt": "\ud800"}, "half a character"),
+            ({"prompt": "a" * 4001}, "at most 4000"),
         ):
-            refused = httpx.post(url, json=fields)
-            assert refused.status_code == 400 and said in message(refused)
+            refused = httpx.post(url, content=json.dumps(fields), headers={"content-type": "application/json"})
+            assert refused.status_code == 400 and re.search(said, message(refused))
         told = httpx.post(url, data={"prompt": "a blue seven"})
         assert told.status_code == 200
         server.desk.let()
@@ -330,7 +337,15 @@ def test_on_stages_of_a_cluster_videos_are_the_same_bits(ray_cluster: None, mode
         ({"prompt": "a", "quality": "hd"}, "no such field quality"),
         ({"prompt": "a", "id": "../../x"}, "no such field id"),
         ({"prompt": "a", "input_reference": "https://example.org/a.png"}, "must be a file of a form"),
-        ({"prompt": "a " * 5000}, "words|long"),
+        ({"prompt": "a " * 1900}, "words|long"),
+        ({"prompt": "a" * 4001}, "is 4001 characters long; at most 4000"),
+        ({"prompt": "a", "negative_prompt": "a" * 4001}, "negative_prompt=.*at most 4000"),
+        ({"prompt": "a \ud800"}, "prompt=.*half a character at place 3"),
+        ({"prompt": "a", "negative_prompt": "\udfff"}, "negative_prompt=.*half a character"),
+        ({"prompt": "a", "size": "\ud800"}, "size=.*half a character"),
+        ({"prompt": "a", "\ud800": 1}, "no such field"),
+        ({"prompt": "a", "seed": "9223372036854775808"}, "seed=9223372036854775808"),
+        ({"prompt": "a", "seed": "1" * 3000}, "seed="),
     ],
 )
 def test_a_request_that_cannot_be_is_one_sentence(server: Served, fields: dict[str, Any], said: str) -> None:
@@ -398,6 +413,7 @@ def test_a_body_of_a_gigabyte_is_refused_before_it_is_sent(server: Served) -> No
 def test_pages_of_others_and_names_of_others_are_kept_out(server: Served) -> None:
     for headers, said in (
         ({"Origin": "https://example.org"}, "another site"),
+        ({"Origin": "http://["}, "another site"),
         ({"Host": "example.org"}, "this machine"),
     ):
         answer = httpx.post(f"{server.url}/v1/videos", json={"prompt": "a"}, headers=headers)
@@ -437,6 +453,12 @@ def test_a_token_is_asked_for(model: Path, tmp_path: Path) -> None:
             sock.recv()
         # The page keeps it in a cookie that scripts cannot read.
         assert httpx.post(f"{server.url}/login", data={"token": "wrong"}).status_code == 401
+        for content in (b'{"token": "\\ud800"}', b'{"token": 7}'):
+            answer = httpx.post(f"{server.url}/login", content=content)
+            assert answer.status_code == 401 and "is not this server's token" in message(answer)
+        # It is open to everybody, and takes little.
+        answer = httpx.post(f"{server.url}/login", content=b" " * 4097)
+        assert answer.status_code == 413 and "4 KiB at most" in message(answer)
         with httpx.Client() as browser:
             answer = browser.post(f"{server.url}/login", data={"token": "s3cret-of-this-test"})
             assert (

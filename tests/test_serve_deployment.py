@@ -50,11 +50,15 @@ def test_ray_serve_takes_the_services_config(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv(TOKEN, raising=False)
     with pytest.raises(ConfigError, match=f"set {TOKEN}"):
         application(app.args)
-    # The replica, in an environment of its own, never opens what was to be closed.
-    with pytest.raises(ConfigError, match=f"set {TOKEN}"):
-        build("unused", ["http.host=0.0.0.0"])
     monkeypatch.setenv(TOKEN, "x" * 20)
     assert application(app.args)._bound_deployment.name == deployment.name
+
+
+def test_a_replica_without_the_token_opens_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has an environment of its own."""
+    monkeypatch.delenv(TOKEN, raising=False)
+    with pytest.raises(ConfigError, match=f"set {TOKEN}"):
+        build("unused", ["http.host=0.0.0.0"])
 
 
 def test_the_application_renders_from_its_start_up_to_its_shutdown(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 
 from pavdm_dist import __version__
 from pavdm_dist.errors import PAVDMError
+from pavdm_dist.fields import json_value
 from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import open_read
 from pavdm_dist.serve.front import Front
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 _POLL_MS = 1000
 _MEDIA = "video/mp4"
 _LISTED = 100  # videos of one page of a list, at most
+_TEXT = 2**16  # bytes of a field of a form that is no file
 
 
 def make_app(front: Front, token: str | None = None, lifespan: Any = None) -> Guard:
@@ -223,7 +225,7 @@ async def _fields(request: Request) -> AsyncIterator[tuple[dict[str, Any], Binar
     """A request's fields, of a form or of JSON, and the file that comes with it, which lies on disk if it is large."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        async with request.form(max_files=1, max_fields=64) as form:
+        async with request.form(max_files=1, max_fields=64, max_part_size=_TEXT) as form:
             fields: dict[str, Any] = {}
             reference = None
             for name, value in form.multi_items():
@@ -236,8 +238,8 @@ async def _fields(request: Request) -> AsyncIterator[tuple[dict[str, Any], Binar
             yield fields, reference
             return
     try:
-        fields = json.loads(await request.body() or b"{}")
-    except (ValueError, RecursionError) as error:
+        fields = json_value(await request.body() or b"{}")
+    except ValueError as error:
         raise Refusal(400, f"the body is neither a form nor JSON: {str(error)[:100]}") from error
     if not isinstance(fields, dict):
         raise Refusal(400, "the body must hold names and values")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import shutil
 import threading
 import time
@@ -18,7 +17,8 @@ from pavdm_dist.io.storage import atomic_write, join, open_read, remove
 from pavdm_dist.serve import records
 from pavdm_dist.serve.desk import FrontDesk
 from pavdm_dist.serve.fragments import mime_type
-from pavdm_dist.serve.intake import new_id, shot_of, suffix_of
+from pavdm_dist.serve.guard import is_same
+from pavdm_dist.serve.intake import check_text, new_id, shot_of, suffix_of
 from pavdm_dist.serve.live import segments
 from pavdm_dist.serve.refusals import no_such_video
 
@@ -127,8 +127,12 @@ class Front:
         text, from_chunk = fields.get("prompt"), fields.get("from_chunk", 0)
         if not isinstance(text, str) or not text.strip():
             raise ConfigError(f"prompt={show(text)}: must be text")
-        if isinstance(from_chunk, str) and from_chunk.isdecimal():
-            from_chunk = int(from_chunk)
+        check_text("prompt", text)
+        if isinstance(from_chunk, str):
+            try:
+                from_chunk = int(from_chunk)
+            except ValueError as error:  # no number, or one of thousands of digits
+                raise ConfigError(f"from_chunk={show(from_chunk)}: must be a whole number, 0 or more") from error
         self.desk.set_prompt(id, text, from_chunk)
         return self.timeline(id)
 
@@ -155,7 +159,7 @@ class Front:
 
     @staticmethod
     def is_token(given: object, token: str) -> bool:
-        return isinstance(given, str) and hmac.compare_digest(given.encode(), token.encode())
+        return isinstance(given, str) and is_same(given, token)
 
     def _decode(self, shot: Shot) -> None:
         """Refuses a picture or clip that cannot be begun with, before the video is promised."""

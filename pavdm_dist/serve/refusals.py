@@ -29,4 +29,5 @@ def error_body(status: int, message: str, code: str | None = None) -> dict[str, 
     """The body of an answer that refuses."""
     kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": " ".join(message.split()), "type": kind, "param": None, "code": code}}
+    said = message.encode(errors="replace").decode()  # it may show what a client sent, which need not be text
+    return {"error": {"message": " ".join(said.split()), "type": kind, "param": None, "code": code}}
