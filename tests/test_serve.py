@@ -28,6 +28,7 @@ from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.io.metadata import read_sidecar
 from pavdm_dist.serve.fragments import fragments, mime_type
+from pavdm_dist.serve.live import LOOK_S
 from pavdm_dist.serve.run import _listen
 from pavdm_dist.serve.settings import asks_for_token, is_loopback, validate_serve
 
@@ -178,6 +179,34 @@ def test_a_socket_gives_the_same_bytes_with_what_a_browser_must_know(server: Ser
         connect(f"{server.url.replace('http', 'ws')}/v1/videos/x/live") as sock,
     ):
         sock.recv()
+
+
+def test_a_viewer_that_goes_is_let_go_of_while_its_video_waits(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    is_over = server.desk.is_over
+
+    def counted(id: str) -> bool:
+        asked.append(id)
+        return is_over(id)
+
+    monkeypatch.setattr(server.desk, "is_over", counted)
+    server.desk.hold(1)
+    try:
+        first, waiting = (post(server, prompt="a red three", seconds=1).json()["id"] for _ in range(2))
+        address = f"{server.url.replace('http', 'ws')}/v1/videos/{waiting}/live"
+        with connect(address) as sock:
+            sock.send("of no interest")
+            while waiting not in asked:
+                time.sleep(0.01)
+        deadline, seen = time.monotonic() + 10, -1
+        while seen != (seen := asked.count(waiting)):
+            assert time.monotonic() < deadline, "the video is looked at although nobody watches"
+            time.sleep(5 * LOOK_S)
+        assert server.front.get(waiting)["status"] == "queued"
+    finally:
+        server.desk.let()
+    for id in (first, waiting):
+        server.wait(id)
 
 
 def test_fragments_of_parts_are_those_of_the_whole(server: Served) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Mapping
@@ -163,17 +164,28 @@ def _add_watching(app: FastAPI, front: Front) -> None:
             await socket.close(4000 + error.status, str(error)[:120])
             return
         await socket.accept()
+        # A viewer of a video that waits is sent nothing, so that only this tells that it has gone.
+        sending, gone = asyncio.ensure_future(send(socket, id)), asyncio.ensure_future(_gone(socket))
         try:
-            told = False
-            async for data in stream(id):
-                if not told:  # what the bytes are, before the first of them
-                    await socket.send_text(json.dumps({"mime": await run_sync(front.mime, id)}))
-                    told = True
-                await socket.send_bytes(data)
-            await socket.send_text(json.dumps({"status": (await run_sync(front.get, id))["status"]}))
-            await socket.close()
-        except (WebSocketDisconnect, RuntimeError, Refusal):
-            return  # nobody watches any more, or it was deleted meanwhile
+            await asyncio.wait((sending, gone), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (sending, gone):
+                task.cancel()
+            ended = await asyncio.gather(sending, gone, return_exceptions=True)
+        for end in ended:
+            # Nobody watches any more, or it was deleted meanwhile.
+            if isinstance(end, Exception) and not isinstance(end, WebSocketDisconnect | RuntimeError | Refusal):
+                raise end
+
+    async def send(socket: WebSocket, id: str) -> None:
+        told = False
+        async for data in stream(id):
+            if not told:  # what the bytes are, before the first of them
+                await socket.send_text(json.dumps({"mime": await run_sync(front.mime, id)}))
+                told = True
+            await socket.send_bytes(data)
+        await socket.send_text(json.dumps({"status": (await run_sync(front.get, id))["status"]}))
+        await socket.close()
 
     @app.get("/v1/videos/{id}/timeline")
     def timeline(id: str) -> Response:
@@ -218,6 +230,12 @@ def _add_page(app: FastAPI, front: Front, token: str | None) -> None:
             secure = request.url.scheme == "https"
             answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", secure=secure)
         return answer
+
+
+async def _gone(socket: WebSocket) -> None:
+    """Returns when a viewer has closed its end; whatever it says before is of no interest."""
+    while (await socket.receive())["type"] != "websocket.disconnect":
+        pass
 
 
 @asynccontextmanager
