@@ -25,10 +25,15 @@ from pavdm_dist.commands.progress import ChunkProgress
 from pavdm_dist.commands.sample import render_command
 from pavdm_dist.config import PromptChange, SampleConfig
 from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.farm.kinds import Kinds
+from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.io.metadata import read_sidecar
+from pavdm_dist.serve.desk import FrontDesk
 from pavdm_dist.serve.fragments import fragments, mime_type
+from pavdm_dist.serve.front import Front
 from pavdm_dist.serve.live import LOOK_S
+from pavdm_dist.serve.refusals import Refusal
 from pavdm_dist.serve.run import _listen
 from pavdm_dist.serve.settings import asks_for_token, is_loopback, validate_serve
 
@@ -550,6 +555,62 @@ def test_metrics_and_health(server: Served) -> None:
     assert ends["done"] == server.desk.counts.done >= 1 and ends["asked"] >= ends["done"]
     assert found["pavdm_serve_frames"].samples[0].value == server.desk.counts.frames > 0
     assert found["pavdm_serve_queued_videos"].samples[0].value == 0
+
+
+def test_a_server_that_renders_no_more_says_so(model: Path, tmp_path: Path) -> None:
+    """By the marker of farms: what is under way is saved, and nothing is taken that nobody would render."""
+    config = settings(model)
+    config.farm.poll_s = 0.05
+    with served(config, tmp_path) as server:
+        server.desk.hold(1)
+        id = post(server, prompt="a red three", seconds=2).json()["id"]
+        while not server.desk.has(id, chunks=1):
+            time.sleep(0.01)
+        (tmp_path / "drain").touch()
+        server.desk.let(1)
+        deadline = time.monotonic() + 20
+        while (health := httpx.get(f"{server.url}/health")).status_code == 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert health.json()["status"] == "closing" and "drain: marker found" in health.json()["trouble"]
+        (tmp_path / "drain").unlink()
+        answer = post(server, prompt="a")
+        assert answer.status_code == 503 and "is ending: " in message(answer) and "drain" in message(answer)
+        assert httpx.get(f"{server.url}/v1/videos/{id}").json()["status"] in ("in_progress", "queued")
+    assert server.desk.tree.state(id).standing == "begun"
+
+
+def test_too_many_failures_close_a_server(model: Path, tmp_path: Path) -> None:
+    config = settings(model)
+    config.farm.max_failed, config.farm.poll_s = 0, 0.05
+    desk = FrontDesk(config, Kinds(config), Tree(str(tmp_path)))
+    desk.open()
+    try:
+        # A manifest's shot: the server's own are looked at before they are taken.
+        desk.submit(Shot("a", "a", num_frames=9, image=str(tmp_path / "none.png")))
+        desk._ticker.join(timeout=20)
+        assert desk.closing and "farm.max_failed=0" in desk.trouble
+        with pytest.raises(Refusal, match="is ending: 1 shots failed"):
+            desk.check_room()
+    finally:
+        desk.close()
+
+
+def test_a_fault_of_the_pool_is_told_and_tried_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(model)
+    desk = FrontDesk(config, Kinds(config), Tree(str(tmp_path)))
+
+    def breaks() -> None:
+        raise KeyError("x")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(desk._pool, "tick", breaks)
+        assert desk._look_after() == 30.0 and "KeyError" in desk.trouble and not desk.closing
+    monkeypatch.setattr(desk._pool, "tick", lambda: None)
+    assert desk._look_after() == 1.0 and not desk.trouble
+    assert Front(desk).health()["status"] == "ok"
 
 
 def test_the_time_to_the_first_frames_is_that_of_the_first_chunk(server: Served) -> None:

@@ -79,8 +79,8 @@ class FrontDesk(Listener):
         tree: its folder.
 
     Attributes:
-        closing: no more videos are taken or begun.
-        trouble: why no renderer comes up; empty while that is not so.
+        closing: no more videos are taken or begun: the server is told to end, or its pool has ended by itself.
+        trouble: why no renderer comes up, or the pool has ended; empty while that is not so.
         counts: see above.
         model: name that clients know the model by.
         split: range of blocks of each stage; none where this process samples alone.
@@ -136,17 +136,30 @@ class FrontDesk(Listener):
 
     def _tick(self) -> None:
         while not self._pool.is_over:
-            try:
-                self._pool.tick()
-                wait, self.trouble = _TICK_S, ""
-            except PAVDMError as error:  # a cluster that is away may come back
-                wait, self.trouble = _TROUBLE_S, " ".join(str(error).split())
-                logger.error("%s; tried again in %.0f s", self.trouble, wait)
+            wait = self._look_after()
             end = time.monotonic() + wait
             while not self._pool.is_over and (left := end - time.monotonic()) > 0:
                 self._pool.wait(min(left, _TICK_S))
                 if self.closing:
                     break
+
+        # Nobody renders any more: what waits goes on when a server, or a farm, is started on the folder.
+        self.trouble, self.closing = self._pool.ended_by, True
+
+    def _look_after(self) -> float:
+        """One look of the pool; seconds until the next."""
+        wait, trouble = _TICK_S, ""
+        try:
+            self._pool.tick()
+        except PAVDMError as error:  # a cluster that is away may come back
+            wait, trouble = _TROUBLE_S, " ".join(str(error).split())
+            logger.error("%s; tried again in %.0f s", trouble, wait)
+        except Exception as error:  # whatever it is, what waits must not be forgotten
+            wait, trouble = _TROUBLE_S, f"a fault of the server ({type(error).__name__}); its log says more"
+            logger.exception("a fault of this program; tried again in %.0f s", wait)
+        self.trouble = self._pool.ended_by or trouble
+        self.closing = self.closing or bool(self._pool.ended_by)
+        return wait
 
     # --- what clients ask for ----------------------------------------------------------------------------------
 
@@ -168,7 +181,8 @@ class FrontDesk(Listener):
             Refusal: 429, with the time after which one may be finished; or 503 while the server ends.
         """
         if self.closing:
-            raise Refusal(503, "the server is ending", "closing", {"Retry-After": "30"})
+            why = f": {self.trouble}" if self.trouble else ""
+            raise Refusal(503, f"the server is ending{why}", "closing", {"Retry-After": "30"})
         unfinished, most = self.unfinished, self.config.http.max_queue
         if unfinished >= most:
             self.counts.refused += 1
