@@ -11,6 +11,7 @@ from functools import partial
 from importlib import resources
 from typing import Any, BinaryIO
 
+from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request, Response, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import RequestValidationError
@@ -95,11 +96,15 @@ def _handle_errors(app: FastAPI) -> None:
 
 
 def _add_videos(app: FastAPI, front: Front) -> None:
+    # What waits for its turn to be decoded must not take threads from others.
+    decoding = CapacityLimiter(1)
+
     @app.post("/v1/videos")
     async def create(request: Request) -> Response:
-        front.desk.check_room()  # before a body is read
+        await run_sync(front.desk.check_room)  # before a body is read
         async with _fields(request) as (fields, reference):
-            return JSONResponse(await run_sync(front.create, fields, reference))
+            limiter = None if reference is None else decoding
+            return JSONResponse(await run_sync(front.create, fields, reference, limiter=limiter))
 
     @app.get("/v1/videos")
     def videos(limit: int = 20, after: str | None = None, order: str = "desc") -> Response:
@@ -191,9 +196,12 @@ def _add_watching(app: FastAPI, front: Front) -> None:
     def timeline(id: str) -> Response:
         return JSONResponse(front.timeline(id))
 
+    # Answered whatever keeps all other threads busy.
+    asking = CapacityLimiter(1)
+
     @app.get("/health")
-    def health() -> Response:
-        report = front.health()
+    async def health() -> Response:
+        report = await run_sync(front.health, limiter=asking)
         return JSONResponse(report, 200 if report["status"] == "ok" else 503)
 
     @app.get("/metrics")
