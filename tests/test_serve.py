@@ -108,7 +108,7 @@ def test_openais_client_makes_polls_fetches_lists_and_deletes_a_video(server: Se
     for call in (client.videos.retrieve, client.videos.delete, client.videos.download_content):
         with pytest.raises(openai.NotFoundError, match="there is no video"):
             call(video.id)
-    assert not Path(server.desk.tree.output(video.id)).exists()
+    assert [entry.name for entry in Path(server.desk.tree.folder(video.id)).iterdir()] == ["cancel"]
     assert video.id not in [one.id for one in client.videos.list()]
     for one in others:
         server.wait(one)
@@ -281,7 +281,9 @@ def test_a_video_is_cancelled_where_it_is(server: Served) -> None:
         time.sleep(0.02)
     for id in (waiting, running):
         left = set(Path(server.desk.tree.folder(id)).iterdir())
-        assert {path.name for path in left} <= {"cancel", "request.json"}, left
+        assert {path.name for path in left} == {"cancel"}, left
+        assert not list(Path(server.desk.tree.path("manifests")).glob(f"*{id}*"))
+        assert id not in [shot.id for shot in server.desk.shots()]
 
 
 # --- what lasts -----------------------------------------------------------------------------------------------------

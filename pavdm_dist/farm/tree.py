@@ -267,10 +267,10 @@ class Tree:
         """Lets a failed shot be begun again."""
         remove(join(self.folder(id), FAILED))
 
-    def mark(self, id: str, marker: Literal["skip", "cancel"]) -> None:
-        """Keeps a shot from being begun; with ``cancel`` whoever renders it ends it, too."""
-        with atomic_write(join(self.folder(id), marker), "w"):
-            pass
+    def mark(self, id: str, marker: Literal["skip", "cancel"], why: str = "") -> None:
+        """Keeps a shot from being begun; with ``cancel`` whoever renders it ends it, too. ``why`` is what it holds."""
+        with atomic_write(join(self.folder(id), marker), "w") as file:
+            file.write(why)
 
     def unmark(self, id: str) -> None:
         """Takes such marks away."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -19,18 +20,18 @@ from pavdm_dist.farm.logs import ShotLog
 from pavdm_dist.farm.pool import Pool
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import CANCEL, Tree
-from pavdm_dist.io.leftovers import latents_path
-from pavdm_dist.io.metadata import sidecar_path
-from pavdm_dist.io.recording import remove_parts
-from pavdm_dist.io.storage import remove
 from pavdm_dist.outputs import VideoChunk
+from pavdm_dist.serve.asked import manifest_name
 from pavdm_dist.serve.refusals import Refusal, no_such_video
+from pavdm_dist.serve.removals import Removals
 from pavdm_dist.serve.settings import ServeConfig
 
 logger = logging.getLogger(__name__)
 
 # Between two looks of the pool after its renderers and markers; and after no renderer came up, time after time.
 _TICK_S, _TROUBLE_S = 1.0, 30.0
+# Between two attempts at files of deleted videos that somebody is writing.
+_SWEEP_S = 10.0
 # A client that is to come again is told when the next video may be finished, within these bounds.
 _RETRY_LEAST_S, _RETRY_MOST_S = 1, 600
 
@@ -96,6 +97,7 @@ class FrontDesk(Listener):
         self._log = ShotLog()
         self._pool = Pool(kinds, tree, self, self._log, endless=True)
         self._turn = threading.RLock()
+        self._removals, self._swept = Removals(tree), 0.0
         self._reserved = 0  # videos whose manifests are being written
         self._stamp = 0  # of the newest one
         self._shots: dict[str, Shot] = {}
@@ -113,7 +115,11 @@ class FrontDesk(Listener):
             PAVDMError: no cluster, weights that cannot be read, or a damaged manifest.
         """
         there, unfinished = self.tree.scan(), list[Shot]()
-        for shot in self.tree.shots():
+        known = {shot.id: shot for shot in self.tree.shots()}
+        self._removals.finish(there, known)
+        for shot in known.values():
+            if CANCEL in there.get(shot.id, ()):
+                continue
             self._shots[shot.id] = shot
             if self.tree.state(shot.id, there.get(shot.id, frozenset())).standing in ("queued", "begun", "running"):
                 unfinished.append(shot)
@@ -148,6 +154,9 @@ class FrontDesk(Listener):
 
     def _look_after(self) -> float:
         """One look of the pool; seconds until the next."""
+        if time.monotonic() - self._swept > _SWEEP_S:
+            self._forget(self._removals.sweep())
+            self._swept = time.monotonic()
         wait, trouble = _TICK_S, ""
         try:
             self._pool.tick()
@@ -196,7 +205,7 @@ class FrontDesk(Listener):
         """Seconds after which the next video may be finished, by those that are under way."""
         left = [_RETRY_MOST_S]
         with self._turn:
-            under_way = [(self._shots[id], progress) for id, progress in self._progress.items()]
+            under_way = [(self._shots[id], one) for id, one in self._progress.items() if id in self._shots]
         for shot, progress in under_way:
             if progress.seconds:
                 pace = sum(progress.seconds) / len(progress.seconds)
@@ -216,9 +225,8 @@ class FrontDesk(Listener):
         with self._turn:
             self.check_room()
             self._reserved += 1
-            # Manifests are read in the order of their names, so that a restart knows who came first.
             self._stamp = max(time.time_ns(), self._stamp + 1)
-            name = f"{self._stamp:020d}-{shot.id}.jsonl"
+            name = manifest_name(self._stamp, shot.id)
         try:
             self.tree.keep(name, [shot])
             with self._turn:
@@ -242,7 +250,7 @@ class FrontDesk(Listener):
         return shot
 
     def shots(self) -> list[Shot]:
-        """All that were ever asked for, the oldest first; deleted ones, too."""
+        """All that there are, the oldest first; of deleted ones those whose files are there still."""
         with self._turn:
             return list(self._shots.values())
 
@@ -257,14 +265,13 @@ class FrontDesk(Listener):
         return spec.chunks_for_frames(self.kinds.frames(shot), params.latent_chunk_size, params.warm)
 
     def cancel(self, id: str) -> None:
-        """Ends a video where it is, and removes what there is of it.
+        """Ends a video where it is, and removes what there is of it, at the latest when nobody writes it any more.
 
         Raises:
             Refusal: 404.
         """
         self.shot(id)
-        # The mark comes first: whatever happens behind it, nobody begins the video again.
-        self.tree.mark(id, "cancel")
+        self._removals.mark(id)
         self.counts.cancelled += 1
         if not self._pool.cancel(id):
             self._clear(id)
@@ -327,13 +334,14 @@ class FrontDesk(Listener):
             self.counts.retried += ended.how == "again"
             if ended.how in ("done", "failed", "cancelled"):
                 self._asked_at.pop(shot.id, None)
-        if self.tree.is_marked(shot.id, CANCEL):  # it may have been complete in that moment
+        if self._removals.is_deleted(shot.id):  # it may have been complete in that moment
             self._clear(shot.id)
 
     def _clear(self, id: str) -> None:
-        """Removes the files of a deleted video; its mark stays."""
-        output = self.tree.output(id)
-        with suppress(ConfigError, OSError):  # somebody else is still writing, and will see the mark
-            for path in (sidecar_path(output), output, latents_path(output)):  # the first says that it is complete
-                remove(path)
-            remove_parts(output)
+        if self._removals.clear(id):
+            self._forget([id])
+
+    def _forget(self, ids: Iterable[str]) -> None:
+        with self._turn:
+            for id in ids:
+                self._shots.pop(id, None)
