@@ -202,8 +202,8 @@ class Pool:
             return  # markers may be in a store, and who counts the cluster's nodes has others to answer
         self._looked = time.monotonic()
         if self._is_so(lambda: self._tree.drains):
-            self.ended_by = f"{self._tree.path('drain')}: marker found, all is saved"
-            logger.info("%s", self.ended_by)
+            self.ended_by = "drain: marker found, all is saved"
+            logger.info("%s/%s", self._tree.root, self.ended_by)
             return self.drain()
         with self._turn:
             running = [(id, one.hand.renderer) for id, one in self._running.items()]

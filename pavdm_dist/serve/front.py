@@ -71,8 +71,10 @@ class Front:
                 self.desk.check(shot)
                 self._decode(shot)
             self.desk.submit(shot)
-        except BaseException:
+        except BaseException as error:
             remove(folder)  # nothing was promised
+            if isinstance(error, ConfigError):
+                raise ConfigError(self.desk.tree.without_places(id, str(error))) from error
             raise
         return self.get(id)
 
