@@ -19,11 +19,17 @@ from serving import settings
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.kinds import Kinds
+from pavdm_dist.farm.progress import FarmProgress
+from pavdm_dist.farm.report import write_report
+from pavdm_dist.farm.run import run_command
+from pavdm_dist.farm.settings import FarmConfig, validate_farm
 from pavdm_dist.farm.shot import Shot
+from pavdm_dist.farm.status import forget_failures, settings_of_run, status_report
 from pavdm_dist.farm.tree import Failure, Tree
 from pavdm_dist.io.encode import export_to_video
 from pavdm_dist.serve.desk import FrontDesk
 from pavdm_dist.serve.front import Front
+from pavdm_dist.serve.refusals import Refusal
 from pavdm_dist.serve.settings import ServeConfig
 
 ASKED = {"prompt": "a red three", "num_frames": "9"}
@@ -105,3 +111,40 @@ def test_clients_are_not_told_where_the_files_are(config: ServeConfig, kinds: Ki
     front.desk.tree.fail(id, Failure(f"output={output} cannot be written: no space, see {tmp_path}/logs", "storage"))
     error = front.get(id)["error"]
     assert error == {"code": "storage", "message": "output=video.mp4 cannot be written: no space, see logs"}
+
+
+def test_the_commands_of_farms_read_a_servers_folder(config: ServeConfig, kinds: Kinds, tmp_path: Path) -> None:
+    with opened(config, kinds, str(tmp_path)) as front:
+        completed(front, front.create(ASKED, None)["id"])
+        failed = front.create({**ASKED, "num_frames": "900"}, None)["id"]
+        front.desk.cancel(failed)
+    tree = Tree(str(tmp_path))
+    front = Front(FrontDesk(config, kinds, tree))
+    id = front.create(ASKED, None)["id"]
+    tree.fail(id, Failure("the disk was full", "storage"))
+    report = status_report(str(tmp_path))
+    assert (report["shots"], report["done"], report["failed"]) == (2, 1, 1)
+    assert report["failures"] == [{"id": id, "kind": "storage", "error": "the disk was full"}]
+    again = settings_of_run(tree, ["farm.retries=1"])
+    validate_farm(again)
+    assert type(again) is FarmConfig and again.model == config.model and again.chunks_per_segment == 1
+    assert forget_failures(str(tmp_path), []) == [id]
+    assert run_command(again, None, str(tmp_path), FarmProgress, [id])["done"] == 1
+    write_report(str(tmp_path))
+    assert front.get(id)["status"] == "completed"
+
+
+def test_servers_on_one_folder_know_each_others_videos(config: ServeConfig, kinds: Kinds, tmp_path: Path) -> None:
+    one, other = (Front(FrontDesk(config, kinds, Tree(str(tmp_path)))) for _ in range(2))
+    id = one.create(ASKED, picture())["id"]
+    assert other.get(id) == one.get(id) and other.desk.shot(id) == one.desk.shot(id)
+    assert [found["id"] for found in other.list(10, None, newest_first=True)["data"]] == [id]
+    other.desk.cancel(id)
+    for front in (one, other):
+        with pytest.raises(Refusal, match="there is no video"):
+            front.get(id)
+        assert front.list(10, None, newest_first=True)["data"] == []
+    one.desk.tree.keep("farm.jsonl", [Shot("a", "a")])
+    for unknown in ("video_none", "a", "../shots", "x" * 5000, "\x00", ""):
+        with pytest.raises(Refusal, match="there is no video"):
+            other.get(unknown)

@@ -11,17 +11,20 @@ import threading
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.farm.desk import Ended, Listener
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.logs import ShotLog
 from pavdm_dist.farm.pool import Pool
-from pavdm_dist.farm.shot import Shot
+from pavdm_dist.farm.settings import FarmConfig
+from pavdm_dist.farm.shot import Shot, is_id
 from pavdm_dist.farm.tree import CANCEL, Tree
+from pavdm_dist.io.metadata import versions
+from pavdm_dist.merging import to_dict
 from pavdm_dist.outputs import VideoChunk
-from pavdm_dist.serve.asked import manifest_name
+from pavdm_dist.serve.asked import created_at, manifest_name, manifests_of
 from pavdm_dist.serve.refusals import Refusal, no_such_video
 from pavdm_dist.serve.removals import Removals
 from pavdm_dist.serve.settings import ServeConfig
@@ -113,6 +116,7 @@ class FrontDesk(Listener):
 
         Raises:
             PAVDMError: no cluster, weights that cannot be read, or a damaged manifest.
+            OSError: the folder cannot be written.
         """
         there, unfinished = self.tree.scan(), list[Shot]()
         known = {shot.id: shot for shot in self.tree.shots()}
@@ -124,6 +128,9 @@ class FrontDesk(Listener):
             if self.tree.state(shot.id, there.get(shot.id, frozenset())).standing in ("queued", "begun", "running"):
                 unfinished.append(shot)
         self._pool.open()
+        shared = {entry.name: getattr(self.config, entry.name) for entry in fields(FarmConfig)}
+        settings = to_dict(FarmConfig(**shared))
+        self.tree.write_settings({"settings": settings, "manifest": None, "versions": versions()})
         with suppress(PAVDMError):  # what checks need is loaded now, and not while the first client waits
             self.kinds.check(Shot("warm-up", "a"))
         logging.getLogger("pavdm_dist").addHandler(self._log)
@@ -239,15 +246,26 @@ class FrontDesk(Listener):
                 self._reserved -= 1
 
     def shot(self, id: str) -> Shot:
-        """What was asked for.
+        """What was asked for, of this server or of another one on its folder.
 
         Raises:
             Refusal: 404: it never was, or was deleted.
         """
-        shot = self._shots.get(id)
+        shot = self._shots.get(id) or self._elsewhere(id)
         if shot is None or self.tree.is_marked(id, CANCEL):
             raise no_such_video(id)
         return shot
+
+    def _elsewhere(self, id: str) -> Shot | None:
+        """A video that another server was asked for since this one was started; it is in lists from then on."""
+        if not is_id(id) or created_at(self.tree, id) is None:
+            return None
+        asked = (shot for name in manifests_of(self.tree, id) for shot in self.tree.shots_of(name))
+        found = next((shot for shot in asked if shot.id == id), None)
+        if found is None or self.tree.is_marked(id, CANCEL):
+            return None
+        with self._turn:
+            return self._shots.setdefault(id, found)
 
     def shots(self) -> list[Shot]:
         """All that there are, the oldest first; of deleted ones those whose files are there still."""
