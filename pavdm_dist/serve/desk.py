@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 
 from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.farm.desk import Ended, Listener
@@ -25,6 +25,7 @@ from pavdm_dist.io.metadata import versions
 from pavdm_dist.merging import to_dict
 from pavdm_dist.outputs import VideoChunk
 from pavdm_dist.serve.asked import created_at, manifest_name, manifests_of
+from pavdm_dist.serve.progress import Counts, Progress
 from pavdm_dist.serve.refusals import Refusal, no_such_video
 from pavdm_dist.serve.removals import Removals
 from pavdm_dist.serve.settings import ServeConfig
@@ -37,41 +38,6 @@ _TICK_S, _TROUBLE_S = 1.0, 30.0
 _SWEEP_S = 10.0
 # A client that is to come again is told when the next video may be finished, within these bounds.
 _RETRY_LEAST_S, _RETRY_MOST_S = 1, 600
-
-
-@dataclass
-class Progress:
-    """What is known of a video while it is rendered here.
-
-    Attributes:
-        chunks: finished ones, of this and earlier tries.
-        row: of the window's plan that comes next, where a chunk was given last.
-        seconds: wall-clock seconds of the newest chunks.
-        prompts: ``(first chunk, text)`` of what was changed on the way.
-        last: when the newest chunk came; monotonic.
-    """
-
-    chunks: int
-    row: int = 0
-    seconds: list[float] = field(default_factory=list)
-    prompts: tuple[tuple[int, str], ...] = ()
-    last: float = field(default_factory=time.monotonic)
-
-
-@dataclass
-class Counts:
-    """What has happened since the server was started."""
-
-    asked: int = 0
-    refused: int = 0
-    done: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    retried: int = 0
-    chunks: int = 0
-    frames: int = 0
-    prompts: int = 0
-    first_chunk_s: float | None = None  # from the newest video's request to its first chunk
 
 
 class FrontDesk(Listener):

@@ -8,7 +8,8 @@ from typing import Any
 from pavdm_dist.errors import PAVDMError
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import CANCEL, Failure, State
-from pavdm_dist.serve.desk import FrontDesk, Progress
+from pavdm_dist.serve.desk import FrontDesk
+from pavdm_dist.serve.progress import Progress
 from pavdm_dist.serve.refusals import no_such_video
 
 # What a client knows of states, by the farm's.
