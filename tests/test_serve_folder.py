@@ -27,6 +27,7 @@ from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.status import forget_failures, settings_of_run, status_report
 from pavdm_dist.farm.tree import Failure, Tree
 from pavdm_dist.io.encode import export_to_video
+from pavdm_dist.serve.asked import tree_at
 from pavdm_dist.serve.desk import FrontDesk
 from pavdm_dist.serve.front import Front
 from pavdm_dist.serve.refusals import Refusal
@@ -85,6 +86,11 @@ def test_a_folder_that_is_moved_has_what_its_videos_begin_with(
     with opened(config, kinds, str(tmp_path / "moved")) as front:
         completed(front, id)
     assert json.loads((tmp_path / "moved" / "shots" / id / "video.json").read_text())["identity"]["image"]
+
+
+def test_a_servers_folder_is_known_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tree_at("out").root == str(tmp_path / "out") and tree_at("memory://x/").root == "memory://x"
 
 
 def test_a_folder_in_a_store_takes_pictures_and_clips(config: ServeConfig, kinds: Kinds, tmp_path: Path) -> None:

@@ -1,15 +1,26 @@
-"""What a server keeps of a request: when it was made, and a manifest of its one shot."""
+"""What a server keeps of a request, and where: when it was made, and a manifest of its one shot."""
 
 from __future__ import annotations
 
+import os
 import re
 
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.fields import json_value
+from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import atomic_write, join, list_names, open_read
 
 # The first file in a video's folder.
 REQUEST = "request.json"
+
+
+def tree_at(out: str) -> Tree:
+    """A server's folder by its whole path: whoever reads what it writes of its files may stand elsewhere.
+
+    Raises:
+        ConfigError: it is a file.
+    """
+    return Tree(out if is_remote(out) else os.path.abspath(out))
 
 
 def keep_time(tree: Tree, id: str, created_at: int) -> None:

@@ -41,14 +41,14 @@ def build(out: str, settings: Sequence[str]) -> Any:
         PAVDMError: as :func:`~pavdm_dist.serve.run.serve_command`.
     """
     from pavdm_dist.farm.kinds import Kinds
-    from pavdm_dist.farm.tree import Tree
     from pavdm_dist.serve.app import make_app
+    from pavdm_dist.serve.asked import tree_at
     from pavdm_dist.serve.desk import FrontDesk
     from pavdm_dist.serve.front import Front
 
     config = _config(settings)
     token = _token_for(config)
-    desk = FrontDesk(config, Kinds(config), Tree(out))
+    desk = FrontDesk(config, Kinds(config), tree_at(out))
 
     @asynccontextmanager
     async def life(_: Any) -> AsyncIterator[None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,8 +10,7 @@ from typing import Any
 
 from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.farm.kinds import Kinds
-from pavdm_dist.farm.tree import Tree
-from pavdm_dist.io.remote import is_remote
+from pavdm_dist.serve.asked import tree_at
 from pavdm_dist.serve.desk import FrontDesk
 from pavdm_dist.serve.front import Front
 from pavdm_dist.serve.settings import ServeConfig, asks_for_token
@@ -42,8 +40,7 @@ def serve_command(config: ServeConfig, out: str, ready: Callable[[str], None] = 
     except ImportError as error:
         raise PAVDMError(f"pavdm serve needs {error.name}: pip install 'pavdm-dist[serve]'") from error
 
-    # Whoever reads a failed video's manifest may stand elsewhere.
-    tree, http = Tree(out if is_remote(out) else os.path.abspath(out)), config.http
+    tree, http = tree_at(out), config.http
     token = token_of(tree) if asks_for_token(http) else None
     with _listen(http.host, http.port) as listening:
         desk = FrontDesk(config, Kinds(config), tree)
