@@ -119,6 +119,37 @@ def test_a_lost_renderer_costs_an_attempt_unless_the_shot_had_got_further(tmp_pa
     assert pool.take(one) is None and pool.ends["failed"] == 1
 
 
+def test_markers_that_cannot_be_looked_at_are_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share or a store that is away ends nothing."""
+    pool, (one,) = _pool(tmp_path, poll_s=0.0, renderers=1)
+    pool._options.renderers = 1
+    pool.submit([_shot("a")])
+    assert pool.take(one) is not None
+    away: list[Exception] = [OSError(5, "Input/output error"), RuntimeError("SlowDown")]
+    tree = pool._tree
+
+    class Away(Tree):
+        def is_marked(self, id: str, *markers: str) -> bool:
+            raise away[0]
+
+        @property
+        def drains(self) -> bool:
+            raise away[0]
+
+    while away:
+        pool._tree = Away(str(tmp_path))
+        pool.tick()
+        assert one.told == [] and not pool.ended_by
+        away.pop(0)
+    pool._tree = tree
+    tree.mark("a", "cancel")
+    pool.tick()
+    assert one.told == ["cancel a"]
+    (tmp_path / "drain").touch()
+    pool.tick()
+    assert one.told == ["cancel a", "drain"] and "drain: marker found" in pool.ended_by
+
+
 def test_whose_fault_it_is() -> None:
     cases: list[tuple[BaseException, tuple[str, str]]] = [
         (ConfigError("x"), ("failed", "input")),

@@ -25,9 +25,15 @@ from pavdm_dist.commands.progress import ChunkProgress
 from pavdm_dist.commands.sample import render_command
 from pavdm_dist.config import PromptChange, SampleConfig
 from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.farm.kinds import Kinds
+from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.io.metadata import read_sidecar
+from pavdm_dist.serve.desk import FrontDesk
 from pavdm_dist.serve.fragments import fragments, mime_type
+from pavdm_dist.serve.front import Front
+from pavdm_dist.serve.live import LOOK_S
+from pavdm_dist.serve.refusals import Refusal
 from pavdm_dist.serve.run import _listen
 from pavdm_dist.serve.settings import asks_for_token, is_loopback, validate_serve
 
@@ -62,7 +68,9 @@ def packets(file: Any) -> list[tuple[int, bytes]]:
 
 
 def post(server: Served, **fields: Any) -> httpx.Response:
-    return httpx.post(f"{server.url}/v1/videos", json=fields, timeout=30)
+    # As Python writes JSON, which has a way to say halves of characters, too.
+    headers = {"content-type": "application/json"}
+    return httpx.post(f"{server.url}/v1/videos", content=json.dumps(fields), headers=headers, timeout=30)
 
 
 def message(answer: httpx.Response) -> str:
@@ -100,7 +108,7 @@ def test_openais_client_makes_polls_fetches_lists_and_deletes_a_video(server: Se
     for call in (client.videos.retrieve, client.videos.delete, client.videos.download_content):
         with pytest.raises(openai.NotFoundError, match="there is no video"):
             call(video.id)
-    assert not Path(server.desk.tree.output(video.id)).exists()
+    assert [entry.name for entry in Path(server.desk.tree.folder(video.id)).iterdir()] == ["cancel"]
     assert video.id not in [one.id for one in client.videos.list()]
     for one in others:
         server.wait(one)
@@ -178,6 +186,34 @@ def test_a_socket_gives_the_same_bytes_with_what_a_browser_must_know(server: Ser
         sock.recv()
 
 
+def test_a_viewer_that_goes_is_let_go_of_while_its_video_waits(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    is_over = server.desk.is_over
+
+    def counted(id: str) -> bool:
+        asked.append(id)
+        return is_over(id)
+
+    monkeypatch.setattr(server.desk, "is_over", counted)
+    server.desk.hold(1)
+    try:
+        first, waiting = (post(server, prompt="a red three", seconds=1).json()["id"] for _ in range(2))
+        address = f"{server.url.replace('http', 'ws')}/v1/videos/{waiting}/live"
+        with connect(address) as sock:
+            sock.send("of no interest")
+            while waiting not in asked:
+                time.sleep(0.01)
+        deadline, seen = time.monotonic() + 10, -1
+        while seen != (seen := asked.count(waiting)):
+            assert time.monotonic() < deadline, "the video is looked at although nobody watches"
+            time.sleep(5 * LOOK_S)
+        assert server.front.get(waiting)["status"] == "queued"
+    finally:
+        server.desk.let()
+    for id in (first, waiting):
+        server.wait(id)
+
+
 def test_fragments_of_parts_are_those_of_the_whole(server: Served) -> None:
     output = server.desk.tree.output(server.wait(post(server, prompt="a", seconds=3).json()["id"])["id"])
     whole = b"".join(data for data, _ in fragments(output))
@@ -201,9 +237,14 @@ def test_a_prompt_is_changed_in_mid_video(server: Served) -> None:
             ({}, "must be text"),
             ({"prompt": "a", "from_chunk": 99}, "has chunks 0 to"),
             ({"x": 1}, "the fields are"),
+            ({"prompt": "a", "from_chunk": "1" * 5000}, "from_chunk=1+[.]{3}: must be a whole number"),
+            ({"prompt": "a", "from_chunk": "²"}, "must be a whole number"),
+            ({"prompt": "a", "from_chunk": [1]}, "must be a whole number"),
+            ({"prompt": "\ud800"}, "half a character"),
+            ({"prompt": "a" * 4001}, "at most 4000"),
         ):
-            refused = httpx.post(url, json=fields)
-            assert refused.status_code == 400 and said in message(refused)
+            refused = httpx.post(url, content=json.dumps(fields), headers={"content-type": "application/json"})
+            assert refused.status_code == 400 and re.search(said, message(refused))
         told = httpx.post(url, data={"prompt": "a blue seven"})
         assert told.status_code == 200
         server.desk.let()
@@ -240,7 +281,9 @@ def test_a_video_is_cancelled_where_it_is(server: Served) -> None:
         time.sleep(0.02)
     for id in (waiting, running):
         left = set(Path(server.desk.tree.folder(id)).iterdir())
-        assert {path.name for path in left} <= {"cancel", "request.json"}, left
+        assert {path.name for path in left} == {"cancel"}, left
+        assert not list(Path(server.desk.tree.path("manifests")).glob(f"*{id}*"))
+        assert id not in [shot.id for shot in server.desk.shots()]
 
 
 # --- what lasts -----------------------------------------------------------------------------------------------------
@@ -330,7 +373,15 @@ def test_on_stages_of_a_cluster_videos_are_the_same_bits(ray_cluster: None, mode
         ({"prompt": "a", "quality": "hd"}, "no such field quality"),
         ({"prompt": "a", "id": "../../x"}, "no such field id"),
         ({"prompt": "a", "input_reference": "https://example.org/a.png"}, "must be a file of a form"),
-        ({"prompt": "a " * 5000}, "words|long"),
+        ({"prompt": "a " * 1900}, "words|long"),
+        ({"prompt": "a" * 4001}, "is 4001 characters long; at most 4000"),
+        ({"prompt": "a", "negative_prompt": "a" * 4001}, "negative_prompt=.*at most 4000"),
+        ({"prompt": "a \ud800"}, "prompt=.*half a character at place 3"),
+        ({"prompt": "a", "negative_prompt": "\udfff"}, "negative_prompt=.*half a character"),
+        ({"prompt": "a", "size": "\ud800"}, "size=.*half a character"),
+        ({"prompt": "a", "\ud800": 1}, "no such field"),
+        ({"prompt": "a", "seed": "9223372036854775808"}, "seed=9223372036854775808"),
+        ({"prompt": "a", "seed": "1" * 3000}, "seed="),
     ],
 )
 def test_a_request_that_cannot_be_is_one_sentence(server: Served, fields: dict[str, Any], said: str) -> None:
@@ -416,6 +467,7 @@ def test_a_body_of_a_gigabyte_is_refused_before_it_is_sent(server: Served) -> No
 def test_pages_of_others_and_names_of_others_are_kept_out(server: Served) -> None:
     for headers, said in (
         ({"Origin": "https://example.org"}, "another site"),
+        ({"Origin": "http://["}, "another site"),
         ({"Host": "example.org"}, "this machine"),
     ):
         answer = httpx.post(f"{server.url}/v1/videos", json={"prompt": "a"}, headers=headers)
@@ -455,6 +507,12 @@ def test_a_token_is_asked_for(model: Path, tmp_path: Path) -> None:
             sock.recv()
         # The page keeps it in a cookie that scripts cannot read.
         assert httpx.post(f"{server.url}/login", data={"token": "wrong"}).status_code == 401
+        for content in (b'{"token": "\\ud800"}', b'{"token": 7}'):
+            answer = httpx.post(f"{server.url}/login", content=content)
+            assert answer.status_code == 401 and "is not this server's token" in message(answer)
+        # It is open to everybody, and takes little.
+        answer = httpx.post(f"{server.url}/login", content=b" " * 4097)
+        assert answer.status_code == 413 and "4 KiB at most" in message(answer)
         with httpx.Client() as browser:
             answer = browser.post(f"{server.url}/login", data={"token": "s3cret-of-this-test"})
             assert (
@@ -517,6 +575,62 @@ def test_metrics_and_health(server: Served) -> None:
     assert ends["done"] == server.desk.counts.done >= 1 and ends["asked"] >= ends["done"]
     assert found["pavdm_serve_frames"].samples[0].value == server.desk.counts.frames > 0
     assert found["pavdm_serve_queued_videos"].samples[0].value == 0
+
+
+def test_a_server_that_renders_no_more_says_so(model: Path, tmp_path: Path) -> None:
+    """By the marker of farms: what is under way is saved, and nothing is taken that nobody would render."""
+    config = settings(model)
+    config.farm.poll_s = 0.05
+    with served(config, tmp_path) as server:
+        server.desk.hold(1)
+        id = post(server, prompt="a red three", seconds=2).json()["id"]
+        while not server.desk.has(id, chunks=1):
+            time.sleep(0.01)
+        (tmp_path / "drain").touch()
+        server.desk.let(1)
+        deadline = time.monotonic() + 20
+        while (health := httpx.get(f"{server.url}/health")).status_code == 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert health.json()["status"] == "closing" and "drain: marker found" in health.json()["trouble"]
+        (tmp_path / "drain").unlink()
+        answer = post(server, prompt="a")
+        assert answer.status_code == 503 and "is ending: " in message(answer) and "drain" in message(answer)
+        assert httpx.get(f"{server.url}/v1/videos/{id}").json()["status"] in ("in_progress", "queued")
+    assert server.desk.tree.state(id).standing == "begun"
+
+
+def test_too_many_failures_close_a_server(model: Path, tmp_path: Path) -> None:
+    config = settings(model)
+    config.farm.max_failed, config.farm.poll_s = 0, 0.05
+    desk = FrontDesk(config, Kinds(config), Tree(str(tmp_path)))
+    desk.open()
+    try:
+        # A manifest's shot: the server's own are looked at before they are taken.
+        desk.submit(Shot("a", "a", num_frames=9, image=str(tmp_path / "none.png")))
+        desk._ticker.join(timeout=20)
+        assert desk.closing and "farm.max_failed=0" in desk.trouble
+        with pytest.raises(Refusal, match="is ending: 1 shots failed"):
+            desk.check_room()
+    finally:
+        desk.close()
+
+
+def test_a_fault_of_the_pool_is_told_and_tried_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(model)
+    desk = FrontDesk(config, Kinds(config), Tree(str(tmp_path)))
+
+    def breaks() -> None:
+        raise KeyError("x")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(desk._pool, "tick", breaks)
+        assert desk._look_after() == 30.0 and "KeyError" in desk.trouble and not desk.closing
+    monkeypatch.setattr(desk._pool, "tick", lambda: None)
+    assert desk._look_after() == 1.0 and not desk.trouble
+    assert Front(desk).health()["status"] == "ok"
 
 
 def test_the_time_to_the_first_frames_is_that_of_the_first_chunk(server: Served) -> None:

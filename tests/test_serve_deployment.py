@@ -18,7 +18,7 @@ from serving import uvicorn
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.serve.deployment import application, build, checked
-from pavdm_dist.serve.run import TOKEN
+from pavdm_dist.serve.tokens import TOKEN
 
 MANIFEST = Path(__file__).parent.parent / "cluster" / "kuberay" / "rayservice.yaml"
 
@@ -52,6 +52,13 @@ def test_ray_serve_takes_the_services_config(monkeypatch: pytest.MonkeyPatch) ->
         application(app.args)
     monkeypatch.setenv(TOKEN, "x" * 20)
     assert application(app.args)._bound_deployment.name == deployment.name
+
+
+def test_a_replica_without_the_token_opens_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has an environment of its own."""
+    monkeypatch.delenv(TOKEN, raising=False)
+    with pytest.raises(ConfigError, match=f"set {TOKEN}"):
+        build("unused", ["http.host=0.0.0.0"])
 
 
 def test_the_application_renders_from_its_start_up_to_its_shutdown(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from helpers import hear_signals, tiny_checkpoint
 from serving import storm
 
 from pavdm_dist.farm.tree import Tree
-from pavdm_dist.serve.run import TOKEN
+from pavdm_dist.serve.tokens import TOKEN
 
 
 @contextmanager

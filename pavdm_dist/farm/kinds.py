@@ -22,6 +22,8 @@ from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.settings import FarmConfig, sample_settings
 from pavdm_dist.farm.shot import Shot, seed_of, size_of
 from pavdm_dist.io.encode import check_size, require_libx264
+from pavdm_dist.io.remote import is_remote
+from pavdm_dist.io.storage import exists
 from pavdm_dist.merging import merged
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.rates import as_rate
@@ -162,7 +164,7 @@ class Kinds:
         params, config = self.kind_of(shot).params, self.config_of(shot, "-")
         for name in ("video", "image"):
             path = getattr(shot, name)
-            if path is not None and not os.path.isfile(path):
+            if path is not None and not (exists(path) if is_remote(path) else os.path.isfile(path)):
                 raise ConfigError(f"{name}={path}: no such file")
         check_prompts(self._request(config, params), params, self.checkpoint)
 

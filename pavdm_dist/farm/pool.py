@@ -10,8 +10,9 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from pavdm_dist.errors import ConfigError
@@ -65,6 +66,7 @@ class Pool:
         ends: how many shots ended how.
         frames: written so far.
         over_budget: more shots failed than may.
+        ended_by: why it ends although nobody called :meth:`drain`; empty while that is not so.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class Pool:
         self._stopped = False
         self._membership: Any = None
         self.ends: Counter[str] = Counter()
-        self.frames, self.over_budget = 0, False
+        self.frames, self.over_budget, self.ended_by = 0, False, ""
         self._meters = make_meters()
 
     # --- what others ask for ---------------------------------------------------------------------------------
@@ -199,21 +201,31 @@ class Pool:
         if time.monotonic() - self._looked < self._options.poll_s:
             return  # markers may be in a store, and who counts the cluster's nodes has others to answer
         self._looked = time.monotonic()
-        if self._tree.drains:
-            logger.info("%s: marker found, all is saved", self._tree.path("drain"))
+        if self._is_so(lambda: self._tree.drains):
+            self.ended_by = "drain: marker found, all is saved"
+            logger.info("%s/%s", self._tree.root, self.ended_by)
             return self.drain()
         with self._turn:
             running = [(id, one.hand.renderer) for id, one in self._running.items()]
             shots = self._waiting.ready + len(running)
             keeps = bool(self._endless or self._waiting or running)
         for id, renderer in running:
-            if self._tree.is_marked(id, CANCEL):
+            if self._is_so(partial(self._tree.is_marked, id, CANCEL)):
                 renderer.cancel(id)
         self._crew.scale(shots, keeps)
         figures = self.figures
         for name in ("waiting", "running", "renderers"):
             self._meters.set(f"pavdm_farm_{name}", figures[name])
         self._meters.set("pavdm_farm_idle_share", figures["idle_s"] / max(figures["rendering_s"], 1e-9))
+
+    @staticmethod
+    def _is_so(marked: Callable[[], bool]) -> bool:
+        """Whether a marker is there; not where it cannot be looked at, which the next look may change."""
+        try:
+            return marked()
+        except Exception as error:  # stores that are away have errors of kinds of their own
+            logger.warning("markers cannot be looked at: %s: %s", type(error).__name__, error)
+            return False
 
     def close(self) -> None:
         """Ends all, and gives the cluster back. Safe to call twice."""
@@ -322,7 +334,9 @@ class Pool:
             self.over_budget = self.over_budget or spent
             self._turn.notify_all()
         if spent:
-            logger.error("%d shots failed, farm.max_failed=%s allows no more: all is saved", self.ends["failed"], most)
+            failed = self.ends["failed"]
+            self.ended_by = f"{failed} shots failed, farm.max_failed={most} allows no more: all is saved"
+            logger.error("%s", self.ended_by)
             self.drain()
         return ended
 

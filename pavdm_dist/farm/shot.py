@@ -86,13 +86,18 @@ def make_shot(values: Mapping[str, Any], where: str) -> Shot:
     return shot
 
 
+def is_id(text: str) -> bool:
+    """Whether a text may be an id."""
+    return _ID.fullmatch(text) is not None
+
+
 def check_id(text: str, where: str) -> None:
     """Refuses an id that could lead out of its folder, or that some file system could not hold.
 
     Raises:
         ConfigError: naming it and what is legal.
     """
-    if not _ID.fullmatch(text):
+    if not is_id(text):
         raise ConfigError(
             f"{where}: id={show(text)!r}: must be 1 to 100 letters, digits, '.', '_' and '-', and begin with a"
             " letter or digit"

@@ -20,9 +20,9 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from pavdm_dist.errors import ConfigError, MediaError
@@ -117,6 +117,10 @@ class Tree:
         """The mp4 that a shot becomes."""
         return join(self.folder(id), VIDEO)
 
+    def without_places(self, id: str, text: str) -> str:
+        """What is said of a shot without saying where its files are, for who need not know."""
+        return text.replace(f"{self.folder(id)}/", "").replace(f"{self.root}/", "")
+
     # --- what is asked for -----------------------------------------------------------------------------------
 
     def manifest(self, name: str) -> str:
@@ -146,7 +150,7 @@ class Tree:
             for number, line in enumerate(file, 1):
                 where = f"{path} line {number}"
                 try:
-                    yield make_shot(json_value(line), where)
+                    yield self._opened(make_shot(json_value(line), where))
                 except ValueError as error:
                     raise ConfigError(f"{where}: {error}") from error
 
@@ -160,9 +164,19 @@ class Tree:
         count = 0
         with atomic_write(self.manifest(name), "w") as file:
             for shot in shots:
-                file.write(shot.to_line() + "\n")
+                file.write(self._closed(shot).to_line() + "\n")
                 count += 1
         return count
+
+    def _closed(self, shot: Shot) -> Shot:
+        """A shot as it is kept: what lies in its own folder by its name alone, so that the tree may be moved."""
+        own = f"{self.folder(shot.id)}/"
+        return _begun_with(shot, lambda path: path.removeprefix(own))
+
+    def _opened(self, shot: Shot) -> Shot:
+        """A kept shot with the places of what it begins with."""
+        folder = self.folder(shot.id)
+        return _begun_with(shot, lambda path: path if is_remote(path) or os.path.isabs(path) else join(folder, path))
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Keeps what a run was given."""
@@ -267,10 +281,10 @@ class Tree:
         """Lets a failed shot be begun again."""
         remove(join(self.folder(id), FAILED))
 
-    def mark(self, id: str, marker: Literal["skip", "cancel"]) -> None:
-        """Keeps a shot from being begun; with ``cancel`` whoever renders it ends it, too."""
-        with atomic_write(join(self.folder(id), marker), "w"):
-            pass
+    def mark(self, id: str, marker: Literal["skip", "cancel"], why: str = "") -> None:
+        """Keeps a shot from being begun; with ``cancel`` whoever renders it ends it, too. ``why`` is what it holds."""
+        with atomic_write(join(self.folder(id), marker), "w") as file:
+            file.write(why)
 
     def unmark(self, id: str) -> None:
         """Takes such marks away."""
@@ -287,3 +301,11 @@ class Tree:
     def drains(self) -> bool:
         """Whether all farms here are to end."""
         return exists(self.path(DRAIN))
+
+
+def _begun_with(shot: Shot, place: Callable[[str], str]) -> Shot:
+    """A shot whose clip or picture lies where ``place`` says."""
+    if shot.video is None and shot.image is None:
+        return shot
+    video, image = (None if path is None else place(path) for path in (shot.video, shot.image))
+    return replace(shot, video=video, image=image)

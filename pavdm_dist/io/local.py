@@ -80,9 +80,9 @@ def link_new(path: str | Path, target: str | Path) -> bool:
     except FileExistsError:
         return False
     except OSError:  # a share without hard links: a copy, which is empty for an instant
-        content = Path(path).read_bytes()
+        content, mode = Path(path).read_bytes(), os.stat(path).st_mode & 0o777
         try:
-            file = open(target, "xb")  # noqa: SIM115
+            file = open(target, "xb", opener=lambda name, flags: os.open(name, flags, mode))  # noqa: SIM115
         except FileExistsError:
             return False
         try:

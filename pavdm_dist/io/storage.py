@@ -138,11 +138,16 @@ def move(path: str | Path, target: str | Path) -> None:
         os.replace(path, target)
 
 
-def create_new(path: str | Path, content: bytes) -> bool:
+def create_new(path: str | Path, content: bytes, mode: int | None = None) -> bool:
     """Writes a small file unless there is one, which of several processes at once only one can do; makes the folder.
 
     It is whole from its first moment on, where the file system knows hard links. In a remote store, which need not know
     exclusive creation, two processes in the same moment may both succeed.
+
+    Args:
+        path: of the file.
+        content: of it.
+        mode: who may read and write it on a local disk, from its first moment on; None = whom the umask lets.
 
     Returns:
         Whether the file is new; False = there was one, and it is as it was.
@@ -157,8 +162,8 @@ def create_new(path: str | Path, content: bytes) -> bool:
         return False
     for _ in range(_ATTEMPTS - 1):
         with suppress(FileNotFoundError):  # who ends a video just now removes what others stage there, and the folder
-            return _create_new(path, content)
-    return _create_new(path, content)
+            return _create_new(path, content, mode)
+    return _create_new(path, content, mode)
 
 
 @contextmanager
@@ -331,10 +336,12 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _create_new(path: str | Path, content: bytes) -> bool:
-    staged = stage(path)
+def _create_new(path: str | Path, content: bytes, mode: int | None) -> bool:
+    staged = stage(path)  # in a folder that nobody else may look into
     try:
         staged.write_bytes(content)
+        if mode is not None:
+            staged.chmod(mode)
         make_durable(staged)
         return link_new(staged, path)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Mapping
@@ -10,6 +11,7 @@ from functools import partial
 from importlib import resources
 from typing import Any, BinaryIO
 
+from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request, Response, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import RequestValidationError
@@ -19,6 +21,7 @@ from starlette.exceptions import HTTPException
 
 from pavdm_dist import __version__
 from pavdm_dist.errors import PAVDMError
+from pavdm_dist.fields import json_value
 from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import open_read
 from pavdm_dist.serve.front import Front
@@ -34,6 +37,7 @@ logger = logging.getLogger(__name__)
 _POLL_MS = 1000
 _MEDIA = "video/mp4"
 _LISTED = 100  # videos of one page of a list, at most
+_TEXT = 2**16  # bytes of a field of a form that is no file
 
 
 def make_app(front: Front, token: str | None = None, lifespan: Any = None) -> Guard:
@@ -91,11 +95,15 @@ def _handle_errors(app: FastAPI) -> None:
 
 
 def _add_videos(app: FastAPI, front: Front) -> None:
+    # What waits for its turn to be decoded must not take threads from others.
+    decoding = CapacityLimiter(1)
+
     @app.post("/v1/videos")
     async def create(request: Request) -> Response:
-        front.desk.check_room()  # before a body is read
+        await run_sync(front.desk.check_room)  # before a body is read
         async with _fields(request) as (fields, reference):
-            return JSONResponse(await run_sync(front.create, fields, reference))
+            limiter = None if reference is None else decoding
+            return JSONResponse(await run_sync(front.create, fields, reference, limiter=limiter))
 
     @app.get("/v1/videos")
     def videos(limit: int = 20, after: str | None = None, order: str = "desc") -> Response:
@@ -160,25 +168,39 @@ def _add_watching(app: FastAPI, front: Front) -> None:
             await socket.close(4000 + error.status, str(error)[:120])
             return
         await socket.accept()
+        # A viewer of a video that waits is sent nothing, so that only this tells that it has gone.
+        sending, gone = asyncio.ensure_future(send(socket, id)), asyncio.ensure_future(_gone(socket))
         try:
-            told = False
-            async for data in stream(id):
-                if not told:  # what the bytes are, before the first of them
-                    await socket.send_text(json.dumps({"mime": await run_sync(front.mime, id)}))
-                    told = True
-                await socket.send_bytes(data)
-            await socket.send_text(json.dumps({"status": (await run_sync(front.get, id))["status"]}))
-            await socket.close()
-        except (WebSocketDisconnect, RuntimeError, Refusal):
-            return  # nobody watches any more, or it was deleted meanwhile
+            await asyncio.wait((sending, gone), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (sending, gone):
+                task.cancel()
+            ended = await asyncio.gather(sending, gone, return_exceptions=True)
+        for end in ended:
+            # Nobody watches any more, or it was deleted meanwhile.
+            if isinstance(end, Exception) and not isinstance(end, WebSocketDisconnect | RuntimeError | Refusal):
+                raise end
+
+    async def send(socket: WebSocket, id: str) -> None:
+        told = False
+        async for data in stream(id):
+            if not told:  # what the bytes are, before the first of them
+                await socket.send_text(json.dumps({"mime": await run_sync(front.mime, id)}))
+                told = True
+            await socket.send_bytes(data)
+        await socket.send_text(json.dumps({"status": (await run_sync(front.get, id))["status"]}))
+        await socket.close()
 
     @app.get("/v1/videos/{id}/timeline")
     def timeline(id: str) -> Response:
         return JSONResponse(front.timeline(id))
 
+    # Answered whatever keeps all other threads busy.
+    asking = CapacityLimiter(1)
+
     @app.get("/health")
-    def health() -> Response:
-        report = front.health()
+    async def health() -> Response:
+        report = await run_sync(front.health, limiter=asking)
         return JSONResponse(report, 200 if report["status"] == "ok" else 503)
 
     @app.get("/metrics")
@@ -217,12 +239,18 @@ def _add_page(app: FastAPI, front: Front, token: str | None) -> None:
         return answer
 
 
+async def _gone(socket: WebSocket) -> None:
+    """Returns when a viewer has closed its end; whatever it says before is of no interest."""
+    while (await socket.receive())["type"] != "websocket.disconnect":
+        pass
+
+
 @asynccontextmanager
 async def _fields(request: Request) -> AsyncIterator[tuple[dict[str, Any], BinaryIO | None]]:
     """A request's fields, of a form or of JSON, and the file that comes with it, which lies on disk if it is large."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        async with request.form(max_files=1, max_fields=64) as form:
+        async with request.form(max_files=1, max_fields=64, max_part_size=_TEXT) as form:
             fields: dict[str, Any] = {}
             reference = None
             for name, value in form.multi_items():
@@ -235,8 +263,8 @@ async def _fields(request: Request) -> AsyncIterator[tuple[dict[str, Any], Binar
             yield fields, reference
             return
     try:
-        fields = json.loads(await request.body() or b"{}")
-    except (ValueError, RecursionError) as error:
+        fields = json_value(await request.body() or b"{}")
+    except ValueError as error:
         raise Refusal(400, f"the body is neither a form nor JSON: {str(error)[:100]}") from error
     if not isinstance(fields, dict):
         raise Refusal(400, "the body must hold names and values")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 from anyio.to_thread import run_sync
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.serve.run import TOKEN
 from pavdm_dist.serve.settings import ServeConfig, asks_for_token, validate_serve
+from pavdm_dist.serve.tokens import TOKEN, given_token
 
 
 def application(args: dict[str, Any]) -> Any:
@@ -30,8 +29,7 @@ def application(args: dict[str, Any]) -> Any:
 
     out, config = checked(args)
     settings = args.get("settings", [])
-    if asks_for_token(config.http) and not os.environ.get(TOKEN, "").strip():
-        raise ConfigError(f"http.auth: set {TOKEN} for the replica, from a Secret")
+    _token_for(config)
     server = serve.deployment(name="Server", num_replicas=1, max_ongoing_requests=1000)
     return server(serve.ingress(lambda: build(out, settings))()).bind()
 
@@ -43,13 +41,14 @@ def build(out: str, settings: Sequence[str]) -> Any:
         PAVDMError: as :func:`~pavdm_dist.serve.run.serve_command`.
     """
     from pavdm_dist.farm.kinds import Kinds
-    from pavdm_dist.farm.tree import Tree
     from pavdm_dist.serve.app import make_app
+    from pavdm_dist.serve.asked import tree_at
     from pavdm_dist.serve.desk import FrontDesk
     from pavdm_dist.serve.front import Front
 
     config = _config(settings)
-    desk = FrontDesk(config, Kinds(config), Tree(out))
+    token = _token_for(config)
+    desk = FrontDesk(config, Kinds(config), tree_at(out))
 
     @asynccontextmanager
     async def life(_: Any) -> AsyncIterator[None]:
@@ -59,8 +58,18 @@ def build(out: str, settings: Sequence[str]) -> Any:
         finally:
             await run_sync(desk.close)
 
-    token = os.environ.get(TOKEN, "").strip() or None
-    return make_app(Front(desk), token if asks_for_token(config.http) else None, life)
+    return make_app(Front(desk), token, life)
+
+
+def _token_for(config: ServeConfig) -> str | None:
+    """What clients need; asked where the service is made known, and again where the replica runs, which has its own
+    environment."""
+    if not asks_for_token(config.http):
+        return None
+    token = given_token()
+    if token is None:
+        raise ConfigError(f"http.auth: set {TOKEN} for the replica, from a Secret")
+    return token
 
 
 def _config(settings: Sequence[str]) -> ServeConfig:

@@ -9,65 +9,35 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import fields
 
 from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.farm.desk import Ended, Listener
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.logs import ShotLog
 from pavdm_dist.farm.pool import Pool
-from pavdm_dist.farm.shot import Shot
+from pavdm_dist.farm.settings import FarmConfig
+from pavdm_dist.farm.shot import Shot, is_id
 from pavdm_dist.farm.tree import CANCEL, Tree
-from pavdm_dist.io.leftovers import latents_path
-from pavdm_dist.io.metadata import sidecar_path
-from pavdm_dist.io.recording import remove_parts
-from pavdm_dist.io.storage import remove
+from pavdm_dist.io.metadata import versions
+from pavdm_dist.merging import to_dict
 from pavdm_dist.outputs import VideoChunk
+from pavdm_dist.serve.asked import created_at, manifest_name, manifests_of
+from pavdm_dist.serve.progress import Counts, Progress
 from pavdm_dist.serve.refusals import Refusal, no_such_video
+from pavdm_dist.serve.removals import Removals
 from pavdm_dist.serve.settings import ServeConfig
 
 logger = logging.getLogger(__name__)
 
 # Between two looks of the pool after its renderers and markers; and after no renderer came up, time after time.
 _TICK_S, _TROUBLE_S = 1.0, 30.0
+# Between two attempts at files of deleted videos that somebody is writing.
+_SWEEP_S = 10.0
 # A client that is to come again is told when the next video may be finished, within these bounds.
 _RETRY_LEAST_S, _RETRY_MOST_S = 1, 600
-
-
-@dataclass
-class Progress:
-    """What is known of a video while it is rendered here.
-
-    Attributes:
-        chunks: finished ones, of this and earlier tries.
-        row: of the window's plan that comes next, where a chunk was given last.
-        seconds: wall-clock seconds of the newest chunks.
-        prompts: ``(first chunk, text)`` of what was changed on the way.
-        last: when the newest chunk came; monotonic.
-    """
-
-    chunks: int
-    row: int = 0
-    seconds: list[float] = field(default_factory=list)
-    prompts: tuple[tuple[int, str], ...] = ()
-    last: float = field(default_factory=time.monotonic)
-
-
-@dataclass
-class Counts:
-    """What has happened since the server was started."""
-
-    asked: int = 0
-    refused: int = 0
-    done: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    retried: int = 0
-    chunks: int = 0
-    frames: int = 0
-    prompts: int = 0
-    first_chunk_s: float | None = None  # from the newest video's request to its first chunk
 
 
 class FrontDesk(Listener):
@@ -79,8 +49,8 @@ class FrontDesk(Listener):
         tree: its folder.
 
     Attributes:
-        closing: no more videos are taken or begun.
-        trouble: why no renderer comes up; empty while that is not so.
+        closing: no more videos are taken or begun: the server is told to end, or its pool has ended by itself.
+        trouble: why no renderer comes up, or the pool has ended; empty while that is not so.
         counts: see above.
         model: name that clients know the model by.
         split: range of blocks of each stage; none where this process samples alone.
@@ -96,6 +66,7 @@ class FrontDesk(Listener):
         self._log = ShotLog()
         self._pool = Pool(kinds, tree, self, self._log, endless=True)
         self._turn = threading.RLock()
+        self._removals, self._swept = Removals(tree), 0.0
         self._reserved = 0  # videos whose manifests are being written
         self._stamp = 0  # of the newest one
         self._shots: dict[str, Shot] = {}
@@ -111,13 +82,21 @@ class FrontDesk(Listener):
 
         Raises:
             PAVDMError: no cluster, weights that cannot be read, or a damaged manifest.
+            OSError: the folder cannot be written.
         """
         there, unfinished = self.tree.scan(), list[Shot]()
-        for shot in self.tree.shots():
+        known = {shot.id: shot for shot in self.tree.shots()}
+        self._removals.finish(there, known)
+        for shot in known.values():
+            if CANCEL in there.get(shot.id, ()):
+                continue
             self._shots[shot.id] = shot
             if self.tree.state(shot.id, there.get(shot.id, frozenset())).standing in ("queued", "begun", "running"):
                 unfinished.append(shot)
         self._pool.open()
+        shared = {entry.name: getattr(self.config, entry.name) for entry in fields(FarmConfig)}
+        settings = to_dict(FarmConfig(**shared))
+        self.tree.write_settings({"settings": settings, "manifest": None, "versions": versions()})
         with suppress(PAVDMError):  # what checks need is loaded now, and not while the first client waits
             self.kinds.check(Shot("warm-up", "a"))
         logging.getLogger("pavdm_dist").addHandler(self._log)
@@ -136,17 +115,33 @@ class FrontDesk(Listener):
 
     def _tick(self) -> None:
         while not self._pool.is_over:
-            try:
-                self._pool.tick()
-                wait, self.trouble = _TICK_S, ""
-            except PAVDMError as error:  # a cluster that is away may come back
-                wait, self.trouble = _TROUBLE_S, " ".join(str(error).split())
-                logger.error("%s; tried again in %.0f s", self.trouble, wait)
+            wait = self._look_after()
             end = time.monotonic() + wait
             while not self._pool.is_over and (left := end - time.monotonic()) > 0:
                 self._pool.wait(min(left, _TICK_S))
                 if self.closing:
                     break
+
+        # Nobody renders any more: what waits goes on when a server, or a farm, is started on the folder.
+        self.trouble, self.closing = self._pool.ended_by, True
+
+    def _look_after(self) -> float:
+        """One look of the pool; seconds until the next."""
+        if time.monotonic() - self._swept > _SWEEP_S:
+            self._forget(self._removals.sweep())
+            self._swept = time.monotonic()
+        wait, trouble = _TICK_S, ""
+        try:
+            self._pool.tick()
+        except PAVDMError as error:  # a cluster that is away may come back
+            wait, trouble = _TROUBLE_S, " ".join(str(error).split())
+            logger.error("%s; tried again in %.0f s", trouble, wait)
+        except Exception as error:  # whatever it is, what waits must not be forgotten
+            wait, trouble = _TROUBLE_S, f"a fault of the server ({type(error).__name__}); its log says more"
+            logger.exception("a fault of this program; tried again in %.0f s", wait)
+        self.trouble = self._pool.ended_by or trouble
+        self.closing = self.closing or bool(self._pool.ended_by)
+        return wait
 
     # --- what clients ask for ----------------------------------------------------------------------------------
 
@@ -168,7 +163,8 @@ class FrontDesk(Listener):
             Refusal: 429, with the time after which one may be finished; or 503 while the server ends.
         """
         if self.closing:
-            raise Refusal(503, "the server is ending", "closing", {"Retry-After": "30"})
+            why = f": {self.trouble}" if self.trouble else ""
+            raise Refusal(503, f"the server is ending{why}", "closing", {"Retry-After": "30"})
         unfinished, most = self.unfinished, self.config.http.max_queue
         if unfinished >= most:
             self.counts.refused += 1
@@ -182,7 +178,7 @@ class FrontDesk(Listener):
         """Seconds after which the next video may be finished, by those that are under way."""
         left = [_RETRY_MOST_S]
         with self._turn:
-            under_way = [(self._shots[id], progress) for id, progress in self._progress.items()]
+            under_way = [(self._shots[id], one) for id, one in self._progress.items() if id in self._shots]
         for shot, progress in under_way:
             if progress.seconds:
                 pace = sum(progress.seconds) / len(progress.seconds)
@@ -202,9 +198,8 @@ class FrontDesk(Listener):
         with self._turn:
             self.check_room()
             self._reserved += 1
-            # Manifests are read in the order of their names, so that a restart knows who came first.
             self._stamp = max(time.time_ns(), self._stamp + 1)
-            name = f"{self._stamp:020d}-{shot.id}.jsonl"
+            name = manifest_name(self._stamp, shot.id)
         try:
             self.tree.keep(name, [shot])
             with self._turn:
@@ -217,18 +212,29 @@ class FrontDesk(Listener):
                 self._reserved -= 1
 
     def shot(self, id: str) -> Shot:
-        """What was asked for.
+        """What was asked for, of this server or of another one on its folder.
 
         Raises:
             Refusal: 404: it never was, or was deleted.
         """
-        shot = self._shots.get(id)
+        shot = self._shots.get(id) or self._elsewhere(id)
         if shot is None or self.tree.is_marked(id, CANCEL):
             raise no_such_video(id)
         return shot
 
+    def _elsewhere(self, id: str) -> Shot | None:
+        """A video that another server was asked for since this one was started; it is in lists from then on."""
+        if not is_id(id) or created_at(self.tree, id) is None:
+            return None
+        asked = (shot for name in manifests_of(self.tree, id) for shot in self.tree.shots_of(name))
+        found = next((shot for shot in asked if shot.id == id), None)
+        if found is None or self.tree.is_marked(id, CANCEL):
+            return None
+        with self._turn:
+            return self._shots.setdefault(id, found)
+
     def shots(self) -> list[Shot]:
-        """All that were ever asked for, the oldest first; deleted ones, too."""
+        """All that there are, the oldest first; of deleted ones those whose files are there still."""
         with self._turn:
             return list(self._shots.values())
 
@@ -243,14 +249,13 @@ class FrontDesk(Listener):
         return spec.chunks_for_frames(self.kinds.frames(shot), params.latent_chunk_size, params.warm)
 
     def cancel(self, id: str) -> None:
-        """Ends a video where it is, and removes what there is of it.
+        """Ends a video where it is, and removes what there is of it, at the latest when nobody writes it any more.
 
         Raises:
             Refusal: 404.
         """
         self.shot(id)
-        # The mark comes first: whatever happens behind it, nobody begins the video again.
-        self.tree.mark(id, "cancel")
+        self._removals.mark(id)
         self.counts.cancelled += 1
         if not self._pool.cancel(id):
             self._clear(id)
@@ -313,13 +318,14 @@ class FrontDesk(Listener):
             self.counts.retried += ended.how == "again"
             if ended.how in ("done", "failed", "cancelled"):
                 self._asked_at.pop(shot.id, None)
-        if self.tree.is_marked(shot.id, CANCEL):  # it may have been complete in that moment
+        if self._removals.is_deleted(shot.id):  # it may have been complete in that moment
             self._clear(shot.id)
 
     def _clear(self, id: str) -> None:
-        """Removes the files of a deleted video; its mark stays."""
-        output = self.tree.output(id)
-        with suppress(ConfigError, OSError):  # somebody else is still writing, and will see the mark
-            for path in (sidecar_path(output), output, latents_path(output)):  # the first says that it is complete
-                remove(path)
-            remove_parts(output)
+        if self._removals.clear(id):
+            self._forget([id])
+
+    def _forget(self, ids: Iterable[str]) -> None:
+        with self._turn:
+            for id in ids:
+                self._shots.pop(id, None)

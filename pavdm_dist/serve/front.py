@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import hmac
 import shutil
-import threading
 import time
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, BinaryIO
 
 from pavdm_dist.commands.sample import requests_of
 from pavdm_dist.commands.videos import Shot as Output
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.shot import Shot
-from pavdm_dist.fields import json_value, show
-from pavdm_dist.io.storage import atomic_write, join, open_read, remove
+from pavdm_dist.fields import show
+from pavdm_dist.io.storage import atomic_write, join, remove
 from pavdm_dist.serve import records
+from pavdm_dist.serve.asked import created_at, keep_time
 from pavdm_dist.serve.desk import FrontDesk
 from pavdm_dist.serve.fragments import mime_type
-from pavdm_dist.serve.intake import new_id, shot_of, suffix_of
+from pavdm_dist.serve.guard import is_same
+from pavdm_dist.serve.intake import check_text, new_id, shot_of, suffix_of
 from pavdm_dist.serve.live import segments
 from pavdm_dist.serve.refusals import no_such_video
 
-_REQUEST = "request.json"
+# Times of requests that are kept in memory.
+_KEPT = 4096
 
 
 class Front:
@@ -37,12 +39,11 @@ class Front:
 
     def __init__(self, desk: FrontDesk) -> None:
         self.desk, self.began_at = desk, int(time.time())
-        self._created: dict[str, int] = {}
-        # Decoding what videos begin with takes memory: one at a time.
-        self._decoding = threading.Lock()
+        # A file each, which does not change.
+        self._created_at = lru_cache(_KEPT)(self._asked_at)
 
     def create(self, fields: Mapping[str, Any], reference: BinaryIO | None) -> dict[str, Any]:
-        """Takes a request for a video, and gives the video object.
+        """Takes a request for a video, and gives the video object. Decoding a reference takes memory: one at a time.
 
         Args:
             fields: see :func:`~pavdm_dist.serve.intake.shot_of`.
@@ -53,7 +54,7 @@ class Front:
             ConfigError: naming the field, its value and what is legal.
             OSError: the folder cannot be written.
         """
-        id, created_at = new_id(), int(time.time())
+        id = new_id()
         folder = self.desk.tree.folder(id)
         path = None
         if reference is not None:
@@ -63,18 +64,18 @@ class Front:
         if path is None:
             self.desk.check(shot)
         try:
+            keep_time(self.desk.tree, id, int(time.time()))
             if path is not None and reference is not None:
                 with atomic_write(path) as file:
                     shutil.copyfileobj(reference, file)
                 self.desk.check(shot)
                 self._decode(shot)
-            with atomic_write(join(folder, _REQUEST), "w") as file:
-                file.write(f'{{"created_at": {created_at}}}\n')
             self.desk.submit(shot)
-        except BaseException:
+        except BaseException as error:
             remove(folder)  # nothing was promised
+            if isinstance(error, ConfigError):
+                raise ConfigError(self.desk.tree.without_places(id, str(error))) from error
             raise
-        self._created[id] = created_at
         return self.get(id)
 
     def get(self, id: str) -> dict[str, Any]:
@@ -127,8 +128,12 @@ class Front:
         text, from_chunk = fields.get("prompt"), fields.get("from_chunk", 0)
         if not isinstance(text, str) or not text.strip():
             raise ConfigError(f"prompt={show(text)}: must be text")
-        if isinstance(from_chunk, str) and from_chunk.isdecimal():
-            from_chunk = int(from_chunk)
+        check_text("prompt", text)
+        if isinstance(from_chunk, str):
+            try:
+                from_chunk = int(from_chunk)
+            except ValueError as error:  # no number, or one of thousands of digits
+                raise ConfigError(f"from_chunk={show(from_chunk)}: must be a whole number, 0 or more") from error
         self.desk.set_prompt(id, text, from_chunk)
         return self.timeline(id)
 
@@ -155,21 +160,13 @@ class Front:
 
     @staticmethod
     def is_token(given: object, token: str) -> bool:
-        return isinstance(given, str) and hmac.compare_digest(given.encode(), token.encode())
+        return isinstance(given, str) and is_same(given, token)
 
     def _decode(self, shot: Shot) -> None:
         """Refuses a picture or clip that cannot be begun with, before the video is promised."""
         config, params = self.desk.kinds.config_of(shot, "-"), self.desk.kinds.kind_of(shot).params
-        with self._decoding:
-            requests_of(config, [Output(shot.prompt, config.seed, "-")], params, self.desk.kinds.checkpoint)
+        requests_of(config, [Output(shot.prompt, config.seed, "-")], params, self.desk.kinds.checkpoint)
 
-    def _created_at(self, id: str) -> int:
-        found = self._created.get(id)
-        if found is None:
-            try:
-                with open_read(join(self.desk.tree.folder(id), _REQUEST)) as file:
-                    found = int(json_value(file.read())["created_at"])
-            except (OSError, ValueError, TypeError, KeyError):  # asked for by a manifest
-                found = self.began_at
-            self._created[id] = found
-        return found
+    def _asked_at(self, id: str) -> int:
+        found = created_at(self.desk.tree, id)
+        return self.began_at if found is None else found  # asked for by a manifest

@@ -26,6 +26,9 @@ COOKIE = "pavdm_token"
 # Needed before a token can be: whether the server lives, and the page that asks for one.
 _OPEN = re.compile(r"/health|/|/page\.(js|css)|/login")
 
+# Bytes of bodies: at the login, and of those that are read into memory; digits of a number of bytes that is none.
+_LOGIN, _IN_MEMORY, _DIGITS = 4 * 2**10, 2**20, 18
+
 
 class Guard:
     """Refuses requests that are not for the routes behind it.
@@ -35,10 +38,15 @@ class Guard:
         token: what clients must have; None = nothing.
         loopback_only: the server listens to this machine alone: what a browser sends for another name is refused (a
             name that an attacker lets lead to 127.0.0.1).
-        max_body: bytes of a request's body.
+        max_body: bytes of a request's body, where it is a multipart form.
+
+    Raises:
+        ValueError: an empty token, which a request without one would have.
     """
 
     def __init__(self, app: App, token: str | None, loopback_only: bool, max_body: int) -> None:
+        if token is not None and not token.strip():
+            raise ValueError("an empty token would let everybody in")
         self._app, self._token, self._loopback_only, self._max_body = app, token, loopback_only, max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,7 +59,7 @@ class Guard:
         if scope["type"] == "websocket":
             return await self._app(scope, receive, send)
         try:
-            await self._app(scope, self._limited(receive), send)
+            await self._app(scope, self._limited(receive, *self._most(scope, headers)), send)
         except Exception:
             # It was answered as far as possible; raised further it would end the connection, and requests behind it.
             logger.exception("a fault of this program")
@@ -61,16 +69,30 @@ class Guard:
         if self._loopback_only and not is_loopback(host.rpartition(":")[0] if re.search(r":\d+$", host) else host):
             return 403, f"this server is for this machine alone, and not for {host[:100]!r}; set http.host to open it"
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _place(origin) != host:
             return 403, "a page of another site may not use this server"
         if self._token is not None and not _OPEN.fullmatch(scope["path"]) and not self._may(scope, headers):
             return 401, "the token is missing or wrong; send it as Authorization: Bearer TOKEN"
         length = headers.get("content-length", "0")
         if not length.isdecimal():
             return 400, f"Content-Length: {length[:100]!r} is no number"
-        if int(length) > self._max_body:
-            return 413, self._too_large
+        most, what = self._most(scope, headers)
+        if len(length) > _DIGITS or int(length) > most:
+            return 413, what
         return None
+
+    def _most(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str]:
+        """How many bytes a body may have, and what is said of a larger one.
+
+        Only files are large, and they go to the disk as they come. All else is held in memory and read at once, which
+        everybody else waits for; and what comes to the login is of anybody.
+        """
+        if scope["path"] == "/login":
+            return _LOGIN, f"a login may have {_LOGIN // 2**10} KiB at most"
+        is_form = headers.get("content-type", "").lower().startswith("multipart/form-data")
+        if not is_form and self._max_body > _IN_MEMORY:
+            return _IN_MEMORY, f"a request that is no multipart form may have {_IN_MEMORY / 2**20:g} MiB at most"
+        return self._max_body, f"a request may have {self._max_body / 2**20:g} MiB at most (http.max_body_mib)"
 
     def _may(self, scope: Scope, headers: dict[str, str]) -> bool:
         assert self._token is not None
@@ -82,13 +104,10 @@ class Guard:
         given += [] if cookie is None else [cookie.value]
         if scope["type"] == "websocket":  # which scripts cannot give headers to
             given += parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
-        return any(hmac.compare_digest(one.encode(), self._token.encode()) for one in given)
+        return any(is_same(one, self._token) for one in given)
 
-    @property
-    def _too_large(self) -> str:
-        return f"a request may have {self._max_body / 2**20:g} MiB at most (http.max_body_mib)"
-
-    def _limited(self, receive: Receive) -> Receive:
+    @staticmethod
+    def _limited(receive: Receive, most: int, what: str) -> Receive:
         """A body that says nothing of its length is counted as it comes."""
         taken = 0
 
@@ -96,11 +115,24 @@ class Guard:
             nonlocal taken
             message = await receive()
             taken += len(message.get("body", b""))
-            if taken > self._max_body:
-                raise TooLarge(self._too_large)
+            if taken > most:
+                raise TooLarge(what)
             return message
 
         return limited
+
+
+def is_same(given: str, token: str) -> bool:
+    """Whether somebody has the token; takes as long for a wrong one."""
+    return hmac.compare_digest(given.encode(errors="surrogatepass"), token.encode())
+
+
+def _place(origin: str) -> str | None:
+    """Host and port of an address; None of what is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 class TooLarge(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from pavdm_dist.errors import ConfigError
@@ -14,6 +15,10 @@ from pavdm_dist.fields import show
 _OVERRIDES = {"fps": float, "num_inference_steps": int, "guidance_scale": float}
 _NUMBERS: dict[str, type] = {"seconds": float, "num_frames": int, "seed": int, "priority": int, **_OVERRIDES}
 FIELDS = ("prompt", "model", "seconds", "size", "negative_prompt", "num_frames", "seed", "priority", *_OVERRIDES)
+
+
+# What a text of a request may have. Encoders read some hundred words; what is kept, listed and logged must end.
+MOST_CHARACTERS = 4000
 
 
 def new_id() -> str:
@@ -37,6 +42,7 @@ def shot_of(id: str, fields: Mapping[str, Any], served: str, reference: str | No
         if name not in FIELDS:
             raise ConfigError(f"no such field {show(name)}; the fields are {', '.join(FIELDS)} and input_reference")
         if value is not None and value != "":
+            check_text(name, value)
             values[name] = _number(name, value) if name in _NUMBERS else value
     model = values.pop("model", served)
     if model != served:
@@ -52,15 +58,37 @@ def shot_of(id: str, fields: Mapping[str, Any], served: str, reference: str | No
     return make_shot({**values, "id": id, "overrides": overrides}, "request")
 
 
+def check_text(name: str, value: Any) -> None:
+    """Refuses a text that is too long to be a prompt, or that no file could hold.
+
+    Raises:
+        ConfigError: naming the field, its value and what is legal.
+    """
+    if not isinstance(value, str):
+        return
+    if len(value) > MOST_CHARACTERS:
+        raise ConfigError(f"{name}={show(value)!r}: is {len(value)} characters long; at most {MOST_CHARACTERS} may be")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{name}={show(value)!r}: has half a character at place {error.start + 1}; it must be Unicode text"
+        ) from error
+
+
 def _number(name: str, value: Any) -> Any:
     """A form's text as the number that it stands for; what is none stays as it is, which the check then names."""
     if not isinstance(value, str):
         return value
+    if _NUMBERS[name] is int:
+        with suppress(ValueError):
+            return int(value)
     try:
         number = float(value)
     except ValueError:
         return value
-    return int(number) if _NUMBERS[name] is int and number.is_integer() else number
+    # Above that a float is not the number that was written.
+    return int(number) if _NUMBERS[name] is int and number.is_integer() and abs(number) < 2**53 else number
 
 
 def suffix_of(start: bytes) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 
 from pavdm_dist.errors import PAVDMError
 from pavdm_dist.farm.shot import Shot
-from pavdm_dist.farm.tree import CANCEL, State
-from pavdm_dist.serve.desk import FrontDesk, Progress
+from pavdm_dist.farm.tree import CANCEL, Failure, State
+from pavdm_dist.serve.desk import FrontDesk
+from pavdm_dist.serve.progress import Progress
 from pavdm_dist.serve.refusals import no_such_video
 
 # What a client knows of states, by the farm's.
@@ -55,8 +56,12 @@ def record(desk: FrontDesk, shot: Shot, created_at: int, names: frozenset[str] |
         "remixed_from_video_id": None,
         "seconds": length,
         "size": size,
-        "error": None if state.failure is None else {"code": state.failure.kind, "message": state.failure.error},
+        "error": None if state.failure is None else _error(desk, shot.id, state.failure),
     }
+
+
+def _error(desk: FrontDesk, id: str, failure: Failure) -> dict[str, str]:
+    return {"code": failure.kind, "message": desk.tree.without_places(id, failure.error)}
 
 
 def one(desk: FrontDesk, id: str, created_at: int) -> dict[str, Any]:

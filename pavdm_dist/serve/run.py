@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import logging
-import os
-import secrets
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.farm.kinds import Kinds
-from pavdm_dist.farm.tree import Tree
-from pavdm_dist.io.remote import is_remote
+from pavdm_dist.serve.asked import tree_at
 from pavdm_dist.serve.desk import FrontDesk
 from pavdm_dist.serve.front import Front
 from pavdm_dist.serve.settings import ServeConfig, asks_for_token
+from pavdm_dist.serve.tokens import token_of
 
 logger = logging.getLogger(__name__)
 
-TOKEN = "PAVDM_SERVE_TOKEN"
-_TOKEN_FILE = "serve.token"
 # After the signal that ends it: how long answers that are under way may take.
 _GRACE_S = 10
 
@@ -45,8 +40,8 @@ def serve_command(config: ServeConfig, out: str, ready: Callable[[str], None] = 
     except ImportError as error:
         raise PAVDMError(f"pavdm serve needs {error.name}: pip install 'pavdm-dist[serve]'") from error
 
-    tree, http = Tree(out), config.http
-    token = _token(tree) if asks_for_token(http) else None
+    tree, http = tree_at(out), config.http
+    token = token_of(tree) if asks_for_token(http) else None
     with _listen(http.host, http.port) as listening:
         desk = FrontDesk(config, Kinds(config), tree)
         try:
@@ -83,20 +78,6 @@ def _tell(server: Any, desk: FrontDesk) -> None:
         handle(number, frame)
 
     server.handle_exit = handle_exit
-
-
-def _token(tree: Tree) -> str:
-    """The token that clients need: the environment's, or the one that is kept in the folder and made there once."""
-    if given := os.environ.get(TOKEN, "").strip():
-        return given
-    if is_remote(tree.root):
-        raise ConfigError(f"http.auth: set {TOKEN}; {tree.root} is no place for a token")
-    path = Path(tree.path(_TOKEN_FILE))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError), open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(secrets.token_urlsafe(32) + "\n")
-    logger.info("clients need the token in %s", path)
-    return path.read_text().strip()
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,0 +1,57 @@
+"""The token that clients need: the environment's, or one that is made once and kept beside the videos."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.farm.tree import Tree
+from pavdm_dist.io.remote import is_remote
+from pavdm_dist.io.storage import create_new
+
+logger = logging.getLogger(__name__)
+
+TOKEN = "PAVDM_SERVE_TOKEN"
+TOKEN_FILE = "serve.token"
+# A shorter one can be guessed, or is what a full disk has left of one.
+LEAST_CHARACTERS = 16
+
+
+def given_token() -> str | None:
+    """The environment's; None where it has none.
+
+    Raises:
+        ConfigError: it is too short.
+    """
+    token = os.environ.get(TOKEN, "").strip()
+    if token and len(token) < LEAST_CHARACTERS:
+        raise ConfigError(f"{TOKEN}: has {len(token)} characters; at least {LEAST_CHARACTERS} are needed")
+    return token or None
+
+
+def token_of(tree: Tree) -> str:
+    """The environment's, or the one in ``serve.token`` of a server's folder, which is made there if need be.
+
+    Raises:
+        ConfigError: too short a token, or a folder in a store, which is no place for one.
+        OSError: the file cannot be written or read.
+    """
+    token = given_token()
+    if token is not None:
+        return token
+    if is_remote(tree.root):
+        raise ConfigError(f"http.auth: set {TOKEN}; {tree.root} is no place for a token")
+    path = tree.path(TOKEN_FILE)
+    # Whole from its first moment on: of two servers that begin at once, both read the same one.
+    create_new(path, f"{secrets.token_urlsafe(32)}\n".encode(), mode=0o600)
+    with open(path, encoding="utf-8", errors="replace") as file:
+        token = file.read().strip()
+    if len(token) < LEAST_CHARACTERS:
+        raise ConfigError(
+            f"{path}: has {len(token)} characters, and a token at least {LEAST_CHARACTERS}; remove the file, so that"
+            " another one is made"
+        )
+    logger.info("clients need the token in %s", path)
+    return token

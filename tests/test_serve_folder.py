@@ -1,0 +1,156 @@
+"""What lasts of a server: its folder, which may be moved, in a store, shared, and read as a farm's."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import tiny_checkpoint
+from PIL import Image
+from serving import settings
+
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.farm.kinds import Kinds
+from pavdm_dist.farm.progress import FarmProgress
+from pavdm_dist.farm.report import write_report
+from pavdm_dist.farm.run import run_command
+from pavdm_dist.farm.settings import FarmConfig, validate_farm
+from pavdm_dist.farm.shot import Shot
+from pavdm_dist.farm.status import forget_failures, settings_of_run, status_report
+from pavdm_dist.farm.tree import Failure, Tree
+from pavdm_dist.io.encode import export_to_video
+from pavdm_dist.serve.asked import tree_at
+from pavdm_dist.serve.desk import FrontDesk
+from pavdm_dist.serve.front import Front
+from pavdm_dist.serve.refusals import Refusal
+from pavdm_dist.serve.settings import ServeConfig
+
+ASKED = {"prompt": "a red three", "num_frames": "9"}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
+    config = settings(tiny_checkpoint(tmp_path_factory.mktemp("model")))
+    config.farm.poll_s = 0.05
+    return config
+
+
+@pytest.fixture(scope="module")
+def kinds(config: ServeConfig) -> Kinds:
+    return Kinds(config)
+
+
+@contextmanager
+def opened(config: ServeConfig, kinds: Kinds, root: str) -> Iterator[Front]:
+    """A server without HTTP."""
+    desk = FrontDesk(config, kinds, Tree(root))
+    desk.open()
+    try:
+        yield Front(desk)
+    finally:
+        desk.close()
+
+
+def completed(front: Front, id: str) -> None:
+    end = time.monotonic() + 30
+    while (found := front.get(id))["status"] != "completed":
+        assert time.monotonic() < end and found["status"] != "failed", found
+        time.sleep(0.02)
+
+
+def picture() -> io.BytesIO:
+    file = io.BytesIO()
+    Image.fromarray(np.full((40, 60, 3), (200, 30, 30), np.uint8)).save(file, "png")
+    file.seek(0)
+    return file
+
+
+def test_a_folder_that_is_moved_has_what_its_videos_begin_with(
+    config: ServeConfig, kinds: Kinds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    desk = FrontDesk(config, kinds, Tree("out"))  # never opened: it was killed before it rendered anything
+    id = Front(desk).create(ASKED, picture())["id"]
+    (line,) = [json.loads(path.read_text()) for path in Path("out/manifests").iterdir()]
+    assert line["image"] == "input.png"
+    os.rename("out", "moved")
+    monkeypatch.chdir("/")
+    with opened(config, kinds, str(tmp_path / "moved")) as front:
+        completed(front, id)
+    assert json.loads((tmp_path / "moved" / "shots" / id / "video.json").read_text())["identity"]["image"]
+
+
+def test_a_servers_folder_is_known_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tree_at("out").root == str(tmp_path / "out") and tree_at("memory://x/").root == "memory://x"
+
+
+def test_a_folder_in_a_store_takes_pictures_and_clips(config: ServeConfig, kinds: Kinds, tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (33, 32, 48, 3), dtype=np.uint8)
+    export_to_video(frames, str(tmp_path / "clip.mp4"), 24)
+    with opened(config, kinds, f"memory://{uuid.uuid4().hex}") as front:
+        clip = io.BytesIO((tmp_path / "clip.mp4").read_bytes())
+        for reference in (picture(), clip):
+            completed(front, id := front.create(ASKED, reference)["id"])
+            kept = front.desk.tree.shots_of(f"{front.desk._stamp:020d}-{id}.jsonl")
+            assert next(iter(kept)) == front.desk.shot(id)
+    with pytest.raises(ConfigError, match=r"image=memory://none.png: no such file"):
+        kinds.check(Shot("a", "a", image="memory://none.png"))
+
+
+def test_clients_are_not_told_where_the_files_are(config: ServeConfig, kinds: Kinds, tmp_path: Path) -> None:
+    front = Front(FrontDesk(config, kinds, Tree(str(tmp_path))))
+    with pytest.raises(ConfigError) as raised:
+        front.create(ASKED, io.BytesIO(b"\x89PNG\r\n\x1a\n but no more"))
+    assert "image=input.png: is no readable picture" in str(raised.value) and str(tmp_path) not in str(raised.value)
+    assert not list((tmp_path / "shots").iterdir())
+    id = front.create(ASKED, None)["id"]
+    output = front.desk.tree.output(id)
+    front.desk.tree.fail(id, Failure(f"output={output} cannot be written: no space, see {tmp_path}/logs", "storage"))
+    error = front.get(id)["error"]
+    assert error == {"code": "storage", "message": "output=video.mp4 cannot be written: no space, see logs"}
+
+
+def test_the_commands_of_farms_read_a_servers_folder(config: ServeConfig, kinds: Kinds, tmp_path: Path) -> None:
+    with opened(config, kinds, str(tmp_path)) as front:
+        completed(front, front.create(ASKED, None)["id"])
+        failed = front.create({**ASKED, "num_frames": "900"}, None)["id"]
+        front.desk.cancel(failed)
+    tree = Tree(str(tmp_path))
+    front = Front(FrontDesk(config, kinds, tree))
+    id = front.create(ASKED, None)["id"]
+    tree.fail(id, Failure("the disk was full", "storage"))
+    report = status_report(str(tmp_path))
+    assert (report["shots"], report["done"], report["failed"]) == (2, 1, 1)
+    assert report["failures"] == [{"id": id, "kind": "storage", "error": "the disk was full"}]
+    again = settings_of_run(tree, ["farm.retries=1"])
+    validate_farm(again)
+    assert type(again) is FarmConfig and again.model == config.model and again.chunks_per_segment == 1
+    assert forget_failures(str(tmp_path), []) == [id]
+    assert run_command(again, None, str(tmp_path), FarmProgress, [id])["done"] == 1
+    write_report(str(tmp_path))
+    assert front.get(id)["status"] == "completed"
+
+
+def test_servers_on_one_folder_know_each_others_videos(config: ServeConfig, kinds: Kinds, tmp_path: Path) -> None:
+    one, other = (Front(FrontDesk(config, kinds, Tree(str(tmp_path)))) for _ in range(2))
+    id = one.create(ASKED, picture())["id"]
+    assert other.get(id) == one.get(id) and other.desk.shot(id) == one.desk.shot(id)
+    assert [found["id"] for found in other.list(10, None, newest_first=True)["data"]] == [id]
+    other.desk.cancel(id)
+    for front in (one, other):
+        with pytest.raises(Refusal, match="there is no video"):
+            front.get(id)
+        assert front.list(10, None, newest_first=True)["data"] == []
+    one.desk.tree.keep("farm.jsonl", [Shot("a", "a")])
+    for unknown in ("video_none", "a", "../shots", "x" * 5000, "\x00", ""):
+        with pytest.raises(Refusal, match="there is no video"):
+            other.get(unknown)

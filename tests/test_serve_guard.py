@@ -1,0 +1,129 @@
+"""What stands before the routes of ``pavdm serve``: tokens, and how much a request may bring; without a model."""
+
+from __future__ import annotations
+
+import asyncio
+import stat
+from collections.abc import MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.farm.tree import Tree
+from pavdm_dist.io import local
+from pavdm_dist.serve.guard import Guard, Receive, Scope, Send, TooLarge
+from pavdm_dist.serve.intake import shot_of
+from pavdm_dist.serve.tokens import TOKEN, TOKEN_FILE, token_of
+
+
+async def nothing(scope: Scope, receive: Receive, send: Send) -> None:
+    """An application that does nothing."""
+
+
+# --- tokens ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_one_token_is_made_for_all_servers_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    monkeypatch.delenv(TOKEN, raising=False)
+    if not links:  # a share without hard links
+
+        def refused(*_: object) -> None:
+            raise OSError("no links here")
+
+        monkeypatch.setattr(local.os, "link", refused)
+    tree = Tree(str(tmp_path / "out"))
+    with ThreadPoolExecutor(8) as pool:
+        tokens = set(pool.map(lambda _: token_of(tree), range(8 if links else 1)))
+    (token,) = tokens
+    path = tmp_path / "out" / TOKEN_FILE
+    assert path.read_text() == f"{token}\n" and len(token) >= 43
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [entry.name for entry in path.parent.iterdir()] == [TOKEN_FILE]
+
+
+@pytest.mark.parametrize("left", ["", "\n", "abc\n"])
+def test_what_is_left_of_a_token_lets_nobody_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str) -> None:
+    monkeypatch.delenv(TOKEN, raising=False)
+    (tmp_path / TOKEN_FILE).write_text(left)
+    with pytest.raises(ConfigError, match=rf"{TOKEN_FILE}: has {len(left.strip())} characters"):
+        token_of(Tree(str(tmp_path)))
+    monkeypatch.setenv(TOKEN, "short")
+    with pytest.raises(ConfigError, match=f"{TOKEN}: has 5 characters; at least 16"):
+        token_of(Tree(str(tmp_path)))
+    monkeypatch.setenv(TOKEN, "x" * 16)
+    assert token_of(Tree(str(tmp_path))) == "x" * 16
+
+
+def test_a_guard_takes_no_empty_token() -> None:
+    for token in ("", " "):
+        with pytest.raises(ValueError, match="would let everybody in"):
+            Guard(nothing, token, loopback_only=True, max_body=10)
+
+
+# --- how much a request may bring -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "most"),
+    [
+        ("/login", "application/json", 4096),
+        ("/login", "multipart/form-data; boundary=x", 4096),
+        ("/v1/videos", "application/json", 2**20),
+        ("/v1/videos", "application/x-www-form-urlencoded", 2**20),
+        ("/v1/videos", "", 2**20),
+        ("/v1/videos", "Multipart/Form-Data; boundary=x", 3 * 2**20),
+    ],
+)
+@pytest.mark.parametrize("says", [True, False])
+def test_only_files_may_be_large(path: str, kind: str, most: int, says: bool) -> None:
+    """Announced or counted as it comes; with the last byte that may be it is let through."""
+    for size, status in ((most, 200), (most + 1, 413)):
+        length = [("content-length", str(size))] if says else []
+        assert _asked(path, [("content-type", kind), *length], size) == status
+
+
+def test_a_length_of_thousands_of_digits_is_too_large() -> None:
+    assert _asked("/v1/videos", [("content-length", "9" * 5000)], 0) == 413
+
+
+def _asked(path: str, headers: list[tuple[str, str]], size: int) -> int:
+    """The status that a request gets whose body of so many bytes is read to its end."""
+    sent: list[MutableMapping[str, Any]] = []
+    left = size
+
+    async def reads(scope: Scope, receive: Receive, send: Send) -> None:
+        taken = 0
+        while taken < size:
+            taken += len((await receive())["body"])
+        await send({"type": "http.response.start", "status": 200})
+
+    async def receive() -> MutableMapping[str, Any]:
+        nonlocal left
+        piece = min(left, 2**16)
+        left -= piece
+        return {"type": "http.request", "body": b" " * piece, "more_body": left > 0}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    raw = [(name.encode(), value.encode()) for name, value in headers]
+    scope = {"type": "http", "path": path, "headers": [(b"host", b"localhost"), *raw], "query_string": b""}
+    try:
+        asyncio.run(Guard(reads, None, loopback_only=True, max_body=3 * 2**20)(scope, receive, send))
+    except TooLarge:
+        return 413
+    return int(sent[0]["status"])
+
+
+def test_numbers_sent_as_text_are_the_numbers_that_were_sent() -> None:
+    for text, seed in (("9007199254740993", 2**53 + 1), (str(2**63 - 1), 2**63 - 1), ("7.0", 7), ("1e3", 1000)):
+        assert shot_of("x", {"prompt": "a", "seed": text}, "m").seed == seed
+    assert shot_of("x", {"prompt": "a", "seconds": "1.5"}, "m").seconds == 1.5
+    with pytest.raises(ConfigError, match="seed="):  # which no float can say
+        shot_of("x", {"prompt": "a", "seed": "9007199254740993.0"}, "m")
