@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import logging
 import threading
 import time
 from pathlib import Path
@@ -189,8 +192,6 @@ def test_a_pool_whose_renderers_never_come_up_says_why(tmp_path: Path, monkeypat
 
 
 def test_lines_of_a_renderer_are_told_of_all_its_shots() -> None:
-    import logging
-
     log = ShotLog()
     log.begun("renderer-1", "a")
     log.begun("renderer-2", "b")
@@ -209,6 +210,57 @@ def test_lines_of_a_renderer_are_told_of_all_its_shots() -> None:
     for number in range(80):
         say(str(number), "renderer-2")
     assert len(log.tail("b")) == 50 and log.tail("b")[-1].endswith("79")
+
+
+class FullDisk(io.StringIO):
+    """A file whose disk is full."""
+
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_log_that_cannot_be_written_ends_itself_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package, file = logging.getLogger("pavdm_dist"), FullDisk()
+    pool, (one,) = _pool(tmp_path)
+    log = pool._log = ShotLog(file)
+    package.addHandler(log)
+    try:
+        pool.submit([_shot("a")])
+        shot = pool.take(one)
+        assert shot is not None
+        pool.begun(one, shot, 0)
+        # A fault of who logs is none of the shot's.
+        log.handle(logging.LogRecord("pavdm_dist.x", logging.WARNING, "", 0, "%d", ("no number",), None))
+        pool.ended(one, shot, end_of(VideoError("\udcff is no name")))
+        failure = Tree(str(tmp_path)).state("a").failure
+        assert failure is not None and failure.error == "\\udcff is no name"
+        assert failure.log[-1].endswith(" WARNING shot a: failed: \\udcff is no name")
+        assert file.closed, "given up at the first failure"
+        package.warning("more", extra={"shot": "b"})
+    finally:
+        package.removeHandler(log)
+        log.close()
+    assert "Logging error" in capsys.readouterr().err
+
+
+def test_what_is_said_of_a_shot_may_fail_but_its_record_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, (one,) = _pool(tmp_path)
+    pool.submit([_shot("a")])
+    shot = pool.take(one)
+    assert shot is not None
+
+    def fail(*_: object) -> None:
+        raise OSError("the terminal is gone")
+
+    monkeypatch.setattr(pool, "_tell", fail)
+    with pytest.raises(OSError, match="the terminal is gone"):
+        pool.ended(one, shot, Ended("failed", "input", "why"))
+    failure = Tree(str(tmp_path)).state("a").failure
+    assert failure is not None and failure.error == "why"
 
 
 def test_a_shot_with_which_a_renderer_was_lost_is_rendered_alone(tmp_path: Path) -> None:

@@ -92,5 +92,7 @@ def end_of(cause: BaseException, said: BaseException | None = None) -> Ended:
 
 
 def one_line(error: BaseException | None) -> str:
-    """All that an error says."""
-    return "its renderer ended" if error is None else " ".join(str(error).split()) or type(error).__name__
+    """All that an error says, in characters that a file can hold: names of files need not be."""
+    if error is None:
+        return "its renderer ended"
+    return " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode() or type(error).__name__

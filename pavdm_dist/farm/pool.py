@@ -284,14 +284,16 @@ class Pool:
     def ended(self, renderer: Renderer, shot: Shot, ended: Ended) -> None:
         ended = self._settled(shot, ended)
         self._meters.add(f"pavdm_farm_shots_{ended.how}")
-        if ended.how != "aside":
-            said = f": {ended.error}" if ended.error else ""
-            level = logging.WARNING if ended.how in ("failed", "again") else logging.INFO
-            words = _ELSEWHERE if ended.kind == "elsewhere" else _WORDS
-            self._tell(level, renderer, shot, f"{words[ended.how]}{said}")
-        self._log.ended(renderer.name, shot.id)
-        if ended.how == "failed" and ended.kind != "elsewhere":
-            self._fail(shot, ended)
+        try:
+            if ended.how != "aside":
+                said = f": {ended.error}" if ended.error else ""
+                level = logging.WARNING if ended.how in ("failed", "again") else logging.INFO
+                words = _ELSEWHERE if ended.kind == "elsewhere" else _WORDS
+                self._tell(level, renderer, shot, f"{words[ended.how]}{said}")
+            self._log.ended(renderer.name, shot.id)
+        finally:  # whatever happens to what is said of it: it is in no queue any more
+            if ended.how == "failed" and ended.kind != "elsewhere":
+                self._fail(shot, ended)
         if ended.how in ("done", "failed", "cancelled"):
             self._log.forget(shot.id)
         self._listener.ended(shot, ended)

@@ -182,20 +182,23 @@ class _Farm:
 @contextmanager
 def _logged(tree: Tree) -> Iterator[ShotLog]:
     """Log lines of shots, in memory; and all as JSON beside the shots, where these are on a local disk."""
-    package, path = logging.getLogger("pavdm_dist"), None
+    package, file = logging.getLogger("pavdm_dist"), None
     if not is_remote(tree.root):
         folder = tree.path("logs")
-        os.makedirs(folder, exist_ok=True)
-        path = f"{folder}/{platform.node()}-{os.getpid()}.jsonl"
-    file = open(path, "a", encoding="utf-8") if path is not None else None  # noqa: SIM115
+        try:
+            os.makedirs(folder, exist_ok=True)
+            path = f"{folder}/{platform.node()}-{os.getpid()}.jsonl"
+            # A name of a file may hold what UTF-8 cannot; its escape is one of JSON's, too.
+            file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        except OSError as error:
+            logger.warning("no log is written beside the shots: %s", error)
     log = ShotLog(file)
     package.addHandler(log)
     try:
         yield log
     finally:
         package.removeHandler(log)
-        if file is not None:
-            file.close()
+        log.close()
 
 
 def write_failed(tree: Tree) -> int:
