@@ -21,6 +21,7 @@ from pavdm_dist import cli
 from pavdm_dist.config import ClusterConfig
 from pavdm_dist.errors import ConfigError, FailedVideosError
 from pavdm_dist.farm.intake import Intake
+from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.manifest import ManifestError, checked
 from pavdm_dist.farm.pool import Pool
 from pavdm_dist.farm.settings import FarmConfig, PoolConfig, validate_farm
@@ -82,6 +83,49 @@ def test_finished_shots_are_never_made_again(done: Path, model: Path, monkeypatc
     manifest = write_manifest(done.parent / "changed.jsonl", [{"id": "shot-000", "prompt": "another"}])
     with pytest.raises(ManifestError, match=r"line 1: id=shot-000 is complete with prompt='a red three drifting up'"):
         run_farm(farm_config(model), manifest, done)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"num_frames": 30}, f"num_frames={FRAMES};"),
+        ({"seconds": 2}, f"num_frames={FRAMES};"),
+        (
+            {"negative_prompt": "grey", "overrides": {"guidance_scale": 2}},
+            "negative_prompt=null and guidance_scale=1.0;",
+        ),
+        ({"size": "32x48"}, r"height=\d+ and width=\d+;"),
+        ({"overrides": {"num_inference_steps": 9}}, r"num_inference_steps=\d+;"),
+        ({"overrides": {"timed_prompts": {"0s": PROMPTS[0], "0.2s": "a blue seven"}}}, r"prompt_schedule=\[\];"),
+        ({"image": "picture.png"}, "image=null;"),
+        ({"seed": 5}, r"seed=\d{3,};"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_complete_shot_that_is_asked_for_otherwise_is_refused(
+    done: Path, model: Path, tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
+    (tmp_path / "picture.png").touch()
+    shot = {"id": "shot-000", "prompt": PROMPTS[0], **changed}
+    manifest = write_manifest(tmp_path / "m.jsonl", [shot])
+    with pytest.raises(ManifestError, match=rf"line 1: id=shot-000 is complete with {said} give what is changed"):
+        Intake(str(manifest), Tree(str(done)), Kinds(farm_config(model))).first()
+
+
+def test_a_complete_shot_is_that_of_the_same_words_and_weights_on_whatever_it_was_made(
+    done: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shots = [*some_shots(2), {"id": "other", "prompt": PROMPTS[2], "size": "32x48", "seconds": FRAMES / 24}]
+    shots[2]["overrides"] = {"num_inference_steps": 9}
+    manifest = write_manifest(tmp_path / "m.jsonl", shots)
+    tree = Tree(str(done))
+    monkeypatch.setattr(tree, "keep", lambda _, found: len(list(found)))
+    monkeypatch.setattr(tree, "shots_of", lambda _: iter(checked(str(manifest))))
+    kinds = Kinds(farm_config(model, threads_per_stage=2))
+    assert Intake(str(manifest), tree, kinds).first().done == 3
+    kinds._identity = "other weights"
+    with pytest.raises(ManifestError, match=r"3 line\(s\) .*id=shot-000 is complete with weights='"):
+        Intake(str(manifest), tree, kinds).first()
 
 
 def test_status_says_what_the_files_say(

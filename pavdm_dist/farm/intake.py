@@ -7,11 +7,12 @@ import logging
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.manifest import checked
-from pavdm_dist.farm.shot import Shot, seed_of
+from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import FAILED, SIDECAR, VIDEO, Tree
 from pavdm_dist.fields import show
 from pavdm_dist.io.lock import Watch
@@ -20,6 +21,9 @@ from pavdm_dist.io.remote import filesystem, is_remote
 from pavdm_dist.io.storage import PARTS_SUFFIX
 
 logger = logging.getLogger(__name__)
+
+# Of what is different about a complete shot, as much is told.
+_TOLD = 5
 
 
 @dataclass
@@ -128,8 +132,7 @@ class Intake:
         sidecar = self._tree.sidecar(shot.id)
         if sidecar is None:
             raise ConfigError(f"id={shot.id}: {self._tree.folder(shot.id)}/{SIDECAR} is none of this program's")
-        wanted = {"prompt": self._kinds.config_of(shot, "-").prompt, "seed": seed_of(shot, self._kinds.config.seed)}
-        other = [f"{name}={show(sidecar.get(name))!r}" for name, value in wanted.items() if sidecar.get(name) != value]
+        other = _differences(sidecar, self._kinds.asked(shot))
         if other:
             raise ConfigError(
                 f"id={shot.id} is complete with {' and '.join(other)}; give what is changed another id, or remove"
@@ -150,6 +153,25 @@ class Intake:
             return found.st_size, found.st_mtime_ns, found.st_ino
         except (OSError, ConfigError):
             return None
+
+
+def _differences(sidecar: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """What a complete video was made with and is asked for otherwise; names that its record lacks are not compared."""
+    made, now = sidecar.get("identity"), dict(asked)
+    if isinstance(made, Mapping) and made:
+        # Of what it begins with, the record has a checksum of the pixels, or no name at all.
+        was = {**made, **{name: None if made.get(name) is None else "given" for name in ("clip", "image")}}
+    else:
+        was = {name: sidecar.get(name) for name in ("prompt", "seed")}
+    sampling = was.pop("sampling", {}), now.pop("sampling", {})
+    if all(isinstance(part, Mapping) for part in sampling):
+        was, now = ({**one, **part} for one, part in zip((was, now), sampling, strict=True))
+    found = [f"{name}={_shown(was[name])}" for name, value in now.items() if name in was and was[name] != value]
+    return [*found[:_TOLD], *([f"{len(found) - _TOLD} more"] if len(found) > _TOLD else [])]
+
+
+def _shown(value: Any) -> str:
+    return repr(show(value)) if isinstance(value, str) else show(value)
 
 
 def _name(manifest: str) -> str:
