@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ class Intake:
         self._manifest, self._tree, self._kinds, self._only = manifest, tree, kinds, only
         self._name = "" if manifest is None else _name(manifest)
         self._watch = Watch()
-        self._known: set[str] = set()
+        self._known: dict[str, bytes] = {}  # what was said of each shot when it was taken in
         self._stamp: object = None
 
     def first(self) -> Found:
@@ -68,32 +68,35 @@ class Intake:
             ConfigError: it cannot be read, or nothing is asked for.
         """
         self._stamp = self._seen()
-        found = self._sorted()
+        found = self._sorted(None)
         if not self._known:
             raise ConfigError(f"out={self._tree.root}: keeps no manifest; name one")
         return found
 
     def more(self) -> Found | None:
-        """Lines that have come since; None where there are none. A manifest with a fault is told of, and left alone."""
+        """Lines that have come since; None where there are none. A manifest with a fault is told of, and left alone.
+
+        A line counts from its line break on: until then somebody may be writing it.
+        """
         stamp = self._seen()
         if stamp == self._stamp:
             return None
         self._stamp = stamp
         try:
-            found = self._sorted()
+            found = self._sorted(self._known)
         except (ConfigError, OSError) as error:
             logger.warning("%s; nothing of what is new is taken in", error)
             return None
         return found if found.left or found.done or found.failed else None
 
-    def _shots(self, there: Mapping[str, frozenset[str]]) -> Iterator[Shot]:
+    def _shots(self, there: Mapping[str, frozenset[str]], growing: Container[str] | None) -> Iterator[Shot]:
         def check(shot: Shot) -> None:
             self._kinds.check(shot)
             if SIDECAR in there.get(shot.id, ()):
                 self._check_unchanged(shot)
 
         if self._manifest is not None:
-            self._tree.keep(self._name, checked(self._manifest, check))
+            self._tree.keep(self._name, self._as_taken(checked(self._manifest, check, growing)))
             yield from self._tree.shots_of(self._name)
             return
         for shot in self._tree.shots():
@@ -101,9 +104,24 @@ class Intake:
                 check(shot)
                 yield shot
 
-    def _sorted(self) -> Found:
+    def _as_taken(self, shots: Iterator[Shot]) -> Iterator[Shot]:
+        """Shots as they were taken in: what changes of them while they are rendered would be in no video."""
+        before: dict[str, Shot] = {}
+        changed = []
+        for shot in shots:
+            if self._known.get(shot.id, _said(shot)) != _said(shot):
+                changed.append(shot.id)
+                before = before or {one.id: one for one in self._tree.shots_of(self._name)}
+                shot = before.get(shot.id, shot)
+            yield shot
+        if changed:
+            more = f" and {len(changed) - _TOLD} more" if len(changed) > _TOLD else ""
+            said = "manifest=%s: id=%s%s: changed after it was taken in, and is rendered as it was; give it another id"
+            logger.warning(said, self._manifest, ", ".join(changed[:_TOLD]), more)
+
+    def _sorted(self, growing: Container[str] | None) -> Found:
         there, found = self._tree.scan(), Found([])
-        new = [shot for shot in self._shots(there) if shot.id not in self._known]
+        new = [shot for shot in self._shots(there, growing) if shot.id not in self._known]
         for shot in new:
             names, frames = there.get(shot.id, frozenset()), self._kinds.frames(shot)
             if SIDECAR in names:
@@ -115,7 +133,7 @@ class Intake:
             else:
                 found.left.append(shot)
                 found.frames_left += frames
-        self._known |= {shot.id for shot in new}
+        self._known |= {shot.id: _said(shot) for shot in new}
         return found
 
     def _tidy(self, id: str) -> None:
@@ -168,6 +186,10 @@ def _differences(sidecar: Mapping[str, Any], asked: Mapping[str, Any]) -> list[s
         was, now = ({**one, **part} for one, part in zip((was, now), sampling, strict=True))
     found = [f"{name}={_shown(was[name])}" for name, value in now.items() if name in was and was[name] != value]
     return [*found[:_TOLD], *([f"{len(found) - _TOLD} more"] if len(found) > _TOLD else [])]
+
+
+def _said(shot: Shot) -> bytes:
+    return hashlib.sha256(shot.to_line().encode()).digest()[:8]
 
 
 def _shown(value: Any) -> str:
