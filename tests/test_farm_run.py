@@ -281,6 +281,23 @@ def test_a_farm_that_is_told_to_end_saves_all_and_the_next_goes_on(done: Path, m
     assert packets_of(out / "shots/long/video.mp4") == packets_of(tmp_path / "whole/shots/long/video.mp4")
 
 
+@pytest.mark.parametrize(("moment", "left"), [("Intake.first", None), ("Kinds.prepare_texts", 2)])
+def test_a_farm_that_is_told_to_end_while_it_gets_ready_has_nothing_to_save(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    moment: str, left: int | None,
+) -> None:  # fmt: skip
+    """SIGTERM is status 0 at any moment, Ctrl-C what a shell expects."""
+    manifest = write_manifest(tmp_path / "m.jsonl", some_shots(2))
+    told = [signal.SIGTERM, signal.SIGINT]
+    room = {"Intake": "intake", "Kinds": "kinds"}[moment.partition(".")[0]]
+    monkeypatch.setattr(f"pavdm_dist.farm.{room}.{moment}", lambda *_: signal.raise_signal(told.pop(0)))
+    words = ["farm", "run", str(manifest), "--out", str(tmp_path / "out"), f"model={model}", f"num_frames={FRAMES}"]
+    assert cli.main([*words, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["done"], report["left"], report["frames"]) == (0, left, 0)
+    assert cli.main(words) == 130
+
+
 def test_a_marker_drains_the_farm(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/drain").touch()
