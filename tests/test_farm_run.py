@@ -191,6 +191,11 @@ def test_bad_shots_fail_alone_are_recorded_and_tried_again(
     Image.new("RGB", (48, 32)).save(tmp_path / "picture.png")
     assert cli.main(["farm", "retry", str(out), "none"]) == 2
     assert "id=none: has not failed in" in capsys.readouterr().err
+    record = (out / "shots/bad/failed.json").read_bytes()
+    for word, refused in (("model=none", "none"), ("height=50", "height=50")):  # before or while the model is opened
+        assert cli.main(["farm", "retry", str(out), word]) == 2
+        assert refused in capsys.readouterr().err
+        assert (out / "shots/bad/failed.json").read_bytes() == record
     assert cli.main(["farm", "retry", str(out)]) == 0
     assert sorted(latents_of(out)) == ["bad", "shot-000", "shot-001"]
 

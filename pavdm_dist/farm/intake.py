@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,7 @@ class Intake:
         manifest: a file; None = all manifests that the tree keeps.
         tree: where they are kept, and what has become of them.
         kinds: what is asked of them besides.
-        only: ids, of all others nothing is wanted; None = all.
+        only: ids, of all others nothing is wanted, and these are tried again where they have failed; None = all.
     """
 
     def __init__(self, manifest: str | None, tree: Tree, kinds: Kinds, only: Collection[str] | None = None) -> None:
@@ -88,6 +88,16 @@ class Intake:
             logger.warning("%s; nothing of what is new is taken in", error)
             return None
         return found if found.left or found.done or found.failed else None
+
+    def forget_failures(self, shots: Iterable[Shot]) -> None:
+        """Removes the records of failures of shots that are tried again from now on.
+
+        Raises:
+            OSError: one cannot be removed.
+        """
+        if self._only is not None:
+            for shot in shots:
+                self._tree.forget_failure(shot.id)
 
     def _shots(self, there: Mapping[str, frozenset[str]], growing: Container[str] | None) -> Iterator[Shot]:
         def check(shot: Shot) -> None:
@@ -128,7 +138,7 @@ class Intake:
                 if VIDEO + PARTS_SUFFIX in names:
                     self._tidy(shot.id)
                 found.done, found.frames_done = found.done + 1, found.frames_done + frames
-            elif FAILED in names:
+            elif FAILED in names and self._only is None:
                 found.failed += 1
             else:
                 found.left.append(shot)

@@ -50,7 +50,7 @@ def run_command(
         manifest: of the shots; None = all that the folder's earlier runs were given.
         out: the folder (:mod:`~pavdm_dist.farm.tree`), local or remote.
         progress: makes what tells how far it is, of frames per second.
-        only: ids, of the folder's shots; None = all.
+        only: ids of failed shots of the folder, which are tried again; None = all that have not failed.
 
     Returns:
         How many shots are done, were done before, were cancelled, and are left (by SIGTERM, or the marker ``drain``);
@@ -157,6 +157,7 @@ class _Farm:
         if found.left:
             self._kinds.prepare_texts(found.left)
             self.pool.open()
+        self._intake.forget_failures(found.left)  # the last moment at which anything could have been wrong
         self.pool.submit(found.left)
 
     def look(self) -> bool:

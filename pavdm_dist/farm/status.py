@@ -117,15 +117,12 @@ def status_report(out: str, now: float | None = None) -> dict[str, Any]:
     }
 
 
-def forget_failures(out: str, ids: Collection[str]) -> list[str]:
-    """Lets failed shots be begun again.
+def failed_shots(out: str, ids: Collection[str]) -> list[str]:
+    """Ids of failed shots that are to be tried again. Changes nothing.
 
     Args:
         out: the folder.
         ids: which; empty = all.
-
-    Returns:
-        Their ids.
 
     Raises:
         ConfigError: one that has not failed, or none has.
@@ -137,10 +134,7 @@ def forget_failures(out: str, ids: Collection[str]) -> list[str]:
             raise ConfigError(f"id={id}: has not failed in {out}; `pavdm farm status {out}` lists those that have")
     if not failed:
         raise ConfigError(f"{out}: no shot has failed")
-    again = [id for id in failed if not ids or id in ids]
-    for id in again:
-        tree.forget_failure(id)
-    return again
+    return [id for id in failed if not ids or id in ids]
 
 
 def _kinds(config: FarmConfig) -> Kinds | None:

@@ -76,13 +76,13 @@ def farm_report(arguments: argparse.Namespace) -> dict[str, Any]:
         return write_report(arguments.out)
     if arguments.action == "retry":
         from pavdm_dist.farm.settings import validate_farm
-        from pavdm_dist.farm.status import forget_failures, settings_of_run
+        from pavdm_dist.farm.status import failed_shots, settings_of_run
         from pavdm_dist.farm.tree import Tree
 
         ids = [word for word in arguments.words if not is_override(word)]
         config = settings_of_run(Tree(arguments.out), [word for word in arguments.words if is_override(word)])
         validate_farm(config)
-        return _run(config, None, arguments, forget_failures(arguments.out, ids))
+        return _run(config, None, arguments, failed_shots(arguments.out, ids))
     manifest, config = run_settings(arguments)
     if arguments.dry_run:
         from pavdm_dist.farm.forecast import dry_run
