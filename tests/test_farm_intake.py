@@ -67,6 +67,15 @@ def test_a_last_line_that_was_there_at_the_start_needs_no_line_break(tmp_path: P
     assert _prompts(intake.more()) == ["three"]
 
 
+def test_a_manifest_may_have_the_longest_name_there_is(tmp_path: Path) -> None:
+    path, tree = tmp_path / ("ä" * 124 + ".jsonl"), Tree(str(tmp_path / "out"))
+    other = tmp_path / ("m" * 249 + ".jsonl")
+    for number, one in enumerate((path, other)):
+        _append(one, f'{{"prompt": "{number}"}}\n')
+        assert _prompts(_intake(one, tmp_path / "out").first()) == [str(number)]
+    assert sorted(shot.prompt for shot in tree.shots()) == ["0", "1"]
+
+
 def test_a_line_that_changes_while_it_is_rendered_is_told_of_and_kept_as_it_was(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -93,6 +93,7 @@ BAD = [
     ('{"prompt": "a", "overrides": [1]}', "line 1: overrides="),
     ('{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {}}', "must be POST /v1/videos"),
     ('{"prompt": "' + "a" * MOST_CHARACTERS + '"}', "line 1: is longer than"),
+    ('{"prompt": "a", "overrides": {"prompt_suffix": "\\ud800"}}', r"line 1: overrides=.*ud800.*: is not text that"),
     ("[" * 100_000, "line 1: is not valid JSON: it is nested too deeply"),
 ]
 

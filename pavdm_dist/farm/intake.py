@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 # Of what is different about a complete shot, as much is told.
 _TOLD = 5
+# Letters of a manifest's name that its copy has, too: with what is put behind them, and in front while it is written,
+# they must be a name that every file system holds.
+_STEM = 100
 
 
 @dataclass
@@ -209,5 +212,5 @@ def _shown(value: Any) -> str:
 def _name(manifest: str) -> str:
     """What it is kept as: manifests of several folders may well be called the same."""
     whole = manifest if is_remote(manifest) else os.path.realpath(manifest)
-    stem = whole.rpartition("/")[2].rpartition(".")[0]
+    stem = whole.rpartition("/")[2].rpartition(".")[0][:_STEM]
     return f"{stem}-{hashlib.sha256(whole.encode()).hexdigest()[:6]}.jsonl"

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -94,7 +95,8 @@ def status_report(out: str, now: float | None = None) -> dict[str, Any]:
         counts[standing] += 1
         playable += one.seconds
         if one.sidecar is not None:
-            finished.append((datetime.fromisoformat(one.sidecar["created"]).timestamp(), one.seconds))
+            with suppress(ValueError):  # of a video that was brought here: it says nothing of how fast it goes
+                finished.append((datetime.fromisoformat(str(one.sidecar.get("created"))).timestamp(), one.seconds))
         elif standing in ("queued", "running", "begun"):
             wanted = _seconds(kinds, one.shot)
             left = None if wanted is None or left is None else left + max(0.0, wanted - one.seconds)
