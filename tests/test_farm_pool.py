@@ -18,10 +18,12 @@ from pavdm_dist.errors import ConfigError, EngineError, MediaError, ResourcesErr
 from pavdm_dist.farm.crew import Hand
 from pavdm_dist.farm.desk import Ended, end_of
 from pavdm_dist.farm.logs import ShotLog
+from pavdm_dist.farm.manifest import checked
 from pavdm_dist.farm.pool import Pool
+from pavdm_dist.farm.run import write_failed
 from pavdm_dist.farm.settings import PoolConfig
 from pavdm_dist.farm.shot import Shot
-from pavdm_dist.farm.tree import Tree
+from pavdm_dist.farm.tree import Failure, Tree
 from pavdm_dist.farm.waiting import Waiting
 from pavdm_dist.outputs import VideoChunk
 
@@ -119,7 +121,32 @@ def test_a_lost_renderer_costs_an_attempt_unless_the_shot_had_got_further(tmp_pa
     pool.ended(one, shot, lost)
     failure = Tree(str(tmp_path)).state("a").failure
     assert failure is not None and failure.kind == "lost" and failure.error == "stage 1 died (2 attempts)"
+    assert failure.attempts == 2
     assert pool.take(one) is None and pool.ends["failed"] == 1
+
+
+def test_a_failure_says_how_often_a_shot_was_begun(tmp_path: Path) -> None:
+    pool, (one,) = _pool(tmp_path, retries=5)
+    pool.submit([_shot("a"), _shot("b")])
+    for ended in (Ended("again", "lost"), Ended("again", "stalled"), Ended("failed", "video", "not finite")):
+        assert pool.take(one) == _shot("a")
+        pool.begun(one, _shot("a"), 0)
+        pool.ended(one, _shot("a"), ended)
+    assert pool.take(one) == _shot("b")
+    pool.ended(one, _shot("b"), Ended("failed", "input", "no such clip"))
+    assert [Tree(str(tmp_path)).failure(id).attempts for id in "ab"] == [3, 1]
+
+
+def test_failed_shots_whose_record_is_damaged_are_listed_as_they_were_asked_for(tmp_path: Path) -> None:
+    tree = Tree(str(tmp_path))
+    shots = [Shot("a", "one", seed=3), Shot("b", "two", tags=("x",)), Shot("c", "three")]
+    tree.keep("m.jsonl", shots[:2])
+    for shot in shots:
+        tree.fail(shot.id, Failure("why", shot={"id": shot.id, "prompt": shot.prompt}))
+    for id in "bc":
+        Path(tree.folder(id), "failed.json").write_text("{")
+    assert write_failed(tree) == 2, "of the last one nothing is known"
+    assert list(checked(tree.path("failed.jsonl"))) == [Shot("a", "one"), shots[1]]
 
 
 def test_whose_fault_it_is() -> None:

@@ -214,23 +214,38 @@ def _named(number: int, values: Mapping[str, Any]) -> Line:
         if value is None or name in _FACTS:
             continue
         if name in _SETTINGS and isinstance(overrides, dict):
+            if overrides.get(name, value) != value:
+                return Line(number, None, _twice(name, value, f"overrides.{name}", overrides[name]))
             overrides = {name: value, **overrides}
         elif (own := _NAMES.get(name, name)) is None:
             continue
         elif own not in FIELDS:
             return Line(number, None, f"no such field {show(name)}; the fields are {', '.join(FIELDS)}")
+        elif known.get(own, value) != value:
+            other = next(one for one in values if one != name and _NAMES.get(one, one) == own)
+            return Line(number, None, _twice(other, known[own], name, value))
         else:
             known[own] = value
     for name in ("path", "ref"):
         if isinstance(values.get(name), str):
             known |= _reference(values[name])
-    if values.get("width") is not None and values.get("height") is not None:
-        known["size"] = f"{values['width']}x{values['height']}"
+    sides = [name for name in ("width", "height") if values.get(name) is not None]
+    if len(sides) == 1:
+        return Line(number, None, f"{sides[0]}={show(values[sides[0]])}: give width and height, or size=WIDTHxHEIGHT")
+    if sides:
+        size = f"{values['width']}x{values['height']}"
+        if known.get("size", size) != size:
+            return Line(number, None, _twice("size", known["size"], "width x height", size))
+        known["size"] = size
     if isinstance(known.get("id"), int) and not isinstance(known["id"], bool):
         known["id"] = str(known["id"])
     if overrides:
         known["overrides"] = overrides
     return Line(number, known)
+
+
+def _twice(one: str, value: Any, other: str, further: Any) -> str:
+    return f"{one}={show(value)} and {other}={show(further)}: are names of the same; give one of them"
 
 
 def _reference(path: str) -> dict[str, str]:

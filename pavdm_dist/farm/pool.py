@@ -282,7 +282,7 @@ class Pool:
         self._listener.grew(shot, chunk)
 
     def ended(self, renderer: Renderer, shot: Shot, ended: Ended) -> None:
-        ended = self._settled(shot, ended)
+        ended, attempts = self._settled(shot, ended)
         self._meters.add(f"pavdm_farm_shots_{ended.how}")
         try:
             if ended.how != "aside":
@@ -293,13 +293,14 @@ class Pool:
             self._log.ended(renderer.name, shot.id)
         finally:  # whatever happens to what is said of it: it is in no queue any more
             if ended.how == "failed" and ended.kind != "elsewhere":
-                self._fail(shot, ended)
+                self._fail(shot, ended, attempts)
         if ended.how in ("done", "failed", "cancelled"):
             self._log.forget(shot.id)
         self._listener.ended(shot, ended)
 
-    def _settled(self, shot: Shot, ended: Ended) -> Ended:
-        """What becomes of a shot, the queue being as it then is; one that was begun too often has failed."""
+    def _settled(self, shot: Shot, ended: Ended) -> tuple[Ended, int]:
+        """What becomes of a shot, the queue being as it then is; one that was begun too often has failed. And how often
+        it was begun without getting further, this time included."""
         options = self._options
         with self._turn:
             running = self._running.pop(shot.id)
@@ -308,8 +309,9 @@ class Pool:
             hand.begun -= running.begun
             if not hand.begun and hand.idle_since is None:
                 hand.idle_since = time.monotonic()
+            attempts = entry.attempts + 1
             if ended.how == "again":
-                entry.attempts += 1
+                entry.attempts = attempts
                 if entry.attempts > options.retries:
                     ended = replace(ended, how="failed", error=f"{ended.error} ({entry.attempts} attempts)")
             if ended.how == "again":
@@ -326,10 +328,9 @@ class Pool:
         if spent:
             logger.error("%d shots failed, farm.max_failed=%s allows no more: all is saved", self.ends["failed"], most)
             self.drain()
-        return ended
+        return ended, attempts
 
-    def _fail(self, shot: Shot, ended: Ended) -> None:
-        attempts = self._options.retries + 1 if ended.kind in ("lost", "stalled", "storage") else 1
+    def _fail(self, shot: Shot, ended: Ended, attempts: int) -> None:
         line = {name: getattr(shot, name) for name in shot.__dataclass_fields__}
         failure = Failure(ended.error, ended.kind, attempts, log=self._log.tail(shot.id), shot=line)
         try:

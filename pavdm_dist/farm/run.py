@@ -221,10 +221,15 @@ def _logged(tree: Tree) -> Iterator[ShotLog]:
 
 def write_failed(tree: Tree) -> int:
     """Writes ``failed.jsonl``, a manifest of the failed shots; how many."""
-    lines = []
-    for id, names in sorted(tree.scan().items()):
-        if "failed.json" in names and "video.json" not in names:
-            lines.append(json.dumps(tree.failure(id).shot, ensure_ascii=False))
+    found = {
+        id: tree.failure(id).shot
+        for id, names in sorted(tree.scan().items())
+        if "failed.json" in names and "video.json" not in names
+    }
+    damaged = {id for id, line in found.items() if line.get("id") != id}
+    if damaged:  # what was asked for is kept elsewhere, too
+        found |= {shot.id: json.loads(shot.to_line()) for shot in tree.shots() if shot.id in damaged}
+    lines = [json.dumps(line, ensure_ascii=False) for id, line in found.items() if line.get("id") == id]
     with atomic_write(tree.path("failed.jsonl"), "w") as file:
         file.writelines(f"{line}\n" for line in lines)
     return len(lines)

@@ -61,7 +61,7 @@ class Failure:
         error: in one sentence.
         kind: ``input`` (what was asked for), ``video`` (what was computed), ``lost`` (too many renderers were),
             ``stalled`` or ``storage``.
-        attempts: how often it was begun by the farm that gave it up.
+        attempts: how often the farm that gave it up began it without getting further.
         by: the process.
         at: seconds since 1970.
         log: the last lines that were logged of it.
