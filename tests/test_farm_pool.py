@@ -125,6 +125,33 @@ def test_a_lost_renderer_costs_an_attempt_unless_the_shot_had_got_further(tmp_pa
     assert pool.take(one) is None and pool.ends["failed"] == 1
 
 
+def test_a_renderer_that_has_ended_gets_no_shot_in_whatever_thread_it_asks(tmp_path: Path) -> None:
+    pool, (one, other) = _pool(tmp_path, renderers=2)
+    pool.submit([_shot("a")])
+    hand, asked = pool._crew.hands[0], list[Shot | None]()
+    hand.over = True
+    asked.append(pool.take(one))  # its thread has ended, and it is not buried yet
+    pool._crew.reap()
+    asked.append(pool.take(one))
+    assert asked == [None, None] and pool._crew.hand(one) is None
+    assert pool.take(other) == _shot("a")
+
+
+def test_a_slow_store_holds_up_only_who_asks_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, _ = _pool(tmp_path)
+    seen: list[dict[str, float]] = []
+
+    def is_free(output: str) -> bool:
+        assert output == Tree(str(tmp_path)).output("a")
+        other = threading.Thread(target=lambda: seen.append(pool.figures), daemon=True)
+        other.start()
+        other.join(5)
+        return True
+
+    monkeypatch.setattr(pool._watch, "is_free", is_free)
+    assert pool.is_free(_shot("a")) and len(seen) == 1, "all others waited for the store"
+
+
 def test_a_failure_says_how_often_a_shot_was_begun(tmp_path: Path) -> None:
     pool, (one,) = _pool(tmp_path, retries=5)
     pool.submit([_shot("a"), _shot("b")])
@@ -304,7 +331,7 @@ def test_a_shot_with_which_a_renderer_was_lost_is_rendered_alone(tmp_path: Path)
     assert first is not None and first.id == "a"
     # The other suspect is not put beside it, nor is anything else.
     hand = pool._crew.hand(one)
-    assert not pool._may_take(hand)
+    assert hand is not None and not pool._may_take(hand)
     pool.begun(one, first, 0)
     pool.grew(one, first, _chunk(0))
     assert pool._may_take(hand)

@@ -78,7 +78,7 @@ class Pool:
         self._kinds, self._tree, self._options = kinds, tree, kinds.config.farm
         self._listener, self._log, self._endless = listener or Listener(), log or ShotLog(), endless
         self._turn = threading.Condition()
-        self._waiting, self._watch = Waiting(), Watch()
+        self._waiting, self._watch, self._watching = Waiting(), Watch(), threading.Lock()
         self._running: dict[str, _Running] = {}
         self._furthest: dict[str, int] = {}  # by shot, the last chunk that any renderer gave
         self._crew = Crew(kinds, lambda name: Renderer(name, kinds, tree, self), self._turn)
@@ -227,8 +227,10 @@ class Pool:
     def take(self, renderer: Renderer) -> Shot | None:
         with self._turn:
             hand = self._crew.hand(renderer)
+            if hand is None:
+                return None
             try:
-                while not (hand.retiring or self._draining_since is not None):
+                while not (hand.over or hand.retiring or self._draining_since is not None):
                     if self._may_take(hand) and (entry := self._waiting.take(alone=not hand.load)) is not None:
                         self._running[entry.shot.id] = _Running(entry, hand)
                         hand.load += 1
@@ -246,7 +248,7 @@ class Pool:
                 self._turn.notify_all()
 
     def is_free(self, shot: Shot) -> bool:
-        with self._turn:
+        with self._watching:  # not what all threads share: a store may take seconds to answer
             try:
                 return self._watch.is_free(self._tree.output(shot.id))
             except ConfigError as error:  # a share that is away may come back
