@@ -216,7 +216,7 @@ def test_submit_refuses_what_would_vanish_with_the_job(recorder: Path, word: str
         (["serve", "--out", "videos"], "--out videos must be absolute"),
         (["export", "vbench", "--out", "/s/vbench", "renders"], "renders must be absolute: a job's"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_submit_refuses_folders_and_manifests_that_the_job_would_not_find(
     recorder: Path, words: list[str], said: str

@@ -303,6 +303,35 @@ def test_a_farm_that_is_told_to_end_while_it_gets_ready_has_nothing_to_save(
     assert cli.main(words) == 130
 
 
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (["progress=deadline"], (["Progress: 25%", "Progress: 100%"], [])),
+        (["progress=openjd"], (["openjd_progress: 25.0", "openjd_progress: 100.0"], [])),
+        (["--openjd"], ([], ["openjd_progress: 25.0", "openjd_progress: 100.0"])),
+        (["--openjd", "progress=openjd"], ([], ["openjd_progress: 25.0", "openjd_progress: 100.0"])),
+        ([], ([], [])),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_farm_tells_a_render_farm_what_every_command_tells_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    words: list[str], lines: tuple[list[str], list[str]],
+) -> None:  # fmt: skip
+    def run(config: Any, manifest: Any, out: Any, progress: Any, only: Any) -> dict[str, Any]:
+        bar = progress(24.0)
+        bar.total = 200
+        for frames in (50, 50, 200):
+            bar.show(frames, "1/4 shots")
+        return {}
+
+    monkeypatch.setattr("pavdm_dist.farm.run.run_command", run)
+    assert cli.main(["farm", "run", "m.jsonl", "--out", str(tmp_path), f"model={model}", *words]) == 0
+    captured = capsys.readouterr()
+    told = [[line for line in text.splitlines() if "rogress: " in line] for text in (captured.err, captured.out)]
+    assert tuple(told) == lines
+
+
 def test_a_marker_drains_the_farm(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/drain").touch()

@@ -138,6 +138,8 @@ def _run(
     from pavdm_dist.farm.progress import FarmProgress
     from pavdm_dist.farm.run import run_command
 
-    progress = partial(FarmProgress, openjd=sys.stdout if arguments.openjd else None)
+    # The setting is that of every command, whose lines go where its log does; the option has its own place.
+    openjd = sys.stdout if arguments.openjd else sys.stderr if config.progress == "openjd" else None
+    progress = partial(FarmProgress, openjd=openjd, deadline=sys.stderr if config.progress == "deadline" else None)
     with redirect_stdout(sys.stderr):  # where Ray tells of dead workers
         return run_command(config, manifest, arguments.out, progress, only)
