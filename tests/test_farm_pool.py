@@ -193,6 +193,13 @@ def test_whose_fault_it_is() -> None:
         assert (found.how, found.kind if how != "aside" else "") == (how, kind), error
 
 
+def test_what_is_kept_of_an_error_holds_no_secrets() -> None:
+    """Only errors of this package come without."""
+    address = "https://me:word@host/a.mp4?X-Amz-Signature=abc"
+    assert end_of(OSError(f"{address} is gone")).error == "https://***@host/a.mp4?X-Amz-Signature=*** is gone"
+    assert end_of(KeyError(address)).error.count("***") == 2
+
+
 def test_renderers_come_as_shots_do_and_idle_ones_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pool, _ = _pool(tmp_path, renderers=0, min_renderers=1)
     pool._options.renderers, pool._options.idle_s = 3, 0.05

@@ -378,6 +378,24 @@ def test_a_dry_run_plans_and_writes_nothing(model: Path, tmp_path: Path, capsys:
     )
 
 
+def test_settings_are_kept_without_secrets(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    manifest = "memory://me:word@host/m.jsonl"
+    with fsspec.open(manifest, "w") as file:
+        file.write('{"id": "x", "prompt": "a red three"}\n')
+    monkeypatch.setattr("pavdm_dist.farm.run._rendered", lambda *_: None)
+    config = farm_config(model, text_cache="s3://me:word@bucket/cache")
+    try:
+        run_farm(config, manifest, tmp_path / "out")  # type: ignore[arg-type]
+    finally:
+        fsspec.filesystem("memory").rm("/", recursive=True)
+    kept = json.loads((tmp_path / "out/farm.json").read_text())
+    assert kept["manifest"] == "memory://***@host/m.jsonl"
+    assert kept["settings"]["text_cache"] == "s3://***@bucket/cache"
+    assert "word" not in "".join(path.read_text() for path in tmp_path.rglob("*.json*"))
+
+
 def test_in_a_store_as_on_a_disk(model: Path, tmp_path: Path) -> None:
     """fsspec's memory stands for any store: the tree is the same, and finished shots are known again."""
     from fsspec.implementations.memory import MemoryFileSystem

@@ -27,6 +27,7 @@ from pavdm_dist.io.metadata import versions
 from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import atomic_write
 from pavdm_dist.merging import to_dict
+from pavdm_dist.redaction import hide_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,8 @@ def run_command(
         kinds.check_engine()
         intake = Intake(manifest, tree, kinds, only)
         found = intake.first()
-        tree.write_settings({"settings": to_dict(config), "manifest": manifest, "versions": versions()})
+        named = None if manifest is None else hide_secrets(manifest)
+        tree.write_settings({"settings": to_dict(config), "manifest": named, "versions": versions()})
         say = "%d shots: %d to render, %d complete, %d failed before"
         logger.info(say, len(found.left) + found.done + found.failed, len(found.left), found.done, found.failed)
         with _logged(tree) as log:
