@@ -76,6 +76,29 @@ def test_a_manifest_may_have_the_longest_name_there_is(tmp_path: Path) -> None:
     assert sorted(shot.prompt for shot in tree.shots()) == ["0", "1"]
 
 
+def test_manifests_of_one_path_on_several_machines_do_not_replace_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, tree = tmp_path / "m.txt", Tree(str(tmp_path / "out"))
+
+    def run(machine: str, lines: str) -> list[str]:
+        """A farm on that machine; what the folder then keeps."""
+        monkeypatch.setattr("pavdm_dist.io.processes.machine", lambda: machine)
+        path.write_text(lines)
+        _intake(path, tmp_path / "out").first()
+        return [shot.prompt for shot in tree.shots()]
+
+    def copies() -> int:
+        return len(list((tmp_path / "out/manifests").glob("m-*.jsonl")))
+
+    assert run("one", "a\nb\n") == ["a", "b"]
+    assert run("one", "c\n") == ["c"], "rewritten where it was"
+    assert sorted(run("two", "d\ne\n")) == ["c", "d", "e"] and copies() == 2
+    # A share, or a container of another name: the same file, whatever has been added or taken out.
+    assert sorted(run("three", "e\nf\n")) == ["c", "e", "f"] and copies() == 2
+    assert sorted(run("one", "c\ng\n")) == ["c", "e", "f", "g"] and copies() == 2
+
+
 def test_a_line_that_changes_while_it_is_rendered_is_told_of_and_kept_as_it_was(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,18 +7,20 @@ import logging
 import os
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.kinds import Kinds
-from pavdm_dist.farm.manifest import checked
+from pavdm_dist.farm.manifest import checked, read_shots
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import FAILED, SIDECAR, VIDEO, Tree
 from pavdm_dist.fields import show
+from pavdm_dist.io import processes
 from pavdm_dist.io.lock import Watch
 from pavdm_dist.io.recording import remove_parts
 from pavdm_dist.io.remote import filesystem, is_remote
-from pavdm_dist.io.storage import PARTS_SUFFIX
+from pavdm_dist.io.storage import PARTS_SUFFIX, list_names
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ class Intake:
 
     def __init__(self, manifest: str | None, tree: Tree, kinds: Kinds, only: Collection[str] | None = None) -> None:
         self._manifest, self._tree, self._kinds, self._only = manifest, tree, kinds, only
-        self._name = "" if manifest is None else _name(manifest)
+        self._name = ""
         self._watch = Watch()
         self._known: dict[str, bytes] = {}  # what was said of each shot when it was taken in
         self._stamp: object = None
@@ -71,6 +73,7 @@ class Intake:
             ConfigError: it cannot be read, or nothing is asked for.
         """
         self._stamp = self._seen()
+        self._name = "" if self._manifest is None else _kept_as(self._manifest, self._tree)
         found = self._sorted(None)
         if not self._known:
             raise ConfigError(f"out={self._tree.root}: keeps no manifest; name one")
@@ -209,8 +212,27 @@ def _shown(value: Any) -> str:
     return repr(show(value)) if isinstance(value, str) else show(value)
 
 
-def _name(manifest: str) -> str:
-    """What it is kept as: manifests of several folders may well be called the same."""
+def _kept_as(manifest: str, tree: Tree) -> str:
+    """The name of a manifest's copy in a tree: manifests of several folders, and machines, may well be called the same.
+
+    A path of this machine may name another file elsewhere, or the same one on a share. It is taken for the same where a
+    copy from elsewhere has a shot in common with it.
+
+    Raises:
+        ConfigError: the manifest, or a copy, cannot be read.
+    """
     whole = manifest if is_remote(manifest) else os.path.realpath(manifest)
-    stem = whole.rpartition("/")[2].rpartition(".")[0][:_STEM]
-    return f"{stem}-{hashlib.sha256(whole.encode()).hexdigest()[:6]}.jsonl"
+    stem = f"{whole.rpartition('/')[2].rpartition('.')[0][:_STEM]}-{_digits(whole, 6)}"
+    if is_remote(manifest):
+        return f"{stem}.jsonl"
+    own = PurePath(tree.manifest(f"{stem}-{_digits(processes.machine(), 4)}.jsonl")).name
+    alike = PurePath(tree.manifest(f"{stem}.jsonl")).stem
+    there = [name for name in list_names(tree.path("manifests")) if name.startswith(alike) and name.endswith(".jsonl")]
+    if not there or own in there:
+        return own
+    ids = {shot.id for _, shot in read_shots(manifest) if isinstance(shot, Shot)}
+    return next((name for name in there if any(shot.id in ids for shot in tree.shots_of(name))), own)
+
+
+def _digits(text: str, count: int) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:count]
