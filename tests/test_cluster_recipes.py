@@ -205,6 +205,46 @@ def test_submit_refuses_what_would_vanish_with_the_job(recorder: Path, word: str
     assert done.returncode == 2 and f"submit.sh: {word} must be absolute" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["farm", "run", "/s/m.jsonl", "--out", "renders"], "--out renders must be absolute"),
+        (["farm", "run", "/s/m.jsonl", "--out=renders", "num_stages=2"], "--out=renders must be absolute"),
+        (["farm", "run", "shots.CSV", "--out", "/s/renders"], "shots.CSV must be absolute, and lie where"),
+        (["farm", "retry", "renders", "shot-1"], "renders must be absolute: a job's"),
+        (["farm", "retry", "--openjd", "renders"], "renders must be absolute: a job's"),
+        (["serve", "--out", "videos"], "--out videos must be absolute"),
+        (["export", "vbench", "--out", "/s/vbench", "renders"], "renders must be absolute: a job's"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_submit_refuses_folders_and_manifests_that_the_job_would_not_find(
+    recorder: Path, words: list[str], said: str
+) -> None:
+    done = submit(recorder, *words)
+    assert done.returncode == 2 and done.stderr.startswith(f"submit.sh: {said}"), done.stderr
+    assert not done.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["farm", "run", "s3://b/m.jsonl", "configs/a.yaml", "--out", "s3://b/renders", "text_cache=a.txt"],
+        ["farm", "retry", "/s/renders", "shot-1.txt", "num_stages=2"],
+        ["farm", "status", "--json", "/s/renders"],
+        ["export", "vbench", "--out", "/s/vbench", "/s/renders", "--custom"],
+        ["sample", "a list of words.txt", "output=/s/a.mp4"],
+        ["sample", "prompt=output=three", "output=/s/a.mp4"],
+        ["info"],
+    ],
+    ids=" ".join,
+)
+def test_submit_hands_on_what_the_job_will_find(recorder: Path, words: list[str]) -> None:
+    done = submit(recorder, *words)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[-len(words) :] == words
+
+
 def test_submit_sends_code_and_nothing_that_lies_beside_it(recorder: Path, tmp_path: Path) -> None:
     from ray._private.runtime_env.packaging import create_package
 

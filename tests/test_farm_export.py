@@ -13,6 +13,7 @@ from farms import finished_tree
 from pavdm_dist import cli
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.report import write_report
+from pavdm_dist.farm.status import status_report
 from pavdm_dist.farm.tree import Failure
 from pavdm_dist.farm.vbench import export_vbench
 
@@ -56,6 +57,17 @@ def test_the_report_is_one_page_and_prompts_are_text_in_it(tmp_path: Path) -> No
     assert page.tags.count("svg") == 1 and "1 of 2 shots complete, 1 failed" in page.text
     with pytest.raises(ConfigError, match="is no folder of a farm"):
         write_report(str(tmp_path / "none"))
+
+
+def test_status_and_report_take_sidecars_of_others_for_what_they_are(tmp_path: Path) -> None:
+    tree = finished_tree(tmp_path, [{"id": id, "prompt": THREE} for id in "abcd"])
+    for id, changed in (("a", {"created": None}), ("b", {"fps": 0}), ("c", {"num_frames": "many"})):
+        path = Path(tree.folder(id), "video.json")
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    report = status_report(str(tmp_path))
+    assert (report["done"], report["seconds_of_video"]) == (4, 0.75), "two have length and rate: nine frames at 24"
+    assert write_report(str(tmp_path))["complete"] == 2
+    assert tree.sidecar("a") is not None and tree.sidecar("b") is None is tree.sidecar("c")
 
 
 def test_vbench_finds_prompts_and_numbers_in_names_and_nothing_else(tmp_path: Path) -> None:

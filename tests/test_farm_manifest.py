@@ -56,6 +56,12 @@ def test_tables_text_and_batch_lines_of_others(tmp_path: Path) -> None:
     assert shot.image == str(tmp_path / "p.jpg") and shot.overrides == {"guidance_scale": 2.0}
 
 
+def test_names_of_the_same_may_say_the_same(tmp_path: Path) -> None:
+    line = {"id": "x", "text": "a", "prompt": "a", "width": 64, "height": 48, "size": "64x48", "fps": 12}
+    (shot,) = _shots(_written(tmp_path / "m.jsonl", json.dumps({**line, "overrides": {"fps": 12}})))
+    assert shot == Shot("x", "a", size="64x48", overrides={"fps": 12})
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_as_editors_save_them(tmp_path: Path, encoding: str) -> None:
     found = _shots(_written(tmp_path / "m.txt", "grün\r\nblau\r\n", encoding))
@@ -94,6 +100,12 @@ BAD = [
     ('{"prompt": "a", "overrides": [1]}', "line 1: overrides="),
     ('{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {}}', "must be POST /v1/videos"),
     ('{"prompt": "' + "a" * MOST_CHARACTERS + '"}', "line 1: is longer than"),
+    ('{"prompt": "a", "overrides": {"prompt_suffix": "\\ud800"}}', r"line 1: overrides=.*ud800.*: is not text that"),
+    ('{"prompt": "a", "width": 64}', "line 1: width=64: give width and height, or size=WIDTHxHEIGHT"),
+    ('{"prompt": "a", "size": "64x48", "width": 64, "height": 32}', "line 1: size=64x48 and width x height=64x32: are"),
+    ('{"text": "a", "prompt": "b"}', "line 1: text=a and prompt=b: are names of the same; give one of them"),
+    ('{"prompt": "a", "id": "x", "custom_id": "y"}', "line 1: id=x and custom_id=y: are names of the same"),
+    ('{"prompt": "a", "fps": 24, "overrides": {"fps": 12}}', "line 1: fps=24 and overrides.fps=12: are names of"),
     ("[" * 100_000, "line 1: is not valid JSON: it is nested too deeply"),
 ]
 

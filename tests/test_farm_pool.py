@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import logging
 import threading
 import time
 from pathlib import Path
@@ -15,10 +18,12 @@ from pavdm_dist.errors import ConfigError, EngineError, MediaError, ResourcesErr
 from pavdm_dist.farm.crew import Hand
 from pavdm_dist.farm.desk import Ended, end_of
 from pavdm_dist.farm.logs import ShotLog
+from pavdm_dist.farm.manifest import checked
 from pavdm_dist.farm.pool import Pool
+from pavdm_dist.farm.run import write_failed
 from pavdm_dist.farm.settings import PoolConfig
 from pavdm_dist.farm.shot import Shot
-from pavdm_dist.farm.tree import Tree
+from pavdm_dist.farm.tree import Failure, Tree
 from pavdm_dist.farm.waiting import Waiting
 from pavdm_dist.outputs import VideoChunk
 
@@ -116,6 +121,7 @@ def test_a_lost_renderer_costs_an_attempt_unless_the_shot_had_got_further(tmp_pa
     pool.ended(one, shot, lost)
     failure = Tree(str(tmp_path)).state("a").failure
     assert failure is not None and failure.kind == "lost" and failure.error == "stage 1 died (2 attempts)"
+    assert failure.attempts == 2
     assert pool.take(one) is None and pool.ends["failed"] == 1
 
 
@@ -150,6 +156,57 @@ def test_markers_that_cannot_be_looked_at_are_looked_at_again(tmp_path: Path, mo
     assert one.told == ["cancel a", "drain"] and "drain: marker found" in pool.ended_by
 
 
+def test_a_renderer_that_has_ended_gets_no_shot_in_whatever_thread_it_asks(tmp_path: Path) -> None:
+    pool, (one, other) = _pool(tmp_path, renderers=2)
+    pool.submit([_shot("a")])
+    hand, asked = pool._crew.hands[0], list[Shot | None]()
+    hand.over = True
+    asked.append(pool.take(one))  # its thread has ended, and it is not buried yet
+    pool._crew.reap()
+    asked.append(pool.take(one))
+    assert asked == [None, None] and pool._crew.hand(one) is None
+    assert pool.take(other) == _shot("a")
+
+
+def test_a_slow_store_holds_up_only_who_asks_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, _ = _pool(tmp_path)
+    seen: list[dict[str, float]] = []
+
+    def is_free(output: str) -> bool:
+        assert output == Tree(str(tmp_path)).output("a")
+        other = threading.Thread(target=lambda: seen.append(pool.figures), daemon=True)
+        other.start()
+        other.join(5)
+        return True
+
+    monkeypatch.setattr(pool._watch, "is_free", is_free)
+    assert pool.is_free(_shot("a")) and len(seen) == 1, "all others waited for the store"
+
+
+def test_a_failure_says_how_often_a_shot_was_begun(tmp_path: Path) -> None:
+    pool, (one,) = _pool(tmp_path, retries=5)
+    pool.submit([_shot("a"), _shot("b")])
+    for ended in (Ended("again", "lost"), Ended("again", "stalled"), Ended("failed", "video", "not finite")):
+        assert pool.take(one) == _shot("a")
+        pool.begun(one, _shot("a"), 0)
+        pool.ended(one, _shot("a"), ended)
+    assert pool.take(one) == _shot("b")
+    pool.ended(one, _shot("b"), Ended("failed", "input", "no such clip"))
+    assert [Tree(str(tmp_path)).failure(id).attempts for id in "ab"] == [3, 1]
+
+
+def test_failed_shots_whose_record_is_damaged_are_listed_as_they_were_asked_for(tmp_path: Path) -> None:
+    tree = Tree(str(tmp_path))
+    shots = [Shot("a", "one", seed=3), Shot("b", "two", tags=("x",)), Shot("c", "three")]
+    tree.keep("m.jsonl", shots[:2])
+    for shot in shots:
+        tree.fail(shot.id, Failure("why", shot={"id": shot.id, "prompt": shot.prompt}))
+    for id in "bc":
+        Path(tree.folder(id), "failed.json").write_text("{")
+    assert write_failed(tree) == 2, "of the last one nothing is known"
+    assert list(checked(tree.path("failed.jsonl"))) == [Shot("a", "one"), shots[1]]
+
+
 def test_whose_fault_it_is() -> None:
     cases: list[tuple[BaseException, tuple[str, str]]] = [
         (ConfigError("x"), ("failed", "input")),
@@ -165,6 +222,13 @@ def test_whose_fault_it_is() -> None:
     for error, (how, kind) in cases:
         found = end_of(error)
         assert (found.how, found.kind if how != "aside" else "") == (how, kind), error
+
+
+def test_what_is_kept_of_an_error_holds_no_secrets() -> None:
+    """Only errors of this package come without."""
+    address = "https://me:word@host/a.mp4?X-Amz-Signature=abc"
+    assert end_of(OSError(f"{address} is gone")).error == "https://***@host/a.mp4?X-Amz-Signature=*** is gone"
+    assert end_of(KeyError(address)).error.count("***") == 2
 
 
 def test_renderers_come_as_shots_do_and_idle_ones_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,8 +284,6 @@ def test_a_pool_whose_renderers_never_come_up_says_why(tmp_path: Path, monkeypat
 
 
 def test_lines_of_a_renderer_are_told_of_all_its_shots() -> None:
-    import logging
-
     log = ShotLog()
     log.begun("renderer-1", "a")
     log.begun("renderer-2", "b")
@@ -242,6 +304,57 @@ def test_lines_of_a_renderer_are_told_of_all_its_shots() -> None:
     assert len(log.tail("b")) == 50 and log.tail("b")[-1].endswith("79")
 
 
+class FullDisk(io.StringIO):
+    """A file whose disk is full."""
+
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_log_that_cannot_be_written_ends_itself_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package, file = logging.getLogger("pavdm_dist"), FullDisk()
+    pool, (one,) = _pool(tmp_path)
+    log = pool._log = ShotLog(file)
+    package.addHandler(log)
+    try:
+        pool.submit([_shot("a")])
+        shot = pool.take(one)
+        assert shot is not None
+        pool.begun(one, shot, 0)
+        # A fault of who logs is none of the shot's.
+        log.handle(logging.LogRecord("pavdm_dist.x", logging.WARNING, "", 0, "%d", ("no number",), None))
+        pool.ended(one, shot, end_of(VideoError("\udcff is no name")))
+        failure = Tree(str(tmp_path)).state("a").failure
+        assert failure is not None and failure.error == "\\udcff is no name"
+        assert failure.log[-1].endswith(" WARNING shot a: failed: \\udcff is no name")
+        assert file.closed, "given up at the first failure"
+        package.warning("more", extra={"shot": "b"})
+    finally:
+        package.removeHandler(log)
+        log.close()
+    assert "Logging error" in capsys.readouterr().err
+
+
+def test_what_is_said_of_a_shot_may_fail_but_its_record_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, (one,) = _pool(tmp_path)
+    pool.submit([_shot("a")])
+    shot = pool.take(one)
+    assert shot is not None
+
+    def fail(*_: object) -> None:
+        raise OSError("the terminal is gone")
+
+    monkeypatch.setattr(pool, "_tell", fail)
+    with pytest.raises(OSError, match="the terminal is gone"):
+        pool.ended(one, shot, Ended("failed", "input", "why"))
+    failure = Tree(str(tmp_path)).state("a").failure
+    assert failure is not None and failure.error == "why"
+
+
 def test_a_shot_with_which_a_renderer_was_lost_is_rendered_alone(tmp_path: Path) -> None:
     """Its neighbours may have been to blame, or it: next time that is known."""
     pool, (one, other) = _pool(tmp_path, streams=2, renderers=2)
@@ -256,7 +369,7 @@ def test_a_shot_with_which_a_renderer_was_lost_is_rendered_alone(tmp_path: Path)
     assert first is not None and first.id == "a"
     # The other suspect is not put beside it, nor is anything else.
     hand = pool._crew.hand(one)
-    assert not pool._may_take(hand)
+    assert hand is not None and not pool._may_take(hand)
     pool.begun(one, first, 0)
     pool.grew(one, first, _chunk(0))
     assert pool._may_take(hand)

@@ -32,6 +32,7 @@ from pavdm_dist import cli
 from pavdm_dist.config import ClusterConfig
 from pavdm_dist.errors import ConfigError, FailedVideosError
 from pavdm_dist.farm.intake import Intake
+from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.manifest import ManifestError, checked
 from pavdm_dist.farm.pool import Pool
 from pavdm_dist.farm.settings import FarmConfig, PoolConfig, validate_farm
@@ -93,6 +94,49 @@ def test_finished_shots_are_never_made_again(done: Path, model: Path, monkeypatc
     manifest = write_manifest(done.parent / "changed.jsonl", [{"id": "shot-000", "prompt": "another"}])
     with pytest.raises(ManifestError, match=r"line 1: id=shot-000 is complete with prompt='a red three drifting up'"):
         run_farm(farm_config(model), manifest, done)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"num_frames": 30}, f"num_frames={FRAMES};"),
+        ({"seconds": 2}, f"num_frames={FRAMES};"),
+        (
+            {"negative_prompt": "grey", "overrides": {"guidance_scale": 2}},
+            "negative_prompt=null and guidance_scale=1.0;",
+        ),
+        ({"size": "32x48"}, r"height=\d+ and width=\d+;"),
+        ({"overrides": {"num_inference_steps": 9}}, r"num_inference_steps=\d+;"),
+        ({"overrides": {"timed_prompts": {"0s": PROMPTS[0], "0.2s": "a blue seven"}}}, r"prompt_schedule=\[\];"),
+        ({"image": "picture.png"}, "image=null;"),
+        ({"seed": 5}, r"seed=\d{3,};"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_complete_shot_that_is_asked_for_otherwise_is_refused(
+    done: Path, model: Path, tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
+    (tmp_path / "picture.png").touch()
+    shot = {"id": "shot-000", "prompt": PROMPTS[0], **changed}
+    manifest = write_manifest(tmp_path / "m.jsonl", [shot])
+    with pytest.raises(ManifestError, match=rf"line 1: id=shot-000 is complete with {said} give what is changed"):
+        Intake(str(manifest), Tree(str(done)), Kinds(farm_config(model))).first()
+
+
+def test_a_complete_shot_is_that_of_the_same_words_and_weights_on_whatever_it_was_made(
+    done: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shots = [*some_shots(2), {"id": "other", "prompt": PROMPTS[2], "size": "32x48", "seconds": FRAMES / 24}]
+    shots[2]["overrides"] = {"num_inference_steps": 9}
+    manifest = write_manifest(tmp_path / "m.jsonl", shots)
+    tree = Tree(str(done))
+    monkeypatch.setattr(tree, "keep", lambda _, found: len(list(found)))
+    monkeypatch.setattr(tree, "shots_of", lambda _: iter(checked(str(manifest))))
+    kinds = Kinds(farm_config(model, threads_per_stage=2))
+    assert Intake(str(manifest), tree, kinds).first().done == 3
+    kinds._identity = "other weights"
+    with pytest.raises(ManifestError, match=r"3 line\(s\) .*id=shot-000 is complete with weights='"):
+        Intake(str(manifest), tree, kinds).first()
 
 
 def test_status_says_what_the_files_say(
@@ -158,6 +202,11 @@ def test_bad_shots_fail_alone_are_recorded_and_tried_again(
     Image.new("RGB", (48, 32)).save(tmp_path / "picture.png")
     assert cli.main(["farm", "retry", str(out), "none"]) == 2
     assert "id=none: has not failed in" in capsys.readouterr().err
+    record = (out / "shots/bad/failed.json").read_bytes()
+    for word, refused in (("model=none", "none"), ("height=50", "height=50")):  # before or while the model is opened
+        assert cli.main(["farm", "retry", str(out), word]) == 2
+        assert refused in capsys.readouterr().err
+        assert (out / "shots/bad/failed.json").read_bytes() == record
     assert cli.main(["farm", "retry", str(out)]) == 0
     assert sorted(latents_of(out)) == ["bad", "shot-000", "shot-001"]
 
@@ -248,6 +297,52 @@ def test_a_farm_that_is_told_to_end_saves_all_and_the_next_goes_on(done: Path, m
     assert packets_of(out / "shots/long/video.mp4") == packets_of(tmp_path / "whole/shots/long/video.mp4")
 
 
+@pytest.mark.parametrize(("moment", "left"), [("Intake.first", None), ("Kinds.prepare_texts", 2)])
+def test_a_farm_that_is_told_to_end_while_it_gets_ready_has_nothing_to_save(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    moment: str, left: int | None,
+) -> None:  # fmt: skip
+    """SIGTERM is status 0 at any moment, Ctrl-C what a shell expects."""
+    manifest = write_manifest(tmp_path / "m.jsonl", some_shots(2))
+    told = [signal.SIGTERM, signal.SIGINT]
+    room = {"Intake": "intake", "Kinds": "kinds"}[moment.partition(".")[0]]
+    monkeypatch.setattr(f"pavdm_dist.farm.{room}.{moment}", lambda *_: signal.raise_signal(told.pop(0)))
+    words = ["farm", "run", str(manifest), "--out", str(tmp_path / "out"), f"model={model}", f"num_frames={FRAMES}"]
+    assert cli.main([*words, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["done"], report["left"], report["frames"]) == (0, left, 0)
+    assert cli.main(words) == 130
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (["progress=deadline"], (["Progress: 25%", "Progress: 100%"], [])),
+        (["progress=openjd"], (["openjd_progress: 25.0", "openjd_progress: 100.0"], [])),
+        (["--openjd"], ([], ["openjd_progress: 25.0", "openjd_progress: 100.0"])),
+        (["--openjd", "progress=openjd"], ([], ["openjd_progress: 25.0", "openjd_progress: 100.0"])),
+        ([], ([], [])),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_farm_tells_a_render_farm_what_every_command_tells_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    words: list[str], lines: tuple[list[str], list[str]],
+) -> None:  # fmt: skip
+    def run(config: Any, manifest: Any, out: Any, progress: Any, only: Any) -> dict[str, Any]:
+        bar = progress(24.0)
+        bar.total = 200
+        for frames in (50, 50, 200):
+            bar.show(frames, "1/4 shots")
+        return {}
+
+    monkeypatch.setattr("pavdm_dist.farm.run.run_command", run)
+    assert cli.main(["farm", "run", "m.jsonl", "--out", str(tmp_path), f"model={model}", *words]) == 0
+    captured = capsys.readouterr()
+    told = [[line for line in text.splitlines() if "rogress: " in line] for text in (captured.err, captured.out)]
+    assert tuple(told) == lines
+
+
 def test_a_marker_drains_the_farm(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/drain").touch()
@@ -292,6 +387,24 @@ def test_a_dry_run_plans_and_writes_nothing(model: Path, tmp_path: Path, capsys:
     assert cli.main([*words, "--dry-run"]) == 0 and "layer_split" in capsys.readouterr().out.replace(
         "layers", "layer_split"
     )
+
+
+def test_settings_are_kept_without_secrets(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    manifest = "memory://me:word@host/m.jsonl"
+    with fsspec.open(manifest, "w") as file:
+        file.write('{"id": "x", "prompt": "a red three"}\n')
+    monkeypatch.setattr("pavdm_dist.farm.run._rendered", lambda *_: None)
+    config = farm_config(model, text_cache="s3://me:word@bucket/cache")
+    try:
+        run_farm(config, manifest, tmp_path / "out")  # type: ignore[arg-type]
+    finally:
+        fsspec.filesystem("memory").rm("/", recursive=True)
+    kept = json.loads((tmp_path / "out/farm.json").read_text())
+    assert kept["manifest"] == "memory://***@host/m.jsonl"
+    assert kept["settings"]["text_cache"] == "s3://***@bucket/cache"
+    assert "word" not in "".join(path.read_text() for path in tmp_path.rglob("*.json*"))
 
 
 def test_in_a_store_as_on_a_disk(model: Path, tmp_path: Path) -> None:

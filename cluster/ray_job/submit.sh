@@ -31,14 +31,45 @@ else
   command=(sample "a red three drifting up and to the left, a blue seven bouncing"
     seconds=60 num_stages=2 "output=$output" "$@")
 fi
-for word in "${command[@]}"; do
-  case "$word" in
-    output=/* | run_dir=/* | output=*://* | run_dir=*://*) ;;
-    output=* | run_dir=*)
-      echo "submit.sh: $word must be absolute: a job's own folder is deleted after it" >&2
+
+# A relative path would be one of the folder that Ray makes for the job: what is written there goes with it.
+check_place() { # PATH, and the words to tell it by
+  [[ "$1" == /* || "$1" == *://* ]] && return
+  echo "submit.sh: $2 must be absolute: a job's own folder is deleted after it" >&2
+  exit 2
+}
+check_manifest() { # a word of `farm run`
+  local suffix
+  [[ "$1" =~ ^[A-Za-z_][A-Za-z0-9_.-]*= || "$1" == /* || "$1" == *://* ]] && return
+  suffix=$(tr '[:upper:]' '[:lower:]' <<<"${1##*.}")
+  case "$suffix" in
+    jsonl | ndjson | csv | tsv | txt)
+      echo "submit.sh: $1 must be absolute, and lie where the job's driver can read it: only code is sent" >&2
       exit 2
       ;;
   esac
+}
+case "${command[0]} ${command[1]:-}" in
+  "farm retry" | "farm status" | "farm report" | "export vbench") folder=2 ;; # the second word that is no option
+  *) folder= ;;
+esac
+words=0 before=
+for word in "${command[@]:1}"; do
+  if [[ "$before" == --out ]]; then
+    check_place "$word" "--out $word"
+  else
+    case "$word" in
+      --out=*) check_place "${word#--out=}" "$word" ;;
+      output=* | run_dir=*) check_place "${word#*=}" "$word" ;;
+      -*) ;;
+      *)
+        ((++words))
+        [[ "$words" != "$folder" ]] || check_place "$word" "$word"
+        [[ "${command[0]} ${command[1]}" != "farm run" ]] || check_manifest "$word"
+        ;;
+    esac
+  fi
+  before="$word"
 done
 
 # The code is sent, and nothing that lies beside it: prepared data, videos, runs. Ray's limit is 100 MiB, compressed.

@@ -69,8 +69,9 @@ class Crew:
         self._numbers, self._in_a_row, self._next_start = 0, 0, 0.0
         self._room: int | None = None  # how many there was room for, when another one found none
 
-    def hand(self, renderer: Renderer) -> Hand:
-        return next(hand for hand in self.hands if hand.renderer is renderer)
+    def hand(self, renderer: Renderer) -> Hand | None:
+        """With its thread; None once :meth:`reap` has buried it, while another thread of it may still ask for shots."""
+        return next((hand for hand in self.hands if hand.renderer is renderer), None)
 
     def went_on(self) -> None:
         """A chunk was written: what is lost from now on is another story."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError, StalledError, TakenError
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.outputs import VideoChunk
+from pavdm_dist.redaction import hide_secrets
 
 if TYPE_CHECKING:
     from pavdm_dist.farm.renderer import Renderer
@@ -92,5 +93,8 @@ def end_of(cause: BaseException, said: BaseException | None = None) -> Ended:
 
 
 def one_line(error: BaseException | None) -> str:
-    """All that an error says."""
-    return "its renderer ended" if error is None else " ".join(str(error).split()) or type(error).__name__
+    """All that an error says, for files: without secrets, and in characters that these can hold."""
+    if error is None:
+        return "its renderer ended"
+    text = hide_secrets(" ".join(str(error).split()))
+    return text.encode("utf-8", "backslashreplace").decode() or type(error).__name__

@@ -46,11 +46,28 @@ class Line(NamedTuple):
         number: from 1; of a record of several lines the last one's.
         values: what it says; None where it cannot be read.
         fault: why not.
+        ended: it has a line break; one that has none may be half written.
     """
 
     number: int
     values: dict[str, Any] | None
     fault: str = ""
+    ended: bool = True
+
+
+class _Lines:
+    """A file's lines, and whether the newest one has its line break."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file, self.ended = file, True
+
+    def readline(self, most: int = -1) -> str:
+        text = self._file.readline(most)
+        self.ended = text.endswith("\n") or not text
+        return text
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readline, "")
 
 
 def read_lines(path: str) -> Iterator[Line]:
@@ -64,12 +81,14 @@ def read_lines(path: str) -> Iterator[Line]:
     suffix = PurePath(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise ConfigError(f"manifest={path}: must end in one of {', '.join(SUFFIXES)}")
-    reader: Callable[[TextIO], Iterator[Line]] = {".txt": _of_text, ".csv": _of_csv, ".tsv": _of_tsv}.get(suffix, _json)
+    reader: Callable[[_Lines], Iterator[Line]] = {".txt": _of_text, ".csv": _of_csv, ".tsv": _of_tsv}.get(suffix, _json)
     folder = path.rpartition("/")[0] if is_remote(path) else os.path.dirname(os.path.abspath(path))
     with _opened(path) as file:
         try:
-            for line in reader(file):
-                yield line if line.values is None else line._replace(values=_with_paths(line.values, folder))
+            lines = _Lines(file)
+            for line in reader(lines):
+                values = None if line.values is None else _with_paths(line.values, folder)
+                yield line._replace(values=values, ended=lines.ended)
         except UnicodeDecodeError as error:
             raise ConfigError(f"manifest={path}: is no UTF-8 text ({error.reason}); save it as UTF-8") from error
 
@@ -88,7 +107,7 @@ def _opened(path: str) -> Iterator[TextIO]:
             yield text
 
 
-def _bounded(file: TextIO) -> Iterator[tuple[int, str | None]]:
+def _bounded(file: _Lines) -> Iterator[tuple[int, str | None]]:
     """Numbered lines; None for one that is too long, which is passed over."""
     number = 0
     while text := file.readline(MOST_CHARACTERS):
@@ -101,7 +120,7 @@ def _bounded(file: TextIO) -> Iterator[tuple[int, str | None]]:
         yield number, None
 
 
-def _json(file: TextIO) -> Iterator[Line]:
+def _json(file: _Lines) -> Iterator[Line]:
     for number, text in _bounded(file):
         if text is None:
             yield Line(number, None, f"is longer than {MOST_CHARACTERS} characters")
@@ -117,7 +136,7 @@ def _json(file: TextIO) -> Iterator[Line]:
                 yield Line(number, None, f"must hold names and values, not {show(values)}")
 
 
-def _of_text(file: TextIO) -> Iterator[Line]:
+def _of_text(file: _Lines) -> Iterator[Line]:
     for number, text in _bounded(file):
         if text is None:
             yield Line(number, None, f"is longer than {MOST_CHARACTERS} characters")
@@ -130,15 +149,15 @@ def _of_text(file: TextIO) -> Iterator[Line]:
         yield Line(number, values | _reference(clip.strip()) if bars and clip.strip() else values)
 
 
-def _of_csv(file: TextIO) -> Iterator[Line]:
+def _of_csv(file: _Lines) -> Iterator[Line]:
     return _table(file, ",")
 
 
-def _of_tsv(file: TextIO) -> Iterator[Line]:
+def _of_tsv(file: _Lines) -> Iterator[Line]:
     return _table(file, "\t")
 
 
-def _table(file: TextIO, delimiter: str) -> Iterator[Line]:
+def _table(file: _Lines, delimiter: str) -> Iterator[Line]:
     reader = csv.DictReader(file, delimiter=delimiter, strict=True)
     try:
         for row in reader:
@@ -195,23 +214,38 @@ def _named(number: int, values: Mapping[str, Any]) -> Line:
         if value is None or name in _FACTS:
             continue
         if name in _SETTINGS and isinstance(overrides, dict):
+            if overrides.get(name, value) != value:
+                return Line(number, None, _twice(name, value, f"overrides.{name}", overrides[name]))
             overrides = {name: value, **overrides}
         elif (own := _NAMES.get(name, name)) is None:
             continue
         elif own not in FIELDS:
             return Line(number, None, f"no such field {show(name)}; the fields are {', '.join(FIELDS)}")
+        elif known.get(own, value) != value:
+            other = next(one for one in values if one != name and _NAMES.get(one, one) == own)
+            return Line(number, None, _twice(other, known[own], name, value))
         else:
             known[own] = value
     for name in ("path", "ref"):
         if isinstance(values.get(name), str):
             known |= _reference(values[name])
-    if values.get("width") is not None and values.get("height") is not None:
-        known["size"] = f"{values['width']}x{values['height']}"
+    sides = [name for name in ("width", "height") if values.get(name) is not None]
+    if len(sides) == 1:
+        return Line(number, None, f"{sides[0]}={show(values[sides[0]])}: give width and height, or size=WIDTHxHEIGHT")
+    if sides:
+        size = f"{values['width']}x{values['height']}"
+        if known.get("size", size) != size:
+            return Line(number, None, _twice("size", known["size"], "width x height", size))
+        known["size"] = size
     if isinstance(known.get("id"), int) and not isinstance(known["id"], bool):
         known["id"] = str(known["id"])
     if overrides:
         known["overrides"] = overrides
     return Line(number, known)
+
+
+def _twice(one: str, value: Any, other: str, further: Any) -> str:
+    return f"{one}={show(value)} and {other}={show(further)}: are names of the same; give one of them"
 
 
 def _reference(path: str) -> dict[str, str]:

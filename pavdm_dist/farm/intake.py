@@ -5,21 +5,30 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.kinds import Kinds
-from pavdm_dist.farm.manifest import checked
-from pavdm_dist.farm.shot import Shot, seed_of
+from pavdm_dist.farm.manifest import checked, read_shots
+from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import FAILED, SIDECAR, VIDEO, Tree
 from pavdm_dist.fields import show
+from pavdm_dist.io import processes
 from pavdm_dist.io.lock import Watch
 from pavdm_dist.io.recording import remove_parts
 from pavdm_dist.io.remote import filesystem, is_remote
-from pavdm_dist.io.storage import PARTS_SUFFIX
+from pavdm_dist.io.storage import PARTS_SUFFIX, list_names
 
 logger = logging.getLogger(__name__)
+
+# Of what is different about a complete shot, as much is told.
+_TOLD = 5
+# Letters of a manifest's name that its copy has, too: with what is put behind them, and in front while it is written,
+# they must be a name that every file system holds.
+_STEM = 100
 
 
 @dataclass
@@ -46,14 +55,14 @@ class Intake:
         manifest: a file; None = all manifests that the tree keeps.
         tree: where they are kept, and what has become of them.
         kinds: what is asked of them besides.
-        only: ids, of all others nothing is wanted; None = all.
+        only: ids, of all others nothing is wanted, and these are tried again where they have failed; None = all.
     """
 
     def __init__(self, manifest: str | None, tree: Tree, kinds: Kinds, only: Collection[str] | None = None) -> None:
         self._manifest, self._tree, self._kinds, self._only = manifest, tree, kinds, only
-        self._name = "" if manifest is None else _name(manifest)
+        self._name = ""
         self._watch = Watch()
-        self._known: set[str] = set()
+        self._known: dict[str, bytes] = {}  # what was said of each shot when it was taken in
         self._stamp: object = None
 
     def first(self) -> Found:
@@ -64,32 +73,46 @@ class Intake:
             ConfigError: it cannot be read, or nothing is asked for.
         """
         self._stamp = self._seen()
-        found = self._sorted()
+        self._name = "" if self._manifest is None else _kept_as(self._manifest, self._tree)
+        found = self._sorted(None)
         if not self._known:
             raise ConfigError(f"out={self._tree.root}: keeps no manifest; name one")
         return found
 
     def more(self) -> Found | None:
-        """Lines that have come since; None where there are none. A manifest with a fault is told of, and left alone."""
+        """Lines that have come since; None where there are none. A manifest with a fault is told of, and left alone.
+
+        A line counts from its line break on: until then somebody may be writing it.
+        """
         stamp = self._seen()
         if stamp == self._stamp:
             return None
         self._stamp = stamp
         try:
-            found = self._sorted()
+            found = self._sorted(self._known)
         except (ConfigError, OSError) as error:
             logger.warning("%s; nothing of what is new is taken in", error)
             return None
         return found if found.left or found.done or found.failed else None
 
-    def _shots(self, there: Mapping[str, frozenset[str]]) -> Iterator[Shot]:
+    def forget_failures(self, shots: Iterable[Shot]) -> None:
+        """Removes the records of failures of shots that are tried again from now on.
+
+        Raises:
+            OSError: one cannot be removed.
+        """
+        if self._only is not None:
+            for shot in shots:
+                self._tree.forget_failure(shot.id)
+
+    def _shots(self, there: Mapping[str, frozenset[str]], growing: Container[str] | None) -> Iterator[Shot]:
         def check(shot: Shot) -> None:
             self._kinds.check(shot)
             if SIDECAR in there.get(shot.id, ()):
                 self._check_unchanged(shot)
 
         if self._manifest is not None:
-            self._tree.keep(self._name, checked(self._manifest, check))
+            self._tree.keep(self._name, self._as_taken(checked(self._manifest, check, growing)))
             yield from self._tree.shots_of(self._name)
             return
         for shot in self._tree.shots():
@@ -97,21 +120,36 @@ class Intake:
                 check(shot)
                 yield shot
 
-    def _sorted(self) -> Found:
+    def _as_taken(self, shots: Iterator[Shot]) -> Iterator[Shot]:
+        """Shots as they were taken in: what changes of them while they are rendered would be in no video."""
+        before: dict[str, Shot] = {}
+        changed = []
+        for shot in shots:
+            if self._known.get(shot.id, _said(shot)) != _said(shot):
+                changed.append(shot.id)
+                before = before or {one.id: one for one in self._tree.shots_of(self._name)}
+                shot = before.get(shot.id, shot)
+            yield shot
+        if changed:
+            more = f" and {len(changed) - _TOLD} more" if len(changed) > _TOLD else ""
+            said = "manifest=%s: id=%s%s: changed after it was taken in, and is rendered as it was; give it another id"
+            logger.warning(said, self._manifest, ", ".join(changed[:_TOLD]), more)
+
+    def _sorted(self, growing: Container[str] | None) -> Found:
         there, found = self._tree.scan(), Found([])
-        new = [shot for shot in self._shots(there) if shot.id not in self._known]
+        new = [shot for shot in self._shots(there, growing) if shot.id not in self._known]
         for shot in new:
             names, frames = there.get(shot.id, frozenset()), self._kinds.frames(shot)
             if SIDECAR in names:
                 if VIDEO + PARTS_SUFFIX in names:
                     self._tidy(shot.id)
                 found.done, found.frames_done = found.done + 1, found.frames_done + frames
-            elif FAILED in names:
+            elif FAILED in names and self._only is None:
                 found.failed += 1
             else:
                 found.left.append(shot)
                 found.frames_left += frames
-        self._known |= {shot.id for shot in new}
+        self._known |= {shot.id: _said(shot) for shot in new}
         return found
 
     def _tidy(self, id: str) -> None:
@@ -128,8 +166,7 @@ class Intake:
         sidecar = self._tree.sidecar(shot.id)
         if sidecar is None:
             raise ConfigError(f"id={shot.id}: {self._tree.folder(shot.id)}/{SIDECAR} is none of this program's")
-        wanted = {"prompt": self._kinds.config_of(shot, "-").prompt, "seed": seed_of(shot, self._kinds.config.seed)}
-        other = [f"{name}={show(sidecar.get(name))!r}" for name, value in wanted.items() if sidecar.get(name) != value]
+        other = _differences(sidecar, self._kinds.asked(shot))
         if other:
             raise ConfigError(
                 f"id={shot.id} is complete with {' and '.join(other)}; give what is changed another id, or remove"
@@ -152,8 +189,50 @@ class Intake:
             return None
 
 
-def _name(manifest: str) -> str:
-    """What it is kept as: manifests of several folders may well be called the same."""
+def _differences(sidecar: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """What a complete video was made with and is asked for otherwise; names that its record lacks are not compared."""
+    made, now = sidecar.get("identity"), dict(asked)
+    if isinstance(made, Mapping) and made:
+        # Of what it begins with, the record has a checksum of the pixels, or no name at all.
+        was = {**made, **{name: None if made.get(name) is None else "given" for name in ("clip", "image")}}
+    else:
+        was = {name: sidecar.get(name) for name in ("prompt", "seed")}
+    sampling = was.pop("sampling", {}), now.pop("sampling", {})
+    if all(isinstance(part, Mapping) for part in sampling):
+        was, now = ({**one, **part} for one, part in zip((was, now), sampling, strict=True))
+    found = [f"{name}={_shown(was[name])}" for name, value in now.items() if name in was and was[name] != value]
+    return [*found[:_TOLD], *([f"{len(found) - _TOLD} more"] if len(found) > _TOLD else [])]
+
+
+def _said(shot: Shot) -> bytes:
+    return hashlib.sha256(shot.to_line().encode()).digest()[:8]
+
+
+def _shown(value: Any) -> str:
+    return repr(show(value)) if isinstance(value, str) else show(value)
+
+
+def _kept_as(manifest: str, tree: Tree) -> str:
+    """The name of a manifest's copy in a tree: manifests of several folders, and machines, may well be called the same.
+
+    A path of this machine may name another file elsewhere, or the same one on a share. It is taken for the same where a
+    copy from elsewhere has a shot in common with it.
+
+    Raises:
+        ConfigError: the manifest, or a copy, cannot be read.
+    """
     whole = manifest if is_remote(manifest) else os.path.realpath(manifest)
-    stem = whole.rpartition("/")[2].rpartition(".")[0]
-    return f"{stem}-{hashlib.sha256(whole.encode()).hexdigest()[:6]}.jsonl"
+    stem = f"{whole.rpartition('/')[2].rpartition('.')[0][:_STEM]}-{_digits(whole, 6)}"
+    if is_remote(manifest):
+        return f"{stem}.jsonl"
+    own = PurePath(tree.manifest(f"{stem}-{_digits(processes.machine(), 4)}.jsonl")).name
+    alike = PurePath(tree.manifest(f"{stem}.jsonl")).stem
+    there = [name for name in list_names(tree.path("manifests")) if name.startswith(alike) and name.endswith(".jsonl")]
+    if not there or own in there:
+        return own
+    ids = {shot.id for _, shot in read_shots(manifest) if isinstance(shot, Shot)}
+    return next((name for name in there if any(shot.id in ids for shot in tree.shots_of(name))), own)
+
+
+def _digits(text: str, count: int) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:count]

@@ -168,6 +168,33 @@ class Kinds:
                 raise ConfigError(f"{name}={path}: no such file")
         check_prompts(self._request(config, params), params, self.checkpoint)
 
+    def asked(self, shot: Shot) -> dict[str, Any]:
+        """What a shot asks for, as the ``identity`` in a sidecar names it and as JSON would hold it.
+
+        All that its pictures follow from but what they are computed on and by, which may well change while a manifest
+        is rendered; and of a clip or a picture only whether there is one, as it would have to be decoded.
+
+        Raises:
+            ConfigError: as :meth:`kind_of`.
+            CheckpointError: the weights cannot be read.
+        """
+        params, config = self.kind_of(shot).params, self.config_of(shot, "-")
+        request = self._request(config, params)
+        facts = {
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "prompt_schedule": request.prompt_schedule,
+            "seed": request.seed,
+            "num_frames": request.num_frames,
+            "include_input": config.include_input,
+            "sampling": dataclasses.asdict(params),
+            "weights": self.identity,
+            "clip": None if shot.video is None else "given",
+            "image": None if shot.image is None else "given",
+        }
+        found: dict[str, Any] = json.loads(json.dumps(facts))
+        return found
+
     def prepare_texts(self, shots: Iterable[Shot]) -> None:
         """Encodes the texts of shots that no cache has yet, many at a time: a large encoder is loaded for each batch.
 

@@ -6,9 +6,12 @@ import json
 import logging
 import threading
 from collections import deque
+from contextlib import suppress
 from typing import TextIO
 
 from pavdm_dist.redaction import hide_secrets
+
+logger = logging.getLogger(__name__)
 
 # Lines that a failure record keeps; shots whose lines are kept at a time.
 TAIL, _SHOTS = 50, 4096
@@ -18,10 +21,12 @@ class ShotLog(logging.Handler):
     """Keeps the last lines of every shot that is under way, and writes all as JSON where there is a file.
 
     A record is of the shot that its ``shot`` attribute names; of those of a renderer's threads that name none, all
-    shots in that renderer's hands get a copy: a lost stage concerns each.
+    shots in that renderer's hands get a copy: a lost stage concerns each. Whoever logs never hears of an error here:
+    shots are worth more than what is said of them.
 
     Args:
-        file: for JSON lines; None keeps the tails only.
+        file: for JSON lines, closed with this; None keeps the tails only. It is given up when it cannot be written, as
+            on a full disk.
     """
 
     def __init__(self, file: TextIO | None = None) -> None:
@@ -53,6 +58,19 @@ class ShotLog(logging.Handler):
             self._tails.pop(shot, None)
 
     def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._emit(record)
+        except Exception:
+            self.handleError(record)
+
+    def close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # what was left to write may find no room
+                file.close()
+        super().close()
+
+    def _emit(self, record: logging.LogRecord) -> None:
         renderer = _renderer(record)
         shot = getattr(record, "shot", None)
         text = hide_secrets(record.getMessage())
@@ -61,9 +79,17 @@ class ShotLog(logging.Handler):
         for id in tuple(shots):
             if (tail := self._tails.get(id)) is not None:
                 tail.append(line)
-        if self._file is not None:
-            self._file.write(json.dumps(_facts(record, renderer, shot, text), ensure_ascii=False) + "\n")
-            self._file.flush()
+        file = self._file
+        if file is None:
+            return
+        try:
+            file.write(json.dumps(_facts(record, renderer, shot, text), ensure_ascii=False) + "\n")
+            file.flush()
+        except OSError as error:
+            self._file = None
+            logger.warning("the log beside the shots cannot be written, and ends here: %s", error)
+            with suppress(OSError):
+                file.close()
 
     @property
     def _held(self) -> threading.RLock:

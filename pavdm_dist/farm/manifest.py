@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import closing
 
 from pavdm_dist.errors import ConfigError, PAVDMError
@@ -46,7 +46,7 @@ class _Ids:
         return int(found) - 1
 
 
-def read_shots(path: str) -> Iterator[tuple[int, Shot | ManifestError]]:
+def read_shots(path: str, growing: Container[str] | None = None) -> Iterator[tuple[int, Shot | ManifestError]]:
     """The shots of a manifest with their line numbers; for a line that is none, why.
 
     A line without an id gets one that follows from what it says, and from how many equal lines come before it. So
@@ -54,24 +54,31 @@ def read_shots(path: str) -> Iterator[tuple[int, Shot | ManifestError]]:
 
     Args:
         path: ``.jsonl``, ``.csv``, ``.tsv`` or ``.txt``; local or remote.
+        growing: somebody may be writing it: a line without a line break is left out, unless it is a shot of these ids.
 
     Raises:
         ConfigError: it cannot be read at all.
     """
     with closing(_Ids()) as ids:
         for line in read_lines(path):
+            found: Shot | ManifestError
             try:
-                yield line.number, _shot(line, ids)
+                found = _shot(line, ids)
             except ManifestError as error:
-                yield line.number, error
+                found = error
+            if growing is None or line.ended or (isinstance(found, Shot) and found.id in growing):
+                yield line.number, found
 
 
-def checked(path: str, check: Callable[[Shot], None] = lambda _: None) -> Iterator[Shot]:
+def checked(
+    path: str, check: Callable[[Shot], None] = lambda _: None, growing: Container[str] | None = None
+) -> Iterator[Shot]:
     """The shots of a manifest that is well; read to the end, or nothing of it may be used.
 
     Args:
         path: of the manifest.
         check: what else is asked of a shot; raises a :class:`PAVDMError` of one that cannot be rendered.
+        growing: see :func:`read_shots`.
 
     Raises:
         ManifestError: behind the last line: all that is wrong, by line; or there is no shot in it.
@@ -79,7 +86,7 @@ def checked(path: str, check: Callable[[Shot], None] = lambda _: None) -> Iterat
     """
     faults: list[str] = []
     count = wrong = 0
-    for number, shot in read_shots(path):
+    for number, shot in read_shots(path, growing):
         if not isinstance(shot, ManifestError):
             count += 1
             try:

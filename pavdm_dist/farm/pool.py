@@ -80,7 +80,7 @@ class Pool:
         self._kinds, self._tree, self._options = kinds, tree, kinds.config.farm
         self._listener, self._log, self._endless = listener or Listener(), log or ShotLog(), endless
         self._turn = threading.Condition()
-        self._waiting, self._watch = Waiting(), Watch()
+        self._waiting, self._watch, self._watching = Waiting(), Watch(), threading.Lock()
         self._running: dict[str, _Running] = {}
         self._furthest: dict[str, int] = {}  # by shot, the last chunk that any renderer gave
         self._crew = Crew(kinds, lambda name: Renderer(name, kinds, tree, self), self._turn)
@@ -239,8 +239,10 @@ class Pool:
     def take(self, renderer: Renderer) -> Shot | None:
         with self._turn:
             hand = self._crew.hand(renderer)
+            if hand is None:
+                return None
             try:
-                while not (hand.retiring or self._draining_since is not None):
+                while not (hand.over or hand.retiring or self._draining_since is not None):
                     if self._may_take(hand) and (entry := self._waiting.take(alone=not hand.load)) is not None:
                         self._running[entry.shot.id] = _Running(entry, hand)
                         hand.load += 1
@@ -258,7 +260,7 @@ class Pool:
                 self._turn.notify_all()
 
     def is_free(self, shot: Shot) -> bool:
-        with self._turn:
+        with self._watching:  # not what all threads share: a store may take seconds to answer
             try:
                 return self._watch.is_free(self._tree.output(shot.id))
             except ConfigError as error:  # a share that is away may come back
@@ -294,22 +296,25 @@ class Pool:
         self._listener.grew(shot, chunk)
 
     def ended(self, renderer: Renderer, shot: Shot, ended: Ended) -> None:
-        ended = self._settled(shot, ended)
+        ended, attempts = self._settled(shot, ended)
         self._meters.add(f"pavdm_farm_shots_{ended.how}")
-        if ended.how != "aside":
-            said = f": {ended.error}" if ended.error else ""
-            level = logging.WARNING if ended.how in ("failed", "again") else logging.INFO
-            words = _ELSEWHERE if ended.kind == "elsewhere" else _WORDS
-            self._tell(level, renderer, shot, f"{words[ended.how]}{said}")
-        self._log.ended(renderer.name, shot.id)
-        if ended.how == "failed" and ended.kind != "elsewhere":
-            self._fail(shot, ended)
+        try:
+            if ended.how != "aside":
+                said = f": {ended.error}" if ended.error else ""
+                level = logging.WARNING if ended.how in ("failed", "again") else logging.INFO
+                words = _ELSEWHERE if ended.kind == "elsewhere" else _WORDS
+                self._tell(level, renderer, shot, f"{words[ended.how]}{said}")
+            self._log.ended(renderer.name, shot.id)
+        finally:  # whatever happens to what is said of it: it is in no queue any more
+            if ended.how == "failed" and ended.kind != "elsewhere":
+                self._fail(shot, ended, attempts)
         if ended.how in ("done", "failed", "cancelled"):
             self._log.forget(shot.id)
         self._listener.ended(shot, ended)
 
-    def _settled(self, shot: Shot, ended: Ended) -> Ended:
-        """What becomes of a shot, the queue being as it then is; one that was begun too often has failed."""
+    def _settled(self, shot: Shot, ended: Ended) -> tuple[Ended, int]:
+        """What becomes of a shot, the queue being as it then is; one that was begun too often has failed. And how often
+        it was begun without getting further, this time included."""
         options = self._options
         with self._turn:
             running = self._running.pop(shot.id)
@@ -318,8 +323,9 @@ class Pool:
             hand.begun -= running.begun
             if not hand.begun and hand.idle_since is None:
                 hand.idle_since = time.monotonic()
+            attempts = entry.attempts + 1
             if ended.how == "again":
-                entry.attempts += 1
+                entry.attempts = attempts
                 if entry.attempts > options.retries:
                     ended = replace(ended, how="failed", error=f"{ended.error} ({entry.attempts} attempts)")
             if ended.how == "again":
@@ -338,10 +344,9 @@ class Pool:
             self.ended_by = f"{failed} shots failed, farm.max_failed={most} allows no more: all is saved"
             logger.error("%s", self.ended_by)
             self.drain()
-        return ended
+        return ended, attempts
 
-    def _fail(self, shot: Shot, ended: Ended) -> None:
-        attempts = self._options.retries + 1 if ended.kind in ("lost", "stalled", "storage") else 1
+    def _fail(self, shot: Shot, ended: Ended, attempts: int) -> None:
         line = {name: getattr(shot, name) for name in shot.__dataclass_fields__}
         failure = Failure(ended.error, ended.kind, attempts, log=self._log.tail(shot.id), shot=line)
         try:

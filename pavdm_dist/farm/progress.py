@@ -11,6 +11,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from pavdm_dist.commands.progress import DeadlineProgress, OpenJDProgress
+
 logger = logging.getLogger(__name__)
 
 # Between two lines where there is no terminal.
@@ -23,6 +25,7 @@ class FarmProgress:
     Args:
         fps: frames per second of the shots, to count seconds of video.
         openjd: where ``openjd_progress`` and ``openjd_status`` lines go; None = nowhere.
+        deadline: where ``Progress: 42%`` lines go; None = nowhere.
         file: where the bar goes; None = standard error.
         clock: seconds, monotonic (tests give their own).
 
@@ -37,10 +40,11 @@ class FarmProgress:
         openjd: TextIO | None = None,
         file: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
+        deadline: TextIO | None = None,
     ) -> None:
         stream = sys.stderr if file is None else file
         self.total = self.before = 0
-        self._fps, self._openjd, self._clock = fps, openjd, clock
+        self._fps, self._openjd, self._deadline, self._clock = fps, openjd, deadline, clock
         self._start = self._told = clock()
         self._said = ""
         self._percent = -1.0
@@ -70,10 +74,15 @@ class FarmProgress:
             self._told, self._said = self._clock(), status
             logger.info("%d/%d frames, %s", done, self.total, text)
         percent = round(100 * done / self.total, 1) if self.total else 0.0
-        if self._openjd is not None and percent != self._percent:
-            self._percent = percent
-            with suppress(OSError):
-                print(f"openjd_progress: {percent}\nopenjd_status: {text}", file=self._openjd, flush=True)
+        if percent == self._percent:
+            return
+        self._percent = percent
+        with suppress(OSError):  # nobody listens any more; the shots go on
+            if self._openjd is not None:
+                line = OpenJDProgress.line.format(percent=percent)
+                print(f"{line}\nopenjd_status: {text}", file=self._openjd, flush=True)
+            if self._deadline is not None:
+                print(DeadlineProgress.line.format(percent=percent), file=self._deadline, flush=True)
 
     def close(self) -> None:
         """Leaves the bar as it is and gives the line back."""

@@ -27,11 +27,14 @@ from pavdm_dist.io.metadata import versions
 from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import atomic_write
 from pavdm_dist.merging import to_dict
+from pavdm_dist.redaction import hide_secrets
 
 logger = logging.getLogger(__name__)
 
 # Between two looks at everything while nothing happens.
 TICK_S = 0.5
+# The report of a farm that was told to end before it knew what there is to do.
+_NOTHING = {"shots": None, "done": 0, "done_before": None, "failed": None, "cancelled": 0, "left": None, "frames": 0}
 
 
 def run_command(
@@ -48,11 +51,12 @@ def run_command(
         manifest: of the shots; None = all that the folder's earlier runs were given.
         out: the folder (:mod:`~pavdm_dist.farm.tree`), local or remote.
         progress: makes what tells how far it is, of frames per second.
-        only: ids, of the folder's shots; None = all.
+        only: ids of failed shots of the folder, which are tried again; None = all that have not failed.
 
     Returns:
         How many shots are done, were done before, were cancelled, and are left (by SIGTERM, or the marker ``drain``);
-        frames, seconds, frames per second, and the share of renderers' time that was lost between shots.
+        frames, seconds, frames per second, and the share of renderers' time that was lost between shots. What was not
+        known yet when SIGTERM came is None.
 
     Raises:
         FailedVideosError: some shots failed, now or in an earlier run; the others are complete, or left.
@@ -60,32 +64,33 @@ def run_command(
         EngineError: no renderer comes up; what is finished stays.
         Stopped: a signal other than SIGTERM; all is saved.
     """
-    tree = Tree(out)
-    if config.farm.plan:
-        asked = tree.shots() if manifest is None else (shot for _, shot in read_shots(manifest))
-        config = sized(config, sum(1 for _ in asked))
-    kinds = Kinds(config)
-    kinds.check_engine()
-    intake = Intake(manifest, tree, kinds, only)
-    found = intake.first()
-    tree.write_settings({"settings": to_dict(config), "manifest": manifest, "versions": versions()})
-    say = "%d shots: %d to render, %d complete, %d failed before"
-    logger.info(say, len(found.left) + found.done + found.failed, len(found.left), found.done, found.failed)
-    bar = progress(kinds.base.params.fps)
-    started, told = time.monotonic(), None
-    with _logged(tree) as log:
-        pool = Pool(kinds, tree, log=log)
-        farm = _Farm(pool, kinds, intake, bar, config.farm.poll_s)
-        try:
-            farm.take_in(found)
-            told = _until_over(farm, pool)
-        except Stopped as stop:  # before anything was begun
-            told = stop
-        finally:
-            pool.close()
-            bar.close()
-    write_failed(tree)
-    report = farm.report(time.monotonic() - started)
+    tree, told = Tree(out), None
+    farm: _Farm | None = None
+    try:
+        if config.farm.plan:
+            asked = tree.shots() if manifest is None else (shot for _, shot in read_shots(manifest))
+            config = sized(config, sum(1 for _ in asked))
+        kinds = Kinds(config)
+        kinds.check_engine()
+        intake = Intake(manifest, tree, kinds, only)
+        found = intake.first()
+        named = None if manifest is None else hide_secrets(manifest)
+        tree.write_settings({"settings": to_dict(config), "manifest": named, "versions": versions()})
+        say = "%d shots: %d to render, %d complete, %d failed before"
+        logger.info(say, len(found.left) + found.done + found.failed, len(found.left), found.done, found.failed)
+        with _logged(tree) as log:
+            bar = progress(kinds.base.params.fps)
+            farm = _Farm(Pool(kinds, tree, log=log), kinds, intake, bar, config.farm.poll_s)
+            told = _rendered(farm, found)
+        write_failed(tree)
+    except Stopped as stop:  # before anything was begun, or when all was over
+        told = told or stop
+    if farm is None:
+        assert told is not None
+        if told.number != signal.SIGTERM:
+            raise told
+        return dict(_NOTHING)
+    report = farm.report()
     if told is not None and told.number != signal.SIGTERM:
         raise Stopped(told.number, f"{report['left']} shots are left, the same command goes on") from told
     if told is None and farm.failed:
@@ -95,6 +100,18 @@ def run_command(
             farm.failed,
         )
     return report
+
+
+def _rendered(farm: _Farm, found: Found) -> Stopped | None:
+    """Renders shots, and what comes to them; the signal that ended it earlier, if one did."""
+    try:
+        farm.take_in(found)
+        return _until_over(farm, farm.pool)
+    except Stopped as stop:  # before anything was begun
+        return stop
+    finally:
+        farm.pool.close()
+        farm.bar.close()
 
 
 def _until_over(farm: _Farm, pool: Pool) -> Stopped | None:
@@ -123,30 +140,32 @@ class _Farm:
     """What one command counts."""
 
     def __init__(self, pool: Pool, kinds: Kinds, intake: Intake, bar: FarmProgress, poll_s: float) -> None:
-        self._pool, self._kinds, self._intake, self._bar, self._poll_s = pool, kinds, intake, bar, poll_s
-        self._looked = time.monotonic()
+        self.pool, self.bar = pool, bar
+        self._kinds, self._intake, self._poll_s = kinds, intake, poll_s
+        self._started = self._looked = time.monotonic()
         self.asked = self.done_before = self.failed_before = self._given = 0
 
     @property
     def failed(self) -> int:
-        return self.failed_before + self._pool.ends["failed"]
+        return self.failed_before + self.pool.ends["failed"]
 
     def take_in(self, found: Found) -> None:
-        if found.left:
-            self._kinds.prepare_texts(found.left)
-            self._pool.open()
-        self._pool.submit(found.left)
         self._given += len(found.left)
         self.asked += len(found.left) + found.done + found.failed
         self.done_before += found.done
         self.failed_before += found.failed
-        self._bar.before += found.frames_done
-        self._bar.total += found.frames_done + found.frames_left
+        self.bar.before += found.frames_done
+        self.bar.total += found.frames_done + found.frames_left
+        if found.left:
+            self._kinds.prepare_texts(found.left)
+            self.pool.open()
+        self._intake.forget_failures(found.left)  # the last moment at which anything could have been wrong
+        self.pool.submit(found.left)
 
     def look(self) -> bool:
         """Takes new lines in, every so often, and whenever all is done; whether there were some."""
         now = time.monotonic()
-        if now - self._looked < self._poll_s and not self._pool.is_over:
+        if now - self._looked < self._poll_s and not self.pool.is_over:
             return False
         self._looked = now
         found = self._intake.more()
@@ -157,14 +176,15 @@ class _Farm:
         return bool(found.left)
 
     def show(self) -> None:
-        figures, ends = self._pool.figures, self._pool.ends
+        figures, ends = self.pool.figures, self.pool.ends
         words = [f"{self.done_before + ends['done']}/{self.asked} shots", f"{figures['running']:.0f} running"]
         words += [f"{self.failed} failed"] if self.failed else []
         words += [f"{ends['cancelled']} cancelled"] if ends["cancelled"] else []
-        self._bar.show(self._pool.frames, ", ".join(words))
+        self.bar.show(self.pool.frames, ", ".join(words))
 
-    def report(self, seconds: float) -> dict[str, Any]:
-        figures, ends = self._pool.figures, self._pool.ends
+    def report(self) -> dict[str, Any]:
+        seconds = time.monotonic() - self._started
+        figures, ends = self.pool.figures, self.pool.ends
         return {
             "shots": self.asked,
             "done": ends["done"],
@@ -172,9 +192,9 @@ class _Farm:
             "failed": self.failed,
             "cancelled": ends["cancelled"],
             "left": self._given - ends["done"] - ends["failed"] - ends["cancelled"],
-            "frames": self._pool.frames,
+            "frames": self.pool.frames,
             "seconds": round(seconds, 3),
-            "frames_per_second": round(self._pool.frames / seconds, 3) if seconds else 0.0,
+            "frames_per_second": round(self.pool.frames / seconds, 3) if seconds else 0.0,
             "idle_share": round(figures["idle_s"] / figures["rendering_s"], 4) if figures["rendering_s"] else 0.0,
         }
 
@@ -182,28 +202,36 @@ class _Farm:
 @contextmanager
 def _logged(tree: Tree) -> Iterator[ShotLog]:
     """Log lines of shots, in memory; and all as JSON beside the shots, where these are on a local disk."""
-    package, path = logging.getLogger("pavdm_dist"), None
+    package, file = logging.getLogger("pavdm_dist"), None
     if not is_remote(tree.root):
         folder = tree.path("logs")
-        os.makedirs(folder, exist_ok=True)
-        path = f"{folder}/{platform.node()}-{os.getpid()}.jsonl"
-    file = open(path, "a", encoding="utf-8") if path is not None else None  # noqa: SIM115
+        try:
+            os.makedirs(folder, exist_ok=True)
+            path = f"{folder}/{platform.node()}-{os.getpid()}.jsonl"
+            # A name of a file may hold what UTF-8 cannot; its escape is one of JSON's, too.
+            file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        except OSError as error:
+            logger.warning("no log is written beside the shots: %s", error)
     log = ShotLog(file)
     package.addHandler(log)
     try:
         yield log
     finally:
         package.removeHandler(log)
-        if file is not None:
-            file.close()
+        log.close()
 
 
 def write_failed(tree: Tree) -> int:
     """Writes ``failed.jsonl``, a manifest of the failed shots; how many."""
-    lines = []
-    for id, names in sorted(tree.scan().items()):
-        if "failed.json" in names and "video.json" not in names:
-            lines.append(json.dumps(tree.failure(id).shot, ensure_ascii=False))
+    found = {
+        id: tree.failure(id).shot
+        for id, names in sorted(tree.scan().items())
+        if "failed.json" in names and "video.json" not in names
+    }
+    damaged = {id for id, line in found.items() if line.get("id") != id}
+    if damaged:  # what was asked for is kept elsewhere, too
+        found |= {shot.id: json.loads(shot.to_line()) for shot in tree.shots() if shot.id in damaged}
+    lines = [json.dumps(line, ensure_ascii=False) for id, line in found.items() if line.get("id") == id]
     with atomic_write(tree.path("failed.jsonl"), "w") as file:
         file.writelines(f"{line}\n" for line in lines)
     return len(lines)

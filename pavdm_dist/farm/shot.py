@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.fields import Within, made, show
+from pavdm_dist.fields import Within, is_writable, made, show
 
 # What an id may be: it names a folder, in every store and on every system.
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -75,6 +75,8 @@ def make_shot(values: Mapping[str, Any], where: str) -> Shot:
     """
     shot = made(Shot, values, where)
     check_id(shot.id, where)
+    if not is_writable(json.dumps(shot.overrides, ensure_ascii=False)):
+        raise ConfigError(f"{where}: overrides={show(shot.overrides)}: is not text that a file can hold")
     if not shot.prompt.strip() and not {"timed_prompts"} & set(shot.overrides):
         raise ConfigError(f"{where}: prompt={show(shot.prompt)!r}: must be text")
     if shot.num_frames is not None and shot.seconds is not None:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -94,7 +95,8 @@ def status_report(out: str, now: float | None = None) -> dict[str, Any]:
         counts[standing] += 1
         playable += one.seconds
         if one.sidecar is not None:
-            finished.append((datetime.fromisoformat(one.sidecar["created"]).timestamp(), one.seconds))
+            with suppress(ValueError):  # of a video that was brought here: it says nothing of how fast it goes
+                finished.append((datetime.fromisoformat(str(one.sidecar.get("created"))).timestamp(), one.seconds))
         elif standing in ("queued", "running", "begun"):
             wanted = _seconds(kinds, one.shot)
             left = None if wanted is None or left is None else left + max(0.0, wanted - one.seconds)
@@ -117,15 +119,12 @@ def status_report(out: str, now: float | None = None) -> dict[str, Any]:
     }
 
 
-def forget_failures(out: str, ids: Collection[str]) -> list[str]:
-    """Lets failed shots be begun again.
+def failed_shots(out: str, ids: Collection[str]) -> list[str]:
+    """Ids of failed shots that are to be tried again. Changes nothing.
 
     Args:
         out: the folder.
         ids: which; empty = all.
-
-    Returns:
-        Their ids.
 
     Raises:
         ConfigError: one that has not failed, or none has.
@@ -137,10 +136,7 @@ def forget_failures(out: str, ids: Collection[str]) -> list[str]:
             raise ConfigError(f"id={id}: has not failed in {out}; `pavdm farm status {out}` lists those that have")
     if not failed:
         raise ConfigError(f"{out}: no shot has failed")
-    again = [id for id in failed if not ids or id in ids]
-    for id in again:
-        tree.forget_failure(id)
-    return again
+    return [id for id in failed if not ids or id in ids]
 
 
 def _kinds(config: FarmConfig) -> Kinds | None:

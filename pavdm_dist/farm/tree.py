@@ -61,7 +61,7 @@ class Failure:
         error: in one sentence.
         kind: ``input`` (what was asked for), ``video`` (what was computed), ``lost`` (too many renderers were),
             ``stalled`` or ``storage``.
-        attempts: how often it was begun by the farm that gave it up.
+        attempts: how often the farm that gave it up began it without getting further.
         by: the process.
         at: seconds since 1970.
         log: the last lines that were logged of it.
@@ -244,12 +244,15 @@ class Tree:
             return None
 
     def sidecar(self, id: str) -> dict[str, Any] | None:
-        """Of a complete shot; None where there is none, or none of this program's."""
+        """Of a complete shot; None where there is none, or none of this program's, with length, rate and size."""
         try:
             found = read_sidecar(self.output(id))
         except (MediaError, OSError):
             return None
-        return found if isinstance(found, dict) and "pavdm_dist" in (found.get("versions") or {}) else None
+        if not isinstance(found, dict) or "pavdm_dist" not in (found.get("versions") or {}):
+            return None
+        facts: list[Any] = [found.get(name) for name in ("num_frames", "fps", "width", "height")]
+        return found if all(type(fact) in (int, float) and fact > 0 for fact in facts) else None
 
     def seconds_rendered(self, id: str) -> float:
         """Seconds of an unfinished shot's video that are closed and playable."""

@@ -76,13 +76,13 @@ def farm_report(arguments: argparse.Namespace) -> dict[str, Any]:
         return write_report(arguments.out)
     if arguments.action == "retry":
         from pavdm_dist.farm.settings import validate_farm
-        from pavdm_dist.farm.status import forget_failures, settings_of_run
+        from pavdm_dist.farm.status import failed_shots, settings_of_run
         from pavdm_dist.farm.tree import Tree
 
         ids = [word for word in arguments.words if not is_override(word)]
         config = settings_of_run(Tree(arguments.out), [word for word in arguments.words if is_override(word)])
         validate_farm(config)
-        return _run(config, None, arguments, forget_failures(arguments.out, ids))
+        return _run(config, None, arguments, failed_shots(arguments.out, ids))
     manifest, config = run_settings(arguments)
     if arguments.dry_run:
         from pavdm_dist.farm.forecast import dry_run
@@ -138,6 +138,8 @@ def _run(
     from pavdm_dist.farm.progress import FarmProgress
     from pavdm_dist.farm.run import run_command
 
-    progress = partial(FarmProgress, openjd=sys.stdout if arguments.openjd else None)
+    # The setting is that of every command, whose lines go where its log does; the option has its own place.
+    openjd = sys.stdout if arguments.openjd else sys.stderr if config.progress == "openjd" else None
+    progress = partial(FarmProgress, openjd=openjd, deadline=sys.stderr if config.progress == "deadline" else None)
     with redirect_stdout(sys.stderr):  # where Ray tells of dead workers
         return run_command(config, manifest, arguments.out, progress, only)
