@@ -25,8 +25,9 @@ from pavdm_dist.train.average import Average, whole_tensors
 from pavdm_dist.train.batches import Batches
 from pavdm_dist.train.checks import check_settings, memory_advice
 from pavdm_dist.train.export import Parts, export_model
+from pavdm_dist.train.identity import identity_of
 from pavdm_dist.train.metrics import Interval, peak_tflops
-from pavdm_dist.train.model import described, shape_of
+from pavdm_dist.train.model import shape_of
 from pavdm_dist.train.processes import World, join_world
 from pavdm_dist.train.profiling import Profiler
 from pavdm_dist.train.records import Records
@@ -75,7 +76,8 @@ class Trainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.layout = saves.SaveLayout(config.zero.stage, self.world.size)
         folder = self.run_dir / CHECKPOINTS
-        found = saves.find(folder, self._identity(), self.layout, config.resume, self.world, _identity(TrainConfig()))
+        self.identity = identity_of(config, batches)
+        found = saves.find(folder, self.identity, self.layout, config.resume, self.world)
         shortest = min(kind.latent_chunk_size for _, kind in config.objective.kinds())
         heads = shape_of(config, batches.channels).spec.num_heads
         seconds = config.launch.timeout_seconds
@@ -213,7 +215,7 @@ class Trainer:
         if faults := self.world.faults(self.guard()):
             raise EngineError(f"{faults[0]}; nothing more is written there")
         folder, keep = self.run_dir / CHECKPOINTS, (config.keep_last, config.keep_every_steps)
-        saving.save(self.engine, self.average, folder, self.step, self._identity(), self.layout, self.world, *keep)
+        saving.save(self.engine, self.average, folder, self.step, self.identity, self.layout, self.world, *keep)
         self.saved = self.step
 
     def whole_weights(self, averaged: bool = True, frozen: bool = True) -> dict[str, Tensor]:
@@ -291,25 +293,3 @@ class Trainer:
             return (self.step + 1) / o.warmup_steps
         share = (self.step - o.warmup_steps) / max(o.total_steps - o.warmup_steps, 1)
         return o.final_ratio + (1 - o.final_ratio) * 0.5 * (1 + math.cos(math.pi * min(share, 1)))
-
-    def _identity(self) -> dict[str, Any]:
-        """What a run must not change on the way: the data and its order, the model and the objective."""
-        return {**self.batches.identity, **_identity(self.config)}
-
-
-def _identity(config: TrainConfig) -> dict[str, Any]:
-    """The part of the settings. No paths: folders may move, and are written differently by launchers."""
-    settings = to_dict(config)
-    model = settings["model"]
-    if config.model.pretrained is not None:
-        model = {name: value for name, value in model.items() if name == "lora"}
-        model |= {"from": described(config)}
-    else:
-        del model["pretrained"]
-    return {
-        "run": {"seed": config.seed},
-        "data": {name: settings["data"][name] for name in ("pixels", "batch_size", "batch_sizes")},
-        "model": model,
-        "objective": settings["objective"],
-        "optimizer": {"name": config.optimizer.name},
-    }
