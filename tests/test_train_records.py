@@ -134,13 +134,37 @@ def test_wandb_gets_numbers_by_name(tmp_path: Path, clips: LatentClips, monkeypa
 
     fake.init = lambda **given: told.append(given) or Run()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    words = [*TINY, "trackers=[wandb]", "optimizer.total_steps=2", f"run_dir={tmp_path}"]
-    trainer = start(load_config(TrainConfig, None, words), clips)
-    trainer.run(time.monotonic() + 100)
-    began, first, second, last = told
+    for total in (2, 3):
+        words = [*TINY, "trackers=[wandb]", f"optimizer.total_steps={total}", f"run_dir={tmp_path}"]
+        start(load_config(TrainConfig, None, words), clips).run(time.monotonic() + 100)
+    began, first, second, last, again, third, end = told
     assert began["dir"] == str(tmp_path) and began["config"]["optimizer"]["total_steps"] == 2
-    assert (first[0], second[0], last) == (1, 2, "finished")
+    assert (first[0], second[0], last, third[0], end) == (1, 2, "finished", 3, "finished")
     assert first[1]["loss"] == lines(tmp_path)[0]["loss"] and all(isinstance(v, float) for v in first[1].values())
+    # A run that goes on is the same one there, although its first slice ended well.
+    assert began["id"] == again["id"] and began["resume"] == again["resume"] == "allow"
+
+
+@pytest.mark.parametrize("where", ["start", "step", "end"])
+def test_a_tracker_that_fails_does_not_end_the_run(
+    where: str, tmp_path: Path, clips: LatentClips, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(place: str) -> Any:
+        def call(*given: Any) -> None:
+            if place == where:
+                raise RuntimeError("no such server")
+
+        return call
+
+    def made(folder: Path, settings: Any) -> Any:
+        failing("start")()
+        return failing("step"), failing("end")
+
+    monkeypatch.setattr("pavdm_dist.train.records._tensorboard", made)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    words = [*TINY, "trackers=[tensorboard]", "optimizer.total_steps=2", f"run_dir={tmp_path}"]
+    assert start(load_config(TrainConfig, None, words), clips).run(time.monotonic() + 100)
+    assert len(lines(tmp_path)) == 2 and "no such server" in caplog.text
 
 
 @pytest.mark.parametrize(
