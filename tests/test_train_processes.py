@@ -126,12 +126,23 @@ def test_settings_of_workers_that_are_not_asked_for_are_refused(
         (["objective.variance_scale=0.3"], "objective.variance_scale=0.3; it is of objective.pattern=linear-variance"),
         (["validation.clips=3"], "validation.clips=3; it is of data.folder"),
         (["validation.batches=3"], "validation.batches=3; it is of validation.every_steps"),
+        (
+            ["model.lora.rank=2", "model.pretrained=m", "sampling={fps: 16}"],
+            "sampling={'fps': 16}; it is kept with whole models, model.lora.rank=2 makes a LoRA",
+        ),
         (["model.lora.targets=[to_q]"], r"model.lora.targets=\['to_q'\]; it is of model.lora.rank"),
     ],
 )
 def test_settings_that_are_not_read_are_told_of(given: list[str], said: str, caplog: pytest.LogCaptureFixture) -> None:
     check_effect(settings(*given), 1)
     assert re.search(f"no effect: .*{said}", caplog.text)
+
+
+def test_clips_that_are_held_out_and_never_looked_at_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    check_effect(settings("data.folder=[set]", "validation.clips=3", "validation.every_steps=5"), 1)
+    assert "validation" not in caplog.text
+    check_effect(settings("data.folder=[set]", "validation.clips=3"), 1)
+    assert "validation.clips=3 leaves clips out of training that are never looked at" in caplog.text
 
 
 def test_what_is_read_is_not_told_of(caplog: pytest.LogCaptureFixture, shell: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What a run shows: its log, trackers, the loss on held-out clips, a profile, and what it would take."""
+"""What a run shows: its log, trackers, the loss on held-out clips, a profile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import sys
 import time
 import types
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,23 @@ import torch
 from helpers import tiny_checkpoint
 from training import TINY, start, write_clips
 from videos import numbered, write_video
-from wan_models import WAN, trainable_folder
 
-from pavdm_dist import cli
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.data.prepare import PrepareConfig, prepare_command
 from pavdm_dist.digits.cache import LatentClips
-from pavdm_dist.errors import ConfigError
+from pavdm_dist.errors import ConfigError, EngineError, MediaError
 from pavdm_dist.merging import load_config
+from pavdm_dist.train import saving, sheets
 from pavdm_dist.train.checks import check_settings
-from pavdm_dist.train.forecast import forecast
 from pavdm_dist.train.loss import BANDS
 from pavdm_dist.train.metrics import Interval, Shown, by_kind, per_level
 from pavdm_dist.train.prepared import video_data
+from pavdm_dist.train.processes import World
+from pavdm_dist.train.profiling import Profiler
+from pavdm_dist.train.sequence import SequenceGroup
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
+from pavdm_dist.train.validation import Validation
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,36 @@ def test_a_line_of_the_log_is_about_all_steps_since_the_last(tmp_path: Path, cli
         assert {name.split()[0] for name in line["kinds"]} <= {"full", "growing", "draining", "still"}
         assert line["tokens_per_second"] > 0 and line["tflops"] > 0
         assert line["share_of_peak"] == pytest.approx(line["tflops"] / 0.001)
+
+
+def test_what_is_no_step_is_no_time_of_steps(
+    tmp_path: Path, clips: LatentClips, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes a second of this clock; looking at held-out clips, sheets, saves and traces take a hundred."""
+    now, pauses = [0.0], list[str]()
+    monkeypatch.setattr("pavdm_dist.train.metrics.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+
+    def slow(seconds: float, name: str, call: Any) -> Any:
+        def called(*given: Any, **more: Any) -> Any:
+            now[0] += seconds
+            pauses.append(name)
+            return call(*given, **more)
+
+        return called
+
+    monkeypatch.setattr(Trainer, "train_step", slow(1, "step", Trainer.train_step))
+    monkeypatch.setattr(saving, "save", slow(100, "save", saving.save))
+    monkeypatch.setattr(sheets, "draw_sheet", slow(100, "sheet", lambda *given: None))
+    monkeypatch.setattr(Profiler, "_write", slow(100, "profile", lambda *given: None))
+    monkeypatch.setattr(Validation, "line", slow(100, "validation", lambda *given: {"validation": {"loss": 1.0}}))
+    words = [*TINY, "log_every_steps=2", "keep_every_steps=1", "sheet_every_seconds=1e-9", "profile_steps=[3, 1]"]
+    trainer = start(load_config(TrainConfig, None, [*words, "validation.batches=1", f"run_dir={tmp_path}"]), clips)
+    trainer.config.validation.every_steps = 3
+    trainer.validation = Validation(trainer.batches, 1, trainer.world, trainer.sequence)
+    assert trainer.run(time.monotonic() + 100)
+    assert set(pauses) == {"step", "save", "sheet", "profile", "validation"}
+    found = [line["seconds_per_step"] for line in lines(tmp_path) if "seconds_per_step" in line]
+    assert found == pytest.approx([1.0] * 4)
 
 
 def test_errors_per_level_are_pooled_by_frames() -> None:
@@ -102,13 +134,37 @@ def test_wandb_gets_numbers_by_name(tmp_path: Path, clips: LatentClips, monkeypa
 
     fake.init = lambda **given: told.append(given) or Run()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    words = [*TINY, "trackers=[wandb]", "optimizer.total_steps=2", f"run_dir={tmp_path}"]
-    trainer = start(load_config(TrainConfig, None, words), clips)
-    trainer.run(time.monotonic() + 100)
-    began, first, second, last = told
+    for total in (2, 3):
+        words = [*TINY, "trackers=[wandb]", f"optimizer.total_steps={total}", f"run_dir={tmp_path}"]
+        start(load_config(TrainConfig, None, words), clips).run(time.monotonic() + 100)
+    began, first, second, last, again, third, end = told
     assert began["dir"] == str(tmp_path) and began["config"]["optimizer"]["total_steps"] == 2
-    assert (first[0], second[0], last) == (1, 2, "finished")
+    assert (first[0], second[0], last, third[0], end) == (1, 2, "finished", 3, "finished")
     assert first[1]["loss"] == lines(tmp_path)[0]["loss"] and all(isinstance(v, float) for v in first[1].values())
+    # A run that goes on is the same one there, although its first slice ended well.
+    assert began["id"] == again["id"] and began["resume"] == again["resume"] == "allow"
+
+
+@pytest.mark.parametrize("where", ["start", "step", "end"])
+def test_a_tracker_that_fails_does_not_end_the_run(
+    where: str, tmp_path: Path, clips: LatentClips, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(place: str) -> Any:
+        def call(*given: Any) -> None:
+            if place == where:
+                raise RuntimeError("no such server")
+
+        return call
+
+    def made(folder: Path, settings: Any) -> Any:
+        failing("start")()
+        return failing("step"), failing("end")
+
+    monkeypatch.setattr("pavdm_dist.train.records._tensorboard", made)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    words = [*TINY, "trackers=[tensorboard]", "optimizer.total_steps=2", f"run_dir={tmp_path}"]
+    assert start(load_config(TrainConfig, None, words), clips).run(time.monotonic() + 100)
+    assert len(lines(tmp_path)) == 2 and "no such server" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -136,6 +192,27 @@ def test_a_profile_is_of_the_steps_that_were_asked_for(tmp_path: Path, clips: La
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert any(str(name).startswith("aten::") for name in names), sorted(map(str, names))
     assert "aten::" in trace.with_suffix(".txt").read_text()
+
+
+def test_a_slice_that_ends_in_a_profile_writes_it_and_the_next_goes_on(tmp_path: Path, clips: LatentClips) -> None:
+    words = [*TINY, "profile_steps=[2, 4]", f"run_dir={tmp_path}"]
+    for total in (4, 8):
+        config = load_config(TrainConfig, None, [*words, f"optimizer.total_steps={total}"])
+        start(config, clips).run(time.monotonic() + 100)
+    names = sorted(path.stem for path in (tmp_path / "profile").glob("*.json"))
+    assert names == ["steps-0000002-0000003-rank0", "steps-0000004-0000005-rank0"]
+    for name in names:
+        assert "aten::" in (tmp_path / "profile" / f"{name}.txt").read_text()
+
+
+def test_a_profile_that_saw_no_whole_step_is_none(tmp_path: Path) -> None:
+    profiler = Profiler(tmp_path, (2, 4), 0)
+    profiler.close()
+    profiler.before(1)
+    profiler.before(3)
+    profiler.close()
+    profiler.close()
+    assert not (tmp_path / "profile").exists()
 
 
 # --- held-out clips --------------------------------------------------------------------------------------
@@ -203,67 +280,39 @@ def test_held_out_clips_that_are_not_there_are_said(
         start(config, clips)
 
 
-# --- what it would take ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class TwoProcesses(World):
+    """This one and another, as far as they tell each other of faults."""
+
+    others: tuple[str | None, ...] = ()
+
+    def told(self, *wishes: bool) -> list[bool]:
+        return [wish or any(self.others) for wish in wishes]
+
+    def gather(self, value: object) -> list[object]:
+        return [value, *self.others]
 
 
-def test_a_dry_run_counts_what_a_trainer_holds(tmp_path: Path, clips: LatentClips) -> None:
-    folder = trainable_folder(tmp_path / "model", replace(WAN, text_len=16))
-    for stage, precision in ((0, "float32"), (1, "float32"), (3, "bfloat16")):
-        words = [*TINY, f"model.pretrained={folder}", "optimizer.name=adamw", f"zero.stage={stage}"]
-        words += [f"zero.precision={precision}", f"run_dir={tmp_path / str(stage)}", "data.batch_size=4"]
-        config = load_config(TrainConfig, None, words)
-        one, two = forecast(config, 1)["memory_gib"], forecast(config, 2)["memory_gib"]
-        sharded = {"optimizer"} if stage else set()
-        sharded |= {"weights", "gradients"} if stage == 3 else set()
-        for name in ("weights", "gradients", "optimizer"):
-            assert two[name] == pytest.approx(one[name] / (2 if name in sharded else 1))
-        trainer = start(config, clips)
-        numbers = sum(value.numel() for value in trainer.engine.module.transformer.parameters()) if stage < 3 else None
-        if numbers is not None:
-            assert one["weights"] * 2**30 == 4 * numbers and one["optimizer"] * 2**30 == 12 * numbers
-        trainer.engine.destroy()
-
-
-def test_a_dry_run_knows_what_is_kept_for_the_backward_pass(
-    tmp_path: Path, clips: LatentClips, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("mine", "other", "error", "said"),
+    [
+        (None, "MediaError: gone", EngineError, r"process 1 cannot load validation batch 0 \(MediaError: gone\)"),
+        (MediaError("clip 3 is torn"), None, MediaError, "clip 3 is torn"),
+    ],
+)
+def test_a_held_out_clip_that_cannot_be_read_ends_every_process_with_a_sentence(
+    mine: Exception | None, other: str | None, error: type[Exception], said: str, tmp_path: Path, clips: LatentClips
 ) -> None:
-    """Against what the trainer's own forward pass keeps, of the largest window."""
-    monkeypatch.setattr("pavdm_dist.train.forecast._DIGIT_CELLS", (4, 4))  # as the clips here
-    folder = trainable_folder(tmp_path / "model", replace(WAN, text_len=16))
-    shares = ["objective.full_share=1", "objective.growing_share=0", "objective.causal_share=0"]
-    words = [*TINY, *shares, f"model.pretrained={folder}", "optimizer.name=adamw"]
-    kept, told = {}, {}
-    for recompute in ("none", "every:2", "every:1"):
-        chosen = [f"zero.recompute={recompute}", f"run_dir={tmp_path / recompute}"]
-        config = load_config(TrainConfig, None, [*words, *chosen])
-        expected = forecast(config, 1)
-        trainer = start(config, clips)
-        batch = trainer.batches.batch(0, 0, 1)
-        found: dict[int, torch.UntypedStorage] = {}
+    trainer = start(load_config(TrainConfig, None, [*TINY, f"run_dir={tmp_path}"]), clips)
 
-        def count(tensor: torch.Tensor, found: dict[int, torch.UntypedStorage] = found) -> torch.Tensor:
-            base = tensor if tensor._base is None else tensor._base
-            if not isinstance(base, torch.nn.Parameter):
-                found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-            return tensor
+    class Held:
+        def batch(self, step: int, rank: int, size: int) -> Any:
+            if mine is not None:
+                raise mine
+            return trainer.batches.batch(step, rank, size)
 
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            given = (batch.text, batch.dropped, batch.info, batch.chunk_causal, batch.window)
-            trainer.engine.module(batch.x, batch.levels, *given)
-        kept[recompute] = sum(storage.nbytes() for storage in found.values())
-        told[recompute] = expected["memory_gib"]["kept for the backward pass"] * 2**30
-    one = (kept["none"] - kept["every:1"]) / 3  # while a block is computed again, its insides are there, too
-    for recompute, size in kept.items():
-        most = size if recompute == "none" else size + one
-        assert 0.7 * most < told[recompute] < 1.4 * most, recompute
-    assert kept["every:1"] < kept["every:2"] < kept["none"]
-
-
-def test_a_dry_run_is_printed_and_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["train", "--dry-run", *TINY, f"run_dir={tmp_path / 'run'}", "peak_tflops=100", "launch.processes=2"]
-    assert cli.main(words) == 0
-    assert "memory_gib" in (text := capsys.readouterr().out) and "seconds_per_step" in text
-    assert cli.main([*words, "--json", "zero.stage=1", "optimizer.name=adamw"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["processes"] == 2 and found["memory_gib"]["together"] > 0
-    assert not (tmp_path / "run").exists()
+    world = TwoProcesses(0, 2, others=(other,))
+    validation = Validation(Held(), 1, world, SequenceGroup(world, 1))  # type: ignore[arg-type]
+    with pytest.raises(error, match=said):
+        validation.line(trainer.engine)
+    assert trainer.engine.module.training, "training could go on"

@@ -25,10 +25,11 @@ from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.io.shipped import EMBEDDED
 from pavdm_dist.merging import load_config
 from pavdm_dist.train.average import Average
+from pavdm_dist.train.export import check_target
 from pavdm_dist.train.model import Text, filled
 from pavdm_dist.train.objective import Objective, WindowKind
 from pavdm_dist.train.run import train_slice
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.settings import LoraConfig, TrainConfig
 from pavdm_dist.train.trainer import Trainer
 
 
@@ -232,6 +233,50 @@ def test_a_folder_that_is_no_export_is_never_replaced(tmp_path: Path, codec: Pat
         start(settings(tmp_path), clips, codec).export(tmp_path / "link")
 
 
+def test_an_export_never_replaces_what_the_run_reads(tmp_path: Path, codec: Path, clips: LatentClips) -> None:
+    base, run_dir = tmp_path / "base", tmp_path / "run"
+    start(settings(tmp_path / "first"), clips, codec).export(base)
+    index, size = (base / "model_index.json").read_bytes(), len(list(base.rglob("*")))
+    (tmp_path / "linked").symlink_to(base)
+    for field, place, target, relation in (
+        ("model.pretrained", base, base, "is"),
+        ("model.pretrained", tmp_path / "linked", base, "is"),
+        ("model.pretrained", base, tmp_path, "holds"),
+        ("model.pretrained", base, base / "lora", "lies in"),
+        ("data.model", base, base, "is"),
+        ("codec.folder", base / "vae", base, "holds"),
+    ):
+        config = settings(tmp_path, f"{field}={place}", f"export={target}")
+        with pytest.raises(ConfigError, match=rf"export={target}: {relation} {field}={base}"):
+            train_slice(config, digit_data)
+    # Where the run's own folder holds the base, and no export is named.
+    run_dir.mkdir()
+    base.rename(run_dir / "model")
+    with pytest.raises(ConfigError, match=r"run/model: is model\.pretrained="):
+        train_slice(settings(tmp_path, f"model.pretrained={run_dir / 'model'}", "model.lora.rank=2"), digit_data)
+    assert (run_dir / "model/model_index.json").read_bytes() == index
+    assert len(list((run_dir / "model").rglob("*"))) == size
+
+
+def test_an_export_replaces_its_own_kind_alone(tmp_path: Path, codec: Path, clips: LatentClips) -> None:
+    start(settings(tmp_path / "first"), clips, codec).export(tmp_path / "whole")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/pytorch_lora_weights.safetensors").touch()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    whole = settings(tmp_path)
+    low = replace(whole, model=replace(whole.model, lora=LoraConfig(rank=2)))
+    for config, name, message in (
+        (low, "whole", "holds a whole model, this run makes a LoRA"),
+        (whole, "lora", "holds a LoRA, this run makes a whole model"),
+        (whole, "foreign", "holds a model that no training run has written"),
+    ):
+        with pytest.raises(ConfigError, match=f"export={tmp_path / name}: {message}; name a new folder"):
+            check_target(config, tmp_path / name)
+    check_target(whole, tmp_path / "whole")
+    check_target(low, tmp_path / "lora")
+
+
 def test_an_export_removes_nothing_but_its_own(tmp_path: Path, codec: Path, clips: LatentClips) -> None:
     trainer, run_dir = start(settings(tmp_path), clips, codec), tmp_path / "run"
     trainer.export(run_dir / "model")
@@ -290,7 +335,7 @@ PROBE = """
 import sys
 from training import start
 from pavdm_dist.merging import load_config
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.settings import LoraConfig, TrainConfig
 from pavdm_dist.digits.cache import LatentClips
 start(load_config(TrainConfig, None, sys.argv[2:]), LatentClips(sys.argv[1])).train_step()
 print("ray" in sys.modules)

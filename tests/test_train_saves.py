@@ -232,7 +232,7 @@ def test_what_was_passed_over_does_not_push_out_what_is_whole(tmp_path: Path, cl
     trainer = one(tmp_path, clips, "keep_last=2")
     assert trainer.step == 2
     saving.save(
-        trainer.engine, trainer.average, tmp_path / "checkpoints", 2, trainer._identity(), trainer.layout,
+        trainer.engine, trainer.average, tmp_path / "checkpoints", 2, trainer.identity, trainer.layout,
         trainer.world, 2,
     )  # fmt: skip
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step*")) == ["step0000002"]

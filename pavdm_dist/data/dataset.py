@@ -73,6 +73,10 @@ class CachedClips:
         self.identity = _identity(self._folder, index)
         self._shard_clips: int = index["shard_clips"]
 
+    def videos(self, bucket: int) -> list[str]:
+        """The video of every clip of a bucket."""
+        return ClipList(clips_file(self._folder, bucket)).videos()
+
     def load(self, bucket: int, indices: Sequence[int]) -> Clips:
         """Reads clips by number, in the order asked for; only their part of a shard is read.
 
@@ -129,6 +133,10 @@ class PixelClips:
         self._root: str = index["root"] if root is None else str(root)
         self.identity = _identity(Path(folder), index)
         self._clips = [ClipList(clips_file(Path(folder), number)) for number in range(len(self.buckets))]
+
+    def videos(self, bucket: int) -> list[str]:
+        """The video of every clip of a bucket."""
+        return self._clips[bucket].videos()
 
     def load(self, bucket: int, indices: Sequence[int]) -> Clips:
         """Reads and encodes clips by number, in the order asked for.

@@ -52,6 +52,10 @@ class SeveralClips:
             identities[0] if len(sets) == 1 else hashlib.sha256(" ".join(identities).encode()).hexdigest()[:16]
         )
 
+    def videos(self, bucket: int) -> list[tuple[str, str]]:
+        """Of every clip of a bucket: which set's, and which video there."""
+        return [(one.identity, name) for one, own, _ in self._parts[bucket] for name in one.videos(own)]
+
     def load(self, bucket: int, indices: Sequence[int]) -> Clips:
         """As the sets' own ``load``: clips by number, in the order asked for."""
         if not 0 <= bucket < len(self.counts) or not indices or not all(0 <= n < self.counts[bucket] for n in indices):
@@ -68,23 +72,23 @@ class SeveralClips:
 
 
 class SomeClips:
-    """Consecutive clips of every bucket of a set.
+    """Some clips of every bucket of a set.
 
     Args:
         clips: the set.
-        ranges: of each bucket, the first clip's number and how many.
+        numbers: of each bucket, the numbers of its clips.
 
     Attributes:
         buckets, counts, identity: as of the set.
     """
 
-    def __init__(self, clips: SeveralClips, ranges: Sequence[tuple[int, int]]) -> None:
-        self._clips, self._firsts = clips, [first for first, _ in ranges]
-        self.buckets, self.counts, self.identity = clips.buckets, [count for _, count in ranges], clips.identity
+    def __init__(self, clips: SeveralClips, numbers: Sequence[Sequence[int]]) -> None:
+        self._clips, self._numbers = clips, numbers
+        self.buckets, self.counts, self.identity = clips.buckets, [len(some) for some in numbers], clips.identity
 
     def load(self, bucket: int, indices: Sequence[int]) -> Clips:
         """As the set's own ``load``."""
-        return self._clips.load(bucket, [self._firsts[bucket] + number for number in indices])
+        return self._clips.load(bucket, [self._numbers[bucket][number] for number in indices])
 
 
 def _joined(parts: Sequence[tuple[Clips, Sequence[int]]], size: int) -> Clips:

@@ -81,6 +81,11 @@ class ClipList:
     def __len__(self) -> int:
         return len(self._starts)
 
+    def videos(self) -> list[str]:
+        """The video of every clip."""
+        with open(self._path, "rb") as file:
+            return [json.loads(line)["video"] for line in file]
+
     def read(self, numbers: Sequence[int]) -> list[ClipRef]:
         """Clips by number, in the order asked for."""
         found = []

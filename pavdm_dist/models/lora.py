@@ -6,6 +6,7 @@ converters read those). What a stage does not load is not changed, so that any c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -23,7 +24,9 @@ PEFT_CONFIG = "adapter_config.json"
 # Where diffusers keeps a file's settings, in the file's own header.
 METADATA = "lora_adapter_metadata"
 _PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.")
-_TRAINERS = ("self_attn", "cross_attn")
+# How the programs that Wan models are trained with name a block's attentions. STDiT3 has a cross_attn of its own, in
+# blocks of other names.
+_TRAINERS = re.compile(r"blocks\.\d+\.(self_attn|cross_attn)\.")
 
 _Rank = Annotated[int, Within(1, 65_536)]
 _Alpha = Annotated[float, Within(0, 1e6)]
@@ -151,7 +154,7 @@ def _settings(source: Source, header: Mapping[str, str]) -> _Settings:
 def _own_names(source: Source, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """As ``MODULE.lora_A.weight`` and so on; strengths that files hold as tensors are multiplied in."""
     plain = {_without(name, _PREFIXES): value for name, value in tensors.items()}
-    if any(part in name for name in plain for part in _TRAINERS) and not _has(tensors, "lora_unet_"):
+    if any(_TRAINERS.match(name) for name in plain) and not _has(tensors, "lora_unet_"):
         plain = {f"diffusion_model.{name}": value for name, value in plain.items()}
     if _has(plain, "diffusion_model.") or _has(plain, "lora_unet_"):
         from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin

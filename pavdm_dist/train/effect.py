@@ -34,6 +34,7 @@ def check_effect(config: TrainConfig, size: int) -> None:
             return
         if os.environ.get("RANK", "0").strip() == "0":
             _tell(_unused(config))
+            _tell_held_out(config)
             for name in ("processes", "ray_workers"):
                 if value := dict(_given(wanted, (name,))):
                     logger.warning(
@@ -44,6 +45,7 @@ def check_effect(config: TrainConfig, size: int) -> None:
         for name, value in _given(wanted, _OF_RAY):
             raise ConfigError(f"launch.{name}={value}: is for workers on Ray, there are none with launch.ray_workers=0")
     _tell(_unused(config))
+    _tell_held_out(config)
 
 
 def _unused(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
@@ -73,6 +75,9 @@ def _unused(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
         groups.append(("validation", config.validation, ("batches",), "it is of validation.every_steps"))
     if not m.lora.rank:
         groups.append(("model.lora", m.lora, ("alpha", "targets"), "it is of model.lora.rank"))
+    elif config.sampling:
+        why = f"it is kept with whole models, model.lora.rank={m.lora.rank} makes a LoRA"
+        groups.append(("", config, ("sampling",), why))
     if o.name != "muon":
         groups.append(("optimizer", o, ("matrix_ratio",), "it is of optimizer.name=muon"))
     if config.zero.stage == 0:
@@ -82,7 +87,17 @@ def _unused(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
         why = "it is of objective.pattern=linear-variance and linear-variance-shift"
         groups.append(("objective", config.objective, ("variance_scale",), why))
     for section, values, names, why in groups:
-        yield from ((f"{section}.{name}", value, why) for name, value in _given(values, names))
+        yield from ((f"{section}.{name}".removeprefix("."), value, why) for name, value in _given(values, names))
+
+
+def _tell_held_out(config: TrainConfig) -> None:
+    """Clips that are left out of training and never looked at: that has an effect, and hardly the one wished for."""
+    v = config.validation
+    if config.data.folder and v.clips and not v.every_steps:
+        logger.warning(
+            "validation.clips=%d leaves clips out of training that are never looked at: validation.every_steps=0",
+            v.clips,
+        )
 
 
 def _given(values: Any, names: Iterable[str]) -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,9 @@ changes of one (``pavdm sample model=BASE lora=[{model: FOLDER}]``)."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.fields import read_object
 from pavdm_dist.io.folders import check_no_link, whole_folder
+from pavdm_dist.io.shipped import shipped_models
 from pavdm_dist.io.storage import remove_staged
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.components import INDEX, copy_components
@@ -54,18 +57,55 @@ class Parts:
     world_settings: dict[str, Any] = field(default_factory=dict)
 
 
-def check_target(folder: Path) -> None:
-    """Refuses to replace what is no earlier export.
+def check_target(config: TrainConfig, folder: Path) -> None:
+    """Refuses to replace what is no earlier export of such a run, or what the run reads.
 
     Raises:
-        ConfigError: a file, a link, or a folder that holds something else.
+        ConfigError: a file, a link, a folder that holds something else, or one that is, holds or lies in a model or
+            a codec that the settings name.
     """
     check_no_link(folder, "export")
     if folder.is_file():
         raise ConfigError(f"export={folder}: is a file; name a new folder, or one that holds an exported model")
-    is_export = any((folder / name).exists() for name in (INDEX, FILES[0]))
-    if folder.is_dir() and any(folder.iterdir()) and not is_export:
-        raise ConfigError(f"export={folder}: holds {next(folder.iterdir()).name} and no model; name a new folder")
+    target = Path(os.path.realpath(folder))
+    for field_name, place in _read_places(config):
+        relation = _relation(target, place)
+        if relation:
+            raise ConfigError(f"export={folder}: {relation} {field_name}={place}, which this run reads; name another")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    is_model, is_lora = (folder / INDEX).exists(), (folder / FILES[0]).exists()
+    found = next(folder.iterdir()).name
+    if not is_model and not is_lora:
+        raise ConfigError(f"export={folder}: holds {found} and no model; name a new folder")
+    if config.model.lora.rank and is_model:
+        raise ConfigError(f"export={folder}: holds a whole model, this run makes a LoRA; name a new folder")
+    if not config.model.lora.rank and not is_model:
+        raise ConfigError(f"export={folder}: holds a LoRA, this run makes a whole model; name a new folder")
+    if is_model and "training" not in read_object(folder / INDEX, ConfigError):
+        raise ConfigError(f"export={folder}: holds a model that no training run has written; name a new folder")
+
+
+def _read_places(config: TrainConfig) -> Iterator[tuple[str, Path]]:
+    """Folders on this machine that a run reads, by setting, links followed."""
+    named = [
+        ("model.pretrained", config.model.pretrained),
+        ("data.model", config.data.model),
+        ("codec.folder", config.codec.folder),
+    ]
+    for name, place in named:
+        path = None if place is None else shipped_models().get(place, Path(os.path.expanduser(place)))
+        if path is not None and path.is_dir():
+            yield name, Path(os.path.realpath(path))
+
+
+def _relation(target: Path, place: Path) -> str:
+    """How a folder that is to be replaced touches one that is read; empty where it does not."""
+    if target == place:
+        return "is"
+    if target in place.parents:
+        return "holds"
+    return "lies in" if place in target.parents else ""
 
 
 def export_model(
@@ -85,7 +125,7 @@ def export_model(
         ConfigError: see :func:`check_target`.
         OSError: it cannot be written.
     """
-    check_target(folder)
+    check_target(config, folder)
     with whole_folder(folder) as partial:
         if config.model.lora.rank:
             backbone = {name.removeprefix("transformer."): value for name, value in weights.items()}

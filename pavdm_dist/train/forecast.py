@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,9 @@ GIB = 2**30
 
 
 def forecast(config: TrainConfig, processes: int) -> dict[str, Any]:
-    """What one process of ``processes`` holds, and what a step of the largest window computes.
+    """What one process of ``processes`` holds, and what a step computes of the batch that needs most memory.
+
+    Every bucket has its own batch size; windows are as long as its clips and the objective allow.
 
     What a block keeps for the backward pass is measured on a block of each kind with few tokens, on this CPU.
 
@@ -35,21 +37,20 @@ def forecast(config: TrainConfig, processes: int) -> dict[str, Any]:
         ConfigError, CheckpointError: as the run would.
     """
     check_settings(config, processes)
-    channels, cells, clip = _latents(config)
+    channels, batches = _batches(config)
     model = shape_of(config, channels)
-    longest = max(kind.window_latents for _, kind in config.objective.kinds())
-    frames = min(longest, clip)
-    samples = config.data.batch_size // (processes // config.sequence_parallel) // config.optimizer.accumulation
-    own_frames = -(-frames // config.sequence_parallel)
-    kept, again = _activations(model, config, cells, own_frames, samples)
+    per_token = _bytes_per_token(model, torch.float32 if config.zero.precision == "float32" else torch.bfloat16)
+    looks = [_activations(model, config, batch.own(config, processes), per_token) for batch in batches]
+    (kept, again), largest = max(zip(looks, batches, strict=True), key=lambda pair: pair[0][0])
+    own = largest.own(config, processes)
     state = _states(model, config, processes)
-    grid = model.grid(own_frames, *cells)
-    costs = model.costs(grid, model.spec.text_len, frames)
+    costs = model.costs(model.grid(own.frames, *own.cells), model.spec.text_len, largest.frames)
     passes = 2 if config.model.lora.rank else 3
-    flop = samples * config.optimizer.accumulation * costs.stage(0, len(costs.blocks)) * passes
+    flop = own.samples * config.optimizer.accumulation * costs.stage(0, len(costs.blocks)) * passes
+    height, width = own.cells
     found: dict[str, Any] = {
         "processes": processes,
-        "window": f"{frames} latents of {cells[0]}x{cells[1]} cells, {samples} at a time in a process",
+        "window": f"{largest.frames} latents of {height}x{width} cells, {own.samples} at a time in a process",
         "memory_gib": {**{name: size / GIB for name, size in state.items()}, "kept for the backward pass": kept / GIB},
         "tflop_per_step": flop / 1e12,
         "recomputed_share": again,
@@ -61,17 +62,44 @@ def forecast(config: TrainConfig, processes: int) -> dict[str, Any]:
     return found
 
 
-def _latents(config: TrainConfig) -> tuple[int, tuple[int, int], int]:
-    """Channels, cells of a frame, and the latents of the longest clip."""
+@dataclass(frozen=True)
+class _Batch:
+    """One kind of batch: latent frames of its longest window, cells of a frame, and samples."""
+
+    frames: int
+    cells: tuple[int, int]
+    samples: int
+
+    def own(self, config: TrainConfig, processes: int) -> _Batch:
+        """What one process works off at a time."""
+        group = config.sequence_parallel if self.frames > 1 else 1  # single frames cannot be cut
+        samples = self.samples // (processes // group) // config.optimizer.accumulation
+        return replace(self, frames=-(-self.frames // group), samples=samples)
+
+
+def _batches(config: TrainConfig) -> tuple[int, list[_Batch]]:
+    """Channels of the latents, and every kind of batch: of the buckets that hold clips, or of digits."""
     d, m = config.data, config.model
+    longest = max(kind.window_latents for _, kind in config.objective.kinds())
     if not d.folder:
+        batches = [_Batch(min(longest, d.num_latents), _DIGIT_CELLS, d.batch_size)]
+        if d.still_steps or d.still_share:
+            batches.append(_Batch(1, _DIGIT_CELLS, d.still_batch_size))
         if m.pretrained is None:
-            return config.codec.z_dim, _DIGIT_CELLS, d.num_latents
-        return Checkpoint.open(m.pretrained).codec_spec.latent_channels, _DIGIT_CELLS, d.num_latents
+            return config.codec.z_dim, batches
+        return Checkpoint.open(m.pretrained).codec_spec.latent_channels, batches
     spec = Checkpoint.open(d.model or m.pretrained or "embedded").codec_spec
-    buckets = [Bucket.parse(entry["bucket"]) for folder in d.folder for entry in read_index(folder)["buckets"]]
-    largest = max(buckets, key=lambda bucket: bucket.height * bucket.width * bucket.num_latents)
-    return spec.latent_channels, spec.latent_size(largest.height, largest.width), largest.num_latents
+    entries = [entry for folder in d.folder for entry in read_index(folder)["buckets"]]
+    # As training does: a bucket without clips gives no batch.
+    found = [Bucket.parse(entry["bucket"]) for entry in entries if entry["clips"]]
+    return spec.latent_channels, [
+        _Batch(
+            min(longest, bucket.num_latents),
+            spec.latent_size(bucket.height, bucket.width),
+            d.batch_sizes.get(str(bucket), d.batch_size),
+        )
+        for bucket in found
+    ]
 
 
 def _states(model: Backbone, config: TrainConfig, processes: int) -> dict[str, float]:
@@ -80,7 +108,7 @@ def _states(model: Backbone, config: TrainConfig, processes: int) -> dict[str, f
     every = sum(value.numel() for value in model.state_dict().values())
     trained = _trained(model, config)
     number = 2 if z.precision == "bfloat16" else 4
-    masters = 4 if z.precision == "bfloat16" else 0
+    masters = 4 if z.stage else 0  # a copy of its own under every precision
     shards = {"weights": z.stage == 3, "gradients": z.stage >= 2, "optimizer": z.stage >= 1}
     held = {
         "weights": number * every,
@@ -104,15 +132,13 @@ def _trained(model: Backbone, config: TrainConfig) -> int:
     return sum(value.numel() for value in model.parameters())
 
 
-def _activations(
-    model: Backbone, config: TrainConfig, cells: tuple[int, int], frames: int, samples: int
-) -> tuple[float, float]:
+def _activations(model: Backbone, config: TrainConfig, own: _Batch, per_token: dict[str, float]) -> tuple[float, float]:
     """Bytes that blocks keep at once, and the share of blocks that are computed again."""
     kinds, chosen = model.spec.block_kinds, Recompute.parse(config.zero.recompute)
     dtype = torch.float32 if config.zero.precision == "float32" else torch.bfloat16
-    tokens = samples * frames * model.grid(1, *cells).tokens_per_frame
+    tokens = own.samples * own.frames * model.grid(1, *own.cells).tokens_per_frame
     hidden = tokens * model.spec.hidden_size * dtype.itemsize
-    sizes = {kind: size * tokens for kind, size in _bytes_per_token(model, dtype).items()}
+    sizes = {kind: size * tokens for kind, size in per_token.items()}
     if chosen.budget is not None:
         kept, left = 0, chosen.budget
         for kind in reversed(kinds):

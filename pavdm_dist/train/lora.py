@@ -1,6 +1,6 @@
 """Low-rank changes of a model's linear maps, trained while the weights themselves stay as they are (LoRA).
 
-A changed map keeps its name and its weight; beside it lie ``lora_A`` and ``lora_B``, under the names that diffusers and
+A changed map keeps its name and its weight; in it lie ``lora_A`` and ``lora_B``, under the names that diffusers and
 peft give them. So the base is filled, sharded and checked as without them, and what is saved is read by
 :mod:`pavdm_dist.models.lora` and by diffusers.
 """
@@ -11,13 +11,13 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.lora import FILES, METADATA
@@ -28,12 +28,38 @@ _INNER = re.compile(r"(^|[._])blocks\.\d+\.")
 _PREFIX = "transformer."
 
 
+class LoraLinear(nn.Linear):
+    """A linear map with a change beside it, in the place of the map and with its very parameters.
+
+    It is a class, and no hook on the map: one compiled function serves all blocks, and torch compiles it anew for
+    another class of map, but not for another hook.
+
+    Args:
+        linear: the map.
+        rank: of the change.
+        strength: of it.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, strength: float) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.strength = linear.in_features, linear.out_features, strength
+        self.weight, self.bias = linear.weight, linear.bias
+        # Drawn as torch draws maps.
+        self.lora_A = nn.Linear(linear.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, linear.out_features, bias=False)
+        self.train(linear.training)
+
+    def forward(self, given: Tensor) -> Tensor:
+        """``[..., in_features]`` -> ``[..., out_features]``."""
+        return F.linear(given, self.weight, self.bias) + self.strength * self.lora_B(self.lora_A(given))
+
+
 def add_lora(
     model: nn.Module,
     config: LoraConfig,
     whole: Callable[[list[nn.Parameter]], AbstractContextManager[Any]] | None = None,
 ) -> None:
-    """Freezes a backbone's weights and puts changes beside its maps, which are silent at first.
+    """Freezes a backbone's weights and puts maps with changes, silent at first, in the place of its maps.
 
     Args:
         model: the backbone.
@@ -44,13 +70,13 @@ def add_lora(
         ConfigError: a target that no map has, with those there are.
     """
     model.requires_grad_(False)
-    for linear in _targets(model, config).values():
-        # Drawn as torch draws maps; the second one is zero, so that training starts at the base.
-        linear.lora_A = nn.Linear(linear.in_features, config.rank, bias=False)
-        linear.lora_B = nn.Linear(config.rank, linear.out_features, bias=False)
-        with whole([linear.lora_B.weight]) if whole else nullcontext():
-            nn.init.zeros_(linear.lora_B.weight)
-        linear.register_forward_hook(partial(_changed, _alpha(config) / config.rank))
+    for name, linear in _targets(model, config).items():
+        changed = LoraLinear(linear, config.rank, _alpha(config) / config.rank)
+        # Zero, so that training starts at the base.
+        with whole([*changed.lora_B.parameters()]) if whole else nullcontext():
+            nn.init.zeros_(changed.lora_B.weight)
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, changed)
 
 
 def save_lora(weights: Mapping[str, Tensor], config: LoraConfig, folder: Path, dtype: torch.dtype, steps: int) -> None:
@@ -72,20 +98,16 @@ def save_lora(weights: Mapping[str, Tensor], config: LoraConfig, folder: Path, d
     save_file(tensors, folder / FILES[0], header)
 
 
-def _changed(strength: float, linear: Any, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
-    return out + strength * linear.lora_B(linear.lora_A(given[0]))
-
-
 def _alpha(config: LoraConfig) -> float:
     return float(config.rank if config.alpha is None else config.alpha)
 
 
-def _targets(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
+def _targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
     maps = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     inner = {name: module for name, module in maps.items() if _INNER.search(name)}
     if not config.targets:
         return inner
-    found: dict[str, Any] = {}
+    found: dict[str, nn.Linear] = {}
     for target in config.targets:
         named = {name: module for name, module in maps.items() if name == target or name.endswith(f".{target}")}
         if not named:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,16 @@ class Interval:
 
     def __init__(self, device: torch.device, peak: float | None = None) -> None:
         self._device, self._peak, self._steps = device, peak, list[Shown]()
-        self._began = time.monotonic()
+        self._began, self._apart = time.monotonic(), 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside, such as a save, is no time of steps."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._apart += time.monotonic() - began
 
     def add(self, shown: Shown) -> None:
         """One more step."""
@@ -74,7 +84,7 @@ class Interval:
 
     def line(self) -> dict[str, Any]:
         """What the log says of them, at least one: means over the steps, rates until now."""
-        steps, seconds = self._steps, max(time.monotonic() - self._began, 1e-9)
+        steps, seconds = self._steps, max(time.monotonic() - self._began - self._apart, 1e-9)
         last, count = steps[-1], len(steps)
         norms = [step.grad_norm for step in steps if step.grad_norm is not None]
         tflops = sum(step.flop for step in steps) / seconds / 1e12

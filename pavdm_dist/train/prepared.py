@@ -208,6 +208,7 @@ def video_data(config: TrainConfig, world: World | None = None) -> tuple[VideoBa
         batches.held_out = VideoBatches(held_out, o, replace(d, prefetch=0), *about)
     batches.identity["data_set"] |= {
         "held_out": config.validation.clips,
+        "split": _split(clips, used, config.validation.clips),
         "codec": encoder_identity(source.vae),
         "text_encoder": source.text_encoder.identity,
     }
@@ -219,15 +220,31 @@ def video_data(config: TrainConfig, world: World | None = None) -> tuple[VideoBa
 
 
 def _held_out(clips: SeveralClips, count: int) -> tuple[SeveralClips | SomeClips, SomeClips | None]:
-    """What is trained on, and the last clips of every bucket that has more than ``count``."""
+    """What is trained on, and the last clips of every bucket that has more than ``count``.
+
+    Nothing of a film that a held-out clip is of is trained on, in whichever bucket: clips of one film look alike.
+    """
     if not count:
         return clips, None
-    held = [count if clips_of > count else 0 for clips_of in clips.counts]
+    held = [range(whole - count if whole > count else whole, whole) for whole in clips.counts]
     if not any(held):
         most = max(clips.counts)
         raise ConfigError(f"validation.clips={count}: no bucket has more clips, the largest has {most}; use fewer")
-    rest = [whole - some for whole, some in zip(clips.counts, held, strict=True)]
-    return SomeClips(clips, [(0, some) for some in rest]), SomeClips(clips, list(zip(rest, held, strict=True)))
+    videos = [clips.videos(bucket) for bucket in range(len(clips.counts))]
+    films = {names[number] for names, some in zip(videos, held, strict=True) for number in some}
+    rest = [[number for number, film in enumerate(names) if film not in films] for names in videos]
+    if not any(rest):
+        raise ConfigError(
+            f"validation.clips={count}: these clips are of all {len(films)} films, and of none of these is trained on;"
+            " use fewer, or prepare more films"
+        )
+    return SomeClips(clips, rest), SomeClips(clips, held)
+
+
+def _split(clips: SeveralClips, used: SeveralClips | SomeClips, count: int) -> str:
+    """Whether more is left out than the held-out clips alone, which older runs have trained on."""
+    held = sum(count for whole in clips.counts if whole > count)
+    return "clips" if sum(used.counts) == sum(clips.counts) - held else "films"
 
 
 def _null_text(source: Checkpoint, world: World | None) -> Tensor:

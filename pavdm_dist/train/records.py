@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from pavdm_dist.errors import ConfigError
 
 # What each tracker needs.
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+# In the run's folder: which of wandb's runs it is.
+_WANDB_ID = "wandb-id"
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +49,12 @@ class Records:
     def __init__(self, folder: Path, trackers: list[str], settings: Mapping[str, Any]) -> None:
         self._file = folder / "log.jsonl"
         makers = {"tensorboard": _tensorboard, "wandb": _wandb}
-        self._tracks = [makers[name](folder, settings) for name in trackers]
+        self._tracks = dict[str, tuple[Track, Callable[[], None]]]()
+        for name in trackers:
+            try:
+                self._tracks[name] = makers[name](folder, settings)
+            except Exception as error:  # whatever a tracker raises: it is not worth a run
+                logger.warning("%s is told nothing, it cannot be started: %s", name, error)
 
     def write(self, step: int, line: Mapping[str, Any]) -> None:
         """Adds a line."""
@@ -56,13 +64,19 @@ class Records:
         except OSError as error:  # a line is not worth a run
             logger.warning("step %d is not logged: %s", step, error)
         numbers = dict(_numbers(line))
-        for track, _ in self._tracks:
-            track(step, numbers)
+        for name, (track, _) in self._tracks.items():
+            try:
+                track(step, numbers)
+            except Exception as error:
+                logger.warning("step %d is not told to %s: %s", step, name, error)
 
     def close(self) -> None:
         """Ends the trackers."""
-        for _, close in self._tracks:
-            close()
+        for name, (_, close) in self._tracks.items():
+            try:
+                close()
+            except Exception as error:
+                logger.warning("%s cannot be ended: %s", name, error)
 
 
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -92,6 +106,10 @@ def _tensorboard(folder: Path, settings: Mapping[str, Any]) -> tuple[Track, Call
 def _wandb(folder: Path, settings: Mapping[str, Any]) -> tuple[Track, Callable[[], None]]:
     import wandb
 
-    # A run that goes on writes on in the same place.
-    run = wandb.init(dir=str(folder), name=folder.name, resume="auto", config=dict(settings))
+    # A run that goes on writes on in the same place, after a slice that ended well and on another machine, too.
+    file = folder / _WANDB_ID
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex)
+    own = {"id": file.read_text().strip(), "resume": "allow"}
+    run = wandb.init(dir=str(folder), name=folder.name, config=dict(settings), **own)
     return (lambda step, numbers: run.log(dict(numbers), step=step)), run.finish

@@ -48,13 +48,13 @@ def train_slice(
             process makes it its own.
 
     Raises:
-        ConfigError: impossible settings, a run folder that was made with others (named), that another run is writing
-            or that not all processes see, or missing extras.
+        ConfigError: impossible settings, an export that would replace what it must not, a run folder that was made
+            with others (named), that another run is writing or that not all processes see, or missing extras.
         EngineError: what must be written cannot be; the last checkpoint is kept.
         KeyboardInterrupt: after Ctrl-C, saying where the weights are.
     """
     target = Path(config.export or Path(config.run_dir) / "model")
-    check_target(target)
+    check_target(config, target)
     torch.set_num_threads(config.threads)
     end = time.monotonic() + config.max_seconds
     world = join_world(config.launch.timeout_seconds)

@@ -13,12 +13,12 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.io.storage import make_durable
 from pavdm_dist.train.average import Average
+from pavdm_dist.train.identity import check_same
 from pavdm_dist.train.processes import World
 from pavdm_dist.train.zero import ZeroEngine, foreign_names, to_universal
 
@@ -61,17 +61,15 @@ def find(
     layout: SaveLayout,
     resume: str,
     world: World,
-    defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> Found | None:
     """The newest whole checkpoint that this run may go on from; every process must call it.
 
     Args:
         root: folder of checkpoints.
-        identity: settings that must equal the checkpoint's.
+        identity: what must equal the checkpoint's (:func:`~pavdm_dist.train.identity.identity_of`).
         layout: of this run.
         resume: ``auto`` starts afresh where there is none, ``must`` refuses to, ``never`` refuses to go on.
         world: all processes.
-        defaults: of the settings, for those that the checkpoint does not know yet.
 
     Returns:
         None for a fresh start.
@@ -89,7 +87,7 @@ def find(
         if manifest is None or faults:
             logger.warning("%s/%s is passed over: %s", root, tag, faults[0])
             continue
-        _compare(str(root), manifest["identity"], identity, defaults)
+        check_same(str(root), manifest["identity"], identity)
         theirs = SaveLayout(**manifest["layout"])
         if theirs.zero_stage != layout.zero_stage:
             raise ConfigError(
@@ -183,17 +181,6 @@ def _checked(folder: Path, world: World) -> tuple[dict[str, Any] | None, str | N
         if names := foreign_names(path):
             return manifest, f"{path.name} is no file of this program, it would run {names[0]}"
     return manifest, None
-
-
-def _compare(root: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """What a checkpoint does not know, since it is older than the setting, was as the default is."""
-    ours, defaults = (json.loads(json.dumps(values)) for values in (ours, defaults))
-    for part, values in ours.items():
-        for name, value in values.items():
-            known = theirs.get(part, {})
-            found = known[name] if name in known else defaults.get(part, {}).get(name, value)
-            if found != value:
-                raise ConfigError(f"{root} was trained with {part}.{name}={found}, this run has {value}")
 
 
 def fingerprint(path: Path, flush: bool = False) -> dict[str, Any]:

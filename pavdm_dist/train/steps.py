@@ -60,8 +60,13 @@ def load(batches: Batches, step: int, sequence: SequenceGroup) -> Loaded:
     return Loaded(batch, None, time.monotonic() - began)
 
 
-def refuse(loaded: Loaded, step: int, world: World) -> None:
+def refuse(loaded: Loaded, what: str, world: World) -> None:
     """Ends every process, where one cannot load its part of a batch, with a sentence.
+
+    Args:
+        loaded: of this process.
+        what: was to be loaded, such as ``step 3``.
+        world: all processes.
 
     Raises:
         EngineError: another process cannot.
@@ -72,7 +77,7 @@ def refuse(loaded: Loaded, step: int, world: World) -> None:
         reasons = world.gather(None if fault is None else f"{type(fault).__name__}: {fault}")
         first = next((rank, text) for rank, text in enumerate(reasons) if text is not None)
         if fault is None:
-            raise EngineError(f"process {first[0]} cannot load step {step} ({first[1]})")
+            raise EngineError(f"process {first[0]} cannot load {what} ({first[1]})")
     assert fault is not None
     raise fault
 

@@ -25,8 +25,9 @@ from pavdm_dist.train.average import Average, whole_tensors
 from pavdm_dist.train.batches import Batches
 from pavdm_dist.train.checks import check_settings, memory_advice
 from pavdm_dist.train.export import Parts, export_model
+from pavdm_dist.train.identity import identity_of
 from pavdm_dist.train.metrics import Interval, peak_tflops
-from pavdm_dist.train.model import described, shape_of
+from pavdm_dist.train.model import shape_of
 from pavdm_dist.train.processes import World, join_world
 from pavdm_dist.train.profiling import Profiler
 from pavdm_dist.train.records import Records
@@ -75,7 +76,8 @@ class Trainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.layout = saves.SaveLayout(config.zero.stage, self.world.size)
         folder = self.run_dir / CHECKPOINTS
-        found = saves.find(folder, self._identity(), self.layout, config.resume, self.world, _identity(TrainConfig()))
+        self.identity = identity_of(config, batches)
+        found = saves.find(folder, self.identity, self.layout, config.resume, self.world)
         shortest = min(kind.latent_chunk_size for _, kind in config.objective.kinds())
         heads = shape_of(config, batches.channels).spec.num_heads
         seconds = config.launch.timeout_seconds
@@ -85,7 +87,8 @@ class Trainer:
         self.interval = self._interval()
         self.records = Records(self.run_dir, config.trackers, to_dict(config)) if self.world.first else None
         looked_at = config.profile_steps if self.world.first and config.profile_steps else (0, 0)
-        self.profiler = Profiler(self.run_dir, (looked_at[0], looked_at[1]), self.world.rank)
+        steps = (looked_at[0], looked_at[1])
+        self.profiler = Profiler(self.run_dir, steps, self.world.rank, lambda: self.interval.paused())
         self.validation = Validation.of(config.validation, batches, self.world, self.sequence)
         home = torch.device("cpu") if config.zero.offload != "none" else None
         with self._memory_advice():
@@ -111,7 +114,7 @@ class Trainer:
                 first and every > 0 and now - drawn > every,
             )
             if failed:
-                refuse(loaded, self.step, self.world)
+                refuse(loaded, f"step {self.step}", self.world)
             if stop:
                 break
             self.profiler.before(self.step)
@@ -127,6 +130,7 @@ class Trainer:
             if sheet:
                 self.sheet()
                 drawn = time.monotonic()
+        self.profiler.close()
         self.save()
         if self.records is not None:
             self.records.close()
@@ -155,7 +159,7 @@ class Trainer:
         if loaded is None:
             loaded = self.load()
             if self.world.told(loaded.fault is not None)[0]:
-                refuse(loaded, self.step, self.world)
+                refuse(loaded, f"step {self.step}", self.world)
         pending = self._advance(loaded)
         self._settle()
         self.pending = pending
@@ -213,7 +217,9 @@ class Trainer:
         if faults := self.world.faults(self.guard()):
             raise EngineError(f"{faults[0]}; nothing more is written there")
         folder, keep = self.run_dir / CHECKPOINTS, (config.keep_last, config.keep_every_steps)
-        saving.save(self.engine, self.average, folder, self.step, self._identity(), self.layout, self.world, *keep)
+        about = (self.step, self.identity, self.layout, self.world, *keep)
+        with self.interval.paused():
+            saving.save(self.engine, self.average, folder, *about)
         self.saved = self.step
 
     def whole_weights(self, averaged: bool = True, frozen: bool = True) -> dict[str, Tensor]:
@@ -247,17 +253,18 @@ class Trainer:
         from pavdm_dist.train.sheets import draw_sheet
 
         self._settle()
-        weights = self.whole_weights()
-        if self.world.first:
-            path = self.run_dir / "sheets" / f"step{self.step:07d}.png"
-            # The others wait, and must not take this process for lost.
-            seconds = math.inf if self.world.size == 1 else 0.5 * self.config.launch.timeout_seconds
-            about = (self.config, weights, self.batches.channels, self.parts)
-            try:
-                draw_sheet(*about, path, self.world.device, seconds)
-            except Exception:  # a picture is not worth a run
-                logger.exception("no contact sheet at step %d", self.step)
-        self.world.wait()
+        with self.interval.paused():
+            weights = self.whole_weights()
+            if self.world.first:
+                path = self.run_dir / "sheets" / f"step{self.step:07d}.png"
+                # The others wait, and must not take this process for lost.
+                seconds = math.inf if self.world.size == 1 else 0.5 * self.config.launch.timeout_seconds
+                about = (self.config, weights, self.batches.channels, self.parts)
+                try:
+                    draw_sheet(*about, path, self.world.device, seconds)
+                except Exception:  # a picture is not worth a run
+                    logger.exception("no contact sheet at step %d", self.step)
+            self.world.wait()
 
     def _log(self) -> None:
         """Writes what the steps since the last line have shown; every process must call it."""
@@ -272,7 +279,7 @@ class Trainer:
         """Measures the loss on clips that are not trained on; every process must call it."""
         assert self.validation is not None
         self._settle()
-        with self._memory_advice():
+        with self.interval.paused(), self._memory_advice():
             line = self.validation.line(self.engine)
         self._write(line)
         if self.world.first:
@@ -291,25 +298,3 @@ class Trainer:
             return (self.step + 1) / o.warmup_steps
         share = (self.step - o.warmup_steps) / max(o.total_steps - o.warmup_steps, 1)
         return o.final_ratio + (1 - o.final_ratio) * 0.5 * (1 + math.cos(math.pi * min(share, 1)))
-
-    def _identity(self) -> dict[str, Any]:
-        """What a run must not change on the way: the data and its order, the model and the objective."""
-        return {**self.batches.identity, **_identity(self.config)}
-
-
-def _identity(config: TrainConfig) -> dict[str, Any]:
-    """The part of the settings. No paths: folders may move, and are written differently by launchers."""
-    settings = to_dict(config)
-    model = settings["model"]
-    if config.model.pretrained is not None:
-        model = {name: value for name, value in model.items() if name == "lora"}
-        model |= {"from": described(config)}
-    else:
-        del model["pretrained"]
-    return {
-        "run": {"seed": config.seed},
-        "data": {name: settings["data"][name] for name in ("pixels", "batch_size", "batch_sizes")},
-        "model": model,
-        "objective": settings["objective"],
-        "optimizer": {"name": config.optimizer.name},
-    }

@@ -14,6 +14,7 @@ from pavdm_dist.train.metrics import by_kind, per_level
 from pavdm_dist.train.processes import World
 from pavdm_dist.train.sequence import SequenceGroup
 from pavdm_dist.train.settings import ValidationConfig
+from pavdm_dist.train.steps import load, refuse
 from pavdm_dist.train.zero import ZeroEngine
 
 
@@ -48,11 +49,21 @@ class Validation:
 
     @torch.no_grad()
     def line(self, engine: ZeroEngine) -> dict[str, Any]:
-        """The mean loss, per level and per kind of window; every process must call it."""
+        """The mean loss, per level and per kind of window; every process must call it.
+
+        Raises:
+            EngineError: another process cannot load its part of a batch.
+            PAVDMError: this one cannot.
+        """
         values, kinds = list[Tensor](), list[str]()
         with engine.evaluating():
             for number in range(self._count):
-                batch = self._batches.batch(number, self._sequence.data_rank, self._sequence.data_size)
+                loaded = load(self._batches, number, self._sequence)
+                # As in training: the others must not wait for a process that has nothing to show.
+                if self._world.told(loaded.fault is not None)[0]:
+                    refuse(loaded, f"validation batch {number}", self._world)
+                batch = loaded.batch
+                assert batch is not None
                 kinds.append(batch.kind if batch.chunk_causal is None else f"{batch.kind} causal")
                 batch = self._sequence.cut(batch).to(self._world.device)
                 given = (batch.text, batch.dropped, batch.info, batch.chunk_causal, batch.window)

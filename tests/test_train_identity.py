@@ -1,0 +1,108 @@
+"""A run goes on with the data, the model and the objective that it began with; what differs is one sentence."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training import TINY, start, write_clips
+from wan_models import WAN, trainable_folder
+
+from pavdm_dist.digits.batches import DigitBatches
+from pavdm_dist.digits.cache import LatentClips
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.merging import load_config
+from pavdm_dist.train.identity import check_same, identity_of
+from pavdm_dist.train.settings import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> LatentClips:
+    return LatentClips(write_clips(tmp_path_factory.mktemp("clips"), 4))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two that differ in their depth."""
+    root = tmp_path_factory.mktemp("models")
+    shapes = (replace(WAN, text_len=16), replace(WAN, text_len=16, num_layers=2))
+    one, other = (trainable_folder(root / str(number), shape) for number, shape in enumerate(shapes))
+    return one, other
+
+
+def identity(clips: LatentClips, *words: str) -> dict[str, Any]:
+    """As a checkpoint holds it."""
+    config = load_config(TrainConfig, None, [*TINY, *words])
+    batches = DigitBatches(clips, config.objective, config.data, config.seed)
+    return json.loads(json.dumps(identity_of(config, batches)))
+
+
+def test_a_run_that_began_otherwise_is_refused(clips: LatentClips, models: tuple[Path, Path]) -> None:
+    nothing = identity(clips)
+    one, other = (identity(clips, f"model.pretrained={model}") for model in models)
+    for same in (nothing, one, other):
+        check_same("run", same, same)
+    for theirs, ours, said in (
+        (nothing, one, r"run was trained from nothing \(model\.pretrained=null\), this run has model\.pretrained set"),
+        (one, nothing, r"run was trained from a model, this run has model\.pretrained=null"),
+        (one, other, r"run was trained with model\.from\.config\.num_layers=3, this run has 2$"),
+        (nothing, identity(clips, "model.depth=2"), r"run was trained with model\.depth=1, this run has 2$"),
+    ):
+        with pytest.raises(ConfigError, match=said) as raised:
+            check_same("run", theirs, ours)
+        assert "\n" not in str(raised.value) and len(str(raised.value)) < 200
+    # Latents of another codec: nothing in the settings says so.
+    narrow = identity(clips)
+    narrow["model"]["shape"]["in_channels"] = 3
+    with pytest.raises(ConfigError, match=r"with model\.shape\.in_channels=3, this run has 4"):
+        check_same("run", narrow, nothing)
+
+
+def test_a_trainer_refuses_another_start_before_it_reads_weights(
+    clips: LatentClips, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    words = [*TINY, f"run_dir={tmp_path}"]
+    start(load_config(TrainConfig, None, words), clips).save()
+    with pytest.raises(ConfigError, match="was trained from nothing"):
+        start(load_config(TrainConfig, None, [*words, f"model.pretrained={models[0]}"]), clips)
+
+
+def test_what_an_older_checkpoint_does_not_say_was_as_the_default_is(
+    clips: LatentClips, models: tuple[Path, Path]
+) -> None:
+    nothing, one = identity(clips), identity(clips, f"model.pretrained={models[0]}")
+    old_nothing, old_one = json.loads(json.dumps(nothing)), json.loads(json.dumps(one))
+    for old in (old_nothing, old_one):
+        del old["model"]["shape"]
+    del old_nothing["model"]["from"]
+    check_same("run", old_nothing, nothing)
+    check_same("run", old_one, one)
+    with pytest.raises(ConfigError, match="was trained from nothing"):
+        check_same("run", old_nothing, one)
+    with pytest.raises(ConfigError, match="was trained from a model"):
+        check_same("run", old_one, nothing)
+    oldest = {**old_one, "model": {"pretrained": "/elsewhere"}}
+    check_same("run", oldest, one)
+    with pytest.raises(ConfigError, match="was trained from a model"):
+        check_same("run", oldest, nothing)
+
+
+def test_clips_that_were_trained_on_are_not_held_out_afterwards(clips: LatentClips) -> None:
+    before = {"data_set": {"clips": "abc"}, **identity(clips)}
+    same, fewer = ({**before, "data_set": {"clips": "abc", "held_out": count}} for count in (0, 2))
+    check_same("run", before, same)
+    with pytest.raises(ConfigError, match=r"trained with data_set\.held_out=0, this run has 2"):
+        check_same("run", before, fewer)
+
+
+def test_digits_do_not_go_on_with_video(clips: LatentClips) -> None:
+    digits = identity(clips)
+    video = {**digits, "data_set": {"clips": "abc", "held_out": 0}}
+    del video["world"]
+    with pytest.raises(ConfigError, match=r"trained with data_set\.clips=None, this run has abc"):
+        check_same("run", digits, video)
+    with pytest.raises(ConfigError, match=r"trained with world\.\w+=None, this run has"):
+        check_same("run", video, digits)
