@@ -23,6 +23,7 @@ from pavdm_dist.engine.stage import Stage
 from pavdm_dist.engine.transport import HostStagedLink, LocalLink
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.metadata import cpu_model
+from pavdm_dist.method.microbatches import WHOLE
 from pavdm_dist.method.schedule import Mode
 from pavdm_dist.models import devices
 from pavdm_dist.models.base import Activation
@@ -247,8 +248,8 @@ def test_a_staged_link_carries_what_it_is_given() -> None:
     link = HostStagedLink(LocalLink(), torch.device("cpu"))
     stage = Stage(tiny_model(), (0, 4))
     stage.prepare(tiny_stream())
-    layout = stage.latents_layout(0, 1, -1)
-    header = Header(1, LATENTS, 0, 0, 1, -1, 0, layout.numel)
+    layout = stage.latents_layout(0, 1, WHOLE)
+    header = Header(1, LATENTS, 0, 0, 1, WHOLE, 0, layout.numel)
     sent = torch.randn(layout.shapes[0])
     link.post(layout)
     link.send(header, [sent], layout)
