@@ -109,6 +109,7 @@ def served(config: ServeConfig, out: Path, token: str | None = None) -> Iterator
         yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", desk, front)
     finally:
         desk.closing = True
+        desk._pool.drain()  # before the gate opens: what stands still there must not be finished
         desk.let()
         server.should_exit = True
         thread.join(timeout=30)
