@@ -24,7 +24,7 @@ from pavdm_dist.farm.report import write_report
 from pavdm_dist.farm.run import run_command
 from pavdm_dist.farm.settings import FarmConfig, validate_farm
 from pavdm_dist.farm.shot import Shot
-from pavdm_dist.farm.status import forget_failures, settings_of_run, status_report
+from pavdm_dist.farm.status import failed_shots, settings_of_run, status_report
 from pavdm_dist.farm.tree import Failure, Tree
 from pavdm_dist.io.encode import export_to_video
 from pavdm_dist.serve.asked import tree_at
@@ -134,7 +134,7 @@ def test_the_commands_of_farms_read_a_servers_folder(config: ServeConfig, kinds:
     again = settings_of_run(tree, ["farm.retries=1"])
     validate_farm(again)
     assert type(again) is FarmConfig and again.model == config.model and again.chunks_per_segment == 1
-    assert forget_failures(str(tmp_path), []) == [id]
+    assert failed_shots(str(tmp_path), []) == [id]
     assert run_command(again, None, str(tmp_path), FarmProgress, [id])["done"] == 1
     write_report(str(tmp_path))
     assert front.get(id)["status"] == "completed"

@@ -14,7 +14,7 @@ import pytest
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.io import local
-from pavdm_dist.serve.guard import Guard, Receive, Scope, Send, TooLarge
+from pavdm_dist.serve.guard import Guard, Receive, Scope, Send
 from pavdm_dist.serve.intake import shot_of
 from pavdm_dist.serve.tokens import TOKEN, TOKEN_FILE, token_of
 
@@ -114,10 +114,7 @@ def _asked(path: str, headers: list[tuple[str, str]], size: int) -> int:
 
     raw = [(name.encode(), value.encode()) for name, value in headers]
     scope = {"type": "http", "path": path, "headers": [(b"host", b"localhost"), *raw], "query_string": b""}
-    try:
-        asyncio.run(Guard(reads, None, loopback_only=True, max_body=3 * 2**20)(scope, receive, send))
-    except TooLarge:
-        return 413
+    asyncio.run(Guard(reads, None, loopback_only=True, max_body=3 * 2**20)(scope, receive, send))
     return int(sent[0]["status"])
 
 
