@@ -14,7 +14,7 @@ import pytest
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.io import local
-from pavdm_dist.serve.guard import Guard, Receive, Scope, Send
+from pavdm_dist.serve.guard import Guard, Receive, Scope, Send, TooLarge
 from pavdm_dist.serve.intake import shot_of
 from pavdm_dist.serve.tokens import TOKEN, TOKEN_FILE, token_of
 
@@ -98,10 +98,13 @@ def _asked(path: str, headers: list[tuple[str, str]], size: int) -> int:
     left = size
 
     async def reads(scope: Scope, receive: Receive, send: Send) -> None:
-        taken = 0
-        while taken < size:
-            taken += len((await receive())["body"])
-        await send({"type": "http.response.start", "status": 200})
+        taken, status = 0, 200
+        try:
+            while taken < size:
+                taken += len((await receive())["body"])
+        except TooLarge:  # as the routes answer it
+            status = 413
+        await send({"type": "http.response.start", "status": status})
 
     async def receive() -> MutableMapping[str, Any]:
         nonlocal left

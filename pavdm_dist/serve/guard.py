@@ -58,18 +58,8 @@ class Guard:
             return await _refuse(scope, receive, send, *refused)
         if scope["type"] == "websocket":
             return await self._app(scope, receive, send)
-        began = False
-
-        async def answer(message: MutableMapping[str, Any]) -> None:
-            nonlocal began
-            began = True
-            await send(message)
-
         try:
-            await self._app(scope, self._limited(receive, *self._most(scope, headers)), answer)
-        except TooLarge as error:
-            if not began:
-                await _refuse(scope, receive, send, 413, str(error))
+            await self._app(scope, self._limited(receive, *self._most(scope, headers)), send)
         except Exception:
             # It was answered as far as possible; raised further it would end the connection, and requests behind it.
             logger.exception("a fault of this program")
