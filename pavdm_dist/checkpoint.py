@@ -40,7 +40,7 @@ from pavdm_dist.models.known import ONE_LEVEL, known_model
 from pavdm_dist.models.loading import has_weights, read_tensor, stored_dtype, stored_tensors, weight_files
 from pavdm_dist.models.lora import changes_of, lora_file
 from pavdm_dist.models.nearby import model_near
-from pavdm_dist.models.source import Adapter, Source, load_config
+from pavdm_dist.models.source import Adapter, Source, load_config, named_class
 
 logger = logging.getLogger(__name__)
 
@@ -262,10 +262,7 @@ class Checkpoint:
 
     @cached_property
     def _text_class(self) -> str:
-        config = load_config(self.source.part("text_encoder"))
-        names = config.get("architectures")
-        found = config.get("_class_name") or (names[0] if isinstance(names, list) and names else TEXT_ENCODER)
-        return str(found)
+        return named_class(load_config(self.source.part("text_encoder"))) or TEXT_ENCODER
 
     @cached_property
     def codec(self) -> VideoCodec:

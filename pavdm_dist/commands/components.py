@@ -11,7 +11,8 @@ from pathlib import Path
 
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.models.components import WEIGHTS, link_or_copy
-from pavdm_dist.models.source import Source, load_config
+from pavdm_dist.models.loading import has_weights
+from pavdm_dist.models.source import Source, load_config, named_class
 
 # What tells a tokenizer's folder, and what belongs to one that lies among other files.
 _TOKENIZER = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
@@ -54,8 +55,7 @@ class Component:
         if name == "tokenizer":
             return cls(name, source, _TOKENIZER_FILES)
         # Repositories may hold the same weights several times; what could run code is only taken where nothing else is.
-        safe = any(source.has(f"{stem}.safetensors{end}") for stem in _STEMS for end in ("", ".index.json"))
-        return cls(name, source, ("*.json", "*.safetensors" if safe else "*.bin"))
+        return cls(name, source, ("*.json", "*.safetensors" if has_weights(source) else "*.bin"))
 
     def write(self, folder: Path) -> None:
         """Its files, in a new folder of its name in ``folder``; weights are linked where the disk allows it."""
@@ -68,12 +68,7 @@ class Component:
 
     def kind(self) -> str | None:
         """The class that its ``config.json`` names."""
-        config = load_config(self.source)
-        names = config.get("architectures")
-        return config.get("_class_name") or (names[0] if isinstance(names, list) and names else None)
-
-
-_STEMS = ("diffusion_pytorch_model", "model")
+        return named_class(load_config(self.source))
 
 
 def published_file(place: str) -> Path:

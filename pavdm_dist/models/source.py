@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -275,6 +275,13 @@ def load_config(source: str | Path | Source) -> dict[str, Any]:
         CheckpointError: missing or not a JSON object.
     """
     return read_object(Source.of(source).file("config.json"), CheckpointError)
+
+
+def named_class(config: Mapping[str, Any]) -> str | None:
+    """The class that a ``config.json`` names: diffusers' ``_class_name`` or transformers' ``architectures``."""
+    names = config.get("architectures")
+    found = config.get("_class_name") or (names[0] if isinstance(names, list) and names else None)
+    return None if found is None else str(found)
 
 
 @dataclass(frozen=True)
