@@ -381,6 +381,7 @@ def test_an_owner_that_stood_still_and_was_replaced_touches_nothing(
         patched.setattr(processes, "machine", lambda: f"not {machine()}")  # as seen from another machine
         mine = way.open(output, resume=True)
     way.go_on(mine, 5)
+    mine._saver.wait()  # or the thread's own files come and go below
     before = {path: path.read_bytes() for path in parts.rglob("*") if path.is_file()}
     os.kill(other.pid, signal.SIGCONT)
     other.communicate("\n", timeout=30)
