@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.merging import load_config
 from pavdm_dist.method.schedule import NoiseSchedule, WindowPlan
 from pavdm_dist.method.window import row_levels
+from pavdm_dist.request import SamplingParams
 from pavdm_dist.train.batches import draw_kind
 from pavdm_dist.train.loss import noised, velocity_loss
-from pavdm_dist.train.objective import Objective, TrainingWindow, draw_levels, draw_window, window_levels
+from pavdm_dist.train.objective import Objective, TrainedMethod, TrainingWindow, draw_levels, draw_window, window_levels
 
 OFFICIAL = Objective()  # T = 30, W = 6, c = 5, one context chunk
 CLIP_CHUNKS = 8
@@ -237,3 +240,62 @@ def test_a_batch_averages_over_levels() -> None:
 def full_window_of_rows() -> TrainingWindow:
     plan = WindowPlan(30, 6, 5, 1, "chunk", num_chunks=20)
     return TrainingWindow(plan.row(32), 1, False, "full", tuple(plan.row(30 + step) for step in range(5)))
+
+
+@pytest.mark.parametrize("method", ["replacement", "replacement-noise", "autoregressive"])
+def test_windows_of_the_baselines_are_rows_of_the_plans_they_are_sampled_by(method: TrainedMethod) -> None:
+    chunks = 1 if method == "autoregressive" else 6
+    ends = {"full_share": 0.5, "growing_share": 0.5 if chunks == 1 else 0.3}
+    objective = Objective(method=method, window_chunks=chunks, shift_scale=0.0, **ends)  # type: ignore[arg-type]
+    params = {"method": method, "num_inference_steps": 30, "window_chunks": chunks, "latent_chunk_size": 5}
+    sampled = {
+        (row.steps_left, len(row.context))
+        for last in range(chunks)
+        for start in ("noise", "chunk")
+        for row in SamplingParams.resolve(Checkpoint.open("embedded"), **params, context_chunks=1, start=start)
+        .plan(3 * chunks + last)
+        .rows()
+    }
+    seen, grids, generator = set(), set(), torch.Generator().manual_seed(0)
+    for window in draws(objective):
+        levels = draw_levels(window, objective, 4, generator)
+        noisy = levels[:, len(window.row.context) * 5 :]
+        assert (noisy == noisy[:, :1]).all(), "one level a sample"
+        context = levels[:, : len(window.row.context) * 5]
+        told = noisy[:, :1] if method == "replacement-noise" else torch.zeros(4, 1)
+        assert torch.equal(context, told.expand_as(context))
+        seen |= {(row.steps_left, len(row.context)) for row in window.rows}
+        grids |= set(noisy[:, 0].tolist())
+        assert 0 <= window.offset <= CLIP_CHUNKS - window.num_chunks
+        assert window.row.context or window.offset == 0
+    assert seen == sampled, "all of them, and no others"
+    assert grids == set(objective.schedule.levels[1:])
+    for clip_chunks in range(1, chunks + 1):  # short clips are short videos
+        drawn = [draw_window(np.random.default_rng(n), objective, clip_chunks) for n in range(20)]
+        assert all(window.num_chunks + window.offset <= clip_chunks for window in drawn)
+
+
+def test_noised_context_has_the_level_that_is_told() -> None:
+    objective = Objective(method="replacement-noise")
+    assert objective.noise_of_context == 0 and Objective().noise_of_context == 0.1
+    window = next(window for window in draws(objective) if window.row.context)
+    levels = draw_levels(window, objective, 64, torch.Generator().manual_seed(0))
+    context = len(window.row.context) * 5
+    clean = torch.randn(64, 4, levels.shape[1], 2, 2, generator=torch.Generator().manual_seed(1))
+    x, target = noised(clean, levels, context, objective.noise_of_context, torch.Generator().manual_seed(2))
+    t = levels[:, None, :, None, None]
+    assert (x - (1 - t) * clean - t * (clean - target)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"method": "autoregressive"}, "window_chunks=6: method=autoregressive makes one chunk after another"),
+        ({"method": "autoregressive", "window_chunks": 1}, r"together they must be 1"),
+        ({"method": "replacement", "pattern": "random"}, "use objective.pattern=linear-shift"),
+        ({"method": "replacement", "context_chunks": 0}, "goes on from clean chunks; use 1 or more"),
+    ],
+)
+def test_windows_that_a_method_does_not_have_are_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        Objective(**settings).kinds()

@@ -72,7 +72,7 @@ def window_batch(clips: LatentClips, objective: Objective, size: int, seed: tupl
     clean, prompts = clips.batch(rng, size, window.offset * chunk, window.num_chunks * chunk)
     levels = draw_levels(window, objective, size, generator)
     context = len(window.row.context) * chunk
-    x, target = noised(clean, levels, context, objective.context_noise, generator)
+    x, target = noised(clean, levels, context, objective.noise_of_context, generator)
     dropped = draw_prompts(rng, objective, size)
     causal = chunk if window.causal else None
     return _batch_of(x, target, levels, prompts, dropped, context, causal, window.kind)

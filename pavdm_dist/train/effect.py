@@ -86,6 +86,10 @@ def _unused(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
     if not any("variance" in (pattern or "") for pattern in patterns):
         why = "it is of objective.pattern=linear-variance and linear-variance-shift"
         groups.append(("objective", config.objective, ("variance_scale",), why))
+    methods = {config.objective.method, *(kind.method or config.objective.method for kind in config.objective.mixture)}
+    if methods == {"replacement-noise"}:
+        why = "objective.method=replacement-noise noises context to the level of the chunks behind it"
+        groups.append(("objective", config.objective, ("context_noise",), why))
     for section, values, names, why in groups:
         yield from ((f"{section}.{name}".removeprefix("."), value, why) for name, value in _given(values, names))
 

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.method.baselines import block_chunks, settings_of
 from pavdm_dist.method.schedule import NoiseSchedule, PlanRow, Start, WindowPlan, time_shift_ratio
 
 # linear-shift: the sampler's staircase, moved as a whole, per sample. linear: every latent frame a level of its own,
 # evenly spaced up to 1; -variance moves each of them, -variance-shift all of a sample as well. random: every chunk a
 # level of its own, uniform (diffusion forcing).
 Pattern = Literal["linear-shift", "linear", "linear-variance", "linear-variance-shift", "random"]
+# Methods of sampling that windows are like. FIFO-Diffusion is not among them: it takes models as others trained them.
+TrainedMethod = Literal["pavdm", "replacement", "replacement-noise", "autoregressive"]
 
 
 @dataclass
@@ -29,10 +32,11 @@ class WindowKind:
 
     Attributes:
         share: weight among the kinds.
-        pattern, num_inference_steps, window_chunks, latent_chunk_size: as in :class:`Objective`.
+        method, pattern, num_inference_steps, window_chunks, latent_chunk_size: as in :class:`Objective`.
     """
 
     share: float = 1.0
+    method: TrainedMethod | None = None
     pattern: Pattern | None = None
     num_inference_steps: int | None = None
     window_chunks: int | None = None
@@ -46,7 +50,11 @@ class Objective:
     Attributes:
         num_inference_steps, window_chunks, latent_chunk_size, context_chunks: as in sampling.
         time_shift: as in sampling; None = the resolution-dependent ratio of each bucket.
-        pattern: how the levels of a window lie.
+        method: what sampling the windows are rows of. ``pavdm``: as below. The others are what it is compared with: a
+            block of W chunks at one level behind clean context (``replacement``), behind context that is noised to the
+            block's level (``replacement-noise``), or one chunk behind clean context (``autoregressive``, W = 1). A
+            growing window is then the first block of a video, a draining one its last, which may be shorter.
+        pattern: how the levels of a window lie; ``linear-shift`` where the method is another.
         full_share, growing_share: share of full windows and of growing ones; the rest drains.
         text_share: share of the growing windows that start from text alone; the others follow a clean chunk. Only
             where no clean chunk shows the answer does the model have to read the prompt.
@@ -64,6 +72,7 @@ class Objective:
     latent_chunk_size: int = 5
     context_chunks: int = 1
     time_shift: float | None = 1.0
+    method: TrainedMethod = "pavdm"
     pattern: Pattern = "linear-shift"
     full_share: float = 0.45
     growing_share: float = 0.45
@@ -102,13 +111,61 @@ class Objective:
         for number, kind in enumerate(self.mixture):
             if not kind.share > 0:
                 raise ConfigError(f"objective.mixture[{number}].share={kind.share}: must be above 0")
-            names = ("pattern", "num_inference_steps", "window_chunks", "latent_chunk_size")
+            names = ("method", "pattern", "num_inference_steps", "window_chunks", "latent_chunk_size")
             changes = {name: value for name in names if (value := getattr(kind, name)) is not None}
             found.append((kind.share / total, replace(self, mixture=[], **changes)))
         kinds = found or [(1.0, self)]
         for _, objective in kinds:
-            _plan(objective, "noise", 1)  # refuses what does not divide
+            objective.check()
         return kinds
+
+    def check(self) -> None:
+        """Refuses windows that cannot be.
+
+        Raises:
+            ConfigError: naming the field and the nearest legal values.
+        """
+        settings_of(self.method, self.window_chunks, {"window_chunks": self.window_chunks})
+        self.plan("noise", 1)  # refuses what does not divide
+        if self.method == "pavdm":
+            return
+        if self.pattern != "linear-shift":
+            raise ConfigError(
+                f"objective.pattern={self.pattern}: windows of objective.method={self.method} have one level each; use"
+                " objective.pattern=linear-shift"
+            )
+        if not self.context_chunks:
+            raise ConfigError(
+                f"objective.context_chunks=0: objective.method={self.method} goes on from clean chunks; use 1 or more"
+            )
+        if self.method == "autoregressive" and self.full_share + self.growing_share < 1 - 1e-9:
+            raise ConfigError(
+                f"objective.full_share={self.full_share} and growing_share={self.growing_share}: windows of"
+                " objective.method=autoregressive do not drain; together they must be 1"
+            )
+
+    def plan(self, start: Start, chunks: int) -> WindowPlan:
+        """That of a video of so many chunks."""
+        return WindowPlan(
+            self.num_inference_steps,
+            self.window_chunks,
+            self.latent_chunk_size,
+            self.context_chunks,
+            start,
+            "drain",
+            chunks,
+            block_chunks=block_chunks(self.method, self.window_chunks),
+        )
+
+    @property
+    def context_follows(self) -> bool:
+        """Whether context is noised to the level of the chunks behind it."""
+        return self.method == "replacement-noise"
+
+    @property
+    def noise_of_context(self) -> float:
+        """Deviation at most of what is added to context that is told to be clean."""
+        return 0.0 if self.context_follows else self.context_noise
 
     def at_size(self, height: int, width: int) -> Objective:
         """With the time shift of videos of this size in pixels, where it depends on it."""
@@ -159,14 +216,20 @@ def draw_window(rng: np.random.Generator, objective: Objective, clip_chunks: int
     while True:
         draw, start = rng.random(), _start(o)
         if draw < o.full_share:
-            kind, plan, rows = "full", _plan(o, start, 4 * o.window_chunks), (growth, growth + o.num_inference_steps)
+            kind, plan, rows = "full", o.plan(start, 4 * o.window_chunks), (growth, growth + o.num_inference_steps)
         elif draw < o.full_share + o.growing_share:
             if rng.random() < o.text_share:
                 start = "noise"
-            kind, plan, rows = "growing", _plan(o, start, 4 * o.window_chunks), (0, growth)
-        else:
-            kind, plan = "draining", _plan(o, start, 2 * o.window_chunks)
+            chunks = 4 * o.window_chunks
+            if o.method != "pavdm":  # windows do not grow from one chunk on: a clip may be too short for a whole block
+                chunks = max(1, min(chunks, clip_chunks - (start == "chunk")))
+            kind, plan, rows = "growing", o.plan(start, chunks), (0, growth)
+        elif o.method == "pavdm":
+            kind, plan = "draining", o.plan(start, 2 * o.window_chunks)
             rows = (plan.num_rows - growth + plan.steps_per_shift, plan.num_rows)
+        else:
+            kind, plan = "draining", o.plan(start, o.window_chunks + int(rng.integers(1, o.window_chunks + 1)))
+            rows = (plan.num_rows - growth, plan.num_rows)
         row = plan.row(int(rng.integers(*rows)))
         spare = clip_chunks - len(row.window)
         if spare >= 0:
@@ -177,7 +240,7 @@ def draw_window(rng: np.random.Generator, objective: Objective, clip_chunks: int
                 f"{clip_chunks}: use longer clips or let windows grow and drain (objective.growing_share)"
             )
         if clip_chunks < 1 + o.context_chunks:  # only the first chunk of a video fits
-            plan = _plan(o, "noise", 1)
+            plan = o.plan("noise", 1)
             row, start, spare = plan.row(int(rng.integers(growth))), "noise", 0
             break
     from_text = start == "noise" and row.window[0] == 0
@@ -190,7 +253,7 @@ def draw_window(rng: np.random.Generator, objective: Objective, clip_chunks: int
 
 
 def draw_levels(window: TrainingWindow, objective: Objective, size: int, generator: torch.Generator) -> Tensor:
-    """Levels ``[size, F]`` of a batch in the objective's pattern, float32 in 0..1; context 0.
+    """Levels ``[size, F]`` of a batch in the objective's pattern, float32 in 0..1; context 0, or as the noisy chunks.
 
     Args:
         window: which row.
@@ -239,15 +302,10 @@ def _levels(steps: Tensor, window: TrainingWindow, objective: Objective) -> Tens
     schedule, clamped = objective.schedule, steps.clamp(0, objective.num_inference_steps)
     noisy = torch.tensor([[schedule.level(value) for value in row] for row in clamped.tolist()])
     clean = torch.zeros(len(steps), len(window.row.context) * objective.latent_chunk_size)
+    if objective.context_follows:
+        clean += noisy[:, :1]
     return torch.cat([clean, noisy], dim=1)
 
 
 def _start(objective: Objective) -> Start:
     return "chunk" if objective.context_chunks else "noise"
-
-
-def _plan(objective: Objective, start: Start, chunks: int) -> WindowPlan:
-    o = objective
-    return WindowPlan(
-        o.num_inference_steps, o.window_chunks, o.latent_chunk_size, o.context_chunks, start, "drain", chunks
-    )

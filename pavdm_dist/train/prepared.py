@@ -128,7 +128,7 @@ class VideoBatches:
         dropped = draw_prompts(rng, objective, len(indices))[mine]
         levels = levels[mine]
         clean = loaded.latents[:, :, first : first + levels.shape[1]]
-        x, target = self._noised(clean, levels, context, objective.context_noise, step, places)
+        x, target = self._noised(clean, levels, context, objective.noise_of_context, step, places)
         text = self._text(loaded, dropped)
         info = FrameInfo(bucket.height, bucket.width, bucket.fps)
         return Batch(x, target, levels, text, dropped, context, causal, info, loaded.ids, kind=kind)

@@ -17,7 +17,6 @@ from pavdm_dist.codecs.base import TextEncoder
 from pavdm_dist.codecs.catalog import load_codec
 from pavdm_dist.method.denoiser import ModelDenoiser
 from pavdm_dist.method.sampler import sample
-from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.models.text_cache import TextBank
 from pavdm_dist.train.export import Parts
@@ -62,7 +61,7 @@ def draw_sheet(
     model = filled(config, channels, parts.vocabulary, weights)
     encoder = model.text_encoder or _frozen_encoder(parts)
     o = config.objective.kinds()[0][1].at_size(info.height, info.width)
-    plan = WindowPlan(o.num_inference_steps, o.window_chunks, o.latent_chunk_size, o.context_chunks, num_chunks=chunks)
+    plan = o.plan("noise", chunks)
     height, width = codec.spec.latent_size(info.height, info.width)
     null = model.transformer.null_text()
     if null is None:
@@ -72,7 +71,9 @@ def draw_sheet(
     for number, prompt in enumerate(parts.prompts):
         text = Conditioning.build([(0, encoder.encode(prompt))], null)
         shape = (channels, height, width)
-        stream = Stream(number, plan, o.schedule, number, shape, text, info, guidance)
+        stream = Stream(
+            number, plan, o.schedule, number, shape, text, info, guidance, context_follows=o.context_follows
+        )
         decoder, frames = codec.decoder(), list[Tensor]()
         denoise = ModelDenoiser(model.transformer, stream, TextBank(model.transformer.project_text, device))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
