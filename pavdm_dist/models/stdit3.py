@@ -39,7 +39,8 @@ from pavdm_dist.models.layers import (
     ScalarEmbedder,
     position_embedding_2d,
 )
-from pavdm_dist.models.loading import convert, load_module, save_module
+from pavdm_dist.models.loading import convert, load_module
+from pavdm_dist.models.saving import save_module
 from pavdm_dist.models.source import Source, load_config
 from pavdm_dist.models.stdit3_block import STDiT3Block
 from pavdm_dist.models.text_cache import TextRun
