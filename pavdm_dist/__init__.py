@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pavdm_dist.method.schedule import NoiseSchedule, WindowPlan
+    from pavdm_dist.method.levels import NoiseSchedule
+    from pavdm_dist.method.schedule import WindowPlan
     from pavdm_dist.pipeline import PAVDMPipeline
     from pavdm_dist.request import SamplingParams, VideoRequest
 
@@ -14,7 +15,7 @@ __version__ = "0.1.0"
 __all__ = ["NoiseSchedule", "PAVDMPipeline", "SamplingParams", "VideoRequest", "WindowPlan", "__version__"]
 
 _ROOMS = {
-    "NoiseSchedule": "method.schedule",
+    "NoiseSchedule": "method.levels",
     "PAVDMPipeline": "pipeline",
     "SamplingParams": "request",
     "VideoRequest": "request",

@@ -14,6 +14,7 @@ from pavdm_dist.checkpoint import Checkpoint, SamplingDefaults
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.fields import show
 from pavdm_dist.method.baselines import CONTINUES, Method, block_chunks, settings_of
+from pavdm_dist.method.levels import NoiseSchedule, time_shift_ratio
 from pavdm_dist.method.microbatches import (
     Displaced,
     MicroBatches,
@@ -21,7 +22,7 @@ from pavdm_dist.method.microbatches import (
     check_chunks_per_unit,
     check_displaced,
 )
-from pavdm_dist.method.schedule import Context, End, Mode, NoiseSchedule, Start, WindowPlan, time_shift_ratio
+from pavdm_dist.method.schedule import Context, End, Mode, Start, WindowPlan
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.method.window import Step
 from pavdm_dist.models.base import FrameInfo
@@ -38,7 +39,7 @@ class SamplingParams:
         num_inference_steps, window_chunks, latent_chunk_size, context_chunks: T, W, c and the clean chunks.
         start, end: see :class:`~pavdm_dist.method.schedule.WindowPlan`.
         guidance_scale: g; 1 = none, 0 = without the prompt.
-        time_shift: r of :func:`~pavdm_dist.method.schedule.shift_time`.
+        time_shift: r of :func:`~pavdm_dist.method.levels.shift_time`.
         height, width, fps: of the frames.
         mode: which chunks of a window see each other (:attr:`~pavdm_dist.method.stream.Stream.mode`).
         displaced: when mode displaced is exact.

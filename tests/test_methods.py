@@ -31,9 +31,10 @@ from pavdm_dist.engine.watchdog import Patience, Watchdog
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.latents import read_latents
 from pavdm_dist.method.denoiser import ModelDenoiser
+from pavdm_dist.method.levels import NoiseSchedule
 from pavdm_dist.method.microbatches import WHOLE, MicroBatches
 from pavdm_dist.method.sampler import sample
-from pavdm_dist.method.schedule import NoiseSchedule, PlanRow, WindowPlan
+from pavdm_dist.method.schedule import PlanRow, WindowPlan
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import CONTEXT, CleanChunk, Held, Window, WindowSnapshot, chunk_noise
 from pavdm_dist.models.base import FrameInfo

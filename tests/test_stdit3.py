@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pavdm_dist.errors import CheckpointError
-from pavdm_dist.method.schedule import NoiseSchedule
+from pavdm_dist.method.levels import NoiseSchedule
 from pavdm_dist.models.base import Activation, BlockContext, FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3
 from pavdm_dist.models.text_cache import TextCache, TextRun

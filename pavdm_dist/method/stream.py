@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from pavdm_dist.method.levels import NoiseSchedule
 from pavdm_dist.method.microbatches import Displaced, MicroBatches
 from pavdm_dist.method.sampler import UNCONDITIONAL, num_branches
-from pavdm_dist.method.schedule import Mode, NoiseSchedule, PlanRow, WindowPlan
+from pavdm_dist.method.schedule import Mode, PlanRow, WindowPlan
 from pavdm_dist.method.window import CleanChunk, Held, Step, Window, WindowSnapshot, chunk_noise
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.devices import to_device
