@@ -33,6 +33,7 @@ from pavdm_dist.io import latents as latents_file
 from pavdm_dist.io import lock, processes, recording, saver, state
 from pavdm_dist.io.latents import LatentsWriter, latents_sha256, read_latents
 from pavdm_dist.io.metadata import Sidecar, is_complete, read_sidecar
+from pavdm_dist.io.parts import LOCK_NAME
 from pavdm_dist.io.recording import Recording, check_recording
 from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.io.state import Point, State, read_state, write_state
@@ -476,7 +477,7 @@ def test_a_state_that_was_on_its_way_when_the_lock_was_lost_replaces_none(
 
     monkeypatch.setattr(state.storage, "make_durable", slow)
     made._saver.save(State({"mine": True}))
-    (parts / state.storage.LOCK_NAME).unlink()  # taken over
+    (parts / LOCK_NAME).unlink()  # taken over
     write_state(parts, theirs)
     assert made._lock.lost
     waits.set()

@@ -18,7 +18,7 @@ from helpers import tiny_checkpoint
 from pavdm_dist import cli
 from pavdm_dist.cli import main
 from pavdm_dist.io.metadata import read_sidecar
-from pavdm_dist.io.storage import check_output
+from pavdm_dist.io.parts import check_output
 
 pytestmark = pytest.mark.timeout(180)
 SHORT = ["num_frames=61", "chunks_per_segment=2", "guidance_scale=1", "save_latents=true"]

@@ -23,7 +23,8 @@ from pavdm_dist.errors import ConfigError, FailedVideosError, PAVDMError
 from pavdm_dist.io.encode import check_size, require_libx264
 from pavdm_dist.io.image import read_image
 from pavdm_dist.io.metadata import sidecar_path
-from pavdm_dist.io.storage import check_output, exists, is_remote, join, local_copy, parts_folder, same_path
+from pavdm_dist.io.parts import check_output, parts_folder
+from pavdm_dist.io.storage import exists, is_remote, join, local_copy, same_path
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.rates import as_rate
 from pavdm_dist.request import SamplingParams, VideoRequest, plan_of

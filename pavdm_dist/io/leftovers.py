@@ -12,12 +12,13 @@ from pavdm_dist.errors import ConfigError
 from pavdm_dist.io import storage
 from pavdm_dist.io.latents import LATENTS_NAMES, LatentsWriter, holds_latents
 from pavdm_dist.io.metadata import is_complete, sidecar_path
+from pavdm_dist.io.parts import LOCK_NAME, LOCK_NAMES, check_output, parts_folder
 from pavdm_dist.io.segments import SEGMENT_NAMES, SegmentWriter
 from pavdm_dist.io.state import STATE_NAMES, State, changes, read_state
 
 # The settings of the command that began a recording.
 SETTINGS = "settings.yaml"
-_OWN = (SEGMENT_NAMES, LATENTS_NAMES, STATE_NAMES, storage.LOCK_NAMES, re.compile(re.escape(SETTINGS)))
+_OWN = (SEGMENT_NAMES, LATENTS_NAMES, STATE_NAMES, LOCK_NAMES, re.compile(re.escape(SETTINGS)))
 _OWN_NAMES = re.compile("|".join(names.pattern for names in _OWN))
 
 
@@ -36,7 +37,7 @@ def recording_facts(
 
 def remove_own(parts: str) -> None:
     """Removes a recording's files from its parts folder; the lock stays, and what is not its own."""
-    storage.remove_matching(parts, _OWN_NAMES, keep=[storage.LOCK_NAME])
+    storage.remove_matching(parts, _OWN_NAMES, keep=[LOCK_NAME])
 
 
 def check_files(output: str | Path, overwrite: bool, save_latents: bool, resume: bool = False) -> None:
@@ -45,7 +46,7 @@ def check_files(output: str | Path, overwrite: bool, save_latents: bool, resume:
     Raises:
         ConfigError: naming the file that is in the way.
     """
-    storage.check_output(output, overwrite, parts=not resume)
+    check_output(output, overwrite, parts=not resume)
     if not overwrite and storage.exists(sidecar_path(output)):
         raise ConfigError(f"output={output}: its sidecar {sidecar_path(output)} exists; pass --overwrite")
     if not overwrite and save_latents and storage.exists(latents_path(output)):
@@ -82,7 +83,7 @@ def state_to_resume(output: str, identity: Mapping[str, Any], mend: bool = False
     Raises:
         ConfigError: the video is complete, or was begun otherwise or by another version, or there is no whole state.
     """
-    parts = storage.parts_folder(output)
+    parts = parts_folder(output)
     if is_complete(output):
         raise ConfigError(f"output={output} is complete: its sidecar {sidecar_path(output)} exists; pass --overwrite")
     try:
