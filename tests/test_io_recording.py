@@ -32,9 +32,10 @@ from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.io import latents as latents_file
 from pavdm_dist.io import lock, processes, recording, saver, state
 from pavdm_dist.io.latents import LatentsWriter, latents_sha256, read_latents
+from pavdm_dist.io.leftovers import check_recording
 from pavdm_dist.io.metadata import Sidecar, is_complete, read_sidecar
 from pavdm_dist.io.parts import LOCK_NAME
-from pavdm_dist.io.recording import Recording, check_recording
+from pavdm_dist.io.recording import Recording
 from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.io.state import Point, State, read_state, write_state
 from pavdm_dist.method.denoiser import StreamDenoiser

@@ -16,16 +16,10 @@ from pavdm_dist.codecs.catalog import RGB
 from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError, PAVDMError, VideoError
+from pavdm_dist.io.leftovers import check_recording, latents_path, recording_facts, remove_parts
 from pavdm_dist.io.lock import clear_locks
 from pavdm_dist.io.metadata import is_complete, read_sidecar, sidecar_path, versions
-from pavdm_dist.io.recording import (
-    Recorded,
-    Recording,
-    check_recording,
-    latents_path,
-    recording_facts,
-    remove_parts,
-)
+from pavdm_dist.io.recording import Recorded, Recording
 from pavdm_dist.io.shipped import shipped_models
 from pavdm_dist.io.state import Point, changes
 from pavdm_dist.io.storage import exists, is_remote

@@ -34,7 +34,7 @@ from pavdm_dist.io.leftovers import (
     remove_own,
     state_to_resume,
 )
-from pavdm_dist.io.lock import OutputLock, clear_locks
+from pavdm_dist.io.lock import OutputLock
 from pavdm_dist.io.metadata import Sidecar, is_complete, sidecar_path
 from pavdm_dist.io.parts import check_output, parts_folder
 from pavdm_dist.io.saver import StateSaver
@@ -53,43 +53,6 @@ class Recorded:
     output: str
     num_frames: int
     latents_sha256: str
-
-
-def check_recording(
-    output: str | Path, overwrite: bool = False, save_latents: bool = False, facts: Mapping[str, Any] | None = None
-) -> None:
-    """Refuses an output that is being written, that would be lost or that can't be written, before any work is done.
-
-    Waits as :func:`~pavdm_dist.io.lock.clear_locks` does.
-
-    Args:
-        output: the mp4.
-        overwrite: what is there may be replaced.
-        save_latents: latents will be written beside it.
-        facts: of :func:`recording_facts`: an interrupted recording of these is no obstacle.
-
-    Raises:
-        ConfigError: naming the process that is writing, the file that is in the way, or what was different when an
-            interrupted recording was begun.
-    """
-    check_output(output, overwrite=True)  # what would be an OSError of the lock
-    clear_locks([output])
-    check_foreign(output, save_latents)
-    if overwrite or facts is None or state_to_resume(str(output), facts) is None:
-        check_files(output, overwrite, save_latents, resume=facts is not None)
-
-
-def remove_parts(output: str | Path) -> None:
-    """Removes what a complete video's recording has left of its own, where nobody writes it.
-
-    Raises:
-        ConfigError: somebody does.
-    """
-    parts = parts_folder(output)
-    if storage.list_names(parts):
-        clear_locks([output])
-        remove_own(parts)
-        storage.remove_empty(parts)
 
 
 class Recording:
