@@ -14,11 +14,14 @@ import torch.distributed as dist
 from helpers import reference_chunks, tiny_model, tiny_stream
 
 from pavdm_dist.engine.events import EpochDone, Shift
-from pavdm_dist.engine.loop import EpochFeed, Links, RunReport, StageLoop
+from pavdm_dist.engine.feed import EpochFeed
+from pavdm_dist.engine.gpu_links import HostStagedLink, NcclLink
+from pavdm_dist.engine.loop import Links, StageLoop
 from pavdm_dist.engine.messages import ACTIVATION, HEADER_BYTES, Header, Layout
 from pavdm_dist.engine.order import LogEntry, is_active, join_of
+from pavdm_dist.engine.report import RunReport
 from pavdm_dist.engine.stage import Stage
-from pavdm_dist.engine.transport import Buffers, HostStagedLink, Link, LocalLink, NcclLink, TorchLink, warm_up
+from pavdm_dist.engine.transport import Buffers, Link, LocalLink, TorchLink, warm_up
 from pavdm_dist.errors import EngineError
 from pavdm_dist.method.schedule import Mode
 from pavdm_dist.method.stream import Stream

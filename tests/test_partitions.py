@@ -25,7 +25,8 @@ from pavdm_dist.commands.simulate import SimulateConfig, simulate_report
 from pavdm_dist.config import ClusterConfig, PlanConfig
 from pavdm_dist.engine.driver import Driver
 from pavdm_dist.engine.events import Event, Finished, Grown, Left, Shift
-from pavdm_dist.engine.loop import EpochFeed, Links, StageLoop
+from pavdm_dist.engine.feed import EpochFeed
+from pavdm_dist.engine.loop import Links, StageLoop
 from pavdm_dist.engine.messages import Header, Layout, pack, unpack
 from pavdm_dist.engine.order import Join, LogEntry, epoch_units, join_of
 from pavdm_dist.engine.stage import Stage
