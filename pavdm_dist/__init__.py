@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from pavdm_dist.method.levels import NoiseSchedule
     from pavdm_dist.method.schedule import WindowPlan
     from pavdm_dist.pipeline import PAVDMPipeline
-    from pavdm_dist.request import SamplingParams, VideoRequest
+    from pavdm_dist.request import VideoRequest
+    from pavdm_dist.sampling import SamplingParams
 
 __version__ = "0.1.0"
 
@@ -17,7 +18,7 @@ __all__ = ["NoiseSchedule", "PAVDMPipeline", "SamplingParams", "VideoRequest", "
 _ROOMS = {
     "NoiseSchedule": "method.levels",
     "PAVDMPipeline": "pipeline",
-    "SamplingParams": "request",
+    "SamplingParams": "sampling",
     "VideoRequest": "request",
     "WindowPlan": "method.schedule",
 }

@@ -41,7 +41,8 @@ from pavdm_dist.models.devices import (
 from pavdm_dist.models.source import Adapter
 from pavdm_dist.outputs import OUTPUTS, PAVDMPipelineOutput, VideoChunk
 from pavdm_dist.planning.partition import layer_split
-from pavdm_dist.request import SamplingParams, VideoRequest, frames_left, plan_of
+from pavdm_dist.request import VideoRequest, frames_left, plan_of
+from pavdm_dist.sampling import SamplingParams
 from pavdm_dist.streams import build_stream
 from pavdm_dist.texts import encoded, prepare_texts, timed_prompts
 from pavdm_dist.timed import first_prompt

@@ -12,7 +12,8 @@ from pavdm_dist.fields import is_writable, show
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.stream import Conditioning
 from pavdm_dist.models.devices import intra_op_threads
-from pavdm_dist.request import SamplingParams, VideoRequest, plan_of
+from pavdm_dist.request import VideoRequest, plan_of
+from pavdm_dist.sampling import SamplingParams
 from pavdm_dist.timed import chunk_schedule
 
 

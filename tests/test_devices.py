@@ -33,7 +33,8 @@ from pavdm_dist.models.loading import convert
 from pavdm_dist.models.source import Source
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.planning.partition import layer_split
-from pavdm_dist.request import SamplingParams, VideoRequest
+from pavdm_dist.request import VideoRequest
+from pavdm_dist.sampling import SamplingParams
 
 PROMPT = "a red three drifting up"
 

@@ -42,7 +42,8 @@ from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.method.window import WindowSnapshot
-from pavdm_dist.request import SamplingParams, VideoRequest
+from pavdm_dist.request import VideoRequest
+from pavdm_dist.sampling import SamplingParams
 from pavdm_dist.streams import build_stream
 
 HEIGHT, WIDTH, RATE, CHUNKS, LATENTS = 32, 48, 24, 7, 2

@@ -41,7 +41,8 @@ from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.planning.costs import _stream, measure_costs
 from pavdm_dist.planning.forecast import UnitTime, makespan, rows_of
 from pavdm_dist.planning.simulate import Machine, simulate
-from pavdm_dist.request import SamplingParams, VideoRequest
+from pavdm_dist.request import VideoRequest
+from pavdm_dist.sampling import SamplingParams
 from pavdm_dist.streams import build_stream
 
 BLOCKS = {"window_chunks": 3, "block_chunks": 3, "num_inference_steps": 4}

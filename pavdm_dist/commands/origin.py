@@ -16,7 +16,8 @@ from pavdm_dist.io.metadata import versions
 from pavdm_dist.merging import to_dict
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.redaction import hide_secrets
-from pavdm_dist.request import SamplingParams, VideoRequest, tier
+from pavdm_dist.request import VideoRequest
+from pavdm_dist.sampling import SamplingParams, tier
 
 
 @dataclass(frozen=True)

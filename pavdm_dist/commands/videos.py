@@ -23,7 +23,8 @@ from pavdm_dist.io.storage import exists, is_remote
 from pavdm_dist.merging import to_yaml
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk
-from pavdm_dist.request import SamplingParams, VideoRequest
+from pavdm_dist.request import VideoRequest
+from pavdm_dist.sampling import SamplingParams
 from pavdm_dist.streams import input_frames
 
 logger = logging.getLogger(__name__)
