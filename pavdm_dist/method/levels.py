@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from pavdm_dist.errors import ConfigError
@@ -75,7 +76,7 @@ class NoiseSchedule:
             return _float32((*self.table, 0.0)[self.num_inference_steps - int(steps_left)])
         return _float32(shift_time(steps_left / self.num_inference_steps, self.time_shift))
 
-    @property
+    @cached_property
     def levels(self) -> tuple[float, ...]:
         """``levels[j]`` for j = 0..T steps left; every value is exactly a float32."""
         return tuple(self.level(j) for j in range(self.num_inference_steps + 1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from pavdm_dist.errors import ConfigError
@@ -202,25 +203,7 @@ class WindowPlan:
         Raises:
             IndexError: ``n`` is outside the plan.
         """
-        if n < 0 or (self.num_chunks is not None and n >= self.num_rows):
-            raise IndexError(f"row {n} is outside the plan")
-        block = self.block_chunks
-        newest = n // self.steps_per_shift * block + self.given_clip  # the first chunk of the newest block
-        first = max(0, newest + block - self.window_chunks)
-        last = newest + block - 1
-        if self.num_chunks is not None:
-            last = min(last, self.num_born - 1)
-        chunks = tuple(range(first, last + 1))
-        left = tuple(self._birth(k) + self.num_inference_steps - n for k in chunks)
-        clean = tuple(k for k, steps in zip(chunks, left, strict=True) if steps == 1)
-        return PlanRow(
-            index=n,
-            context=tuple(range(max(first - self.joint_context, -self.given_context), first)),
-            chunks=chunks,
-            steps_left=left,
-            born=tuple(range(newest, last + 1)) if n % self.steps_per_shift == 0 else (),
-            emits=clean if self.num_chunks is None else tuple(k for k in clean if k < self.num_chunks),
-        )
+        return _row(self, n)
 
     def rows(self, start: int = 0) -> Iterator[PlanRow]:
         """Rows from ``start`` to the end, lazily; never ends when ``num_chunks`` is None."""
@@ -307,3 +290,27 @@ class WindowPlan:
         if self.num_chunks is None:
             raise ConfigError("num_chunks is not set: an endless plan has no length")
         return self.num_chunks
+
+
+# All that handles a micro-batch asks for its row, the one before and the one after.
+@lru_cache(maxsize=256)
+def _row(plan: WindowPlan, n: int) -> PlanRow:
+    if n < 0 or (plan.num_chunks is not None and n >= plan.num_rows):
+        raise IndexError(f"row {n} is outside the plan")
+    block = plan.block_chunks
+    newest = n // plan.steps_per_shift * block + plan.given_clip  # the first chunk of the newest block
+    first = max(0, newest + block - plan.window_chunks)
+    last = newest + block - 1
+    if plan.num_chunks is not None:
+        last = min(last, plan.num_born - 1)
+    chunks = tuple(range(first, last + 1))
+    left = tuple(plan._birth(k) + plan.num_inference_steps - n for k in chunks)
+    clean = tuple(k for k, steps in zip(chunks, left, strict=True) if steps == 1)
+    return PlanRow(
+        index=n,
+        context=tuple(range(max(first - plan.joint_context, -plan.given_context), first)),
+        chunks=chunks,
+        steps_left=left,
+        born=tuple(range(newest, last + 1)) if n % plan.steps_per_shift == 0 else (),
+        emits=clean if plan.num_chunks is None else tuple(k for k in clean if k < plan.num_chunks),
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -181,7 +182,7 @@ class Stream:
         """Whether no row is left to run: it was resumed behind its last one."""
         return self.plan.is_over(self.first_row)
 
-    @property
+    @cached_property
     def batches(self) -> MicroBatches:
         """How its rows are cut into micro-batches."""
         exact = frozenset[int]() if self.resume is None else self.resume.snapshot.exact_rows
