@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pavdm_dist.engine.messages import HEADER_BYTES, Header, Layout, pack, stamps_of, unpack
+from pavdm_dist.engine.messages import Header, Layout, Message, stamps_of
 from pavdm_dist.engine.transport import OUTSTANDING, Link, TorchLink
 from pavdm_dist.models.devices import to_device
 
@@ -41,13 +41,12 @@ class NcclLink(TorchLink):
         differ, self._differ = self._differ, None
         return differ
 
-    def _fill(self, message: Tensor, header: Header, tensors: Sequence[Tensor], layout: Layout) -> None:
-        pack(header, tensors, layout, message, self._stamp(header))
+    def _fill(self, message: Message, header: Header, tensors: Sequence[Tensor]) -> None:
+        message.fill(header, tensors, self._stamp(header))
 
-    def _unpacked(self, message: Tensor, expected: Header, layout: Layout) -> list[Tensor]:
-        differ = (message[:HEADER_BYTES] != self._stamp(expected)).sum()
+    def _check(self, message: Message, expected: Header) -> None:
+        differ = (message.header != self._stamp(expected)).sum()
         self._differ = differ if self._differ is None else self._differ + differ
-        return unpack(message, None, layout)
 
     def _stamp(self, header: Header) -> Tensor:
         known = self._stamps.pop(header, None)

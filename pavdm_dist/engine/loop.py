@@ -130,7 +130,7 @@ class StageLoop:
             messages = [self._messages(unit) for unit in epoch.units]
             self._announce(messages)
             for position, own in enumerate(messages):
-                times = self._run_unit(own, messages[position + 1 :][:1] or self._first_of_next(), clock)
+                times = self._run_unit(own, messages[position + 1 : position + 2] or self._first_of_next(), clock)
                 report.units += 1
                 if self._trace:
                     marks.append((own.unit, *times))
