@@ -23,8 +23,9 @@ from common import machine, machine_line, parser
 from torch import Tensor
 
 from pavdm_dist.method.denoiser import StreamDenoiser
+from pavdm_dist.method.levels import NoiseSchedule
 from pavdm_dist.method.sampler import sample
-from pavdm_dist.method.schedule import Mode, NoiseSchedule, WindowPlan
+from pavdm_dist.method.schedule import Mode, WindowPlan
 from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.skyreels_v2 import SkyReelsV2, SkyReelsV2Config

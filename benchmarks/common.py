@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from pavdm_dist.io.metadata import cpu_model
-from pavdm_dist.method.schedule import NoiseSchedule, WindowPlan
+from pavdm_dist.method.levels import NoiseSchedule
+from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config

@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pavdm_dist.engine.loop import Span
 from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.engine.report import Span
 from pavdm_dist.engine.trace import read_trace
 from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.pipeline import PAVDMPipeline

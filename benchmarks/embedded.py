@@ -35,7 +35,8 @@ from pavdm_dist.io.video import read_clip
 from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.schedule import Mode
-from pavdm_dist.request import SamplingParams, VideoRequest
+from pavdm_dist.request import VideoRequest
+from pavdm_dist.sampling import SamplingParams
 from pavdm_dist.streams import build_stream
 
 CHUNK_FRAMES = 20

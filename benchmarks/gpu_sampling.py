@@ -15,11 +15,14 @@ import torch
 from gpu_shapes import Case, random_backbone
 
 from pavdm_dist.engine.events import Shift
-from pavdm_dist.engine.loop import EpochFeed, Links, RunReport, StageLoop
+from pavdm_dist.engine.feed import EpochFeed
+from pavdm_dist.engine.gpu_links import HostStagedLink
+from pavdm_dist.engine.loop import Links, StageLoop
 from pavdm_dist.engine.order import LogEntry, is_active, join_of
 from pavdm_dist.engine.rehearsal import rehearsal, rehearse
+from pavdm_dist.engine.report import RunReport
 from pavdm_dist.engine.stage import Stage
-from pavdm_dist.engine.transport import HostStagedLink, Link, LocalLink, TorchLink, warm_up
+from pavdm_dist.engine.transport import Link, LocalLink, TorchLink, warm_up
 from pavdm_dist.method.schedule import Mode
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.models.base import Backbone

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from pavdm_dist.io.shipped import shipped_models
+from pavdm_dist.method.levels import NoiseSchedule
 from pavdm_dist.method.sampler import num_branches
-from pavdm_dist.method.schedule import Mode, NoiseSchedule, WindowPlan
+from pavdm_dist.method.schedule import Mode, WindowPlan
 from pavdm_dist.method.stream import Conditioning, ResumePoint, Stream
 from pavdm_dist.method.window import WindowSnapshot
 from pavdm_dist.models.base import Backbone, FrameInfo

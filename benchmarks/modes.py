@@ -33,7 +33,8 @@ from pavdm_dist.method.microbatches import Displaced
 from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.schedule import Mode, PlanRow
 from pavdm_dist.method.stream import Stream
-from pavdm_dist.request import SamplingParams, VideoRequest
+from pavdm_dist.request import VideoRequest
+from pavdm_dist.sampling import SamplingParams
 from pavdm_dist.streams import build_stream
 
 PERIODS: tuple[int | None, ...] = (1, 5, 10, 25, 50, None)

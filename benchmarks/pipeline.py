@@ -34,14 +34,15 @@ import torch
 from common import machine, machine_line, parser, random_model, small_config
 from decoded import decoded_rows
 
-from pavdm_dist.engine.loop import Span
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.order import Unit
 from pavdm_dist.engine.ray_engine import RayEngine
+from pavdm_dist.engine.report import Span
 from pavdm_dist.method.denoiser import StreamDenoiser
+from pavdm_dist.method.levels import NoiseSchedule
 from pavdm_dist.method.microbatches import WHOLE, Displaced, MicroBatches
 from pavdm_dist.method.sampler import sample
-from pavdm_dist.method.schedule import Mode, NoiseSchedule, WindowPlan
+from pavdm_dist.method.schedule import Mode, WindowPlan
 from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.method.window import CleanChunk
 from pavdm_dist.models.base import FrameInfo

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import chunk_noise
-from pavdm_dist.models.base import attention
+from pavdm_dist.models.attention import attention
 from pavdm_dist.models.layers import NORM_EPS, CrossAttention, rotate
 from pavdm_dist.models.stdit3 import STDiT3
 from pavdm_dist.models.stdit3_block import STDiT3Block

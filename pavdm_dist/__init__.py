@@ -5,18 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pavdm_dist.method.schedule import NoiseSchedule, WindowPlan
+    from pavdm_dist.method.levels import NoiseSchedule
+    from pavdm_dist.method.schedule import WindowPlan
     from pavdm_dist.pipeline import PAVDMPipeline
-    from pavdm_dist.request import SamplingParams, VideoRequest
+    from pavdm_dist.request import VideoRequest
+    from pavdm_dist.sampling import SamplingParams
 
 __version__ = "0.1.0"
 
 __all__ = ["NoiseSchedule", "PAVDMPipeline", "SamplingParams", "VideoRequest", "WindowPlan", "__version__"]
 
 _ROOMS = {
-    "NoiseSchedule": "method.schedule",
+    "NoiseSchedule": "method.levels",
     "PAVDMPipeline": "pipeline",
-    "SamplingParams": "request",
+    "SamplingParams": "sampling",
     "VideoRequest": "request",
     "WindowPlan": "method.schedule",
 }

@@ -53,7 +53,7 @@ class SamplingDefaults:
     """What a checkpoint was trained for; every value can be overridden per run.
 
     ``time_shift`` None means the resolution-dependent formula of
-    :func:`~pavdm_dist.method.schedule.time_shift_ratio`, ``trained_latents`` the longest window of training, where that
+    :func:`~pavdm_dist.method.levels.time_shift_ratio`, ``trained_latents`` the longest window of training, where that
     is known. ``prompt_suffix`` is said behind every prompt but the negative one: words that the captions of training
     ended with, such as Open-Sora's ``aesthetic score: 6.5.``. ``levels`` are those that a student was distilled to,
     noisiest first; None makes them of the time shift.

@@ -17,15 +17,14 @@ from pavdm_dist.arguments import check_names, seeds_of
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.codecs.pretrained_text import TextOptions
-from pavdm_dist.engine.events import Failed
 from pavdm_dist.engine.inline import InlineEngine
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engines import Engines, OnFailed, OnGrown
-from pavdm_dist.errors import ConfigError, PAVDMError
+from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.image import read_image
 from pavdm_dist.method.sampler import StepCallback
-from pavdm_dist.method.schedule import PlanRow, WindowPlan
-from pavdm_dist.method.stream import NewPrompt, Stream
+from pavdm_dist.method.schedule import PlanRow
+from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import Window
 from pavdm_dist.models.catalog import load_backbone
 from pavdm_dist.models.devices import (
@@ -41,10 +40,10 @@ from pavdm_dist.models.devices import (
 from pavdm_dist.models.source import Adapter
 from pavdm_dist.outputs import OUTPUTS, PAVDMPipelineOutput, VideoChunk
 from pavdm_dist.planning.partition import layer_split
-from pavdm_dist.request import SamplingParams, VideoRequest, frames_left, plan_of
-from pavdm_dist.streams import build_stream
-from pavdm_dist.texts import encoded, prepare_texts, timed_prompts
-from pavdm_dist.timed import first_prompt
+from pavdm_dist.request import VideoRequest
+from pavdm_dist.running import Running
+from pavdm_dist.sampling import SamplingParams
+from pavdm_dist.texts import first_and_later, prepare_texts
 
 logger = logging.getLogger(__name__)
 
@@ -111,9 +110,7 @@ class PAVDMPipeline:
         self._decoder, self._decoder_dtype, self._told = decoder, decoder_dtype, False
         self._frames = FrameMaker(checkpoint.vae, decoder_tile, preview_decoder)
         self._frames.check()
-        self._plans: dict[int, WindowPlan] = {}
-        self._params: SamplingParams | None = None
-        self._own: dict[int, SamplingParams] = {}
+        self._running: Running | None = None
         self._options: EngineOptions | None = None
         if num_stages:
             options = engine or EngineOptions(num_stages)
@@ -263,7 +260,7 @@ class PAVDMPipeline:
         prompts = [prompt] if isinstance(prompt, str | Mapping) else list(prompt or ())
         if not prompts:
             raise ConfigError(f"prompt={prompt}: give a text, or a list of them")
-        words = [self._timed(one, params) for one in prompts]
+        words = [first_and_later(one, params, self.checkpoint) for one in prompts]
         total = len(prompts) * num_videos_per_prompt
         size = total * num_frames * params.height * params.width * 3 * 4
         if size > MAX_RESULT_BYTES and output_type != "latent":
@@ -319,25 +316,12 @@ class PAVDMPipeline:
         Raises:
             EngineError: the engine as a whole has ended.
         """
-        wanted: dict[int, int | None] = {}
         self.resyncs.clear()
-        self._plans.clear()
-        self._own.clear()
-        self._params = params
-
-        def build() -> Iterator[Stream | Failed]:
-            for number, request in enumerate(requests):
-                own = request.params or params
-                try:
-                    wanted[number] = frames_left(request, own, self.checkpoint)
-                    self._plans[number], self._own[number] = plan_of(request, own, self.checkpoint), own
-                    yield build_stream(request, number, own, self.checkpoint)
-                except PAVDMError as error:
-                    yield Failed(number, error)
-
+        running = self._running = Running(params, self.checkpoint)
+        built = running.streams(requests)
         if self.engine is None:
             on_step = None if callback_on_step_end is None else partial(self._step_callback, callback_on_step_end)
-            finished = self._engines.inline(self._load).run(build(), on_grown, on_failed, on_step)
+            finished = self._engines.inline(self._load).run(built, on_grown, on_failed, on_step)
         elif callback_on_step_end is not None:
             raise ConfigError("callback_on_step_end needs num_stages=0: steps end on the stages, not here")
         else:
@@ -348,14 +332,10 @@ class PAVDMPipeline:
             self.relative_error, self.kernels = engine.relative_error, engine.kernels
             if self.engine.device == "cpu" and (gpus := gpus_of_cluster()):
                 self._tell(idle_on_stages(gpus, "the cluster"))
-            finished = self._engines.run(engine, build(), params, streams, on_grown, on_failed)
+            finished = self._engines.run(engine, built, params, streams, on_grown, on_failed)
         for chunk in finished:
-            assert chunk.frames is not None
             self.resyncs[chunk.stream] = chunk.resyncs
-            left = wanted[chunk.stream]
-            frames = chunk.frames if left is None else chunk.frames[:left]
-            wanted[chunk.stream] = None if left is None else left - frames.shape[0]
-            yield VideoChunk(chunk.stream, chunk.clean.index, frames, chunk.clean.latents, chunk.last, chunk.resume)
+            yield running.chunk(chunk)
 
     def stop(self, video: int) -> None:
         """Lets an endless video of the running :meth:`iter_chunks` end: what is in flight is finished."""
@@ -377,15 +357,10 @@ class PAVDMPipeline:
         Raises:
             ConfigError: nothing is running, the video has no such chunk, or the text cannot be encoded.
         """
-        engine, params = self._engines.current, self._own.get(video, self._params)
-        if engine is None or params is None:
+        engine, running = self._engines.current, self._running
+        if engine is None or running is None:
             raise ConfigError("set_prompt: no video is running")
-        if type(from_chunk) is not int or from_chunk < 0:
-            raise ConfigError(f"from_chunk={from_chunk}: must be a whole number, 0 or more")
-        plan = self._plans.get(video)
-        if plan is not None and plan.num_chunks is not None and from_chunk >= plan.num_born:
-            raise ConfigError(f"from_chunk={from_chunk}: video {video} has chunks 0 to {plan.num_born - 1}")
-        engine.set_prompt(video, NewPrompt(from_chunk, text, encoded(text, params, self.checkpoint)))
+        engine.set_prompt(video, running.new_prompt(video, from_chunk, text))
 
     def cancel(self, video: int) -> None:
         """Ends a video of the running :meth:`iter_chunks` where it is; the others go on."""
@@ -421,17 +396,6 @@ class PAVDMPipeline:
         model = load_backbone(self.checkpoint.transformer, None, self._weights, self._place)
         codec = self._frames.load(self._codec_place, DTYPES[self._decoder_dtype])
         return InlineEngine(model, codec, self._place, self.threads_per_stage, codec_device=self._codec_place)
-
-    def _timed(
-        self, prompt: str | Mapping[str, str], params: SamplingParams
-    ) -> tuple[str, tuple[tuple[int, str], ...]]:
-        """The first prompt, and which chunks later ones begin with."""
-        if not isinstance(prompt, Mapping):
-            return prompt, ()
-        first = first_prompt(prompt)
-        if first is None:
-            raise ConfigError(f"prompt={dict(prompt)}: needs one for 0s, which the video begins with")
-        return first, timed_prompts(prompt, params, self.checkpoint)
 
     def _step_callback(self, on_step: Callable[..., Any], stream: Stream) -> StepCallback:
         levels = stream.schedule.levels

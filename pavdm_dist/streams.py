@@ -13,7 +13,8 @@ from pavdm_dist.codecs.receptive import encoder_receptive_latents
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.models.devices import intra_op_threads
-from pavdm_dist.request import SamplingParams, VideoRequest, plan_of
+from pavdm_dist.request import VideoRequest, plan_of
+from pavdm_dist.sampling import SamplingParams
 from pavdm_dist.texts import conditioning_of
 
 

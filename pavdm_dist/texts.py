@@ -12,8 +12,9 @@ from pavdm_dist.fields import is_writable, show
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.stream import Conditioning
 from pavdm_dist.models.devices import intra_op_threads
-from pavdm_dist.request import SamplingParams, VideoRequest, plan_of
-from pavdm_dist.timed import chunk_schedule
+from pavdm_dist.request import VideoRequest, plan_of
+from pavdm_dist.sampling import SamplingParams
+from pavdm_dist.timed import chunk_schedule, first_prompt
 
 
 def spoken(prompt: str, params: SamplingParams) -> str:
@@ -45,6 +46,22 @@ def timed_prompts(
     spec, size = checkpoint.codec_spec, params.latent_chunk_size
     frames = (spec.frames_in_chunk(size, first=not params.warm), spec.frames_in_chunk(size, first=False))
     return chunk_schedule(prompts, params.fps, *frames)
+
+
+def first_and_later(
+    prompt: str | Mapping[str, str], params: SamplingParams, checkpoint: Checkpoint
+) -> tuple[str, tuple[tuple[int, str], ...]]:
+    """The prompt that a video begins with, and ``(first chunk, prompt)`` of later ones, from a text or prompts by time.
+
+    Raises:
+        ConfigError: prompts by time without one for second 0; else as :func:`timed_prompts`.
+    """
+    if not isinstance(prompt, Mapping):
+        return prompt, ()
+    first = first_prompt(prompt)
+    if first is None:
+        raise ConfigError(f"prompt={dict(prompt)}: needs one for 0s, which the video begins with")
+    return first, timed_prompts(prompt, params, checkpoint)
 
 
 def check_prompts(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> None:

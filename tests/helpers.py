@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from pavdm_dist.method.denoiser import StreamDenoiser
+from pavdm_dist.method.levels import NoiseSchedule
 from pavdm_dist.method.microbatches import Displaced
 from pavdm_dist.method.sampler import sample
-from pavdm_dist.method.schedule import Mode, NoiseSchedule, WindowPlan
+from pavdm_dist.method.schedule import Mode, WindowPlan
 from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.method.window import CleanChunk
 from pavdm_dist.models.base import FrameInfo

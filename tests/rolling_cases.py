@@ -11,7 +11,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pavdm_dist.method.schedule import NoiseSchedule, WindowPlan
+from pavdm_dist.method.levels import NoiseSchedule
+from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.models.base import FrameInfo
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from wan_models import INFO, WAN, random, tiny_wan
 
 from pavdm_dist.method.denoiser import StreamDenoiser
+from pavdm_dist.method.levels import NoiseSchedule
 from pavdm_dist.method.sampler import sample
-from pavdm_dist.method.schedule import NoiseSchedule, WindowPlan
+from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.stream import Conditioning, Stream
 
 ROLLING = WindowPlan(5, 5, 3, 6, context="cached", anchor_chunks=1)

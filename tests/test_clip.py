@@ -17,7 +17,8 @@ from pavdm_dist.commands.clip import open_film
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.video import read_clip
-from pavdm_dist.request import SamplingParams, VideoRequest
+from pavdm_dist.request import VideoRequest
+from pavdm_dist.sampling import SamplingParams
 from pavdm_dist.streams import build_stream, clip_frames_used, input_frames
 
 

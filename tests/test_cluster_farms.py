@@ -17,7 +17,7 @@ import jsonschema
 import pytest
 import yaml
 
-from pavdm_dist.cli import run_config
+from pavdm_dist.commands.words import run_config
 from pavdm_dist.config import SampleConfig
 
 ROOT = Path(__file__).parent.parent

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from pavdm_dist import __version__
-from pavdm_dist.cli import run_config
+from pavdm_dist.commands.words import run_config
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.merging import load_config
 from pavdm_dist.train.settings import TrainConfig

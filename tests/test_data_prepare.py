@@ -1,8 +1,7 @@
-"""`pavdm data prepare`: what comes out, that it is the same however it was made, and every refusal."""
+"""`pavdm data prepare`: what comes out, that it is the same however it was made, and settings that are refused."""
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -18,22 +17,17 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_checkpoint
-from videos import numbered, shipped_videos, shots, write_video
+from prepared_sets import BUCKETS, contents, write_source
+from videos import numbered, shipped_videos, write_video
 
 from pavdm_dist import cli
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.data import prepare as prepare_module
-from pavdm_dist.data import work as work_module
-from pavdm_dist.data.clips import Scan
 from pavdm_dist.data.dataset import CachedClips, PixelClips
-from pavdm_dist.data.index import read_sources
 from pavdm_dist.data.prepare import PrepareConfig, prepare_command
 from pavdm_dist.data.shards import open_shard
-from pavdm_dist.data.workers import worker_number, workers
-from pavdm_dist.errors import ConfigError, EngineError, MediaError
-
-BUCKETS = ["32x48x3@24", "32x48x2@24", "48x32x2@24", "16x96x2@24"]
+from pavdm_dist.errors import ConfigError, MediaError
 
 
 @pytest.fixture(scope="module")
@@ -43,21 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four good videos, two corrupt ones, one too small and one too short."""
-    folder = tmp_path_factory.mktemp("videos")
-    write_video(folder / "a.mp4", shots([20, 25]))
-    write_video(folder / "b.mp4", numbered(30), 30)
-    write_video(folder / "deep" / "tall.mkv", numbered(12, 96, 64))
-    write_video(folder / "e.mp4", numbered(11))
-    write_video(folder / "short.mp4", numbered(3))
-    write_video(folder / "small.mp4", numbered(20, 16, 32))
-    whole = (folder / "b.mp4").read_bytes()
-    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
-    (folder / "text.mp4").write_text("no video at all")
-    captions = {"a": "a red three drifting up", "b": "blue seven", "e": "a green three"}
-    for path in [*folder.rglob("*.mp4"), *folder.rglob("*.mkv")]:
-        path.with_suffix(".txt").write_text(captions.get(path.stem, "a three"))
-    return folder
+    return write_source(tmp_path_factory.mktemp("videos"))
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +50,6 @@ def plain(config: PrepareConfig, tmp_path_factory: pytest.TempPathFactory) -> tu
     """The data set that one process makes in one go, and its report."""
     output = tmp_path_factory.mktemp("plain") / "set"
     return output, prepare_command(replace(config, output=str(output)))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_report_and_files(plain: tuple[Path, dict[str, Any]]) -> None:
@@ -143,16 +119,6 @@ def test_a_ray_cluster_gives_the_same_bytes(
     monkeypatch.setattr(prepare_module, "PART_VIDEOS", 3)
     prepare_command(replace(config, output=str(tmp_path / "set"), ray_address="auto"))
     assert contents(tmp_path / "set") == contents(plain[0])
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(120)
-def test_a_fault_in_a_ray_worker_is_its_own_sentence(
-    ray_cluster: None, config: PrepareConfig, source: Path, tmp_path: Path
-) -> None:
-    output = _scanned_then_replaced(config, source, tmp_path)
-    with pytest.raises(MediaError, match=r"b\.mp4 is not the video that was scanned"):
-        prepare_command(replace(output, ray_address="auto"))
 
 
 @pytest.mark.timeout(120)
@@ -313,36 +279,6 @@ def test_bad_settings_write_nothing(config: PrepareConfig, source: Path, tmp_pat
             prepare_command(replace(config, output=str(output), device="cuda"))
 
 
-def test_strict_ends_with_the_first_corrupt_file_and_keeps_what_was_seen(config: PrepareConfig, tmp_path: Path) -> None:
-    strict = replace(config, output=str(tmp_path / "set"), encode=False, strict=True)
-    with pytest.raises(ConfigError, match=r"2 of 8 videos cannot be read, the first: .*cut\.mp4.*strict=false skips"):
-        prepare_command(strict)
-    assert not (tmp_path / "set" / "index.json").exists()
-    assert prepare_command(replace(strict, strict=False))["frames_read"] == 0, "the look at the videos is kept"
-    with pytest.raises(ConfigError, match="2 of 8 videos cannot be read"):
-        prepare_command(strict)
-
-
-def test_missing_videos_and_impossible_captions_are_skipped_by_name(
-    config: PrepareConfig, source: Path, tmp_path: Path
-) -> None:
-    lines = [(source / "e.mp4", "a three"), ("gone.mp4", "a three"), (source / "b.mp4", "three " * 70)]
-    (tmp_path / "i.jsonl").write_text("\n".join(json.dumps({"path": str(p), "caption": c}) for p, c in lines))
-    report = prepare_command(
-        replace(config, source=[str(tmp_path / "i.jsonl")], output=str(tmp_path / "set"), encode=False)
-    )
-    reasons = [(entry["skipped"], entry["reason"]) for entry in report["skipped"]]
-    assert [kind for kind, _ in reasons] == ["unreadable", "caption"]
-    assert reasons[0][1].endswith("gone.mp4: no such file")
-    assert "has 70 words and commas, at most 64 are legal" in reasons[1][1]
-    # The same, with the uncaptioned left out.
-    (tmp_path / "j.csv").write_text(f"path,caption\n{source / 'e.mp4'},\n{source / 'b.mp4'},seven\n")
-    report = prepare_command(
-        replace(config, source=[str(tmp_path / "j.csv")], output=str(tmp_path / "k"), encode=False, captions="skip")
-    )
-    assert [(entry["skipped"], entry["reason"]) for entry in report["skipped"]] == [("caption", "it has no caption")]
-
-
 def test_latents_of_another_model_are_refused(plain: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"was prepared with codec .*, model=.*embedded has .*: prepare it again"):
         CachedClips(plain[0], Checkpoint.open())
@@ -382,157 +318,6 @@ def test_videos_that_moved_are_found_where_they_are(
     PixelClips(tmp_path / "set", Checkpoint.open(model).codec).load(2, [0])
 
 
-def test_a_video_that_vanished_or_changed_is_named_and_what_is_done_is_kept(
-    config: PrepareConfig, source: Path, tmp_path: Path
-) -> None:
-    settings = _scanned_then_replaced(config, source, tmp_path)
-    video, other = tmp_path / "videos" / "b.mp4", tmp_path / "videos" / "a.mp4"
-    shutil.copy(source / "b.mp4", video)
-    other.rename(tmp_path / "away.mp4")
-    with pytest.raises(ConfigError, match=r"made with other videos \(a\.mp4 is gone, 1 such; put them back"):
-        prepare_command(settings)
-    other.symlink_to(tmp_path / "nowhere.mp4")  # listed still
-    with pytest.raises(MediaError, match=r"a\.mp4: no such file; its clips are listed: put the video back"):
-        prepare_command(settings)
-    other.unlink()
-    (tmp_path / "away.mp4").rename(other)
-    video.write_bytes(video.read_bytes() + bytes(8))
-    with pytest.raises(ConfigError, match=r"b\.mp4 had \d+ bytes when the data set was begun .* put it back"):
-        prepare_command(settings)
-    shutil.copy(source / "b.mp4", video)
-    assert prepare_command(settings)["shards"] == 6
-
-
-def test_what_could_not_be_read_is_looked_at_again(config: PrepareConfig, source: Path, tmp_path: Path) -> None:
-    shutil.copytree(source, tmp_path / "videos")
-    broken = tmp_path / "videos" / "cut.mp4"
-    (tmp_path / "videos" / "text.mp4").unlink()
-    strict = replace(config, source=[str(tmp_path / "videos")], output=str(tmp_path / "set"), strict=True)
-    with pytest.raises(ConfigError, match=r"1 of 7 videos cannot be read"):
-        prepare_command(strict)
-    shutil.copy(source / "b.mp4", broken)
-    report = prepare_command(strict)
-    assert report["frames_read"] == 30, "the others are not looked at again"
-    assert report["skipped"] and not any(entry["skipped"] == "unreadable" for entry in report["skipped"])
-
-
-def test_what_cannot_be_written_is_one_sentence(
-    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(work_module, "write_shard", full)
-    with pytest.raises(MediaError, match=r"output=.*: cannot be written: .*No space left on device; run again"):
-        prepare_command(replace(config, output=str(tmp_path / "set")))
-
-
-def test_a_detector_s_own_fault_skips_one_video(
-    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scan = work_module.scan_video
-
-    def failing(location: str, cuts: bool) -> Scan:
-        assert not location.endswith("b.mp4"), "a bug elsewhere"
-        return scan(location, cuts)
-
-    monkeypatch.setattr(work_module, "scan_video", failing)
-    report = prepare_command(replace(config, output=str(tmp_path / "set"), encode=False))
-    reasons = {entry["video"]: entry["reason"] for entry in report["skipped"]}
-    assert "b.mp4: AssertionError: a bug elsewhere" in reasons["b.mp4"] and report["clips"]["32x48x3@24"] > 0
-
-
-def test_a_machine_without_the_folders_takes_no_video_for_missing(config: PrepareConfig, tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(config.model)
-    sources = read_sources(config.source)
-    job = prepare_module._job(replace(config, output=str(tmp_path)), checkpoint, sources)
-    for lost, said in ((replace(job, root=str(tmp_path / "gone")), "source: .*gone"), (job, "output: .*settings.json")):
-        with pytest.raises(ConfigError, match=rf"{said} is not there on .*; every machine must share it"):
-            work_module.scan_part(lost, 0, sources.videos)
-
-
-def test_a_kill_at_the_first_write_is_gone_on_from(config: PrepareConfig, tmp_path: Path) -> None:
-    (tmp_path / "set").mkdir()
-    for name in ("sizes.json", ".settings.json.12345678.tmp"):
-        (tmp_path / "set" / name).write_text("{")
-    prepare_command(replace(config, output=str(tmp_path / "set"), encode=False))
-    prepare_command(replace(config, output=str(tmp_path / "set"), encode=False))
-    assert not list((tmp_path / "set").glob(".*.tmp"))
-
-
-@pytest.mark.timeout(60)
-def test_what_no_node_has_is_refused(ray_cluster: None) -> None:
-    for cpus, gpu, sentence in ((10_000, False, "threads=10000: no node"), (1, True, "threads=1 with device=cuda: no")):
-        with pytest.raises(ConfigError, match=sentence), workers(1, "auto", cpus, gpu):
-            pass
-
-
-@pytest.mark.timeout(60)
-def test_workers_are_numbered(tmp_path: Path) -> None:
-    with workers(2, None, 1, False) as run:
-        found = set(run(_number_after_a_while, [()] * 20))
-    assert found == {0, 1}
-
-
-@pytest.mark.timeout(60)
-def test_workers_run_no_scripts_of_the_current_folder(tmp_path: Path) -> None:
-    for name in ("pickle", "struct"):  # what they import before they are told where from
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('a script of somebody else')")
-    program = """
-import operator, os, sys
-sys.path[:] = [folder for folder in sys.path if folder not in ("", os.getcwd())]
-from pavdm_dist.data.readers import survived
-from pavdm_dist.data.workers import workers
-if __name__ == "__main__":
-    with workers(2, None, 1, False) as run:
-        print(*run(operator.neg, [(5,)]), survived(operator.neg, 7), os.environ.get("PYTHONSAFEPATH"))
-"""
-    (tmp_path / "in").mkdir()
-    script = tmp_path / "in" / "script.py"
-    script.write_text(program)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout == "-5 -7 None\n", done.stderr
-
-
-def _number_after_a_while() -> int:
-    time.sleep(0.2)  # so that every worker gets something to do
-    return worker_number()
-
-
-@pytest.mark.timeout(120)
-def test_a_dead_worker_is_reported(config: PrepareConfig, tmp_path: Path) -> None:
-    with (
-        pytest.raises(EngineError, match=r"a worker process died.*run again to go on"),
-        workers(2, None, cpus=1, gpu=False) as run,
-    ):
-        list(run(os._exit, [(1,)]))
-
-
-def test_two_runs_in_one_folder_are_kept_apart(config: PrepareConfig, tmp_path: Path) -> None:
-    with (
-        prepare_module._locked(tmp_path / "set"),
-        pytest.raises(ConfigError, match="another run is preparing this folder"),
-    ):
-        prepare_command(replace(config, output=str(tmp_path / "set")))
-
-
-@pytest.mark.parametrize(
-    "name", ["ENOSYS", "ENOTSUP", "EOPNOTSUPP", "ENOLCK", "EBADF", "EINVAL", "EIO", "EACCES", "ESTALE"]
-)
-def test_a_file_system_without_locks_is_said_and_used(
-    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
-) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
-
-    monkeypatch.setattr(prepare_module.fcntl, "flock", refuse)
-    with prepare_module._locked(tmp_path / "set"):
-        assert "its file system knows no locks" in caplog.text
-
-
 def test_what_files_say_of_their_pictures_is_reported(config: PrepareConfig, tmp_path: Path) -> None:
     write_video(tmp_path / "v" / "square.mp4", numbered(20, 96, 96))
     write_video(tmp_path / "v" / "fits.mp4", numbered(20, 96, 40))
@@ -562,19 +347,6 @@ def test_captions_whose_end_is_not_read_are_counted(
     assert "of one prompt" not in caplog.text
 
 
-def test_damaged_videos_give_what_lies_before_the_fault_when_asked(config: PrepareConfig, tmp_path: Path) -> None:
-    whole = write_video(tmp_path / "whole.mkv", numbered(70).repeat(2, axis=0)).read_bytes()
-    (tmp_path / "v").mkdir()
-    (tmp_path / "v" / "cut.mkv").write_bytes(whole[: len(whole) * 2 // 3])
-    chosen = replace(config, source=[str(tmp_path / "v")], output=str(tmp_path / "set"), captions="stem", encode=False)
-    with pytest.raises(ConfigError, match=r"none of 1 videos gives a clip: .*cut\.mkv is .*truncated"):
-        prepare_command(chosen)
-    report = prepare_command(replace(chosen, damaged="cut"))
-    assert report["remarks"] == {"damaged": 1} and not report["skipped"] and sum(report["clips"].values()) > 5
-    with pytest.raises(ConfigError, match="made with damaged=cut, this run has skip"):
-        prepare_command(chosen)
-
-
 def test_the_command_line(source: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "p.yaml"
     file.write_text(f"model: {model}\nbuckets: [32x48x3@24]\nencode: false\n")
@@ -589,18 +361,3 @@ def test_the_command_line(source: Path, model: Path, tmp_path: Path, capsys: pyt
     for words in (["x", "processes=0"], [], ["a.yaml", "b.yaml"], ["x", "bucket=[]"]):
         assert cli.main(["data", "prepare", *words]) == 2
         assert capsys.readouterr().err.count("\n") == 1
-
-
-def _scanned_then_replaced(config: PrepareConfig, source: Path, tmp_path: Path) -> PrepareConfig:
-    """A run that was ended behind its scan, one of whose videos then changed without changing its size."""
-    shutil.copytree(source, tmp_path / "videos")
-    settings = replace(config, source=[str(tmp_path / "videos")], output=str(tmp_path / "set"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "_encode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            prepare_command(settings)
-    video = tmp_path / "videos" / "b.mp4"
-    size = video.stat().st_size
-    write_video(video, numbered(20), 24)
-    os.truncate(video, size)  # zeros behind the last box are legal
-    return settings

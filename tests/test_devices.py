@@ -15,12 +15,13 @@ from whole_window import whole_window
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.resolve import open_pipeline
 from pavdm_dist.config import SampleConfig
+from pavdm_dist.engine.gpu_links import HostStagedLink
 from pavdm_dist.engine.local import LocalEngine
 from pavdm_dist.engine.messages import LATENTS, Header
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.order import Unit, epochs, join_of
 from pavdm_dist.engine.stage import Stage
-from pavdm_dist.engine.transport import HostStagedLink, LocalLink
+from pavdm_dist.engine.transport import LocalLink
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.method.microbatches import WHOLE
@@ -32,7 +33,8 @@ from pavdm_dist.models.loading import convert
 from pavdm_dist.models.source import Source
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.planning.partition import layer_split
-from pavdm_dist.request import SamplingParams, VideoRequest
+from pavdm_dist.request import VideoRequest
+from pavdm_dist.sampling import SamplingParams
 
 PROMPT = "a red three drifting up"
 

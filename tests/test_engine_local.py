@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pavdm_dist.engine.local import LocalEngine
-from pavdm_dist.engine.messages import ACTIVATION, Header, Layout, pack, unpack
+from pavdm_dist.engine.messages import ACTIVATION, Header, Layout, Message
 from pavdm_dist.engine.order import ROWS_PER_EPOCH, Join, epoch_units, is_active
 from pavdm_dist.engine.stage import Stage
 from pavdm_dist.errors import ConfigError, EngineError
@@ -155,12 +155,15 @@ def test_messages_carry_a_checked_header() -> None:
     layout = Layout(((2, 3), (4,)), torch.bfloat16)
     header = Header(3, ACTIVATION, 17, 1, 5, -1, 1, layout.numel)
     tensors = [torch.randn(2, 3).bfloat16(), torch.randn(4).bfloat16()]
-    buffer = pack(header, tensors, layout)
-    assert buffer.numel() == layout.num_bytes == 64 + 2 * 10
-    for sent, received in zip(tensors, unpack(buffer, header, layout), strict=True):
+    message = Message(layout)
+    message.fill(header, tensors)
+    assert message.data.numel() == layout.num_bytes == 64 + 2 * 10
+    received_elsewhere = Message(layout, message.data.clone())
+    received_elsewhere.check(header)
+    for sent, received in zip(tensors, received_elsewhere.tensors, strict=True):
         assert torch.equal(sent, received)
     wrong = Header(3, ACTIVATION, 18, 1, 5, -1, 1, layout.numel)
     with pytest.raises(EngineError, match=r"order=18.*order=17"):
-        unpack(buffer, wrong, layout)
+        message.check(wrong)
     with pytest.raises(EngineError, match=r"planned"):
-        pack(header, [tensors[0].float(), tensors[1]], layout)
+        message.fill(header, [tensors[0].float(), tensors[1]])

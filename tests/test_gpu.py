@@ -14,11 +14,12 @@ from whole_window import whole_window
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.wan import WanCodec
+from pavdm_dist.engine.gpu_links import HostStagedLink
 from pavdm_dist.engine.local import LocalEngine
 from pavdm_dist.engine.messages import ACTIVATION, Header
 from pavdm_dist.engine.order import epochs, join_of
 from pavdm_dist.engine.stage import Stage
-from pavdm_dist.engine.transport import HostStagedLink, LocalLink
+from pavdm_dist.engine.transport import LocalLink
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.sampler import sample
@@ -29,7 +30,8 @@ from pavdm_dist.models.loading import convert
 from pavdm_dist.models.text_cache import TextBank
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.planning.costs import profiled_costs
-from pavdm_dist.request import SamplingParams, VideoRequest
+from pavdm_dist.request import VideoRequest
+from pavdm_dist.sampling import SamplingParams
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

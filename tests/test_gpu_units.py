@@ -11,10 +11,11 @@ from test_links import linked, sampled
 from wan_models import tiny_wan
 
 from pavdm_dist.engine.events import Shift
+from pavdm_dist.engine.gpu_links import HostStagedLink
 from pavdm_dist.engine.loop import Links
 from pavdm_dist.engine.rehearsal import rehearsal, rehearse
 from pavdm_dist.engine.stage import Stage
-from pavdm_dist.engine.transport import HostStagedLink, LocalLink, TorchLink
+from pavdm_dist.engine.transport import LocalLink, TorchLink
 from pavdm_dist.method.schedule import Mode
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.models.compiling import Compiler

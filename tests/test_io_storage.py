@@ -22,15 +22,14 @@ from safetensors.torch import load_file, save_file
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.io.latents import LatentsHash, LatentsWriter, latents_sha256, read_latents
 from pavdm_dist.io.metadata import Sidecar, is_complete, read_sidecar, sidecar_path, weights_identity
+from pavdm_dist.io.parts import check_output, parts_folder
 from pavdm_dist.io.storage import (
     atomic_path,
     atomic_write,
-    check_output,
     create_new,
     discard,
     exists,
     local_copy,
-    parts_folder,
     same_path,
     sha256_file,
     stage,

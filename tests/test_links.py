@@ -14,11 +14,14 @@ import torch.distributed as dist
 from helpers import reference_chunks, tiny_model, tiny_stream
 
 from pavdm_dist.engine.events import EpochDone, Shift
-from pavdm_dist.engine.loop import EpochFeed, Links, RunReport, StageLoop
+from pavdm_dist.engine.feed import EpochFeed
+from pavdm_dist.engine.gpu_links import HostStagedLink, NcclLink
+from pavdm_dist.engine.loop import Links, StageLoop
 from pavdm_dist.engine.messages import ACTIVATION, HEADER_BYTES, Header, Layout
 from pavdm_dist.engine.order import LogEntry, is_active, join_of
+from pavdm_dist.engine.report import RunReport
 from pavdm_dist.engine.stage import Stage
-from pavdm_dist.engine.transport import Buffers, HostStagedLink, Link, LocalLink, NcclLink, TorchLink, warm_up
+from pavdm_dist.engine.transport import Buffer, Buffers, Link, LocalLink, TorchLink, warm_up
 from pavdm_dist.errors import EngineError
 from pavdm_dist.method.schedule import Mode
 from pavdm_dist.method.stream import Stream
@@ -196,10 +199,10 @@ def test_such_a_message_ends_the_loop() -> None:
 def test_buffers_are_used_again_and_bounded() -> None:
     buffers = Buffers(CPU, pinned=False, most=2)
     small, large = buffers.take(10), buffers.take(1000)
-    assert (small.numel(), large.numel()) == (10, 1000)
+    assert (small.num_bytes, large.num_bytes) == (10, 1000)
     buffers.give(small)
     buffers.give(large)
     assert buffers.take(9) is small and buffers.take(9) is large
-    for buffer in (small, large, torch.empty(500, dtype=torch.uint8)):
+    for buffer in (small, large, Buffer(torch.empty(500, dtype=torch.uint8))):
         buffers.give(buffer)
-    assert sorted(buffer.numel() for buffer in buffers._free) == [500, 1000], "the smallest goes"
+    assert sorted(buffer.num_bytes for buffer in buffers._free) == [500, 1000], "the smallest goes"

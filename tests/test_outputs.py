@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from helpers import tiny_checkpoint
 
-from pavdm_dist import cli
 from pavdm_dist.cli import main
+from pavdm_dist.commands import terminal
 from pavdm_dist.io.metadata import read_sidecar
-from pavdm_dist.io.storage import check_output
+from pavdm_dist.io.parts import check_output
 
 pytestmark = pytest.mark.timeout(180)
 SHORT = ["num_frames=61", "chunks_per_segment=2", "guidance_scale=1", "save_latents=true"]
@@ -149,7 +149,7 @@ def test_a_standard_output_without_letters_is_one_sentence() -> None:
 
 
 def test_names_that_are_no_text_can_be_told(capsys: pytest.CaptureFixture[str]) -> None:
-    cli._say("caf\udce9.mp4 is short")
+    terminal.say("caf\udce9.mp4 is short")
     assert capsys.readouterr().out == "caf\\udce9.mp4 is short\n"
 
 

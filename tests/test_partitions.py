@@ -25,8 +25,9 @@ from pavdm_dist.commands.simulate import SimulateConfig, simulate_report
 from pavdm_dist.config import ClusterConfig, PlanConfig
 from pavdm_dist.engine.driver import Driver
 from pavdm_dist.engine.events import Event, Finished, Grown, Left, Shift
-from pavdm_dist.engine.loop import EpochFeed, Links, StageLoop
-from pavdm_dist.engine.messages import Header, Layout, pack, unpack
+from pavdm_dist.engine.feed import EpochFeed
+from pavdm_dist.engine.loop import Links, StageLoop
+from pavdm_dist.engine.messages import Header, Layout, Message
 from pavdm_dist.engine.order import Join, LogEntry, epoch_units, join_of
 from pavdm_dist.engine.stage import Stage
 from pavdm_dist.errors import ConfigError
@@ -40,7 +41,7 @@ from pavdm_dist.models.text_cache import TextRun
 from pavdm_dist.planning.costs import measure_costs
 from pavdm_dist.planning.forecast import UnitTime, makespan, rows_of, work
 from pavdm_dist.planning.simulate import Machine, simulate
-from pavdm_dist.request import SamplingParams
+from pavdm_dist.sampling import SamplingParams
 
 SIX = {"num_inference_steps": 6, "window_chunks": 6}
 KINDS = {
@@ -264,7 +265,7 @@ class Wire:
     bytes_sent, posts_late = 0, False
 
     def __init__(self) -> None:
-        self._messages: queue.Queue[Tensor] = queue.Queue()
+        self._messages: queue.Queue[Message] = queue.Queue()
 
     def announce(self, headers: Sequence[Header]) -> None: ...
 
@@ -273,10 +274,14 @@ class Wire:
     def verdict(self) -> None: ...
 
     def receive(self, expected: Header, layout: Layout) -> list[Tensor]:
-        return unpack(self._messages.get(timeout=60), expected, layout)
+        message = self._messages.get(timeout=60)
+        message.check(expected)
+        return message.tensors
 
     def send(self, header: Header, tensors: Any, layout: Layout) -> None:
-        self._messages.put(pack(header, tensors, layout))
+        message = Message(layout)
+        message.fill(header, tensors)
+        self._messages.put(message)
 
     def close(self) -> None: ...
 

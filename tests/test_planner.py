@@ -27,7 +27,8 @@ from pavdm_dist.models.base import Activation
 from pavdm_dist.planning.memory import MESSAGES, decoder_bytes
 from pavdm_dist.planning.planner import choose, report
 from pavdm_dist.planning.setups import Job, Setup
-from pavdm_dist.request import SamplingParams, VideoRequest
+from pavdm_dist.request import VideoRequest
+from pavdm_dist.sampling import SamplingParams
 from pavdm_dist.streams import build_stream
 
 SMALL = ClusterConfig(devices=8, tflops=0.02)

@@ -19,7 +19,7 @@ from pavdm_dist.fields import made
 from pavdm_dist.io.video import export_to_video, read_clip
 from pavdm_dist.merging import load_config
 from pavdm_dist.rates import as_rate, rate_text
-from pavdm_dist.request import SamplingParams
+from pavdm_dist.sampling import SamplingParams
 
 NTSC, FILM = Fraction(30000, 1001), Fraction(24000, 1001)
 

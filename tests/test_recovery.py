@@ -177,7 +177,7 @@ def test_the_budget_is_spent_in_words(ray_cluster: None, model: Path, caplog: py
     assert struck == 2 and "the log of what was lost" in caplog.text and "restart 1 of 1 in" in caplog.text
 
 
-@pytest.mark.slow  # tests/test_engine_driver.py has the watchdog with a clock of its own
+@pytest.mark.slow  # tests/test_engine_stalls.py has the watchdog with a clock of its own
 def test_a_video_that_never_gets_its_frames_ends_alone(
     ray_cluster: None, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,8 +12,9 @@ import torch
 from helpers import reference_cases
 from safetensors.torch import load_file
 
+from pavdm_dist.method.levels import NoiseSchedule, time_shift_ratio
 from pavdm_dist.method.sampler import sample
-from pavdm_dist.method.schedule import NoiseSchedule, WindowPlan, time_shift_ratio
+from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.window import Window
 from pavdm_dist.models.base import BlockContext, FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from plans import A, B, M, endless, legal_plans, many, simulate
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.method.schedule import NoiseSchedule, WindowPlan, shift_time, time_shift_ratio
+from pavdm_dist.method.levels import NoiseSchedule, shift_time, time_shift_ratio
+from pavdm_dist.method.schedule import WindowPlan
 
 # Config B, thousandths, per chunk at rows 0 .. 4 between two shifts.
 B_TABLE = [

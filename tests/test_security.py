@@ -22,6 +22,7 @@ from hub import REPOSITORY, serve
 
 from pavdm_dist import cli
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.commands import terminal
 from pavdm_dist.commands.progress import ChunkProgress, setup_logging
 from pavdm_dist.commands.sample import render_command
 from pavdm_dist.config import SampleConfig
@@ -200,7 +201,7 @@ def test_secrets_are_hidden_in_logs_and_tracebacks(monkeypatch: pytest.MonkeyPat
         sys.excepthook(type(error), error, error.__traceback__)
     said = capsys.readouterr().err
     assert said.count("ftp://***@host") >= 3 and "me:pw" not in said and SECRET not in said and "Traceback" in said
-    assert cli._complain(f"interrupted: {SECRET}", 130) == 130
+    assert terminal.complain(f"interrupted: {SECRET}", 130) == 130
     assert SECRET not in capsys.readouterr().err
 
 

@@ -13,7 +13,7 @@ from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import Failure, Tree
 from pavdm_dist.io import lock
 from pavdm_dist.io.lockfile import Owner
-from pavdm_dist.io.storage import parts_folder
+from pavdm_dist.io.parts import parts_folder
 from pavdm_dist.serve.asked import REQUEST, keep_time, manifest_name
 from pavdm_dist.serve.removals import Removals
 

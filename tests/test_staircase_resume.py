@@ -11,7 +11,7 @@ import torch
 from staircase import CUTS, FORCING, MODEL, OTHER, ROLLING, latents_of, video
 from torch import Tensor
 
-from pavdm_dist.commands.videos import _point, _resume_point
+from pavdm_dist.commands.points import resume_point, saved_point
 from pavdm_dist.engine.driver import Driver
 from pavdm_dist.engine.events import Finished, Grown, Shift
 from pavdm_dist.engine.inline import InlineEngine
@@ -25,7 +25,6 @@ from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.stream import ResumePoint, Stream
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
-from pavdm_dist.request import VideoRequest
 
 
 def staged(stream: Stream, cut: list[tuple[int, int]]) -> list[Finished | Grown]:
@@ -119,14 +118,14 @@ def test_saved_keys_survive_files_and_wires(dtype: torch.dtype, tmp_path: Path) 
     left = {"0.3.1.k": torch.randn(1, 2, 5, 4).to(dtype).transpose(1, 2), "0.3.1.v": torch.randn(1, 2, 5, 4).to(dtype)}
     snapshot = WindowSnapshot(7, {3: torch.randn(4, 3, 2, 2)}, left=left)
     shift = pickle.loads(pickle.dumps(Shift(0, snapshot, (CleanChunk(3, torch.ones(1)),))))
-    write_state(tmp_path, State({}, point=_point(ResumePoint(snapshot))))
+    write_state(tmp_path, State({}, point=saved_point(ResumePoint(snapshot))))
 
     class Recording:
         state = read_state(tmp_path)
         assert state is not None
         point, pending, warm = state.point, state.pending, state.warm
 
-    read = _resume_point(Recording, VideoRequest("a", 0, 9))  # type: ignore[arg-type]
+    read = resume_point(Recording)  # type: ignore[arg-type]
     assert read is not None and read.snapshot.latents.keys() == {3}
     for found in (shift.snapshot.left, read.snapshot.left):
         assert found.keys() == left.keys()

@@ -19,7 +19,8 @@ from pavdm_dist.io.latents import read_latents
 from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.sampler import sample
 from pavdm_dist.planning.memory import StageMemory
-from pavdm_dist.request import SamplingParams, VideoRequest
+from pavdm_dist.request import VideoRequest
+from pavdm_dist.sampling import SamplingParams
 from pavdm_dist.streams import build_stream
 
 LEVELS = [1, 0.9375, 0.8333333134651184, 0.625]

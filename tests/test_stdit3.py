@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pavdm_dist.errors import CheckpointError
-from pavdm_dist.method.schedule import NoiseSchedule
+from pavdm_dist.method.levels import NoiseSchedule
 from pavdm_dist.models.base import Activation, BlockContext, FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3
+from pavdm_dist.models.stdit3_init import init_weights
 from pavdm_dist.models.text_cache import TextCache, TextRun
 
 INFO = FrameInfo(48, 64, 24.0)
@@ -242,7 +243,7 @@ def test_masked_text_tokens_do_not_count() -> None:
 def test_initial_weights_predict_zero_and_learn() -> None:
     torch.manual_seed(0)
     model = STDiT3(TINY)
-    model.init_weights()
+    init_weights(model)
     x, text = random(1, 4, 4, 4, 6), random(1, 5, TINY.caption_channels, seed=1)
     assert not model(x, staircase(4), text, INFO).any()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)

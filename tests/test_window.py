@@ -16,7 +16,8 @@ from test_schedule import B_TABLE
 from torch import Tensor
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.method.schedule import NoiseSchedule, PlanRow, WindowPlan
+from pavdm_dist.method.levels import NoiseSchedule
+from pavdm_dist.method.schedule import PlanRow, WindowPlan
 from pavdm_dist.method.window import CleanChunk, Window, chunk_noise, row_levels
 
 

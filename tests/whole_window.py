@@ -12,9 +12,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pavdm_dist.models.base import Activation, BackboneSpec, BlockContext, Costs, FrameInfo, Grid, attention
+from pavdm_dist.models.attention import attention
+from pavdm_dist.models.base import Activation, BackboneSpec, BlockContext, Costs, FrameInfo, Grid
 from pavdm_dist.models.layers import rotate, sinusoid
-from pavdm_dist.models.loading import convert, load_module, save_module
+from pavdm_dist.models.loading import convert, load_module
+from pavdm_dist.models.saving import save_module
 from pavdm_dist.models.source import Source, load_config
 
 

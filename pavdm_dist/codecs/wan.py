@@ -22,7 +22,8 @@ from pavdm_dist.codecs.pixels import check_frames, from_uint8, to_finite_uint8
 from pavdm_dist.codecs.tiles import Tiles
 from pavdm_dist.codecs.wan_config import read_wan_config, wan_config
 from pavdm_dist.errors import CheckpointError, VideoError
-from pavdm_dist.models.loading import load_module, read_tensors, save_module
+from pavdm_dist.models.loading import load_module, read_tensors
+from pavdm_dist.models.saving import save_module
 from pavdm_dist.models.source import Source, load_config
 
 # A probe that runs longer than this has a decoder with unbounded memory, which a causal convolution cannot have.

@@ -22,8 +22,9 @@ from pavdm_dist.models.base import Backbone
 from pavdm_dist.models.catalog import backbone_shape
 from pavdm_dist.models.components import INDEX, copy_components
 from pavdm_dist.models.devices import DTYPES
-from pavdm_dist.models.loading import as_stored, check_stored, has_weights, save_tensors
+from pavdm_dist.models.loading import as_stored, check_stored, has_weights
 from pavdm_dist.models.published import read_published
+from pavdm_dist.models.saving import save_tensors
 from pavdm_dist.models.source import Source, load_config
 
 

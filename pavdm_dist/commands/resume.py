@@ -12,9 +12,10 @@ from pavdm_dist.commands.sample import render_command
 from pavdm_dist.commands.videos import Shot
 from pavdm_dist.config import SampleConfig, validate_sample
 from pavdm_dist.errors import ConfigError, FailedVideosError, PAVDMError
+from pavdm_dist.io.leftovers import SETTINGS
 from pavdm_dist.io.metadata import is_complete
-from pavdm_dist.io.recording import SETTINGS
-from pavdm_dist.io.storage import LOCK_NAME, PARTS_SUFFIX, exists, join, list_names, open_read
+from pavdm_dist.io.parts import LOCK_NAME, PARTS_SUFFIX
+from pavdm_dist.io.storage import exists, join, list_names, open_read
 from pavdm_dist.merging import load_config, merged, settings_of
 
 logger = logging.getLogger(__name__)

@@ -23,10 +23,12 @@ from pavdm_dist.errors import ConfigError, FailedVideosError, PAVDMError
 from pavdm_dist.io.encode import check_size, require_libx264
 from pavdm_dist.io.image import read_image
 from pavdm_dist.io.metadata import sidecar_path
-from pavdm_dist.io.storage import check_output, exists, is_remote, join, local_copy, parts_folder, same_path
+from pavdm_dist.io.parts import check_output, parts_folder
+from pavdm_dist.io.storage import exists, is_remote, join, local_copy, same_path
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.rates import as_rate
-from pavdm_dist.request import SamplingParams, VideoRequest, plan_of
+from pavdm_dist.request import VideoRequest, plan_of
+from pavdm_dist.sampling import SamplingParams
 from pavdm_dist.texts import check_prompts, prepare_texts, timed_prompts
 from pavdm_dist.timed import first_prompt
 

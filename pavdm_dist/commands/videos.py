@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
-
 from pavdm_dist.codecs.catalog import RGB
-from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder
+from pavdm_dist.commands.origin import Origin
+from pavdm_dist.commands.points import resume_point, saved_point
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError, PAVDMError, VideoError
+from pavdm_dist.io.leftovers import check_recording, latents_path, recording_facts, remove_parts
 from pavdm_dist.io.lock import clear_locks
-from pavdm_dist.io.metadata import is_complete, read_sidecar, sidecar_path, versions
-from pavdm_dist.io.recording import (
-    Recorded,
-    Recording,
-    check_recording,
-    latents_path,
-    recording_facts,
-    remove_parts,
-)
+from pavdm_dist.io.metadata import is_complete, read_sidecar, sidecar_path
+from pavdm_dist.io.recording import Recorded, Recording
 from pavdm_dist.io.shipped import shipped_models
-from pavdm_dist.io.state import Point, changes
+from pavdm_dist.io.state import changes
 from pavdm_dist.io.storage import exists, is_remote
-from pavdm_dist.merging import to_dict, to_yaml
+from pavdm_dist.merging import to_yaml
 from pavdm_dist.method.stream import ResumePoint
-from pavdm_dist.method.window import CleanChunk, WindowSnapshot
 from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk
-from pavdm_dist.redaction import hide_secrets
-from pavdm_dist.request import SamplingParams, VideoRequest, tier
+from pavdm_dist.request import VideoRequest
+from pavdm_dist.sampling import SamplingParams
 from pavdm_dist.streams import input_frames
 
 logger = logging.getLogger(__name__)
-
-# Before the names of saved keys and values among a point's tensors.
-_LEFT = "left."
 
 
 @dataclass(frozen=True)
@@ -109,7 +96,7 @@ class Videos:
             try:
                 if not self.overwrite and self._is_made(video):
                     continue
-                facts = recording_facts(self._identity(video.request), **self._shape)
+                facts = recording_facts(self._origin.identity(video.request), **self._shape)
                 check_recording(video.output, self.overwrite, self.config.save_latents, facts)
             except OSError as error:  # this one cannot be written; others may
                 self.fail(video, error)
@@ -132,7 +119,7 @@ class Videos:
                 self.fail(video, error)
                 continue
             taken.append(video)
-            yield replace(video.request, resume=_resume_point(recording, video.request))
+            yield replace(video.request, resume=resume_point(recording))
 
     def write(self, video: Video, chunk: VideoChunk) -> bool:
         """Takes a chunk; whether the video is still well.
@@ -142,7 +129,7 @@ class Videos:
         assert video.recording is not None
         video.changes = video.changes if chunk.resume is None else chunk.resume.prompts
         try:
-            video.recording.write(chunk.index, chunk.frames, chunk.latents, _point(chunk.resume))
+            video.recording.write(chunk.index, chunk.frames, chunk.latents, saved_point(chunk.resume))
             if chunk.last:
                 self.finish(video, self.pipeline.resyncs.get(chunk.video, ()))
         except (PAVDMError, OSError) as error:
@@ -153,7 +140,7 @@ class Videos:
         """A shift without a chunk: from here the video goes on, too."""
         if video.recording is not None:
             try:
-                point = _point(resume)
+                point = saved_point(resume)
                 assert point is not None
                 video.recording.grown(point)
             except OSError as error:
@@ -168,31 +155,9 @@ class Videos:
         """
         recording, request = video.recording, video.request
         assert recording is not None
-        facts = {
-            "config": to_dict(self.config, hide_secrets),
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "seed": request.seed,
-            "device": self.pipeline.device_name,
-            "threads": self.config.threads_per_stage,
-            "weights": self.weights,
-            "identity": self._identity(request),
-            "extra": {
-                "sampling": asdict(self.params),
-                "chunk_frames": self._chunk_frames(),
-                **self._exactness(),
-                **({"resyncs": list(resyncs)} if resyncs else {}),
-                **({"prompt_changes": [list(change) for change in video.changes]} if video.changes else {}),
-            },
-        }
         comment = {"software": "pavdm_dist", "prompt": request.prompt, "seed": request.seed}
-        video.result = recording.finish(facts, comment)
+        video.result = recording.finish(self._origin.facts(request, resyncs, video.changes), comment)
         video.recording = None
-
-    def _chunk_frames(self) -> list[int]:
-        """Frames of the first new chunk and of every other."""
-        spec, size = self.pipeline.checkpoint.codec_spec, self.params.latent_chunk_size
-        return [spec.frames_in_chunk(size, first) for first in (self.params.start == "noise", False)]
 
     def fail(self, video: Video, error: PAVDMError | OSError) -> None:
         """Ends a video; what is finished of it stays."""
@@ -227,7 +192,7 @@ class Videos:
         identity = sidecar.get("identity") if isinstance(sidecar, Mapping) else None
         if not isinstance(identity, Mapping):  # somebody else's file, or of a version that kept no record
             return False
-        different = changes(identity, self._identity(video.request))
+        different = changes(identity, self._origin.identity(video.request))
         if different or not exists(video.output):
             what = f"was made with {different}" if different else "is gone, its sidecar is not"
             raise ConfigError(
@@ -253,7 +218,7 @@ class Videos:
     def _open(self, video: Video) -> Recording:
         video.recording = Recording.open(
             video.output,
-            identity=self._identity(video.request),
+            identity=self._origin.identity(video.request),
             **self._shape,
             overwrite=self.overwrite,
             resume=not self.overwrite,
@@ -272,47 +237,9 @@ class Videos:
         size = {"fps": params.fps, "height": params.height, "width": params.width}
         return {**size, "chunks_per_segment": config.chunks_per_segment, "save_latents": config.save_latents}
 
-    def _identity(self, request: VideoRequest) -> dict[str, Any]:
-        """What a video's bits depend on, except for the device that they are computed on."""
-        found = versions()
-        return {
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "prompt_schedule": [list(change) for change in request.prompt_schedule],
-            "seed": request.seed,
-            "num_frames": request.num_frames,
-            "clip": _pixels(request.clip),
-            "include_input": self.config.include_input,
-            "sampling": asdict(self.params),
-            "weights": self.weights,
-            "threads": self.config.threads_per_stage,
-            "compile": self.pipeline.compiled,
-            "dtype": self.pipeline.dtype_name,
-            "decoder_dtype": self.config.decoder_dtype,
-            "versions": {name: found[name] for name in ("pavdm_dist", "torch", "av")},
-            **self._further(request),
-        }
-
-    def _exactness(self) -> dict[str, Any]:
-        """How what was computed relates to the model as published, run block by block."""
-        pipeline = self.pipeline
-        facts: dict[str, Any] = {"tier": tier(self.params, pipeline.compiled)}
-        if pipeline.compiled:
-            facts["compiled"] = {"relative_error": pipeline.relative_error, "attention": pipeline.kernels}
-        return facts
-
-    def _further(self, request: VideoRequest) -> dict[str, Any]:
-        """Facts that most videos do not have."""
-        facts = {"image": _pixels(request.image)}
-        facts |= {name: getattr(self.config, name) for name in ("decoder_tile", "preview_decoder")}
-        if isinstance(self.pipeline.checkpoint.text_encoder, PretrainedTextEncoder):
-            facts["text_encoder"] = self.pipeline.checkpoint.text_encoder.identity
-        return {name: value for name, value in facts.items() if value is not None}
-
-
-@lru_cache(maxsize=2)  # videos of a command share their clip and their picture
-def _pixels(frames: Tensor | None) -> str | None:
-    return None if frames is None else hashlib.sha256(frames.contiguous().numpy().data).hexdigest()
+    @property
+    def _origin(self) -> Origin:
+        return Origin(self.config, self.params, self.pipeline, self.weights)
 
 
 def _own_settings(config: SampleConfig, video: Video, params: SamplingParams) -> SampleConfig:
@@ -337,35 +264,3 @@ def _own_settings(config: SampleConfig, video: Video, params: SamplingParams) ->
         trace=absolute(config.trace),
         chunks_per_unit=params.chunks_per_unit if params.chunks_per_unit > 1 else config.chunks_per_unit,
     )
-
-
-def _point(resume: ResumePoint | None) -> Point | None:
-    """A resume point as files hold it."""
-    if resume is None:
-        return None
-    snapshot = resume.snapshot
-    tensors = {str(index): latents for index, latents in snapshot.latents.items()}
-    tensors |= {f"{_LEFT}{name}": tensor for name, tensor in snapshot.left.items()}
-    return Point(
-        tensors,
-        {
-            "row": snapshot.row,
-            "exact_rows": sorted(snapshot.exact_rows),
-            "resyncs": list(resume.resyncs),
-            "prompts": [list(change) for change in resume.prompts],
-        },
-        resume.warm,
-    )
-
-
-def _resume_point(recording: Recording, request: VideoRequest) -> ResumePoint | None:
-    """Where a recording says that its video goes on; None = at the beginning."""
-    point = recording.point
-    if point is None:
-        return None
-    latents = {int(index): tensor for index, tensor in point.tensors.items() if not index.startswith(_LEFT)}
-    left = {n.removeprefix(_LEFT): tensor for n, tensor in point.tensors.items() if n.startswith(_LEFT)}
-    snapshot = WindowSnapshot(point.facts["row"], latents, frozenset(point.facts["exact_rows"]), left)
-    undecoded = tuple(CleanChunk(index, latents) for index, latents in sorted(recording.pending.items()))
-    prompts = tuple((chunk, prompt) for chunk, prompt in point.facts.get("prompts", ()))
-    return ResumePoint(snapshot, recording.warm, undecoded, tuple(point.facts.get("resyncs", ())), prompts)

@@ -22,11 +22,14 @@ from pavdm_dist.cluster.environment import choose_interface, take_on
 from pavdm_dist.cluster.metrics import Meters
 from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.events import Event, Left, Place
-from pavdm_dist.engine.loop import EpochFeed, Links, RunReport, StageLoop
+from pavdm_dist.engine.feed import EpochFeed
+from pavdm_dist.engine.gpu_links import HostStagedLink, NcclLink
+from pavdm_dist.engine.loop import Links, StageLoop
 from pavdm_dist.engine.order import LogEntry, Unit
 from pavdm_dist.engine.rehearsal import Rehearsed, rehearse
+from pavdm_dist.engine.report import RunReport
 from pavdm_dist.engine.stage import Stage
-from pavdm_dist.engine.transport import HostStagedLink, Link, LocalLink, NcclLink, TorchLink, warm_up
+from pavdm_dist.engine.transport import Link, LocalLink, TorchLink, warm_up
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.models.catalog import load_backbone
 from pavdm_dist.models.compiling import keep_on_disk

@@ -13,7 +13,8 @@ from torch import Tensor
 from pavdm_dist.codecs.base import FrameDecoder
 from pavdm_dist.engine.driver import Driver
 from pavdm_dist.engine.events import Decoded, EpochDone, Event, Failed, Finished, Prepared
-from pavdm_dist.engine.loop import EpochFeed, events_of
+from pavdm_dist.engine.feed import EpochFeed
+from pavdm_dist.engine.loop import events_of
 from pavdm_dist.engine.order import LogEntry, Unit
 from pavdm_dist.engine.stage import RowDone, Stage
 from pavdm_dist.method.stream import Stream

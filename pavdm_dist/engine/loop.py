@@ -5,11 +5,10 @@ Knows links but not what carries them, so the same loop runs in an actor and in 
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,72 +16,15 @@ from torch import Tensor
 
 from pavdm_dist.engine.clock import Clock
 from pavdm_dist.engine.events import EpochDone, Event, KeysChanged, Left, Shift
+from pavdm_dist.engine.feed import Epoch, EpochFeed
 from pavdm_dist.engine.messages import ACTIVATION, LATENTS, Header, Layout
-from pavdm_dist.engine.order import Join, LogEntry, Unit, epoch_units
+from pavdm_dist.engine.order import Unit
 from pavdm_dist.engine.readback import Readback, Teller
+from pavdm_dist.engine.report import RunReport, Span
 from pavdm_dist.engine.stage import RowDone, Stage
 from pavdm_dist.engine.transport import Link
 from pavdm_dist.errors import EngineError
 from pavdm_dist.models.base import Activation
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """A sealed epoch: what changes at its beginning, and its units in order."""
-
-    number: int
-    entry: LogEntry
-    units: Sequence[Unit]
-
-
-class EpochFeed:
-    """Sealed epochs, handed from the control thread to the stage's loop in order.
-
-    An epoch that is not sealed is never started: its log entry might still change.
-    """
-
-    def __init__(self) -> None:
-        self._sealed: dict[int, LogEntry] = {}
-        self._log: list[Join] = []
-        self._stop_at: int | None = None
-        self._broken: BaseException | None = None
-        self._changed = threading.Condition()
-        self._epoch = 0
-        self._order = 0
-
-    def seal(self, epoch: int, entry: LogEntry) -> None:
-        """Fixes what changes at ``epoch``; epochs may be sealed in any order of arrival."""
-        with self._changed:
-            self._sealed[epoch] = entry
-            self._changed.notify_all()
-
-    def stop(self, epoch: int) -> None:
-        """No epoch from ``epoch`` on will be sealed: the loop ends there."""
-        with self._changed:
-            self._stop_at = epoch
-            self._changed.notify_all()
-
-    def break_off(self, error: BaseException) -> None:
-        """What was handed out has failed: whoever asks for more gets the error."""
-        with self._changed:
-            self._broken = error
-            self._changed.notify_all()
-
-    def next(self, block: bool) -> Epoch | None:
-        """The next epoch; None at the stop, or (without ``block``) when it is not sealed yet."""
-        with self._changed:
-            while self._broken is None and self._epoch not in self._sealed:
-                if not block or self._stop_at == self._epoch:
-                    return None
-                self._changed.wait()
-            if self._broken is not None:
-                raise self._broken
-            number, entry = self._epoch, self._sealed.pop(self._epoch)
-            self._log = entry.applied(self._log, number)
-            units = epoch_units(self._log, number, self._order)
-            self._epoch += 1
-            self._order += len(units)
-            return Epoch(number, entry, units)
 
 
 @dataclass
@@ -96,44 +38,6 @@ class Links:
     upstream: Link | None
     downstream: Link | None
     feedback: Link | None
-
-
-@dataclass(frozen=True)
-class Span:
-    """One traced unit: compute from ``start`` to ``end``, after waiting for its input since ``ready``.
-
-    Times are seconds of the machine's monotonic clock, comparable between processes of one machine; of a GPU they say
-    when it computed, not when it was told to.
-    """
-
-    unit: Unit
-    ready: float
-    start: float
-    end: float
-
-
-@dataclass(frozen=True)
-class DecodeSpan:
-    """A chunk that was decoded beside the stages, in seconds of the time of day."""
-
-    stream: int
-    chunk: int
-    start: float
-    end: float
-
-
-@dataclass
-class RunReport:
-    """What a stage did: units, bytes handed to links, and the trace when it was asked for.
-
-    ``clock`` added to a span's times makes them seconds of the time of day, comparable between machines.
-    """
-
-    clock: float
-    units: int = 0
-    bytes_forward: int = 0
-    bytes_feedback: int = 0
-    trace: list[Span] = field(default_factory=list)
 
 
 def events_of(unit: Unit, done: RowDone, left: Mapping[str, Tensor]) -> list[Event]:
@@ -226,7 +130,7 @@ class StageLoop:
             messages = [self._messages(unit) for unit in epoch.units]
             self._announce(messages)
             for position, own in enumerate(messages):
-                times = self._run_unit(own, messages[position + 1 :][:1] or self._first_of_next(), clock)
+                times = self._run_unit(own, messages[position + 1 : position + 2] or self._first_of_next(), clock)
                 report.units += 1
                 if self._trace:
                     marks.append((own.unit, *times))

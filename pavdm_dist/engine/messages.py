@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +22,7 @@ HEADER_FIELDS = 8
 HEADER_BYTES = HEADER_FIELDS * 8
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """What a message is: all fields are int64 on the wire.
 
     Attributes:
@@ -49,11 +50,11 @@ class Layout:
     shapes: tuple[tuple[int, ...], ...]
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes)
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Bytes on the wire, header included."""
         return HEADER_BYTES + self.numel * self.dtype.itemsize
@@ -61,7 +62,7 @@ class Layout:
 
 def stamps_of(headers: Sequence[Header]) -> Tensor:
     """Headers as they are on the wire, uint8 ``[n, HEADER_BYTES]`` in main memory."""
-    numbers = torch.tensor([astuple(header) for header in headers], dtype=torch.int64)
+    numbers = torch.tensor(headers, dtype=torch.int64)
     return numbers.view(torch.uint8).view(len(headers), HEADER_BYTES)
 
 
@@ -76,54 +77,62 @@ def check_payload(tensors: Sequence[Tensor], layout: Layout) -> None:
             raise EngineError(f"message of {tuple(tensor.shape)} {tensor.dtype}, planned {shape} {layout.dtype}")
 
 
-def pack(
-    header: Header,
-    tensors: Sequence[Tensor],
-    layout: Layout,
-    buffer: Tensor | None = None,
-    stamp: Tensor | None = None,
-) -> Tensor:
-    """One uint8 buffer: header, then the tensors back to back.
+class Message:
+    """A buffer as one message of a layout: its header and its tensors are views into it.
+
+    Views are made once, however often the buffer is filled or received into: they cost more than small messages do.
 
     Args:
-        header: of the message.
-        tensors: as planned.
-        layout: the plan.
-        buffer: what is filled, ``layout.num_bytes`` long; None makes one on the tensors' device.
-        stamp: the header as a row of :func:`stamps_of` where the buffer is; None makes it.
+        layout: of the message.
+        memory: uint8, at least ``layout.num_bytes`` long; None = new memory of this process.
 
-    Raises:
-        EngineError: tensors that are not what was planned.
+    Attributes:
+        data: all of it, uint8 ``[layout.num_bytes]``.
+        header: the header's bytes, uint8 ``[HEADER_BYTES]``.
+        tensors: the layout's tensors, back to back behind the header.
     """
-    check_payload(tensors, layout)
-    if buffer is None:
-        buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=tensors[0].device)
-    buffer[:HEADER_BYTES] = stamps_of([header])[0] if stamp is None else stamp
-    payload = buffer[HEADER_BYTES:].view(layout.dtype)
-    offset = 0
-    for tensor, shape in zip(tensors, layout.shapes, strict=True):
-        payload[offset : offset + tensor.numel()].view(shape).copy_(tensor, non_blocking=True)
-        offset += tensor.numel()
-    return buffer
 
+    def __init__(self, layout: Layout, memory: Tensor | None = None) -> None:
+        if memory is None:
+            memory = torch.empty(layout.num_bytes, dtype=torch.uint8)
+        self._layout = layout
+        self.data = memory[: layout.num_bytes]
+        self.header = self.data[:HEADER_BYTES]
+        self._numbers = None if memory.is_cuda else self.header.view(torch.int64).numpy()
+        payload, offset = self.data[HEADER_BYTES:].view(layout.dtype), 0
+        self.tensors = list[Tensor]()
+        for shape in layout.shapes:
+            numel = math.prod(shape)
+            self.tensors.append(payload[offset : offset + numel].view(shape))
+            offset += numel
 
-def unpack(buffer: Tensor, expected: Header | None, layout: Layout) -> list[Tensor]:
-    """The tensors of a received buffer, as views into it.
+    def fill(self, header: Header, tensors: Sequence[Tensor], stamp: Tensor | None = None) -> None:
+        """Copies a header and tensors into it.
 
-    Args:
-        buffer: what was received.
-        expected: its header; None where that is compared elsewhere.
-        layout: the plan.
+        Args:
+            header: of the message.
+            tensors: as planned.
+            stamp: the header as a row of :func:`stamps_of` where the buffer is; None, in main memory, makes it.
 
-    Raises:
-        EngineError: the header is not the expected one.
-    """
-    found = expected and Header(*buffer[:HEADER_BYTES].view(torch.int64).tolist())
-    if found != expected:
-        raise EngineError(f"link out of order: expected {expected}, received {found}")
-    tensors, offset = [], 0
-    payload = buffer[HEADER_BYTES:].view(layout.dtype)
-    for shape in layout.shapes:
-        tensors.append(payload[offset : offset + math.prod(shape)].view(shape))
-        offset += math.prod(shape)
-    return tensors
+        Raises:
+            EngineError: tensors that are not what was planned.
+        """
+        check_payload(tensors, self._layout)
+        if stamp is None:
+            assert self._numbers is not None, "headers reach a GPU as stamps"
+            self._numbers[:] = header
+        else:
+            self.header.copy_(stamp)
+        for place, tensor in zip(self.tensors, tensors, strict=True):
+            place.copy_(tensor, non_blocking=True)
+
+    def check(self, expected: Header) -> None:
+        """Refuses what was received, in main memory, unless its header is the expected one.
+
+        Raises:
+            EngineError: it is another.
+        """
+        assert self._numbers is not None, "headers are compared where they are"
+        found = Header(*self._numbers.tolist())
+        if found != expected:
+            raise EngineError(f"link out of order: expected {expected}, received {found}")

@@ -19,9 +19,9 @@ from pavdm_dist.cluster.metrics import Meters
 from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.driver import Driver
 from pavdm_dist.engine.events import Failed, Finished, GangLost, Grown, Output
-from pavdm_dist.engine.loop import DecodeSpan, RunReport
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.ray_gang import RayGang
+from pavdm_dist.engine.report import DecodeSpan, RunReport
 from pavdm_dist.engine.restart import Restarts, rebuilt
 from pavdm_dist.engine.runs import Run, Switch
 from pavdm_dist.engine.watchdog import Patience, Watchdog

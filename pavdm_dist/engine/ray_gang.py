@@ -19,10 +19,10 @@ from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.blame import control_results, frozen, lost, video_error
 from pavdm_dist.engine.decoding import Decoding
 from pavdm_dist.engine.events import EpochDone, Event, GangLost, Left, Place, Prepared, Shift
-from pavdm_dist.engine.loop import DecodeSpan, RunReport
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.order import LogEntry, Unit
 from pavdm_dist.engine.placement import Placement, place
+from pavdm_dist.engine.report import DecodeSpan, RunReport
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import CleanChunk
 from pavdm_dist.models.source import Source

@@ -16,8 +16,9 @@ from torch import Tensor
 from pavdm_dist.engine.stage import Stage
 from pavdm_dist.errors import EngineError
 from pavdm_dist.method.denoiser import memories_of, unit_context
+from pavdm_dist.method.levels import NoiseSchedule
 from pavdm_dist.method.microbatches import WHOLE
-from pavdm_dist.method.schedule import NoiseSchedule, PlanRow, WindowPlan
+from pavdm_dist.method.schedule import PlanRow, WindowPlan
 from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.models.base import Activation, Backbone, FrameInfo
 from pavdm_dist.models.devices import to_device

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pavdm_dist.engine.loop import DecodeSpan, RunReport, Span
 from pavdm_dist.engine.order import Unit
+from pavdm_dist.engine.report import DecodeSpan, RunReport, Span
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.fields import json_value
 from pavdm_dist.io.storage import atomic_write

@@ -16,12 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pavdm_dist.engine.messages import HEADER_BYTES, WARM_UP, Header, Layout, check_payload, pack, stamps_of, unpack
+from pavdm_dist.engine.messages import HEADER_BYTES, WARM_UP, Header, Layout, Message, check_payload
 from pavdm_dist.errors import EngineError
-from pavdm_dist.models.devices import to_device
 
 # Sends to one neighbour that may be under way before the sender waits.
 OUTSTANDING = 4
+# Layouts of messages that a buffer keeps views for: more than a window has sizes while it grows and drains.
+LAYOUTS = 64
 
 
 class Link(Protocol):
@@ -93,6 +94,31 @@ class LocalLink:
         """Nothing is in flight."""
 
 
+class Buffer:
+    """Memory for one message at a time, of any layout.
+
+    Args:
+        memory: uint8.
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        self._memory, self._messages = memory, dict[Layout, Message]()
+
+    @property
+    def num_bytes(self) -> int:
+        """How long a message may be."""
+        return self._memory.numel()
+
+    def message(self, layout: Layout) -> Message:
+        """It as a message of a layout, which must not be longer."""
+        known = self._messages.get(layout)
+        if known is None:
+            if len(self._messages) == LAYOUTS:
+                self._messages.clear()
+            known = self._messages[layout] = Message(layout, self._memory)
+        return known
+
+
 class Buffers:
     """Message buffers that are used again; the largest in use sets what is held.
 
@@ -104,20 +130,20 @@ class Buffers:
 
     def __init__(self, device: torch.device, pinned: bool, most: int) -> None:
         self._device, self._pinned, self._most = device, pinned, most
-        self._free: list[Tensor] = []
+        self._free: list[Buffer] = []
 
-    def take(self, num_bytes: int) -> Tensor:
+    def take(self, num_bytes: int) -> Buffer:
         """One of at least so many bytes."""
-        fitting = [place for place, buffer in enumerate(self._free) if buffer.numel() >= num_bytes]
+        fitting = [place for place, buffer in enumerate(self._free) if buffer.num_bytes >= num_bytes]
         if fitting:
-            return self._free.pop(min(fitting, key=lambda place: self._free[place].numel()))
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device, pin_memory=self._pinned)
+            return self._free.pop(min(fitting, key=lambda place: self._free[place].num_bytes))
+        return Buffer(torch.empty(num_bytes, dtype=torch.uint8, device=self._device, pin_memory=self._pinned))
 
-    def give(self, buffer: Tensor) -> None:
+    def give(self, buffer: Buffer) -> None:
         """It is free again; beyond the number that is kept the smallest one goes."""
         self._free.append(buffer)
         if len(self._free) > self._most:
-            self._free.pop(min(range(len(self._free)), key=lambda place: self._free[place].numel()))
+            self._free.pop(min(range(len(self._free)), key=lambda place: self._free[place].num_bytes))
 
 
 class TorchLink:
@@ -143,23 +169,24 @@ class TorchLink:
         timeout_s: float = 300,
         pinned: bool = False,
     ) -> None:
+        import torch.distributed as dist
+
         self.bytes_sent = 0
+        self._isend, self._irecv = dist.isend, dist.irecv
         self._group, self._peer, self._device = group, peer, device
         self._outstanding, self._timeout = outstanding, timedelta(seconds=timeout_s)
-        self._sent: deque[tuple[Any, Tensor]] = deque()
-        self._posted: deque[tuple[Any, Tensor]] = deque()
+        self._sent: deque[tuple[Any, Buffer]] = deque()
+        self._posted: deque[tuple[Any, Buffer]] = deque()
         self._buffers = Buffers(device, pinned, outstanding + 2)
-        self._read: Tensor | None = None
+        self._read: Buffer | None = None
 
     def announce(self, headers: Sequence[Header]) -> None:
         """Headers are made and looked at in main memory, message by message."""
 
     def post(self, layout: Layout) -> None:
         """Posts a receive of exactly the planned size."""
-        import torch.distributed as dist
-
         buffer = self._buffers.take(layout.num_bytes)
-        work = self._begun(lambda: dist.irecv(buffer[: layout.num_bytes], self._peer, group=self._group))
+        work = self._begun(self._irecv, buffer.message(layout))
         self._posted.append((work, buffer))
 
     def receive(self, expected: Header, layout: Layout) -> list[Tensor]:
@@ -173,7 +200,9 @@ class TorchLink:
         if self._read is not None:
             self._buffers.give(self._read)
         self._read = buffer
-        return self._unpacked(buffer[: layout.num_bytes], expected, layout)
+        message = buffer.message(layout)
+        self._check(message, expected)
+        return message.tensors
 
     def verdict(self) -> Tensor | None:
         """Headers are looked at when messages come."""
@@ -181,8 +210,6 @@ class TorchLink:
 
     def send(self, header: Header, tensors: Sequence[Tensor], layout: Layout) -> None:
         """Starts a send; waits only when ``outstanding`` earlier ones have not left."""
-        import torch.distributed as dist
-
         while self._sent and self._sent[0][0].is_completed():
             self._buffers.give(self._sent.popleft()[1])
         if len(self._sent) >= self._outstanding:
@@ -190,9 +217,9 @@ class TorchLink:
             self._wait(work, f"rank {self._peer} did not take unit {header.order}")
             self._buffers.give(buffer)
         buffer = self._buffers.take(layout.num_bytes)
-        message = buffer[: layout.num_bytes]
-        self._fill(message, header, tensors, layout)
-        work = self._begun(lambda: dist.isend(message, self._peer, group=self._group))
+        message = buffer.message(layout)
+        self._fill(message, header, tensors)
+        work = self._begun(self._isend, message)
         self._sent.append((work, buffer))
         self.bytes_sent += layout.num_bytes
 
@@ -201,17 +228,17 @@ class TorchLink:
         while self._sent:
             self._wait(self._sent.popleft()[0], f"rank {self._peer} did not take the last messages")
 
-    def _fill(self, message: Tensor, header: Header, tensors: Sequence[Tensor], layout: Layout) -> None:
-        pack(header, tensors, layout, message)
+    def _fill(self, message: Message, header: Header, tensors: Sequence[Tensor]) -> None:
+        message.fill(header, tensors)
         if tensors[0].is_cuda:  # gloo reads at once
             torch.cuda.current_stream(tensors[0].device).record_event().synchronize()
 
-    def _unpacked(self, message: Tensor, expected: Header, layout: Layout) -> list[Tensor]:
-        return unpack(message, expected, layout)
+    def _check(self, message: Message, expected: Header) -> None:
+        message.check(expected)
 
-    def _begun(self, call: Callable[[], Any]) -> Any:
+    def _begun(self, call: Callable[..., Any], message: Message) -> Any:
         try:
-            return call()
+            return call(message.data, self._peer, group=self._group)
         except RuntimeError as error:  # a connection that is closed already
             raise EngineError(f"rank {self._peer} is gone: {str(error).splitlines()[0]}") from error
 
@@ -223,103 +250,6 @@ class TorchLink:
 
     def _until_done(self, work: Any) -> None:
         work.wait(self._timeout)
-
-
-class NcclLink(TorchLink):
-    """A link over a group of NCCL: sends and receives are work of the device, for which no thread waits.
-
-    A message that never comes lets the device stand still; the group's own timeout ends the process then, and the
-    driver notices by the units that are not finished. Headers are compared on the device, and the result is read once
-    an epoch (:meth:`verdict`).
-    """
-
-    posts_late = True
-
-    def __init__(
-        self, group: Any, peer: int, device: torch.device, outstanding: int = OUTSTANDING, timeout_s: float = 300
-    ) -> None:
-        super().__init__(group, peer, device, outstanding, timeout_s)
-        self._stamps: dict[Header, Tensor] = {}
-        self._differ: Tensor | None = None
-
-    def announce(self, headers: Sequence[Header]) -> None:
-        """Puts their headers on the device in one copy."""
-        if headers:
-            rows = to_device(stamps_of(headers), self._device).unbind(0)
-            self._stamps.update(zip(headers, rows, strict=True))
-
-    def verdict(self) -> Tensor | None:
-        """How many bytes of headers differed since the last call."""
-        differ, self._differ = self._differ, None
-        return differ
-
-    def _fill(self, message: Tensor, header: Header, tensors: Sequence[Tensor], layout: Layout) -> None:
-        pack(header, tensors, layout, message, self._stamp(header))
-
-    def _unpacked(self, message: Tensor, expected: Header, layout: Layout) -> list[Tensor]:
-        differ = (message[:HEADER_BYTES] != self._stamp(expected)).sum()
-        self._differ = differ if self._differ is None else self._differ + differ
-        return unpack(message, None, layout)
-
-    def _stamp(self, header: Header) -> Tensor:
-        known = self._stamps.pop(header, None)
-        return to_device(stamps_of([header])[0], self._device) if known is None else known
-
-    def _until_done(self, work: Any) -> None:
-        work.wait()  # with a timeout this thread would look once a millisecond; so the device waits
-
-
-class HostStagedLink:
-    """A link between stages on GPUs whose messages pass through host memory: for gloo, which carries nothing else.
-
-    Args:
-        link: with buffers in host memory.
-        device: where what is received goes.
-    """
-
-    posts_late = False
-
-    def __init__(self, link: Link, device: torch.device) -> None:
-        self._link, self._device = link, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    @property
-    def bytes_sent(self) -> int:
-        return self._link.bytes_sent
-
-    def announce(self, headers: Sequence[Header]) -> None:
-        """As of the link."""
-        self._link.announce(headers)
-
-    def post(self, layout: Layout) -> None:
-        """As of the link."""
-        self._link.post(layout)
-
-    def receive(self, expected: Header, layout: Layout) -> list[Tensor]:
-        """The oldest posted message, on the device; waits for the copy alone, not for what is computed there."""
-        found = self._link.receive(expected, layout)
-        if self._stream is None:
-            return [tensor.to(self._device) for tensor in found]
-        with torch.cuda.stream(self._stream):
-            moved = [tensor.to(self._device, non_blocking=True) for tensor in found]
-        here = torch.cuda.current_stream(self._device)
-        here.wait_stream(self._stream)
-        for tensor in moved:
-            tensor.record_stream(here)
-        self._stream.synchronize()  # the host's buffer is used again
-        return moved
-
-    def verdict(self) -> Tensor | None:
-        """As of the link."""
-        return self._link.verdict()
-
-    def send(self, header: Header, tensors: Sequence[Tensor], layout: Layout) -> None:
-        """As of the link, which waits for the device to have computed them."""
-        self._link.send(header, tensors, layout)
-
-    def close(self) -> None:
-        """As of the link."""
-        self._link.close()
 
 
 def warm_up(link: TorchLink, generation: int, sender: bool) -> None:

@@ -17,10 +17,11 @@ from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import FAILED, SIDECAR, VIDEO, Tree
 from pavdm_dist.fields import show
 from pavdm_dist.io import processes
+from pavdm_dist.io.leftovers import remove_parts
 from pavdm_dist.io.lock import Watch
-from pavdm_dist.io.recording import remove_parts
+from pavdm_dist.io.parts import PARTS_SUFFIX
 from pavdm_dist.io.remote import filesystem, is_remote
-from pavdm_dist.io.storage import PARTS_SUFFIX, list_names
+from pavdm_dist.io.storage import list_names
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,8 @@ from pavdm_dist.io.storage import exists
 from pavdm_dist.merging import merged
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.rates import as_rate
-from pavdm_dist.request import SamplingParams, VideoRequest
+from pavdm_dist.request import VideoRequest
+from pavdm_dist.sampling import SamplingParams
 from pavdm_dist.texts import check_prompts, prepare_texts, timed_prompts
 from pavdm_dist.timed import first_prompt
 

@@ -31,20 +31,10 @@ from pavdm_dist.fields import json_value, made
 from pavdm_dist.io import processes
 from pavdm_dist.io.lockfile import Seen, read_lock
 from pavdm_dist.io.metadata import read_sidecar, sidecar_path
+from pavdm_dist.io.parts import LOCK_NAME, PARTS_SUFFIX, holds_work, parts_folder
 from pavdm_dist.io.remote import filesystem, is_remote
 from pavdm_dist.io.segments import PLAYLIST
-from pavdm_dist.io.storage import (
-    LOCK_NAME,
-    PARTS_SUFFIX,
-    atomic_write,
-    exists,
-    holds_work,
-    join,
-    list_names,
-    open_read,
-    parts_folder,
-    remove,
-)
+from pavdm_dist.io.storage import atomic_write, exists, join, list_names, open_read, remove
 
 VIDEO, SIDECAR, FAILED = "video.mp4", "video.json", "failed.json"
 SKIP, CANCEL, DRAIN = "skip", "cancel", "drain"

@@ -11,13 +11,15 @@ from typing import Any
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io import storage
 from pavdm_dist.io.latents import LATENTS_NAMES, LatentsWriter, holds_latents
+from pavdm_dist.io.lock import clear_locks
 from pavdm_dist.io.metadata import is_complete, sidecar_path
+from pavdm_dist.io.parts import LOCK_NAME, LOCK_NAMES, check_output, parts_folder
 from pavdm_dist.io.segments import SEGMENT_NAMES, SegmentWriter
 from pavdm_dist.io.state import STATE_NAMES, State, changes, read_state
 
 # The settings of the command that began a recording.
 SETTINGS = "settings.yaml"
-_OWN = (SEGMENT_NAMES, LATENTS_NAMES, STATE_NAMES, storage.LOCK_NAMES, re.compile(re.escape(SETTINGS)))
+_OWN = (SEGMENT_NAMES, LATENTS_NAMES, STATE_NAMES, LOCK_NAMES, re.compile(re.escape(SETTINGS)))
 _OWN_NAMES = re.compile("|".join(names.pattern for names in _OWN))
 
 
@@ -36,7 +38,7 @@ def recording_facts(
 
 def remove_own(parts: str) -> None:
     """Removes a recording's files from its parts folder; the lock stays, and what is not its own."""
-    storage.remove_matching(parts, _OWN_NAMES, keep=[storage.LOCK_NAME])
+    storage.remove_matching(parts, _OWN_NAMES, keep=[LOCK_NAME])
 
 
 def check_files(output: str | Path, overwrite: bool, save_latents: bool, resume: bool = False) -> None:
@@ -45,7 +47,7 @@ def check_files(output: str | Path, overwrite: bool, save_latents: bool, resume:
     Raises:
         ConfigError: naming the file that is in the way.
     """
-    storage.check_output(output, overwrite, parts=not resume)
+    check_output(output, overwrite, parts=not resume)
     if not overwrite and storage.exists(sidecar_path(output)):
         raise ConfigError(f"output={output}: its sidecar {sidecar_path(output)} exists; pass --overwrite")
     if not overwrite and save_latents and storage.exists(latents_path(output)):
@@ -82,7 +84,7 @@ def state_to_resume(output: str, identity: Mapping[str, Any], mend: bool = False
     Raises:
         ConfigError: the video is complete, or was begun otherwise or by another version, or there is no whole state.
     """
-    parts = storage.parts_folder(output)
+    parts = parts_folder(output)
     if is_complete(output):
         raise ConfigError(f"output={output} is complete: its sidecar {sidecar_path(output)} exists; pass --overwrite")
     try:
@@ -103,3 +105,40 @@ def holds(state: State, segments: SegmentWriter, latents: LatentsWriter | None) 
     """Whether all that the state counts on is still there."""
     closed = segments.closed_chunks if latents is None else min(segments.closed_chunks, latents.closed_chunks)
     return closed >= state.first_to_decode
+
+
+def check_recording(
+    output: str | Path, overwrite: bool = False, save_latents: bool = False, facts: Mapping[str, Any] | None = None
+) -> None:
+    """Refuses an output that is being written, that would be lost or that can't be written, before any work is done.
+
+    Waits as :func:`~pavdm_dist.io.lock.clear_locks` does.
+
+    Args:
+        output: the mp4.
+        overwrite: what is there may be replaced.
+        save_latents: latents will be written beside it.
+        facts: of :func:`recording_facts`: an interrupted recording of these is no obstacle.
+
+    Raises:
+        ConfigError: naming the process that is writing, the file that is in the way, or what was different when an
+            interrupted recording was begun.
+    """
+    check_output(output, overwrite=True)  # what would be an OSError of the lock
+    clear_locks([output])
+    check_foreign(output, save_latents)
+    if overwrite or facts is None or state_to_resume(str(output), facts) is None:
+        check_files(output, overwrite, save_latents, resume=facts is not None)
+
+
+def remove_parts(output: str | Path) -> None:
+    """Removes what a complete video's recording has left of its own, where nobody writes it.
+
+    Raises:
+        ConfigError: somebody does.
+    """
+    parts = parts_folder(output)
+    if storage.list_names(parts):
+        clear_locks([output])
+        remove_own(parts)
+        storage.remove_empty(parts)

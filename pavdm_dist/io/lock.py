@@ -28,6 +28,7 @@ from pathlib import Path
 from pavdm_dist.errors import ConfigError, TakenError
 from pavdm_dist.io import processes, storage
 from pavdm_dist.io.lockfile import Owner, Seen, read_lock, remove_stale, touched
+from pavdm_dist.io.parts import LOCK_NAME, parts_folder
 
 # How often an owner renews its lock, and after what time without that others take it for gone.
 RENEW_S, SILENCE_S = 10.0, 180.0
@@ -244,7 +245,7 @@ def _await_silence(watched: dict[str | Path, Seen], field: str) -> None:
 
 def _path(output: str | Path, field: str = OUTPUT) -> str:
     if field == OUTPUT:
-        return storage.join(storage.parts_folder(output), storage.LOCK_NAME)
+        return storage.join(parts_folder(output), LOCK_NAME)
     return storage.join(output, FOLDER_LOCK)
 
 

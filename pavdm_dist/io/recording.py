@@ -34,8 +34,9 @@ from pavdm_dist.io.leftovers import (
     remove_own,
     state_to_resume,
 )
-from pavdm_dist.io.lock import OutputLock, clear_locks
+from pavdm_dist.io.lock import OutputLock
 from pavdm_dist.io.metadata import Sidecar, is_complete, sidecar_path
+from pavdm_dist.io.parts import check_output, parts_folder
 from pavdm_dist.io.saver import StateSaver
 from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.io.state import STATE_NAMES, Ledger, Point, State, write_state
@@ -52,43 +53,6 @@ class Recorded:
     output: str
     num_frames: int
     latents_sha256: str
-
-
-def check_recording(
-    output: str | Path, overwrite: bool = False, save_latents: bool = False, facts: Mapping[str, Any] | None = None
-) -> None:
-    """Refuses an output that is being written, that would be lost or that can't be written, before any work is done.
-
-    Waits as :func:`~pavdm_dist.io.lock.clear_locks` does.
-
-    Args:
-        output: the mp4.
-        overwrite: what is there may be replaced.
-        save_latents: latents will be written beside it.
-        facts: of :func:`recording_facts`: an interrupted recording of these is no obstacle.
-
-    Raises:
-        ConfigError: naming the process that is writing, the file that is in the way, or what was different when an
-            interrupted recording was begun.
-    """
-    storage.check_output(output, overwrite=True)  # what would be an OSError of the lock
-    clear_locks([output])
-    check_foreign(output, save_latents)
-    if overwrite or facts is None or state_to_resume(str(output), facts) is None:
-        check_files(output, overwrite, save_latents, resume=facts is not None)
-
-
-def remove_parts(output: str | Path) -> None:
-    """Removes what a complete video's recording has left of its own, where nobody writes it.
-
-    Raises:
-        ConfigError: somebody does.
-    """
-    parts = storage.parts_folder(output)
-    if storage.list_names(parts):
-        clear_locks([output])
-        remove_own(parts)
-        storage.remove_empty(parts)
 
 
 class Recording:
@@ -157,7 +121,7 @@ class Recording:
         if overwrite and resume:
             raise ValueError("overwrite starts anew, resume goes on: choose one")
         facts = recording_facts(identity, fps, height, width, chunks_per_segment, save_latents)
-        output, parts = str(output), storage.parts_folder(output)
+        output, parts = str(output), parts_folder(output)
 
         def writers(state: State | None) -> tuple[SegmentWriter, LatentsWriter | None]:
             found, end = state is not None, state.next_chunk if state is not None and state.complete else None
@@ -166,7 +130,7 @@ class Recording:
             )
             return segments, LatentsWriter(parts, chunks_per_segment, found, end) if save_latents else None
 
-        storage.check_output(output, overwrite=True)  # what would be an OSError of the lock
+        check_output(output, overwrite=True)  # what would be an OSError of the lock
         lock = OutputLock.acquire(output)
         try:
             for path in (output, latents_path(output), sidecar_path(output)):

@@ -27,6 +27,7 @@ from pavdm_dist.io.encode import (
     remux,
     require_libx264,
 )
+from pavdm_dist.io.parts import holds_work, parts_folder
 from pavdm_dist.rates import as_rate
 
 PLAYLIST = "playlist.ffconcat"
@@ -101,7 +102,7 @@ class SegmentWriter:
         if not str(output).lower().endswith(".mp4"):
             raise ConfigError(f"output={output}: the name must end in .mp4")
         self.output = str(output)
-        self.parts = storage.parts_folder(output)
+        self.parts = parts_folder(output)
         self._rate = as_rate(fps)
         self._size = (height, width)
         self._group = chunks_per_segment
@@ -117,7 +118,7 @@ class SegmentWriter:
             self._next = self.closed_chunks
         elif overwrite:
             storage.remove_matching(self.parts, SEGMENT_NAMES)
-        elif storage.holds_work(self.parts):
+        elif holds_work(self.parts):
             raise ConfigError(
                 f"output={output}: {self.parts} holds the segments of an interrupted run; "
                 "choose another name or pass --overwrite"

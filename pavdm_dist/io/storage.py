@@ -20,15 +20,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from pavdm_dist.errors import ConfigError
-from pavdm_dist.io.local import check_place, give_usual_mode, link_new, make_durable
+from pavdm_dist.io.local import give_usual_mode, link_new, make_durable
 from pavdm_dist.io.remote import filesystem, is_remote
 
 _BLOCK = 1 << 20
-PARTS_SUFFIX = ".parts"
-# In the parts folder: who is writing the video; and locks of ended processes on their way out.
-LOCK_NAME = "lock.json"
-LOCK_NAMES = re.compile(rf"{re.escape(LOCK_NAME)}(\.[0-9a-f]{{8}}\.stale)?")
 # How often a place is made for a new small file that others remove.
 _ATTEMPTS = 5
 # As stage() names them.
@@ -107,7 +102,7 @@ def remove_matching(folder: str | Path, names: re.Pattern[str], keep: Collection
         keep: names that stay.
     """
     for name in list_names(folder):
-        if name not in keep and names.fullmatch(_unstaged(name)):
+        if name not in keep and names.fullmatch(unstaged(name)):
             remove(join(folder, name))
     remove_empty(folder)
 
@@ -289,44 +284,6 @@ def discard(staged: Path) -> None:
     shutil.rmtree(staged.parent, ignore_errors=True)
 
 
-def check_output(path: str | Path, overwrite: bool = False, field: str = "output", parts: bool = True) -> None:
-    """Refuses an output that would be lost or can't be written, before any work is done.
-
-    Looks at the file, its sidecar and the segments of an interrupted run. Changes nothing.
-
-    Args:
-        path: of the file.
-        overwrite: it may be replaced.
-        field: the setting that names it.
-        parts: the segments of an interrupted run are in the way, too.
-
-    Raises:
-        ConfigError: something is there and ``overwrite`` is false; a folder of that name; a name that is too long; no
-            right to write.
-    """
-    if not is_remote(path):
-        check_place(Path(path), field)
-    if overwrite:
-        return
-    if exists(path):
-        raise ConfigError(f"{field}={path} exists; choose another name or pass --overwrite")
-    if parts and holds_work(parts_folder(path)):
-        raise ConfigError(
-            f"{field}={path}: {parts_folder(path)} holds the segments of an interrupted run; "
-            "choose another name or pass --overwrite"
-        )
-
-
-def parts_folder(path: str | Path) -> str:
-    """Where the segments of an unfinished video are."""
-    return f"{path}{PARTS_SUFFIX}"
-
-
-def holds_work(parts: str | Path) -> bool:
-    """Whether a parts folder holds anything but locks."""
-    return not all(LOCK_NAMES.fullmatch(_unstaged(name)) for name in list_names(parts))
-
-
 def sha256_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
     digest = hashlib.sha256()
@@ -348,7 +305,7 @@ def _create_new(path: str | Path, content: bytes, mode: int | None) -> bool:
         discard(staged)
 
 
-def _unstaged(name: str) -> str:
+def unstaged(name: str) -> str:
     """The name that a staged file would get; any other name as it is."""
     staged = _STAGED.fullmatch(name)
     return staged[1] if staged else name

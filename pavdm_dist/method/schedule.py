@@ -1,17 +1,15 @@
-"""Noise levels and the window plan: pure arithmetic, no tensors (paper section 3.1-3.3).
+"""The window plan: pure arithmetic, no tensors (paper section 3.1-3.3).
 
-A level is a float in [0, 1]: 1 is pure noise, 0 is clean. A chunk walks the same ``T`` levels as in
-ordinary diffusion; only the moments differ between chunks. :class:`WindowPlan` says which chunks are in
-flight at every model call ("row"); growing at the start and draining at the end are the ends of that list.
+A chunk walks the same ``T`` levels (:mod:`pavdm_dist.method.levels`) as in ordinary diffusion; only the moments
+differ between chunks. :class:`WindowPlan` says which chunks are in flight at every model call ("row"); growing at the
+start and draining at the end are the ends of that list.
 """
 
 from __future__ import annotations
 
-import math
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import lru_cache
 from typing import Literal
 
 from pavdm_dist.errors import ConfigError
@@ -25,74 +23,6 @@ End = Literal["drain", "cut"]
 Mode = Literal["window", "causal", "displaced"]
 # What noisy chunks see of clean ones: these are in the window, or they left keys and values in a pass of their own.
 Context = Literal["joint", "cached"]
-
-# The resolution at which the time shift is 1 for a single image (SD3-style shift as Open-Sora v1.2 uses it).
-BASE_RESOLUTION = 512
-
-
-def _float32(value: float) -> float:
-    """The nearest float32, as a Python float: levels must be the same number on every device."""
-    return struct.unpack("<f", struct.pack("<f", value))[0]
-
-
-def time_shift_ratio(height: int, width: int, num_latents: int, scale: float = 1.0) -> float:
-    """Ratio r of the resolution-dependent time shift.
-
-    Args:
-        height, width: frame size in pixels.
-        num_latents: latent frames of the *nominal* window (context included): 35 for 119 frames of the
-            Open-Sora codec. It stays the same while the window grows and drains.
-        scale: extra factor, 1 as published.
-    """
-    return math.sqrt(height * width) / BASE_RESOLUTION * math.sqrt(num_latents) * scale
-
-
-def shift_time(t: float, ratio: float) -> float:
-    """t' = r t / (1 + (r - 1) t); keeps 0 and 1, monotone for r > 0, so it commutes with moving the window."""
-    return ratio * t / (1 + (ratio - 1) * t)
-
-
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """The T + 1 levels a chunk walks through, from pure noise to clean.
-
-    Attributes:
-        num_inference_steps: T, model calls that take a chunk from level 1 to level 0.
-        time_shift: r of :func:`shift_time`; 1 leaves the grid linear.
-        table: the T levels above 0, noisiest first, of a model that was distilled to just these; None makes them of
-            ``time_shift``, which is not read otherwise.
-    """
-
-    num_inference_steps: int
-    time_shift: float = 1.0
-    table: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.num_inference_steps < 1:
-            raise ConfigError(f"num_inference_steps={self.num_inference_steps}: at least 1 is needed")
-        if not (math.isfinite(self.time_shift) and self.time_shift > 1e-6):
-            raise ConfigError(f"time_shift={self.time_shift}: must be a finite number above 0 (1 = no shift)")
-        if self.table is None:
-            return
-        falling = all(before > after for before, after in pairwise((*self.table, 0.0)))
-        if not (self.table and falling and self.table[0] <= 1):
-            raise ConfigError(f"levels={list(self.table)}: must fall from at most 1 to above 0")
-        if len(self.table) != self.num_inference_steps:
-            raise ConfigError(
-                f"num_inference_steps={self.num_inference_steps}: the model knows {len(self.table)} levels alone; use"
-                f" num_inference_steps={len(self.table)}"
-            )
-
-    def level(self, steps_left: float) -> float:
-        """Level of a chunk that still has ``steps_left`` updates to go: 0..T, fractions without a table."""
-        if self.table is not None:
-            return _float32((*self.table, 0.0)[self.num_inference_steps - int(steps_left)])
-        return _float32(shift_time(steps_left / self.num_inference_steps, self.time_shift))
-
-    @property
-    def levels(self) -> tuple[float, ...]:
-        """``levels[j]`` for j = 0..T steps left; every value is exactly a float32."""
-        return tuple(self.level(j) for j in range(self.num_inference_steps + 1))
 
 
 @dataclass(frozen=True)
@@ -273,25 +203,7 @@ class WindowPlan:
         Raises:
             IndexError: ``n`` is outside the plan.
         """
-        if n < 0 or (self.num_chunks is not None and n >= self.num_rows):
-            raise IndexError(f"row {n} is outside the plan")
-        block = self.block_chunks
-        newest = n // self.steps_per_shift * block + self.given_clip  # the first chunk of the newest block
-        first = max(0, newest + block - self.window_chunks)
-        last = newest + block - 1
-        if self.num_chunks is not None:
-            last = min(last, self.num_born - 1)
-        chunks = tuple(range(first, last + 1))
-        left = tuple(self._birth(k) + self.num_inference_steps - n for k in chunks)
-        clean = tuple(k for k, steps in zip(chunks, left, strict=True) if steps == 1)
-        return PlanRow(
-            index=n,
-            context=tuple(range(max(first - self.joint_context, -self.given_context), first)),
-            chunks=chunks,
-            steps_left=left,
-            born=tuple(range(newest, last + 1)) if n % self.steps_per_shift == 0 else (),
-            emits=clean if self.num_chunks is None else tuple(k for k in clean if k < self.num_chunks),
-        )
+        return _row(self, n)
 
     def rows(self, start: int = 0) -> Iterator[PlanRow]:
         """Rows from ``start`` to the end, lazily; never ends when ``num_chunks`` is None."""
@@ -378,3 +290,27 @@ class WindowPlan:
         if self.num_chunks is None:
             raise ConfigError("num_chunks is not set: an endless plan has no length")
         return self.num_chunks
+
+
+# All that handles a micro-batch asks for its row, the one before and the one after.
+@lru_cache(maxsize=256)
+def _row(plan: WindowPlan, n: int) -> PlanRow:
+    if n < 0 or (plan.num_chunks is not None and n >= plan.num_rows):
+        raise IndexError(f"row {n} is outside the plan")
+    block = plan.block_chunks
+    newest = n // plan.steps_per_shift * block + plan.given_clip  # the first chunk of the newest block
+    first = max(0, newest + block - plan.window_chunks)
+    last = newest + block - 1
+    if plan.num_chunks is not None:
+        last = min(last, plan.num_born - 1)
+    chunks = tuple(range(first, last + 1))
+    left = tuple(plan._birth(k) + plan.num_inference_steps - n for k in chunks)
+    clean = tuple(k for k, steps in zip(chunks, left, strict=True) if steps == 1)
+    return PlanRow(
+        index=n,
+        context=tuple(range(max(first - plan.joint_context, -plan.given_context), first)),
+        chunks=chunks,
+        steps_left=left,
+        born=tuple(range(newest, last + 1)) if n % plan.steps_per_shift == 0 else (),
+        emits=clean if plan.num_chunks is None else tuple(k for k in clean if k < plan.num_chunks),
+    )

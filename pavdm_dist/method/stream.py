@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from pavdm_dist.method.levels import NoiseSchedule
 from pavdm_dist.method.microbatches import Displaced, MicroBatches
 from pavdm_dist.method.sampler import UNCONDITIONAL, num_branches
-from pavdm_dist.method.schedule import Mode, NoiseSchedule, PlanRow, WindowPlan
+from pavdm_dist.method.schedule import Mode, PlanRow, WindowPlan
 from pavdm_dist.method.window import CleanChunk, Held, Step, Window, WindowSnapshot, chunk_noise
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.devices import to_device
@@ -180,7 +182,7 @@ class Stream:
         """Whether no row is left to run: it was resumed behind its last one."""
         return self.plan.is_over(self.first_row)
 
-    @property
+    @cached_property
     def batches(self) -> MicroBatches:
         """How its rows are cut into micro-batches."""
         exact = frozenset[int]() if self.resume is None else self.resume.snapshot.exact_rows

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.errors import ConfigError, VideoError
-from pavdm_dist.method.schedule import NoiseSchedule, PlanRow, WindowPlan
+from pavdm_dist.method.levels import NoiseSchedule
+from pavdm_dist.method.schedule import PlanRow, WindowPlan
 
 NoiseSource = Callable[[int], Tensor]
 # The use of noise that context is noised with again.

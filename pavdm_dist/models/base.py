@@ -14,10 +14,9 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from pavdm_dist.models.attention import Attention, attention
 from pavdm_dist.models.compiling import Compiler
-from pavdm_dist.models.kernels import fused_attention
 from pavdm_dist.models.kv_cache import Memory
 from pavdm_dist.models.source import Source
 from pavdm_dist.models.text_cache import TextCache, TextRun
@@ -102,44 +101,6 @@ class FrameInfo:
     height: int
     width: int
     fps: float
-
-
-class Attention(Protocol):
-    """Softmax attention, as torch's ``scaled_dot_product_attention``; replaced where some tokens are held elsewhere."""
-
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, chunk: int | None = None
-    ) -> Tensor:
-        """``[..., heads, tokens, head_dim]`` each -> the shape of ``query``.
-
-        Args:
-            query, key, value: of the tokens that are held here.
-            attn_mask: of all tokens, wherever they are held: a row per query, True where it may read a key.
-            chunk: tokens of a chunk, where a query reads the keys of its own chunk and of those before it; holds no
-                number for every pair of tokens, as a mask would.
-        """
-
-
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, chunk: int | None = None
-) -> Tensor:
-    """An :class:`Attention` where all tokens are here.
-
-    Torch's fused kernels take one axis before the heads; with more it would multiply plainly and hold all scores.
-    """
-    if chunk is not None:
-        ends = range(chunk, query.shape[-2] + 1, chunk)
-        chunks = zip(query.split(chunk, dim=-2), ends, strict=True)
-        return torch.cat([attention(part, key[..., :end, :], value[..., :end, :]) for part, end in chunks], dim=-2)
-    q, k, v = (tensor.flatten(0, -4) for tensor in (query, key, value))
-    return fused(q, k, v, attn_mask).unflatten(0, query.shape[:-3])
-
-
-def fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    """Torch's attention, ``[b, heads, n, d]`` each; where it is compiled for sampling, an operation of its own."""
-    if attn_mask is None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
-        return fused_attention(query, key, value).transpose(1, 2)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask)
 
 
 @dataclass(frozen=True)

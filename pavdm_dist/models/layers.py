@@ -15,7 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pavdm_dist.models.base import BlockContext, fused
+from pavdm_dist.models.attention import fused
+from pavdm_dist.models.base import BlockContext
 from pavdm_dist.models.text_cache import TextRun
 
 ROPE_BASE = 10000.0

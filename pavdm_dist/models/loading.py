@@ -6,7 +6,6 @@ file may be misaligned, which changes the last bits of some products.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -251,38 +250,6 @@ def convert(module: nn.Module, dtype: torch.dtype, device: torch.device | str, k
     moved = {key: value.to(device, torch.float32 if keeps_float32(key) else dtype) for key, value in state.items()}
     module.load_state_dict(moved, assign=True)
     module.requires_grad_(False)
-
-
-def save_module(
-    module: nn.Module,
-    folder: str | Path,
-    config: Mapping[str, Any],
-    dtype: torch.dtype | None,
-    shard: str = "5GB",
-    keeps_float32: Choose = lambda name: False,
-) -> None:
-    """Writes ``config.json`` and one safetensors file, or several of at most ``shard`` with an index; ``dtype``
-    converts parameters on the way, but those of the names that ``keeps_float32`` says."""
-    # Buffers are tables (rotary angles, the null text): rounding them would move every position.
-    converted = {name for name, _ in module.named_parameters() if not keeps_float32(name)} if dtype else set()
-    state = {
-        key: value.detach().to("cpu", dtype if key in converted else value.dtype).contiguous()
-        for key, value in module.state_dict().items()
-    }
-    save_tensors(state, folder, config, shard)
-
-
-def save_tensors(
-    state: Mapping[str, Tensor], folder: str | Path, config: Mapping[str, Any], shard: str = "5GB"
-) -> None:
-    """As :func:`save_module`, of tensors by name, as they are."""
-    from huggingface_hub import save_torch_state_dict
-
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    pattern = WEIGHT_NAMES[0].replace(".safetensors", "{suffix}.safetensors")
-    save_torch_state_dict(dict(state), path, filename_pattern=pattern, max_shard_size=shard, metadata={"format": "pt"})
-    (path / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
 
 
 def _weights(source: Source) -> tuple[str | None, bool]:

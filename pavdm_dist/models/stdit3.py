@@ -6,9 +6,7 @@ spatial block i, ``2 i + 1`` is temporal block i. Only temporal attention mixes 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -39,7 +37,8 @@ from pavdm_dist.models.layers import (
     ScalarEmbedder,
     position_embedding_2d,
 )
-from pavdm_dist.models.loading import convert, load_module, save_module
+from pavdm_dist.models.loading import convert, load_module
+from pavdm_dist.models.saving import save_module
 from pavdm_dist.models.source import Source, load_config
 from pavdm_dist.models.stdit3_block import STDiT3Block
 from pavdm_dist.models.text_cache import TextRun
@@ -312,35 +311,6 @@ class STDiT3(nn.Module):
         """Writes ``config.json`` and ``diffusion_pytorch_model.safetensors``; ``dtype`` converts on the way."""
         config = {"_class_name": "STDiT3", **asdict(self.config)}
         save_module(self, folder, config, dtype)
-
-    def init_weights(self, whole: Callable[[list[nn.Parameter]], AbstractContextManager[Any]] | None = None) -> None:
-        """Initial weights for training from scratch: quiet residual branches, zero output.
-
-        Args:
-            whole: entered around the filling of one module's own parameters; where the weights are sharded, it makes
-                these few whole and shards them again.
-        """
-        for name, module in self.named_modules():
-            own = list(module.parameters(recurse=False))
-            if isinstance(module, nn.Linear | nn.Conv3d):
-                with whole(own) if whole else nullcontext():
-                    _init_map(name, module)
-
-
-# Residual branches that start silent: text everywhere, attention and MLP over time.
-_SILENT = re.compile(r"cross_attn\.proj|temporal_blocks\.\d+\.(attn\.proj|mlp\.fc2)|final_layer\.linear")
-_NARROW = re.compile(r"(t_embedder|fps_embedder)\.mlp\.|t_block\.")
-
-
-def _init_map(name: str, module: nn.Linear | nn.Conv3d) -> None:
-    if _SILENT.search(name):
-        nn.init.zeros_(module.weight)
-    elif _NARROW.match(name):
-        nn.init.normal_(module.weight, std=0.02)
-    else:
-        nn.init.xavier_uniform_(module.weight.flatten(1))
-    if isinstance(module, nn.Linear):
-        nn.init.zeros_(module.bias)
 
 
 def _chunk_causal_mask(context: BlockContext, device: torch.device) -> Tensor | None:

@@ -13,7 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from pavdm_dist.models.base import BlockContext, attention
+from pavdm_dist.models.attention import attention
+from pavdm_dist.models.base import BlockContext
 from pavdm_dist.models.compiling import Compiler, any_length
 from pavdm_dist.models.kv_cache import read_in_turn
 from pavdm_dist.models.layers import MLP, CrossAttention, RotaryTable, SelfAttention, Words, drawn, modulate, turned

@@ -30,7 +30,8 @@ from pavdm_dist.models.base import (
     WindowSlice,
 )
 from pavdm_dist.models.compiling import Compiler
-from pavdm_dist.models.loading import convert, load_module, save_module
+from pavdm_dist.models.loading import convert, load_module
+from pavdm_dist.models.saving import save_module
 from pavdm_dist.models.source import Source, load_config
 from pavdm_dist.models.text_cache import TextRun
 from pavdm_dist.models.wan_layers import RotaryGrid, modulate, run_block

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pavdm_dist.models.base import BlockContext, Grid, attention, fused
+from pavdm_dist.models.attention import attention, fused
+from pavdm_dist.models.base import BlockContext, Grid
 from pavdm_dist.models.compiling import Compiler, any_length
 from pavdm_dist.models.kv_cache import read_in_turn
 from pavdm_dist.models.layers import Words, turned

@@ -21,8 +21,9 @@ from pavdm_dist.io.local import cache_folder
 from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.io.storage import atomic_write
 from pavdm_dist.method.denoiser import memories_of, unit_context
+from pavdm_dist.method.levels import NoiseSchedule
 from pavdm_dist.method.microbatches import WHOLE
-from pavdm_dist.method.schedule import Mode, NoiseSchedule, WindowPlan
+from pavdm_dist.method.schedule import Mode, WindowPlan
 from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.models.base import Backbone, Costs, FrameInfo
 from pavdm_dist.models.devices import intra_op_threads

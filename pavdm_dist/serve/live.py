@@ -11,7 +11,8 @@ from functools import partial
 from anyio.to_thread import run_sync
 
 from pavdm_dist.errors import MediaError
-from pavdm_dist.io.storage import exists, is_remote, join, list_names, parts_folder
+from pavdm_dist.io.parts import parts_folder
+from pavdm_dist.io.storage import exists, is_remote, join, list_names
 from pavdm_dist.serve.fragments import fragments
 
 _SEGMENT = re.compile(r"segment-(\d{6,})-(\d{6,})\.mp4")

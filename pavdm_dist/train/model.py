@@ -21,6 +21,7 @@ from pavdm_dist.models.layers import RotaryTable
 from pavdm_dist.models.loading import check_tensors, read_tensors, weight_files
 from pavdm_dist.models.source import Source, load_config
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
+from pavdm_dist.models.stdit3_init import init_weights
 from pavdm_dist.train.lora import add_lora
 from pavdm_dist.train.settings import ModelConfig, TrainConfig
 
@@ -215,7 +216,7 @@ def build(
         if sharding is not None:
             _restore_tables(fresh, {})
         encoder = None if vocabulary is None else _text_encoder(m, vocabulary)
-        fresh.init_weights(whole)
+        init_weights(fresh, whole)
         return TextToVideo(fresh, encoder, config.zero.precision == "autocast")
     source = Checkpoint.open(m.pretrained).source
     # What DeepSpeed would make of them at once: nothing is held in float32 that need not be.

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.baselines import block_chunks, settings_of
-from pavdm_dist.method.schedule import NoiseSchedule, PlanRow, Start, WindowPlan, time_shift_ratio
+from pavdm_dist.method.levels import NoiseSchedule, time_shift_ratio
+from pavdm_dist.method.schedule import PlanRow, Start, WindowPlan
 
 # linear-shift: the sampler's staircase, moved as a whole, per sample. linear: every latent frame a level of its own,
 # evenly spaced up to 1; -variance moves each of them, -variance-shift all of a sample as well. random: every chunk a

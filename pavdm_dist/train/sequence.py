@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.models.base import WindowSlice, attention
+from pavdm_dist.models.attention import attention
+from pavdm_dist.models.base import WindowSlice
 from pavdm_dist.train.batches import Batch
 from pavdm_dist.train.processes import World
 from pavdm_dist.train.zero import exchanging_heads
@@ -124,8 +125,8 @@ def join_sequence(
 class Ulysses:
     """Attention over a sequence whose consecutive parts lie on the processes of a group, a share of heads on each.
 
-    An :class:`~pavdm_dist.models.base.Attention` for any model whose queries, keys and values are cut alike: over the
-    frames at a place, or over all tokens jointly, a frame's behind each other. Parts may differ in length: they are
+    An :class:`~pavdm_dist.models.attention.Attention` for any model whose queries, keys and values are cut alike: over
+    the frames at a place, or over all tokens jointly, a frame's behind each other. Parts may differ in length: they are
     padded for the exchange, which moves equal parts only, and the padding is gone before the attention. Heads must
     divide by the number of processes. DeepSpeed must have been initialised.
 

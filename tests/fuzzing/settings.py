@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from fuzzing.values import JSON, RAW, TEXTS
 from fuzzing.world import World, command, taken
-from pavdm_dist import cli
 from pavdm_dist.commands.sample import check_videos
+from pavdm_dist.commands.words import run_config
 from pavdm_dist.config import SampleConfig, validate_sample
 from pavdm_dist.data.prepare import PrepareConfig
 from pavdm_dist.merging import load_config
@@ -99,7 +99,7 @@ def prompts(case: tuple[str, str, int], world: World) -> list[str]:
 
 def judge_prompts(words: list[str], case: Any, world: World) -> str:
     def judge() -> None:
-        config = cli.run_config(SampleConfig, words[1:], needs_prompt=True)
+        config = run_config(SampleConfig, words[1:], needs_prompt=True)
         for video in check_videos(config, overwrite=False).all:
             name = os.path.relpath(video.output, config.output)
             assert os.sep not in name and name.endswith(".mp4"), f"{video.output} is not in {config.output}"

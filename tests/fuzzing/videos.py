@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from fuzzing.values import DAMAGE, JSON, RAW, Damage
 from fuzzing.world import Silent, World, taken
-from pavdm_dist import cli
 from pavdm_dist.commands.resume import configs_to_resume
 from pavdm_dist.commands.sample import render_command
+from pavdm_dist.commands.words import run_config
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.io.video import probe, read_clip
 
@@ -86,7 +86,7 @@ def judge_state(words: list[str], case: Any, world: World) -> str:
     whole = json.loads((world.root / "whole" / "v.json").read_text())
 
     def judge() -> None:
-        (made,) = render_command(cli.run_config(SampleConfig, words[1:], needs_prompt=True), False, Silent)["videos"]
+        (made,) = render_command(run_config(SampleConfig, words[1:], needs_prompt=True), False, Silent)["videos"]
         assert (made["num_frames"], made["latents_sha256"]) == (whole["num_frames"], whole["latents_sha256"])
 
     said = taken(judge)

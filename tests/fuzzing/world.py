@@ -15,6 +15,7 @@ from helpers import tiny_checkpoint
 
 from pavdm_dist import cli
 from pavdm_dist.commands.sample import render_command
+from pavdm_dist.commands.words import run_config
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import PAVDMError
 from pavdm_dist.io.video import export_to_video
@@ -86,7 +87,7 @@ class World:
 
     def _begin(self) -> None:
         """A video that is made whole, and one that was interrupted."""
-        config = cli.run_config(SampleConfig, self.words(output="v.mp4")[1:], needs_prompt=True)
+        config = run_config(SampleConfig, self.words(output="v.mp4")[1:], needs_prompt=True)
         render_command(config, False, Silent)
         (self.root / "case").rename(self.root / "whole")
         with contextlib.suppress(KeyboardInterrupt):

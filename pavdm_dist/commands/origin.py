@@ -1,0 +1,110 @@
+"""What a command's videos are made from and with: what their bits depend on, and what sidecars say of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder
+from pavdm_dist.config import SampleConfig
+from pavdm_dist.io.metadata import versions
+from pavdm_dist.merging import to_dict
+from pavdm_dist.pipeline import PAVDMPipeline
+from pavdm_dist.redaction import hide_secrets
+from pavdm_dist.request import VideoRequest
+from pavdm_dist.sampling import SamplingParams, tier
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the videos of a command have in common.
+
+    Attributes:
+        config, params, pipeline: of the command.
+        weights: identity of the model.
+    """
+
+    config: SampleConfig
+    params: SamplingParams
+    pipeline: PAVDMPipeline
+    weights: str
+
+    def identity(self, request: VideoRequest) -> dict[str, Any]:
+        """What a video's bits depend on, except for the device that they are computed on."""
+        found = versions()
+        return {
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "prompt_schedule": [list(change) for change in request.prompt_schedule],
+            "seed": request.seed,
+            "num_frames": request.num_frames,
+            "clip": _pixels(request.clip),
+            "include_input": self.config.include_input,
+            "sampling": asdict(self.params),
+            "weights": self.weights,
+            "threads": self.config.threads_per_stage,
+            "compile": self.pipeline.compiled,
+            "dtype": self.pipeline.dtype_name,
+            "decoder_dtype": self.config.decoder_dtype,
+            "versions": {name: found[name] for name in ("pavdm_dist", "torch", "av")},
+            **self._further(request),
+        }
+
+    def facts(
+        self, request: VideoRequest, resyncs: Sequence[int], changes: Sequence[tuple[int, str]]
+    ) -> dict[str, Any]:
+        """What a finished video's sidecar says of how it was made.
+
+        Args:
+            request: what was asked for.
+            resyncs: rows that adaptive re-sync of mode displaced has made exact.
+            changes: ``(first chunk, prompt)`` of what was changed while it ran.
+        """
+        return {
+            "config": to_dict(self.config, hide_secrets),
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "seed": request.seed,
+            "device": self.pipeline.device_name,
+            "threads": self.config.threads_per_stage,
+            "weights": self.weights,
+            "identity": self.identity(request),
+            "extra": {
+                "sampling": asdict(self.params),
+                "chunk_frames": self._chunk_frames(),
+                **self._exactness(),
+                **({"resyncs": list(resyncs)} if resyncs else {}),
+                **({"prompt_changes": [list(change) for change in changes]} if changes else {}),
+            },
+        }
+
+    def _chunk_frames(self) -> list[int]:
+        """Frames of the first new chunk and of every other."""
+        spec, size = self.pipeline.checkpoint.codec_spec, self.params.latent_chunk_size
+        return [spec.frames_in_chunk(size, first) for first in (self.params.start == "noise", False)]
+
+    def _exactness(self) -> dict[str, Any]:
+        """How what was computed relates to the model as published, run block by block."""
+        pipeline = self.pipeline
+        facts: dict[str, Any] = {"tier": tier(self.params, pipeline.compiled)}
+        if pipeline.compiled:
+            facts["compiled"] = {"relative_error": pipeline.relative_error, "attention": pipeline.kernels}
+        return facts
+
+    def _further(self, request: VideoRequest) -> dict[str, Any]:
+        """Facts that most videos do not have."""
+        facts = {"image": _pixels(request.image)}
+        facts |= {name: getattr(self.config, name) for name in ("decoder_tile", "preview_decoder")}
+        if isinstance(self.pipeline.checkpoint.text_encoder, PretrainedTextEncoder):
+            facts["text_encoder"] = self.pipeline.checkpoint.text_encoder.identity
+        return {name: value for name, value in facts.items() if value is not None}
+
+
+@lru_cache(maxsize=2)  # videos of a command share their clip and their picture
+def _pixels(frames: Tensor | None) -> str | None:
+    return None if frames is None else hashlib.sha256(frames.contiguous().numpy().data).hexdigest()

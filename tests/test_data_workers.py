@@ -1,0 +1,65 @@
+"""Worker processes of data preparation, on this machine and on Ray."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pavdm_dist.data.workers import worker_number, workers
+from pavdm_dist.errors import ConfigError, EngineError
+
+
+@pytest.mark.timeout(60)
+def test_what_no_node_has_is_refused(ray_cluster: None) -> None:
+    for cpus, gpu, sentence in ((10_000, False, "threads=10000: no node"), (1, True, "threads=1 with device=cuda: no")):
+        with pytest.raises(ConfigError, match=sentence), workers(1, "auto", cpus, gpu):
+            pass
+
+
+@pytest.mark.timeout(60)
+def test_workers_are_numbered(tmp_path: Path) -> None:
+    with workers(2, None, 1, False) as run:
+        found = set(run(_number_after_a_while, [()] * 20))
+    assert found == {0, 1}
+
+
+@pytest.mark.timeout(60)
+def test_workers_run_no_scripts_of_the_current_folder(tmp_path: Path) -> None:
+    for name in ("pickle", "struct"):  # what they import before they are told where from
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a script of somebody else')")
+    program = """
+import operator, os, sys
+sys.path[:] = [folder for folder in sys.path if folder not in ("", os.getcwd())]
+from pavdm_dist.data.readers import survived
+from pavdm_dist.data.workers import workers
+if __name__ == "__main__":
+    with workers(2, None, 1, False) as run:
+        print(*run(operator.neg, [(5,)]), survived(operator.neg, 7), os.environ.get("PYTHONSAFEPATH"))
+"""
+    (tmp_path / "in").mkdir()
+    script = tmp_path / "in" / "script.py"
+    script.write_text(program)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "-5 -7 None\n", done.stderr
+
+
+def _number_after_a_while() -> int:
+    time.sleep(0.2)  # so that every worker gets something to do
+    return worker_number()
+
+
+@pytest.mark.timeout(120)
+def test_a_dead_worker_is_reported() -> None:
+    with (
+        pytest.raises(EngineError, match=r"a worker process died.*run again to go on"),
+        workers(2, None, cpus=1, gpu=False) as run,
+    ):
+        list(run(os._exit, [(1,)]))
