@@ -37,6 +37,8 @@ ABOUT = {
     "speed_ratio": "measured over prompted speed",
     "direction": "share of drifting digits that go the prompted way",
     "trajectory_error": "distance of the digits' middles from a straight path over 9 frames, px",
+    "law_error": "distance of the digits' middles from a path of the world's law, reflections included, px",
+    "bounce": "share of bouncing digits that keep to the law, their speed and a diagonal way",
 }
 
 

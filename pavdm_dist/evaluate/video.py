@@ -30,7 +30,9 @@ Floats = NDArray[np.float64]
 T = TypeVar("T")
 # Of a video without a sidecar so many seconds are measured as one.
 _STRETCH = 1.0
-_DIGIT_MEASURES = ("digit", "colour", "count", "speed_ratio", "direction", "trajectory_error")
+_DIGIT_MEASURES = (
+    "digit", "colour", "count", "speed_ratio", "direction", "trajectory_error", "law_error", "bounce",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
