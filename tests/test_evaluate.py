@@ -18,7 +18,8 @@ from pavdm_dist.evaluate.drift import Drift, drift_of
 from pavdm_dist.evaluate.features import FeatureMeter, frechet_distance, subject_consistency
 from pavdm_dist.evaluate.motion import MotionMeter
 from pavdm_dist.evaluate.pixels import PixelMeter
-from pavdm_dist.evaluate.report import _curves, _summarised
+from pavdm_dist.evaluate.plots import _curves
+from pavdm_dist.evaluate.report import _summarised
 from pavdm_dist.evaluate.scenes import SceneMeter
 from pavdm_dist.evaluate.settings import EvalConfig
 from pavdm_dist.evaluate.video import Measured, measure
@@ -223,7 +224,7 @@ def test_chunks_are_those_of_the_sidecar(digits: tuple[Path, str], tmp_path: Pat
     config = EvalConfig(motion="off", scenes="off", features="off")
     found = measure(str(path), config)
     assert found.times == pytest.approx([0, 17 / 24, 37 / 24, 57 / 24])
-    assert found.method == "pavdm" and "digit" not in found.drift, "no sentence of that world"
+    assert found.group == "pavdm" and "digit" not in found.drift, "no sentence of that world"
     config.chunk_seconds = 1.5
     assert measure(str(path), config).times == [0, 1.5]
     said["config"] = {"include_input": True}
@@ -267,7 +268,7 @@ def test_what_lies_beside_a_video_may_be_anybodys(said: str | None, digits: tupl
     sidecar.mkdir() if said is None else sidecar.write_text(said)
     off = [f"{name}=off" for name in ("motion", "scenes", "features")]
     assert main(["eval", str(tmp_path), *off, f"output={tmp_path / 'out'}"]) == 0
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["videos"][0]["method"] is None
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["videos"][0]["group"] == "unknown"
 
 
 def test_a_fault_of_a_detector_is_one_videos(
@@ -286,7 +287,7 @@ def test_curves_meet_by_time() -> None:
 
     def video(step: float, count: int) -> Measured:
         times = [step * i for i in range(count)]
-        return Measured("v", None, 1, 1, 24, 1, 1, None, times, {"x": [time or None for time in times]}, {}, {})
+        return Measured("v", None, 1, 1, 24, 1, 1, "pavdm", times, {"x": [time or None for time in times]}, {}, {})
 
     times, rows = _curves([video(1, 4), video(1 / 3, 12)], "x")
     assert times[-1] == pytest.approx(11 / 3)

@@ -117,5 +117,5 @@ def _fit(times: NDArray[np.int64], places: Floats, wall: float | None) -> tuple[
 
 def _solved(matrix: Floats, places: Floats) -> tuple[float, float, Floats]:
     """Least squares: what is left, the velocity, and all that was found."""
-    found = np.linalg.lstsq(matrix, places, rcond=None)[0]
+    found: Floats = np.linalg.lstsq(matrix, places, rcond=None)[0].astype(np.float64)
     return float(((matrix @ found - places) ** 2).sum()), float(found[1]), found
