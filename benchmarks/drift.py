@@ -2,7 +2,7 @@
 
     python benchmarks/drift.py --work FOLDER [--methods NAME ...] [--models NAME=FOLDER ...] [--variants NAME:key=value,... ...]
                                [--prompts N] [--seeds N] [--digits N] [--seconds S] [--guidance-scale G]
-                               [--workers N] [--minutes M] [--quick] [--json]
+                               [--workers N] [--minutes M] [--no-report] [--output FOLDER] [--shown N] [--quick] [--json]
 
 Methods: pavdm, causal and displaced (its modes), replacement, replacement-noise, fifo, autoregressive; real (the scenes
 as the world draws them) and codec (those, encoded and decoded). Variants are further ways, by the settings that
@@ -10,21 +10,26 @@ as the world draws them) and codec (those, encoded and decoded). Variants are fu
 that is the shipped one unless it is named.
 
 Rendering can be stopped at any time and goes on by the same command; ``--minutes`` bounds a slice of it. A video that
-was made with other settings or weights is refused, not mixed in.
+was made with other settings or weights is refused, not mixed in. What is there is then measured (once; ``pavdm eval``
+does it) and compared: JSON or a table, and with ``--output`` the report of ``pavdm eval`` with curves, ``drift.json``
+and sheets of frames.
 """  # noqa: E501
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
 
-from common import parser
-from drift_videos import METHODS, REFERENCES, Outcome, jobs_of, make_all, missing, tell, variants_of
+from common import machine, parser
+from drift_report import measure_all, result_of, table, write_all
+from drift_videos import METHODS, REFERENCES, Outcome, is_there, jobs_of, make_all, missing, tell, variants_of
 
 from pavdm_dist.commands.signals import Signals
 from pavdm_dist.digits.world import FPS
 from pavdm_dist.errors import PAVDMError
+from pavdm_dist.evaluate.command import check_new_report
 
 
 def main() -> None:
@@ -40,6 +45,9 @@ def main() -> None:
     options.add_argument("--guidance-scale", type=float, help="of every method (the model's own)")
     options.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one per core)")
     options.add_argument("--minutes", type=float, help="no video is begun that would end later")
+    options.add_argument("--no-report", action="store_true", help="only render")
+    options.add_argument("--output", type=Path, help="folder for the report; an earlier report there is replaced")
+    options.add_argument("--shown", type=int, default=6, help="prompts whose frames the report shows (6)")
     args = options.parse_args()
     count, seeds = args.prompts or (1 if args.quick else 32), args.seeds or (1 if args.quick else 2)
     frames = round((args.seconds or (6 if args.quick else 60)) * FPS)
@@ -49,16 +57,27 @@ def main() -> None:
     try:
         variants = variants_of(args.methods, args.variants, args.models, common)
         jobs = jobs_of(args.work, variants, count, seeds, frames, args.digits)
+        if args.output is not None:
+            check_new_report(args.output, overwrite=True)
         left = missing(jobs)
     except PAVDMError as error:
         raise SystemExit(str(error)) from None
     outcomes: list[Outcome] = []
+    print(f"{len(jobs) - len(left)} of {len(jobs)} videos are there", file=sys.stderr)
     if left:
-        print(f"{len(jobs) - len(left)} of {len(jobs)} videos are there", file=sys.stderr)
         with Signals(of_process=True):
             outcomes = make_all(left, min(args.workers, len(left)), args.minutes, tell)
-    unmade = [outcome for outcome in outcomes if outcome.seconds is None]
-    print(f"{len(jobs) - len(unmade)} of {len(jobs)} videos are there", file=sys.stderr)
+        print(f"{sum(is_there(job) for job in jobs)} of {len(jobs)} videos are there", file=sys.stderr)
+    failed = [outcome.error for outcome in outcomes if outcome.error is not None]
+    if not args.no_report:
+        videos = measure_all(args.work, jobs, args.workers)
+        result = {"machine": machine(), "seconds": frames / FPS, "failed": failed, **result_of(videos, jobs)}
+        result["settings"] = {one.name: list(one.words) for one in variants}
+        if args.output is not None and videos:
+            write_all(args.output, result, videos, args.shown)
+        print(json.dumps(result) if args.json else table(result))
+    if failed:
+        raise SystemExit(f"{len(failed)} videos failed; the first: {failed[0]}")
 
 
 if __name__ == "__main__":

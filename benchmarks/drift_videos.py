@@ -182,7 +182,7 @@ def missing(jobs: Sequence[Job]) -> list[Job]:
     for variant in dict.fromkeys(job.variant for job in jobs):
         own = [job for job in jobs if job.variant == variant]
         if variant.is_reference:
-            left += [job for job in own if not _is_there(job)]
+            left += [job for job in own if not is_there(job)]
             continue
         configs = [config_of(job) for job in own]
         try:
@@ -208,7 +208,8 @@ def _check_world(config: SampleConfig) -> None:
         )
 
 
-def _is_there(job: Job) -> bool:
+def is_there(job: Job) -> bool:
+    """Whether a job's video is complete."""
     return is_complete(job.path) and exists(job.path) and read_sidecar(job.path)["num_frames"] == job.frames
 
 

@@ -67,10 +67,12 @@ def page(
         shown: prompts whose frames are shown.
     """
     parts = [f"<h1>{len(videos)} videos</h1>", "<h2>As a whole</h2>", _table(whole_rows(videos))]
-    parts += ["<h2>Over time</h2>", f"<p>{_LEGEND}</p>", _table(rows)]
+    parts.append("<h2>Over time</h2>")
     parts += [f'<img alt="{html.escape(name)} over time" src="{_data(png)}">' for name, png in drawn.items()]
     parts.append(f"<h2>At {', '.join(f'{moment:g}' for moment in MOMENTS)} seconds</h2>")
     takes = side_by_side(videos)
+    names = dict.fromkeys(row["measure"] for row in rows)
+    measures = {name: place for place, name in enumerate(names)}
     for title, own in list(takes.items())[:shown]:
         lines = []
         for video in own:
@@ -85,6 +87,12 @@ def page(
         parts.append(f"<figure><figcaption>{html.escape(title)}</figcaption><table>{body}</table></figure>")
     if len(takes) > shown:
         parts.append(f"<p>{len(takes) - shown} more are measured and not shown.</p>")
+    # A measure's groups under each other, as they are compared.
+    parts += [
+        "<h2>In numbers</h2>",
+        f"<p>{_LEGEND}</p>",
+        _table(sorted(rows, key=lambda row: measures[row["measure"]])),
+    ]
     if failed:
         parts += ["<h2>Not measured</h2>", _table(failed)]
     return _PAGE.format(body="\n".join(parts))
