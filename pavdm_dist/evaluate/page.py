@@ -68,7 +68,8 @@ def page(
     """
     parts = [f"<h1>{len(videos)} videos</h1>", "<h2>As a whole</h2>", _table(whole_rows(videos))]
     parts.append("<h2>Over time</h2>")
-    parts += [f'<img alt="{html.escape(name)} over time" src="{_data(png)}">' for name, png in drawn.items()]
+    curves = "".join(f'<img alt="{html.escape(name)}" src="{_data(png)}">' for name, png in drawn.items())
+    parts.append(f"<div class=plots>{curves}</div>")
     parts.append(f"<h2>At {', '.join(f'{moment:g}' for moment in MOMENTS)} seconds</h2>")
     takes = side_by_side(videos)
     names = dict.fromkeys(row["measure"] for row in rows)
@@ -143,6 +144,7 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>pavdm eval</title><style>
 body {{ font: 14px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; }}
 .wide {{ overflow-x: auto; }}
+.plots {{ display: grid; grid-template-columns: 1fr 1fr; gap: .5rem; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .15rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }}
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) {{ text-align: left; }}

@@ -15,6 +15,7 @@ from pavdm_dist.evaluate.video import Measured
 
 # More curves than this are told apart by their dashes, too.
 _COLOURS = 10
+_MARKERS = "os^vD<>pP*X"
 # What quality is read from, the first that was measured, and its cost.
 _QUALITY, COST = ("digit", "subject_consistency_eff", "sharpness"), "latents_per_s"
 
@@ -79,7 +80,9 @@ def _quality_over_cost(points: Sequence[tuple[str, float, float]], quality: str)
     figure = _figure(7.0, 2.8)
     axes = figure.add_subplot()
     for number, (group, cost, reached) in enumerate(points):
-        axes.plot(cost, reached, "o", color=f"C{number % _COLOURS}", label=group)
+        # Hollow and of many shapes: groups of equal cost and quality lie on each other.
+        style = {"color": f"C{number % _COLOURS}", "marker": _MARKERS[number % len(_MARKERS)]}
+        axes.plot(cost, reached, linestyle="", fillstyle="none", markersize=9, label=group, **style)
     axes.set_xlabel("latent evaluations per second of video, guidance and context included", fontsize=8)
     axes.set_title(f"{quality}: {ABOUT.get(quality, '')}", fontsize=8, loc="left")
     axes.grid(alpha=0.3)

@@ -26,8 +26,8 @@ ABOUT = {
     "count": "share of frames with the prompted number of digits",
     "speed_ratio": "measured over prompted speed",
     "direction": "share of drifting digits that go the prompted way",
-    "trajectory_error": "distance of the digits' middles from a straight path over 9 frames, px",
-    "law_error": "distance of the digits' middles from a path of the world's law, reflections included, px",
+    "trajectory_error": "distance from a straight path over 9 frames, px",
+    "law_error": "distance from the nearest path of the world's law, reflections included, px",
     "bounce": "share of bouncing digits that keep to the law, their speed and a diagonal way",
 }
 
