@@ -26,7 +26,7 @@ from common import machine, parser
 from drift_report import measure_all, result_of, table, write_all
 from drift_videos import METHODS, REFERENCES, Outcome, is_there, jobs_of, make_all, missing, tell, variants_of
 
-from pavdm_dist.commands.signals import Signals
+from pavdm_dist.commands.signals import Signals, signal_of
 from pavdm_dist.digits.world import FPS
 from pavdm_dist.errors import PAVDMError
 from pavdm_dist.evaluate.command import check_new_report
@@ -65,8 +65,11 @@ def main() -> None:
     outcomes: list[Outcome] = []
     print(f"{len(jobs) - len(left)} of {len(jobs)} videos are there", file=sys.stderr)
     if left:
-        with Signals(of_process=True):
-            outcomes = make_all(left, min(args.workers, len(left)), args.minutes, tell)
+        try:
+            with Signals(of_process=True):
+                outcomes = make_all(left, min(args.workers, len(left)), args.minutes, tell)
+        except KeyboardInterrupt as interrupt:
+            raise SystemExit(128 + signal_of(interrupt)) from None
         print(f"{sum(is_there(job) for job in jobs)} of {len(jobs)} videos are there", file=sys.stderr)
     failed = [outcome.error for outcome in outcomes if outcome.error is not None]
     if not args.no_report:

@@ -270,6 +270,9 @@ def _worker(waiting: Any, results: Any, until: float | None) -> None:
         except (PAVDMError, OSError) as error:
             results.put(Outcome(job, error=f"{job.path}: {error}"))
             continue
+        except KeyboardInterrupt as stopped:  # says what is left and that the same command goes on
+            print(stopped, file=sys.stderr, flush=True)
+            return
         seconds = time.monotonic() - started
         longest = max(longest, seconds)
         results.put(Outcome(job, seconds))
