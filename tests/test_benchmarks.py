@@ -223,6 +223,31 @@ def test_the_gpu_measurement_runs_where_there_is_none() -> None:
 
 
 @pytest.mark.slow
+def test_drift_is_measured_and_not_rendered_again(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    words = ["--quick", "--seconds", "3", "--methods", "real", "pavdm", "replacement", "--work", str(tmp_path / "w")]
+    words += ["--variants", "few:num_inference_steps=12"]
+    found = report("drift.py", *words, "--output", str(tmp_path / "report"))
+    check_machine(found)
+    rows = {row["group"]: row for row in found["groups"]}
+    assert list(rows) == ["real", "pavdm", "replacement", "few"] and not found["failed"]
+    assert rows["real"]["digit"] == rows["real"]["colour"] == 1 and rows["real"]["law_error"] < 0.2
+    assert rows["few"]["latents_per_s"] == pytest.approx(0.4 * rows["pavdm"]["latents_per_s"])
+    assert rows["few"]["cpu_s_per_s"] < rows["pavdm"]["cpu_s_per_s"] and rows["real"]["cpu_s_per_s"] is None
+    assert {row["group"] for row in found["paired"]} == {"replacement", "few"}
+    plots = {path.name for path in (tmp_path / "report" / "plots").iterdir()}
+    assert plots >= {"drift.png", "digit.png", "quality_over_cost.png", "frames-00.png"}
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "w").rglob("*") if path.is_file()}
+    assert report("drift.py", *words)["groups"] == found["groups"]
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    refused = subprocess.run(
+        [sys.executable, str(FOLDER / "drift.py"), *words, "--guidance-scale", "2"], capture_output=True, text=True
+    )
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    assert "pavdm: output=" in refused.stderr and "was made with guidance_scale" in refused.stderr
+
+
+@pytest.mark.slow
 def test_a_farm_costs_little_beside_its_rendering() -> None:
     found = report("farm.py", "--quick")
     check_machine(found)

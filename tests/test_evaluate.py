@@ -5,24 +5,29 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.cli import main
 from pavdm_dist.digits.world import NUMBERS, render, sample_scene, scene_prompt
 from pavdm_dist.evaluate.drift import Drift, drift_of
 from pavdm_dist.evaluate.features import FeatureMeter, frechet_distance, subject_consistency
+from pavdm_dist.evaluate.made import cost_of, group_of
 from pavdm_dist.evaluate.motion import MotionMeter
+from pavdm_dist.evaluate.page import page, side_by_side
 from pavdm_dist.evaluate.pixels import PixelMeter
-from pavdm_dist.evaluate.report import _curves, _summarised
+from pavdm_dist.evaluate.plots import _curves, plots
+from pavdm_dist.evaluate.report import _summarised, summary
 from pavdm_dist.evaluate.scenes import SceneMeter
 from pavdm_dist.evaluate.settings import EvalConfig
 from pavdm_dist.evaluate.video import Measured, measure
 from pavdm_dist.io.video import export_to_video
+from pavdm_dist.request import SamplingParams
 
 Frames = NDArray[np.uint8]
 RNG = np.random.default_rng(0)
@@ -223,7 +228,7 @@ def test_chunks_are_those_of_the_sidecar(digits: tuple[Path, str], tmp_path: Pat
     config = EvalConfig(motion="off", scenes="off", features="off")
     found = measure(str(path), config)
     assert found.times == pytest.approx([0, 17 / 24, 37 / 24, 57 / 24])
-    assert found.method == "pavdm" and "digit" not in found.drift, "no sentence of that world"
+    assert found.group == "pavdm" and "digit" not in found.drift, "no sentence of that world"
     config.chunk_seconds = 1.5
     assert measure(str(path), config).times == [0, 1.5]
     said["config"] = {"include_input": True}
@@ -267,7 +272,7 @@ def test_what_lies_beside_a_video_may_be_anybodys(said: str | None, digits: tupl
     sidecar.mkdir() if said is None else sidecar.write_text(said)
     off = [f"{name}=off" for name in ("motion", "scenes", "features")]
     assert main(["eval", str(tmp_path), *off, f"output={tmp_path / 'out'}"]) == 0
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["videos"][0]["method"] is None
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["videos"][0]["group"] == "unknown"
 
 
 def test_a_fault_of_a_detector_is_one_videos(
@@ -281,12 +286,70 @@ def test_a_fault_of_a_detector_is_one_videos(
     assert "scene.mp4: ZeroDivisionError: inside" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("method", ["pavdm", "replacement", "fifo", "autoregressive"])
+def test_cost_is_that_of_the_plan(method: str) -> None:
+    params = SamplingParams.resolve(Checkpoint.open("embedded"), method=method)
+    sidecar = json.loads(json.dumps({
+        "num_frames": 77, "chunk_seconds": [1.0] * 4, "config": {"method": method, "mode": "window"},
+        "extra": {"sampling": asdict(params), "chunk_frames": [17, 20]},
+    }))  # fmt: skip
+    plan, seconds = params.plan(4), 77 / 24
+    assert cost_of(sidecar) == pytest.approx({
+        "calls_per_s": 2 * plan.num_calls / seconds, "latents_per_s": 2 * plan.latent_evaluations / seconds,
+        "seconds_per_s": 4 / seconds,
+    })  # fmt: skip
+    assert group_of("a/b.mp4", sidecar, "method") == method and group_of("a/b.mp4", sidecar, "folder") == "a"
+    sidecar["extra"]["sampling"] |= {"guidance_scale": 1.0}
+    assert cost_of(sidecar)["calls_per_s"] == pytest.approx(plan.num_calls / seconds), "one branch"
+
+
+def test_a_chunk_at_a_time_holds_less_than_windows() -> None:
+    params = SamplingParams.resolve(Checkpoint.open("embedded"), mode="causal")
+    said = {"sampling": asdict(params), "chunk_frames": [17, 20]}
+    sidecar = {
+        "num_frames": 477,
+        "config": {"method": "pavdm", "mode": "causal"},
+        "extra": said,
+        "chunk_seconds": [1.0],
+    }
+    plan, found = params.plan(24), cost_of(sidecar)
+    assert found["calls_per_s"] > 4 * 2 * plan.num_calls / (477 / 24)
+    assert found["latents_per_s"] < 2 * plan.latent_evaluations / (477 / 24)
+    assert group_of("b.mp4", sidecar, "method") == "pavdm, causal" and group_of("b.mp4", {}, "folder") == "."
+
+
+@pytest.mark.parametrize(
+    "extra", [None, [], {"sampling": 5}, {"sampling": {"displaced": {"x": 1}}, "chunk_frames": [1]}]
+)
+def test_what_anybodys_sidecar_says_of_cost_is_nothing(extra: object) -> None:
+    assert cost_of({"num_frames": 77, "extra": extra}) == {} == cost_of({})
+
+
+def test_the_same_prompt_of_every_group_stands_together(digits: tuple[Path, str]) -> None:
+    plain = EvalConfig(prompt=digits[1], motion="off", scenes="off", features="off", digits="off")
+    one = replace(measure(str(digits[0]), plain), whole={"latents_per_s": 100.0})
+    other = replace(one, group="replacement", whole={"latents_per_s": 80.0})
+    takes = side_by_side([one, replace(one, prompt="a film"), one, other, replace(other, prompt=None)])
+    assert {title: [video.group for video in own] for title, own in takes.items()} == {
+        digits[1]: ["unknown", "replacement"],
+        "a film": ["unknown"],
+        f"{digits[1]} (2)": ["unknown"],
+        str(digits[0]): ["replacement"],
+    }
+    drawn = plots([one, other])
+    assert "quality_over_cost" in drawn and "quality_over_cost" not in plots([one, one])
+    text = page([one, other], [], summary([one, other], 100, 0), drawn, 0)
+    assert "1 more are measured and not shown" in text and "<figure>" not in text
+    rows = page([one, other], [], summary([one, other], 100, 0), {}, 1).split("<figure>")[1].split("</figure>")[0]
+    assert rows.count("<img") == 2 and rows.index(">unknown<") < rows.index(">replacement<"), "at one second"
+
+
 def test_curves_meet_by_time() -> None:
     """Chunks of one video may last a third of those of another."""
 
     def video(step: float, count: int) -> Measured:
         times = [step * i for i in range(count)]
-        return Measured("v", None, 1, 1, 24, 1, 1, None, times, {"x": [time or None for time in times]}, {}, {})
+        return Measured("v", None, 1, 1, 24, 1, 1, "pavdm", times, {"x": [time or None for time in times]}, {}, {})
 
     times, rows = _curves([video(1, 4), video(1 / 3, 12)], "x")
     assert times[-1] == pytest.approx(11 / 3)

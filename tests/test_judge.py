@@ -11,6 +11,7 @@ import pytest
 
 from pavdm_dist.digits import world
 from pavdm_dist.digits.judge import Judge, torus_centre
+from pavdm_dist.digits.law import Motion, bouncing, drifting, stretches
 from pavdm_dist.digits.prompts import AskedDigit, parse_prompt
 from pavdm_dist.digits.scores import ChunkScore, displacements, line_errors, score_chunks, summarise
 from pavdm_dist.digits.world import COLOURS, DIRECTIONS, FPS, SPEEDS, Digit, Scene
@@ -79,6 +80,7 @@ def test_real_videos_are_read_right(judge: Judge) -> None:
     assert means["direction"] is not None and means["direction"] > 0.97
     assert means["speed_ratio"] == pytest.approx(1, abs=0.1)
     assert means["trajectory_error"] is not None and means["trajectory_error"] < 0.2
+    assert means["law_error"] is not None and means["law_error"] < 0.15 and means["bounce"] == 1
     assert means["frozen"] == means["empty"] == means["duplicated"] == 0
 
 
@@ -150,6 +152,52 @@ def test_a_digit_that_jumps_leaves_its_path(judge: Judge) -> None:
     assert calm is not None and jumpy is not None and calm < 0.3 and jumpy == pytest.approx(2, abs=0.3)
 
 
+def bounced(turn: int, wall_error: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """The middle of ink 20 px high and 10 wide that is reflected at the lower border before frame ``turn``."""
+    time, wall = np.arange(20.0), 64 - 10 + wall_error
+    down = wall + 1.2 * (time - turn + 0.5)
+    path = np.stack([np.minimum(down, 2 * wall - down), 20 + 0.7 * time], axis=1)
+    return path, np.tile([10.0, 5.0, 10.0, 5.0], (20, 1))
+
+
+def test_the_bounce_law_is_fitted_exactly_and_no_other_turn_is() -> None:
+    for turn in range(2, 19):
+        motion = bouncing(*bounced(turn))
+        assert motion is not None and motion.error < 1e-9 and motion.velocity == pytest.approx((1.2, 0.7))
+    path, reach = bounced(9)
+    path[3] = np.nan
+    assert (bouncing(path, reach) or Motion(9, (0, 0))).error < 1e-9
+    for wall_error in (-8.0, -3.0):
+        motion = bouncing(*bounced(10, wall_error))
+        assert motion is not None and motion.error > 0.9, "it turned before the frame's border"
+    assert bouncing(path[:8], reach[:8]) is None
+
+
+def test_the_torus_law_is_a_straight_line() -> None:
+    time = np.arange(20.0)
+    path = np.stack([60 + 1.5 * time, 3 - 0.5 * time], axis=1) % 64
+    path[5:8] = np.nan
+    motion = drifting(path)
+    assert motion is not None and motion.error < 1e-9 and motion.velocity == pytest.approx((1.5, -0.5))
+    assert drifting(path[:10]) is None
+    path[10:] = (path[10:] + 3) % 64
+    assert (drifting(path) or Motion(0, (0, 0))).error > 1
+    for length in (5, 20, 21, 24, 100):
+        parts = [np.arange(length)[part] for part in stretches(length)]
+        assert np.concatenate(parts).tolist() == list(range(length)) and max(map(len, parts)) <= 20
+
+
+def test_a_bouncing_digit_that_goes_its_own_way_is_found_out(judge: Judge) -> None:
+    scene = next(scene for scene in heldout(20, 1) if scene.digits[0].motion == "bouncing")
+    frames, asked = world.render(scene, 0, 60), lone(scene)
+    assert one(judge, frames, asked).bounce == 1
+    assert one(judge, frames, lone(scene, speed=asked[0].speed * 1.5)).bounce == 0, "too slow"
+    swaying = np.stack([np.roll(frame, round(3 * math.sin(i)), 1) for i, frame in enumerate(frames)])
+    assert one(judge, swaying, asked).bounce == 0
+    law = one(judge, swaying, asked).law_error
+    assert law is not None and law == pytest.approx(3 / math.sqrt(2), abs=0.5)
+
+
 def test_the_reader_never_saw_a_generators_handwriting() -> None:
     from pavdm_dist.digits import judge as module
 
@@ -183,7 +231,7 @@ def test_line_errors_are_those_of_least_squares() -> None:
 
 
 def test_summaries_leave_out_what_could_not_be_judged() -> None:
-    score = ChunkScore(1.0, 1.0, 1.0, 0.5, None, None, False, False, True)
+    score = ChunkScore(1.0, 1.0, 1.0, 0.5, None, None, None, None, False, False, True)
     means = summarise([score, replace(score, digit=None, colour=0.0, duplicated=False)])
     assert (means["digit"], means["colour"], means["direction"], means["duplicated"]) == (1.0, 0.5, None, 0.5)
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from plans import CountedNoise, given_latents, many
 from torch import Tensor
 
+from pavdm_dist.commands.simulate import SimulateConfig, simulate_report
 from pavdm_dist.engine.driver import Driver
 from pavdm_dist.engine.events import Finished, Grown, Shift
 from pavdm_dist.engine.inline import InlineEngine
@@ -329,3 +330,34 @@ def test_time_is_forecast_as_simulated() -> None:
         assert {part.unit.chunk for part in found.busy} == {WHOLE} and len(found.decoded) == (24 if decode else 0)
         seconds = makespan(rows, 1, 2, 2, lambda held: UnitTime((float(held),) * 2), decode)
         assert seconds == pytest.approx(found.makespan, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("method", "plan"),
+    [
+        ("replacement", WindowPlan(30, 6, 1, 1, num_chunks=12, block_chunks=6)),
+        ("replacement-noise", WindowPlan(30, 6, 1, 1, num_chunks=12, block_chunks=6)),
+        ("fifo", WindowPlan(30, 6, 1, 1, num_chunks=12, partitions=3, lookahead=True)),
+        ("autoregressive", WindowPlan(30, 1, 1, 1, num_chunks=12)),
+    ],
+)
+def test_the_command_simulates_methods(method: Any, plan: WindowPlan) -> None:
+    config = SimulateConfig(method=method, chunks=12, branches=1, num_stages=1, unit_cost=True)
+    found = simulate_report(config)
+    assert found["makespan"] == found["units"] == plan.num_calls and found["method"] == method
+    latents = simulate([plan], "window", 1, 1, Machine((1.0,))).makespan
+    assert simulate_report(replace(config, unit_cost=False))["makespan"] == latents == plan.latent_evaluations
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ({"method": "replacement", "context": False}, "context=false: method=replacement goes on from clean chunks"),
+        ({"method": "autoregressive", "window_chunks": 6}, "window_chunks=6: method=autoregressive makes one chunk"),
+        ({"method": "replacement", "mode": "causal"}, "mode=causal: blocks of 6 chunks"),
+        ({"method": "fifo", "window_chunks": 5}, "window_chunks=5: method=fifo looks at halves"),
+    ],
+)
+def test_what_cannot_be_simulated_is_refused(chosen: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        simulate_report(SimulateConfig(**chosen))

@@ -8,11 +8,14 @@ from typing import Annotated, Any, Literal
 from pavdm_dist.config import DisplacedConfig
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.fields import Steps, WindowChunks, Within
+from pavdm_dist.method.baselines import CONTINUES, block_chunks, settings_of
 from pavdm_dist.method.microbatches import Displaced, check_chunks_per_unit, check_displaced
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.planning.chart import check_chart, draw_chart
 from pavdm_dist.planning.simulate import Machine, Result, bars, of_trace, simulate
 
+# W where nothing is said.
+_WINDOW = 6
 # Some 50,000 a second.
 MAX_UNITS = 2_000_000
 
@@ -23,11 +26,12 @@ class SimulateConfig:
 
     # the videos
     num_inference_steps: Steps = 30  # T
-    window_chunks: WindowChunks = 6  # W
+    method: Literal["pavdm", "replacement", "replacement-noise", "fifo", "autoregressive"] = "pavdm"  # docs/modes.md
+    window_chunks: WindowChunks | None = None  # W; None = 6, with method=autoregressive 1
     chunks: Annotated[int, Within(1, 1_000_000)] = 84  # new chunks per video
     context: bool = True  # one clean chunk in front of the window
-    partitions: WindowChunks = 1  # model calls a row is cut into
-    lookahead: bool = False  # each moves half of its chunks; with context, W / 2n chunks of it
+    partitions: WindowChunks | None = None  # model calls a row is cut into; None = 1, or as the method has it
+    lookahead: bool | None = None  # each moves half of its chunks; with context, W / 2n chunks of it
     branches: Annotated[int, Within(1, 2)] = 2  # guidance branches
     videos: Annotated[int, Within(1, 10_000)] | None = None  # in all; None = as many as are in flight
     streams: Annotated[int, Within(1, 10_000)] = 1  # videos in flight
@@ -75,7 +79,7 @@ def simulate_report(config: SimulateConfig) -> dict[str, Any]:
     )
     plan = _plan(config)
     videos = config.streams if config.videos is None else config.videos
-    micro_batches = plan.num_calls if config.mode == "window" else plan.num_rows * config.window_chunks
+    micro_batches = plan.num_calls if config.mode == "window" else plan.num_rows * plan.window_chunks
     units = micro_batches * videos * config.branches * stages
     if units > MAX_UNITS:
         raise ConfigError(
@@ -92,25 +96,36 @@ def simulate_report(config: SimulateConfig) -> dict[str, Any]:
         )
     together = config.chunks_per_unit
     result = simulate([plan] * videos, config.mode, config.branches, config.streams, machine, displaced, together)
-    settings = {"mode": config.mode, "context": config.context, "unit_cost": config.unit_cost, "videos": videos}
+    settings: dict[str, Any] = {
+        "mode": config.mode, "context": config.context, "unit_cost": config.unit_cost, "videos": videos,
+    }  # fmt: skip
+    if config.method != "pavdm":
+        settings |= {"method": config.method}
     if plan.is_partitioned:
         settings |= {"partitions": plan.partitions, "lookahead": plan.lookahead}
     return {**settings, **_report(result, config.chart)}
 
 
 def _plan(config: SimulateConfig) -> WindowPlan:
+    picked = {name: getattr(config, name) for name in ("window_chunks", "partitions", "lookahead")}
+    given = {name: value for name, value in picked.items() if value is not None}
+    own = {"window_chunks": _WINDOW, "partitions": 1, "lookahead": False, **given}
+    own |= settings_of(config.method, own["window_chunks"], picked)
+    if config.method in CONTINUES and not config.context:
+        raise ConfigError(
+            f"context=false: method={config.method} goes on from clean chunks, none would be there; use context=true"
+        )
     plan = WindowPlan(
         config.num_inference_steps,
-        config.window_chunks,
-        1,
-        int(config.context),
+        latent_chunk_size=1,
+        context_chunks=int(config.context),
         num_chunks=config.chunks,
-        partitions=config.partitions,
-        lookahead=config.lookahead,
+        block_chunks=block_chunks(config.method, own["window_chunks"]),
+        **own,
     )
-    if not (config.lookahead and config.context):
+    if not (plan.lookahead and config.context):
         return plan
-    return replace(plan, context_chunks=config.window_chunks // config.partitions // 2)
+    return replace(plan, context_chunks=plan.window_chunks // plan.partitions // 2)
 
 
 def _report(result: Result, chart: str | None) -> dict[str, Any]:

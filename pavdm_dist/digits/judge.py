@@ -27,6 +27,7 @@ NAMES = tuple(COLOURS)
 INK_FROM, INK_RANGE = 70.0, 120.0
 MIN_INK = 20.0  # px; a thin "one" has about 70
 CROP = 32  # side of the square that is read, px
+EDGE = 0.5  # ink above this is inside a stroke
 # Digits nearer than this cover each other, and nobody can be asked to read them.
 APART = 26.0  # px
 
@@ -41,6 +42,8 @@ class Reading:
         numbers: ``[t, d]``, class 0..9, -1 where not seen.
         covered: ``[t, d]``, too near another digit to be read.
         centres: ``[t, d, 2]``, (y, x) of the ink's middle on the torus, px; NaN where not seen.
+        reach: ``[t, d, 4]``, how far its ink goes from there up, left, down and right, px; NaN where not seen, and of
+            no meaning where a digit lies across the frame's border.
     """
 
     seen: NDArray[np.bool_]
@@ -48,6 +51,7 @@ class Reading:
     numbers: NDArray[np.int64]
     covered: NDArray[np.bool_]
     centres: Floats
+    reach: Floats
 
 
 class Judge:
@@ -82,13 +86,14 @@ class Judge:
         wanted = [NAMES.index(digit.colour) for digit in asked]
         seen = amounts[:, wanted] >= MIN_INK
         others = [i for i in range(len(NAMES)) if i not in wanted]
-        centres = np.full((*seen.shape, 2), np.nan)
+        centres, reach = np.full((*seen.shape, 2), np.nan), np.full((*seen.shape, 4), np.nan)
         numbers = np.full(seen.shape, -1, dtype=np.int64)
         for column, colour in enumerate(wanted):
             own = ink * (labels == colour)
             rows = np.flatnonzero(seen[:, column])
             if len(rows):
                 centres[rows, column] = torus_centre(own[rows])
+                reach[rows, column] = ink_reach(own[rows], centres[rows, column])
                 numbers[rows, column] = self._reader.predict(crop(own[rows], centres[rows, column]))
         covered = np.zeros_like(seen)
         for i in range(len(asked)):
@@ -97,7 +102,7 @@ class Judge:
                 near = np.nan_to_num(gap, nan=np.inf) < APART
                 covered[:, i] |= near
                 covered[:, j] |= near
-        return Reading(seen, (amounts[:, others] >= MIN_INK).sum(1), numbers, covered, centres)
+        return Reading(seen, (amounts[:, others] >= MIN_INK).sum(1), numbers, covered, centres, reach)
 
 
 def on_torus(difference: Floats) -> Floats:
@@ -110,6 +115,17 @@ def torus_centre(ink: Floats) -> Floats:
     turn = np.exp(2j * np.pi * (np.arange(SIZE) + 0.5) / SIZE)
     angles = np.angle(np.stack([ink.sum(2) @ turn, ink.sum(1) @ turn], axis=1))
     return angles * SIZE / (2 * np.pi) % SIZE
+
+
+def ink_reach(ink: Floats, centres: Floats) -> Floats:
+    """How far ``ink [n, SIZE, SIZE]`` goes from ``centres`` up, left, down and right, ``[n, 4]``, px."""
+    sides = []
+    for axis, middle in ((2, centres[:, 0]), (1, centres[:, 1])):
+        inside = ink.max(axis) > EDGE
+        first, last = inside.argmax(1), SIZE - inside[:, ::-1].argmax(1)
+        sides.append((middle - first, last - middle))
+    (up, down), (left, right) = sides
+    return np.stack([up, left, down, right], axis=1)
 
 
 def crop(ink: Floats, centres: Floats) -> Floats:

@@ -9,12 +9,15 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pavdm_dist.digits.judge import Floats, Judge, on_torus
+from pavdm_dist.digits.judge import Floats, Judge, Reading, on_torus
+from pavdm_dist.digits.law import Motion, bouncing, drifting, stretches
 from pavdm_dist.digits.prompts import AskedDigit
 
 SPAN = 0.5  # seconds over which speed is measured
 LINE_FRAMES = 9  # frames of which a straight path is asked
 SECTOR = math.pi / 8  # directions are 45 degrees apart
+# A bouncing digit keeps to the law: px, share of its speed, and way from the axes.
+LAW_ERROR, LAW_SPEED, OFF_AXIS = 1.0, 0.2, math.pi / 18
 STILL = 0.05  # mean absolute difference of pixels, 0..255, below which two stretches are the same
 
 
@@ -28,9 +31,14 @@ class ChunkScore:
         digit: share of digits, over frames in which none covers another, read as the prompted class.
         colour: share of frames that show exactly the prompted colours.
         count: share of frames that show the prompted number of digits.
-        speed_ratio: measured over prompted speed, mean over digits.
+        speed_ratio: measured over prompted speed, mean over digits; of bouncing ones that of the law's path.
         direction: share of drifting digits that go the prompted way to within 22.5 degrees.
         trajectory_error: distance of the digits' middles from a straight path over 9 frames, px, root mean square.
+        law_error: distance of the digits' middles from the nearest path that the world's law allows, over at most 20
+            frames (:mod:`~pavdm_dist.digits.law`), px, root mean square, mean over digits.
+        bounce: share of bouncing digits that go as the law says: to within a pixel on one straight way that the
+            frame's borders reflect, at the prompted speed to within a fifth, 10 degrees or more from the axes (the
+            world's are 20 from them).
         frozen: the prompted speed would have moved the picture, which stays the same.
         empty: a frame without any ink.
         duplicated: the same frames as the chunk before.
@@ -42,6 +50,8 @@ class ChunkScore:
     speed_ratio: float | None
     direction: float | None
     trajectory_error: float | None
+    law_error: float | None
+    bounce: float | None
     frozen: bool
     empty: bool
     duplicated: bool
@@ -89,14 +99,23 @@ def score_chunk(
     reading = judge.read(frames, asked)
     right = reading.numbers == np.array([digit.number for digit in asked])
     ratios, directions, errors = [], list[float](), []
+    law_errors, bounces = list[float](), list[float]()
     for column, digit in enumerate(asked):
         path = reading.centres[:, column]
         moves = displacements(path, round(SPAN * fps))
-        if len(moves):
+        motions = _motions(reading, column, digit)
+        # Where a digit turns round, half a second's way ends nearer than it is long: the law knows the turn.
+        speeds = [math.hypot(*motion.velocity) * fps / digit.speed for motion in motions]
+        if motions:
+            law_errors.append(float(np.mean([motion.error for motion in motions])))
+        if digit.angle is None and motions:
+            ratios.append(float(np.median(speeds)))
+            bounces.append(float(np.mean([_bounces(*one) for one in zip(motions, speeds, strict=True)])))
+        elif len(moves):
             ratios.append(float(np.median(np.linalg.norm(moves, axis=1))) / SPAN / digit.speed)
-            if digit.angle is not None:
-                went = math.atan2(*moves.mean(0))
-                directions.append(abs(math.remainder(went - digit.angle, 2 * math.pi)) <= SECTOR)
+        if len(moves) and digit.angle is not None:
+            went = math.atan2(*moves.mean(0))
+            directions.append(abs(math.remainder(went - digit.angle, 2 * math.pi)) <= SECTOR)
         errors += line_errors(path)
     colours = reading.seen.all(1) & (reading.strangers == 0)
     shown = reading.seen.sum(1) + reading.strangers
@@ -109,10 +128,27 @@ def score_chunk(
         speed_ratio=_mean(ratios),
         direction=_mean(directions),
         trajectory_error=float(np.median(errors)) if errors else None,
+        law_error=_mean(law_errors),
+        bounce=_mean(bounces),
         frozen=moves_at_all and bool(_difference(frames[1:], frames[:-1]) < STILL),
         empty=bool((shown == 0).any()),
         duplicated=before is not None and bool(_difference(frames, before) < STILL),
     )
+
+
+def _motions(reading: Reading, column: int, digit: AskedDigit) -> list[Motion]:
+    """The law's path in every stretch of a chunk; frames in which a digit covers another are left out."""
+    path, reach = reading.centres[:, column].copy(), reading.reach[:, column]
+    path[reading.covered[:, column]] = np.nan
+    parts = stretches(len(path))
+    drifts = digit.angle is not None
+    found = (drifting(path[part]) if drifts else bouncing(path[part], reach[part]) for part in parts)
+    return [motion for motion in found if motion is not None]
+
+
+def _bounces(motion: Motion, speed: float) -> bool:
+    diagonal = math.atan2(*map(abs, motion.velocity))
+    return motion.error <= LAW_ERROR and abs(speed - 1) <= LAW_SPEED and OFF_AXIS <= diagonal <= math.pi / 2 - OFF_AXIS
 
 
 def displacements(path: Floats, span: int) -> Floats:

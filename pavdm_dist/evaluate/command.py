@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pavdm_dist.errors import ConfigError, FailedVideosError, PAVDMError
-from pavdm_dist.evaluate.report import page, plots, summary, whole_rows
+from pavdm_dist.evaluate.page import page
+from pavdm_dist.evaluate.plots import plots
+from pavdm_dist.evaluate.report import summary, whole_rows
 from pavdm_dist.evaluate.settings import EvalConfig
 from pavdm_dist.evaluate.video import Measured, features_of, measure
 from pavdm_dist.io.folders import check_no_link, whole_folder
@@ -38,7 +40,7 @@ def eval_report(config: EvalConfig, overwrite: bool) -> tuple[dict[str, Any], Fa
     """
     paths = _videos(config.videos)
     if config.output is not None:
-        _check_output(Path(config.output), overwrite)
+        check_new_report(Path(config.output), overwrite)
     if config.reference and config.features == "off":
         raise ConfigError("reference: features=off takes none to compare with it; leave one of them out")
     reference = features_of(_videos(config.reference)) if config.reference else None
@@ -61,7 +63,8 @@ def eval_report(config: EvalConfig, overwrite: bool) -> tuple[dict[str, Any], Fa
         "summary": rows,
     }
     if config.output is not None and measured:
-        _write(Path(config.output), report, page(measured, failed, rows, drawn := plots(measured)), drawn)
+        drawn = plots(measured)
+        write_report(Path(config.output), report, page(measured, failed, rows, drawn, config.shown), drawn)
     if not failed:
         return report, None
     first = f"{failed[0]['error']}"
@@ -92,7 +95,12 @@ def _videos(words: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _check_output(folder: Path, overwrite: bool) -> None:
+def check_new_report(folder: Path, overwrite: bool) -> None:
+    """Refuses a folder that is no earlier report, or is one that may not be replaced.
+
+    Raises:
+        ConfigError: naming it.
+    """
     check_no_link(folder, "output")
     if folder.exists() and not overwrite:
         raise ConfigError(f"output={folder}: exists already; --overwrite replaces an earlier report")
@@ -100,7 +108,12 @@ def _check_output(folder: Path, overwrite: bool) -> None:
         raise ConfigError(f"output={folder}: holds no report that could be replaced; name another")
 
 
-def _write(folder: Path, report: dict[str, Any], text: str, drawn: dict[str, bytes]) -> None:
+def write_report(folder: Path, report: dict[str, Any], text: str, drawn: dict[str, bytes]) -> None:
+    """Writes ``report.json``, ``report.html`` and plots, all or nothing.
+
+    Raises:
+        ConfigError: they cannot be written.
+    """
     try:
         with whole_folder(folder) as partial, disk_errors():
             (partial / REPORT).write_text(json.dumps(report, indent=1))

@@ -15,6 +15,10 @@ class EvalConfig:
     """Everything ``pavdm eval`` knows. ``auto`` measures what is installed and what fits the video."""
 
     videos: list[str] = field(default_factory=list)  # files, and folders of them
+    groups: Literal["method", "folder"] = (
+        "method"  # what is compared: how they were sampled, or what folder they are in
+    )
+    shown: Annotated[int, Within(0)] = 8  # prompts whose frames the report shows, all groups side by side
     output: str | None = None  # new folder for report.json, report.html and plots; None = printed only
     # seconds of a stretch that is measured as one; None = a chunk, as the video's sidecar has it, else a second
     chunk_seconds: Annotated[float, Within(0, above=True)] | None = None

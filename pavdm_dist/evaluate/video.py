@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from fractions import Fraction
 from functools import cache
-from itertools import count, repeat
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,18 +17,18 @@ from pavdm_dist.digits.world import SIZE
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.evaluate.drift import Drift, drift_of
 from pavdm_dist.evaluate.features import FeatureMeter, frechet_distance
+from pavdm_dist.evaluate.made import chunk_lengths, cost_of, group_of, sidecar_of, text, within
 from pavdm_dist.evaluate.motion import MotionMeter
 from pavdm_dist.evaluate.pixels import PixelMeter
 from pavdm_dist.evaluate.scenes import SceneMeter
 from pavdm_dist.evaluate.settings import EvalConfig, Wanted
-from pavdm_dist.io.metadata import read_sidecar
 from pavdm_dist.io.reader import open_video
 
 Floats = NDArray[np.float64]
 T = TypeVar("T")
-# Of a video without a sidecar so many seconds are measured as one.
-_STRETCH = 1.0
-_DIGIT_MEASURES = ("digit", "colour", "count", "speed_ratio", "direction", "trajectory_error")
+_DIGIT_MEASURES = (
+    "digit", "colour", "count", "speed_ratio", "direction", "trajectory_error", "law_error", "bounce",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,11 +39,11 @@ class Measured:
         video: its path.
         prompt: as its sidecar or the caller says.
         seconds, frames, fps, height, width: of the file.
-        method: how it was sampled, where its sidecar says so.
+        group: what it is compared as; see :func:`~pavdm_dist.evaluate.made.group_of`.
         times: where each chunk begins, seconds.
         chunks: every measure by chunk.
         drift: what each measure did over time.
-        whole: measures of the video as a whole.
+        whole: measures of the video as a whole, and what it cost.
         features: of its half seconds, for distances to others; not part of a report.
     """
 
@@ -56,7 +54,7 @@ class Measured:
     fps: float
     height: int
     width: int
-    method: str | None
+    group: str
     times: list[float]
     chunks: dict[str, list[float | None]]
     drift: dict[str, Drift]
@@ -85,12 +83,12 @@ def measure(path: str, config: EvalConfig, reference: Floats | None = None) -> M
         MediaError: it is no video, is damaged, changes its size or has fewer than two frames.
         ConfigError: something is wanted (``on``) that is not installed, or that this video has not.
     """
-    sidecar = _sidecar(path)
-    prompt = config.prompt or _text(sidecar.get("prompt"))
+    sidecar = sidecar_of(path)
+    prompt = config.prompt or text(sidecar.get("prompt"))
     with open_video(path) as reader:
         fps = float(reader.rate)
         digits = _digits(path, prompt, sidecar, config)
-        lengths = _chunk_lengths(sidecar, fps, config.chunk_seconds)
+        lengths = chunk_lengths(sidecar, fps, config.chunk_seconds)
         meters = _Meters(fps, config, digits)
         size: tuple[int, ...] | None = None
         starts: list[int] = []
@@ -111,9 +109,10 @@ def measure(path: str, config: EvalConfig, reference: Floats | None = None) -> M
     times = [start / fps for start in starts]
     drifts = {name: drift_of(times, values, config.resamples, config.seed) for name, values in chunks.items()}
     known = {name: drift for name, drift in drifts.items() if drift is not None}
-    method = _text(_within(sidecar, "config", "method"))
+    group = group_of(path, sidecar, config.groups)
+    whole |= cost_of(sidecar)
     return Measured(
-        path, prompt, frames / fps, frames, fps, size[0], size[1], method, times, chunks, known, whole, features
+        path, prompt, frames / fps, frames, fps, size[0], size[1], group, times, chunks, known, whole, features
     )
 
 
@@ -224,35 +223,6 @@ def _if_wanted(wanted: Wanted, make: Callable[[], T]) -> T | None:
         return None
 
 
-def _sidecar(path: str) -> dict[str, Any]:
-    """What lies beside a video that was made here; of others nothing."""
-    try:
-        found = read_sidecar(path)
-    except (MediaError, OSError):  # a folder of that name, or one that nobody may read
-        return {}
-    return found if isinstance(found, dict) and "versions" in found else {}
-
-
-def _text(value: object) -> str | None:
-    """Sidecars may be anybody's files of that name."""
-    return value if isinstance(value, str) and value else None
-
-
-def _chunk_lengths(sidecar: Mapping[str, Any], fps: float, seconds: float | None) -> Iterator[int]:
-    """Frames of one chunk after another, without end.
-
-    Of a video made here they are its own, unless its first frames are those of a film it goes on from.
-    """
-    said = _within(sidecar, "extra", "chunk_frames")
-    own = isinstance(said, list) and len(said) == 2 and all(type(part) is int and part > 0 for part in said)
-    if seconds is None and own and not _within(sidecar, "config", "include_input"):
-        yield said[0]
-        yield from repeat(said[1])
-    length = Fraction(fps) * Fraction(_STRETCH if seconds is None else seconds)
-    for number in count():
-        yield max(1, round(length * (number + 1)) - round(length * number))
-
-
 def _digits(
     path: str, prompt: str | None, sidecar: Mapping[str, Any], config: EvalConfig
 ) -> tuple[AskedDigit, ...] | None:
@@ -266,7 +236,7 @@ def _digits(
     try:
         if not prompt:
             raise ConfigError("no prompt is known; prompt=TEXT says it")
-        if _within(sidecar, "config", "timed_prompts") or _within(sidecar, "config", "prompt_schedule"):
+        if within(sidecar, "config", "timed_prompts") or within(sidecar, "config", "prompt_schedule"):
             raise ConfigError("its prompt changes on the way")
         asked = parse_prompt(prompt)
         with open_video(path) as reader:
@@ -280,11 +250,3 @@ def _digits(
             raise ConfigError(f"digits=on: {path}: {error}") from error
         return None
     return asked
-
-
-def _within(values: Mapping[str, Any], *names: str) -> Any:
-    """A value inside objects inside; None where one is lacking."""
-    found: Any = values
-    for name in names:
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found

@@ -1,0 +1,321 @@
+"""What ``drift.py`` says of its videos: measured once each, compared group by group on the same prompts and seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import multiprocessing
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from drift_videos import Job, cost_path, is_there
+from PIL import Image, ImageDraw
+
+import pavdm_dist
+from pavdm_dist.digits.prompts import parse_prompt
+from pavdm_dist.evaluate.command import write_report
+from pavdm_dist.evaluate.drift import Drift, mean_interval
+from pavdm_dist.evaluate.page import MOMENTS, moments, page, side_by_side
+from pavdm_dist.evaluate.plots import overview, plots
+from pavdm_dist.evaluate.report import by_group, summary, whole_rows
+from pavdm_dist.evaluate.settings import EvalConfig
+from pavdm_dist.evaluate.video import Measured, measure
+from pavdm_dist.io.metadata import read_sidecar
+from pavdm_dist.io.storage import atomic_write
+
+SETTINGS = EvalConfig(groups="folder", digits="on")
+# Seconds at either end that are compared.
+END = 10.0
+# Files whose lines say what a measured value is.
+_MEASURES = (
+    *(f"evaluate/{name}.py" for name in ("drift", "features", "made", "motion", "pixels", "scenes", "video")),
+    *(f"digits/{name}.py" for name in ("judge", "law", "prompts", "scores", "world")),
+)
+# What the figure shows, and what the paired comparison is about.
+_CURVES = ("digit", "colour", "law_error", "trajectory_error", "sharpness", "saturation", "motion", "join")
+_COMPARED = ("digit", "colour", "trajectory_error", "law_error", "bounce", "sharpness", "saturation", "motion", "join")
+_ZOOM, _LINE, _NAME = 2, 14, 120
+
+
+def measure_all(work: Path, jobs: Sequence[Job], workers: int) -> list[Measured]:
+    """Measures of the videos that are there; each is taken once and kept in ``work/measured``."""
+    there = [job for job in jobs if is_there(job)]
+    version = _version()
+    found: dict[str, Measured] = {}
+    for job in there:
+        kept = _read(_kept_at(work, job), _key(job, version))
+        if kept is not None:
+            found[job.path] = kept
+    left = [job for job in there if job.path not in found]
+    if left:
+        print(f"measuring {len(left)} of {len(there)} videos", file=sys.stderr, flush=True)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(workers, len(left)), context, initializer=_one_thread) as pool:
+            for job, measured in zip(left, pool.map(_measured, [job.path for job in left]), strict=True):
+                found[job.path] = measured
+                _keep(_kept_at(work, job), _key(job, version), measured)
+    return [found[job.path] for job in there]
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _measured(path: str) -> Measured:
+    return measure(path, SETTINGS)
+
+
+def _kept_at(work: Path, job: Job) -> Path:
+    return work / "measured" / job.variant.name / f"{Path(job.path).stem}.json"
+
+
+def _version() -> str:
+    """Of what is measured: another line of code may be another value."""
+    root = Path(pavdm_dist.__file__).parent
+    digest = hashlib.sha256(repr(SETTINGS).encode())
+    for name in _MEASURES:
+        digest.update((root / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _key(job: Job, version: str) -> str:
+    return f"{version} {read_sidecar(job.path)['video_sha256']} {job.path}"
+
+
+def _keep(file: Path, key: str, measured: Measured) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file, "w") as written:
+        json.dump({"key": key, "measured": measured.as_json()}, written)
+
+
+def _read(file: Path, key: str) -> Measured | None:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    if content["key"] != key:
+        return None
+    values = content["measured"]
+    drift = {
+        name: Drift(**{field: one[field] for field in Drift.__dataclass_fields__})
+        for name, one in values["drift"].items()
+    }
+    return Measured(**{**values, "drift": drift})
+
+
+# --- what is said --------------------------------------------------------------------------------------------
+
+
+def result_of(videos: Sequence[Measured], jobs: Sequence[Job]) -> dict[str, Any]:
+    """Everything in numbers.
+
+    Returns:
+        ``groups`` (a row each, for the table), ``ends`` (first and last seconds), ``paired`` (against pavdm on the same
+        prompts and seeds), ``digits`` (identity by how many were asked), ``summary`` and ``whole`` as ``pavdm eval``
+        has them.
+    """
+    rows = summary(videos, SETTINGS.resamples, SETTINGS.seed)
+    ends = [row for group, own in by_group(videos).items() for row in _ends(group, own)]
+    named = {job.path: job for job in jobs}
+    return {
+        "groups": [_group_row(group, own, videos, rows, ends) for group, own in by_group(videos).items()],
+        "ends": ends,
+        "paired": _paired(videos, named),
+        "digits": _by_digits(videos),
+        "summary": rows,
+        "whole": whole_rows(videos),
+    }
+
+
+def mean_of(video: Measured, name: str, wanted: Callable[[float], bool] = lambda _: True) -> float | None:
+    """Mean of a measure over a video's chunks that begin at wanted seconds; None where there was nothing to measure."""
+    pairs = zip(video.times, video.chunks.get(name, ()), strict=False)
+    values = [value for time, value in pairs if value is not None and wanted(time)]
+    return statistics.fmean(values) if values else None
+
+
+def _ends(group: str, videos: Sequence[Measured]) -> list[dict[str, Any]]:
+    """First and last ten seconds, and the first against what follows; the ratio's 95 % interval is over videos."""
+    rows = []
+    for name in dict.fromkeys(name for video in videos for name in video.chunks):
+        pairs = []
+        for video in videos:
+            end = video.seconds - END
+            first = mean_of(video, name, lambda time: time < END)
+            last = mean_of(video, name, lambda time, end=end: time >= end)  # type: ignore[misc]
+            if first is not None and last is not None and video.seconds >= 2 * END:
+                pairs.append((first, last))
+        begin = _mean([mean_of(video, name, lambda time: time < 1) for video in videos])
+        later = _mean([mean_of(video, name, lambda time: time >= 1) for video in videos])
+        row: dict[str, Any] = {"group": group, "measure": name, "first_second": begin, "later": later}
+        if pairs:
+            row |= _ratio(np.array(pairs))
+        rows.append(row)
+    return rows
+
+
+def _ratio(pairs: np.ndarray) -> dict[str, float | None]:
+    """Last over first, of means over videos; the interval draws videos."""
+    first, last = pairs.mean(0)
+    drawn = np.random.default_rng(SETTINGS.seed).integers(len(pairs), size=(SETTINGS.resamples, len(pairs)))
+    sums = pairs[drawn].sum(1)
+    known = sums[:, 0] != 0
+    low = high = None
+    if len(pairs) > 1 and known.all():
+        low, high = (float(value) for value in np.quantile(sums[:, 1] / sums[:, 0], [0.025, 0.975]))
+    return {
+        "first_10s": float(first),
+        "last_10s": float(last),
+        "ratio": float(last / first) if first else None,
+        "low": low,
+        "high": high,
+    }
+
+
+def _paired(videos: Sequence[Measured], named: Mapping[str, Job]) -> list[dict[str, Any]]:
+    """Every group minus pavdm, video by video on the same prompt and seed, with a 95 % interval of the mean."""
+    takes: dict[str, dict[tuple[int, int], Measured]] = {}
+    for video in videos:
+        job = named[video.video]
+        if not job.variant.is_reference:
+            takes.setdefault(video.group, {})[job.number, job.seed] = video
+    basis = takes.pop("pavdm", {})
+    rows = []
+    for group, own in takes.items():
+        for name in _COMPARED:
+            gaps = []
+            for take in own.keys() & basis.keys():
+                one, other = mean_of(own[take], name), mean_of(basis[take], name)
+                if one is not None and other is not None:
+                    gaps.append(one - other)
+            if gaps:
+                low, high = mean_interval(sorted(gaps), SETTINGS.resamples, SETTINGS.seed)
+                row = {"group": group, "measure": name, "pairs": len(gaps), "minus_pavdm": statistics.fmean(gaps)}
+                rows.append(row | {"low": low, "high": high})
+    return rows
+
+
+def _by_digits(videos: Sequence[Measured]) -> list[dict[str, Any]]:
+    rows = []
+    for group, own in by_group(videos).items():
+        for count in (1, 2):
+            asked = [video for video in own if len(parse_prompt(video.prompt or "")) == count]
+            found = [(value, video.prompt) for video in asked if (value := mean_of(video, "digit")) is not None]
+            if found:
+                worst = min(found)
+                mean = statistics.fmean(value for value, _ in found)
+                row = {"group": group, "digits": count, "videos": len(found), "identity": mean}
+                rows.append(row | {"worst": worst[0], "worst_prompt": worst[1]})
+    return rows
+
+
+def _group_row(
+    group: str,
+    own: Sequence[Measured],
+    videos: Sequence[Measured],
+    rows: Sequence[Mapping[str, Any]],
+    ends: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The line of the table."""
+    digit = next((row for row in ends if (row["group"], row["measure"]) == (group, "digit")), {})
+    prompts = {video.prompt for video in own}
+    real = _mean([mean_of(video, "motion") for video in videos if video.group == "real" and video.prompt in prompts])
+    motion = _mean([mean_of(video, "motion") for video in own])
+    row: dict[str, Any] = {
+        "group": group,
+        "videos": len(own),
+        "digit_first_10s": digit.get("first_10s"),
+        "digit_last_10s": digit.get("last_10s"),
+        "digit_ratio": digit.get("ratio"),
+    }
+    means = ("digit", "colour", "speed_ratio", "direction", "trajectory_error", "law_error", "bounce", "join")
+    row |= {name: _mean([mean_of(video, name) for video in own]) for name in means}
+    for name in ("sharpness", "saturation"):
+        slope = next((one for one in rows if (one["group"], one["measure"]) == (group, name)), {})
+        row |= {f"{name}_slope": slope.get("slope"), f"{name}_low": slope.get("low"), f"{name}_high": slope.get("high")}
+    row["motion"] = motion
+    row["motion_over_real"] = motion / real if motion is not None and real else None
+    for name in ("dynamic_degree", "calls_per_s", "latents_per_s"):
+        row[name] = _mean([video.whole.get(name) for video in own])
+    row["cpu_s_per_s"] = _mean([_cpu(video) for video in own])
+    return row
+
+
+def _cpu(video: Measured) -> float | None:
+    """CPU seconds per second of video, decoding and writing included; None where it was not made in one go."""
+    try:
+        spent = json.loads(Path(cost_path(video.video)).read_text())["cpu_seconds"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return None if spent is None else spent / video.seconds
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The groups as text, a line for every figure and a column for every group."""
+    groups = result["groups"]
+    width = max([10, *(len(row["group"]) + 2 for row in groups)])
+    lines = [f"{'':20}" + "".join(f"{row['group']:>{width}}" for row in groups)]
+    for name in [name for name in groups[0] if name != "group"] if groups else []:
+        lines.append(f"{name:20}" + "".join(f"{_cell(row[name]):>{width}}" for row in groups))
+    for row in result["paired"]:
+        if row["measure"] in ("digit", "trajectory_error", "law_error"):
+            what = f"{row['group']} minus pavdm, {row['measure']}, {row['pairs']} pairs"
+            lines.append(f"{what}: {row['minus_pavdm']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})")
+    for row in result["digits"]:
+        what = f"{row['group']}, prompts of {row['digits']}: identity {row['identity']:.3f}"
+        lines.append(f"{what}, worst {row['worst']:.3f} ({row['worst_prompt']})")
+    return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_all(folder: Path, result: Mapping[str, Any], videos: Sequence[Measured], shown: int) -> None:
+    """``drift.json``, plots and a sheet of frames for each shown prompt, beside what ``pavdm eval`` writes."""
+    report = {"videos": [video.as_json() for video in videos], "failed": [], "whole": result["whole"]}
+    report["summary"] = result["summary"]
+    drawn = plots(videos)
+    names = [name for name in _CURVES if any(name in video.chunks for video in videos)]
+    drawn["drift"] = overview(videos, names)
+    for number, (title, own) in enumerate(list(side_by_side(videos).items())[:shown]):
+        drawn[f"frames-{number:02d}"] = sheet(title, own)
+    inside = {name: png for name, png in drawn.items() if not name.startswith(("frames-", "drift"))}
+    text = page(videos, [], result["summary"], inside, shown)
+    write_report(folder, report, text, drawn)
+    with atomic_write(folder / "drift.json", "w") as file:
+        json.dump(dict(result), file, indent=1)
+
+
+def sheet(title: str, videos: Sequence[Measured]) -> bytes:
+    """Frames of one prompt, a row for every group and a column for every moment, as PNG."""
+    rows = [(video.group, moments(video.video)) for video in videos]
+    side = 64 * _ZOOM
+    columns = [moment for moment in MOMENTS if any(moment in dict(frames) for _, frames in rows)]
+    size = (_NAME + len(columns) * (side + 4), 2 * _LINE + len(rows) * (side + 4))
+    drawn = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(drawn)
+    pen.text((2, 1), title, fill="black")
+    for column, moment in enumerate(columns):
+        pen.text((_NAME + column * (side + 4), _LINE), f"{moment:g} s", fill="black")
+    for row, (group, frames) in enumerate(rows):
+        top = 2 * _LINE + row * (side + 4)
+        pen.text((2, top), group, fill="black")
+        for moment, png in frames:
+            picture = Image.open(io.BytesIO(png)).resize((side, side), Image.Resampling.NEAREST)
+            drawn.paste(picture, (_NAME + columns.index(moment) * (side + 4), top))
+    file = io.BytesIO()
+    drawn.save(file, "png", optimize=True)
+    return file.getvalue()
