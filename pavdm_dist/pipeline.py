@@ -23,6 +23,7 @@ from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engines import Engines, OnFailed, OnGrown
 from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.io.image import read_image
+from pavdm_dist.method.recovery import Recovers, Recovery
 from pavdm_dist.method.sampler import StepCallback
 from pavdm_dist.method.schedule import PlanRow, WindowPlan
 from pavdm_dist.method.stream import NewPrompt, Stream
@@ -52,7 +53,7 @@ logger = logging.getLogger(__name__)
 MAX_RESULT_BYTES = 4 * 2**30
 _FROM_PRETRAINED = (
     "model", "num_stages", "threads_per_stage", "engine", "torch_dtype", "device", "revision", "lora", "text",
-    "decoder_tile", "preview_decoder",
+    "decoder_tile", "preview_decoder", "recovery",
 )  # fmt: skip
 
 
@@ -75,6 +76,7 @@ class PAVDMPipeline:
         decoder_dtype: without stages, what the codec computes in.
         decoder_tile: large frames are decoded in blended tiles of so many pixels a side; None = whole.
         preview_decoder: what makes frames instead of the codec: ``rgb``, or the file of a tiny decoder.
+        recovery: with cached context, what is kept for going on (:class:`~pavdm_dist.method.recovery.Recovery`).
 
     Attributes:
         resyncs: by video of the last run, rows that adaptive re-sync of mode displaced has made exact.
@@ -99,6 +101,7 @@ class PAVDMPipeline:
         decoder_dtype: str = "float32",
         decoder_tile: int | None = None,
         preview_decoder: str | None = None,
+        recovery: Recovers = "keys",
     ) -> None:
         checkpoint.require_weights()
         num_stages = num_stages or (engine.num_stages if engine is not None else 0)
@@ -109,6 +112,7 @@ class PAVDMPipeline:
         self.kernels: dict[str, str] = {}
         self._engines = Engines()
         self._decoder, self._decoder_dtype, self._told = decoder, decoder_dtype, False
+        self._recovery = Recovery(recovery).by
         self._frames = FrameMaker(checkpoint.vae, decoder_tile, preview_decoder)
         self._frames.check()
         self._plans: dict[int, WindowPlan] = {}
@@ -135,6 +139,7 @@ class PAVDMPipeline:
         text: TextOptions | None = None,
         decoder_tile: int | None = None,
         preview_decoder: str | None = None,
+        recovery: Recovers = "keys",
         **unknown: object,
     ) -> PAVDMPipeline:
         """Opens the model that ships with the package (``embedded``), a folder or a hub id.
@@ -146,7 +151,7 @@ class PAVDMPipeline:
             num_stages, threads_per_stage, engine, torch_dtype, device: of this class; ``torch_dtype`` is its ``dtype``,
                 None is ``auto``.
             text: where a pretrained text encoder computes, and where what it gives is kept.
-            decoder_tile, preview_decoder: of this class.
+            decoder_tile, preview_decoder, recovery: of this class.
             unknown: any other argument is refused by name.
 
         Raises:
@@ -164,6 +169,7 @@ class PAVDMPipeline:
             device or "auto",
             decoder_tile=decoder_tile,
             preview_decoder=preview_decoder,
+            recovery=recovery,
         )
 
     def to(self, *targets: str | torch.device | torch.dtype) -> PAVDMPipeline:
@@ -331,7 +337,7 @@ class PAVDMPipeline:
                 try:
                     wanted[number] = frames_left(request, own, self.checkpoint)
                     self._plans[number], self._own[number] = plan_of(request, own, self.checkpoint), own
-                    yield build_stream(request, number, own, self.checkpoint)
+                    yield build_stream(request, number, own, self.checkpoint, self._recovery)
                 except PAVDMError as error:
                     yield Failed(number, error)
 

@@ -83,7 +83,7 @@ class Flight:
         if resume is None:
             return
         self._latest, row = resume.snapshot, resume.snapshot.row
-        self._left, self._clean = dict(resume.snapshot.left), dict(resume.snapshot.clean)
+        self._left, self._clean = dict(resume.snapshot.left), _clean_of(stream, resume.snapshot)
         self.row = row
         self._resynced = frozenset(resume.resyncs)
         chunks = stream.plan.num_chunks
@@ -189,7 +189,7 @@ class Flight:
         if self._latest is not None:
             self.stream = replace(self.stream, resume=ResumePoint(self._latest))
         self._left = {} if self._latest is None else dict(self._latest.left)
-        self._clean = {} if self._latest is None else dict(self._latest.clean)
+        self._clean = {} if self._latest is None else _clean_of(self.stream, self._latest)
         self.batches = self.stream.batches
 
     def _replayable(self, clean: Sequence[CleanChunk]) -> dict[int, Tensor]:
@@ -212,3 +212,11 @@ class Flight:
             return None
         held = clean.latents if before is None else torch.cat([before, clean.latents], dim=1)
         return held[:, max(0, held.shape[1] - self.keep) :].clone()
+
+
+def _clean_of(stream: Stream, snapshot: WindowSnapshot) -> dict[int, Tensor]:
+    """Clean latents that a snapshot holds: those whose calls are run again, and the newest, whose call comes first."""
+    if stream.recovery.by != "replay" or stream.plan.is_over(snapshot.row):
+        return {}
+    context = stream.plan.row(snapshot.row).context
+    return {**snapshot.clean, **{chunk: snapshot.latents[chunk] for chunk in context}}
