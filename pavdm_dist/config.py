@@ -148,6 +148,9 @@ class SampleConfig:
     placement_timeout_s: _Wait = 60.0  # how long resources that others hold are waited for
     # after losses in a row that nothing was finished between; 0 = the first one ends the run
     max_restarts: Annotated[int, Within(0)] = 3
+    # of context=cached, what is kept to go on from after a loss or an end: keys and values (gigabytes), clean latents,
+    # whose calls are run again (megabytes), or nothing, so that a video begins anew; the bits are the same
+    recovery: Literal["keys", "replay", "none"] = "keys"
     # how long a restart waits for lost machines before it makes do with fewer stages
     node_wait_s: Annotated[float, Within(0, 1_000_000)] = 30.0
     # times its usual time per chunk after which a video that gives none is reported

@@ -22,6 +22,7 @@ from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engines import Engines, OnFailed, OnGrown
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.image import read_image
+from pavdm_dist.method.recovery import Recovers, Recovery
 from pavdm_dist.method.sampler import StepCallback
 from pavdm_dist.method.schedule import PlanRow
 from pavdm_dist.method.stream import Stream
@@ -51,7 +52,7 @@ logger = logging.getLogger(__name__)
 MAX_RESULT_BYTES = 4 * 2**30
 _FROM_PRETRAINED = (
     "model", "num_stages", "threads_per_stage", "engine", "torch_dtype", "device", "revision", "lora", "text",
-    "decoder_tile", "preview_decoder",
+    "decoder_tile", "preview_decoder", "recovery",
 )  # fmt: skip
 
 
@@ -74,6 +75,7 @@ class PAVDMPipeline:
         decoder_dtype: without stages, what the codec computes in.
         decoder_tile: large frames are decoded in blended tiles of so many pixels a side; None = whole.
         preview_decoder: what makes frames instead of the codec: ``rgb``, or the file of a tiny decoder.
+        recovery: with cached context, what is kept for going on (:class:`~pavdm_dist.method.recovery.Recovery`).
 
     Attributes:
         resyncs: by video of the last run, rows that adaptive re-sync of mode displaced has made exact.
@@ -98,6 +100,7 @@ class PAVDMPipeline:
         decoder_dtype: str = "float32",
         decoder_tile: int | None = None,
         preview_decoder: str | None = None,
+        recovery: Recovers = "keys",
     ) -> None:
         checkpoint.require_weights()
         num_stages = num_stages or (engine.num_stages if engine is not None else 0)
@@ -108,6 +111,7 @@ class PAVDMPipeline:
         self.kernels: dict[str, str] = {}
         self._engines = Engines()
         self._decoder, self._decoder_dtype, self._told = decoder, decoder_dtype, False
+        self._recovery = Recovery(recovery).by
         self._frames = FrameMaker(checkpoint.vae, decoder_tile, preview_decoder)
         self._frames.check()
         self._running: Running | None = None
@@ -132,6 +136,7 @@ class PAVDMPipeline:
         text: TextOptions | None = None,
         decoder_tile: int | None = None,
         preview_decoder: str | None = None,
+        recovery: Recovers = "keys",
         **unknown: object,
     ) -> PAVDMPipeline:
         """Opens the model that ships with the package (``embedded``), a folder or a hub id.
@@ -143,7 +148,7 @@ class PAVDMPipeline:
             num_stages, threads_per_stage, engine, torch_dtype, device: of this class; ``torch_dtype`` is its ``dtype``,
                 None is ``auto``.
             text: where a pretrained text encoder computes, and where what it gives is kept.
-            decoder_tile, preview_decoder: of this class.
+            decoder_tile, preview_decoder, recovery: of this class.
             unknown: any other argument is refused by name.
 
         Raises:
@@ -161,6 +166,7 @@ class PAVDMPipeline:
             device or "auto",
             decoder_tile=decoder_tile,
             preview_decoder=preview_decoder,
+            recovery=recovery,
         )
 
     def to(self, *targets: str | torch.device | torch.dtype) -> PAVDMPipeline:
@@ -317,7 +323,7 @@ class PAVDMPipeline:
             EngineError: the engine as a whole has ended.
         """
         self.resyncs.clear()
-        running = self._running = Running(params, self.checkpoint)
+        running = self._running = Running(params, self.checkpoint, self._recovery)
         built = running.streams(requests)
         if self.engine is None:
             on_step = None if callback_on_step_end is None else partial(self._step_callback, callback_on_step_end)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.engine.events import Failed, Finished
 from pavdm_dist.errors import ConfigError, PAVDMError
+from pavdm_dist.method.recovery import Recovers
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.stream import NewPrompt, Stream
 from pavdm_dist.outputs import VideoChunk
@@ -22,10 +23,11 @@ class Running:
     Args:
         params: settings of the run; a request may have its own.
         checkpoint: the model.
+        recovery: with cached context, what is kept for going on.
     """
 
-    def __init__(self, params: SamplingParams, checkpoint: Checkpoint) -> None:
-        self._params, self._checkpoint = params, checkpoint
+    def __init__(self, params: SamplingParams, checkpoint: Checkpoint, recovery: Recovers = "keys") -> None:
+        self._params, self._checkpoint, self._recovery = params, checkpoint, recovery
         self._own: dict[int, SamplingParams] = {}
         self._plans: dict[int, WindowPlan] = {}
         self._left: dict[int, int | None] = {}
@@ -37,7 +39,7 @@ class Running:
             try:
                 self._left[number] = frames_left(request, own, self._checkpoint)
                 self._plans[number], self._own[number] = plan_of(request, own, self._checkpoint), own
-                yield build_stream(request, number, own, self._checkpoint)
+                yield build_stream(request, number, own, self._checkpoint, self._recovery)
             except PAVDMError as error:
                 yield Failed(number, error)
 

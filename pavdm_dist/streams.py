@@ -11,17 +11,32 @@ from torch import Tensor
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.receptive import encoder_receptive_latents
 from pavdm_dist.errors import ConfigError, MediaError
-from pavdm_dist.method.stream import Stream
+from pavdm_dist.method.recovery import Recovers, Recovery, mixing_layers
+from pavdm_dist.method.stream import ResumePoint, Stream
 from pavdm_dist.models.devices import intra_op_threads
 from pavdm_dist.request import VideoRequest, plan_of
 from pavdm_dist.sampling import SamplingParams
 from pavdm_dist.texts import conditioning_of
 
 
-def build_stream(request: VideoRequest, stream_id: int, params: SamplingParams, checkpoint: Checkpoint) -> Stream:
+def build_stream(
+    request: VideoRequest,
+    stream_id: int,
+    params: SamplingParams,
+    checkpoint: Checkpoint,
+    recovery: Recovers = "keys",
+) -> Stream:
     """Encodes texts and clip and lays out the plan.
 
     Always on one thread, so that the same request gives the same bits wherever it is built.
+
+    Args:
+        request: what is asked for.
+        stream_id: its name in the run.
+        params: settings of the video.
+        checkpoint: the model.
+        recovery: with cached context, what is kept for going on. A video that goes on from keys and values keeps them,
+            where clean latents are asked for: those that came before it are gone.
 
     Raises:
         ConfigError: a prompt that is too long or never used, or frames that cannot be made.
@@ -33,12 +48,13 @@ def build_stream(request: VideoRequest, stream_id: int, params: SamplingParams, 
         given, warm = ({}, None) if request.resume else _clip_latents(request, params, checkpoint)
         image = _image_latents(request, params, checkpoint)
         conditioning = conditioning_of(request, params, checkpoint)
+    latent_shape = (checkpoint.codec_spec.latent_channels, height, width)
     return Stream(
         id=stream_id,
         plan=plan,
         schedule=params.schedule,
         seed=request.seed,
-        latent_shape=(checkpoint.codec_spec.latent_channels, height, width),
+        latent_shape=latent_shape,
         conditioning=conditioning,
         info=params.info,
         guidance_scale=params.guidance_scale,
@@ -52,7 +68,20 @@ def build_stream(request: VideoRequest, stream_id: int, params: SamplingParams, 
         step=params.step,
         context_follows=params.context_follows,
         chunks_per_unit=params.chunks_per_unit,
+        recovery=_recovery(recovery, request.resume, params, checkpoint, latent_shape),
     )
+
+
+def _recovery(
+    by: Recovers,
+    resume: ResumePoint | None,
+    params: SamplingParams,
+    checkpoint: Checkpoint,
+    latent_shape: tuple[int, int, int],
+) -> Recovery:
+    if params.context == "joint" or (by == "replay" and resume is not None and resume.snapshot.left):
+        return Recovery()
+    return Recovery(by, mixing_layers(checkpoint.shape, latent_shape))
 
 
 def clip_frames_needed(params: SamplingParams, checkpoint: Checkpoint) -> int:

@@ -55,9 +55,8 @@ def test_its_async_sampler_gets_the_same_velocities(block: int, bound: float) ->
     for inputs, expected in calls[:: max(1, len(calls) // 12)]:
         x, timestep = inputs["hidden_states"], inputs["timestep"].float()
         levels.add(len(timestep.unique()))
-        found = model(
-            x, timestep / 1000, inputs["encoder_hidden_states"], FrameInfo(32, 32, 24), block if block > 1 else None
-        )
+        text, mask = inputs["encoder_hidden_states"], block if block > 1 else None
+        found = model(x, timestep / 1000, text, FrameInfo(32, 32, 24), chunk_causal=mask)
         difference = ((found - expected).norm() / expected.norm()).item()
         assert difference <= bound
     assert max(levels) > 3

@@ -22,6 +22,7 @@ from pavdm_dist.engine.stage import Stage
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.state import State, read_state, write_state
 from pavdm_dist.method.denoiser import StreamDenoiser
+from pavdm_dist.method.recovery import Recovery
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.stream import ResumePoint, Stream
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
@@ -101,7 +102,7 @@ def test_going_on_from_latents_alone_is_refused() -> None:
     point = staged(stream, CUTS[0])[9].resume
     assert point is not None and point.snapshot.left
     bare = replace(stream, resume=replace(point, snapshot=replace(point.snapshot, left={})))
-    words = r"keys and values that chunk 0 left with context=cached are not saved for block 0; begin it anew"
+    words = r"keys and values that chunk 0 left .* are not saved for block 0, nor are clean latents .*; begin it anew"
     with pytest.raises(ConfigError, match=words):
         StreamDenoiser(MODEL, bare)
     with pytest.raises(ConfigError, match=words.replace("block 0", "block 1")):
@@ -136,19 +137,25 @@ def test_saved_keys_survive_files_and_wires(dtype: torch.dtype, tmp_path: Path) 
 def test_actors_give_the_same_points(ray_cluster: None, tmp_path: Path) -> None:
     """Each saves what its own blocks left; the driver has all of it."""
     MODEL.save_pretrained(tmp_path)
-    streams = [video(plan, 8, number) for number, plan in enumerate((ROLLING, FORCING))]
+    plans = ((ROLLING, Recovery()), (FORCING, Recovery()), (ROLLING, Recovery("replay", 4)))
+    streams = [video(plan, 8, number, recovery=recovery) for number, (plan, recovery) in enumerate(plans)]
     finished: list[Finished] = []
     with RayEngine(str(tmp_path), CUTS[1], EngineOptions(2, cpus_per_stage=0)) as engine:
         finished += engine.run(streams, 2)
-        resumed = replace(streams[0], resume=next(one.resume for one in finished if one.clean.index == 4))
-        again = list(engine.run([resumed]))
-    assert [one.clean.index for one in again] == [5, 6, 7]
+        points = {one.stream: one.resume for one in finished if one.clean.index == 4}
+        again = list(engine.run([replace(stream, resume=points[stream.id]) for stream in streams], 3))
+    assert [[one.clean.index for one in again if one.stream == stream.id] for stream in streams] == [[5, 6, 7]] * 3
     for stream in streams:
         expected = [output for output in staged(stream, CUTS[0]) if isinstance(output, Finished)]
-        found = [one for one in finished if one.stream == stream.id] + again * (stream.id == 0)
+        found = [one for one in finished + again if one.stream == stream.id]
         for one in found:
             same = expected[one.clean.index]
             assert torch.equal(one.clean.latents, same.clean.latents) and one.resume and same.resume
             assert one.resume.snapshot.left.keys() == same.resume.snapshot.left.keys()
             for name, value in one.resume.snapshot.left.items():
                 assert torch.equal(value, same.resume.snapshot.left[name])
+            clean, expected_clean = one.resume.snapshot.clean, same.resume.snapshot.clean
+            assert clean.keys() == expected_clean.keys() and bool(clean) == (
+                stream.id == 2 and one.clean.index in range(1, 7)
+            )
+            assert all(torch.equal(latents, expected_clean[chunk]) for chunk, latents in clean.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from pavdm_dist.config import ClusterConfig, PlanConfig
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.latents import read_latents
 from pavdm_dist.method.denoiser import StreamDenoiser
+from pavdm_dist.method.recovery import mixing_layers
 from pavdm_dist.method.sampler import sample
+from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.planning.memory import StageMemory
 from pavdm_dist.request import VideoRequest
 from pavdm_dist.sampling import SamplingParams
@@ -29,6 +32,7 @@ SAMPLING = {
     "context": "cached", "step": "renoise", "levels": LEVELS, "guidance_scale": 1.0, "height": 32, "width": 48,
     "fps": 16,
 }  # fmt: skip
+LONG = {"num_frames": 77, "save_latents": True, "chunks_per_segment": 2}
 
 
 @pytest.fixture(scope="module")
@@ -101,16 +105,77 @@ def test_fresh_noise_in_mode_causal(model: Path) -> None:
         assert causal.latents.isfinite().all() and not torch.equal(window.latents, causal.latents)
 
 
-def test_an_interrupted_video_goes_on_to_the_bit(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From its file alone, past the chunk where anchors and recent chunks part."""
-    settings = {"num_frames": 77, "save_latents": True, "chunks_per_segment": 2}
-    render(model, tmp_path / "whole.mp4", **settings)
-    interrupted(model, tmp_path / "other.mp4", monkeypatch, 8, **settings)
-    state = tmp_path / "other.mp4.parts" / "state.safetensors"
-    assert state.exists() and b"point.left.0." in state.read_bytes()[:100_000]
-    render(model, tmp_path / "other.mp4", **settings)
-    whole, other = (read_latents(tmp_path / f"{name}.safetensors") for name in ("whole", "other"))
-    assert torch.equal(whole, other)
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    output = tmp_path_factory.mktemp("whole") / "whole.mp4"
+    render(model, output, **LONG)
+    return read_latents(output.with_suffix(".safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("recovery", "held", "chunk"), [("keys", b"point.left.0.", 8), ("replay", b"point.clean.0", 8), ("none", b"", 1)]
+)
+def test_an_interrupted_video_goes_on_to_the_bit(
+    recovery: str,
+    held: bytes,
+    chunk: int,
+    model: Path,
+    whole: torch.Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """From its file alone, past the chunk where anchors and recent chunks part; or from where nothing is needed."""
+    settings, output = {**LONG, "recovery": recovery}, tmp_path / "other.mp4"
+    interrupted(model, output, monkeypatch, 8, **settings)
+    state = (tmp_path / "other.mp4.parts" / "state.safetensors").read_bytes()[:100_000]
+    assert held in state and all(name in held or name not in state for name in (b"point.left.", b"point.clean."))
+    with caplog.at_level(logging.INFO):
+        render(model, output, **settings)
+    assert f"goes on at chunk {chunk}" in caplog.text
+    assert torch.equal(whole, read_latents(tmp_path / "other.safetensors"))
+
+
+def test_another_recovery_goes_on_with_what_is_there(
+    model: Path, whole: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is nothing that a video's bits depend on; keys are kept where the latents for more are gone."""
+    output = tmp_path / "other.mp4"
+    interrupted(model, output, monkeypatch, 6, **LONG)
+    interrupted(model, output, monkeypatch, 2, **LONG, recovery="replay")
+    assert b"point.left.0." in (tmp_path / "other.mp4.parts" / "state.safetensors").read_bytes()[:100_000]
+    render(model, output, **LONG, recovery="none")
+    assert torch.equal(whole, read_latents(tmp_path / "other.safetensors"))
+    made = output.stat().st_mtime_ns
+    render(model, output, **LONG, recovery="replay")
+    assert output.stat().st_mtime_ns == made, "it is complete, and left alone"
+
+
+def test_context_in_the_window_needs_nothing_kept(model: Path) -> None:
+    config = PlanConfig(model=str(model), recovery="none", context="joint", anchor_chunks=0, context_chunks=1)
+    with pytest.raises(ConfigError, match=r"recovery=none: is for context=cached; with context=joint .* leave it out"):
+        plan_report(config)
+    with pytest.raises(ConfigError, match="recovery='some': must be keys, replay or none"):
+        PAVDMPipeline(Checkpoint.open(model), recovery="some")  # type: ignore[arg-type]
+
+
+def test_the_plan_counts_what_recovery_keeps(model: Path) -> None:
+    """Keys and values of six chunks, latents of as many chunks as blocks reach back, or nothing."""
+    shape = Checkpoint.open(model).shape
+    pairs = sum(shape.kv_values(shape.grid(2, 4, 6), block) for block in range(shape.spec.num_blocks))
+    layers = mixing_layers(shape, (4, 4, 6))
+    latents = 4 * 2 * 4 * 6 * 4  # bytes of a chunk: four channels, two latents of 4 by 6
+    assert shape.spec.latent_channels == 4 and layers > 1
+    calls = 1 + 5 * layers
+    for recovery, (kept, shift, again) in {
+        "keys": (6 * 4 * pairs, 4 * pairs, 0), "replay": (calls * latents, 0, calls), "none": (0, 0, 0)
+    }.items():  # fmt: skip
+        found = plan_report(PlanConfig(model=str(model), recovery=recovery))["recovery"]  # type: ignore[arg-type]
+        assert found["by"] == recovery and found["clean_calls_to_go_on"] == again
+        assert found["main_memory_gib_per_video"] == pytest.approx(kept / 2**30, rel=0.01)
+        assert found["gib_per_shift_from_stages"] == pytest.approx(shift / 2**30, rel=0.01)
+    joint = PlanConfig(model=str(model), context="joint", anchor_chunks=0, context_chunks=1)
+    assert "recovery" not in plan_report(joint)
 
 
 def test_the_plan_counts_what_is_kept(model: Path) -> None:

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers import tiny_checkpoint
-from pretrained import text_encoder
-from safetensors.torch import load_file, save_file
+from pretrained import Cached, encode_here, text_encoder
+from safetensors.torch import load_file
 
 from pavdm_dist import cli
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.cluster.starting import imports_from
-from pavdm_dist.codecs.encode_texts import encode_texts
 from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder, TextOptions
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.models.source import Source
 from pavdm_dist.pipeline import PAVDMPipeline
 
 transformers = pytest.importorskip("transformers")
-Cached = list[list[str]]
 PROMPT = "a Red three &amp;  a blue seven"
 SAMPLING = {"num_frames": 9, "guidance_scale": 2.0, "output_type": "latent"}
 
@@ -58,26 +52,8 @@ def encoder(folder: Path, cache: Path, max_length: int = 16, **options: str) -> 
 
 @pytest.fixture
 def started(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cached:
-    """What processes are started with. They take seconds: but in slow tests what they run is called here instead."""
-    seen: Cached = []
-    run = subprocess.run
-
-    def here(command: list[str], *, input: str, **options: Any) -> Any:
-        # A script in the current folder that is named like some library is not run.
-        safe = [] if imports_from(os.getcwd()) else ["-P"]
-        assert command[1:] == [*safe, "-m", "pavdm_dist.codecs.encode_texts"]
-        order = json.loads(input)
-        seen.append(order["texts"])
-        if request.node.get_closest_marker("slow"):
-            return run(command, input=input, **options)
-        try:
-            save_file(encode_texts(order), order["output"])
-        except Exception as error:
-            return subprocess.CompletedProcess(command, 1, "", f"noise\n{str(error).splitlines()[0]}\n")
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(subprocess, "run", here)
-    return seen
+    """What processes are started with; only slow tests start them."""
+    return encode_here(monkeypatch, in_processes=request.node.get_closest_marker("slow") is not None)
 
 
 def test_rows_are_the_librarys_trimmed_and_kept(umt5: Path, tmp_path: Path, started: Cached) -> None:

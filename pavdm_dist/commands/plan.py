@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.resolve import (
     decoder_of_stages,
@@ -20,6 +22,7 @@ from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.models.devices import DTYPES
 from pavdm_dist.planning import planner
 from pavdm_dist.planning.forecast import pipeline_utilisation, useful_stages
+from pavdm_dist.planning.memory import kept_for_recovery
 from pavdm_dist.planning.partition import layer_split
 from pavdm_dist.sampling import SamplingParams
 from pavdm_dist.texts import check_schedule, timed_prompts
@@ -78,8 +81,28 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
         "pipeline_utilisation": round(utilisation, 4),
         "useful_stages": useful_stages(params, config.streams),
         "sampling": asdict(params),
+        **({} if params.context == "joint" else {"recovery": _recovery_report(config, checkpoint, params)}),
         **({} if cluster is None else {"cluster": _cluster_report(config, cluster, checkpoint, params, plan)}),
     }
+
+
+def _recovery_report(config: SampleConfig, checkpoint: Checkpoint, params: SamplingParams) -> dict[str, Any]:
+    """What is kept of each video for going on with it, and what that takes."""
+    size = checkpoint.codec_spec.latent_size(params.height, params.width)
+    latent_shape = (checkpoint.codec_spec.latent_channels, *size)
+    dtype = _dtype(config, checkpoint)
+    kept = kept_for_recovery(config.recovery, params, checkpoint.shape, latent_shape, dtype)
+    return {
+        "by": config.recovery,
+        "main_memory_gib_per_video": float(f"{kept.bytes / 2**30:.3g}"),
+        "gib_per_shift_from_stages": float(f"{kept.bytes_per_shift / 2**30:.3g}"),
+        "clean_calls_to_go_on": kept.calls,
+    }
+
+
+def _dtype(config: SampleConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """Of weights as they are stored, which GPUs hold."""
+    return checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
 
 
 def _calls_per_chunk(plan: WindowPlan, params: SamplingParams) -> float:
@@ -91,7 +114,7 @@ def _cluster_report(
     config: SampleConfig, cluster: ClusterConfig, checkpoint: Checkpoint, params: SamplingParams, plan: WindowPlan
 ) -> dict[str, Any]:
     """What the planner says; a cluster's devices are GPUs, which hold the weights as they are stored."""
-    dtype = checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
+    dtype = _dtype(config, checkpoint)
     decoder_dtype = DTYPES[config.decoder_dtype]
     decoder = decoder_of_stages(config)
     return planner.report(checkpoint, params, plan, cluster, dtype, decoder, decoder_dtype, config.decoder_tile)

@@ -116,6 +116,7 @@ def open_pipeline(config: SampleConfig) -> PAVDMPipeline:
         config.decoder_dtype,
         config.decoder_tile,
         config.preview_decoder,
+        config.recovery,
     )
 
 
@@ -130,6 +131,11 @@ def sampling_params(config: SampleConfig, checkpoint: Checkpoint) -> SamplingPar
     chosen["displaced"] = Displaced(**asdict(config.displaced))
     params = SamplingParams.resolve(checkpoint, config.allow_untrained_causal, **chosen)
     checkpoint.check_size(params.height, params.width)
+    if config.recovery != "keys" and params.context == "joint":
+        raise ConfigError(
+            f"recovery={config.recovery}: is for context=cached; with context=joint a video goes on from the latents in"
+            " flight, leave it out"
+        )
     if config.chunks_per_unit is None and _on_gpus(config):
         cells = checkpoint.codec_spec.latent_size(params.height, params.width)
         suited = suited_chunks_per_unit(checkpoint.shape, params, cells, max(config.num_stages, 1), config.streams)

@@ -29,7 +29,7 @@ from pavdm_dist.data.index import Captions, Sources, read_sources
 from pavdm_dist.data.readers import forget, left_behind
 from pavdm_dist.data.settled import settle, unreadable, without
 from pavdm_dist.data.shards import INDEX, SETTINGS, SIZES, VERSION, clips_file, shard_file, write_clips, write_json
-from pavdm_dist.data.work import Job, encode_shard, look_alone, read_scan, scan_file, scan_part
+from pavdm_dist.data.work import Job, encode_captions, encode_shard, look_alone, read_scan, scan_file, scan_part
 from pavdm_dist.data.workers import Run, WorkerDied, workers
 from pavdm_dist.errors import ConfigError, EngineError, MediaError
 from pavdm_dist.fields import FrameRate
@@ -214,6 +214,7 @@ def _clips_of(output: Path, parts: int, bucket: int) -> Iterator[ClipRef]:
 def _encode(job: Job, index: dict[str, Any], run: Run) -> None:
     shards = [(b, n) for b, bucket in enumerate(index["buckets"]) for n in range(len(bucket["shards"]))]
     missing = [(job, b, n) for b, n in shards if not shard_file(job.output, b, n).exists()]
+    encode_captions(job, [(b, n) for _, b, n in missing])
     clips = 0
     began = time.monotonic()
     try:

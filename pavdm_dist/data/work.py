@@ -19,6 +19,7 @@ from torch import Tensor
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.base import VideoCodec
 from pavdm_dist.codecs.catalog import load_codec
+from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder
 from pavdm_dist.data.buckets import Bucket, smallest
 from pavdm_dist.data.clips import plan_clips, read_frames, scan_video
 from pavdm_dist.data.index import SourceVideo, locate
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # Share of a picture below which its loss to a bucket of another shape is reported.
 _LEAST_KEPT = Fraction(3, 4)
+# Captions that one start of a large text encoder is for: all their embeddings are in memory at once.
+_CAPTIONS = 1024
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,26 @@ def encode_shard(job: Job, bucket: int, number: int) -> int:
     about = {"bucket": str(shape), **dict(job.identities)}
     write_shard(shard_file(job.output, bucket, number), latents, texts, clips, about)
     return len(clips)
+
+
+def encode_captions(job: Job, shards: Sequence[tuple[int, int]]) -> None:
+    """Encodes the captions of shards, by bucket and number, where that takes the start of a large encoder: as few as
+    can be. Workers that share this user's cache find them there.
+    """
+    encoder = _checkpoint(job.model).text_encoder
+    if not isinstance(encoder, PretrainedTextEncoder) or encoder.folder is None:
+        return
+    waiting = dict[str, None]()
+    for bucket in sorted({bucket for bucket, _ in shards}):
+        listed = ClipList(clips_file(job.output, bucket))
+        for number in (number for at, number in shards if at == bucket):
+            first = number * job.shard_clips
+            clips = listed.read(range(first, min(first + job.shard_clips, len(listed))))
+            waiting |= dict.fromkeys(clip.caption for clip in clips)
+            if len(waiting) >= _CAPTIONS:
+                encoder.prepare(waiting)
+                waiting.clear()
+    encoder.prepare(waiting)
 
 
 def _check_folders(job: Job) -> None:

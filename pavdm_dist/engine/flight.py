@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from pavdm_dist.engine.events import Decoded, Finished, KeysChanged, Shift
 from pavdm_dist.engine.order import Join
 from pavdm_dist.method.microbatches import MicroBatches
+from pavdm_dist.method.recovery import replayed
 from pavdm_dist.method.saved_keys import chunks_in, of_chunks
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.stream import NewPrompt, ResumePoint, Stream
@@ -69,6 +71,7 @@ class Flight:
     _resynced: frozenset[int] = frozenset()
     _latest: WindowSnapshot | None = None
     _left: dict[str, Tensor] = field(default_factory=dict)
+    _clean: dict[int, Tensor] = field(default_factory=dict)
     _tail: Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,7 +83,7 @@ class Flight:
         if resume is None:
             return
         self._latest, row = resume.snapshot, resume.snapshot.row
-        self._left = dict(resume.snapshot.left)
+        self._left, self._clean = dict(resume.snapshot.left), _clean_of(stream, resume.snapshot)
         self.row = row
         self._resynced = frozenset(resume.resyncs)
         chunks = stream.plan.num_chunks
@@ -131,10 +134,13 @@ class Flight:
         self.next_chunk += len(new)
         if self.stream.plan.is_over(shift.snapshot.row):
             self.stand = Stand.SAMPLED
-        point = None
-        self._left = of_chunks({**self._left, **shift.snapshot.left}, self.stream.plan.kept(self.row))
-        if self.batches.durable(self.row, chunks_in(self._left)):
-            self._latest = replace(shift.snapshot, exact_rows=self.batches.exact_from(self.row), left=dict(self._left))
+        point, kept = None, self.stream.plan.kept(self.row)
+        self._left = of_chunks({**self._left, **shift.snapshot.left}, kept)
+        again = self._replayable(shift.clean)
+        if self.batches.durable(self.row, kept if again else chunks_in(self._left)):
+            left = {} if again else dict(self._left)
+            exact = self.batches.exact_from(self.row)
+            self._latest = replace(shift.snapshot, exact_rows=exact, left=left, clean=again)
             point = self._point(self._latest)
         if shift.clean and not new:
             return [], None
@@ -183,7 +189,19 @@ class Flight:
         if self._latest is not None:
             self.stream = replace(self.stream, resume=ResumePoint(self._latest))
         self._left = {} if self._latest is None else dict(self._latest.left)
+        self._clean = {} if self._latest is None else _clean_of(self.stream, self._latest)
         self.batches = self.stream.batches
+
+    def _replayable(self, clean: Sequence[CleanChunk]) -> dict[int, Tensor]:
+        """Takes clean chunks in; latents of those whose calls would be run again from here, where all are there."""
+        if self.stream.recovery.by != "replay":
+            return {}
+        plan, row = self.stream.plan, self.row
+        again = replayed(plan, row, self.stream.recovery.layers)
+        newest = plan.num_born if plan.is_over(row) else plan.row(row).chunks[0] - 1
+        held = {**self._clean, **{chunk.index: chunk.latents for chunk in clean}}
+        self._clean = {index: latents for index, latents in held.items() if index in again or index >= newest}
+        return {index: self._clean[index] for index in again} if set(again) <= self._clean.keys() else {}
 
     def _point(self, snapshot: WindowSnapshot) -> ResumePoint:
         return ResumePoint(snapshot, self._tail, resyncs=self.resyncs, prompts=self.prompts)
@@ -194,3 +212,11 @@ class Flight:
             return None
         held = clean.latents if before is None else torch.cat([before, clean.latents], dim=1)
         return held[:, max(0, held.shape[1] - self.keep) :].clone()
+
+
+def _clean_of(stream: Stream, snapshot: WindowSnapshot) -> dict[int, Tensor]:
+    """Clean latents that a snapshot holds: those whose calls are run again, and the newest, whose call comes first."""
+    if stream.recovery.by != "replay" or stream.plan.is_over(snapshot.row):
+        return {}
+    context = stream.plan.row(snapshot.row).context
+    return {**snapshot.clean, **{chunk: snapshot.latents[chunk] for chunk in context}}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pavdm_dist.method.microbatches import LEAST_ADAPTIVE_STEPS, WHOLE, MicroBatches, check_adaptive
+from pavdm_dist.method.recovery import own_row
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.stream import NewPrompt, Stream
 
@@ -26,7 +27,8 @@ class Join:
     """A stream enters the pipeline: its row ``first_row`` is the first one of epoch ``epoch``.
 
     ``end_row`` is one past its last row, None while it is endless; it leaves by itself after that. ``batches`` cuts its
-    rows into micro-batches; without it each row is one whole window.
+    rows into micro-batches; without it each row is one whole window. ``again`` are clean chunks whose own calls, by the
+    rows that they were in, come once more before the first row.
     """
 
     stream: int
@@ -35,6 +37,7 @@ class Join:
     end_row: int | None
     branches: int
     batches: MicroBatches | None = None
+    again: tuple[tuple[int, int], ...] = ()
 
     def row_at(self, epoch: int) -> int:
         """The stream's row that is the first one of ``epoch``; past ``end_row`` once it has left."""
@@ -126,6 +129,10 @@ def _slots(log: Sequence[Join], epoch: int) -> Iterator[tuple[Join, int, _Part, 
     for tick in range(ROWS_PER_EPOCH):
         for join in log:
             row = join.row_at(epoch) + tick
+            if join.epoch == epoch and not tick:
+                for at, chunk in join.again:
+                    for branch in range(join.branches):
+                        yield join, at, _Part(chunk, True, (), False, False), branch
             if join.epoch <= epoch and join.has_row(row):
                 for part in _parts(join, row):
                     for branch in range(join.branches):
@@ -223,4 +230,5 @@ def join_of(stream: Stream, epoch: int) -> Join:
     """
     check_adaptive(stream.batches)
     end = None if stream.plan.num_chunks is None else stream.plan.num_rows
-    return Join(stream.id, epoch, stream.first_row, end, stream.branches, stream.batches)
+    again = tuple((own_row(stream.plan, chunk).index, chunk) for chunk in stream.replayed)
+    return Join(stream.id, epoch, stream.first_row, end, stream.branches, stream.batches, again)

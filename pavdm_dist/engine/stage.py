@@ -16,6 +16,7 @@ from pavdm_dist.engine.order import Unit
 from pavdm_dist.engine.readback import Copies, Readback
 from pavdm_dist.method.denoiser import change_of, memories_of, unit_context
 from pavdm_dist.method.microbatches import WHOLE
+from pavdm_dist.method.recovery import own_row
 from pavdm_dist.method.sampler import guide
 from pavdm_dist.method.saved_keys import left_tensors
 from pavdm_dist.method.schedule import PlanRow, WindowPlan
@@ -130,7 +131,8 @@ class Stage:
         if self.first:
             window = self._windows.get(stream.id) or stream.window(self.device)
             row = stream.plan.row(stream.first_row)
-            self._inputs[stream.id] = {chunk: window.input(chunk, row) for chunk in row.window}
+            again = {chunk: window.input(chunk, own_row(stream.plan, chunk)) for chunk in stream.replayed}
+            self._inputs[stream.id] = again | {chunk: window.input(chunk, row) for chunk in row.window}
         self._memories[stream.id] = memories_of(stream, self.model, range(*self.blocks), self.device)
         self._streams[stream.id] = stream
 
@@ -208,10 +210,13 @@ class Stage:
         """After a stream's last unit of a shift in which a clean chunk left keys and values: what gives those of this
         stage, once they are in main memory.
 
-        None otherwise; all stages agree on that, whether or not their blocks keep any.
+        None otherwise, and where nothing of it is kept for going on; all stages agree on that, whether or not their
+        blocks keep any.
         """
         stream = self._streams.get(unit.stream)
         if stream is None or stream.plan.context == "joint" or unit.chunk != WHOLE or not unit.closes:
+            return None
+        if stream.recovery.by != "keys":
             return None
         if not (stream.plan.closes_shift(unit.row) and stream.plan.row(unit.row).context):
             return None

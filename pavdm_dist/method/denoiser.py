@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.calls import calls_of
 from pavdm_dist.method.microbatches import WHOLE
+from pavdm_dist.method.recovery import mixing_layers, own_row, replayed
 from pavdm_dist.method.saved_keys import newly_left, put_back
 from pavdm_dist.method.schedule import PlanRow, WindowPlan
 from pavdm_dist.method.stream import Stream
-from pavdm_dist.models.base import Backbone, BlockContext
+from pavdm_dist.models.base import Activation, Backbone, BlockContext
 from pavdm_dist.models.clean_memory import CleanMemory
 from pavdm_dist.models.devices import to_device
 from pavdm_dist.models.kv_cache import ChunkMemory, DisplacedMemory, Memory
@@ -71,7 +73,8 @@ class StreamDenoiser:
         texts: TextBank | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self._backbone, self._stream = backbone, stream
+        self._backbone, self._stream, self._device = backbone, stream, device
+        self._again = stream.replayed
         self.batches = stream.batches
         self._memories = memories_of(stream, backbone, device=device)
         self._texts = texts or TextBank(backbone.project_text)
@@ -83,30 +86,49 @@ class StreamDenoiser:
         self._texts.add(stream.id, stream.conditioning.texts)
 
     def newly_left(self) -> dict[str, Tensor]:
-        """What clean chunks left since the last call, see :func:`~pavdm_dist.method.saved_keys.newly_left`."""
-        return newly_left(self._memories)
+        """What clean chunks left since the last call, see :func:`~pavdm_dist.method.saved_keys.newly_left`; nothing
+        where it is not kept."""
+        return newly_left(self._memories) if self._stream.recovery.by == "keys" else {}
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, levels: Tensor, row: PlanRow, branch: int) -> Tensor:
         """``x [1, C, F, h, w]``, ``levels [1, F]`` -> velocity ``[1, C, F, h, w]``, float32; 0 for a clean chunk."""
+        if self._again:
+            self._run_again()
         model, levels = self._backbone, to_device(levels, x.device)
         velocity = torch.zeros_like(x)
         for chunk, is_context in self.batches.parts(row.index):
-            memory = self._memories[branch]
-            context = unit_context(model, self._stream, row, chunk, branch, self._texts, memory)
             size = self._stream.plan.latent_chunk_size
             slots = self.batches.slots(row, chunk)
             frames = slice(slots.start * size, slots.stop * size)
             part, part_levels = x[:, :, frames].contiguous(), levels[:, frames]
-            activation = model.embed(part, part_levels, self._stream.info)
-            for index in range(model.spec.num_blocks):
-                activation = model.block(index, activation, context)
+            activation, context = self._through(part, part_levels, row, chunk, branch)
             if not is_context:
                 # What a partition's call only looks at is written again by the call that moves it, which comes later.
                 velocity[:, :, frames] = model.to_velocity(model.head(activation, context.grid), part, part_levels)
         if branch == self._stream.branches - 1 and self.batches.adaptive and self.batches.plan.closes_shift(row.index):
             self.batches = self.batches.reported(row.index, change_of(self._memories))
         return velocity
+
+    def _through(
+        self, x: Tensor, levels: Tensor, row: PlanRow, chunk: int, branch: int
+    ) -> tuple[Activation, BlockContext]:
+        """A micro-batch of a row behind all blocks, and what these have read."""
+        context = unit_context(self._backbone, self._stream, row, chunk, branch, self._texts, self._memories[branch])
+        activation = self._backbone.embed(x, levels, self._stream.info)
+        for index in range(self._backbone.spec.num_blocks):
+            activation = self._backbone.block(index, activation, context)
+        return activation, context
+
+    def _run_again(self) -> None:
+        """Calls of clean chunks before the first row: what they leave is read from there on."""
+        chunks, self._again = self._again, ()
+        window, size = self._stream.window(self._device), self._stream.plan.latent_chunk_size
+        for chunk in chunks:
+            row = own_row(self._stream.plan, chunk)
+            levels = to_device(window.levels(row)[None, :size], self._device)
+            for branch in range(self._stream.branches):
+                self._through(window.input(chunk, row), levels, row, chunk, branch)
 
 
 def memories_of(
@@ -130,7 +152,10 @@ def memories_of(
         saved = {} if stream.resume is None else stream.resume.snapshot.left
         grid = backbone.grid(plan.latent_chunk_size, *stream.latent_shape[1:])
         mixing = [block for block in blocks or range(spec.num_blocks) if backbone.kv_values(grid, block)]
-        put_back(memories, saved, plan.kept(stream.first_row), mixing, device)
+        if stream.replayed:
+            _check_replayed(stream, mixing_layers(backbone, stream.latent_shape))
+        else:
+            put_back(memories, saved, plan.kept(stream.first_row), mixing, device)
         return memories
     if stream.mode == "window":
         return [None] * stream.branches
@@ -141,6 +166,20 @@ def memories_of(
     # The last block is on the last stage, however many there are; one branch tells.
     probe = spec.num_blocks - 1 if stream.batches.adaptive else None
     return [DisplacedMemory(frames, size, probe if branch == 0 else None) for branch in range(stream.branches)]
+
+
+def _check_replayed(stream: Stream, layers: int) -> None:
+    """Refuses a video that goes on without all the clean latents that make its keys and values again.
+
+    Raises:
+        ConfigError: naming the first chunk whose latents are missing.
+    """
+    for chunk in replayed(stream.plan, stream.first_row, layers):
+        if chunk not in stream.replayed:
+            raise ConfigError(
+                f"the video cannot go on from its latents alone: neither keys and values of context=cached are saved"
+                f" nor the clean latents of chunk {chunk}, whose call would be run again for them; begin it anew"
+            )
 
 
 def change_of(memories: list[Memory | None]) -> float:
@@ -167,6 +206,8 @@ def unit_context(
     own, first = row.window[slots], 0 if plan.is_partitioned else slots.start
     if plan.context == "cached":
         read = plan.reads(row, only)
+        if row.index < stream.first_row:  # run again, where not all of its past is
+            read = tuple(chunk for chunk in read if chunk in stream.replayed)
         window, first = read + own, len(read)
     else:
         window = row.window

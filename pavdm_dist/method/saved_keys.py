@@ -59,7 +59,8 @@ def put_back(
                 if not all(name in saved for name in names):
                     raise ConfigError(
                         f"the video cannot go on from its latents alone: keys and values that chunk {chunk} left with"
-                        f" context=cached are not saved for block {block}; begin it anew"
+                        f" context=cached are not saved for block {block}, nor are clean latents to make them again;"
+                        " begin it anew"
                     )
                 key, value = (saved[name].to(device) for name in names)
                 memory.hold(chunk, block, (key, value))

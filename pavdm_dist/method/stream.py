@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pavdm_dist.method.levels import NoiseSchedule
 from pavdm_dist.method.microbatches import Displaced, MicroBatches
+from pavdm_dist.method.recovery import Recovery
 from pavdm_dist.method.sampler import UNCONDITIONAL, num_branches
 from pavdm_dist.method.schedule import Mode, PlanRow, WindowPlan
 from pavdm_dist.method.window import CleanChunk, Held, Step, Window, WindowSnapshot, chunk_noise
@@ -142,6 +143,7 @@ class Stream:
         context_follows: clean context is noised to the row's own level instead.
         step: how a chunk comes to its next level.
         chunks_per_unit: of modes causal and displaced, noisy chunks of a micro-batch; other last bits.
+        recovery: with cached context, what is kept for going on.
     """
 
     id: int
@@ -162,6 +164,7 @@ class Stream:
     step: Step = "euler"
     context_follows: bool = False
     chunks_per_unit: int = 1
+    recovery: Recovery = field(default_factory=Recovery)
 
     @property
     def branches(self) -> int:
@@ -171,6 +174,12 @@ class Stream:
     @property
     def first_row(self) -> int:
         return 0 if self.resume is None else self.resume.snapshot.row
+
+    @property
+    def replayed(self) -> tuple[int, ...]:
+        """Clean chunks whose own calls are run again before the first row, in that order."""
+        snapshot = None if self.resume is None else self.resume.snapshot
+        return () if snapshot is None or snapshot.left else tuple(sorted(snapshot.clean))
 
     @property
     def decoder_warm(self) -> Tensor | None:
@@ -209,7 +218,7 @@ class Stream:
         return chunk_noise(self.seed, index, (channels, self.plan.latent_chunk_size, height, width), use)
 
     def window(self, device: torch.device | str = "cpu") -> Window:
-        """The stream's window before its first row."""
+        """The stream's window before its first row, with the chunks whose calls are run again then."""
 
         def noise(index: int) -> Tensor:
             return self.noise(index, device)
@@ -219,7 +228,8 @@ class Stream:
 
         if self.resume is not None:
             snapshot = self.resume.snapshot
-            latents = {index: value.to(device) for index, value in snapshot.latents.items()}
+            held = {**{chunk: snapshot.clean[chunk] for chunk in self.replayed}, **snapshot.latents}
+            latents = {index: value.to(device) for index, value in held.items()}
             return Window.restore(
                 WindowSnapshot(snapshot.row, latents), self.plan, self.schedule, noise, self.held, again, self.step
             )

@@ -85,12 +85,15 @@ class WindowSnapshot:
         exact_rows: of mode displaced, rows from ``row`` on that adaptive re-sync has already made exact.
         left: with cached context, keys and values that clean chunks left (:mod:`pavdm_dist.method.saved_keys`): those
             that are read from ``row`` on, or in what a stage tells of a shift the new ones.
+        clean: instead of these, latents of the chunks whose own calls are run again
+            (:func:`pavdm_dist.method.recovery.replayed`).
     """
 
     row: int
     latents: dict[int, Tensor]
     exact_rows: frozenset[int] = frozenset()
     left: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    clean: Mapping[int, Tensor] = field(default_factory=dict, repr=False)
 
 
 class Window:

@@ -37,6 +37,7 @@ class CleanMemory:
         oldest = max(self._pairs, default=0) + 1 - self._context_chunks
         for gone in [kept for kept in self._pairs if self._anchor_chunks <= kept < oldest]:
             del self._pairs[gone]
+            self._new.discard(gone)
         self._window, self._clean = window, chunk
 
     def attend(self, block: int, keys: Tensor, values: Tensor, first: int, turn: Turn, frame_tokens: int = 1) -> Pair:

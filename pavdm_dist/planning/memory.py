@@ -8,8 +8,11 @@ import torch
 
 from pavdm_dist.codecs.costs import DecodeMemory
 from pavdm_dist.engine.transport import OUTSTANDING
+from pavdm_dist.method.recovery import Recovers, mixing_layers
+from pavdm_dist.method.sampler import num_branches
 from pavdm_dist.method.schedule import Mode
 from pavdm_dist.models.base import Backbone
+from pavdm_dist.request import SamplingParams
 
 # Hidden states under way at a time: two received ahead, and those being sent.
 MESSAGES = 2 + OUTSTANDING
@@ -63,6 +66,45 @@ class StageMemory:
             return weights + size * (text + kept + (copies + MESSAGES) * chunk * chunks_per_unit)
         kept = kept * 3 // 2  # mode displaced keeps keys twice: as they are and turned to their place
         return weights + size * (text + kept + whole + MESSAGES * self.full * chunk)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What going on with one video of cached context takes, in main memory and in its state file.
+
+    Attributes:
+        bytes: that are kept of a long video.
+        bytes_per_shift: that leave the stages beside its latents.
+        calls: clean chunks' calls, of each guidance branch, that are run again first.
+    """
+
+    bytes: int
+    bytes_per_shift: int
+    calls: int
+
+
+def kept_for_recovery(
+    by: Recovers, params: SamplingParams, model: Backbone, latent_shape: tuple[int, int, int], dtype: torch.dtype
+) -> Kept:
+    """What :class:`~pavdm_dist.method.recovery.Recovery` costs.
+
+    Args:
+        by: what is kept.
+        params: of the video.
+        model: the backbone's shape.
+        latent_shape: ``(C, h, w)``.
+        dtype: of keys and values.
+    """
+    if by == "none":
+        return Kept(0, 0, 0)
+    size = params.latent_chunk_size
+    if by == "replay":
+        calls = params.anchor_chunks + params.context_chunks * mixing_layers(model, latent_shape)
+        return Kept(calls * 4 * latent_shape[0] * size * latent_shape[1] * latent_shape[2], 0, calls)
+    grid = model.grid(size, *latent_shape[1:])
+    pairs = sum(model.kv_values(grid, block) for block in range(model.spec.num_blocks))
+    chunk = num_branches(params.guidance_scale) * dtype.itemsize * pairs
+    return Kept((params.anchor_chunks + params.context_chunks) * chunk, chunk, 0)
 
 
 def decoder_bytes(decoding: DecodeMemory, size: int, streams: int, on_cpu: bool) -> int:
