@@ -139,15 +139,18 @@ def test_what_was_measured_once_is_read_again(videos: ModuleType, report: Module
 
 
 def test_pavdm_is_ahead_of_replacement(videos: ModuleType, report: ModuleType, tmp_path: Path) -> None:
-    """The shipped model, one held-out prompt, two blocks of replacement; twelve steps and no guidance keep it short."""
+    """The shipped model, which was trained for PA-VDM's levels; one held-out prompt over the border of two blocks.
+
+    Twelve steps without guidance keep it short: over eight seconds the nine is one in 0.86 of the frames, and in 0.14.
+    """
     words = ["num_inference_steps=12", "guidance_scale=1"]
-    jobs = videos.jobs_of(tmp_path, videos.variants_of(["pavdm", "replacement"], [], [], words), 1, 1, 8 * 24, 1)
+    jobs = videos.jobs_of(tmp_path, videos.variants_of(["pavdm", "replacement"], [], [], words), 1, 1, 156, 1)
     for job in videos.missing(jobs):
         videos._sample(job)
-    assert not videos.missing(jobs), "what is there is not made again"
+    assert all(videos.is_there(job) for job in jobs)
     settings = replace(report.SETTINGS, features="off", motion="off", scenes="off")
     found = [measure(job.path, settings) for job in jobs]
     rows = {row["group"]: row for row in report.result_of(found, jobs)["groups"]}
     assert rows["pavdm"]["cpu_s_per_s"] > 0 and rows["pavdm"]["latents_per_s"] > 0
-    assert rows["pavdm"]["law_error"] < 0.5
-    assert rows["replacement"]["law_error"] > 1.5 * rows["pavdm"]["law_error"]
+    assert rows["pavdm"]["digit"] > 0.7 and rows["pavdm"]["digit"] > rows["replacement"]["digit"] + 0.3
+    assert rows["pavdm"]["law_error"] < rows["replacement"]["law_error"]
