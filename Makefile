@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 
 PROMPT := a red three drifting up and to the left, a blue seven bouncing
 
-.PHONY: demo test
+.PHONY: demo test test-text
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.core
@@ -21,6 +21,11 @@ test: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pytest -n 3 --no-loadscope-reorder
+
+# What needs transformers: beside the environment, because with it every process that imports diffusers starts 1 s later.
+test-text: $(VENV)/.text
+	PYTHONPATH=$(VENV)/text $(BIN)/pytest -m "slow or not slow" \
+	  tests/test_text_pretrained.py tests/test_train_umt5.py tests/test_skyreels_peer.py tests/test_wan_checkpoint.py
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -34,3 +39,8 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 -e '.[dev]'
 	touch $@ $(VENV)/.core
+
+$(VENV)/.text: constraints.txt $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
+	  --target $(VENV)/text transformers tokenizers sentencepiece regex
+	touch $@
