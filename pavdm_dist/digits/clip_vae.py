@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pavdm_dist.digits.world import SIZE, Scene, Split, positions, render_pair, sample_scene
+from pavdm_dist.digits.handwriting import Split
+from pavdm_dist.digits.world import SIZE, Scene, positions, render_pair, sample_scene
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pavdm_dist.digits.handwriting import clear_images, load_glyphs
 from pavdm_dist.digits.prompts import AskedDigit
-from pavdm_dist.digits.world import COLOURS, SIZE, Digit, Scene, clear_images, load_glyphs, render
+from pavdm_dist.digits.world import COLOURS, SIZE, Digit, Scene, render
 from pavdm_dist.errors import ConfigError
 
 Floats = NDArray[np.float64]
