@@ -13,6 +13,7 @@ from pavdm_dist.digits import handwriting, world
 from pavdm_dist.digits.judge import Judge, torus_centre
 from pavdm_dist.digits.prompts import AskedDigit, parse_prompt
 from pavdm_dist.digits.scores import ChunkScore, displacements, line_errors, score_chunks, summarise
+from pavdm_dist.digits.settings import SHIPPED
 from pavdm_dist.digits.world import COLOURS, DIRECTIONS, FPS, SPEEDS, Digit, Scene
 from pavdm_dist.errors import ConfigError
 
@@ -153,7 +154,7 @@ def test_a_digit_that_jumps_leaves_its_path(judge: Judge) -> None:
 def test_the_reader_never_saw_a_generators_handwriting() -> None:
     from pavdm_dist.digits import judge as module
 
-    crops, classes = module._unseen_handwriting(1, 0)
+    crops, classes = module._unseen_handwriting(1, 0, SHIPPED)
     used = sum(len(images) for images in handwriting.clear_images("train").values())
     assert len(crops) == len(classes) == 1797 - used
     assert np.bincount(classes).min() > 100

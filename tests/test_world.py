@@ -8,8 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from pavdm_dist.digits import handwriting, world
-from pavdm_dist.digits.world import COLOURS, DIRECTIONS, FPS, NUMBERS, SIZE, SPEEDS, Digit, Scene
+from pavdm_dist.digits import handwriting, settings, world
+from pavdm_dist.digits.settings import COLOURS, DIRECTIONS, FPS, NUMBERS, SIZE, SPEEDS
+from pavdm_dist.digits.world import Digit, Scene
 from pavdm_dist.errors import ConfigError
 
 pytest.importorskip("sklearn")
@@ -94,7 +95,7 @@ def test_prompts_hold_every_fact_and_only_words_of_the_vocabulary() -> None:
             assert phrase.startswith(f"a {digit.colour} {NUMBERS[digit.number]} {digit.motion}")
             assert (digit.speed in phrase) and (digit.direction in phrase)
             assert digit.number == handwriting.load_glyphs()[1][digit.image]
-        assert set(prompt.replace(",", " ,").split()) <= set(world.VOCABULARY)
+        assert set(prompt.replace(",", " ,").split()) <= set(settings.VOCABULARY)
 
 
 def test_the_example_prompt_is_of_this_world() -> None:

@@ -59,11 +59,11 @@ def split_indices(split: Split) -> NDArray[np.int64]:
 
 
 @cache
-def clear_images(split: Split) -> dict[int, NDArray[np.int64]]:
-    """For every class the ``CLEAREST_FRACTION`` of ``split``'s images that are least like any other class.
+def clear_images(split: Split, fraction: float = CLEAREST_FRACTION) -> dict[int, NDArray[np.int64]]:
+    """For every class the ``fraction`` of ``split``'s images that are least like any other class.
 
     Clearness is the squared distance to the nearest other class's mean minus that to the own class's mean, means
-    taken over the training images.
+    taken over the training images. Images without any, which are more like another class, are left out.
     """
     glyphs, classes = load_glyphs()
     train, own = split_indices("train"), split_indices(split)
@@ -76,6 +76,7 @@ def clear_images(split: Split) -> dict[int, NDArray[np.int64]]:
     best = {}
     for number in range(10):
         members = np.flatnonzero(classes[own] == number)
-        count = max(1, round(len(members) * CLEAREST_FRACTION))
-        best[number] = np.sort(own[members[np.argsort(-clearness[members], kind="stable")[:count]]])
+        count = max(1, round(len(members) * fraction))
+        chosen = members[np.argsort(-clearness[members], kind="stable")[:count]]
+        best[number] = np.sort(own[chosen[clearness[chosen] > 0]])
     return best

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pavdm_dist.digits.judge import Floats, Judge, on_torus
 from pavdm_dist.digits.prompts import AskedDigit
+from pavdm_dist.digits.settings import SIZE
 
 SPAN = 0.5  # seconds over which speed is measured
 LINE_FRAMES = 9  # frames of which a straight path is asked
@@ -50,7 +51,7 @@ class ChunkScore:
 def score_chunks(
     judge: Judge, frames: NDArray[np.uint8], asked: Sequence[AskedDigit], fps: float, chunk_frames: int = 20
 ) -> list[ChunkScore]:
-    """Scores of each ``chunk_frames`` of ``frames [t, 64, 64, 3]``; a shorter rest at the end is left out.
+    """Scores of each ``chunk_frames`` of ``frames [t, size, size, 3]``; a shorter rest at the end is left out.
 
     Raises:
         ConfigError: frames the judge cannot read.
@@ -81,7 +82,7 @@ def score_chunk(
     asked: Sequence[AskedDigit],
     fps: float,
 ) -> ChunkScore:
-    """Scores of one chunk ``[t, 64, 64, 3]``; ``before`` are the frames of the one before it, if any.
+    """Scores of one chunk ``[t, size, size, 3]``; ``before`` are the frames of the one before it, if any.
 
     Raises:
         ConfigError: frames the judge cannot read.
@@ -91,13 +92,13 @@ def score_chunk(
     ratios, directions, errors = [], list[float](), []
     for column, digit in enumerate(asked):
         path = reading.centres[:, column]
-        moves = displacements(path, round(SPAN * fps))
+        moves = displacements(path, round(SPAN * fps), judge.world.size)
         if len(moves):
             ratios.append(float(np.median(np.linalg.norm(moves, axis=1))) / SPAN / digit.speed)
             if digit.angle is not None:
                 went = math.atan2(*moves.mean(0))
                 directions.append(abs(math.remainder(went - digit.angle, 2 * math.pi)) <= SECTOR)
-        errors += line_errors(path)
+        errors += line_errors(path, judge.world.size)
     colours = reading.seen.all(1) & (reading.strangers == 0)
     shown = reading.seen.sum(1) + reading.strangers
     seconds = len(frames) / fps
@@ -115,15 +116,15 @@ def score_chunk(
     )
 
 
-def displacements(path: Floats, span: int) -> Floats:
+def displacements(path: Floats, span: int, size: int = SIZE) -> Floats:
     """Moves ``[n, 2]`` over ``span`` frames of a path ``[t, 2]`` on the torus, summed step by step; gaps left out."""
-    steps = on_torus(np.diff(path, axis=0))
+    steps = on_torus(np.diff(path, axis=0), size)
     moves = [steps[i : i + span].sum(0) for i in range(len(steps) - span + 1)]
     found = [move for move in moves if not np.isnan(move).any()]
     return np.array(found).reshape(-1, 2)
 
 
-def line_errors(path: Floats) -> list[float]:
+def line_errors(path: Floats, size: int = SIZE) -> list[float]:
     """Distance of every ``LINE_FRAMES`` frames of a path from their best straight line in time, px, root mean square.
 
     The median over a chunk ignores the few stretches in which a bouncing digit turns round.
@@ -134,7 +135,7 @@ def line_errors(path: Floats) -> list[float]:
         part = path[start : start + LINE_FRAMES]
         if np.isnan(part).any():
             continue
-        unrolled = np.concatenate([[[0.0, 0.0]], np.cumsum(on_torus(np.diff(part, axis=0)), axis=0)])
+        unrolled = np.concatenate([[[0.0, 0.0]], np.cumsum(on_torus(np.diff(part, axis=0), size), axis=0)])
         centred = unrolled - unrolled.mean(0)
         slope = (time[:, None] * centred).sum(0) / (time**2).sum()
         errors.append(float(np.sqrt(((centred - time[:, None] * slope) ** 2).sum(1).mean())))
