@@ -55,7 +55,8 @@ def test_the_default_world_is_what_the_shipped_model_says_it_was_trained_on() ->
 def test_the_recipe_for_a_gpu_describes_these_worlds() -> None:
     small = load_config(TrainConfig, CONFIGS / "embedded-gpu.yaml", [])
     large = load_config(TrainConfig, CONFIGS / "embedded-gpu-128.yaml", [])
-    assert DigitWorld.of(small.world) == SHIPPED and DigitWorld.of(large.world) == LARGE
+    assert DigitWorld.of(small.world) == replace(SHIPPED, digit_weights=(1.0, 3.0))
+    assert DigitWorld.of(large.world) == replace(LARGE, digit_weights=(1.0, 2.0, 3.0))
     longest = ", ".join(["a red three drifting fast up and to the left"] * 3)
     assert large.model.model_max_length >= len(longest.replace(",", " ,").split())
     for config in (small, large):
@@ -71,12 +72,21 @@ def test_the_recipe_for_a_gpu_describes_these_worlds() -> None:
         ({"most_digits": 8}, "world.most_digits=8: must be 1 to 7"),
         ({"clearest_fraction": 0.0}, "world.clearest_fraction=0.0: must be above 0, at most 1"),
         ({"colours": ("red", "mauve")}, r"world.colours=\['red', 'mauve'\]: must be some of \['red', 'green'"),
+        ({"digit_weights": (1.0,)}, r"world.digit_weights=\[1.0\]: must be 2 numbers from 0 on"),
         ({"speeds": (1.0, 2.0)}, "world.speeds=.* must be three numbers above 0"),
     ],
 )
 def test_impossible_worlds_are_refused(changes: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         replace(SHIPPED, **changes)  # type: ignore[arg-type]
+
+
+def test_scenes_of_many_digits_can_be_drawn_more_often() -> None:
+    world = replace(SHIPPED, digit_weights=(1.0, 3.0))
+    rng = np.random.default_rng(0)
+    counts = [len(sample_scene(rng, world=world).digits) for _ in range(400)]
+    assert np.mean(np.array(counts) == 2) == pytest.approx(0.75, abs=0.06)
+    assert world.settings["digit_weights"] == [1.0, 3.0] and "digit_weights" not in SHIPPED.settings
 
 
 def test_the_judge_of_a_larger_world_reads_what_was_drawn() -> None:

@@ -46,8 +46,8 @@ class DigitBatches:
         self.clips, self.data, self.seed, self.info = clips, data, seed, info_of(world)
         self.kinds = [(share, kind.at_size(world.size, world.size)) for share, kind in objective.kinds()]
         self.channels = clips.latents.shape[1]
-        # With the number that a world's settings leave out where it is the shipped one's.
-        self.identity = {"world": {"most_digits": world.most_digits, **world.settings}}
+        # With those that a world's settings leave out where they are the shipped one's.
+        self.identity = {"world": {**world.settings, **world.later}}
         self.held_out: Batches | None = None
 
     def batch(self, step: int, rank: int, size: int) -> Batch:

@@ -56,6 +56,7 @@ class DigitWorld:
             more like another class are never used, so that 1 is all clear handwriting.
         colours: keys of ``COLOURS``.
         speeds: px/s of "slowly", of no word, and of "fast".
+        digit_weights: how often scenes of one, two, ... digits are drawn, one weight each; () = all alike.
 
     Raises:
         ConfigError: no such world.
@@ -67,6 +68,7 @@ class DigitWorld:
     clearest_fraction: float = CLEAREST_FRACTION
     colours: tuple[str, ...] = tuple(COLOURS)
     speeds: tuple[float, ...] = tuple(SPEEDS.values())
+    digit_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.size % 8 or not 32 <= self.size <= 1024:
@@ -84,6 +86,11 @@ class DigitWorld:
             raise ConfigError(f"world.most_digits={self.most_digits}: must be 1 to {len(self.colours)}, a colour each")
         if len(self.speeds) != len(SPEEDS) or not all(0 < speed < math.inf for speed in self.speeds):
             raise ConfigError(f"world.speeds={list(self.speeds)}: must be three numbers above 0, px/s")
+        weights, count = self.digit_weights, self.most_digits
+        if weights and (len(weights) != count or not all(0 <= w < math.inf for w in weights) or not sum(weights)):
+            raise ConfigError(
+                f"world.digit_weights={list(weights)}: must be {count} numbers from 0 on, not all 0, or []"
+            )
 
     @classmethod
     def of(cls, config: WorldConfig) -> DigitWorld:
@@ -94,7 +101,7 @@ class DigitWorld:
         """
         colours = tuple(config.colours) or tuple(COLOURS)
         own = (config.size, config.cell, config.most_digits, config.clearest_fraction)
-        return cls(*own, colours, tuple(config.speeds))
+        return cls(*own, colours, tuple(config.speeds), tuple(config.digit_weights))
 
     @property
     def speed_of(self) -> dict[str, float]:
@@ -124,8 +131,13 @@ class DigitWorld:
             "directions": {name: list(step) for name, step in DIRECTIONS.items()},
             "vocabulary": list(self.vocabulary),
         }
-        # What was stored before scenes could hold more says nothing of it.
-        return found if self.most_digits == SHIPPED.most_digits else {**found, "most_digits": self.most_digits}
+        # What was stored before these could be chosen says nothing of them.
+        return found | {name: value for name, value in self.later.items() if value != SHIPPED.later[name]}
+
+    @property
+    def later(self) -> dict[str, Any]:
+        """Those of the settings that are stored only where they are not the shipped world's."""
+        return {"most_digits": self.most_digits, "digit_weights": list(self.digit_weights)}
 
 
 SHIPPED = DigitWorld()

@@ -92,7 +92,7 @@ def sample_scene(
     Raises:
         ConfigError: ``num_digits`` below 1 or above the number of colours, or an unknown ``split``.
     """
-    count = int(rng.integers(1, world.most_digits + 1)) if num_digits is None else num_digits
+    count = _draw_count(rng, world) if num_digits is None else num_digits
     if not 1 <= count <= len(world.colours):
         raise ConfigError(f"num_digits={count} is impossible: use 1 to {len(world.colours)}, one colour each.")
     colours = rng.permutation(list(world.colours))[:count]
@@ -106,6 +106,13 @@ def sample_scene(
     slope = rng.uniform(-12, 12, size=2)
     background, gradient = (float(tint[0]), float(tint[1]), float(tint[2])), (float(slope[0]), float(slope[1]))
     return Scene(tuple(digits), background, gradient, world)
+
+
+def _draw_count(rng: np.random.Generator, world: DigitWorld) -> int:
+    if not world.digit_weights:
+        return int(rng.integers(1, world.most_digits + 1))
+    weights = np.array(world.digit_weights)
+    return 1 + int(rng.choice(world.most_digits, p=weights / weights.sum()))
 
 
 def _sample_digit(rng: np.random.Generator, split: Split, colour: str, world: DigitWorld) -> Digit:

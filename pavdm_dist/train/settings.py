@@ -34,6 +34,7 @@ class WorldConfig:
     clearest_fraction: float = 0.12  # share of the handwriting that is used, the clearest first; 1 = all that is clear
     colours: list[str] = field(default_factory=list)  # that digits have; [] = all seven
     speeds: list[float] = field(default_factory=lambda: [8.0, 18.0, 36.0])  # px/s: slowly, without a word, fast
+    digit_weights: list[float] = field(default_factory=list)  # how often scenes of 1, 2, ... digits come; [] = alike
 
 
 @dataclass
