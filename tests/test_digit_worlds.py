@@ -12,7 +12,7 @@ import torch
 from training import TINY, tiny_codec, write_clips
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.commands.train import training_data
+from pavdm_dist.commands.train import dry_run_command, train_command, training_data
 from pavdm_dist.digits import batches
 from pavdm_dist.digits.batches import still_batch, window_batch
 from pavdm_dist.digits.cache import LatentClips
@@ -58,10 +58,24 @@ def test_the_recipe_for_a_gpu_describes_these_worlds() -> None:
     assert DigitWorld.of(small.world) == replace(SHIPPED, digit_weights=(1.0, 3.0))
     assert DigitWorld.of(large.world) == replace(LARGE, digit_weights=(1.0, 2.0, 3.0))
     longest = ", ".join(["a red three drifting fast up and to the left"] * 3)
-    assert large.model.model_max_length >= len(longest.replace(",", " ,").split())
+    assert LARGE.longest_prompt == len(longest.replace(",", " ,").split()) == large.model.model_max_length
     for config in (small, large):
         assert config.compile and config.zero.precision == "autocast" and not config.launch.ray_workers
         assert config.max_seconds + config.quality.max_seconds <= 480
+
+
+def test_what_cannot_be_drawn_or_read_is_refused_before_anything_is_started(tmp_path: Path) -> None:
+    for word, message in (
+        ("world.size=100", r"world.size=100: must be a multiple of 8"),
+        ("world.most_digits=3", r"model.model_max_length=24: .*most_digits=3 have up to 32 words and commas; use 32"),
+    ):
+        words = [word, f"run_dir={tmp_path / 'run'}", "world.digit_weights=[]"]
+        config = load_config(TrainConfig, CONFIGS / "embedded-gpu.yaml", words)
+        with pytest.raises(ConfigError, match=message):
+            train_command(config, [])
+        with pytest.raises(ConfigError, match=message):
+            dry_run_command(config)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -207,6 +221,6 @@ def test_one_command_caches_trains_exports_and_says_how_good_it_is(tmp_path: Pat
     assert (model.defaults.height, model.defaults.width) == (32, 32)
     stored = json.loads((tmp_path / "run" / "model" / "model_index.json").read_text())["training"]
     assert stored["steps"] == 3 and stored["world"]["size"] == 32
-    other = load_config(TrainConfig, CONFIGS / "embedded-gpu.yaml", [*words, "world.most_digits=3"])
+    other = load_config(TrainConfig, CONFIGS / "embedded-gpu.yaml", [*words, "world.cell=2.5"])
     with pytest.raises(ConfigError, match="made with another world"):
         train_slice(other, training_data)

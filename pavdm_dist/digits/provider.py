@@ -34,6 +34,21 @@ WORLD_PROMPTS = (
 logger = logging.getLogger(__name__)
 
 
+def world_of(config: TrainConfig) -> DigitWorld:
+    """The world that a run on digits draws.
+
+    Raises:
+        ConfigError: there is no such world, or the model does not read its longest prompts.
+    """
+    world, reads = DigitWorld.of(config.world), config.model.model_max_length
+    if config.model.pretrained is None and reads < world.longest_prompt:
+        raise ConfigError(
+            f"model.model_max_length={reads}: prompts of world.most_digits={world.most_digits} have up to"
+            f" {world.longest_prompt} words and commas; use {world.longest_prompt}"
+        )
+    return world
+
+
 def digit_data(config: TrainConfig, world: World, end: float) -> tuple[Batches, Parts] | None:
     """The moving digits, made where they are missing; None when the slice was over before.
 
@@ -45,11 +60,11 @@ def digit_data(config: TrainConfig, world: World, end: float) -> tuple[Batches, 
         end: of the slice, on the monotonic clock.
 
     Raises:
-        ConfigError: ``codec.folder`` holds no codec, the run's folder has clips of another world, length or codec, or
-            scikit-learn is missing.
+        ConfigError: see :func:`world_of`; ``codec.folder`` holds no codec, the run's folder has clips of another world,
+            length or codec, or scikit-learn is missing.
         CheckpointError: the run's folder holds a codec in training of another shape or world.
     """
-    run, digits = Path(config.run_dir), DigitWorld.of(config.world)
+    run, digits = Path(config.run_dir), world_of(config)
     if world.size > 1:  # the others wait, and must not take the first process for lost
         end = min(end, time.monotonic() + 0.8 * config.launch.timeout_seconds)
     if not world.agree(world.first and _prepare(config, digits, run, end, world.device)):

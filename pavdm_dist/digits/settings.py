@@ -115,6 +115,13 @@ class DigitWorld:
         return tuple(dict.fromkeys([*words, *(word for phrase in DIRECTIONS for word in phrase.split())]))
 
     @property
+    def longest_prompt(self) -> int:
+        """Words and commas of the longest prompt."""
+        # "a red three drifting fast", the longest direction, and a comma between two digits
+        digit = 5 + max(len(phrase.split()) for phrase in DIRECTIONS)
+        return self.most_digits * (digit + 1) - 1
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What a checkpoint trained on this world stores beside its weights, and cached clips beside them (JSON)."""
         found = {
