@@ -14,9 +14,11 @@ from wan_models import WAN, trainable_folder
 from pavdm_dist.digits.batches import DigitBatches
 from pavdm_dist.digits.cache import LatentClips, cache_clips
 from pavdm_dist.digits.codec_training import CodecTrainer, CodecTraining
-from pavdm_dist.digits.settings import DigitWorld
+from pavdm_dist.digits.quality import quality
+from pavdm_dist.digits.settings import SHIPPED, DigitWorld
+from pavdm_dist.io.shipped import EMBEDDED
 from pavdm_dist.merging import load_config
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.settings import QualityConfig, TrainConfig
 from pavdm_dist.train.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
@@ -138,6 +140,12 @@ def test_the_codec_is_trained_on_the_device(tmp_path: Path) -> None:
     own, cpu = LatentClips(tmp_path / "cuda", device), LatentClips(tmp_path / "cpu")
     assert own.prompts == cpu.prompts
     torch.testing.assert_close(own.latents.cpu().float(), cpu.latents.float(), atol=0.05, rtol=0.05)
+
+
+def test_the_shipped_model_is_judged_on_the_device() -> None:
+    found = quality(EMBEDDED, SHIPPED, QualityConfig(prompts=2, stills=32, video_seconds=1), "cuda")
+    assert found["1 digit"]["stills"] > 0.8 and found["2 digits"]["stills"] > 0.6
+    assert all(values["videos"] == 2 for values in found.values())
 
 
 def test_what_a_step_shows_is_not_waited_for(tmp_path: Path, clips: LatentClips) -> None:

@@ -33,6 +33,7 @@ from pavdm_dist.method.sampler import guide, sample
 from pavdm_dist.method.schedule import NoiseSchedule
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3
+from pavdm_dist.models.text_cache import TextBank
 from pavdm_dist.request import SamplingParams, VideoRequest
 from pavdm_dist.streams import build_stream
 from pavdm_dist.train.settings import QualityConfig
@@ -150,7 +151,8 @@ class _Sampler:
     def video(self, prompt: str, seed: int, frames: int) -> NDArray[np.uint8]:
         """``[frames, H, W, 3]``."""
         stream = build_stream(VideoRequest(prompt, seed, frames), 0, self._params, self._checkpoint)
-        denoise = StreamDenoiser(self._model, stream, device=self._device)
+        texts = TextBank(self._model.project_text, self._device)
+        denoise = StreamDenoiser(self._model, stream, texts, self._device)
         decoder, scale = self._codec.decoder(), stream.guidance_scale
         with self._autocast:
             clean = [chunk.latents for chunk in sample(stream.window(self._device), denoise, scale)]
