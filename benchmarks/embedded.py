@@ -28,7 +28,8 @@ from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.digits.judge import Judge
 from pavdm_dist.digits.prompts import parse_prompt
 from pavdm_dist.digits.scores import ChunkScore, score_chunks, summarise
-from pavdm_dist.digits.world import FPS, SIZE, render, sample_scene, scene_prompt
+from pavdm_dist.digits.settings import FPS, SIZE
+from pavdm_dist.digits.world import render, sample_scene, scene_prompt
 from pavdm_dist.errors import PAVDMError
 from pavdm_dist.io.metadata import read_sidecar
 from pavdm_dist.io.video import read_clip

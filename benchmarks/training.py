@@ -26,7 +26,7 @@ import torch
 from common import machine, machine_line, parser
 from torch.nn.parallel import DistributedDataParallel
 
-from pavdm_dist.digits.world import VOCABULARY
+from pavdm_dist.digits.settings import VOCABULARY
 from pavdm_dist.merging import load_config
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.train.batches import Batch

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pavdm_dist.digits.world import FPS, SIZE, render, sample_scene, scene_prompt
+from pavdm_dist.digits.settings import FPS, SIZE
+from pavdm_dist.digits.world import render, sample_scene, scene_prompt
 from pavdm_dist.io.encode import export_to_video
 from pavdm_dist.io.metadata import Sidecar
 from pavdm_dist.models.stdit3 import STDiT3Config

@@ -9,11 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pavdm_dist.digits import world
+from pavdm_dist.digits import handwriting, world
 from pavdm_dist.digits.judge import Judge, torus_centre
 from pavdm_dist.digits.law import Motion, bouncing, drifting, stretches
 from pavdm_dist.digits.prompts import AskedDigit, parse_prompt
 from pavdm_dist.digits.scores import ChunkScore, displacements, line_errors, score_chunks, summarise
+from pavdm_dist.digits.settings import SHIPPED
 from pavdm_dist.digits.world import COLOURS, DIRECTIONS, FPS, SPEEDS, Digit, Scene
 from pavdm_dist.errors import ConfigError
 
@@ -85,7 +86,7 @@ def test_real_videos_are_read_right(judge: Judge) -> None:
 
 
 def test_every_speed_and_direction_is_measured(judge: Judge) -> None:
-    image = int(world.clear_images("heldout")[3][0])
+    image = int(handwriting.clear_images("heldout")[3][0])
     for word, speed in SPEEDS.items():
         for phrase, step in DIRECTIONS.items():
             angle = math.atan2(*step)
@@ -117,7 +118,7 @@ def test_what_was_not_asked_for_is_wrong(judge: Judge) -> None:
 
 
 def test_digits_that_cover_each_other_are_not_asked_about(judge: Judge) -> None:
-    images = world.clear_images("heldout")
+    images = handwriting.clear_images("heldout")
     pair = tuple(
         Digit(number, int(images[number][0]), colour, "drifting", "up", "", (10.0, left), (0.0, 0.0))
         for number, colour, left in ((3, "red", 10.0), (7, "blue", 20.0))
@@ -201,8 +202,8 @@ def test_a_bouncing_digit_that_goes_its_own_way_is_found_out(judge: Judge) -> No
 def test_the_reader_never_saw_a_generators_handwriting() -> None:
     from pavdm_dist.digits import judge as module
 
-    crops, classes = module._unseen_handwriting(1, 0)
-    used = sum(len(images) for images in world.clear_images("train").values())
+    crops, classes = module._unseen_handwriting(1, 0, SHIPPED)
+    used = sum(len(images) for images in handwriting.clear_images("train").values())
     assert len(crops) == len(classes) == 1797 - used
     assert np.bincount(classes).min() > 100
 

@@ -20,7 +20,8 @@ from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.digits.batches import INFO, still_batch
 from pavdm_dist.digits.cache import LatentClips, cache_clips
 from pavdm_dist.digits.provider import WORLD_PROMPTS, digit_data
-from pavdm_dist.digits.world import VOCABULARY, render, sample_scene
+from pavdm_dist.digits.settings import VOCABULARY, DigitWorld
+from pavdm_dist.digits.world import render, sample_scene
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.io.shipped import EMBEDDED
 from pavdm_dist.merging import load_config
@@ -141,10 +142,12 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(
 
 
 def test_another_world_is_refused(tmp_path: Path, clips: LatentClips, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pavdm_dist.digits import batches
+    from pavdm_dist.digits import settings as worlds
 
     start(settings(tmp_path), clips).save()
-    monkeypatch.setattr(batches, "WORLD_SETTINGS", {**batches.WORLD_SETTINGS, "fps": 12})
+    with pytest.raises(ConfigError, match=r"world\.most_digits=2, this run has 3"):
+        start(settings(tmp_path), clips, world=DigitWorld(most_digits=3))
+    monkeypatch.setattr(worlds, "FPS", 12)
     with pytest.raises(ConfigError, match=r"world\.fps=24, this run has 12"):
         start(settings(tmp_path), clips)
 

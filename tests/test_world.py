@@ -8,22 +8,23 @@ import time
 import numpy as np
 import pytest
 
-from pavdm_dist.digits import world
-from pavdm_dist.digits.world import COLOURS, DIRECTIONS, FPS, NUMBERS, SIZE, SPEEDS, Digit, Scene
+from pavdm_dist.digits import handwriting, settings, world
+from pavdm_dist.digits.settings import COLOURS, DIRECTIONS, FPS, NUMBERS, SIZE, SPEEDS
+from pavdm_dist.digits.world import Digit, Scene
 from pavdm_dist.errors import ConfigError
 
 pytest.importorskip("sklearn")
 
 
-def scenes(count: int, split: world.Split = "train", num_digits: int | None = None) -> list[Scene]:
+def scenes(count: int, split: handwriting.Split = "train", num_digits: int | None = None) -> list[Scene]:
     rng = np.random.default_rng(7)
     return [world.sample_scene(rng, split, num_digits) for _ in range(count)]
 
 
 def only(motion: str, speed: str, direction: str = "", number: int = 3) -> Scene:
     """A scene of one white digit in the middle."""
-    glyphs = world.split_indices("train")
-    image = int(glyphs[world.load_glyphs()[1][glyphs] == number][0])
+    glyphs = handwriting.split_indices("train")
+    image = int(glyphs[handwriting.load_glyphs()[1][glyphs] == number][0])
     step = np.array(DIRECTIONS[direction] if direction else (0.6, 0.8))
     velocity = step / np.linalg.norm(step) * SPEEDS[speed]
     digit = Digit(number, image, "white", motion, direction, speed, (18.0, 18.0), (velocity[0], velocity[1]))
@@ -36,8 +37,8 @@ def centroid(frame: np.ndarray) -> np.ndarray:
 
 
 def test_the_splits_share_no_image_and_hold_every_class() -> None:
-    train, heldout = world.split_indices("train"), world.split_indices("heldout")
-    classes = world.load_glyphs()[1]
+    train, heldout = handwriting.split_indices("train"), handwriting.split_indices("heldout")
+    classes = handwriting.load_glyphs()[1]
     assert not set(train) & set(heldout)
     assert len(train) + len(heldout) == len(classes) == 1797
     assert np.bincount(classes[heldout]).min() >= 30
@@ -45,33 +46,33 @@ def test_the_splits_share_no_image_and_hold_every_class() -> None:
 
 
 def test_only_the_clearest_images_of_each_split_are_drawn() -> None:
-    glyphs, classes = world.load_glyphs()
-    train = world.split_indices("train")
+    glyphs, classes = handwriting.load_glyphs()
+    train = handwriting.split_indices("train")
     means = np.stack([glyphs[train[classes[train] == number]].mean(0) for number in range(10)])
     for split in ("train", "heldout"):
-        clear = world.clear_images(split)
+        clear = handwriting.clear_images(split)
         images = np.concatenate([clear[number] for number in range(10)])
         counts = [len(clear[number]) for number in range(10)]
-        assert set(images) <= set(world.split_indices(split))
+        assert set(images) <= set(handwriting.split_indices(split))
         assert np.array_equal(classes[images], np.repeat(range(10), counts))
         # The class whose mean is nearest is the right one for each of them, as it is not for all images.
         nearest = ((glyphs[images][:, None] - means) ** 2).sum((-2, -1)).argmin(1)
         assert np.array_equal(nearest, classes[images])
         assert {digit.image for scene in scenes(200, split) for digit in scene.digits} <= set(images)
-        members = np.bincount(classes[world.split_indices(split)])
+        members = np.bincount(classes[handwriting.split_indices(split)])
         assert counts == [round(count * 0.12) for count in members]
 
 
 def test_an_unknown_split_is_refused() -> None:
     with pytest.raises(ConfigError, match="'test' does not exist: use 'train' or 'heldout'"):
-        world.split_indices("test")  # type: ignore[arg-type]
+        handwriting.split_indices("test")  # type: ignore[arg-type]
 
 
 def test_a_missing_scikit_learn_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    world.load_glyphs.cache_clear()
+    handwriting.load_glyphs.cache_clear()
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ConfigError, match=r"pip install 'pavdm-dist\[train\]'"):
-        world.load_glyphs()
+        handwriting.load_glyphs()
 
 
 def test_the_same_generator_draws_the_same_scenes_and_frames() -> None:
@@ -93,8 +94,8 @@ def test_prompts_hold_every_fact_and_only_words_of_the_vocabulary() -> None:
         for phrase, digit in zip(phrases, scene.digits, strict=True):
             assert phrase.startswith(f"a {digit.colour} {NUMBERS[digit.number]} {digit.motion}")
             assert (digit.speed in phrase) and (digit.direction in phrase)
-            assert digit.number == world.load_glyphs()[1][digit.image]
-        assert set(prompt.replace(",", " ,").split()) <= set(world.VOCABULARY)
+            assert digit.number == handwriting.load_glyphs()[1][digit.image]
+        assert set(prompt.replace(",", " ,").split()) <= set(settings.VOCABULARY)
 
 
 def test_the_example_prompt_is_of_this_world() -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from pavdm_dist.digits.batches import INFO, DigitBatches
 from pavdm_dist.digits.cache import LatentClips, cache_clips
-from pavdm_dist.digits.world import VOCABULARY, WORLD_SETTINGS
+from pavdm_dist.digits.settings import SHIPPED, VOCABULARY, WORLD_SETTINGS, DigitWorld
 from pavdm_dist.merging import load_config
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.loss import velocity_loss
@@ -33,10 +33,14 @@ TINY = [
 
 
 def start(
-    config: TrainConfig, clips: LatentClips, codec: Path = Path("unused"), prompts: tuple[str, ...] = ()
+    config: TrainConfig,
+    clips: LatentClips,
+    codec: Path = Path("unused"),
+    prompts: tuple[str, ...] = (),
+    world: DigitWorld = SHIPPED,
 ) -> Trainer:
     """A trainer on moving digits."""
-    batches = DigitBatches(clips, config.objective, config.data, config.seed)
+    batches = DigitBatches(clips, config.objective, config.data, config.seed, world)
     return Trainer(config, batches, Parts(codec, None, INFO, prompts, VOCABULARY, WORLD_SETTINGS))
 
 

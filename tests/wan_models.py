@@ -88,7 +88,7 @@ def trainable_folder(folder: Path, config: WanConfig = WAN) -> Path:
     from training import tiny_codec
 
     from pavdm_dist.codecs.text import WordTextEncoder
-    from pavdm_dist.digits.world import VOCABULARY
+    from pavdm_dist.digits.settings import VOCABULARY
 
     model = tiny_wan(config=config)
     model.save_pretrained(folder / "transformer")

@@ -100,6 +100,7 @@ class WordTextEncoder(nn.Module):
         }
         self._index = {word: position for position, word in enumerate((*_SPECIAL, *words))}
         self._warned: set[str] = set()
+        self._collated: dict[str, list[int]] = {}
         self.embedding = nn.Embedding(len(self._index), text_dim)
         self.layers = nn.ModuleList(_Layer(text_dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(text_dim)
@@ -164,9 +165,13 @@ class WordTextEncoder(nn.Module):
 
     def collate(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """A batch for training: token numbers ``[b, L]`` padded at the end, and mask ``[b, L]``, True = a token."""
-        rows = [torch.tensor(self.token_ids(prompt)) for prompt in prompts]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._index[PAD])
-        return ids, ids != self._index[PAD]
+        known, pad = self._collated, self._index[PAD]
+        for prompt in prompts:  # those of training clips come again and again
+            if prompt not in known:
+                known[prompt] = self.token_ids(prompt)
+        longest = max(len(known[prompt]) for prompt in prompts)
+        ids = torch.tensor([known[prompt] + [pad] * (longest - len(known[prompt])) for prompt in prompts])
+        return ids, ids != pad
 
     def prepare(self, prompts: Iterable[str]) -> None:
         """Nothing: it is small."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pavdm_dist.digits.provider import digit_data
+from pavdm_dist.digits.provider import digit_data, world_of
 from pavdm_dist.train.batches import Batches
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.launch import launch
@@ -20,7 +20,11 @@ def train_command(config: TrainConfig, words: Sequence[str]) -> None:
     Args:
         config: settings.
         words: those of the command line that made them.
+
+    Raises:
+        ConfigError: impossible settings; nothing was started.
     """
+    _check_data(config)
     launch(config, training_data, words)
 
 
@@ -32,6 +36,7 @@ def dry_run_command(config: TrainConfig) -> dict[str, Any]:
     """
     from pavdm_dist.train.forecast import forecast
 
+    _check_data(config)
     return forecast(config, max(config.launch.processes, config.launch.ray_workers, launched_size()))
 
 
@@ -41,3 +46,9 @@ def training_data(config: TrainConfig, world: World, end: float) -> tuple[Batche
     A :data:`~pavdm_dist.train.run.Provider`.
     """
     return digit_data(config, world, end) if not config.data.folder else video_data(config, world)
+
+
+def _check_data(config: TrainConfig) -> None:
+    """What a run on digits could not draw is refused before a process is started."""
+    if not config.data.folder:
+        world_of(config)

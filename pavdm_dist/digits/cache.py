@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,26 +16,39 @@ from torch import Tensor, nn
 
 from pavdm_dist.codecs.catalog import encoder_identity
 from pavdm_dist.codecs.wan import WanCodec
-from pavdm_dist.digits.world import WORLD_SETTINGS, render, sample_scene, scene_prompt
+from pavdm_dist.digits.painting import Painter
+from pavdm_dist.digits.settings import SHIPPED, DigitWorld
+from pavdm_dist.digits.world import Scene, render, sample_scene, scene_prompt
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.storage import atomic_path
+from pavdm_dist.models.devices import to_device
 
 logger = logging.getLogger(__name__)
 
-Encoder = Callable[[np.ndarray], Tensor]
+# Scenes and how many frames of each -> normalised latents [n, C, t, h, w].
+Encoder = Callable[[Sequence[Scene], int], Tensor]
 
 SHARD_CLIPS = 32
+# Clips that a GPU draws and encodes at once.
+_AT_ONCE = 8
 
 
 class LatentClips:
     """All cached clips in memory.
 
+    Args:
+        folder: of the shards.
+        device: that holds the latents; on a GPU every batch is cut out there.
+
     Attributes:
         latents: normalised, fp16, ``[clips, C, n, h, w]``; every clip is the start of a video.
         prompts: one per clip.
+
+    Raises:
+        ConfigError: there are no clips.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
         parts, self.prompts = [], list[str]()
         for shard in sorted(Path(folder).glob("clips-*.safetensors")):
             with safe_open(shard, framework="pt") as reader:
@@ -43,23 +56,34 @@ class LatentClips:
                 self.prompts += json.loads(reader.metadata()["prompts"])
         if not parts:
             raise ConfigError(f"{folder} holds no cached clips")
-        self.latents: Tensor = torch.cat(parts)
+        self.latents: Tensor = torch.cat(parts).to(device)
 
     def batch(self, rng: np.random.Generator, size: int, first: int, count: int) -> tuple[Tensor, list[str]]:
         """``size`` random clips' latents ``first .. first + count - 1``, float32, and their prompts."""
         chosen = rng.choice(len(self.prompts), size, replace=size > len(self.prompts))
-        latents = self.latents[torch.from_numpy(chosen), :, first : first + count].float()
+        latents = self.latents[self._put(chosen), :, first : first + count].float()
         return latents, [self.prompts[i] for i in chosen]
 
     def stills(self, rng: np.random.Generator, size: int) -> tuple[Tensor, list[str]]:
         """``size`` random single latents ``[size, C, 1, h, w]`` of random clips, float32, and their prompts."""
         chosen = rng.integers(len(self.prompts), size=size)
         frames = rng.integers(self.latents.shape[2], size=size)
-        latents = self.latents[torch.from_numpy(chosen), :, torch.from_numpy(frames)].float()
+        latents = self.latents[self._put(chosen), :, self._put(frames)].float()
         return latents[:, :, None], [self.prompts[i] for i in chosen]
 
+    def _put(self, indices: np.ndarray) -> Tensor:
+        return to_device(torch.from_numpy(indices), self.latents.device)
 
-def cache_clips(codec_folder: str | Path, folder: str | Path, clips: int, num_latents: int, max_seconds: float) -> bool:
+
+def cache_clips(
+    codec_folder: str | Path,
+    folder: str | Path,
+    clips: int,
+    num_latents: int,
+    max_seconds: float,
+    world: DigitWorld = SHIPPED,
+    device: torch.device | str = "cpu",
+) -> bool:
     """Renders and encodes clips until ``clips`` are there.
 
     Clip i of the cache is a function of i alone, so the cache can be made in any number of slices.
@@ -70,6 +94,8 @@ def cache_clips(codec_folder: str | Path, folder: str | Path, clips: int, num_la
         clips: how many in all.
         num_latents: latents per clip.
         max_seconds: stop (resumably) after about this long.
+        world: of the scenes.
+        device: that encodes; a GPU draws, too.
 
     Returns:
         Whether all are there.
@@ -79,8 +105,8 @@ def cache_clips(codec_folder: str | Path, folder: str | Path, clips: int, num_la
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    _check_identity(path, codec_folder, num_latents)
-    encode = _whole_clip_encoder(codec_folder)
+    _check_identity(path, codec_folder, num_latents, world)
+    encode = _whole_clip_encoder(codec_folder, world, torch.device(device))
     started = time.monotonic()
     for shard in range(-(-clips // SHARD_CLIPS)):
         target = path / f"clips-{shard:05d}.safetensors"
@@ -88,36 +114,45 @@ def cache_clips(codec_folder: str | Path, folder: str | Path, clips: int, num_la
             continue
         if time.monotonic() - started > max_seconds:
             return False
-        cache_shard(encode, target, shard, num_latents)
+        cache_shard(encode, target, shard, num_latents, world)
         logger.info("cached %d of %d clips", (shard + 1) * SHARD_CLIPS, clips)
     return True
 
 
-def cache_shard(encode: Encoder, target: Path, shard: int, num_latents: int) -> None:
+def cache_shard(encode: Encoder, target: Path, shard: int, num_latents: int, world: DigitWorld = SHIPPED) -> None:
     """Renders, encodes and writes ``SHARD_CLIPS`` training clips; the file appears whole or not at all."""
-    scenes = [sample_scene(np.random.default_rng((3, shard * SHARD_CLIPS + i))) for i in range(SHARD_CLIPS)]
-    frames = 4 * (num_latents - 1) + 1
-    latents = torch.cat([encode(render(scene, 0, frames)) for scene in scenes])
+    numbers = range(shard * SHARD_CLIPS, (shard + 1) * SHARD_CLIPS)
+    scenes = [sample_scene(np.random.default_rng((3, number)), world=world) for number in numbers]
+    latents = encode(scenes, 4 * (num_latents - 1) + 1)
     prompts = json.dumps([scene_prompt(scene) for scene in scenes])
     with atomic_path(target) as staged:
-        save_file({"latents": latents.half()}, staged, metadata={"prompts": prompts})
+        save_file({"latents": latents.half().cpu().contiguous()}, staged, metadata={"prompts": prompts})
 
 
-def _whole_clip_encoder(codec_folder: str | Path) -> Encoder:
-    """Frames uint8 ``[t, H, W, 3]`` -> normalised latents ``[1, C, n, h, w]``, the whole clip in one pass."""
+def _whole_clip_encoder(codec_folder: str | Path, world: DigitWorld, device: torch.device) -> Encoder:
+    """Draws whole clips and encodes each in one pass: one by one on a CPU, several at once on a GPU."""
     from pavdm_dist.digits.clip_vae import encode_clip
 
-    codec = WanCodec.from_pretrained(codec_folder)
-    mean, std = (torch.tensor(codec.vae.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    codec = WanCodec.from_pretrained(codec_folder, device)
+    about = (codec.vae.config[name] for name in ("latents_mean", "latents_std"))
+    mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1, 1) for values in about)
     _drop_empty_taps(codec.vae)
+    painter = None if device.type == "cpu" else Painter(world, device)
 
     @torch.no_grad()
-    def encode(frames: np.ndarray) -> Tensor:
-        pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    def encode(frames: Tensor) -> Tensor:
+        """``[n, t, H, W, 3]``, uint8 -> normalised latents ``[n, C, t, h, w]``."""
+        pixels = frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
         raw = encode_clip(codec.vae, pixels).chunk(2, dim=1)[0]
         return (raw - mean) / std
 
-    return encode
+    def encode_scenes(scenes: Sequence[Scene], num_frames: int) -> Tensor:
+        if painter is None:
+            return torch.cat([encode(torch.from_numpy(render(scene, 0, num_frames))[None]) for scene in scenes])
+        groups = (scenes[first : first + _AT_ONCE] for first in range(0, len(scenes), _AT_ONCE))
+        return torch.cat([encode(painter.paint(group, [0] * len(group), num_frames)[0]) for group in groups])
+
+    return encode_scenes
 
 
 def _drop_empty_taps(vae: nn.Module) -> None:
@@ -127,13 +162,13 @@ def _drop_empty_taps(vae: nn.Module) -> None:
     for module in list(vae.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Conv3d) and child.kernel_size == (3, 3, 3) and not child.weight[:, :, :2].any():
-                conv = FrameConv(child.in_channels, child.out_channels)
+                conv = FrameConv(child.in_channels, child.out_channels).to(child.weight.device)
                 conv.load_state_dict({"weight": child.weight[:, :, 2], "bias": child.bias})
                 setattr(module, name, conv)
 
 
-def _check_identity(path: Path, codec_folder: str | Path, num_latents: int) -> None:
-    identity = {"world": WORLD_SETTINGS, "num_latents": num_latents, "encoder": encoder_identity(codec_folder)}
+def _check_identity(path: Path, codec_folder: str | Path, num_latents: int, world: DigitWorld) -> None:
+    identity = {"world": world.settings, "num_latents": num_latents, "encoder": encoder_identity(codec_folder)}
     file = path / "identity.json"
     if not file.exists():
         file.write_text(json.dumps(identity))

@@ -17,7 +17,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pavdm_dist.digits.world import SIZE, Scene, Split, positions, render_pair, sample_scene
+from pavdm_dist.digits.handwriting import Split
+from pavdm_dist.digits.painting import Painter
+from pavdm_dist.digits.settings import SHIPPED, DigitWorld
+from pavdm_dist.digits.world import Scene, positions, render_pair, sample_scene
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -157,9 +160,10 @@ def sample_clips(
     split: Split,
     batch: int,
     num_frames: int,
-    crop: int = SIZE,
+    crop: int | None = None,
     num_digits: int | None = None,
     moments: int = 1,
+    world: DigitWorld = SHIPPED,
 ) -> tuple[Tensor, Tensor]:
     """Clips ``[b, 3, t, crop, crop]`` in -1..1 and their foreground ``[b, 1, t, crop, crop]`` (0 or 1).
 
@@ -168,31 +172,65 @@ def sample_clips(
         split: whose handwriting.
         batch: b.
         num_frames: t.
-        crop: side of the squares cut out, around some pixel of a digit.
-        num_digits: in every scene; one or two at random when None.
+        crop: side of the squares cut out, around some pixel of a digit; None = whole frames.
+        num_digits: in every scene; as the world draws them when None.
         moments: that many are drawn per scene, and the one at which its digits are closest is taken.
+        world: whose scenes.
     """
+    size = world.size
+    crop = size if crop is None else crop
     frames = np.empty((batch, num_frames, crop, crop, 3), np.uint8)
     masks = np.empty((batch, num_frames, crop, crop), np.float32)
     for i in range(batch):
-        scene = sample_scene(rng, split, num_digits)
+        scene = sample_scene(rng, split, num_digits, world)
         starts = rng.integers(24 * 60, size=moments)
         clip, mask = render_pair(scene, min(starts.tolist(), key=partial(_gap, scene, num_frames)), num_frames)
         top = left = 0
-        if crop < SIZE:  # around some pixel of a digit, since most of the frame is background
+        if crop < size:  # around some pixel of a digit, since most of the frame is background
             spots = np.argwhere(mask[num_frames // 2])
             centre = spots[rng.integers(len(spots))] - rng.integers(crop // 4, crop - crop // 4, size=2)
-            top, left = np.clip(centre, 0, SIZE - crop)
+            top, left = np.clip(centre, 0, size - crop)
         window = np.s_[:, top : top + crop, left : left + crop]
         frames[i], masks[i] = clip[window], mask[window]
     x = rearrange(torch.from_numpy(frames), "b t h w c -> b c t h w").float() / 127.5 - 1
     return x.contiguous(), torch.from_numpy(masks)[:, None]
 
 
+def paint_clips(
+    painter: Painter,
+    rng: np.random.Generator,
+    split: Split,
+    batch: int,
+    num_frames: int,
+    crop: int | None = None,
+    num_digits: int | None = None,
+    moments: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`sample_clips`, on the painter's device; squares lie around some place inside a digit's glyph."""
+    world, reach = painter.world, 8 * painter.world.cell
+    scenes = [sample_scene(rng, split, num_digits, world) for _ in range(batch)]
+    starts = [
+        min(rng.integers(24 * 60, size=moments).tolist(), key=partial(_gap, scene, num_frames)) for scene in scenes
+    ]
+    frames, mask = painter.paint(scenes, starts, num_frames)
+    if crop is not None and crop < world.size:
+        corners = []
+        for scene, start in zip(scenes, starts, strict=True):
+            digit = scene.digits[rng.integers(len(scene.digits))]
+            centre = positions(digit, start + num_frames // 2, 1, world)[0] + rng.uniform(0, reach, size=2)
+            corners.append(np.clip(centre % world.size - crop / 2, 0, world.size - crop).astype(int))
+        windows = [np.s_[row, :, top : top + crop, left : left + crop] for row, (top, left) in enumerate(corners)]
+        frames = torch.stack([frames[window] for window in windows])
+        mask = torch.stack([mask[window] for window in windows])
+    x = rearrange(frames, "b t h w c -> b c t h w").float() / 127.5 - 1
+    return x.contiguous(), mask.float()[:, None]
+
+
 def _gap(scene: Scene, num_frames: int, start: int) -> float:
     """Least distance of two digits of ``scene`` in the middle of a clip, px."""
-    places = [positions(digit, start + num_frames // 2, 1)[0] for digit in scene.digits]
-    gaps = [np.abs((a - b + SIZE / 2) % SIZE - SIZE / 2) for i, a in enumerate(places) for b in places[:i]]
+    size = scene.world.size
+    places = [positions(digit, start + num_frames // 2, 1, scene.world)[0] for digit in scene.digits]
+    gaps = [np.abs((a - b + size / 2) % size - size / 2) for i, a in enumerate(places) for b in places[:i]]
     return min((float(np.hypot(*gap)) for gap in gaps), default=0.0)
 
 

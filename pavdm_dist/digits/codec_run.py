@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pavdm_dist.digits.clip_vae import decode_clip, encode_clip, foreground_psnr, grown, public_vae, sample_clips
 from pavdm_dist.digits.codec_training import STATE, CodecTrainer, CodecTraining, network, read_run_state
+from pavdm_dist.digits.settings import SHIPPED, DigitWorld
 from pavdm_dist.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -28,9 +29,12 @@ HISTORY = "history.jsonl"
 
 
 @torch.no_grad()
-def evaluate(vae: AutoencoderKLWan, clips: int = 16, num_frames: int = 17) -> tuple[float, Tensor, Tensor]:
+def evaluate(
+    vae: AutoencoderKLWan, clips: int = 16, num_frames: int = 17, world: DigitWorld = SHIPPED
+) -> tuple[float, Tensor, Tensor]:
     """PSNR (dB) over held-out digits grown by two pixels; the clips and their reconstructions ``[b, 3, t, H, W]``."""
-    x, mask = sample_clips(np.random.default_rng(1), "heldout", clips, num_frames)
+    x, mask = sample_clips(np.random.default_rng(1), "heldout", clips, num_frames, world=world)
+    x, mask = x.to(vae.device), mask.to(vae.device)
     out = torch.cat([decode_clip(vae, encode_clip(vae, part).chunk(2, dim=1)[0]) for part in x.split(4)])
     return foreground_psnr(out, x, grown(mask)), x, out
 
@@ -42,11 +46,17 @@ def write_sheet(path: Path, x: Tensor, out: Tensor, rows: int = 6, columns: int 
     steps = torch.linspace(0, x.shape[2] - 1, columns).long()
     pairs = torch.stack([x[:rows, :, steps], out[:rows, :, steps].clamp(-1, 1)], dim=1)
     sheet = rearrange(((pairs + 1) * 127.5).round().byte(), "b two c t h w -> (b two h) (t w) c")
-    image = Image.fromarray(sheet.numpy())
+    image = Image.fromarray(sheet.cpu().numpy())
     image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST).save(path)
 
 
-def train_codec(config: CodecTraining, run_dir: str | Path, max_seconds: float = math.inf) -> float | None:
+def train_codec(
+    config: CodecTraining,
+    run_dir: str | Path,
+    max_seconds: float = math.inf,
+    world: DigitWorld = SHIPPED,
+    device: torch.device | str = "cpu",
+) -> float | None:
     """Train until both phases' time is spent, or for a slice of ``max_seconds``, continuing what ``run_dir`` holds.
 
     Writes ``state.pt``, ``history.jsonl`` (losses) and ``reconstruction.png`` (held-out digits) there.
@@ -59,7 +69,7 @@ def train_codec(config: CodecTraining, run_dir: str | Path, max_seconds: float =
     """
     run = Path(run_dir)
     run.mkdir(parents=True, exist_ok=True)
-    trainer = CodecTrainer(config)
+    trainer = CodecTrainer(config, world, device)
     if (run / STATE).exists():
         trainer.load(run)
     started = reported = last = time.monotonic()
@@ -82,7 +92,7 @@ def train_codec(config: CodecTraining, run_dir: str | Path, max_seconds: float =
 
 def _report(trainer: CodecTrainer, run: Path, loss: float) -> float:
     trainer.save(run)
-    psnr, x, out = evaluate(trainer.averaged())
+    psnr, x, out = evaluate(trainer.averaged(), world=trainer.world)
     write_sheet(run / SHEET, x, out)
     log.info(
         "codec: step %d, %.0f of %.0f s, loss %.4f, held-out foreground PSNR %.2f dB",
@@ -96,7 +106,7 @@ def _report(trainer: CodecTrainer, run: Path, loss: float) -> float:
 
 
 def load_codec(run_dir: str | Path) -> AutoencoderKLWan:
-    """The averaged codec of a run, finished or not.
+    """The averaged codec of a run, finished or not, on the CPU.
 
     Raises:
         CheckpointError: there is no run in ``run_dir``.
@@ -111,7 +121,7 @@ def load_codec(run_dir: str | Path) -> AutoencoderKLWan:
 
 
 @torch.no_grad()
-def export_codec(run_dir: str | Path, folder: str | Path, clips: int = 128) -> None:
+def export_codec(run_dir: str | Path, folder: str | Path, clips: int = 128, world: DigitWorld = SHIPPED) -> None:
     """Write the averaged codec to ``folder`` (config.json and fp16 safetensors).
 
     ``latents_mean`` and ``latents_std`` are measured per channel on ``clips`` training clips of 17 frames,
@@ -125,7 +135,7 @@ def export_codec(run_dir: str | Path, folder: str | Path, clips: int = 128) -> N
     rng = np.random.default_rng(2)
     means = []
     for _ in range(0, clips, 8):
-        x, _ = sample_clips(rng, "train", 8, 17)
+        x, _ = sample_clips(rng, "train", 8, 17, world=world)
         means.append(encode_clip(vae, x).chunk(2, dim=1)[0])
     latents = rearrange(torch.cat(means), "b c t h w -> c (b t h w)")
     public.register_to_config(latents_mean=latents.mean(1).tolist(), latents_std=latents.std(1).tolist())

@@ -19,9 +19,11 @@ from pavdm_dist.digits.clip_vae import (
     encode_clip,
     foreground_psnr,
     grown,
+    paint_clips,
     sample_clips,
 )
-from pavdm_dist.digits.world import SIZE, WORLD_SETTINGS
+from pavdm_dist.digits.painting import Painter
+from pavdm_dist.digits.settings import SHIPPED, DigitWorld
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.train.optimizer import MuonAdamW
 
@@ -45,7 +47,7 @@ class CodecTraining:
         decoder_seconds: further time for the decoder alone. The encoder is final after the first phase, so
             latents can be cached meanwhile.
         num_frames: frames per clip, 4n + 1.
-        moments: of so many moments of a scene of two digits, the one at which they are closest is trained on.
+        moments: of so many moments of a scene of the most digits, the one at which they are closest is trained on.
         crop: side of the training crops, px, a multiple of 8; whole frames from ``whole_from`` of a phase on.
         whole_from: share of a phase's time, 0..1.
         batch_size: clips per step while cropping; whole frames come in smaller batches of as many pixels.
@@ -90,8 +92,8 @@ class CodecTraining:
     def __post_init__(self) -> None:
         if self.num_frames % 4 != 1:
             raise ConfigError(f"num_frames={self.num_frames} is not 4n + 1: use {self.num_frames // 4 * 4 + 1}.")
-        if self.crop % 8 or not 8 <= self.crop <= SIZE:
-            raise ConfigError(f"crop={self.crop} is not a multiple of 8 from 8 to {SIZE}.")
+        if self.crop % 8 or self.crop < 8:
+            raise ConfigError(f"crop={self.crop} is not a multiple of 8 from 8 on.")
 
 
 def network(config: CodecTraining) -> AutoencoderKLWan:
@@ -122,12 +124,24 @@ def _penalty(error: Tensor) -> Tensor:
 
 
 class CodecTrainer:
-    """Weights, optimiser and averaged weights of one run; a step depends on nothing but them and its number."""
+    """Weights, optimiser and averaged weights of one run; a step depends on nothing but them and its number.
 
-    def __init__(self, config: CodecTraining) -> None:
+    Args:
+        config: shape and training.
+        world: what is shown to it.
+        device: where it is trained; on a GPU clips are drawn there, too.
+
+    Raises:
+        ConfigError: crops that are larger than the world's pictures.
+    """
+
+    def __init__(self, config: CodecTraining, world: DigitWorld = SHIPPED, device: torch.device | str = "cpu") -> None:
+        if config.crop > world.size:
+            raise ConfigError(f"crop={config.crop}: the world's pictures have {world.size} pixels; use that at most")
         torch.manual_seed(config.seed)
-        self.config = config
-        self.vae = network(config).train()
+        self.config, self.world, self.device = config, world, torch.device(device)
+        self._painter = None if self.device.type == "cpu" else Painter(world, self.device)
+        self.vae = network(config).train().to(self.device)
         self.average = {name: value.detach().clone() for name, value in self.vae.state_dict().items()}
         matrices = {name: value for name, value in self.vae.named_parameters() if _is_matrix(name, value)}
         others = [value for name, value in self.vae.named_parameters() if name not in matrices]
@@ -170,17 +184,21 @@ class CodecTrainer:
         rate = peak * 0.5 * (1 + math.cos(math.pi * progress))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        crop = config.crop if progress < config.whole_from else SIZE
+        crop = config.crop if progress < config.whole_from else self.world.size
         batch = max(1, config.batch_size * config.crop**2 // crop**2)
         rng = np.random.default_rng([config.seed, self.steps])
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        generator = torch.Generator(self.device).manual_seed(int(rng.integers(2**62)))
         # Where digits cover each other lies most of the error, on a twentieth of the pixels.
-        x, mask = sample_clips(rng, "train", batch, config.num_frames, crop, 2, config.moments)
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+        about = (batch, config.num_frames, crop, self.world.most_digits, config.moments)
+        if self._painter is None:
+            x, mask = sample_clips(rng, "train", *about, self.world)
+        else:
+            x, mask = paint_clips(self._painter, rng, "train", *about)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bfloat16):
             mean, logvar = encode_clip(self.vae, x).float().chunk(2, dim=1)
             logvar = logvar.clamp(-30, 20)
             spread = config.latent_noise * mean.detach().std(dim=(0, 2, 3, 4), keepdim=True)
-            noise = torch.randn(mean.shape, generator=generator)
+            noise = torch.randn(mean.shape, generator=generator, device=self.device)
             out = decode_clip(self.vae, mean + torch.sqrt(logvar.exp() + spread**2) * noise).float()
         reconstruction = reconstruction_loss(config, out, x, mask)
         divergence = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
@@ -208,7 +226,7 @@ class CodecTrainer:
 
     def averaged(self) -> AutoencoderKLWan:
         """A VAE holding the averaged weights."""
-        vae = network(self.config)
+        vae = network(self.config).to(self.device)
         vae.load_state_dict(self.average)
         return vae.eval().requires_grad_(False)
 
@@ -216,7 +234,7 @@ class CodecTrainer:
         """Write everything needed to go on, all or nothing."""
         state = {
             "config": asdict(self.config),
-            "world": WORLD_SETTINGS,
+            "world": self.world.settings,
             "vae": self.vae.state_dict(),
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
@@ -235,7 +253,7 @@ class CodecTrainer:
             CheckpointError: the run was started with another network shape, or in another world; or it is damaged.
         """
         state = read_run_state(run_dir / STATE)
-        if state["world"] != WORLD_SETTINGS:
+        if state["world"] != self.world.settings:
             raise CheckpointError(f"{run_dir / STATE} was trained on other world settings: start a new run folder.")
         try:
             self.vae.load_state_dict(state["vae"])
@@ -246,7 +264,7 @@ class CodecTrainer:
                 f"decoder_base_dim={state['config']['decoder_base_dim']}, "
                 f"dim_mult={state['config']['dim_mult']}: use those."
             ) from None
-        self.average = state["average"]
+        self.average = {name: value.to(self.device) for name, value in state["average"].items()}
         self.optimizer.load_state_dict(state["optimizer"])
         if state["frozen"]:
             self._freeze()
@@ -260,6 +278,6 @@ def read_run_state(path: Path) -> dict[str, Any]:
         CheckpointError: it is torn, or would run code.
     """
     try:
-        return torch.load(path, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{path} is damaged or not a state of this program: start a new run folder") from error

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pavdm_dist.digits.handwriting import clear_images, load_glyphs
 from pavdm_dist.digits.prompts import AskedDigit
-from pavdm_dist.digits.world import COLOURS, SIZE, Digit, Scene, clear_images, load_glyphs, render
+from pavdm_dist.digits.settings import CELL, COLOURS, SHIPPED, SIZE, DigitWorld
+from pavdm_dist.digits.world import Digit, Scene, render
 from pavdm_dist.errors import ConfigError
 
 Floats = NDArray[np.float64]
@@ -25,11 +27,12 @@ PALETTE = np.array(list(COLOURS.values()), dtype=np.float64)
 NAMES = tuple(COLOURS)
 # Backgrounds stay below 42 and digits reach 200: ink is what lies between, scaled to 0..1.
 INK_FROM, INK_RANGE = 70.0, 120.0
-MIN_INK = 20.0  # px; a thin "one" has about 70
-CROP = 32  # side of the square that is read, px
 EDGE = 0.5  # ink above this is inside a stroke
+# In the shipped world's pixels; other worlds' glyphs may be larger.
+MIN_INK = 20.0  # a thin "one" has about 70
 # Digits nearer than this cover each other, and nobody can be asked to read them.
-APART = 26.0  # px
+APART = 26.0
+CROP_CELLS = 16  # side of the square that is read, which is 32 px in the shipped world
 
 
 @dataclass(frozen=True)
@@ -60,31 +63,35 @@ class Judge:
     Args:
         drawings: how often every image is drawn, at different sub-pixel places, to train the reader.
         seed: of those places.
+        world: whose videos are read.
 
     Raises:
         ConfigError: scikit-learn is not installed.
     """
 
-    def __init__(self, drawings: int = 3, seed: int = 0) -> None:
+    def __init__(self, drawings: int = 3, seed: int = 0, world: DigitWorld = SHIPPED) -> None:
         try:
             from sklearn.svm import SVC
         except ImportError:
             raise ConfigError("The judge needs scikit-learn: run `pip install 'pavdm-dist[train]'`.") from None
-        crops, classes = _unseen_handwriting(drawings, seed)
+        crops, classes = _unseen_handwriting(drawings, seed, world)
+        self.world, scale = world, world.cell / CELL
+        self._min_ink, self._apart = MIN_INK * scale**2, APART * scale
         self._reader: Any = SVC(C=10.0, gamma="scale").fit(crops, classes)
 
     def read(self, frames: NDArray[np.uint8], asked: Sequence[AskedDigit]) -> Reading:
-        """Reads frames ``[t, 64, 64, 3]`` in the light of what was asked.
+        """Reads frames ``[t, size, size, 3]`` in the light of what was asked.
 
         Raises:
             ConfigError: frames of another size.
         """
-        if frames.ndim != 4 or frames.shape[1:] != (SIZE, SIZE, 3):
-            raise ConfigError(f"frames of shape {list(frames.shape)}: the judge reads [t, {SIZE}, {SIZE}, 3]")
+        size = self.world.size
+        if frames.ndim != 4 or frames.shape[1:] != (size, size, 3):
+            raise ConfigError(f"frames of shape {list(frames.shape)}: the judge reads [t, {size}, {size}, 3]")
         ink, labels = _ink(frames)
         amounts = np.stack([(ink * (labels == i)).sum((1, 2)) for i in range(len(NAMES))], axis=1)
         wanted = [NAMES.index(digit.colour) for digit in asked]
-        seen = amounts[:, wanted] >= MIN_INK
+        seen = amounts[:, wanted] >= self._min_ink
         others = [i for i in range(len(NAMES)) if i not in wanted]
         centres, reach = np.full((*seen.shape, 2), np.nan), np.full((*seen.shape, 4), np.nan)
         numbers = np.full(seen.shape, -1, dtype=np.int64)
@@ -94,49 +101,52 @@ class Judge:
             if len(rows):
                 centres[rows, column] = torus_centre(own[rows])
                 reach[rows, column] = ink_reach(own[rows], centres[rows, column])
-                numbers[rows, column] = self._reader.predict(crop(own[rows], centres[rows, column]))
+                numbers[rows, column] = self._reader.predict(crop(own[rows], centres[rows, column], self.world))
         covered = np.zeros_like(seen)
         for i in range(len(asked)):
             for j in range(i):
-                gap = np.linalg.norm(on_torus(centres[:, i] - centres[:, j]), axis=-1)
-                near = np.nan_to_num(gap, nan=np.inf) < APART
+                gap = np.linalg.norm(on_torus(centres[:, i] - centres[:, j], size), axis=-1)
+                near = np.nan_to_num(gap, nan=np.inf) < self._apart
                 covered[:, i] |= near
                 covered[:, j] |= near
-        return Reading(seen, (amounts[:, others] >= MIN_INK).sum(1), numbers, covered, centres, reach)
+        return Reading(seen, (amounts[:, others] >= self._min_ink).sum(1), numbers, covered, centres, reach)
 
 
-def on_torus(difference: Floats) -> Floats:
-    """Shortest way for a difference of places, px, in -SIZE/2 .. SIZE/2."""
-    return (difference + SIZE / 2) % SIZE - SIZE / 2
+def on_torus(difference: Floats, size: int = SIZE) -> Floats:
+    """Shortest way for a difference of places, px, in -size/2 .. size/2."""
+    return (difference + size / 2) % size - size / 2
 
 
 def torus_centre(ink: Floats) -> Floats:
-    """Middle (y, x) ``[n, 2]`` of ``ink [n, SIZE, SIZE]`` by circular means, px in 0..SIZE."""
-    turn = np.exp(2j * np.pi * (np.arange(SIZE) + 0.5) / SIZE)
+    """Middle (y, x) ``[n, 2]`` of ``ink [n, size, size]`` by circular means, px in 0..size."""
+    size = ink.shape[-1]
+    turn = np.exp(2j * np.pi * (np.arange(size) + 0.5) / size)
     angles = np.angle(np.stack([ink.sum(2) @ turn, ink.sum(1) @ turn], axis=1))
-    return angles * SIZE / (2 * np.pi) % SIZE
+    return angles * size / (2 * np.pi) % size
 
 
 def ink_reach(ink: Floats, centres: Floats) -> Floats:
-    """How far ``ink [n, SIZE, SIZE]`` goes from ``centres`` up, left, down and right, ``[n, 4]``, px."""
-    sides = []
+    """How far ``ink [n, size, size]`` goes from ``centres`` up, left, down and right, ``[n, 4]``, px."""
+    size, sides = ink.shape[-1], []
     for axis, middle in ((2, centres[:, 0]), (1, centres[:, 1])):
         inside = ink.max(axis) > EDGE
-        first, last = inside.argmax(1), SIZE - inside[:, ::-1].argmax(1)
+        first, last = inside.argmax(1), size - inside[:, ::-1].argmax(1)
         sides.append((middle - first, last - middle))
     (up, down), (left, right) = sides
     return np.stack([up, left, down, right], axis=1)
 
 
-def crop(ink: Floats, centres: Floats) -> Floats:
-    """Squares of ``CROP`` px around ``centres``, halved in size and flattened: ``[n, (CROP / 2)^2]``."""
-    corner = SIZE // 2 - CROP // 2
-    cells = CROP // 2
+def crop(ink: Floats, centres: Floats, world: DigitWorld = SHIPPED) -> Floats:
+    """Squares around ``centres`` that hold a glyph, as means over ``CROP_CELLS`` cells a side: ``[n, cells^2]``."""
+    size, cells = world.size, CROP_CELLS
+    pixels = max(1, round(2 * world.cell / CELL))  # a side of a cell: two in the shipped world
+    side = cells * pixels
+    corner = size // 2 - side // 2
     squares = []
     for picture, (y, x) in zip(ink, centres, strict=True):
-        middle = np.roll(picture, (SIZE // 2 - round(y), SIZE // 2 - round(x)), axis=(0, 1))
-        square = middle[corner : corner + CROP, corner : corner + CROP]
-        squares.append(square.reshape(cells, 2, cells, 2).mean((1, 3)).ravel())
+        middle = np.roll(picture, (size // 2 - round(y), size // 2 - round(x)), axis=(0, 1))
+        square = middle[corner : corner + side, corner : corner + side]
+        squares.append(square.reshape(cells, pixels, cells, pixels).mean((1, 3)).ravel())
     return np.array(squares)
 
 
@@ -149,16 +159,16 @@ def _ink(frames: NDArray[np.uint8]) -> tuple[Floats, NDArray[np.int64]]:
 
 
 @cache
-def _unseen_handwriting(drawings: int, seed: int) -> tuple[Floats, NDArray[np.int64]]:
+def _unseen_handwriting(drawings: int, seed: int, world: DigitWorld) -> tuple[Floats, NDArray[np.int64]]:
     """Crops and classes of all images but those that generators are trained on."""
     rng = np.random.default_rng((seed, 29))
-    used = set(np.concatenate(list(clear_images("train").values())).tolist())
+    used = set(np.concatenate(list(clear_images("train", world.clearest_fraction).values())).tolist())
     classes = load_glyphs()[1]
     images = [i for i in range(len(classes)) if i not in used]
     inks = []
     for image in np.repeat(images, drawings):
-        start = (float(rng.uniform(0, SIZE)), float(rng.uniform(0, SIZE)))
+        start = (float(rng.uniform(0, world.size)), float(rng.uniform(0, world.size)))
         digit = Digit(int(classes[image]), int(image), "white", "drifting", "up", "", start, (0.0, 0.0))
-        inks.append(_ink(render(Scene((digit,), (20.0, 20.0, 20.0), (0.0, 0.0)), 0, 1))[0][0])
+        inks.append(_ink(render(Scene((digit,), (20.0, 20.0, 20.0), (0.0, 0.0), world), 0, 1))[0][0])
     stack = np.stack(inks)
-    return crop(stack, torus_centre(stack)), np.repeat(classes[images], drawings)
+    return crop(stack, torus_centre(stack), world), np.repeat(classes[images], drawings)

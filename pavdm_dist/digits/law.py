@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pavdm_dist.digits.judge import Floats, on_torus
-from pavdm_dist.digits.world import SIZE
+from pavdm_dist.digits.settings import SIZE
 
 # Frames that one law is fitted to: at the world's speeds a digit is reflected at most once along each axis in them.
 STRETCH = 20
@@ -45,11 +45,12 @@ def stretches(length: int) -> Iterator[slice]:
         yield slice(length * part // parts, length * (part + 1) // parts)
 
 
-def drifting(path: Floats) -> Motion | None:
+def drifting(path: Floats, size: int = SIZE) -> Motion | None:
     """The best constant velocity on the torus.
 
     Args:
         path: (y, x) ``[t, 2]``, px; NaN where it is not known.
+        size: of the frame, px.
 
     Returns:
         None where too few frames are known.
@@ -57,18 +58,19 @@ def drifting(path: Floats) -> Motion | None:
     times = np.flatnonzero(~np.isnan(path).any(1))
     if len(times) < _LEAST:
         return None
-    steps = on_torus(np.diff(path[times], axis=0))
+    steps = on_torus(np.diff(path[times], axis=0), size)
     unrolled = np.concatenate([np.zeros((1, 2)), np.cumsum(steps, axis=0)])
-    found = [_fit(times, unrolled[:, axis], None) for axis in (0, 1)]
+    found = [_fit(times, unrolled[:, axis], None, size) for axis in (0, 1)]
     return _motion(found, len(times))
 
 
-def bouncing(path: Floats, reach: Floats) -> Motion | None:
+def bouncing(path: Floats, reach: Floats, size: int = SIZE) -> Motion | None:
     """The best constant velocity that the frame's borders reflect.
 
     Args:
         path: (y, x) ``[t, 2]`` of the ink's middle, px; NaN where it is not known.
         reach: how far the ink goes from its middle, ``[t, 4]``: up, left, down, right, px.
+        size: of the frame, px.
 
     Returns:
         None where too few frames are known.
@@ -77,9 +79,9 @@ def bouncing(path: Floats, reach: Floats) -> Motion | None:
     if len(times) < _LEAST:
         return None
     up, left, down, right = np.median(reach[times], axis=0)
-    borders = ((up, SIZE - down), (left, SIZE - right))
+    borders = ((up, size - down), (left, size - right))
     found = [
-        min((_fit(times, path[times, axis], wall) for wall in (None, *borders[axis])), key=lambda fit: fit[0])
+        min((_fit(times, path[times, axis], wall, size) for wall in (None, *borders[axis])), key=lambda fit: fit[0])
         for axis in (0, 1)
     ]
     return _motion(found, len(times))
@@ -90,7 +92,7 @@ def _motion(found: list[tuple[float, float]], count: int) -> Motion:
     return Motion(math.sqrt((rows + columns) / count), (down, right))
 
 
-def _fit(times: NDArray[np.int64], places: Floats, wall: float | None) -> tuple[float, float]:
+def _fit(times: NDArray[np.int64], places: Floats, wall: float | None, size: int) -> tuple[float, float]:
     """Squares that the best path along one axis leaves, and its velocity; infinite where none turns at ``wall``."""
     ones = np.ones(len(times))
     if wall is None:
@@ -108,7 +110,7 @@ def _fit(times: NDArray[np.int64], places: Floats, wall: float | None) -> tuple[
             place = float(np.clip(place, wall - _WALL_ERROR, wall + _WALL_ERROR))
             left, velocity, found = _solved(mirrored, places - 2 * place * after)
         # It is there at the moment it turns, and comes from inside the frame.
-        towards = velocity < 0 if wall < SIZE / 2 else velocity > 0
+        towards = velocity < 0 if wall < size / 2 else velocity > 0
         reached = (place - found[0]) / velocity if velocity else math.inf
         if left < best[0] and towards and times[turn - 1] - 0.5 <= reached <= times[turn] + 0.5:
             best = (left, velocity)

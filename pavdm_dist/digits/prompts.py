@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from pavdm_dist.codecs.text import split_words
-from pavdm_dist.digits.world import COLOURS, DIRECTIONS, MOTIONS, NUMBERS, SPEEDS
+from pavdm_dist.digits.settings import DIRECTIONS, MOTIONS, NUMBERS, SHIPPED, SPEEDS, DigitWorld
 from pavdm_dist.errors import ConfigError
 
 
@@ -29,27 +29,27 @@ class AskedDigit:
     speed: float
 
 
-def parse_prompt(prompt: str) -> tuple[AskedDigit, ...]:
-    """The digits of a prompt, in its order.
+def parse_prompt(prompt: str, world: DigitWorld = SHIPPED) -> tuple[AskedDigit, ...]:
+    """The digits of a prompt of ``world``, in its order.
 
     Raises:
         ConfigError: not a sentence of the embedded world, or two digits of one colour, which pixels cannot tell apart.
     """
     phrases = [phrase.split() for phrase in " ".join(split_words(prompt)).split(" , ")]
-    digits = tuple(_parse_phrase(words, prompt) for words in phrases)
+    digits = tuple(_parse_phrase(words, prompt, world) for words in phrases)
     if len({digit.colour for digit in digits}) < len(digits):
         raise ConfigError(f"prompt {prompt!r} has two digits of one colour, which the judge cannot tell apart")
     return digits
 
 
-def _parse_phrase(words: list[str], prompt: str) -> AskedDigit:
+def _parse_phrase(words: list[str], prompt: str, world: DigitWorld) -> AskedDigit:
     speed = next((word for word in SPEEDS if word and word in words), "")
     direction = " ".join(word for word in words[4:] if word != speed)
     drifts = len(words) > 3 and words[3] == "drifting"
     if (
         len(words) < 4
         or words[0] != "a"
-        or words[1] not in COLOURS
+        or words[1] not in world.colours
         or words[2] not in NUMBERS
         or words[3] not in MOTIONS
         or (direction not in DIRECTIONS if drifts else direction != "")
@@ -59,4 +59,4 @@ def _parse_phrase(words: list[str], prompt: str) -> AskedDigit:
             " 'a red three drifting fast up and to the left' or 'a blue seven bouncing slowly'"
         )
     angle = math.atan2(*DIRECTIONS[direction]) if drifts else None
-    return AskedDigit(NUMBERS.index(words[2]), words[1], words[3], angle, SPEEDS[speed])
+    return AskedDigit(NUMBERS.index(words[2]), words[1], words[3], angle, world.speed_of[speed])

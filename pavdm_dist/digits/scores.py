@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pavdm_dist.digits.judge import Floats, Judge, Reading, on_torus
 from pavdm_dist.digits.law import Motion, bouncing, drifting, stretches
 from pavdm_dist.digits.prompts import AskedDigit
+from pavdm_dist.digits.settings import SIZE
 
 SPAN = 0.5  # seconds over which speed is measured
 LINE_FRAMES = 9  # frames of which a straight path is asked
@@ -60,7 +61,7 @@ class ChunkScore:
 def score_chunks(
     judge: Judge, frames: NDArray[np.uint8], asked: Sequence[AskedDigit], fps: float, chunk_frames: int = 20
 ) -> list[ChunkScore]:
-    """Scores of each ``chunk_frames`` of ``frames [t, 64, 64, 3]``; a shorter rest at the end is left out.
+    """Scores of each ``chunk_frames`` of ``frames [t, size, size, 3]``; a shorter rest at the end is left out.
 
     Raises:
         ConfigError: frames the judge cannot read.
@@ -91,7 +92,7 @@ def score_chunk(
     asked: Sequence[AskedDigit],
     fps: float,
 ) -> ChunkScore:
-    """Scores of one chunk ``[t, 64, 64, 3]``; ``before`` are the frames of the one before it, if any.
+    """Scores of one chunk ``[t, size, size, 3]``; ``before`` are the frames of the one before it, if any.
 
     Raises:
         ConfigError: frames the judge cannot read.
@@ -102,8 +103,8 @@ def score_chunk(
     law_errors, bounces = list[float](), list[float]()
     for column, digit in enumerate(asked):
         path = reading.centres[:, column]
-        moves = displacements(path, round(SPAN * fps))
-        motions = _motions(reading, column, digit)
+        moves = displacements(path, round(SPAN * fps), judge.world.size)
+        motions = _motions(reading, column, digit, judge.world.size)
         # Where a digit turns round, half a second's way ends nearer than it is long: the law knows the turn.
         speeds = [math.hypot(*motion.velocity) * fps / digit.speed for motion in motions]
         if motions:
@@ -116,7 +117,7 @@ def score_chunk(
         if len(moves) and digit.angle is not None:
             went = math.atan2(*moves.mean(0))
             directions.append(abs(math.remainder(went - digit.angle, 2 * math.pi)) <= SECTOR)
-        errors += line_errors(path)
+        errors += line_errors(path, judge.world.size)
     colours = reading.seen.all(1) & (reading.strangers == 0)
     shown = reading.seen.sum(1) + reading.strangers
     seconds = len(frames) / fps
@@ -136,13 +137,15 @@ def score_chunk(
     )
 
 
-def _motions(reading: Reading, column: int, digit: AskedDigit) -> list[Motion]:
+def _motions(reading: Reading, column: int, digit: AskedDigit, size: int) -> list[Motion]:
     """The law's path in every stretch of a chunk; frames in which a digit covers another are left out."""
     path, reach = reading.centres[:, column].copy(), reading.reach[:, column]
     path[reading.covered[:, column]] = np.nan
     parts = stretches(len(path))
-    drifts = digit.angle is not None
-    found = (drifting(path[part]) if drifts else bouncing(path[part], reach[part]) for part in parts)
+    if digit.angle is not None:
+        found = [drifting(path[part], size) for part in parts]
+    else:
+        found = [bouncing(path[part], reach[part], size) for part in parts]
     return [motion for motion in found if motion is not None]
 
 
@@ -151,15 +154,15 @@ def _bounces(motion: Motion, speed: float) -> bool:
     return motion.error <= LAW_ERROR and abs(speed - 1) <= LAW_SPEED and OFF_AXIS <= diagonal <= math.pi / 2 - OFF_AXIS
 
 
-def displacements(path: Floats, span: int) -> Floats:
+def displacements(path: Floats, span: int, size: int = SIZE) -> Floats:
     """Moves ``[n, 2]`` over ``span`` frames of a path ``[t, 2]`` on the torus, summed step by step; gaps left out."""
-    steps = on_torus(np.diff(path, axis=0))
+    steps = on_torus(np.diff(path, axis=0), size)
     moves = [steps[i : i + span].sum(0) for i in range(len(steps) - span + 1)]
     found = [move for move in moves if not np.isnan(move).any()]
     return np.array(found).reshape(-1, 2)
 
 
-def line_errors(path: Floats) -> list[float]:
+def line_errors(path: Floats, size: int = SIZE) -> list[float]:
     """Distance of every ``LINE_FRAMES`` frames of a path from their best straight line in time, px, root mean square.
 
     The median over a chunk ignores the few stretches in which a bouncing digit turns round.
@@ -170,7 +173,7 @@ def line_errors(path: Floats) -> list[float]:
         part = path[start : start + LINE_FRAMES]
         if np.isnan(part).any():
             continue
-        unrolled = np.concatenate([[[0.0, 0.0]], np.cumsum(on_torus(np.diff(part, axis=0)), axis=0)])
+        unrolled = np.concatenate([[[0.0, 0.0]], np.cumsum(on_torus(np.diff(part, axis=0), size), axis=0)])
         centred = unrolled - unrolled.mean(0)
         slope = (time[:, None] * centred).sum(0) / (time**2).sum()
         errors.append(float(np.sqrt(((centred - time[:, None] * slope) ** 2).sum(1).mean())))

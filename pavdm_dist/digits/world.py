@@ -1,8 +1,7 @@
 """The embedded model's world: real handwritten digits moving in colour over a dim background.
 
-The glyphs are scikit-learn's bundled 8x8 digits (1,797 images by 43 writers, BSD-3), split once into
-training and held-out images. Every fact a prompt states (how many, which digit, colour, direction, speed)
-is a field of :class:`Digit`, so that what a model draws can be checked against what was asked.
+Every fact a prompt states (how many, which digit, colour, direction, speed) is a field of :class:`Digit`, so that what
+a model draws can be checked against what was asked.
 
 Lengths are pixels, times seconds, ``y`` grows downwards. Everything follows from the random generator given.
 """
@@ -10,74 +9,28 @@ Lengths are pixels, times seconds, ``y`` grows downwards. Everything follows fro
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pavdm_dist.digits.handwriting import Floats, Split, clear_images, load_glyphs
+from pavdm_dist.digits.settings import (
+    COLOURS,
+    DIRECTIONS,
+    FPS,
+    INK_EDGE,
+    MOTIONS,
+    NUMBERS,
+    SHIPPED,
+    SPEEDS,
+    DigitWorld,
+)
 from pavdm_dist.errors import ConfigError
 
-Split = Literal["train", "heldout"]
-Floats = NDArray[np.float32]
-
-SIZE = 64
-FPS = 24
-CELL = 3.5  # screen pixels per pixel of the 8x8 image: a glyph is 28 px high
-INK_EDGE = (0.2, 0.7)  # interpolated ink that is fully outside and fully inside a stroke
-HELDOUT_FRACTION = 0.2
-SPLIT_SEED = 20
-# Only the clearest handwriting is used: a tiny model shown all 43 hands learns strokes long before it learns digits.
-CLEAREST_FRACTION = 0.12
 MASK_ALPHA = 0.05
-
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (235, 45, 40),
-    "green": (50, 205, 60),
-    "blue": (60, 90, 250),
-    "yellow": (245, 215, 40),
-    "cyan": (40, 215, 225),
-    "magenta": (230, 60, 220),
-    "white": (240, 240, 240),
-}
-SPEEDS: dict[str, float] = {"slowly": 8.0, "": 18.0, "fast": 36.0}  # px/s; the middle one goes without saying
-DIRECTIONS: dict[str, tuple[int, int]] = {  # (y, x)
-    "up": (-1, 0),
-    "down": (1, 0),
-    "to the left": (0, -1),
-    "to the right": (0, 1),
-    "up and to the left": (-1, -1),
-    "up and to the right": (-1, 1),
-    "down and to the left": (1, -1),
-    "down and to the right": (1, 1),
-}
-MOTIONS = ("drifting", "bouncing")
-
-VOCABULARY: tuple[str, ...] = tuple(
-    dict.fromkeys(
-        ["a", ",", *COLOURS, *NUMBERS, *MOTIONS, *(word for word in SPEEDS if word)]
-        + [word for phrase in DIRECTIONS for word in phrase.split()]
-    )
-)
-"""Every word (and the comma) a prompt of this world can hold."""
-
-WORLD_SETTINGS: dict[str, Any] = {
-    "source": "sklearn.datasets.load_digits",
-    "heldout_fraction": HELDOUT_FRACTION,
-    "split_seed": SPLIT_SEED,
-    "clearest_fraction": CLEAREST_FRACTION,
-    "size": SIZE,
-    "fps": FPS,
-    "cell": CELL,
-    "ink_edge": list(INK_EDGE),
-    "colours": {name: list(rgb) for name, rgb in COLOURS.items()},
-    "speeds": dict(SPEEDS),
-    "directions": {name: list(step) for name, step in DIRECTIONS.items()},
-    "vocabulary": list(VOCABULARY),
-}
-"""What a checkpoint trained on this world stores beside its weights (JSON-ready)."""
 
 
 @dataclass(frozen=True)
@@ -113,130 +66,89 @@ class Scene:
         digits: one or more digits.
         background: colour at the middle of the frame, 0..255.
         gradient: change of brightness along (y, x) over the whole frame, 0..255 levels.
+        world: whose sizes hold.
     """
 
     digits: tuple[Digit, ...]
     background: tuple[float, float, float]
     gradient: tuple[float, float]
+    world: DigitWorld = SHIPPED
 
 
 @cache
-def load_glyphs() -> tuple[Floats, NDArray[np.int64]]:
-    """All handwritten digits: ink ``[1797, 8, 8]`` in 0..1 and classes ``[1797]``.
-
-    Raises:
-        ConfigError: scikit-learn is not installed.
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ConfigError(
-            "Training data needs scikit-learn's handwritten digits: run `pip install 'pavdm-dist[train]'`."
-        ) from None
-    data = load_digits()
-    return (data.images / 16.0).astype(np.float32), np.asarray(data.target, dtype=np.int64)
-
-
-@cache
-def split_indices(split: Split) -> NDArray[np.int64]:
-    """Indices of the images that belong to ``split``: the same share of every class, fixed for ever.
-
-    Raises:
-        ConfigError: ``split`` is neither "train" nor "heldout".
-    """
-    if split not in ("train", "heldout"):
-        raise ConfigError(f"split={split!r} does not exist: use 'train' or 'heldout'.")
-    _, classes = load_glyphs()
-    rng = np.random.default_rng(SPLIT_SEED)
-    chosen = []
-    for number in range(10):
-        members = rng.permutation(np.flatnonzero(classes == number))
-        cut = round(len(members) * HELDOUT_FRACTION)
-        chosen.append(members[:cut] if split == "heldout" else members[cut:])
-    return np.sort(np.concatenate(chosen))
-
-
-@cache
-def clear_images(split: Split) -> dict[int, NDArray[np.int64]]:
-    """For every class the ``CLEAREST_FRACTION`` of ``split``'s images that are least like any other class.
-
-    Clearness is the squared distance to the nearest other class's mean minus that to the own class's mean, means
-    taken over the training images.
-    """
-    glyphs, classes = load_glyphs()
-    train, own = split_indices("train"), split_indices(split)
-    flat = glyphs.reshape(len(glyphs), -1)
-    means = np.stack([flat[train[classes[train] == number]].mean(0) for number in range(10)])
-    distances = ((flat[own][:, None] - means) ** 2).sum(-1)
-    to_own = distances[np.arange(len(own)), classes[own]]
-    distances[np.arange(len(own)), classes[own]] = np.inf
-    clearness = distances.min(1) - to_own
-    best = {}
-    for number in range(10):
-        members = np.flatnonzero(classes[own] == number)
-        count = max(1, round(len(members) * CLEAREST_FRACTION))
-        best[number] = np.sort(own[members[np.argsort(-clearness[members], kind="stable")[:count]]])
-    return best
-
-
-@cache
-def _ink_box(image: int) -> tuple[float, float, float, float]:
+def _ink_box(image: int, world: DigitWorld) -> tuple[float, float, float, float]:
     """Top, left, bottom, right of the visible ink, px from the glyph's top left corner."""
-    mask = _alpha(image, np.zeros((1, 2)) + SIZE / 4, wrap=False)[0] > 0.5
+    corner = world.size / 4
+    mask = _alpha(image, np.zeros((1, 2)) + corner, False, world)[0] > 0.5
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    corner = SIZE / 4
     return rows[0] - corner, columns[0] - corner, rows[-1] + 1 - corner, columns[-1] + 1 - corner
 
 
-def sample_scene(rng: np.random.Generator, split: Split = "train", num_digits: int | None = None) -> Scene:
-    """Draw a scene of one or two digits (``num_digits`` fixes the count) with different colours.
+def sample_scene(
+    rng: np.random.Generator, split: Split = "train", num_digits: int | None = None, world: DigitWorld = SHIPPED
+) -> Scene:
+    """Draw a scene of up to ``world.most_digits`` digits (``num_digits`` fixes the count) with different colours.
 
     Raises:
         ConfigError: ``num_digits`` below 1 or above the number of colours, or an unknown ``split``.
     """
-    count = int(rng.integers(1, 3)) if num_digits is None else num_digits
-    if not 1 <= count <= len(COLOURS):
-        raise ConfigError(f"num_digits={count} is impossible: use 1 to {len(COLOURS)}, one colour each.")
-    colours = rng.permutation(list(COLOURS))[:count]
+    count = _draw_count(rng, world) if num_digits is None else num_digits
+    if not 1 <= count <= len(world.colours):
+        raise ConfigError(f"num_digits={count} is impossible: use 1 to {len(world.colours)}, one colour each.")
+    colours = rng.permutation(list(world.colours))[:count]
     digits: list[Digit] = []
     for colour in colours:
         # Digits that start on top of each other could not be told apart in the first seconds: take the
         # loneliest of a few places.
-        tries = [_sample_digit(rng, split, str(colour)) for _ in range(6 if digits else 1)]
-        digits.append(max(tries, key=lambda digit: min((_distance(digit, other) for other in digits), default=0.0)))
+        tries = [_sample_digit(rng, split, str(colour), world) for _ in range(6 if digits else 1)]
+        digits.append(max(tries, key=lambda digit: _least_distance(digit, digits, world)))
     tint = rng.uniform(12, 30) + rng.uniform(-5, 5, size=3)
     slope = rng.uniform(-12, 12, size=2)
-    return Scene(tuple(digits), (float(tint[0]), float(tint[1]), float(tint[2])), (float(slope[0]), float(slope[1])))
+    background, gradient = (float(tint[0]), float(tint[1]), float(tint[2])), (float(slope[0]), float(slope[1]))
+    return Scene(tuple(digits), background, gradient, world)
 
 
-def _sample_digit(rng: np.random.Generator, split: Split, colour: str) -> Digit:
+def _draw_count(rng: np.random.Generator, world: DigitWorld) -> int:
+    if not world.digit_weights:
+        return int(rng.integers(1, world.most_digits + 1))
+    weights = np.array(world.digit_weights)
+    return 1 + int(rng.choice(world.most_digits, p=weights / weights.sum()))
+
+
+def _sample_digit(rng: np.random.Generator, split: Split, colour: str, world: DigitWorld) -> Digit:
     number = int(rng.integers(10))
-    image = int(rng.choice(clear_images(split)[number]))
+    image = int(rng.choice(clear_images(split, world.clearest_fraction)[number]))
     motion = MOTIONS[rng.integers(len(MOTIONS))]
     speed = list(SPEEDS)[rng.integers(len(SPEEDS))]
     if motion == "drifting":
         direction = list(DIRECTIONS)[rng.integers(len(DIRECTIONS))]
         angle = math.atan2(*DIRECTIONS[direction])
-        start = rng.uniform(0, SIZE, size=2)
+        start = rng.uniform(0, world.size, size=2)
     else:
         direction = ""
         # Away from the axes, so that a bouncing digit visits more than one line of the frame.
         angle = rng.integers(4) * math.pi / 2 + rng.uniform(math.pi / 9, math.pi / 2 - math.pi / 9)
-        low, high = _bounds(image)
+        low, high = _bounds(image, world)
         start = rng.uniform(low, high)
-    velocity = (math.sin(angle) * SPEEDS[speed], math.cos(angle) * SPEEDS[speed])
+    pace = world.speed_of[speed]
+    velocity = (math.sin(angle) * pace, math.cos(angle) * pace)
     return Digit(number, image, colour, motion, direction, speed, (float(start[0]), float(start[1])), velocity)
 
 
-def _distance(a: Digit, b: Digit) -> float:
-    gaps = [abs((p - q + SIZE / 2) % SIZE - SIZE / 2) for p, q in zip(a.start, b.start, strict=True)]
+def _least_distance(digit: Digit, others: Sequence[Digit], world: DigitWorld) -> float:
+    """Px from where ``digit`` starts to the nearest start of ``others`` on the torus; 0 without any."""
+    return min((_distance(digit, other, world.size) for other in others), default=0.0)
+
+
+def _distance(a: Digit, b: Digit, size: int) -> float:
+    gaps = [abs((p - q + size / 2) % size - size / 2) for p, q in zip(a.start, b.start, strict=True)]
     return math.hypot(*gaps)
 
 
-def _bounds(image: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _bounds(image: int, world: DigitWorld) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Least and greatest (y, x) of the glyph's corner that keep its ink inside the frame."""
-    top, left, bottom, right = _ink_box(image)
-    return np.array([-top, -left]), np.array([SIZE - bottom, SIZE - right])
+    top, left, bottom, right = _ink_box(image, world)
+    return np.array([-top, -left]), np.array([world.size - bottom, world.size - right])
 
 
 def scene_prompt(scene: Scene) -> str:
@@ -248,32 +160,33 @@ def scene_prompt(scene: Scene) -> str:
     return ", ".join(phrases)
 
 
-def positions(digit: Digit, start_frame: int, num_frames: int) -> NDArray[np.float64]:
-    """(y, x) ``[num_frames, 2]`` of the glyph's top left corner, px; on the torus [0, SIZE) when drifting."""
+def positions(digit: Digit, start_frame: int, num_frames: int, world: DigitWorld = SHIPPED) -> NDArray[np.float64]:
+    """(y, x) ``[num_frames, 2]`` of the glyph's top left corner, px; on the torus [0, size) when drifting."""
     times = (start_frame + np.arange(num_frames))[:, None] / FPS
     free = np.array(digit.start) + times * np.array(digit.velocity)
     if digit.motion == "drifting":
-        return free % SIZE
-    low, high = _bounds(digit.image)
+        return free % world.size
+    low, high = _bounds(digit.image, world)
     phase = (free - low) % (2 * (high - low))
     return low + np.minimum(phase, 2 * (high - low) - phase)
 
 
-def _weights(offsets: NDArray[np.float64]) -> Floats:
+def _weights(offsets: NDArray[np.float64], cell: float) -> Floats:
     """Catmull-Rom weights ``[..., 8]`` of the eight image rows at ``offsets`` px from the glyph's edge."""
-    x = np.abs((offsets[..., None] + 0.5) / CELL - 0.5 - np.arange(8)).astype(np.float32)
+    x = np.abs((offsets[..., None] + 0.5) / cell - 0.5 - np.arange(8)).astype(np.float32)
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     return np.where(x < 1, near, np.where(x < 2, far, np.float32(0)))
 
 
-def _alpha(image: int, corners: NDArray[np.float64], wrap: bool) -> Floats:
-    """Opacity ``[t, SIZE, SIZE]`` in 0..1 of one glyph at ``corners [t, 2]``."""
-    offsets = np.arange(SIZE)[None, :, None] - corners[:, None, :]
+def _alpha(image: int, corners: NDArray[np.float64], wrap: bool, world: DigitWorld) -> Floats:
+    """Opacity ``[t, size, size]`` in 0..1 of one glyph at ``corners [t, 2]``."""
+    size, cell = world.size, world.cell
+    offsets = np.arange(size)[None, :, None] - corners[:, None, :]
     if wrap:
-        margin = (SIZE - 8 * CELL) / 2
-        offsets = (offsets + margin) % SIZE - margin
-    rows, columns = _weights(offsets[..., 0]), _weights(offsets[..., 1])
+        margin = (size - 8 * cell) / 2
+        offsets = (offsets + margin) % size - margin
+    rows, columns = _weights(offsets[..., 0], cell), _weights(offsets[..., 1], cell)
     ink = (rows @ load_glyphs()[0][image]) @ columns.transpose(0, 2, 1)
     low, high = INK_EDGE
     edge = np.clip((ink - np.float32(low)) * np.float32(1 / (high - low)), 0, 1)
@@ -282,13 +195,19 @@ def _alpha(image: int, corners: NDArray[np.float64], wrap: bool) -> Floats:
 
 def _alphas(scene: Scene, start_frame: int, num_frames: int) -> list[Floats]:
     return [
-        _alpha(digit.image, positions(digit, start_frame, num_frames), wrap=digit.motion == "drifting")
+        _alpha(
+            digit.image,
+            positions(digit, start_frame, num_frames, scene.world),
+            digit.motion == "drifting",
+            scene.world,
+        )
         for digit in scene.digits
     ]
 
 
 def _paint(scene: Scene, alphas: list[Floats]) -> NDArray[np.uint8]:
-    ramp = (np.arange(SIZE) + 0.5) / SIZE - 0.5
+    size = scene.world.size
+    ramp = (np.arange(size) + 0.5) / size - 0.5
     shade = scene.gradient[0] * ramp[:, None, None] + scene.gradient[1] * ramp[None, :, None]
     background = np.clip(np.array(scene.background) + shade, 0, 255).astype(np.float32)
     frames = np.broadcast_to(background, (*alphas[0].shape, 3))
@@ -305,12 +224,12 @@ def _cover(alphas: list[Floats]) -> NDArray[np.bool_]:
 
 
 def render(scene: Scene, start_frame: int, num_frames: int) -> NDArray[np.uint8]:
-    """Frames ``[num_frames, SIZE, SIZE, 3]``, uint8 RGB, from ``start_frame`` on (any frame: motion has no end)."""
+    """Frames ``[num_frames, size, size, 3]``, uint8 RGB, from ``start_frame`` on (any frame: motion has no end)."""
     return _paint(scene, _alphas(scene, start_frame, num_frames))
 
 
 def render_mask(scene: Scene, start_frame: int, num_frames: int) -> NDArray[np.bool_]:
-    """Foreground ``[num_frames, SIZE, SIZE]``: where any digit covers more than ``MASK_ALPHA`` of a pixel."""
+    """Foreground ``[num_frames, size, size]``: where any digit covers more than ``MASK_ALPHA`` of a pixel."""
     return _cover(_alphas(scene, start_frame, num_frames))
 
 

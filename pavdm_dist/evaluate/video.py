@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pavdm_dist.digits.judge import Judge
 from pavdm_dist.digits.prompts import AskedDigit, parse_prompt
 from pavdm_dist.digits.scores import score_chunk
-from pavdm_dist.digits.world import SIZE
+from pavdm_dist.digits.settings import SIZE
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.evaluate.drift import Drift, drift_of
 from pavdm_dist.evaluate.features import FeatureMeter, frechet_distance

@@ -26,7 +26,9 @@ _LIMITS = {
     "objective.prompt_dropout": _SHARE, "objective.full_share": _SHARE, "objective.growing_share": _SHARE,
     "objective.causal_share": _SHARE, "objective.text_share": _SHARE, "objective.shift_scale": _FROM_0,
     "objective.variance_scale": _FROM_0, "objective.context_noise": _FROM_0, "model.lora.rank": _FROM_0,
-    "validation.every_steps": _FROM_0, "validation.batches": _FROM_1, "validation.clips": _FROM_0,
+    "quality.prompts": _FROM_0, "quality.stills": _FROM_0, "quality.video_seconds": _POSITIVE,
+    "quality.max_seconds": _FROM_0, "validation.every_steps": _FROM_0, "validation.batches": _FROM_1,
+    "validation.clips": _FROM_0,
     "zero.bucket_elements": _FROM_1, "launch.timeout_seconds": _POSITIVE, "launch.placement_timeout_s": _POSITIVE,
     "launch.gpus_per_worker": _FROM_0, "launch.cpus_per_worker": _FROM_0,
 }  # fmt: skip

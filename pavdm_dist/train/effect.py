@@ -58,6 +58,8 @@ def _unused(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
         groups += [
             ("data", d, _OF_DIGITS, why),
             ("codec", config.codec, codec, why),
+            ("world", config.world, tuple(field.name for field in dataclasses.fields(config.world)), why),
+            ("quality", config.quality, tuple(field.name for field in dataclasses.fields(config.quality)), why),
             ("model", m, ("text_depth",), why),
         ]
     else:

@@ -6,11 +6,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
@@ -47,6 +48,7 @@ class Parts:
         prompts: of contact sheets.
         vocabulary: words of the text encoder that is trained along; None where none is trained.
         world_settings: of the made world that the videos show, kept with the model; empty for real video.
+        quality: how good a model in a folder is, sampled on a device; None where nothing can tell.
     """
 
     vae: Path
@@ -55,6 +57,7 @@ class Parts:
     prompts: tuple[str, ...]
     vocabulary: tuple[str, ...] | None = None
     world_settings: dict[str, Any] = field(default_factory=dict)
+    quality: Callable[[Path, torch.device], dict[str, Any]] | None = None
 
 
 def check_target(config: TrainConfig, folder: Path) -> None:

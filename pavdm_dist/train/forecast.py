@@ -21,8 +21,8 @@ from pavdm_dist.train.settings import TrainConfig
 
 # Share of a device's peak that a step is taken to reach (docs/training.md).
 SHARE = 0.3
-# Latent cells, height and width, of the digit world's pictures.
-_DIGIT_CELLS = (8, 8)
+# Pixels, high and wide, of a latent cell of the digit world's codec.
+_DIGIT_CELL = 8
 GIB = 2**30
 
 
@@ -82,9 +82,10 @@ def _batches(config: TrainConfig) -> tuple[int, list[_Batch]]:
     d, m = config.data, config.model
     longest = max(kind.window_latents for _, kind in config.objective.kinds())
     if not d.folder:
-        batches = [_Batch(min(longest, d.num_latents), _DIGIT_CELLS, d.batch_size)]
+        cells = (config.world.size // _DIGIT_CELL,) * 2
+        batches = [_Batch(min(longest, d.num_latents), cells, d.batch_size)]
         if d.still_steps or d.still_share:
-            batches.append(_Batch(1, _DIGIT_CELLS, d.still_batch_size))
+            batches.append(_Batch(1, cells, d.still_batch_size))
         if m.pretrained is None:
             return config.codec.z_dim, batches
         return Checkpoint.open(m.pretrained).codec_spec.latent_channels, batches

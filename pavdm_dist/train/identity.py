@@ -74,7 +74,11 @@ def _of_settings(config: TrainConfig) -> dict[str, Any]:
 
 def _of_older() -> dict[str, Any]:
     """Of what checkpoints do not say that are older than the setting."""
-    return {**_of_settings(TrainConfig()), "data_set": {"held_out": 0, "split": "clips"}}
+    return {
+        **_of_settings(TrainConfig()),
+        "data_set": {"held_out": 0, "split": "clips"},
+        "world": {"most_digits": 2, "digit_weights": []},
+    }
 
 
 def _check_start(root: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

@@ -20,16 +20,16 @@ def noised(
         levels: ``[b, F]``.
         context: latent frames of context, at the front.
         context_noise: deviation of the noise added to them at most.
-        generator: of the noise.
+        generator: of the noise, on the device of ``clean``.
 
     Returns:
         ``(x_t, velocity)``: x_t = (1 - t) x_0 + t eps and x_0 - eps, each ``[b, C, F, h, w]``.
     """
-    noise = torch.randn(clean.shape, generator=generator)
+    noise = torch.randn(clean.shape, generator=generator, device=clean.device)
     t = levels[:, None, :, None, None]
     x = (1 - t) * clean + t * noise
     if context and context_noise:
-        amount = context_noise * torch.rand(clean.shape[0], 1, 1, 1, 1, generator=generator)
+        amount = context_noise * torch.rand(clean.shape[0], 1, 1, 1, 1, generator=generator, device=clean.device)
         x[:, :, :context] += amount * noise[:, :, :context]
     return x, clean - noise
 
@@ -66,4 +66,6 @@ def velocity_loss(
     else:
         parts = 1
     loss = error.sum() * (parts / (error.shape[0] * (frames - context)))
-    return loss, sums, torch.bincount(bands, minlength=BANDS).float()
+    # Not bincount, which reads its largest value first: a GPU would be waited for.
+    counts = torch.zeros(BANDS, device=error.device).index_add_(0, bands, torch.ones_like(bands, dtype=torch.float32))
+    return loss, sums, counts

@@ -17,6 +17,7 @@ from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.io.checksums import ends_digest
 from pavdm_dist.models.base import Backbone, FrameInfo, WindowSlice
+from pavdm_dist.models.devices import to_device
 from pavdm_dist.models.layers import RotaryTable
 from pavdm_dist.models.loading import check_tensors, read_tensors, weight_files
 from pavdm_dist.models.source import Source, load_config
@@ -118,7 +119,8 @@ class TextToVideo(nn.Module):
             pairs = zip(text.prompts, dropped, strict=True)
             prompts = text.prompts if null is not None else ["" if drop else prompt for prompt, drop in pairs]
             ids, mask = self.text_encoder.collate(prompts)
-            tokens, mask = self.text_encoder(ids.to(x.device), mask.to(x.device)), mask.to(x.device)
+            ids, mask = to_device(ids, x.device), to_device(mask, x.device)
+            tokens = self.text_encoder(ids, mask)
         else:
             assert text.mask is not None
             tokens, mask = text.embeddings, text.mask
@@ -130,7 +132,7 @@ class TextToVideo(nn.Module):
         null = null.to(tokens.dtype)
         tokens = nn.functional.pad(tokens, (0, 0, 0, grow))
         mask = nn.functional.pad(mask, (0, grow))
-        rows = torch.tensor(dropped, device=x.device)
+        rows = to_device(torch.tensor(dropped), x.device)
         return torch.where(rows[:, None, None], null, tokens), mask | rows[:, None]
 
 

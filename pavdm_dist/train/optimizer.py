@@ -81,10 +81,19 @@ class MuonAdamW(torch.optim.Optimizer):
             if not state:
                 state |= {"step": 0, "mean": torch.zeros_like(parameter), "square": torch.zeros_like(parameter)}
             state["step"] += 1
-            state["mean"].lerp_(gradient, 1 - first)
-            state["square"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
-            spread = (state["square"] / (1 - second ** state["step"])).sqrt_().add_(group["eps"])
-            parameter.addcdiv_(state["mean"], spread, value=-group["lr"] / (1 - first ** state["step"]))
+        if not parameters:
+            return
+        # All at once: on a GPU one by one they are hundreds of kernels, each over few numbers. The bits are the same.
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        means, squares = ([self.state[parameter][name] for parameter in parameters] for name in ("mean", "square"))
+        steps = [self.state[parameter]["step"] for parameter in parameters]
+        torch._foreach_lerp_(means, gradients, 1 - first)
+        torch._foreach_mul_(squares, second)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - second)
+        spreads = torch._foreach_div(squares, [1 - second**step for step in steps])
+        torch._foreach_sqrt_(spreads)
+        torch._foreach_add_(spreads, group["eps"])
+        torch._foreach_addcdiv_(parameters, means, spreads, [-group["lr"] / (1 - first**step) for step in steps])
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

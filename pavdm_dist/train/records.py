@@ -77,6 +77,7 @@ class Records:
                 close()
             except Exception as error:
                 logger.warning("%s cannot be ended: %s", name, error)
+        self._tracks.clear()  # what comes later is in the file alone
 
 
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -76,12 +76,33 @@ def train_slice(
             with _stopped_by_signals(trainer) as interrupted:
                 finished = trainer.run(end)
                 trainer.export(target)  # a signal that comes again, or now, leaves it whole
+                if not trainer.stopping:
+                    _say_quality(trainer, target)
         finally:
             batches.close()
     if interrupted:
         raise KeyboardInterrupt(f"saved at step {trainer.step}, weights in {target}; run again to go on")
     if world.first:
         logger.info("%s; weights in %s", "all steps done" if finished else "slice over, run again", target)
+
+
+def _say_quality(trainer: Trainer, model: Path) -> None:
+    """How good the exported model is, where its data can tell; in the log, too."""
+    judge, world = trainer.parts.quality, trainer.world
+    if judge is None or not world.first:
+        return
+    try:
+        found = judge(model, world.device)
+    except Exception:  # all is saved: a look at it is not worth a run
+        logger.exception("step %d: it cannot be said how good the model is", trainer.step)
+        return
+    if trainer.records is not None:
+        trainer.records.write(trainer.step, {"quality": found})
+    for kind, values in found.items():
+        shown = (
+            f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
+        )
+        logger.info("step %d: quality, %s: %s", trainer.step, kind, ", ".join(shown))
 
 
 @contextmanager

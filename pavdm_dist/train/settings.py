@@ -12,7 +12,7 @@ from pavdm_dist.train.objective import Objective
 class CodecSettings:
     """The small causal video VAE (AutoencoderKLWan layout); see ``digits.codec_training.CodecTraining``."""
 
-    folder: str | None = None  # a trained codec; None trains one in run_dir
+    folder: str | None = None  # a trained codec, or a shipped model, whose it is then; None trains one in run_dir
     base_dim: int = 16
     decoder_base_dim: int = 24
     z_dim: int = 16
@@ -22,6 +22,29 @@ class CodecSettings:
     budget_seconds: float = 5400.0  # encoder and decoder together
     decoder_seconds: float = 1500.0  # then the decoder alone
     bfloat16: bool = True
+
+
+@dataclass
+class WorldConfig:
+    """The world of moving digits; see ``digits.settings.DigitWorld``. Its defaults are the shipped model's world."""
+
+    size: int = 64  # of the pictures, px; a multiple of 8
+    cell: float = 3.5  # px per pixel of the 8x8 handwriting: a digit is 8 of them high
+    most_digits: int = 2  # of a scene
+    clearest_fraction: float = 0.12  # share of the handwriting that is used, the clearest first; 1 = all that is clear
+    colours: list[str] = field(default_factory=list)  # that digits have; [] = all seven
+    speeds: list[float] = field(default_factory=lambda: [8.0, 18.0, 36.0])  # px/s: slowly, without a word, fast
+    digit_weights: list[float] = field(default_factory=list)  # how often scenes of 1, 2, ... digits come; [] = alike
+
+
+@dataclass
+class QualityConfig:
+    """How good the exported model is, read back from its pixels at the end of every slice; of the digit world."""
+
+    prompts: int = 0  # held-out ones of each number of digits, a video each; 0 = nothing is looked at
+    stills: int = 0  # pictures of each number of digits
+    video_seconds: float = 3.0
+    max_seconds: float = 60.0  # of sampling; what there is no time for is left out
 
 
 @dataclass
@@ -155,11 +178,13 @@ class TrainConfig:
     peak_tflops: float | None = None  # of a device, in the type that is computed in; None: if it is a known one
     compile: bool = False  # blocks run as compiled functions (torch.compile), for GPUs; zero.stage 0 to 2
     sequence_parallel: int = 1  # processes that share every window, a part of its frames each
+    world: WorldConfig = field(default_factory=WorldConfig)
     codec: CodecSettings = field(default_factory=CodecSettings)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: Objective = field(default_factory=Objective)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    quality: QualityConfig = field(default_factory=QualityConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

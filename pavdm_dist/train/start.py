@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from pavdm_dist.models.compiling import keep_on_disk
 from pavdm_dist.train.model import TextToVideo, build
 from pavdm_dist.train.optimizer import MuonAdamW
 from pavdm_dist.train.processes import World
@@ -44,11 +45,12 @@ def start_engine(
     else:
         model = build(config, channels, vocabulary, device=world.device)
     if config.compile:
+        keep_on_disk()
         model.transformer.compile_repeated_blocks()
     recompute_blocks(model.transformer, Recompute.parse(config.zero.recompute))
     model.to(world.device)
     optimizer = None if config.optimizer.name == "deepspeed" else _optimizer(model, config, world.device)
-    return ZeroEngine(model, optimizer, settings)
+    return ZeroEngine(model, optimizer, settings, waits=world.device.type == "cpu")
 
 
 def _optimizer(model: TextToVideo, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:

@@ -65,6 +65,8 @@ class ZeroEngine:
         model: on its device.
         optimizer: over its parameters; None = the one that the settings' ``optimizer`` block names.
         settings: DeepSpeed's.
+        waits: at stage 0, whether a step waits for the gradients' norm, so that one that is no number moves nothing;
+            otherwise it is told like every other, when nothing need wait for it, and those weights must not be kept.
 
     Attributes:
         module: the model.
@@ -72,10 +74,18 @@ class ZeroEngine:
         trains_all: whether no parameter stays as it is.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        settings: Mapping[str, Any],
+        waits: bool = True,
+    ) -> None:
         import deepspeed
 
-        self._stage = settings["zero_optimization"]["stage"]
+        self._stage, self._waits, self._clip = settings["zero_optimization"]["stage"], waits, 0.0
+        if self._stage == 0 and not waits:  # DeepSpeed's own clipping copies two numbers to the device and waits
+            self._clip, settings = settings["gradient_clipping"], {**settings, "gradient_clipping": 0.0}
         self.trains_all = all(parameter.requires_grad for parameter in model.parameters())
         tables = {name: value.clone() for name, value in model.named_buffers()}
         self._engine, *_ = deepspeed.initialize(
@@ -112,15 +122,21 @@ class ZeroEngine:
         Returns:
             After the last part the gradient's norm before clipping, over all processes, which its device may still be
             computing; None after the others, and where DeepSpeed was told not to compute it. With one that is no
-            number no step is taken, but in bfloat16 at stages 1 and 2: those weights must not be kept.
+            number no step is taken, but in bfloat16 at stages 1 and 2, and at stage 0 where it is not waited for: those
+            weights must not be kept.
         """
-        last, norm = self._engine.is_gradient_accumulation_boundary(), None
+        last = self._engine.is_gradient_accumulation_boundary()
+        norm: Tensor | float | None = None
         if last and self._stage == 0:
             # DeepSpeed tells no norm at this stage, and would step with whatever is there.
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients))
-            if not math.isfinite(norm):
-                return norm
+            trained = [p for p in self.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+            if self._clip:
+                torch.nn.utils.clip_grads_with_norm_(trained, self._clip, norm)
+            if self._waits:
+                norm = float(norm)
+                if not math.isfinite(norm):
+                    return norm
         self._engine.step()
         told = self._engine.get_global_grad_norm() if last else None
         return norm if told is None else told
