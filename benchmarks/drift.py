@@ -77,7 +77,10 @@ def main() -> None:
         result = {"machine": machine(), "seconds": frames / FPS, "failed": failed, **result_of(videos, jobs)}
         result["settings"] = {one.name: list(one.words) for one in variants}
         if args.output is not None and videos:
-            write_all(args.output, result, videos, args.shown)
+            try:
+                write_all(args.output, result, videos, args.shown)
+            except PAVDMError as error:
+                raise SystemExit(str(error)) from None
         print(json.dumps(result) if args.json else table(result))
     if failed:
         raise SystemExit(f"{len(failed)} videos failed; the first: {failed[0]}")
