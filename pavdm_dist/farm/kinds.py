@@ -246,8 +246,8 @@ class Kinds:
         if not has_video:  # what some shots of the manifest begin with is no concern of the others
             values["start"], values["include_input"] = "noise", False
         for name, value in own.items():
-            is_section = isinstance(value, dict) and name != "timed_prompts"
-            values[name] = {**values[name], **value} if is_section else value
+            is_part = name == "displaced" and isinstance(value, dict)  # the only section of them: its keys one by one
+            values[name] = {**values[name], **value} if is_part else value
         if size is not None:
             values["height"], values["width"] = size_of(size, "shot")
         config = merged(SampleConfig, values, "overrides")
