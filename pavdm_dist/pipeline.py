@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from pavdm_dist.arguments import check_names, seeds_of
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.codecs.pretrained_text import TextOptions
-from pavdm_dist.engine.events import Failed
+from pavdm_dist.engine.events import AtWork, Failed
 from pavdm_dist.engine.inline import InlineEngine
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engines import Engines, OnFailed, OnGrown
@@ -56,6 +56,15 @@ _FROM_PRETRAINED = (
 )  # fmt: skip
 
 
+@dataclass
+class _UnderWay:
+    """A video of a running call: plan, settings, and how many frames are still to come; None = without an end."""
+
+    plan: WindowPlan
+    params: SamplingParams
+    left: int | None
+
+
 class PAVDMPipeline:
     """Text (and a clip) to videos of any length.
 
@@ -77,7 +86,7 @@ class PAVDMPipeline:
         preview_decoder: what makes frames instead of the codec: ``rgb``, or the file of a tiny decoder.
 
     Attributes:
-        resyncs: by video of the last run, rows that adaptive re-sync of mode displaced has made exact.
+        resyncs: by video of the last run, rows that adaptive re-sync of mode displaced has made exact, where it has.
         device_name: model of what samples, once it does.
         relative_error: of compiled blocks against plain ones, once they were compared; None where none are compiled.
         kernels: of attention in compiled blocks, by shape.
@@ -111,9 +120,8 @@ class PAVDMPipeline:
         self._decoder, self._decoder_dtype, self._told = decoder, decoder_dtype, False
         self._frames = FrameMaker(checkpoint.vae, decoder_tile, preview_decoder)
         self._frames.check()
-        self._plans: dict[int, WindowPlan] = {}
+        self._videos: dict[int, _UnderWay] = {}
         self._params: SamplingParams | None = None
-        self._own: dict[int, SamplingParams] = {}
         self._options: EngineOptions | None = None
         if num_stages:
             options = engine or EngineOptions(num_stages)
@@ -319,25 +327,29 @@ class PAVDMPipeline:
         Raises:
             EngineError: the engine as a whole has ended.
         """
-        wanted: dict[int, int | None] = {}
+        videos: dict[int, _UnderWay] = {}
         self.resyncs.clear()
-        self._plans.clear()
-        self._own.clear()
-        self._params = params
+        self._videos, self._params = videos, params
 
         def build() -> Iterator[Stream | Failed]:
             for number, request in enumerate(requests):
                 own = request.params or params
                 try:
-                    wanted[number] = frames_left(request, own, self.checkpoint)
-                    self._plans[number], self._own[number] = plan_of(request, own, self.checkpoint), own
+                    left = frames_left(request, own, self.checkpoint)
+                    videos[number] = _UnderWay(plan_of(request, own, self.checkpoint), own, left)
                     yield build_stream(request, number, own, self.checkpoint)
                 except PAVDMError as error:
                     yield Failed(number, error)
 
+        def failed(video: int, error: PAVDMError) -> None:
+            videos.pop(video, None)
+            if on_failed is None:
+                raise error
+            on_failed(video, error)
+
         if self.engine is None:
             on_step = None if callback_on_step_end is None else partial(self._step_callback, callback_on_step_end)
-            finished = self._engines.inline(self._load).run(build(), on_grown, on_failed, on_step)
+            finished = self._engines.inline(self._load).run(build(), on_grown, failed, on_step)
         elif callback_on_step_end is not None:
             raise ConfigError("callback_on_step_end needs num_stages=0: steps end on the stages, not here")
         else:
@@ -348,14 +360,19 @@ class PAVDMPipeline:
             self.relative_error, self.kernels = engine.relative_error, engine.kernels
             if self.engine.device == "cpu" and (gpus := gpus_of_cluster()):
                 self._tell(idle_on_stages(gpus, "the cluster"))
-            finished = self._engines.run(engine, build(), params, streams, on_grown, on_failed)
+            finished = self._engines.run(engine, build(), params, streams, on_grown, failed)
         for chunk in finished:
             assert chunk.frames is not None
-            self.resyncs[chunk.stream] = chunk.resyncs
-            left = wanted[chunk.stream]
-            frames = chunk.frames if left is None else chunk.frames[:left]
-            wanted[chunk.stream] = None if left is None else left - frames.shape[0]
+            video = videos.get(chunk.stream)
+            if video is None:  # cancelled while this was on its way
+                continue
+            if chunk.resyncs:
+                self.resyncs[chunk.stream] = chunk.resyncs
+            frames = chunk.frames[: video.left]
+            video.left = None if video.left is None else video.left - frames.shape[0]
             yield VideoChunk(chunk.stream, chunk.clean.index, frames, chunk.clean.latents, chunk.last, chunk.resume)
+            if chunk.last:  # a run may last for months: nothing of what is over is kept
+                videos.pop(chunk.stream, None)
 
     def stop(self, video: int) -> None:
         """Lets an endless video of the running :meth:`iter_chunks` end: what is in flight is finished."""
@@ -377,12 +394,13 @@ class PAVDMPipeline:
         Raises:
             ConfigError: nothing is running, the video has no such chunk, or the text cannot be encoded.
         """
-        engine, params = self._engines.current, self._own.get(video, self._params)
+        engine, under_way = self._engines.current, self._videos.get(video)
+        params = self._params if under_way is None else under_way.params
         if engine is None or params is None:
             raise ConfigError("set_prompt: no video is running")
         if type(from_chunk) is not int or from_chunk < 0:
             raise ConfigError(f"from_chunk={from_chunk}: must be a whole number, 0 or more")
-        plan = self._plans.get(video)
+        plan = None if under_way is None else under_way.plan
         if plan is not None and plan.num_chunks is not None and from_chunk >= plan.num_born:
             raise ConfigError(f"from_chunk={from_chunk}: video {video} has chunks 0 to {plan.num_born - 1}")
         engine.set_prompt(video, NewPrompt(from_chunk, text, encoded(text, params, self.checkpoint)))
@@ -391,6 +409,12 @@ class PAVDMPipeline:
         """Ends a video of the running :meth:`iter_chunks` where it is; the others go on."""
         if self._engines.current is not None:
             self._engines.current.cancel(video)
+        self._videos.pop(video, None)
+
+    def at_work(self, video: int) -> AtWork | None:
+        """Where a video of the running :meth:`iter_chunks` is; None of one that is not there. From any thread."""
+        engine = self._engines.current
+        return None if engine is None else engine.at_work(video)
 
     @property
     def compiled(self) -> bool:

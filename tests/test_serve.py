@@ -149,6 +149,9 @@ def test_the_first_frames_are_watched_while_the_rest_is_sampled(server: Served) 
                 early += next(pieces)
             told = httpx.get(f"{server.url}/v1/videos/{id}/timeline").json()
             assert (told["done"], told["prompts"]) == (1, [[0, "a red three"]]) and told["chunks"] > 4
+            # Where it is: in this process, behind the first shift that gave a chunk.
+            assert (told["engine"], told["stages"], told["decoding"]) == ("one process", [], [])
+            assert 0 < told["row"] < told["rows"] and told["awaited"] == f"row {told['row']} comes next"
             # The chunks behind it are on their way, the later the noisier.
             levels = [one["level"] for one in told["window"]]
             assert [one["chunk"] for one in told["window"]] == [1, 2, 3] and levels == sorted(levels) and levels[0] > 0
@@ -331,7 +334,9 @@ def test_on_stages_of_a_cluster_videos_are_the_same_bits(ray_cluster: None, mode
             server.desk.let(1)
             time.sleep(0.05)
         told = httpx.get(f"{server.url}/v1/videos/{ids[0]}/timeline").json()
-        assert [stage["blocks"] for stage in told["stages"]] == [[0, 3], [3, 4]] and told["stages"][0]["at_work"]
+        assert [stage["blocks"] for stage in told["stages"]] == [[0, 3], [3, 4]] and told["engine"] == "stages"
+        assert {stage["video"] for stage in told["stages"]} <= set(ids) and told["stages"][0]["row"] >= 0
+        assert 0 < told["row"] <= told["rows"] and told["awaited"]
         assert httpx.post(f"{server.url}/v1/videos/{ids[1]}/prompt", json={"prompt": "a blue seven"}).status_code == 200
         server.desk.let()
         for id in ids:

@@ -17,7 +17,7 @@ from typing import Any
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.crew import Crew, Hand
-from pavdm_dist.farm.desk import Ended, Listener
+from pavdm_dist.farm.desk import Ended, Listener, Sight
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.logs import ShotLog
 from pavdm_dist.farm.meters import make_meters
@@ -135,6 +135,12 @@ class Pool:
         with self._turn:
             running = self._running.get(id)
         return running is not None and running.hand.renderer.set_prompt(id, from_chunk, text)
+
+    def sight(self, id: str) -> Sight | None:
+        """Where a shot is that is being rendered here."""
+        with self._turn:
+            running = self._running.get(id)
+        return None if running is None else running.hand.renderer.sight(id)
 
     def drain(self) -> None:
         """Lets every shot go on to its next chunk, saves all, and ends; after ``drain_s`` as :meth:`stop`."""

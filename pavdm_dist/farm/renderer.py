@@ -16,7 +16,7 @@ from typing import Any
 
 from pavdm_dist.commands.videos import Video, Videos
 from pavdm_dist.errors import EngineError, PAVDMError
-from pavdm_dist.farm.desk import Desk, Ended, end_of, one_line
+from pavdm_dist.farm.desk import Desk, Ended, Sight, end_of, one_line
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import Tree
@@ -118,6 +118,14 @@ class Renderer:
         with self._turn:
             for flight in self._flights.values():
                 flight.cancelled = flight.cancelled or flight.shot.id == id
+
+    def sight(self, id: str) -> Sight | None:
+        """Where a shot is that is rendered here. From any thread."""
+        with self._turn:
+            shots = {number: flight.shot.id for number, flight in self._flights.items()}
+        number = next((number for number, shot in shots.items() if shot == id), None)
+        at = None if number is None else self.pipeline.at_work(number)
+        return None if at is None else Sight(at, shots)
 
     def set_prompt(self, id: str, from_chunk: int, text: str) -> bool:
         """Another prompt for a shot; see :meth:`~pavdm_dist.pipeline.PAVDMPipeline.set_prompt`. From any thread.

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import fields
 
 from pavdm_dist.errors import ConfigError, PAVDMError
-from pavdm_dist.farm.desk import Ended, Listener
+from pavdm_dist.farm.desk import Ended, Listener, Sight
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.logs import ShotLog
 from pavdm_dist.farm.pool import Pool
@@ -241,6 +241,10 @@ class FrontDesk(Listener):
     def progress(self, id: str) -> Progress | None:
         """How far a video is that is being rendered here."""
         return self._progress.get(id)
+
+    def sight(self, id: str) -> Sight | None:
+        """Where a video is that is being rendered here, and what the stages did last."""
+        return self._pool.sight(id)
 
     def num_chunks(self, shot: Shot) -> int:
         """Chunks of the whole video."""
