@@ -364,6 +364,7 @@ def test_bad_input_is_one_sentence_before_anything_is_written(
         ([{"prompt": "a", "video": "none.mp4"}], [], r"line 1: video=\S+none.mp4: no such file"),
         ([{"prompt": "a"}], ["prompt=b"], r"prompt=b: is a shot's own; write it into the manifest"),
         ([{"prompt": "a"}], ["farm.renderers=2"], r"farm.renderers=2: without stages this process is the only one"),
+        ([{"prompt": "a"}], ["farm.trace=true"], r"farm.trace=true: without stages there is nothing to trace"),
         ([{"prompt": "a"}], ["farm.rederers=2"], r"farm: no such key 'rederers', did you mean renderers"),
     ]  # fmt: skip
     for shots, words, said in cases:

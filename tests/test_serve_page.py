@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,11 @@ from typing import Any
 
 import pytest
 from serving import Served, served, settings
+
+from pavdm_dist.engine.events import AtWork
+from pavdm_dist.engine.order import Unit
+from pavdm_dist.farm.desk import Sight
+from pavdm_dist.serve import records
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
 By = pytest.importorskip("selenium.webdriver.common.by").By
@@ -77,6 +83,9 @@ def test_a_person_asks_watches_changes_the_prompt_and_cancels(server: Served, br
     marks = browser.find_elements(By.CSS_SELECTOR, "#timeline i")
     kinds = [mark.get_attribute("class") for mark in marks]
     assert kinds[:3] == ["done"] * 3 and kinds[3] == "window" and kinds[-1] == ""
+    # Nobody but this process is at work, which is said.
+    assert re.search(r"^sampled and decoded in one process, row \d+ of \d+$", text("engine"))
+    assert not browser.find_elements(By.CSS_SELECTOR, "#stages li")
     faint = [float(mark.value_of_css_property("opacity")) for mark in marks if mark.get_attribute("class") == "window"]
     assert faint == sorted(faint, reverse=True)
     shoot(browser, "gallery")
@@ -120,3 +129,40 @@ def test_a_page_asks_for_the_token_once(tmp_path: Path, browser: Any) -> None:
         WebDriverWait(browser, 30).until(lambda _: browser.find_element(By.ID, "desk").is_displayed())
         browser.refresh()
         WebDriverWait(browser, 30).until(lambda _: browser.find_element(By.ID, "desk").is_displayed())
+
+
+def test_stages_at_work_are_shown_with_what_each_finished_last(
+    server: Served, browser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page alone: the server's answer is one of a video on three stages."""
+    server.desk.hold(1)
+    told = records.timeline
+
+    def on_stages(desk: Any, id: str) -> dict[str, Any]:
+        units = (
+            Unit(0, 0, 9, 0, True, True, (), False, False),
+            Unit(0, 1, 8, 1, True, True, (), False, False, 5),
+            None,
+        )
+        sight = Sight(AtWork("chunk 1 is with the decoder, and 0 behind it", 8, (1,), units), {0: id, 1: "other"})
+        monkeypatch.setattr(desk, "split", [(0, 2), (2, 4), (4, 6)])
+        monkeypatch.setattr(desk, "sight", lambda _: sight)
+        return told(desk, id)
+
+    monkeypatch.setattr(records, "timeline", on_stages)
+    id = server.front.create({"prompt": "a red three drifting up", "seconds": "8"}, None)["id"]
+    browser.get(server.url)
+    WebDriverWait(browser, 60).until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, "#stages li.at-work")) == 1)
+    shown = [item.text.splitlines() for item in browser.find_elements(By.CSS_SELECTOR, "#stages li")]
+    assert shown == [
+        ["stage 0: row 10, the whole window", "blocks 0 to 1"],
+        ["stage 1: at another video", "blocks 2 to 3"],
+        ["stage 2: nothing so far", "blocks 4 to 5"],
+    ]
+    kinds = [mark.get_attribute("class") for mark in browser.find_elements(By.CSS_SELECTOR, "#timeline i")]
+    assert kinds[1] == "decoding" and "window" in kinds
+    said = browser.find_element(By.ID, "engine").text
+    assert said.startswith("row 10 of ") and said.endswith("; chunk 1 at the decoder")
+    shoot(browser, "stages")
+    server.front.desk.cancel(id)
+    server.desk.let()

@@ -91,13 +91,16 @@ class Kinds:
         if pipeline.engine is not None:
             pipeline.split(self.base.params)
 
-    def pipeline(self) -> PAVDMPipeline:
+    def pipeline(self, trace: str | None = None) -> PAVDMPipeline:
         """A pipeline of its own for a renderer; loads nothing yet.
+
+        Args:
+            trace: file that gets what its stages did when; None = none.
 
         Raises:
             PAVDMError: as :func:`~pavdm_dist.commands.resolve.open_pipeline`.
         """
-        return open_pipeline(self._common)
+        return open_pipeline(replace(self._common, trace=trace or self._common.trace))
 
     @property
     def engine(self) -> EngineOptions:

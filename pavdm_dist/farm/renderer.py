@@ -19,6 +19,7 @@ from pavdm_dist.errors import EngineError, PAVDMError
 from pavdm_dist.farm.desk import Desk, Ended, Sight, end_of, one_line
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.shot import Shot
+from pavdm_dist.farm.traces import keep_shots, trace_path
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.outputs import VideoChunk
@@ -57,7 +58,9 @@ class Renderer:
 
     def __init__(self, name: str, kinds: Kinds, tree: Tree, desk: Desk) -> None:
         self.name, self._kinds, self._tree, self._desk = name, kinds, tree, desk
-        self.pipeline = kinds.pipeline()
+        self._trace = trace_path(tree, name) if kinds.config.farm.trace else None
+        self._traced: dict[int, str] = {}  # its shots by number, where they are traced
+        self.pipeline = kinds.pipeline(self._trace)
         self.up_since = math.inf
         self._flights: dict[int, _Flight] = {}
         self._numbers = 0
@@ -85,6 +88,8 @@ class Renderer:
                 )
                 for chunk in chunks:
                     self._take(chunk)
+                if self._trace is not None:
+                    keep_shots(self._trace, self._traced)
         except _Told:
             pass
         except EngineError as lost:
@@ -181,6 +186,8 @@ class Renderer:
                 assert video.recording is not None
                 next_chunk = video.recording.next_chunk
                 self._flights[self._numbers] = _Flight(shot, videos, video, self._numbers)
+                if self._trace is not None:
+                    self._traced[self._numbers] = shot.id
                 self._numbers += 1
                 self._desk.begun(self, shot, next_chunk)
                 return requests[0]
