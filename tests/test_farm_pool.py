@@ -344,7 +344,7 @@ def test_a_log_that_cannot_be_written_ends_itself_and_nothing_else(
 ) -> None:
     package, file = logging.getLogger("pavdm_dist"), FullDisk()
     pool, (one,) = _pool(tmp_path)
-    log = pool._log = ShotLog(file)
+    log = pool._said._log = ShotLog(file)
     package.addHandler(log)
     try:
         pool.submit([_shot("a")])
@@ -376,7 +376,7 @@ def test_what_is_said_of_a_shot_may_fail_but_its_record_is_written(
     def fail(*_: object) -> None:
         raise OSError("the terminal is gone")
 
-    monkeypatch.setattr(pool, "_tell", fail)
+    monkeypatch.setattr(pool._said, "_tell", fail)
     with pytest.raises(OSError, match="the terminal is gone"):
         pool.ended(one, shot, Ended("failed", "input", "why"))
     failure = Tree(str(tmp_path)).state("a").failure
