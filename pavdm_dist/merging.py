@@ -13,6 +13,7 @@ import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -176,11 +177,11 @@ def _set(config: DictConfig, cls: type, path: list[str], value: Any, *, parse: b
     """Set one field, or every field of one section, descending through ``cls``'s annotations."""
     name, annotation, limited = "", cls, cls
     for depth, key in enumerate(path):
-        known = typing.get_type_hints(annotation)
+        known = _hints(annotation)
         if key not in known:
             section = f"{name}: " if name else ""
             raise ConfigError(f"{origin}{section}{_no_such_key(key, known)}")
-        limited = typing.get_type_hints(annotation, include_extras=True)[key]
+        limited = _hints(annotation, include_extras=True)[key]
         annotation, name = known[key], ".".join(path[: depth + 1])
         if not dataclasses.is_dataclass(annotation):
             break
@@ -213,6 +214,12 @@ def _set(config: DictConfig, cls: type, path: list[str], value: Any, *, parse: b
         raise ConfigError(origin + _explain(error, name, annotation, value)) from error
 
 
+@cache
+def _hints(cls: Any, include_extras: bool = False) -> dict[str, Any]:
+    """Annotations of a class. To read them takes milliseconds, and every setting that is set asks for them."""
+    return typing.get_type_hints(cls, include_extras=include_extras)
+
+
 def _no_text(annotation: Any, name: str, value: Any) -> str | None:
     """What is wrong where YAML found a number, a date or a truth and text is meant: as ``False`` or ``7``, ``no`` and
     ``007`` would be other words."""
@@ -223,7 +230,7 @@ def _no_text(annotation: Any, name: str, value: Any) -> str | None:
         if isinstance(value, list) and item is not None:
             parts = ((item, f"{name}[{number}]", entry) for number, entry in enumerate(value))
         elif isinstance(value, dict) and dataclasses.is_dataclass(kinds[0]):
-            hints = typing.get_type_hints(kinds[0])
+            hints = _hints(typing.cast(Any, kinds[0]))
             parts = ((hints[key], f"{name}.{key}", entry) for key, entry in value.items() if key in hints)
         elif isinstance(value, dict) and typing.get_origin(kinds[0]) is dict:
             parts = ((typing.get_args(kinds[0])[1], f"{name}.{key}", entry) for key, entry in value.items())
@@ -252,7 +259,7 @@ def _explain(error: Exception, name: str, annotation: Any, value: Any) -> str:
     item = typing.get_args(inner)[0] if typing.get_origin(inner) is list else None
     key = getattr(error, "key", None)
     if dataclasses.is_dataclass(item) and isinstance(key, str):
-        known = typing.get_type_hints(item)
+        known = _hints(typing.cast(Any, item))
         if key in known:
             return f"{name}: {key}={show(getattr(error, 'value', None))}: must be {expected(known[key])}"
         if isinstance(error, ConfigKeyError):

@@ -17,10 +17,11 @@ from pavdm_dist.arguments import check_names, seeds_of
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.codecs.pretrained_text import TextOptions
+from pavdm_dist.engine.events import AtWork
 from pavdm_dist.engine.inline import InlineEngine
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engines import Engines, OnFailed, OnGrown
-from pavdm_dist.errors import ConfigError
+from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.io.image import read_image
 from pavdm_dist.method.recovery import Recovers, Recovery
 from pavdm_dist.method.sampler import StepCallback
@@ -78,7 +79,7 @@ class PAVDMPipeline:
         recovery: with cached context, what is kept for going on (:class:`~pavdm_dist.method.recovery.Recovery`).
 
     Attributes:
-        resyncs: by video of the last run, rows that adaptive re-sync of mode displaced has made exact.
+        resyncs: by video of the last run, rows that adaptive re-sync of mode displaced has made exact, where it has.
         device_name: model of what samples, once it does.
         relative_error: of compiled blocks against plain ones, once they were compared; None where none are compiled.
         kernels: of attention in compiled blocks, by shape.
@@ -325,9 +326,16 @@ class PAVDMPipeline:
         self.resyncs.clear()
         running = self._running = Running(params, self.checkpoint, self._recovery)
         built = running.streams(requests)
+
+        def failed(video: int, error: PAVDMError) -> None:
+            running.forget(video)
+            if on_failed is None:
+                raise error
+            on_failed(video, error)
+
         if self.engine is None:
             on_step = None if callback_on_step_end is None else partial(self._step_callback, callback_on_step_end)
-            finished = self._engines.inline(self._load).run(built, on_grown, on_failed, on_step)
+            finished = self._engines.inline(self._load).run(built, on_grown, failed, on_step)
         elif callback_on_step_end is not None:
             raise ConfigError("callback_on_step_end needs num_stages=0: steps end on the stages, not here")
         else:
@@ -338,10 +346,14 @@ class PAVDMPipeline:
             self.relative_error, self.kernels = engine.relative_error, engine.kernels
             if self.engine.device == "cpu" and (gpus := gpus_of_cluster()):
                 self._tell(idle_on_stages(gpus, "the cluster"))
-            finished = self._engines.run(engine, built, params, streams, on_grown, on_failed)
+            finished = self._engines.run(engine, built, params, streams, on_grown, failed)
         for chunk in finished:
-            self.resyncs[chunk.stream] = chunk.resyncs
-            yield running.chunk(chunk)
+            shown = running.chunk(chunk)
+            if shown is None:  # cancelled while this was on its way
+                continue
+            if chunk.resyncs:
+                self.resyncs[chunk.stream] = chunk.resyncs
+            yield shown
 
     def stop(self, video: int) -> None:
         """Lets an endless video of the running :meth:`iter_chunks` end: what is in flight is finished."""
@@ -372,6 +384,13 @@ class PAVDMPipeline:
         """Ends a video of the running :meth:`iter_chunks` where it is; the others go on."""
         if self._engines.current is not None:
             self._engines.current.cancel(video)
+        if self._running is not None:
+            self._running.forget(video)
+
+    def at_work(self, video: int) -> AtWork | None:
+        """Where a video of the running :meth:`iter_chunks` is; None of one that is not there. From any thread."""
+        engine = self._engines.current
+        return None if engine is None else engine.at_work(video)
 
     @property
     def compiled(self) -> bool:

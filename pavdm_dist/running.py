@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.engine.events import Failed, Finished
@@ -17,8 +18,17 @@ from pavdm_dist.streams import build_stream
 from pavdm_dist.texts import encoded
 
 
+@dataclass
+class _UnderWay:
+    """A video: plan, settings, and how many frames are still to come; None = without an end."""
+
+    plan: WindowPlan
+    params: SamplingParams
+    left: int | None
+
+
 class Running:
-    """The videos of a run, by their numbers.
+    """The videos of a run, by their numbers. It may last for months: nothing is kept of what is over.
 
     Args:
         params: settings of the run; a request may have its own.
@@ -28,27 +38,33 @@ class Running:
 
     def __init__(self, params: SamplingParams, checkpoint: Checkpoint, recovery: Recovers = "keys") -> None:
         self._params, self._checkpoint, self._recovery = params, checkpoint, recovery
-        self._own: dict[int, SamplingParams] = {}
-        self._plans: dict[int, WindowPlan] = {}
-        self._left: dict[int, int | None] = {}
+        self._videos: dict[int, _UnderWay] = {}
 
     def streams(self, requests: Iterable[VideoRequest]) -> Iterator[Stream | Failed]:
         """What engines take, built as they take it; those that cannot be built say why."""
         for number, request in enumerate(requests):
             own = request.params or self._params
             try:
-                self._left[number] = frames_left(request, own, self._checkpoint)
-                self._plans[number], self._own[number] = plan_of(request, own, self._checkpoint), own
+                left = frames_left(request, own, self._checkpoint)
+                self._videos[number] = _UnderWay(plan_of(request, own, self._checkpoint), own, left)
                 yield build_stream(request, number, own, self._checkpoint, self._recovery)
             except PAVDMError as error:
                 yield Failed(number, error)
 
-    def chunk(self, finished: Finished) -> VideoChunk:
-        """What an engine has finished, without the frames behind a video's end."""
+    def forget(self, video: int) -> None:
+        """A video that failed or was cancelled."""
+        self._videos.pop(video, None)
+
+    def chunk(self, finished: Finished) -> VideoChunk | None:
+        """What an engine has finished, without the frames behind a video's end; None of one that was forgotten."""
         assert finished.frames is not None
-        left = self._left[finished.stream]
-        frames = finished.frames if left is None else finished.frames[:left]
-        self._left[finished.stream] = None if left is None else left - frames.shape[0]
+        video = self._videos.get(finished.stream)
+        if video is None:
+            return None
+        frames = finished.frames[: video.left]
+        video.left = None if video.left is None else video.left - frames.shape[0]
+        if finished.last:
+            self.forget(finished.stream)
         clean = finished.clean
         return VideoChunk(finished.stream, clean.index, frames, clean.latents, finished.last, finished.resume)
 
@@ -60,7 +76,9 @@ class Running:
         """
         if type(from_chunk) is not int or from_chunk < 0:
             raise ConfigError(f"from_chunk={from_chunk}: must be a whole number, 0 or more")
-        plan = self._plans.get(video)
+        under_way = self._videos.get(video)
+        plan = None if under_way is None else under_way.plan
         if plan is not None and plan.num_chunks is not None and from_chunk >= plan.num_born:
             raise ConfigError(f"from_chunk={from_chunk}: video {video} has chunks 0 to {plan.num_born - 1}")
-        return NewPrompt(from_chunk, text, encoded(text, self._own.get(video, self._params), self._checkpoint))
+        params = self._params if under_way is None else under_way.params
+        return NewPrompt(from_chunk, text, encoded(text, params, self._checkpoint))

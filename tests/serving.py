@@ -28,6 +28,11 @@ for name in ("fastapi", "multipart", "prometheus_client", "websockets"):
 uvicorn = pytest.importorskip("uvicorn", reason="needs pavdm-dist[serve]")
 
 
+# Asks servers. A busy machine keeps an answer, and what it waits for on a disk, longer than the five seconds that are
+# httpx's own; no connection is kept, as servers close them when they like.
+ask = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
+
+
 class GatedDesk(FrontDesk):
     """A desk whose videos stand still behind a chunk until a test lets them go on."""
 

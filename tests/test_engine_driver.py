@@ -48,6 +48,21 @@ def test_a_gang_that_dies_at_any_event_costs_nothing(mode: Mode) -> None:
         check_equal([*outputs, *rest], undisturbed(mode))
 
 
+def test_where_a_stream_is_can_be_asked_at_any_moment() -> None:
+    (stream, *_), gang = streams_of("window"), Watched(1, late=2)
+    driver = Driver(gang, 1)
+    driver.submit(stream)
+    seen = [driver.at_work(stream.id)]
+    while not driver.idle:
+        driver.step(0)
+        seen.append(driver.at_work(stream.id))
+    found = [one for one in seen if one is not None]
+    assert found[0].awaited == "chunk 0: the video waits for a place" and found[0].row == 0
+    rows = [one.row for one in found]
+    assert rows == sorted(rows) and rows[-1] > 0 and any(one.decoding for one in found)
+    assert seen[-1] is None and driver.at_work(99) is None, "it is over"
+
+
 def test_a_decoder_that_is_lost_at_any_event_costs_nothing() -> None:
     for moment in range(events_in("window")):
         gang = Watched(1, late=moment % 4, loses_decoder=[moment, moment + 2])

@@ -11,9 +11,13 @@ import pytest
 from farms import finished_tree
 
 from pavdm_dist import cli
+from pavdm_dist.engine.loop import RunReport, Span
+from pavdm_dist.engine.order import Unit
+from pavdm_dist.engine.trace import write_trace
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.report import write_report
 from pavdm_dist.farm.status import status_report
+from pavdm_dist.farm.traces import keep_shots, shot_times, trace_path
 from pavdm_dist.farm.tree import Failure
 from pavdm_dist.farm.vbench import export_vbench
 
@@ -57,6 +61,34 @@ def test_the_report_is_one_page_and_prompts_are_text_in_it(tmp_path: Path) -> No
     assert page.tags.count("svg") == 1 and "1 of 2 shots complete, 1 failed" in page.text
     with pytest.raises(ConfigError, match="is no folder of a farm"):
         write_report(str(tmp_path / "none"))
+
+
+def test_shots_that_were_traced_have_a_chart_of_their_stages(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two stages, three videos of one renderer, of which the first two are shots here; a damaged trace beside it."""
+    tree = finished_tree(tmp_path, [{"id": id, "prompt": SEVEN} for id in ("a", "b", "untraced")])
+    path = trace_path(tree, "renderer-1")
+
+    def spans(rank: int) -> list[Span]:
+        starts = [(stream, 10.0 * stream + 2 * row + rank) for stream in range(3) for row in range(3)]
+        return [
+            Span(Unit(order, stream, 0, 0, True, True, (), False, False), start, start, start + 1.5)
+            for order, (stream, start) in enumerate(starts)
+        ]
+
+    write_trace(path, [RunReport(0.0, trace=spans(rank)) for rank in range(2)])
+    keep_shots(path, {0: "a", 1: "b"})
+    Path(trace_path(tree, "renderer-2")).write_text("{")
+    keep_shots(trace_path(tree, "renderer-2"), {0: "untraced"})
+    times = shot_times(tree)
+    assert times["a"] == times["b"] == [[(0.0, 1.5), (2.0, 3.5), (4.0, 5.5)], [(1.0, 2.5), (3.0, 4.5), (5.0, 6.5)]]
+    assert times.keys() == {"a", "b"} and "renderer-2" in caplog.text
+    write_report(str(tmp_path))
+    text = (tmp_path / "index.html").read_text()
+    page = _Page(text)
+    assert text.count('aria-label="when each stage computed"') == 2
+    assert page.text.count("6.5 s; busy with this shot: stage 0 69%, stage 1 69%") == 2
+    # 260 pixels are 6.5 seconds; of the second stage the first bar begins a second later, in a row below.
+    assert "M0 0h60v10H0z" in text and "M40 12h60v10H40z" in text
 
 
 def test_status_and_report_take_sidecars_of_others_for_what_they_are(tmp_path: Path) -> None:

@@ -56,6 +56,12 @@ def test_tables_text_and_batch_lines_of_others(tmp_path: Path) -> None:
     assert shot.image == str(tmp_path / "p.jpg") and shot.overrides == {"guidance_scale": 2.0}
 
 
+def test_a_number_that_is_none_is_no_second_name(tmp_path: Path) -> None:
+    """NaN is not equal to itself."""
+    (shot,) = _shots(_written(tmp_path / "m.jsonl", '{"prompt": "a", "fps": NaN}'))
+    assert str(shot.overrides) == "{'fps': nan}"  # which the check of settings refuses
+
+
 def test_names_of_the_same_may_say_the_same(tmp_path: Path) -> None:
     line = {"id": "x", "text": "a", "prompt": "a", "width": 64, "height": 48, "size": "64x48", "fps": 12}
     (shot,) = _shots(_written(tmp_path / "m.jsonl", json.dumps({**line, "overrides": {"fps": 12}})))
@@ -106,6 +112,8 @@ BAD = [
     ('{"text": "a", "prompt": "b"}', "line 1: text=a and prompt=b: are names of the same; give one of them"),
     ('{"prompt": "a", "id": "x", "custom_id": "y"}', "line 1: id=x and custom_id=y: are names of the same"),
     ('{"prompt": "a", "fps": 24, "overrides": {"fps": 12}}', "line 1: fps=24 and overrides.fps=12: are names of"),
+    ('{"prompt": "a", "id": NaN}', "line 1: id=nan: must be text"),
+    ('{"prompt": "a", "num_frames": NaN}', "line 1: num_frames=nan: must be"),
     ("[" * 100_000, "line 1: is not valid JSON: it is nested too deeply"),
 ]
 

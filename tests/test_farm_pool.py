@@ -267,6 +267,34 @@ class FakeLost(FakeRenderer):
         raise ResourcesError("num_stages=1 needs 1 CPU; other jobs hold the rest")
 
 
+def test_a_cluster_that_does_not_answer_holds_up_only_who_asks_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, (renderer,) = _pool(tmp_path)
+    pool.submit([_shot("a")])
+    asked, answers = threading.Event(), threading.Event()
+
+    def gangs(_: Any) -> tuple[int, bool]:
+        asked.set()
+        assert answers.wait(20)
+        return 1, False
+
+    monkeypatch.setattr("pavdm_dist.cluster.room.gangs_of_cluster", gangs)
+    pool._kinds.engine = SimpleNamespace(bundles=list)
+    asking = threading.Thread(target=pool.tick)
+    asking.start()
+    try:
+        assert asked.wait(20)
+        taken: list[Any] = []
+        others = threading.Thread(target=lambda: taken.append((pool.take(renderer), pool.figures["running"])))
+        others.start()
+        others.join(timeout=20)
+        assert taken == [(_shot("a"), 1)]
+    finally:
+        answers.set()
+        asking.join(timeout=20)
+
+
 def test_a_pool_whose_renderers_never_come_up_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pool, _ = _pool(tmp_path, renderers=0, retries=1)
     pool._options.renderers = 1
@@ -316,7 +344,7 @@ def test_a_log_that_cannot_be_written_ends_itself_and_nothing_else(
 ) -> None:
     package, file = logging.getLogger("pavdm_dist"), FullDisk()
     pool, (one,) = _pool(tmp_path)
-    log = pool._log = ShotLog(file)
+    log = pool._said._log = ShotLog(file)
     package.addHandler(log)
     try:
         pool.submit([_shot("a")])
@@ -348,7 +376,7 @@ def test_what_is_said_of_a_shot_may_fail_but_its_record_is_written(
     def fail(*_: object) -> None:
         raise OSError("the terminal is gone")
 
-    monkeypatch.setattr(pool, "_tell", fail)
+    monkeypatch.setattr(pool._said, "_tell", fail)
     with pytest.raises(OSError, match="the terminal is gone"):
         pool.ended(one, shot, Ended("failed", "input", "why"))
     failure = Tree(str(tmp_path)).state("a").failure

@@ -12,6 +12,7 @@ from farms import farm_config, latents_of, packets_of, run_farm, some_shots, sto
 from helpers import tiny_checkpoint
 
 from pavdm_dist.farm.pool import Pool
+from pavdm_dist.farm.traces import shot_times
 from pavdm_dist.farm.tree import Tree
 
 pytestmark = pytest.mark.timeout(180)
@@ -70,6 +71,10 @@ def test_stages_that_are_not_to_be_waited_for_leave_their_shots_in_order(
     assert not _stages(), "an actor has outlived its farm"
     states = {Tree(str(out)).state(shot["id"]).standing for shot in some_shots(3)}
     assert states == {"begun", "queued"}
+    config.farm.trace = True
     run_farm(config, manifest, out)
+    times = shot_times(Tree(str(out)))
+    assert times.keys() == {shot["id"] for shot in some_shots(3)} and all(len(stages) == 2 for stages in times.values())
+    assert all(spans and spans == sorted(spans) for stages in times.values() for spans in stages)
     run_farm(farm_config(model), manifest, tmp_path / "alone")
     assert latents_of(out) == latents_of(tmp_path / "alone") and len(latents_of(out)) == 3

@@ -32,7 +32,7 @@ from pavdm_dist import cli
 from pavdm_dist.config import ClusterConfig
 from pavdm_dist.errors import ConfigError, FailedVideosError
 from pavdm_dist.farm.intake import Intake
-from pavdm_dist.farm.kinds import Kinds
+from pavdm_dist.farm.kinds import OVERRIDES, Kinds
 from pavdm_dist.farm.manifest import ManifestError, checked
 from pavdm_dist.farm.pool import Pool
 from pavdm_dist.farm.settings import FarmConfig, PoolConfig, validate_farm
@@ -357,11 +357,14 @@ def test_bad_input_is_one_sentence_before_anything_is_written(
     cases = [
         ([{"prompt": "a", "overrides": {"model": "x"}}], [], r"line 1: overrides: model is not a shot's to change"),
         ([{"prompt": "a", "overrides": {"mode": "sideways"}}], [], r"line 1: overrides: mode=sideways: must be"),
+        ([{"prompt": "a", "overrides": {"fps": {}}}], [], r"line 1: overrides: fps=\{\}: must be a number"),
+        ([{"prompt": "a", "overrides": {"displaced": 3}}], [], r"line 1: overrides: displaced=3: is a section"),
         ([{"prompt": "a", "size": "50x50"}], [], r"line 1: height=50 cannot be .*nearest legal"),
         ([{"prompt": "a " * 50}], [], r"line 1: .*tokens|line 1: .*words"),
         ([{"prompt": "a", "video": "none.mp4"}], [], r"line 1: video=\S+none.mp4: no such file"),
         ([{"prompt": "a"}], ["prompt=b"], r"prompt=b: is a shot's own; write it into the manifest"),
         ([{"prompt": "a"}], ["farm.renderers=2"], r"farm.renderers=2: without stages this process is the only one"),
+        ([{"prompt": "a"}], ["farm.trace=true"], r"farm.trace=true: without stages there is nothing to trace"),
         ([{"prompt": "a"}], ["farm.rederers=2"], r"farm: no such key 'rederers', did you mean renderers"),
     ]  # fmt: skip
     for shots, words, said in cases:
@@ -370,6 +373,19 @@ def test_bad_input_is_one_sentence_before_anything_is_written(
         (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("pavdm: ")]
         assert re.search(said, line), line
         assert not (out / "shots").exists() and not list(out.glob("manifests/*.jsonl"))
+
+
+def test_overrides_of_a_wrong_kind_are_refused_whichever_they_are(model: Path) -> None:
+    """Each setting with values of every kind of JSON: what it cannot be is a sentence, and never a fault."""
+    kinds, refused = Kinds(farm_config(model)), dict[str, str]()
+    for name in OVERRIDES:
+        for value in ({"a": {}}, [None], "x", 10**400):
+            try:
+                kinds.check(Shot("a", "a red three", overrides={name: value}))
+            except ConfigError as error:
+                refused[name] = str(error)
+    assert refused.keys() == set(OVERRIDES)
+    assert all("\n" not in said and len(said) < 1000 for said in refused.values())
 
 
 def test_a_dry_run_plans_and_writes_nothing(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -23,6 +24,7 @@ from pavdm_dist.commands.progress import ChunkProgress
 from pavdm_dist.commands.sample import render_command
 from pavdm_dist.commands.simulate import SimulateConfig, simulate_report
 from pavdm_dist.config import DisplacedConfig, SampleConfig, validate_sample
+from pavdm_dist.engine.inline import InlineEngine
 from pavdm_dist.engine.order import Join, epochs
 from pavdm_dist.errors import CheckpointError, ConfigError, MediaError
 from pavdm_dist.io.latents import latents_sha256, read_latents
@@ -388,3 +390,27 @@ def test_iter_chunks_takes_requests_lazily(model: Path) -> None:
     chunks = pipeline.iter_chunks(endless(), pipeline.params(guidance_scale=1.0))
     assert [next(chunks).video for _ in range(3)] == [0, 1, 2]
     assert len(taken) == 3
+
+
+def test_a_run_keeps_nothing_of_videos_that_are_over(model: Path) -> None:
+    """A server's run lasts for months."""
+    kept, failed = list[tuple[int, ...]](), list[int]()
+
+    def requests() -> Iterator[VideoRequest]:
+        for number, (prompt, frames) in enumerate(((PROMPT, 9), ("a " * 500, 9), (PROMPT, 4000), (PROMPT, 9))):
+            kept.append(tuple(pipeline._videos))
+            yield VideoRequest(prompt, number, frames)
+        kept.append(tuple(pipeline._videos))
+
+    with PAVDMPipeline.from_pretrained(model) as pipeline:
+        chunks = pipeline.iter_chunks(requests(), pipeline.params(), on_failed=lambda number, _: failed.append(number))
+        for chunk in chunks:
+            at = pipeline.at_work(chunk.video)
+            assert at is not None and at.row > 0 and pipeline.at_work(99) is None
+            if chunk.video == 2:
+                pipeline.set_prompt(2, 40, "a blue seven")
+                pipeline.cancel(2)
+        engine = pipeline._engines.current
+        assert isinstance(engine, InlineEngine)
+        assert kept == [()] * 5 and failed == [1] and pipeline.at_work(3) is None
+        assert not pipeline.resyncs

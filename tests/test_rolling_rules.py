@@ -47,8 +47,8 @@ from pavdm_dist.engine.local import LocalEngine
 from pavdm_dist.engine.stage import Stage
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.denoiser import StreamDenoiser
-from pavdm_dist.method.sampler import Denoiser, sample
 from pavdm_dist.method.levels import NoiseSchedule
+from pavdm_dist.method.sampler import Denoiser, sample
 from pavdm_dist.method.schedule import PlanRow, WindowPlan
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.models.base import Activation, BlockContext, attention

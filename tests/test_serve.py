@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_checkpoint
-from serving import Served, served, settings, storm
+from serving import Served, ask, served, settings, storm
 
 from pavdm_dist.commands.progress import ChunkProgress
 from pavdm_dist.commands.sample import render_command
@@ -70,7 +70,7 @@ def packets(file: Any) -> list[tuple[int, bytes]]:
 def post(server: Served, **fields: Any) -> httpx.Response:
     # As Python writes JSON, which has a way to say halves of characters, too.
     headers = {"content-type": "application/json"}
-    return httpx.post(f"{server.url}/v1/videos", content=json.dumps(fields), headers=headers, timeout=30)
+    return ask.post(f"{server.url}/v1/videos", content=json.dumps(fields), headers=headers)
 
 
 def message(answer: httpx.Response) -> str:
@@ -141,18 +141,21 @@ def test_the_first_frames_are_watched_while_the_rest_is_sampled(server: Served) 
     server.desk.hold(1)
     try:
         id = post(server, prompt="a red three", seconds=2).json()["id"]
-        with httpx.stream("GET", f"{server.url}/v1/videos/{id}/live", timeout=30) as answer:
+        with ask.stream("GET", f"{server.url}/v1/videos/{id}/live") as answer:
             assert answer.headers["content-type"] == "video/mp4"
             pieces = answer.iter_raw()
             early = next(pieces)
             while b"mdat" not in early:
                 early += next(pieces)
-            told = httpx.get(f"{server.url}/v1/videos/{id}/timeline").json()
+            told = ask.get(f"{server.url}/v1/videos/{id}/timeline").json()
             assert (told["done"], told["prompts"]) == (1, [[0, "a red three"]]) and told["chunks"] > 4
+            # Where it is: in this process, behind the first shift that gave a chunk.
+            assert (told["engine"], told["stages"], told["decoding"]) == ("one process", [], [])
+            assert 0 < told["row"] < told["rows"] and told["awaited"] == f"row {told['row']} comes next"
             # The chunks behind it are on their way, the later the noisier.
             levels = [one["level"] for one in told["window"]]
             assert [one["chunk"] for one in told["window"]] == [1, 2, 3] and levels == sorted(levels) and levels[0] > 0
-            assert httpx.get(f"{server.url}/v1/videos/{id}").json()["status"] == "in_progress"
+            assert ask.get(f"{server.url}/v1/videos/{id}").json()["status"] == "in_progress"
             # What is there of it can be played.
             first = len(packets(io.BytesIO(early)))
             assert 0 < first < 48
@@ -161,10 +164,10 @@ def test_the_first_frames_are_watched_while_the_rest_is_sampled(server: Served) 
         found = server.wait(id)
     finally:
         server.desk.let()
-    content = httpx.get(f"{server.url}/v1/videos/{id}/content").content
+    content = ask.get(f"{server.url}/v1/videos/{id}/content").content
     assert found["status"] == "completed" and packets(io.BytesIO(whole)) == packets(io.BytesIO(content))
     # Whoever comes late sees the same.
-    assert packets(io.BytesIO(httpx.get(f"{server.url}/v1/videos/{id}/live").content)) == packets(io.BytesIO(content))
+    assert packets(io.BytesIO(ask.get(f"{server.url}/v1/videos/{id}/live").content)) == packets(io.BytesIO(content))
 
 
 def test_a_socket_gives_the_same_bytes_with_what_a_browser_must_know(server: Served) -> None:
@@ -243,9 +246,9 @@ def test_a_prompt_is_changed_in_mid_video(server: Served) -> None:
             ({"prompt": "\ud800"}, "half a character"),
             ({"prompt": "a" * 4001}, "at most 4000"),
         ):
-            refused = httpx.post(url, content=json.dumps(fields), headers={"content-type": "application/json"})
+            refused = ask.post(url, content=json.dumps(fields), headers={"content-type": "application/json"})
             assert refused.status_code == 400 and re.search(said, message(refused))
-        told = httpx.post(url, data={"prompt": "a blue seven"})
+        told = ask.post(url, data={"prompt": "a blue seven"})
         assert told.status_code == 200
         server.desk.let()
         server.wait(id)
@@ -253,9 +256,9 @@ def test_a_prompt_is_changed_in_mid_video(server: Served) -> None:
         server.desk.let()
     (change,) = read_sidecar(server.desk.tree.output(id))["extra"]["prompt_changes"]
     assert change[0] > 2 and change[1] == "a blue seven"
-    told = httpx.get(f"{server.url}/v1/videos/{id}/timeline").json()
+    told = ask.get(f"{server.url}/v1/videos/{id}/timeline").json()
     assert told["prompts"] == [[0, "a red three"], change] and told["done"] == told["chunks"] and told["window"] == []
-    late = httpx.post(url, json={"prompt": "a red three"})
+    late = ask.post(url, json={"prompt": "a red three"})
     assert late.status_code == 409 and "is not being rendered" in message(late)
 
 
@@ -263,14 +266,14 @@ def test_a_video_is_cancelled_where_it_is(server: Served) -> None:
     server.desk.hold(1)
     try:
         running, waiting = (post(server, prompt="a red three", seconds=30).json()["id"] for _ in range(2))
-        with httpx.stream("GET", f"{server.url}/v1/videos/{running}/live", timeout=30) as answer:
+        with ask.stream("GET", f"{server.url}/v1/videos/{running}/live") as answer:
             pieces = answer.iter_raw()
             next(pieces)
             for id in (waiting, running):
-                assert httpx.delete(f"{server.url}/v1/videos/{id}").json() == {
+                assert ask.delete(f"{server.url}/v1/videos/{id}").json() == {
                     "id": id, "object": "video.deleted", "deleted": True,
                 }  # fmt: skip
-                assert httpx.get(f"{server.url}/v1/videos/{id}").status_code == 404
+                assert ask.get(f"{server.url}/v1/videos/{id}").status_code == 404
             server.desk.let()
             list(pieces)  # the stream ends with the video
     finally:
@@ -294,7 +297,7 @@ def test_a_server_that_is_started_again_goes_on_with_the_same_videos(model: Path
         first.desk.hold(3)
         ids = [post(first, prompt="a red three", seconds=2, seed=seed).json()["id"] for seed in (3, 4)]
         deleted = post(first, prompt="a blue seven").json()["id"]
-        assert httpx.delete(f"{first.url}/v1/videos/{deleted}").status_code == 200
+        assert ask.delete(f"{first.url}/v1/videos/{deleted}").status_code == 200
         while not first.desk.has(ids[0], chunks=3):
             time.sleep(0.01)
         before = [first.front.get(id) for id in ids]
@@ -305,7 +308,7 @@ def test_a_server_that_is_started_again_goes_on_with_the_same_videos(model: Path
         after = [second.wait(id) for id in ids]
         assert [one["created_at"] for one in after] == [one["created_at"] for one in before]
         assert [one["id"] for one in second.front.list(10, None, newest_first=False)["data"]] == ids
-        assert httpx.get(f"{second.url}/v1/videos/{deleted}").status_code == 404
+        assert ask.get(f"{second.url}/v1/videos/{deleted}").status_code == 404
     made = SampleConfig(
         prompt="a red three",
         seconds=2.0,
@@ -330,9 +333,11 @@ def test_on_stages_of_a_cluster_videos_are_the_same_bits(ray_cluster: None, mode
         while not server.desk.has(ids[1], chunks=1):  # the other may be ahead of it, and holds it up then
             server.desk.let(1)
             time.sleep(0.05)
-        told = httpx.get(f"{server.url}/v1/videos/{ids[0]}/timeline").json()
-        assert [stage["blocks"] for stage in told["stages"]] == [[0, 3], [3, 4]] and told["stages"][0]["at_work"]
-        assert httpx.post(f"{server.url}/v1/videos/{ids[1]}/prompt", json={"prompt": "a blue seven"}).status_code == 200
+        told = ask.get(f"{server.url}/v1/videos/{ids[0]}/timeline").json()
+        assert [stage["blocks"] for stage in told["stages"]] == [[0, 3], [3, 4]] and told["engine"] == "stages"
+        assert {stage["video"] for stage in told["stages"]} <= set(ids) and told["stages"][0]["row"] >= 0
+        assert 0 < told["row"] <= told["rows"] and told["awaited"]
+        assert ask.post(f"{server.url}/v1/videos/{ids[1]}/prompt", json={"prompt": "a blue seven"}).status_code == 200
         server.desk.let()
         for id in ids:
             server.wait(id)
@@ -425,19 +430,19 @@ def _json(value: Any) -> str:
     ],
 )
 def test_an_address_that_leads_nowhere(server: Served, method: str, path: str, status: int, said: str) -> None:
-    answer = httpx.request(method, server.url + path)
+    answer = ask.request(method, server.url + path)
     assert answer.status_code == status and said in message(answer)
 
 
 def test_a_body_that_is_none(server: Served) -> None:
     for content, kind in ((b"{", "application/json"), (b"[1]", "application/json"), (b"\xff\xfe", "text/plain")):
-        answer = httpx.post(f"{server.url}/v1/videos", content=content, headers={"content-type": kind})
+        answer = ask.post(f"{server.url}/v1/videos", content=content, headers={"content-type": kind})
         assert answer.status_code == 400, answer.text
         message(answer)
     files = {"other": ("a.png", b"x", "image/png")}
-    assert httpx.post(f"{server.url}/v1/videos", data={"prompt": "a"}, files=files).status_code == 400
+    assert ask.post(f"{server.url}/v1/videos", data={"prompt": "a"}, files=files).status_code == 400
     broken = {"content-type": "multipart/form-data; boundary=x"}
-    assert httpx.post(f"{server.url}/v1/videos", content=b"--y\r\n", headers=broken).status_code == 400
+    assert ask.post(f"{server.url}/v1/videos", content=b"--y\r\n", headers=broken).status_code == 400
 
 
 def raw(server: Served, head: str, body: bytes = b"") -> bytes:
@@ -469,10 +474,10 @@ def test_pages_of_others_and_names_of_others_are_kept_out(server: Served) -> Non
         ({"Origin": "http://["}, "another site"),
         ({"Host": "example.org"}, "this machine"),
     ):
-        answer = httpx.post(f"{server.url}/v1/videos", json={"prompt": "a"}, headers=headers)
+        answer = ask.post(f"{server.url}/v1/videos", json={"prompt": "a"}, headers=headers)
         assert answer.status_code == 403 and said in message(answer)
     same = {"Origin": server.url, "Host": server.url.removeprefix("http://")}
-    assert httpx.get(f"{server.url}/v1/videos", headers=same).status_code == 200
+    assert ask.get(f"{server.url}/v1/videos", headers=same).status_code == 200
 
 
 def test_a_full_queue_says_when_to_come_again(model: Path, tmp_path: Path) -> None:
@@ -493,24 +498,24 @@ def test_a_full_queue_says_when_to_come_again(model: Path, tmp_path: Path) -> No
 def test_a_token_is_asked_for(model: Path, tmp_path: Path) -> None:
     with served(settings(model), tmp_path, token="s3cret-of-this-test") as server:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Cookie": "pavdm_token=wrong"}):
-            answer = httpx.get(f"{server.url}/v1/videos", headers=headers)
+            answer = ask.get(f"{server.url}/v1/videos", headers=headers)
             assert answer.status_code == 401 and "the token is missing or wrong" in message(answer)
             assert answer.headers["www-authenticate"] == "Bearer"
         with pytest.raises(openai.AuthenticationError):
             client_of(server, "wrong").videos.list()
         assert client_of(server, "s3cret-of-this-test").videos.list().data == []
-        assert {httpx.get(server.url + path).status_code for path in ("/", "/health", "/page.js")} == {200}
-        assert httpx.get(f"{server.url}/metrics").status_code == 401
+        assert {ask.get(server.url + path).status_code for path in ("/", "/health", "/page.js")} == {200}
+        assert ask.get(f"{server.url}/metrics").status_code == 401
         socket_url = f"{server.url.replace('http', 'ws')}/v1/videos/x/live"
         with pytest.raises(Exception, match=r"4401|403"), connect(socket_url) as sock:
             sock.recv()
         # The page keeps it in a cookie that scripts cannot read.
-        assert httpx.post(f"{server.url}/login", data={"token": "wrong"}).status_code == 401
+        assert ask.post(f"{server.url}/login", data={"token": "wrong"}).status_code == 401
         for content in (b'{"token": "\\ud800"}', b'{"token": 7}'):
-            answer = httpx.post(f"{server.url}/login", content=content)
+            answer = ask.post(f"{server.url}/login", content=content)
             assert answer.status_code == 401 and "is not this server's token" in message(answer)
         # It is open to everybody, and takes little.
-        answer = httpx.post(f"{server.url}/login", content=b" " * 4097)
+        answer = ask.post(f"{server.url}/login", content=b" " * 4097)
         assert answer.status_code == 413 and "4 KiB at most" in message(answer)
         with httpx.Client() as browser:
             answer = browser.post(f"{server.url}/login", data={"token": "s3cret-of-this-test"})
@@ -564,9 +569,9 @@ def test_none_is_lost_when_many_come_at_once_and_nothing_of_them_is_kept(server:
 
 def test_metrics_and_health(server: Served) -> None:
     server.wait(post(server, prompt="a", seconds=0.5).json()["id"])
-    health = httpx.get(f"{server.url}/health")
+    health = ask.get(f"{server.url}/health")
     assert health.status_code == 200 and health.json()["status"] == "ok" and health.json()["queued"] == 0
-    answer = httpx.get(f"{server.url}/metrics")
+    answer = ask.get(f"{server.url}/metrics")
     found = {family.name: family for family in parser.text_string_to_metric_families(answer.text)}
     ends = {
         sample.labels["end"]: sample.value for sample in found["pavdm_serve_videos"].samples if "end" in sample.labels
@@ -588,14 +593,14 @@ def test_a_server_that_renders_no_more_says_so(model: Path, tmp_path: Path) -> N
         (tmp_path / "drain").touch()
         server.desk.let(1)
         deadline = time.monotonic() + 20
-        while (health := httpx.get(f"{server.url}/health")).status_code == 200:
+        while (health := ask.get(f"{server.url}/health")).status_code == 200:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         assert health.json()["status"] == "closing" and "drain: marker found" in health.json()["trouble"]
         (tmp_path / "drain").unlink()
         answer = post(server, prompt="a")
         assert answer.status_code == 503 and "is ending: " in message(answer) and "drain" in message(answer)
-        assert httpx.get(f"{server.url}/v1/videos/{id}").json()["status"] in ("in_progress", "queued")
+        assert ask.get(f"{server.url}/v1/videos/{id}").json()["status"] in ("in_progress", "queued")
     assert server.desk.tree.state(id).standing == "begun"
 
 
@@ -636,7 +641,7 @@ def test_the_time_to_the_first_frames_is_that_of_the_first_chunk(server: Served)
     """The bound that was promised: a second more at most."""
     began = time.monotonic()
     id = post(server, prompt="a red three", seconds=2).json()["id"]
-    with httpx.stream("GET", f"{server.url}/v1/videos/{id}/live", timeout=30) as answer:
+    with ask.stream("GET", f"{server.url}/v1/videos/{id}/live") as answer:
         data = b""
         for piece in answer.iter_raw():
             data += piece

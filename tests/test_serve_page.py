@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,19 @@ from typing import Any
 import pytest
 from serving import Served, served, settings
 
+from pavdm_dist.engine.events import AtWork
+from pavdm_dist.engine.order import Unit
+from pavdm_dist.farm.desk import Sight
+from pavdm_dist.serve import records
+
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
 By = pytest.importorskip("selenium.webdriver.common.by").By
 WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+# A browser beside a model that samples, on a machine that others use, too.
+PATIENCE_S = 300
 pytestmark = [
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs chromium and chromium-driver"),
     pytest.mark.slow,
 ]
@@ -47,8 +56,8 @@ def shoot(browser: Any, name: str) -> None:
 
 
 def test_a_person_asks_watches_changes_the_prompt_and_cancels(server: Served, browser: Any) -> None:
-    def until(what: Any, seconds: float = 60) -> Any:
-        return WebDriverWait(browser, seconds, poll_frequency=0.1).until(what)
+    def until(what: Any) -> Any:
+        return WebDriverWait(browser, PATIENCE_S, poll_frequency=0.1).until(what)
 
     def text(id: str) -> str:
         return browser.find_element(By.ID, id).text
@@ -77,6 +86,9 @@ def test_a_person_asks_watches_changes_the_prompt_and_cancels(server: Served, br
     marks = browser.find_elements(By.CSS_SELECTOR, "#timeline i")
     kinds = [mark.get_attribute("class") for mark in marks]
     assert kinds[:3] == ["done"] * 3 and kinds[3] == "window" and kinds[-1] == ""
+    # Nobody but this process is at work, which is said.
+    assert re.search(r"^sampled and decoded in one process, row \d+ of \d+$", text("engine"))
+    assert not browser.find_elements(By.CSS_SELECTOR, "#stages li")
     faint = [float(mark.value_of_css_property("opacity")) for mark in marks if mark.get_attribute("class") == "window"]
     assert faint == sorted(faint, reverse=True)
     shoot(browser, "gallery")
@@ -89,7 +101,7 @@ def test_a_person_asks_watches_changes_the_prompt_and_cancels(server: Served, br
     until(lambda _: "a blue seven" in text("prompts"))
     shoot(browser, "prompt-changed")
     server.desk.let()
-    until(lambda _: browser.find_element(By.ID, "download").is_displayed(), 120)
+    until(lambda _: browser.find_element(By.ID, "download").is_displayed())
     assert browser.find_element(By.CSS_SELECTOR, "#videos li").get_attribute("class") == "completed"
     until(lambda _: browser.execute_script("return document.getElementById('player').duration") > 7.5)
     shoot(browser, "complete")
@@ -109,14 +121,53 @@ def test_a_page_asks_for_the_token_once(tmp_path: Path, browser: Any) -> None:
     with served(settings("embedded"), tmp_path / "out", token="s3cret-of-this-test") as server:
         browser.get(server.url)
         login = browser.find_element(By.ID, "login")
-        WebDriverWait(browser, 30).until(lambda _: login.is_displayed())
+        WebDriverWait(browser, PATIENCE_S).until(lambda _: login.is_displayed())
         for token, shown in (("wrong", True), ("s3cret-of-this-test", False)):
             field = login.find_element(By.NAME, "token")
             field.clear()
             field.send_keys(token)
             login.find_element(By.TAG_NAME, "button").click()
             if shown:
-                WebDriverWait(browser, 30).until(lambda _: "not this server" in login.text)
-        WebDriverWait(browser, 30).until(lambda _: browser.find_element(By.ID, "desk").is_displayed())
+                WebDriverWait(browser, PATIENCE_S).until(lambda _: "not this server" in login.text)
+        WebDriverWait(browser, PATIENCE_S).until(lambda _: browser.find_element(By.ID, "desk").is_displayed())
         browser.refresh()
-        WebDriverWait(browser, 30).until(lambda _: browser.find_element(By.ID, "desk").is_displayed())
+        WebDriverWait(browser, PATIENCE_S).until(lambda _: browser.find_element(By.ID, "desk").is_displayed())
+
+
+def test_stages_at_work_are_shown_with_what_each_finished_last(
+    server: Served, browser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page alone: the server's answer is one of a video on three stages."""
+    server.desk.hold(1)
+    told = records.timeline
+
+    def on_stages(desk: Any, id: str) -> dict[str, Any]:
+        units = (
+            Unit(0, 0, 9, 0, True, True, (), False, False),
+            Unit(0, 1, 8, 1, True, True, (), False, False, 5),
+            None,
+        )
+        sight = Sight(AtWork("chunk 1 is with the decoder, and 0 behind it", 8, (1,), units), {0: id, 1: "other"})
+        monkeypatch.setattr(desk, "split", [(0, 2), (2, 4), (4, 6)])
+        monkeypatch.setattr(desk, "sight", lambda _: sight)
+        return told(desk, id)
+
+    monkeypatch.setattr(records, "timeline", on_stages)
+    id = server.front.create({"prompt": "a red three drifting up", "seconds": "8"}, None)["id"]
+    browser.get(server.url)
+    WebDriverWait(browser, PATIENCE_S).until(
+        lambda _: len(browser.find_elements(By.CSS_SELECTOR, "#stages li.at-work")) == 1
+    )
+    shown = [item.text.splitlines() for item in browser.find_elements(By.CSS_SELECTOR, "#stages li")]
+    assert shown == [
+        ["stage 0: row 10, the whole window", "blocks 0 to 1"],
+        ["stage 1: at another video", "blocks 2 to 3"],
+        ["stage 2: nothing so far", "blocks 4 to 5"],
+    ]
+    kinds = [mark.get_attribute("class") for mark in browser.find_elements(By.CSS_SELECTOR, "#timeline i")]
+    assert kinds[1] == "decoding" and "window" in kinds
+    said = browser.find_element(By.ID, "engine").text
+    assert said.startswith("row 10 of ") and said.endswith("; chunk 1 at the decoder")
+    shoot(browser, "stages")
+    server.front.desk.cancel(id)
+    server.desk.let()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import Failure, Tree
 from pavdm_dist.io import lock
+from pavdm_dist.io.lock import Watch
 from pavdm_dist.io.lockfile import Owner
 from pavdm_dist.io.parts import parts_folder
 from pavdm_dist.serve.asked import REQUEST, keep_time, manifest_name
@@ -116,3 +118,31 @@ def test_a_share_that_is_away_is_tried_again(tree: Tree, monkeypatch: pytest.Mon
         patch.setattr("pavdm_dist.serve.removals.list_names", away)
         assert not removals.clear(ID)
     assert removals.sweep() == [ID] and files(tree) == ["cancel"]
+
+
+def test_a_store_that_does_not_answer_holds_up_no_other_deletion(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = "video_other"
+    asked(tree, other)
+    removals, waits, answers = Removals(tree), threading.Event(), threading.Event()
+    is_free = Watch.is_free
+
+    def slow(watch: Watch, output: str) -> bool:
+        if output == tree.output(ID):
+            waits.set()
+            assert answers.wait(20)
+        return is_free(watch, output)
+
+    monkeypatch.setattr(Watch, "is_free", slow)
+    for id in (ID, other):
+        removals.mark(id)
+    cleared: list[bool] = []
+    first = threading.Thread(target=lambda: cleared.append(removals.clear(ID)))
+    first.start()
+    try:
+        assert waits.wait(20)
+        assert removals.clear(other) and files(tree, other) == ["cancel"]
+        assert not removals.clear(ID), "a thread is at it"
+    finally:
+        answers.set()
+        first.join(timeout=20)
+    assert cleared == [True] and files(tree) == ["cancel"] and removals.sweep() == []

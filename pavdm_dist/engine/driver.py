@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 
 from pavdm_dist.engine.events import (
+    AtWork,
     Decoded,
     DecoderLost,
     EpochDone,
@@ -102,6 +103,11 @@ class Driver:
             flight.asked.append(new)
 
     # --- what happens --------------------------------------------------------------------------------------
+
+    def at_work(self, stream: int) -> AtWork | None:
+        """Where a stream is; None of one that is not here. Any thread may ask."""
+        flight = self._flights.get(stream)
+        return None if flight is None else flight.at_work
 
     def step(self, timeout: float, held_bytes: int = 0) -> list[Output]:
         """Hands out work, waits up to ``timeout`` seconds for something to happen, and says what is new.

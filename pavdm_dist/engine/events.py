@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pavdm_dist.engine.order import Unit
 from pavdm_dist.errors import EngineError, PAVDMError
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
@@ -219,6 +220,25 @@ class Grown:
 
     stream: int
     resume: ResumePoint
+
+
+@dataclass(frozen=True)
+class AtWork:
+    """Where a stream is while it is made, for who watches.
+
+    Attributes:
+        awaited: which chunk comes next, and who has it, in words.
+        row: the row that comes next, as far as is known here: behind the last shift that was told of, or the last row
+            in the process that samples.
+        decoding: chunks that are clean, and whose frames are still to come.
+        stages: the unit that each stage has finished last, of whatever stream; None before its first, or where it did
+            not answer. No entries where this process samples alone.
+    """
+
+    awaited: str
+    row: int
+    decoding: tuple[int, ...] = ()
+    stages: tuple[Unit | None, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from pavdm_dist.engine.events import Decoded, Finished, KeysChanged, Shift
+from pavdm_dist.engine.events import AtWork, Decoded, Finished, KeysChanged, Shift
 from pavdm_dist.engine.order import Join
 from pavdm_dist.method.microbatches import MicroBatches
 from pavdm_dist.method.recovery import replayed
@@ -106,14 +106,20 @@ class Flight:
     @property
     def awaited(self) -> str:
         """Which chunk comes next, and who has it."""
-        if self.undecoded:
-            return f"chunk {self.undecoded[0][0].index} is with the decoder, and {len(self.undecoded) - 1} behind it"
+        undecoded = tuple(self.undecoded)  # others may ask while the driver goes on
+        if undecoded:
+            return f"chunk {undecoded[0][0].index} is with the decoder, and {len(undecoded) - 1} behind it"
         places = {
             Stand.WAITING: "the video waits for a place",
             Stand.PREPARING: "the stages are taking the video in",
             Stand.READY: "the video is to join the pipeline",
         }
         return f"chunk {self.next_chunk}: {places.get(self.stand, f'the stages have come to row {self.row}')}"
+
+    @property
+    def at_work(self) -> AtWork:
+        """Where it is. Any thread may ask."""
+        return AtWork(self.awaited, self.row, tuple(clean.index for clean, _ in tuple(self.undecoded)))
 
     @property
     def resyncs(self) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pavdm_dist.codecs.base import FrameDecoder
 from pavdm_dist.engine.beside import Beside
-from pavdm_dist.engine.events import Decoded, Failed, Finished, Shift
+from pavdm_dist.engine.events import AtWork, Decoded, Failed, Finished, Shift
 from pavdm_dist.engine.flight import Flight
 from pavdm_dist.engine.watchdog import Patience, Watchdog
 from pavdm_dist.errors import PAVDMError, VideoError
@@ -63,6 +63,7 @@ class InlineEngine:
         self._stopping: set[int] = set()
         self._cancelled: set[int] = set()
         self._prompts: dict[int, list[NewPrompt]] = {}
+        self._at: tuple[int | None, int] = None, 0  # what is sampled, and its next row
 
     def run(
         self,
@@ -84,6 +85,7 @@ class InlineEngine:
         try:
             for stream in streams:
                 if isinstance(stream, Stream) and stream.id in self._cancelled:
+                    self._forget(stream.id)
                     continue
                 try:
                     if isinstance(stream, Failed):
@@ -103,6 +105,8 @@ class InlineEngine:
                     if on_failed is None:
                         raise
                     on_failed(stream.stream if isinstance(stream, Failed) else stream.id, error)
+                finally:  # a run may last for months
+                    self._forget(stream.stream if isinstance(stream, Failed) else stream.id)
         finally:
             self._stopping.clear()
             self._cancelled.clear()
@@ -121,8 +125,20 @@ class InlineEngine:
         """Ends a stream where it is."""
         self._cancelled.add(stream)
 
+    def at_work(self, stream: int) -> AtWork | None:
+        """Where the stream is that is being sampled; None of any other. From any thread."""
+        sampled, row = self._at
+        return AtWork(f"row {row} comes next", row) if sampled == stream else None
+
     def close(self) -> None:
         """Nothing outlives a run."""
+
+    def _forget(self, stream: int) -> None:
+        """Of a stream that is over, what was asked for."""
+        self._stopping.discard(stream)
+        self._cancelled.discard(stream)
+        self._prompts.pop(stream, None)
+        self._at = None, 0
 
     def _sampled(
         self, stream: Stream, on_grown: Callable[[int, ResumePoint], None] | None, on_step: StepCallback | None
@@ -136,11 +152,13 @@ class InlineEngine:
                 denoise.follow(flight.stream)
 
         change(stream.first_row)
+        self._at = stream.id, stream.first_row
         if flight.past is not None:
             decoder.warm(flight.past)
         ended: list[tuple[int, Shift]] = []
 
         def after(row: PlanRow, window: Window) -> None:
+            self._at = stream.id, window.row
             if on_step is not None:
                 on_step(row, window)
             if stream.id in self._stopping and window.plan.num_chunks is None:

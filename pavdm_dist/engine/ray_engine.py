@@ -7,6 +7,7 @@ the stages until ``EngineOptions.backlog_bytes`` of frames wait.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -18,8 +19,9 @@ from pavdm_dist.cluster.joining import connect
 from pavdm_dist.cluster.metrics import Meters
 from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.driver import Driver
-from pavdm_dist.engine.events import Failed, Finished, GangLost, Grown, Output
+from pavdm_dist.engine.events import AtWork, Failed, Finished, GangLost, Grown, Output
 from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.engine.order import Unit
 from pavdm_dist.engine.ray_gang import RayGang
 from pavdm_dist.engine.report import DecodeSpan, RunReport
 from pavdm_dist.engine.restart import Restarts, rebuilt
@@ -33,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds the driver waits for events before it looks whether something else is to be done.
 POLL_S, EAGER_POLL_S = 1.0, 0.1
+# Between two questions to the stages, what they did last.
+LOOK_S = 0.5
 _MEASURED = {"pavdm_engine_recoveries": "gangs that took the place of lost ones"}
 
 
@@ -102,6 +106,8 @@ class RayEngine:
         watchdog = Watchdog(Patience(options.stall_factor, options.stall_floor_s, options.stall_limit_s))
         self._driver = Driver(self._gang, 1, options.backlog_bytes, options.max_restarts, watchdog)
         self._run: Run | None = None
+        # What stages were seen to have done, for who watches.
+        self._looking, self._looked, self._seen = threading.Lock(), -math.inf, tuple[Unit | None, ...]()
         self._asked: deque[Callable[[], None]] = deque()
         self._thread = threading.Thread(
             target=self._drive, name=f"pavdm-driver of {threading.current_thread().name}", daemon=True
@@ -168,6 +174,24 @@ class RayEngine:
     @property
     def relative_error(self) -> float | None:
         return self._gang.relative_error
+
+    def at_work(self, stream: int) -> AtWork | None:
+        """Where a stream of the running :meth:`run` is, and what each stage did last; None of one that is not here.
+
+        From any thread. Stages are asked at most twice a second, however many watch.
+        """
+        found = self._driver.at_work(stream)
+        if found is None:
+            return None
+        with self._looking:
+            if time.monotonic() - self._looked > LOOK_S:
+                try:
+                    self._seen = self._gang.progress()
+                except Exception as error:  # the gang may be ending in this moment: nothing depends on what is shown
+                    logger.debug("stages cannot be asked: %s", error)
+                    self._seen = ()
+                self._looked = time.monotonic()
+            return replace(found, stages=self._seen)
 
     def stop(self, stream: int) -> None:
         """Lets an endless stream end: what is in flight is finished, then its last chunk comes."""

@@ -29,6 +29,8 @@ from pavdm_dist.models.source import Source
 
 logger = logging.getLogger(__name__)
 
+# How long stages may take to say what they did last.
+ANSWER_S = 0.5
 # Beyond the links' own timeout: a stage that waits for a frozen one should say so first.
 FREEZE_MARGIN_S = 3.0
 
@@ -161,6 +163,14 @@ class RayGang:
         events = list(self._events)
         self._events.clear()
         return events
+
+    def progress(self) -> tuple[Unit | None, ...]:
+        """The unit that each stage has finished last; None of one that did not answer at once. Any thread may ask."""
+        import ray
+
+        asked = [stage.progress.remote() for stage in list(self._stages)]
+        answered = set(ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)[0]) if asked else set()
+        return tuple(ray.get(ref) if ref in answered else None for ref in asked)
 
     def finish(self) -> list[RunReport]:
         """Lets the loops end after the last sealed epoch and returns every stage's report, in stage order."""

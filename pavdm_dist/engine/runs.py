@@ -126,6 +126,8 @@ class Run:
             stream = self._built.popleft()
             self._switch.notify_all()
             if stream.id in self._cancelled:
+                self._cancelled.remove(stream.id)
+                self._prompts.pop(stream.id, None)
                 continue
             try:
                 driver.submit(stream)
@@ -170,9 +172,11 @@ class Run:
             self._prompts.setdefault(stream, []).append(new)
 
     def cancel(self, stream: int) -> None:
-        """Drops a stream, and what of it waits."""
-        self.open.discard(stream)
-        self._cancelled.add(stream)
+        """Drops a stream, and what of it waits; one that is still on its way as soon as it comes."""
+        if stream in self.open:
+            self.open.remove(stream)
+        else:
+            self._cancelled.add(stream)
         self.outputs = deque(output for output in self.outputs if output.stream != stream)
         self.held_bytes = sum(output.num_bytes for output in self.outputs if isinstance(output, Finished))
 

@@ -115,12 +115,14 @@ class Crew:
             shots: that could be rendered now, or are.
             keeps: the fewest stay up although there is nothing to do.
         """
+        # Only this thread changes what is read here, but for flags; and a cluster may take long to answer, which must
+        # hold up nobody who asks for a shot or gives one back.
+        if time.monotonic() >= self._next_start:
+            self._room = None
+        most = self._most([hand for hand in self.hands if not hand.retiring])
         with self._turn:
             now = time.monotonic()
-            if now >= self._next_start:
-                self._room = None
             alive = [hand for hand in self.hands if not hand.retiring]
-            most = self._most(alive)
             wanted = min(most, math.ceil(shots / self._kinds.config.streams))
             fewest = max(wanted, min(self._options.min_renderers, most) if keeps else 0)
             missing = fewest - len(alive) if now >= self._next_start else 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from pavdm_dist.engine.events import AtWork
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError, StalledError, TakenError
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.outputs import VideoChunk
@@ -35,6 +37,19 @@ class Ended:
     kind: str = ""
     error: str = ""
     frames: int = 0
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What can be seen of a shot that is being rendered.
+
+    Attributes:
+        at: where it is.
+        shots: by the number of a stage's unit, the shots in this renderer's hands.
+    """
+
+    at: AtWork
+    shots: Mapping[int, str]
 
 
 class Desk(Protocol):

@@ -214,14 +214,14 @@ def _named(number: int, values: Mapping[str, Any]) -> Line:
         if value is None or name in _FACTS:
             continue
         if name in _SETTINGS and isinstance(overrides, dict):
-            if overrides.get(name, value) != value:
+            if name in overrides and overrides[name] != value:
                 return Line(number, None, _twice(name, value, f"overrides.{name}", overrides[name]))
             overrides = {name: value, **overrides}
         elif (own := _NAMES.get(name, name)) is None:
             continue
         elif own not in FIELDS:
             return Line(number, None, f"no such field {show(name)}; the fields are {', '.join(FIELDS)}")
-        elif known.get(own, value) != value:
+        elif own in known and known[own] != value:
             other = next(one for one in values if one != name and _NAMES.get(one, one) == own)
             return Line(number, None, _twice(other, known[own], name, value))
         else:

@@ -92,13 +92,16 @@ class Kinds:
         if pipeline.engine is not None:
             pipeline.split(self.base.params)
 
-    def pipeline(self) -> PAVDMPipeline:
+    def pipeline(self, trace: str | None = None) -> PAVDMPipeline:
         """A pipeline of its own for a renderer; loads nothing yet.
+
+        Args:
+            trace: file that gets what its stages did when; None = none.
 
         Raises:
             PAVDMError: as :func:`~pavdm_dist.commands.resolve.open_pipeline`.
         """
-        return open_pipeline(self._common)
+        return open_pipeline(replace(self._common, trace=trace or self._common.trace))
 
     @property
     def engine(self) -> EngineOptions:
@@ -247,8 +250,8 @@ class Kinds:
         if not has_video:  # what some shots of the manifest begin with is no concern of the others
             values["start"], values["include_input"] = "noise", False
         for name, value in own.items():
-            is_section = isinstance(value, dict) and name != "timed_prompts"
-            values[name] = {**values[name], **value} if is_section else value
+            is_part = name == "displaced" and isinstance(value, dict)  # the only section of them: its keys one by one
+            values[name] = {**values[name], **value} if is_part else value
         if size is not None:
             values["height"], values["width"] = size_of(size, "shot")
         config = merged(SampleConfig, values, "overrides")

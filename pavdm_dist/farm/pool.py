@@ -17,28 +17,19 @@ from typing import Any
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.crew import Crew, Hand
-from pavdm_dist.farm.desk import Ended, Listener
+from pavdm_dist.farm.desk import Ended, Listener, Sight
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.logs import ShotLog
 from pavdm_dist.farm.meters import make_meters
 from pavdm_dist.farm.renderer import Renderer
+from pavdm_dist.farm.said import Said
 from pavdm_dist.farm.shot import Shot
-from pavdm_dist.farm.tree import CANCEL, Failure, Tree
+from pavdm_dist.farm.tree import CANCEL, Tree
 from pavdm_dist.farm.waiting import Entry, Waiting
 from pavdm_dist.io.lock import Watch
 from pavdm_dist.outputs import VideoChunk
 
 logger = logging.getLogger(__name__)
-
-_WORDS = {
-    "done": "done",
-    "failed": "failed",
-    "again": "to be begun again",
-    "aside": "another process has it",
-    "cancelled": "cancelled",
-    "saved": "saved, to go on later",
-}
-_ELSEWHERE = {"done": "is complete already", "failed": "had failed"}
 
 
 @dataclass
@@ -78,7 +69,7 @@ class Pool:
         endless: bool = False,
     ) -> None:
         self._kinds, self._tree, self._options = kinds, tree, kinds.config.farm
-        self._listener, self._log, self._endless = listener or Listener(), log or ShotLog(), endless
+        self._listener, self._said, self._endless = listener or Listener(), Said(tree, log or ShotLog()), endless
         self._turn = threading.Condition()
         self._waiting, self._watch, self._watching = Waiting(), Watch(), threading.Lock()
         self._running: dict[str, _Running] = {}
@@ -135,6 +126,12 @@ class Pool:
         with self._turn:
             running = self._running.get(id)
         return running is not None and running.hand.renderer.set_prompt(id, from_chunk, text)
+
+    def sight(self, id: str) -> Sight | None:
+        """Where a shot is that is being rendered here."""
+        with self._turn:
+            running = self._running.get(id)
+        return None if running is None else running.hand.renderer.sight(id)
 
     def drain(self) -> None:
         """Lets every shot go on to its next chunk, saves all, and ends; after ``drain_s`` as :meth:`stop`."""
@@ -246,7 +243,7 @@ class Pool:
                     if self._may_take(hand) and (entry := self._waiting.take(alone=not hand.load)) is not None:
                         self._running[entry.shot.id] = _Running(entry, hand)
                         hand.load += 1
-                        self._log.begun(renderer.name, entry.shot.id)
+                        self._said.taken(renderer.name, entry.shot)
                         return entry.shot
                     if not (self._endless or self._waiting or self._running):
                         return None
@@ -276,9 +273,7 @@ class Pool:
             if hand.idle_since is not None:
                 hand.idle_s += time.monotonic() - hand.idle_since
                 hand.idle_since = None
-        where = f" at chunk {chunk}" if chunk else ""
-        again = f", attempt {attempts + 1}" if attempts else ""
-        self._tell(logging.INFO, renderer, shot, f"begun on {renderer.name}{where}{again}")
+        self._said.begun(renderer.name, shot, chunk, attempts)
         self._listener.begun(shot, chunk)
 
     def grew(self, renderer: Renderer, shot: Shot, chunk: VideoChunk) -> None:
@@ -298,18 +293,7 @@ class Pool:
     def ended(self, renderer: Renderer, shot: Shot, ended: Ended) -> None:
         ended, attempts = self._settled(shot, ended)
         self._meters.add(f"pavdm_farm_shots_{ended.how}")
-        try:
-            if ended.how != "aside":
-                said = f": {ended.error}" if ended.error else ""
-                level = logging.WARNING if ended.how in ("failed", "again") else logging.INFO
-                words = _ELSEWHERE if ended.kind == "elsewhere" else _WORDS
-                self._tell(level, renderer, shot, f"{words[ended.how]}{said}")
-            self._log.ended(renderer.name, shot.id)
-        finally:  # whatever happens to what is said of it: it is in no queue any more
-            if ended.how == "failed" and ended.kind != "elsewhere":
-                self._fail(shot, ended, attempts)
-        if ended.how in ("done", "failed", "cancelled"):
-            self._log.forget(shot.id)
+        self._said.ended(renderer.name, shot, ended, attempts)
         self._listener.ended(shot, ended)
 
     def _settled(self, shot: Shot, ended: Ended) -> tuple[Ended, int]:
@@ -346,14 +330,6 @@ class Pool:
             self.drain()
         return ended, attempts
 
-    def _fail(self, shot: Shot, ended: Ended, attempts: int) -> None:
-        line = {name: getattr(shot, name) for name in shot.__dataclass_fields__}
-        failure = Failure(ended.error, ended.kind, attempts, log=self._log.tail(shot.id), shot=line)
-        try:
-            self._tree.fail(shot.id, failure)
-        except OSError as error:
-            logger.error("%s: its failure cannot be written: %s", shot.id, error)
-
     def _may_take(self, hand: Hand) -> bool:
         """Whether it is a renderer's turn: the least busy first; one more than its places when others have theirs."""
         if any(running.hand is hand and running.entry.attempts for running in self._running.values()):
@@ -363,7 +339,3 @@ class Pool:
         if hand.load < streams:
             return not any(other.waits and other.load < hand.load for other in others)
         return self._waiting.ready > sum(max(0, streams - other.load) for other in others)
-
-    def _tell(self, level: int, renderer: Renderer, shot: Shot, text: str) -> None:
-        extra = {"shot": shot.id, "renderer": renderer.name}
-        logger.log(level, "shot %s: %s", shot.id, text, extra=extra)

@@ -16,9 +16,10 @@ from typing import Any
 
 from pavdm_dist.commands.videos import Video, Videos
 from pavdm_dist.errors import EngineError, PAVDMError
-from pavdm_dist.farm.desk import Desk, Ended, end_of, one_line
+from pavdm_dist.farm.desk import Desk, Ended, Sight, end_of, one_line
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.shot import Shot
+from pavdm_dist.farm.traces import keep_shots, trace_path
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.outputs import VideoChunk
@@ -57,7 +58,9 @@ class Renderer:
 
     def __init__(self, name: str, kinds: Kinds, tree: Tree, desk: Desk) -> None:
         self.name, self._kinds, self._tree, self._desk = name, kinds, tree, desk
-        self.pipeline = kinds.pipeline()
+        self._trace = trace_path(tree, name) if kinds.config.farm.trace else None
+        self._traced: dict[int, str] = {}  # its shots by number, where they are traced
+        self.pipeline = kinds.pipeline(self._trace)
         self.up_since = math.inf
         self._flights: dict[int, _Flight] = {}
         self._numbers = 0
@@ -85,6 +88,8 @@ class Renderer:
                 )
                 for chunk in chunks:
                     self._take(chunk)
+                if self._trace is not None:
+                    keep_shots(self._trace, self._traced)
         except _Told:
             pass
         except EngineError as lost:
@@ -118,6 +123,14 @@ class Renderer:
         with self._turn:
             for flight in self._flights.values():
                 flight.cancelled = flight.cancelled or flight.shot.id == id
+
+    def sight(self, id: str) -> Sight | None:
+        """Where a shot is that is rendered here. From any thread."""
+        with self._turn:
+            shots = {number: flight.shot.id for number, flight in self._flights.items()}
+        number = next((number for number, shot in shots.items() if shot == id), None)
+        at = None if number is None else self.pipeline.at_work(number)
+        return None if at is None else Sight(at, shots)
 
     def set_prompt(self, id: str, from_chunk: int, text: str) -> bool:
         """Another prompt for a shot; see :meth:`~pavdm_dist.pipeline.PAVDMPipeline.set_prompt`. From any thread.
@@ -173,6 +186,8 @@ class Renderer:
                 assert video.recording is not None
                 next_chunk = video.recording.next_chunk
                 self._flights[self._numbers] = _Flight(shot, videos, video, self._numbers)
+                if self._trace is not None:
+                    self._traced[self._numbers] = shot.id
                 self._numbers += 1
                 self._desk.begun(self, shot, next_chunk)
                 return requests[0]

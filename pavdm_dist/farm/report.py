@@ -9,9 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
+from math import ceil
 from typing import Any
 
 from pavdm_dist.farm.status import Standing, standings, status_report
+from pavdm_dist.farm.traces import StageTimes, shot_times
 from pavdm_dist.farm.tree import VIDEO, Tree
 from pavdm_dist.io.storage import atomic_write
 
@@ -19,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 # Pictures of a contact sheet, and their height; shots that have one, and a player: a page of thousands loads for ever.
 FRAMES, HEIGHT, SHOWN = 6, 72, 500
-_CHART = (260, 36)
+# Of charts: width and height, and the height of a stage's row.
+_CHART, _ROW = (260, 36), 12
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class _Card:
     facts: list[tuple[str, str]]
     sheet: str | None
     chart: str | None
+    stages: list[str]
     tags: Sequence[str]
 
 
@@ -52,10 +56,11 @@ def write_report(out: str) -> dict[str, Any]:
 
     tree = Tree(out)
     status = status_report(out)
+    times = shot_times(tree)
     cards, failed, unfinished = list[_Card](), list[Standing](), list[Standing]()
     for one in standings(tree):
         if one.sidecar is not None and len(cards) < SHOWN:
-            cards.append(_card(tree, one, one.sidecar))
+            cards.append(_card(tree, one, one.sidecar, times.get(one.shot.id, [])))
         elif one.state.standing == "failed":
             failed.append(one)
         elif one.state.standing in ("running", "begun"):
@@ -76,7 +81,7 @@ def write_report(out: str) -> dict[str, Any]:
     return {"report": path, "complete": len(cards), "failed": len(failed), "unfinished": len(unfinished)}
 
 
-def _card(tree: Tree, one: Standing, sidecar: dict[str, Any]) -> _Card:
+def _card(tree: Tree, one: Standing, sidecar: dict[str, Any], times: StageTimes) -> _Card:
     chunks = [float(seconds) for seconds in sidecar.get("chunk_seconds") or ()]
     took = sum(chunks)
     facts = [
@@ -89,10 +94,43 @@ def _card(tree: Tree, one: Standing, sidecar: dict[str, Any]) -> _Card:
         ),
         ("device", str(sidecar.get("device"))),
     ]
+    if times:
+        facts.append(("stages", _busy(times)))
     sheet = _sheet(tree.output(one.shot.id), sidecar["num_frames"])
     return _Card(
-        one.shot.id, one.shot.prompt, f"shots/{one.shot.id}/{VIDEO}", facts, sheet, _bars(chunks), one.shot.tags
+        one.shot.id,
+        one.shot.prompt,
+        f"shots/{one.shot.id}/{VIDEO}",
+        facts,
+        sheet,
+        _bars(chunks),
+        _spans(times),
+        one.shot.tags,
     )
+
+
+def _busy(times: StageTimes) -> str:
+    """How long each stage computed for a shot, of the time from the shot's first unit to its last."""
+    whole = max(end for spans in times for _, end in spans) or 1.0
+    shares = (sum(end - start for start, end in spans) / whole for spans in times)
+    return f"{whole:.1f} s; busy with this shot: " + ", ".join(
+        f"stage {rank} {share:.0%}" for rank, share in enumerate(shares)
+    )
+
+
+def _spans(times: StageTimes) -> list[str]:
+    """When each stage computed for a shot, as the path of an SVG each; as fine as the picture is wide."""
+    whole = max((end for spans in times for _, end in spans), default=0.0) or 1.0
+    paths = []
+    for rank, spans in enumerate(times):
+        parts, behind = list[str](), -1
+        for start, end in sorted(spans):
+            left = max(int(start / whole * _CHART[0]), behind)
+            behind = max(ceil(end / whole * _CHART[0]), behind)
+            if behind > left:
+                parts.append(f"M{left} {_ROW * rank}h{behind - left}v{_ROW - 2}H{left}z")
+        paths.append("".join(parts))
+    return paths
 
 
 def _sheet(video: str, frames: int) -> str | None:

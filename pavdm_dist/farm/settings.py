@@ -26,6 +26,7 @@ class PoolConfig:
     max_failed: Annotated[int, Within(0)] | None = None  # more failed shots than this end the farm
     poll_s: Annotated[float, Within(0, 3600, above=True)] = 2.0  # between two looks at manifest, markers and locks
     drain_s: _Wait = 60.0  # how long an ending farm waits for the chunks that are under way
+    trace: bool = False  # keep when each stage computed what, for the report; grows with the shots: for measurements
 
 
 @dataclass
@@ -67,6 +68,8 @@ def validate_farm(config: FarmConfig) -> None:
         raise ConfigError("farm.plan=true: the planner needs to know of devices; set cluster.devices=N")
     if config.farm.plan and (config.farm.renderers is not None or config.layers_per_stage is not None):
         raise ConfigError("farm.plan=true: farm.renderers and layers_per_stage leave nothing to plan; drop one")
+    if config.farm.trace and not config.num_stages:
+        raise ConfigError("farm.trace=true: without stages there is nothing to trace; set num_stages")
     most, fewest = config.farm.renderers, config.farm.min_renderers
     if not config.num_stages and (most or 1) > 1:
         raise ConfigError(f"farm.renderers={most}: without stages this process is the only one; set num_stages")

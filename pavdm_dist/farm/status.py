@@ -68,7 +68,7 @@ def settings_of_run(tree: Tree, overrides: Collection[str] = ()) -> FarmConfig:
         return merged(FarmConfig, content["settings"], path, list(overrides))
     except OSError as error:
         raise ConfigError(f"{tree.root}: is no folder of a farm: {path}: {error.strerror or error}") from error
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: holds no settings") from error
 
 

@@ -7,6 +7,7 @@
     shots/ID/failed.json    why it failed; nobody begins it until that is removed (``pavdm farm retry``)
     shots/ID/skip, cancel   markers, of any content: not to be begun; and, of ``cancel``, to be ended where it is
     failed.jsonl            the failed shots, as a manifest
+    traces/                 where asked for: when each stage computed what (:mod:`pavdm_dist.farm.traces`)
     drain                   marker: all farms on this folder finish their chunks, save and end
 
 Local, or in any store of fsspec's. Nothing is ever renamed or moved between shots, so that any number of farms may work

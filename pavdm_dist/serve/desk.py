@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import fields
 
 from pavdm_dist.errors import ConfigError, PAVDMError
-from pavdm_dist.farm.desk import Ended, Listener
+from pavdm_dist.farm.desk import Ended, Listener, Sight
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.logs import ShotLog
 from pavdm_dist.farm.pool import Pool
@@ -25,7 +25,7 @@ from pavdm_dist.io.metadata import versions
 from pavdm_dist.merging import to_dict
 from pavdm_dist.outputs import VideoChunk
 from pavdm_dist.serve.asked import created_at, manifest_name, manifests_of
-from pavdm_dist.serve.progress import Counts, Progress
+from pavdm_dist.serve.progress import Followed, Progress
 from pavdm_dist.serve.refusals import Refusal, no_such_video
 from pavdm_dist.serve.removals import Removals
 from pavdm_dist.serve.settings import ServeConfig
@@ -59,7 +59,8 @@ class FrontDesk(Listener):
     def __init__(self, config: ServeConfig, kinds: Kinds, tree: Tree) -> None:
         self.config, self.kinds, self.tree = config, kinds, tree
         self.closing, self.trouble = False, ""
-        self.counts = Counts()
+        self._followed = Followed()
+        self.counts = self._followed.counts
         self.model = config.model.rstrip("/").rpartition("/")[2] if config.model.startswith("/") else config.model
         pipeline = kinds.pipeline()
         self.split = [] if pipeline.engine is None else pipeline.split(kinds.base.params)
@@ -70,8 +71,6 @@ class FrontDesk(Listener):
         self._reserved = 0  # videos whose manifests are being written
         self._stamp = 0  # of the newest one
         self._shots: dict[str, Shot] = {}
-        self._progress: dict[str, Progress] = {}
-        self._asked_at: dict[str, float] = {}  # of those that have given no chunk yet
         self._over = threading.Event()
         self._ticker = threading.Thread(target=self._tick, name="pavdm-desk", daemon=True)
 
@@ -177,10 +176,8 @@ class FrontDesk(Listener):
     def retry_after(self) -> int:
         """Seconds after which the next video may be finished, by those that are under way."""
         left = [_RETRY_MOST_S]
-        with self._turn:
-            under_way = [(self._shots[id], one) for id, one in self._progress.items() if id in self._shots]
-        for shot, progress in under_way:
-            if progress.seconds:
+        for id, progress in self._followed.under_way().items():
+            if progress.seconds and (shot := self._shots.get(id)) is not None:
                 pace = sum(progress.seconds) / len(progress.seconds)
                 left.append(round(pace * max(1, self.num_chunks(shot) - progress.chunks)))
         return max(_RETRY_LEAST_S, min(left))
@@ -204,8 +201,7 @@ class FrontDesk(Listener):
             self.tree.keep(name, [shot])
             with self._turn:
                 self._shots[shot.id] = shot
-                self._asked_at[shot.id] = time.monotonic()
-                self.counts.asked += 1
+            self._followed.asked(shot.id)
             self._pool.submit([shot])
         finally:
             with self._turn:
@@ -240,7 +236,11 @@ class FrontDesk(Listener):
 
     def progress(self, id: str) -> Progress | None:
         """How far a video is that is being rendered here."""
-        return self._progress.get(id)
+        return self._followed.get(id)
+
+    def sight(self, id: str) -> Sight | None:
+        """Where a video is that is being rendered here, and what the stages did last."""
+        return self._pool.sight(id)
 
     def num_chunks(self, shot: Shot) -> int:
         """Chunks of the whole video."""
@@ -292,32 +292,13 @@ class FrontDesk(Listener):
     # --- what the pool tells -----------------------------------------------------------------------------------
 
     def begun(self, shot: Shot, chunk: int) -> None:
-        with self._turn:
-            self._progress[shot.id] = Progress(chunk)
+        self._followed.begun(shot.id, chunk)
 
     def grew(self, shot: Shot, chunk: VideoChunk) -> None:
-        now = time.monotonic()
-        with self._turn:
-            progress = self._progress[shot.id]
-            progress.chunks = chunk.index + 1
-            progress.seconds.append(now - progress.last)
-            del progress.seconds[:-16]
-            progress.last = now
-            if chunk.resume is not None:
-                progress.row, progress.prompts = chunk.resume.snapshot.row, chunk.resume.prompts
-            if (asked := self._asked_at.pop(shot.id, None)) is not None:
-                self.counts.first_chunk_s = now - asked
-            self.counts.chunks += 1
-            self.counts.frames += int(chunk.frames.shape[0])
+        self._followed.grew(shot.id, chunk)
 
     def ended(self, shot: Shot, ended: Ended) -> None:
-        with self._turn:
-            self._progress.pop(shot.id, None)
-            self.counts.done += ended.how == "done"
-            self.counts.failed += ended.how == "failed"
-            self.counts.retried += ended.how == "again"
-            if ended.how in ("done", "failed", "cancelled"):
-                self._asked_at.pop(shot.id, None)
+        self._followed.ended(shot.id, ended)
         if self._removals.is_deleted(shot.id):  # it may have been complete in that moment
             self._clear(shot.id)
 

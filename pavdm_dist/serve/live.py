@@ -12,6 +12,7 @@ from anyio.to_thread import run_sync
 
 from pavdm_dist.errors import MediaError
 from pavdm_dist.io.parts import parts_folder
+from pavdm_dist.io.segments import INPUT
 from pavdm_dist.io.storage import exists, is_remote, join, list_names
 from pavdm_dist.serve.fragments import fragments
 
@@ -20,11 +21,18 @@ _SEGMENT = re.compile(r"segment-(\d{6,})-(\d{6,})\.mp4")
 LOOK_S, LOOK_REMOTE_S = 0.1, 2.0
 
 
-def segments(output: str, from_chunk: int = 0) -> list[tuple[int, str]]:
-    """Closed segments of an unfinished video that follow each other: the chunk behind each, its path."""
-    parts, due = parts_folder(output), from_chunk
-    found: list[tuple[int, str]] = []
-    for name in list_names(parts):
+def segments(output: str, from_chunk: int = -1) -> list[tuple[int, str]]:
+    """Closed segments of an unfinished video that follow each other: the chunk behind each, its path.
+
+    Args:
+        output: the mp4 that it becomes.
+        from_chunk: that the first one begins with; -1 = with the input, where the video has it in front of its chunks.
+            That is written before any chunk is: a listing that has chunks without it shows that there is none.
+    """
+    parts, due = parts_folder(output), max(0, from_chunk)
+    names = list_names(parts)
+    found = [(0, join(parts, INPUT))] if from_chunk < 0 and INPUT in names else []
+    for name in names:
         match = _SEGMENT.fullmatch(name)
         if match is not None and int(match[1]) == due:
             due = int(match[2]) + 1
@@ -42,7 +50,7 @@ async def live(output: str, is_over: Callable[[], bool]) -> AsyncIterator[bytes]
         is_over: whether nothing will follow: it is complete, or will never be. Asked in a thread.
     """
     wait = LOOK_REMOTE_S if is_remote(output) else LOOK_S
-    chunk = before = frames = 0  # the next chunk, frames before it, frames that were sent
+    chunk, before, frames = -1, 0, 0  # the next chunk, frames before it, frames that were sent
     while True:
         # Asked before the files are looked at: what is closed after that is found in the next round.
         over = await run_sync(is_over)

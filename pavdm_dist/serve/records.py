@@ -5,7 +5,9 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
+from pavdm_dist.engine.order import WHOLE
 from pavdm_dist.errors import PAVDMError
+from pavdm_dist.farm.desk import Sight
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import CANCEL, Failure, State
 from pavdm_dist.serve.desk import FrontDesk
@@ -77,9 +79,10 @@ def one(desk: FrontDesk, id: str, created_at: int) -> dict[str, Any]:
 
 
 def timeline(desk: FrontDesk, id: str) -> dict[str, Any]:
-    """How far a video is: chunks that are done, those in the window with their noise levels, all.
+    """How far a video is: chunks that are done, those in the window with their noise levels, all; and who does what.
 
-    The row of the plan is known where a chunk was given last, so levels are those at the last shift of the window.
+    In one process the next row of the plan is known, and with it the noise levels now. With stages it is that behind
+    the newest unit of the video that any stage has finished; ``stages`` says which unit that is of each.
 
     Raises:
         Refusal: 404.
@@ -89,7 +92,8 @@ def timeline(desk: FrontDesk, id: str) -> dict[str, Any]:
     params, total = desk.kinds.kind_of(shot).params, desk.num_chunks(shot)
     plan, levels = params.plan(total), params.schedule.levels
     state, progress = desk.tree.state(id), desk.progress(id)
-    row = 0 if progress is None else progress.row
+    sight = None if progress is None else desk.sight(id)
+    row = _row(id, progress, sight, plan.num_rows)
     window: list[dict[str, Any]] = []
     if progress is not None and not plan.is_over(row):
         at = plan.row(row)
@@ -108,11 +112,35 @@ def timeline(desk: FrontDesk, id: str) -> dict[str, Any]:
         "rows": plan.num_rows,
         "prompts": [[0, shot.prompt], *_changes(desk, id, state, progress)],
         "seconds_per_chunk": None if progress is None or not progress.seconds else round(progress.seconds[-1], 3),
-        "stages": [
-            {"stage": rank, "blocks": list(blocks), "at_work": progress is not None}
-            for rank, blocks in enumerate(desk.split)
-        ],
+        "engine": "stages" if desk.split else "one process",
+        "awaited": "" if sight is None else sight.at.awaited,
+        "decoding": [] if sight is None else list(sight.at.decoding),
+        "stages": _stages(desk, id, sight),
     }
+
+
+def _row(id: str, progress: Progress | None, sight: Sight | None, rows: int) -> int:
+    """The row that comes next, as far as is known; behind the last one of a video that is sampled to its end."""
+    if progress is None:
+        return 0
+    if sight is None:
+        return progress.row
+    own = [unit.row for unit in sight.at.stages if unit is not None and sight.shots.get(unit.stream) == id]
+    return min(rows, max(progress.row, sight.at.row, *own))
+
+
+def _stages(desk: FrontDesk, id: str, sight: Sight | None) -> list[dict[str, Any]]:
+    """By stage: its blocks, and the unit that it has finished last, of this video or of another one."""
+    units = {} if sight is None else dict(enumerate(sight.at.stages))
+    found = []
+    for rank, blocks in enumerate(desk.split):
+        unit = units.get(rank)
+        video = None if unit is None or sight is None else sight.shots.get(unit.stream)
+        done = {} if unit is None or video is None else {"row": unit.row, "branch": unit.branch}
+        if unit is not None and done and unit.chunk != WHOLE:
+            done["chunk"] = unit.chunk
+        found.append({"stage": rank, "blocks": list(blocks), "at_work": video == id, "video": video, **done})
+    return found
 
 
 def _changes(desk: FrontDesk, id: str, state: State, progress: Progress | None) -> list[list[Any]]:

@@ -30,8 +30,9 @@ class Removals:
     """
 
     def __init__(self, tree: Tree) -> None:
-        self._tree, self._watch, self._turn = tree, Watch(), threading.Lock()
-        self._left: set[str] = set()
+        self._tree, self._turn = tree, threading.Lock()
+        self._left: dict[str, Watch] = {}  # with what was seen of each one's lock so far
+        self._busy: set[str] = set()  # that a thread is at
 
     def mark(self, id: str) -> None:
         """Says that a video is deleted: whatever happens behind that, nobody begins it, and its files go.
@@ -46,16 +47,25 @@ class Removals:
 
         Returns:
             Whether they are gone; if somebody is writing still, or they cannot be removed, :meth:`sweep` tries again.
+            No where another thread is at them in this moment: nobody waits for what a store takes to answer.
         """
         with self._turn:
-            try:
-                cleared = self._watch.is_free(self._tree.output(id))
+            watch = self._left.setdefault(id, Watch())
+            if id in self._busy:
+                return False
+            self._busy.add(id)
+        cleared = False
+        try:
+            if watch.is_free(self._tree.output(id)):
+                self._remove(id)
+                cleared = True
+        except Exception as error:  # stores that are away have errors of kinds of their own
+            logger.warning("%s is deleted, and its files cannot be removed yet: %s", id, error)
+        finally:
+            with self._turn:
+                self._busy.discard(id)
                 if cleared:
-                    self._remove(id)
-            except Exception as error:  # stores that are away have errors of kinds of their own
-                logger.warning("%s is deleted, and its files cannot be removed yet: %s", id, error)
-                cleared = False
-            (self._left.discard if cleared else self._left.add)(id)
+                    self._left.pop(id, None)
         return cleared
 
     def sweep(self) -> list[str]:

@@ -125,6 +125,7 @@ function drawTimeline(told) {
     const mark = element("i", { title: behind - first > 1 ? `chunks ${first} to ${behind - 1}` : `chunk ${first}` });
     const noisy = [...level.keys()].find((chunk) => chunk >= first && chunk < behind);
     if (behind <= told.done) mark.className = "done";
+    else if (told.decoding.some((chunk) => chunk >= first && chunk < behind)) mark.className = "decoding";
     else if (noisy !== undefined) {
       mark.className = "window";
       mark.style.opacity = String(1 - 0.75 * level.get(noisy));
@@ -133,13 +134,28 @@ function drawTimeline(told) {
     drawn.push(mark);
   }
   find("timeline").replaceChildren(...drawn);
-  find("stages").replaceChildren(...told.stages.map((stage) => element("span", {
-    className: stage.at_work ? "at-work" : "",
-    textContent: `stage ${stage.stage}: blocks ${stage.blocks[0]} to ${stage.blocks[1] - 1}`,
-  })));
+  drawStages(told);
   find("prompts").replaceChildren(...told.prompts.map(([chunk, text]) => element(
     "li", {}, element("small", { textContent: `from chunk ${chunk}` }), text,
   )));
+}
+
+// Who does what of this video: the stages by the unit that each has finished last, or that there are none.
+function drawStages(told) {
+  const row = `row ${Math.min(told.row + 1, told.rows)} of ${told.rows}`;
+  const decoding = told.decoding.length ? `; chunk ${told.decoding.join(", ")} at the decoder` : "";
+  find("engine").textContent = !told.awaited ? ""
+    : told.engine === "stages" ? `${row}: ${told.awaited}${decoding}` : `sampled and decoded in one process, ${row}`;
+  find("stages").replaceChildren(...(told.awaited ? told.stages : []).map((stage) => {
+    const chunk = stage.chunk === undefined ? "the whole window" : `chunk ${stage.chunk}`;
+    const what = stage.at_work ? `row ${stage.row + 1}, ${chunk}${stage.branch ? ", second branch" : ""}`
+      : stage.video ? "at another video" : "nothing so far";
+    return element(
+      "li", { className: stage.at_work ? "at-work" : "", title: "what it has finished last" },
+      `stage ${stage.stage}: ${what}`,
+      element("small", { textContent: `blocks ${stage.blocks[0]} to ${stage.blocks[1] - 1}` }),
+    );
+  }));
 }
 
 async function refreshChosen(video) {

@@ -1,0 +1,71 @@
+"""What is said of the shots of a pool in its log, and the record of each that has failed."""
+
+from __future__ import annotations
+
+import logging
+
+from pavdm_dist.farm.desk import Ended
+from pavdm_dist.farm.logs import ShotLog
+from pavdm_dist.farm.shot import Shot
+from pavdm_dist.farm.tree import Failure, Tree
+
+logger = logging.getLogger(__name__)
+
+_WORDS = {
+    "done": "done",
+    "failed": "failed",
+    "again": "to be begun again",
+    "aside": "another process has it",
+    "cancelled": "cancelled",
+    "saved": "saved, to go on later",
+}
+_ELSEWHERE = {"done": "is complete already", "failed": "had failed"}
+
+
+class Said:
+    """Called from threads of renderers.
+
+    Args:
+        tree: gets the records.
+        log: keeps the last lines of every shot.
+    """
+
+    def __init__(self, tree: Tree, log: ShotLog) -> None:
+        self._tree, self._log = tree, log
+
+    def taken(self, renderer: str, shot: Shot) -> None:
+        """What the renderer says from now on is of this shot, too."""
+        self._log.begun(renderer, shot.id)
+
+    def begun(self, renderer: str, shot: Shot, chunk: int, attempts: int) -> None:
+        """It is rendered from ``chunk`` on, after so many attempts that came no further."""
+        where = f" at chunk {chunk}" if chunk else ""
+        again = f", attempt {attempts + 1}" if attempts else ""
+        self._tell(logging.INFO, renderer, shot, f"begun on {renderer}{where}{again}")
+
+    def ended(self, renderer: str, shot: Shot, ended: Ended, attempts: int) -> None:
+        """It is not the renderer's any more. ``attempts``: how often it was begun without getting further."""
+        try:
+            if ended.how != "aside":
+                said = f": {ended.error}" if ended.error else ""
+                level = logging.WARNING if ended.how in ("failed", "again") else logging.INFO
+                words = _ELSEWHERE if ended.kind == "elsewhere" else _WORDS
+                self._tell(level, renderer, shot, f"{words[ended.how]}{said}")
+            self._log.ended(renderer, shot.id)
+        finally:  # whatever happens to what is said of it: it is in no queue any more
+            if ended.how == "failed" and ended.kind != "elsewhere":
+                self._fail(shot, ended, attempts)
+        if ended.how in ("done", "failed", "cancelled"):
+            self._log.forget(shot.id)
+
+    def _fail(self, shot: Shot, ended: Ended, attempts: int) -> None:
+        line = {name: getattr(shot, name) for name in shot.__dataclass_fields__}
+        failure = Failure(ended.error, ended.kind, attempts, log=self._log.tail(shot.id), shot=line)
+        try:
+            self._tree.fail(shot.id, failure)
+        except OSError as error:
+            logger.error("%s: its failure cannot be written: %s", shot.id, error)
+
+    @staticmethod
+    def _tell(level: int, renderer: str, shot: Shot, text: str) -> None:
+        logger.log(level, "shot %s: %s", shot.id, text, extra={"shot": shot.id, "renderer": renderer})

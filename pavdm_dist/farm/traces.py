@@ -1,0 +1,71 @@
+"""When which stage computed what of which shot: kept in a farm's folder where ``farm.trace=true``, read by its report.
+
+traces/HOST-PID-RENDERER.json         what the stages of one renderer did (:mod:`pavdm_dist.engine.trace`)
+traces/HOST-PID-RENDERER.shots.json   the shots that it names by number
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from pavdm_dist.engine.trace import read_trace
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.farm.tree import Tree
+from pavdm_dist.fields import json_value
+from pavdm_dist.io.storage import atomic_write, join, list_names, local_copy, open_read
+
+logger = logging.getLogger(__name__)
+
+_SHOTS = ".shots.json"
+
+# By stage, begin and end of every unit, in seconds since the shot's first.
+StageTimes: TypeAlias = list[list[tuple[float, float]]]
+
+
+def trace_path(tree: Tree, renderer: str) -> str:
+    """Where a renderer of this process keeps what its stages did."""
+    return tree.path(f"traces/{platform.node()}-{os.getpid()}-{renderer}.json")
+
+
+def keep_shots(trace: str, shots: Mapping[int, str]) -> None:
+    """Says which shots a trace has, by their numbers in it; where that cannot be written they have no charts."""
+    try:
+        with atomic_write(trace.removesuffix(".json") + _SHOTS, "w") as file:
+            json.dump(shots, file)
+    except OSError as error:
+        logger.warning("%s: which shots it has cannot be written: %s", trace, error)
+
+
+def shot_times(tree: Tree) -> dict[str, StageTimes]:
+    """What stages did for each shot that was traced; of one that was rendered in parts what the last renderer did.
+
+    A trace that cannot be read is told of, and left out.
+    """
+    found: dict[str, StageTimes] = {}
+    folder = tree.path("traces")
+    for name in list_names(folder):
+        if not name.endswith(_SHOTS):
+            continue
+        try:
+            with open_read(join(folder, name)) as file:
+                shots = {int(number): str(id) for number, id in json_value(file.read()).items()}
+            with local_copy(join(folder, name.removesuffix(_SHOTS) + ".json")) as trace:
+                stages = read_trace(trace)
+        except (OSError, ConfigError, ValueError, AttributeError) as error:
+            logger.warning("%s/%s: %s", folder, name, error)
+            continue
+        times: dict[str, StageTimes] = {}
+        for rank, spans in enumerate(stages):
+            for span in spans:
+                if (id := shots.get(span.unit.stream)) is not None:
+                    of_shot = times.setdefault(id, [[] for _ in stages])
+                    of_shot[rank].append((span.start, span.end))
+        for id, of_shot in times.items():
+            zero = min(start for spans in of_shot for start, _ in spans)
+            found[id] = [[(start - zero, end - zero) for start, end in spans] for spans in of_shot]
+    return found
