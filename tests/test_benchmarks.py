@@ -87,11 +87,13 @@ def test_straightforward_loop_and_its_single_savings_give_the_package_s_latents(
     assert found["relative_difference"]["all_four"] <= 1e-6  # the same operations, written twice
 
 
-def test_too_few_rounds_to_finish_a_chunk_are_refused() -> None:
-    command = [sys.executable, str(FOLDER / "single_process.py"), "--rounds", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 1
-    assert "--rounds 3" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.usefixtures("scripts")
+def test_too_few_rounds_to_finish_a_chunk_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from single_process import main
+
+    monkeypatch.setattr(sys, "argv", ["single_process.py", "--rounds", "3"])
+    with pytest.raises(SystemExit, match=r"^--rounds 3: at least"):
+        main()
 
 
 @pytest.mark.slow
