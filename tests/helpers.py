@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import torch
 
 from pavdm_dist.method.denoiser import StreamDenoiser
@@ -75,6 +78,21 @@ def tiny_stream(
         mode=mode,
         displaced=displaced,
     )
+
+
+def until_gone(processes: Sequence[psutil.Process]) -> None:
+    """Waits until all have ended, whoever has to ask for their status: what they had open is closed then."""
+    end = time.monotonic() + 60
+    while left := [process for process in processes if not _is_gone(process)]:
+        assert time.monotonic() < end, left
+        time.sleep(0.02)
+
+
+def _is_gone(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def hear_signals() -> None:

@@ -88,11 +88,13 @@ def test_straightforward_loop_and_its_single_savings_give_the_package_s_latents(
     assert found["relative_difference"]["all_four"] <= 1e-6  # the same operations, written twice
 
 
-def test_too_few_rounds_to_finish_a_chunk_are_refused() -> None:
-    command = [sys.executable, str(FOLDER / "single_process.py"), "--rounds", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 1
-    assert "--rounds 3" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.usefixtures("scripts")
+def test_too_few_rounds_to_finish_a_chunk_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from single_process import main
+
+    monkeypatch.setattr(sys, "argv", ["single_process.py", "--rounds", "3"])
+    with pytest.raises(SystemExit, match=r"^--rounds 3: at least"):
+        main()
 
 
 @pytest.mark.slow
@@ -143,6 +145,7 @@ def test_a_folder_of_real_videos_is_read_back_and_unfit_ones_are_refused(tmp_pat
     assert f"real.mp4 has 100 frames of {SIZE}x{SIZE}" in done.stderr
 
 
+@pytest.mark.slow  # tests/test_recovery.py kills and freezes actors, tests/test_resume.py kills the command
 @pytest.mark.timeout(240)
 def test_killed_at_random_moments_all_is_kept() -> None:
     found = report("chaos.py", "--quick")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from pavdm_dist.method.denoiser import ModelDenoiser, StreamDenoiser
 from pavdm_dist.method.microbatches import Displaced
 from pavdm_dist.method.sampler import guide
 from pavdm_dist.method.schedule import Mode
+from pavdm_dist.method.stream import Stream
+from pavdm_dist.method.window import CleanChunk
 from pavdm_dist.models.catalog import BACKBONES, backbone_shape, load_backbone
 from pavdm_dist.models.stdit3 import STDiT3
 from pavdm_dist.pipeline import PAVDMPipeline
@@ -49,21 +52,27 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("num_stages", CUTS)
-@pytest.mark.parametrize("mode", ["window", "causal", "displaced"])
-def test_another_backbone_on_stages_equals_the_sampler(num_stages: int, mode: Mode) -> None:
-    whole = whole_window()
+@cache
+def sampled_in(mode: Mode) -> tuple[list[Stream], list[list[CleanChunk]]]:
+    """Streams of several kinds, and what the sampler makes of each."""
     streams = [
         tiny_stream(0, seed=1, mode=mode),
         tiny_stream(1, seed=2, guidance_scale=1.0, num_chunks=2, mode=mode),
         tiny_stream(2, seed=3, start="clip", end="cut", num_chunks=3, mode=mode),
         tiny_stream(3, seed=4, context_chunks=0, mode=mode),
     ]
+    return streams, [reference_chunks(whole_window(), stream) for stream in streams]
+
+
+@pytest.mark.parametrize("num_stages", CUTS)
+@pytest.mark.parametrize("mode", ["window", "causal", "displaced"])
+def test_another_backbone_on_stages_equals_the_sampler(num_stages: int, mode: Mode) -> None:
+    whole, (streams, sampled) = whole_window(), sampled_in(mode)
     chunks: dict[int, list] = {stream.id: [] for stream in streams}
     for number, clean in LocalEngine([Stage(whole, blocks) for blocks in CUTS[num_stages]]).run(streams, 2):
         chunks[number].append(clean)
-    for stream in streams:
-        for clean, expected in zip(chunks[stream.id], reference_chunks(whole, stream), strict=True):
+    for stream, reference in zip(streams, sampled, strict=True):
+        for clean, expected in zip(chunks[stream.id], reference, strict=True):
             assert torch.equal(clean.latents, expected.latents)
 
 

@@ -93,10 +93,10 @@ def test_a_batch_larger_than_its_bucket_spans_passes() -> None:
 def test_a_far_step_costs_no_more_than_a_near_one() -> None:
     order = BatchOrder([100_000, 1000], [8, 4], 0)
     order.batch(10**9)
-    began = time.perf_counter()
+    began = time.process_time()
     for step in range(10**9, 10**9 + 200):
         order.batch(step)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
-from helpers import tiny_checkpoint
+from helpers import tiny_checkpoint, until_gone
 from prepared_sets import BUCKETS, contents, write_source
 from videos import numbered, shipped_videos, write_video
 
@@ -138,15 +139,18 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     )
     (tmp_path / "run.py").write_text(script)
     run = subprocess.Popen([sys.executable, str(tmp_path / "run.py")])
+    workers_of: list[psutil.Process] = []
     try:
         while not list(output.glob("*.safetensors")):
             assert run.poll() is None, "it ended before it could be killed"
             time.sleep(0.02)
+        workers_of = psutil.Process(run.pid).children(recursive=True)
     finally:
         run.send_signal(signal.SIGKILL)
         run.wait()
-    # Two workers have written two shards at most; they end with their parent.
-    time.sleep(0.7)
+    # They end with their parent, and write no more.
+    assert len(workers_of) >= 2
+    until_gone(workers_of)
     done = contents(output)
     assert "index.json" not in done and len([name for name in done if name.endswith(".safetensors")]) < 6
     (output / ".bucket-0-00003.safetensors.12345678.tmp").write_bytes(b"half a shard")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import combinations, pairwise
 
 import pytest
@@ -17,6 +18,8 @@ from pavdm_dist.engine.stage import Stage
 from pavdm_dist.errors import ConfigError, EngineError
 from pavdm_dist.method.microbatches import WHOLE
 from pavdm_dist.method.schedule import Mode
+from pavdm_dist.method.stream import Stream
+from pavdm_dist.method.window import CleanChunk
 from pavdm_dist.models.base import Costs
 from pavdm_dist.planning.costs import measure_costs
 from pavdm_dist.planning.partition import partition, with_codec
@@ -24,11 +27,9 @@ from pavdm_dist.planning.partition import partition, with_codec
 CUTS = {1: [(0, 4)], 2: [(0, 1), (1, 4)], 3: [(0, 2), (2, 3), (3, 4)], 4: [(0, 1), (1, 2), (2, 3), (3, 4)]}
 
 
-@pytest.mark.parametrize("num_stages", CUTS)
-@pytest.mark.parametrize("in_flight", [1, 2, 3])
-@pytest.mark.parametrize("mode", ["window", "causal", "displaced"])
-def test_stages_equal_the_sampler(num_stages: int, in_flight: int, mode: Mode) -> None:
-    model = tiny_model()
+@cache
+def sampled_in(mode: Mode) -> tuple[list[Stream], list[list[CleanChunk]]]:
+    """Streams of several kinds, and what the sampler makes of each."""
     streams = [
         tiny_stream(0, seed=1, mode=mode),
         tiny_stream(1, seed=2, guidance_scale=1.0, num_chunks=2, mode=mode),
@@ -36,12 +37,19 @@ def test_stages_equal_the_sampler(num_stages: int, in_flight: int, mode: Mode) -
         tiny_stream(3, seed=4, start="chunk", num_chunks=1, mode=mode),
         tiny_stream(4, seed=5, context_chunks=0, mode=mode),
     ]
-    engine = LocalEngine([Stage(model, blocks) for blocks in CUTS[num_stages]])
+    return streams, [reference_chunks(tiny_model(), stream) for stream in streams]
+
+
+@pytest.mark.parametrize("num_stages", CUTS)
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+@pytest.mark.parametrize("mode", ["window", "causal", "displaced"])
+def test_stages_equal_the_sampler(num_stages: int, in_flight: int, mode: Mode) -> None:
+    streams, sampled = sampled_in(mode)
+    engine = LocalEngine([Stage(tiny_model(), blocks) for blocks in CUTS[num_stages]])
     chunks: dict[int, list] = {stream.id: [] for stream in streams}
     for stream_id, clean in engine.run(streams, in_flight):
         chunks[stream_id].append(clean)
-    for stream in streams:
-        expected = reference_chunks(model, stream)
+    for stream, expected in zip(streams, sampled, strict=True):
         assert (
             [c.index for c in chunks[stream.id]] == [c.index for c in expected] == list(range(stream.plan.num_chunks))
         )

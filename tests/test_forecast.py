@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,8 +35,15 @@ def both(
     return found.makespan, seconds, busy / (len(machine.stage_seconds) * seconds)
 
 
-@pytest.mark.parametrize("chunks", [1, 3, 6, 18])
-@pytest.mark.parametrize("stages", [1, 2, 4, 8])
+# Chunks and stages: the ends of both and what is between, every pair of them with ``-m slow``.
+LENGTHS, STAGES = (1, 3, 6, 18), (1, 2, 4, 8)
+PAIRS = ((1, 1), (1, 8), (3, 4), (6, 2), (18, 8))
+
+
+@pytest.mark.parametrize(
+    ("chunks", "stages"),
+    [pytest.param(*pair, marks=() if pair in PAIRS else pytest.mark.slow) for pair in product(LENGTHS, STAGES)],
+)
 @pytest.mark.parametrize(
     ("mode", "displaced"),
     [("window", None), ("causal", None), ("displaced", Displaced(1)), ("displaced", Displaced()), ("displaced", NEVER)],
@@ -66,8 +75,13 @@ def test_unequal_stages_and_links(
 
 
 @pytest.mark.parametrize("mode", ["window", "causal", "displaced"])
-@pytest.mark.parametrize("chunks", [1, 4, 30])
-@pytest.mark.parametrize(("streams", "videos"), [(1, 1), (1, 3), (2, 5)])
+@pytest.mark.parametrize(
+    ("streams", "videos", "chunks"),
+    [
+        *((1, 1, 1), (1, 1, 30), (1, 3, 4), (2, 5, 1), (2, 5, 30)),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in ((1, 1, 4), (1, 3, 1), (1, 3, 30), (2, 5, 4))),
+    ],
+)
 def test_a_decoder_beside_the_stages(mode: Mode, chunks: int, streams: int, videos: int) -> None:
     """As slow as nothing, as sampling, and slower: the later of both ends, and what is left to decode then."""
     per_chunk = 5 * 2 * 6 / 2  # of each stage, where chunks are units and the window is full

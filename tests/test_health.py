@@ -11,7 +11,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from fractions import Fraction
 from functools import partial
 from itertools import count
@@ -243,21 +242,25 @@ def test_a_video_that_stands_still_in_this_process_is_reported(
     model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Once, with how long and what is usual; the consumer's own time is not its."""
-    real, now = WanCodec.decoder, [0.0]
+    real, now, looked = WanCodec.decoder, [0.0], threading.Event()
+
+    def clock() -> float:
+        if threading.current_thread() is not threading.main_thread():
+            looked.set()
+        return now[0]
 
     def stand_still(seconds: float) -> None:
-        for _ in range(int(seconds / 2)):  # more at once would be a process that was stopped
+        for _ in range(int(seconds / 2)):  # more between two looks would be a process that was stopped
             now[0] += 2.0
-            time.sleep(0.03)  # so that the other thread looks
+            looked.clear()
+            assert looked.wait(30)
 
     def decoder(codec: WanCodec) -> Any:
         found, calls = real(codec), count(1)
         decode = found.decode
 
         def slow(latents: torch.Tensor) -> torch.Tensor:
-            now[0] += 2.0
-            if next(calls) == 3:
-                stand_still(60.0)
+            stand_still(62.0 if next(calls) == 3 else 2.0)
             return decode(latents)
 
         found.decode = slow
@@ -266,7 +269,7 @@ def test_a_video_that_stands_still_in_this_process_is_reported(
     before = set(threading.enumerate())
     monkeypatch.setattr(WanCodec, "decoder", decoder)
     monkeypatch.setattr(inline, "LOOK_S", 0.01)
-    monkeypatch.setattr(inline, "Watchdog", partial(Watchdog, clock=lambda: now[0]))
+    monkeypatch.setattr(inline, "Watchdog", partial(Watchdog, clock=clock))
     codec = WanCodec.from_pretrained(model / "vae")
     for limit in (1000.0, 15.0):  # before the limit, and where that comes first
         caplog.clear()

@@ -26,7 +26,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tup
 
 def test_an_output_that_another_live_process_writes_is_refused(tmp_path: Path) -> None:
     output = tmp_path / "v.mp4"
-    other = child(str(output), Way(), "way.go_on(made, 3); print('wrote', flush=True); sys.stdin.read()")
+    waiting = "way.go_on(made, 3); made._saver.wait(); print('wrote', flush=True); sys.stdin.read()"
+    other = child(str(output), Way(), waiting)
     assert other.stdout is not None and other.stdout.readline() == "wrote\n"
     before = sorted(path.name for path in Path(f"{output}.parts").iterdir())
     sentence = rf"output=.*v\.mp4 is being written by process {other.pid} on this machine"

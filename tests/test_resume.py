@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from pathlib import Path
 
 import av
@@ -18,6 +19,7 @@ from pavdm_dist.commands.resume import configs_to_resume
 from pavdm_dist.errors import ConfigError, FailedVideosError
 from pavdm_dist.io.latents import read_latents
 from pavdm_dist.io.metadata import read_sidecar
+from pavdm_dist.io.state import read_state
 
 pytestmark = pytest.mark.timeout(180)
 SETTINGS = {"num_frames": 149, "save_latents": "true", "chunks_per_segment": 3, "guidance_scale": 1}  # 19 chunks
@@ -41,10 +43,40 @@ def _words(model: Path, output: Path, **settings: object) -> list[str]:
     return [PROMPT, *(f"{name}={value}" for name, value in chosen.items())]
 
 
+# The command, which does not come to its end before it is told to end, however long this process takes for that.
+ENDLESS = """
+import sys, time
+from itertools import count
+from pavdm_dist import cli
+from pavdm_dist.codecs.wan import WanCodec
+
+real, calls = WanCodec.decoder, count()
+
+def decoder(codec):
+    found = real(codec)
+    decode = found.decode
+
+    def waits(latents):
+        if next(calls) == 15:
+            time.sleep(100)
+        return decode(latents)
+
+    found.decode = waits
+    return found
+
+WanCodec.decoder = decoder
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
 def _started(model: Path, output: Path, chunk: int) -> Program:
-    """The command, once it has given so many chunks."""
-    process = Program(["-m", "pavdm_dist", "sample", *_words(model, output)])
+    """The command, once it has told of a chunk, and what was there of closed segments then is kept."""
+    process = Program(["-c", ENDLESS, "sample", *_words(model, output)])
     assert any(f"chunk {chunk}:" in line for line in process.lines()), "it ended before"
+    end = time.monotonic() + 60
+    while (state := read_state(f"{output}.parts")) is None or state.closed_chunks < (chunk + 1) // 3 * 3:
+        assert time.monotonic() < end and process.returncode is None
+        time.sleep(0.01)
     return process
 
 
