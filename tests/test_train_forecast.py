@@ -84,14 +84,12 @@ def test_a_dry_run_tells_of_the_bucket_that_needs_most(monkeypatch: pytest.Monke
     assert told("data.batch_sizes={32x48x8@24: 400}") == plain, "a bucket without clips gives no batch"
 
 
-def test_a_dry_run_knows_what_is_kept_for_the_backward_pass(
-    tmp_path: Path, clips: LatentClips, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dry_run_knows_what_is_kept_for_the_backward_pass(tmp_path: Path, clips: LatentClips) -> None:
     """Against what the trainer's own forward pass keeps, of the largest window."""
-    monkeypatch.setattr("pavdm_dist.train.forecast._DIGIT_CELLS", (4, 4))  # as the clips here
     folder = trainable_folder(tmp_path / "model", replace(WAN, text_len=16))
     shares = ["objective.full_share=1", "objective.growing_share=0", "objective.causal_share=0"]
-    words = [*TINY, *shares, f"model.pretrained={folder}", "optimizer.name=adamw"]
+    cells = ["world.size=32", "world.cell=2"]  # 4x4, as the clips here
+    words = [*TINY, *shares, *cells, f"model.pretrained={folder}", "optimizer.name=adamw"]
     kept, told = {}, {}
     for recompute in ("none", "every:2", "every:1"):
         chosen = [f"zero.recompute={recompute}", f"run_dir={tmp_path / recompute}"]
