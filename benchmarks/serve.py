@@ -72,7 +72,7 @@ def _server(*words: str) -> Iterator[tuple[int, str]]:
             yield up.pid, address[1]
         finally:
             up.terminate()
-            up.wait(timeout=120)
+            up.wait(timeout=600)
 
 
 def _first_bytes(out: Path, requests: int) -> list[dict[str, float]]:

@@ -55,6 +55,12 @@ def shoot(browser: Any, name: str) -> None:
         browser.save_screenshot(str(Path(folder, f"{name}.png")))
 
 
+def look(browser: Any, selector: str, what: str) -> list[Any]:
+    """What the page's elements hold, all as they are at one moment."""
+    script = f"return [...document.querySelectorAll(arguments[0])].map((one) => {what})"
+    return list(browser.execute_script(script, selector))
+
+
 def test_a_person_asks_watches_changes_the_prompt_and_cancels(server: Served, browser: Any) -> None:
     def until(what: Any) -> Any:
         return WebDriverWait(browser, PATIENCE_S, poll_frequency=0.1).until(what)
@@ -83,13 +89,14 @@ def test_a_person_asks_watches_changes_the_prompt_and_cancels(server: Served, br
         )
     )
     until(lambda _: browser.execute_script("return document.getElementById('player').currentTime > 0.3"))
-    marks = browser.find_elements(By.CSS_SELECTOR, "#timeline i")
-    kinds = [mark.get_attribute("class") for mark in marks]
+    # In one look: the page draws its lists anew every second.
+    marks = look(browser, "#timeline i", "[one.className, one.style.opacity]")
+    kinds = [kind for kind, _ in marks]
     assert kinds[:3] == ["done"] * 3 and kinds[3] == "window" and kinds[-1] == ""
     # Nobody but this process is at work, which is said.
     assert re.search(r"^sampled and decoded in one process, row \d+ of \d+$", text("engine"))
     assert not browser.find_elements(By.CSS_SELECTOR, "#stages li")
-    faint = [float(mark.value_of_css_property("opacity")) for mark in marks if mark.get_attribute("class") == "window"]
+    faint = [float(opacity) for kind, opacity in marks if kind == "window"]
     assert faint == sorted(faint, reverse=True)
     shoot(browser, "gallery")
     # Another prompt, from the next chunk on.
@@ -102,7 +109,7 @@ def test_a_person_asks_watches_changes_the_prompt_and_cancels(server: Served, br
     shoot(browser, "prompt-changed")
     server.desk.let()
     until(lambda _: browser.find_element(By.ID, "download").is_displayed())
-    assert browser.find_element(By.CSS_SELECTOR, "#videos li").get_attribute("class") == "completed"
+    assert look(browser, "#videos li", "one.className") == ["completed"]
     until(lambda _: browser.execute_script("return document.getElementById('player').duration") > 7.5)
     shoot(browser, "complete")
     # A second one is cancelled in the middle.
@@ -158,16 +165,15 @@ def test_stages_at_work_are_shown_with_what_each_finished_last(
     WebDriverWait(browser, PATIENCE_S).until(
         lambda _: len(browser.find_elements(By.CSS_SELECTOR, "#stages li.at-work")) == 1
     )
-    shown = [item.text.splitlines() for item in browser.find_elements(By.CSS_SELECTOR, "#stages li")]
-    assert shown == [
+    shoot(browser, "stages")
+    assert look(browser, "#stages li", "one.innerText.split(/\\n+/)") == [
         ["stage 0: row 10, the whole window", "blocks 0 to 1"],
         ["stage 1: at another video", "blocks 2 to 3"],
         ["stage 2: nothing so far", "blocks 4 to 5"],
     ]
-    kinds = [mark.get_attribute("class") for mark in browser.find_elements(By.CSS_SELECTOR, "#timeline i")]
+    kinds = look(browser, "#timeline i", "one.className")
     assert kinds[1] == "decoding" and "window" in kinds
     said = browser.find_element(By.ID, "engine").text
     assert said.startswith("row 10 of ") and said.endswith("; chunk 1 at the decoder")
-    shoot(browser, "stages")
     server.front.desk.cancel(id)
     server.desk.let()
