@@ -73,8 +73,7 @@ class Room:
 
         self._demand, self._given_up = demand, given_up
         alive = [node for node in ray.nodes() if node["Alive"]]
-        # A driver behind Ray's client is outside of the cluster's network.
-        self._is_client = (address or os.environ.get("RAY_ADDRESS", "")).startswith("ray://")
+        self._is_client = _is_client(address)
         self._silent = [] if self._is_client else silent(alive)
         self._alive = [node for node in alive if node["NodeID"] not in self._silent]
         self.nodes: list[Resources] = [node["Resources"] for node in self._alive]
@@ -190,6 +189,24 @@ def silent(nodes: Sequence[dict[str, Any]]) -> list[str]:
         found = [node["NodeID"] for node, there in zip(nodes, pool.map(answers, nodes), strict=True) if not there]
     # None at all answers a driver that is outside of the cluster's network.
     return found if len(found) < len(nodes) else []
+
+
+def is_gone(node_id: str, address: str | None) -> bool:
+    """Whether the cluster counts a node no more, or will soon: it does not answer.
+
+    Args:
+        node_id: Ray's.
+        address: of the cluster, as it was given.
+    """
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return node_id not in {node["NodeID"] for node in alive} or (not _is_client(address) and node_id in silent(alive))
+
+
+def _is_client(address: str | None) -> bool:
+    """A driver behind Ray's client is outside of the cluster's network."""
+    return (address or os.environ.get("RAY_ADDRESS", "")).startswith("ray://")
 
 
 def fits(bundles: list[Resources], nodes: list[Resources]) -> bool:
