@@ -21,8 +21,8 @@ Resources = dict[str, float]
 
 # Between two words about a wait.
 TELL_S = 60.0
-# How long a node may take to accept a connection.
-ANSWER_S = 1.0
+# How long a node may take to accept a connection, and its Ray to say the first word on it, busy as it may be.
+ANSWER_S, WORD_S = 1.0, 5.0
 # How many nodes a message tells of.
 NAMED = 6
 # Ray's labels: the kind of node, which nodes have where an autoscaler counts them; the node itself.
@@ -62,7 +62,7 @@ class Room:
         given_up: asked while waiting; true ends it.
 
     Attributes:
-        nodes: resources of every node, free or not; without those that take no connection.
+        nodes: resources of every node, free or not; without those that do not answer.
 
     Raises:
         ResourcesError: the cluster can never hold it.
@@ -73,8 +73,7 @@ class Room:
 
         self._demand, self._given_up = demand, given_up
         alive = [node for node in ray.nodes() if node["Alive"]]
-        # A driver behind Ray's client is outside of the cluster's network.
-        self._is_client = (address or os.environ.get("RAY_ADDRESS", "")).startswith("ray://")
+        self._is_client = _is_client(address)
         self._silent = [] if self._is_client else silent(alive)
         self._alive = [node for node in alive if node["NodeID"] not in self._silent]
         self.nodes: list[Resources] = [node["Resources"] for node in self._alive]
@@ -170,15 +169,19 @@ class Room:
 
 
 def silent(nodes: Sequence[dict[str, Any]]) -> list[str]:
-    """Nodes that take no connection. Ray counts a machine that is gone without a word for up to a minute, and may place
-    on it what nobody will ever hear of again.
+    """Nodes that take no connection, or say nothing on it. Ray counts a machine that is gone without a word, or whose
+    processes stand still, for a minute and more, and may place on it what nobody will ever hear of again.
     """
+    # An HTTP/2 server speaks first, and the kernel of a machine that stands still accepts connections all the same.
+    # Behind TLS it is the client that does.
+    speaks = os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true")
 
     def answers(node: dict[str, Any]) -> bool:
         try:
             address = node["NodeManagerAddress"], node["NodeManagerPort"]
-            socket.create_connection(address, timeout=ANSWER_S).close()
-            return True
+            with socket.create_connection(address, timeout=ANSWER_S) as connection:
+                connection.settimeout(WORD_S)
+                return not speaks or bool(connection.recv(1))
         except OSError:
             return False
 
@@ -186,6 +189,24 @@ def silent(nodes: Sequence[dict[str, Any]]) -> list[str]:
         found = [node["NodeID"] for node, there in zip(nodes, pool.map(answers, nodes), strict=True) if not there]
     # None at all answers a driver that is outside of the cluster's network.
     return found if len(found) < len(nodes) else []
+
+
+def is_gone(node_id: str, address: str | None) -> bool:
+    """Whether the cluster counts a node no more, or will soon: it does not answer.
+
+    Args:
+        node_id: Ray's.
+        address: of the cluster, as it was given.
+    """
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return node_id not in {node["NodeID"] for node in alive} or (not _is_client(address) and node_id in silent(alive))
+
+
+def _is_client(address: str | None) -> bool:
+    """A driver behind Ray's client is outside of the cluster's network."""
+    return (address or os.environ.get("RAY_ADDRESS", "")).startswith("ray://")
 
 
 def fits(bundles: list[Resources], nodes: list[Resources]) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from pavdm_dist.cluster.environment import handed_on
+from pavdm_dist.cluster.room import is_gone
 from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.blame import control_results, frozen, lost, video_error
 from pavdm_dist.engine.decoding import Decoding
@@ -134,10 +135,12 @@ class RayGang:
 
         assert self._decoding is not None and self._placement is not None
         try:
-            state = placement_group_table(self._placement.group)["state"]
+            table = placement_group_table(self._placement.group)
+            node = table["bundles_to_node_id"].get(self._placement.decoder, "")
+            gone = table["state"] != "CREATED" or is_gone(node, self._options.ray_address)
         except ray.exceptions.RayError as error:
             raise lost(self._loops, self._places, error) from error
-        if state != "CREATED":
+        if gone:  # where Ray counts it still, another actor would wait there for as long as one may take to come up
             raise GangLost("the machine of the decode actor is gone", cause="its node was removed")
         ray.kill(self._decoding.actor)
         self._decoding = self._new_decoder(self._placement)
