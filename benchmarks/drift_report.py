@@ -36,7 +36,7 @@ END = 10.0
 # Files whose lines say what a measured value is.
 _MEASURES = (
     *(f"evaluate/{name}.py" for name in ("drift", "features", "made", "motion", "pixels", "scenes", "video")),
-    *(f"digits/{name}.py" for name in ("judge", "law", "prompts", "scores", "world")),
+    *(f"digits/{name}.py" for name in ("handwriting", "judge", "law", "prompts", "scores", "settings", "world")),
 )
 # What the figure shows, and what the paired comparison is about.
 _CURVES = ("digit", "colour", "law_error", "trajectory_error", "sharpness", "saturation", "motion", "join")
