@@ -24,11 +24,13 @@ from pavdm_dist.commands.resolve import open_checkpoint, sampling_params
 from pavdm_dist.commands.sample import check_videos, render_command
 from pavdm_dist.commands.videos import Shot
 from pavdm_dist.config import SampleConfig, validate_sample
-from pavdm_dist.digits.world import FPS, SIZE, Scene, render, sample_scene, scene_prompt
+from pavdm_dist.digits.settings import SIZE
+from pavdm_dist.digits.world import FPS, Scene, render, sample_scene, scene_prompt
 from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.io.encode import export_to_video
 from pavdm_dist.io.metadata import Sidecar, cpu_model, is_complete, read_sidecar
-from pavdm_dist.io.storage import atomic_write, exists, parts_folder
+from pavdm_dist.io.parts import parts_folder
+from pavdm_dist.io.storage import atomic_write, exists
 from pavdm_dist.merging import load_config
 
 # What is compared, each by the settings that `pavdm sample` would be given.
