@@ -39,20 +39,27 @@ class Running:
     def __init__(self, params: SamplingParams, checkpoint: Checkpoint, recovery: Recovers = "keys") -> None:
         self._params, self._checkpoint, self._recovery = params, checkpoint, recovery
         self._videos: dict[int, _UnderWay] = {}
+        self._begun = 0  # so many numbers have had their turn
+        self._cancelled: set[int] = set()  # before it
 
     def streams(self, requests: Iterable[VideoRequest]) -> Iterator[Stream | Failed]:
         """What engines take, built as they take it; those that cannot be built say why."""
         for number, request in enumerate(requests):
             own = request.params or self._params
+            self._begun = number + 1
             try:
                 left = frames_left(request, own, self._checkpoint)
-                self._videos[number] = _UnderWay(plan_of(request, own, self._checkpoint), own, left)
+                if number not in self._cancelled:  # else the engine drops it as soon as it comes
+                    self._videos[number] = _UnderWay(plan_of(request, own, self._checkpoint), own, left)
+                self._cancelled.discard(number)
                 yield build_stream(request, number, own, self._checkpoint, self._recovery)
             except PAVDMError as error:
                 yield Failed(number, error)
 
     def forget(self, video: int) -> None:
         """A video that failed or was cancelled."""
+        if video >= self._begun:
+            self._cancelled.add(video)
         self._videos.pop(video, None)
 
     def chunk(self, finished: Finished) -> VideoChunk | None:
@@ -72,11 +79,13 @@ class Running:
         """Another prompt for a video, encoded.
 
         Raises:
-            ConfigError: the video has no such chunk, or the text cannot be encoded.
+            ConfigError: the video is over or has no such chunk, or the text cannot be encoded.
         """
         if type(from_chunk) is not int or from_chunk < 0:
             raise ConfigError(f"from_chunk={from_chunk}: must be a whole number, 0 or more")
         under_way = self._videos.get(video)
+        if under_way is None and video < self._begun:
+            raise ConfigError(f"video={video}: is over")
         plan = None if under_way is None else under_way.plan
         if plan is not None and plan.num_chunks is not None and from_chunk >= plan.num_born:
             raise ConfigError(f"from_chunk={from_chunk}: video {video} has chunks 0 to {plan.num_born - 1}")

@@ -89,14 +89,19 @@ def _on_ray(file: Path) -> frozenset[str]:
 
 @pytest.fixture(autouse=True)
 def _restore_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The command line sets the package's logger up for its process; the next test finds it as it was."""
-    package = logging.getLogger("pavdm_dist")
-    before = (package.handlers, package.level, package.propagate)
+    """The command line sets the package's logger up for its process; every test finds it as an import leaves it, also
+    behind a command that a fixture of a module or of the session ran."""
+    _reset_logging()
     for module, hook in ((sys, "excepthook"), (threading, "excepthook"), (sys, "unraisablehook")):
         monkeypatch.setattr(module, hook, getattr(module, hook))
     yield
-    package.handlers, level, package.propagate = before
-    package.setLevel(level)  # forgets, too, what its children remember of the level between
+    _reset_logging()
+
+
+def _reset_logging() -> None:
+    package = logging.getLogger("pavdm_dist")
+    package.handlers, package.propagate = [], True
+    package.setLevel(logging.NOTSET)  # forgets, too, what its children remember of the level between
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ import pytest
 from farms import finished_tree
 
 from pavdm_dist import cli
-from pavdm_dist.engine.loop import RunReport, Span
 from pavdm_dist.engine.order import Unit
+from pavdm_dist.engine.report import RunReport, Span
 from pavdm_dist.engine.trace import write_trace
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.report import write_report

@@ -71,12 +71,12 @@ def _start(folder: str) -> None:
 
     os.environ["RAY_TMPDIR"] = folder
     torch.set_num_threads(1)
-    # A dead node is told by its silence: by default after a quarter of a minute and more. Here it takes ten seconds, in
-    # which a gang is to be made anew without it.
+    # A dead node is told by its silence: by default after a quarter of a minute and more. Here it takes half a minute,
+    # in which a gang is to be made anew without it.
     silence = {
         "health_check_initial_delay_ms": 1000,
         "health_check_period_ms": 500,
-        "health_check_failure_threshold": 20,
+        "health_check_failure_threshold": 60,
     }
     _cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": silence})
     ray.init(address=_cluster.address, log_to_driver=False, logging_level="ERROR")

@@ -413,8 +413,11 @@ def test_a_run_keeps_nothing_of_videos_that_are_over(model: Path) -> None:
             assert at is not None and at.row > 0 and pipeline.at_work(99) is None
             if chunk.video == 2:
                 pipeline.set_prompt(2, 40, "a blue seven")
+                with pytest.raises(ConfigError, match="video=0: is over"):
+                    pipeline.set_prompt(0, 40, "a blue seven")
                 pipeline.cancel(2)
+                pipeline.cancel(3)  # before its turn
         engine = pipeline._engines.current
         assert isinstance(engine, InlineEngine)
-        assert kept == [()] * 5 and failed == [1] and pipeline.at_work(3) is None
+        assert kept == [()] * 5 and failed == [1] and pipeline.at_work(3) is None and not held()
         assert not pipeline.resyncs

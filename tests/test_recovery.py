@@ -174,7 +174,7 @@ def test_the_budget_is_spent_in_words(ray_cluster: None, model: Path, caplog: py
                     struck, killed = struck + 1, time.monotonic()
         except EngineError as error:
             losses.append(error)
-            assert time.monotonic() - killed < 15
+            assert time.monotonic() - killed < 60
     assert re.match(r"stage 1 of 2 \(node .*, pid \d+\) died: .*; max_restarts=1 is spent", str(losses[0]))
     assert struck == 2 and "the log of what was lost" in caplog.text and "restart 1 of 1 in" in caplog.text
 

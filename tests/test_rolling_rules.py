@@ -51,13 +51,14 @@ from pavdm_dist.method.levels import NoiseSchedule
 from pavdm_dist.method.sampler import Denoiser, sample
 from pavdm_dist.method.schedule import PlanRow, WindowPlan
 from pavdm_dist.method.stream import Stream
-from pavdm_dist.models.base import Activation, BlockContext, attention
+from pavdm_dist.models.attention import attention
+from pavdm_dist.models.base import Activation, BlockContext
 from pavdm_dist.models.clean_memory import CleanMemory
 from pavdm_dist.models.kv_cache import Memory, Pair, Turn
 from pavdm_dist.models.text_cache import TextRun
 from pavdm_dist.models.wan import Wan
 from pavdm_dist.planning.memory import MESSAGES, StageMemory
-from pavdm_dist.request import SamplingParams
+from pavdm_dist.sampling import SamplingParams
 
 NAN = float("nan")
 # As in docs/models.md.

@@ -161,19 +161,21 @@ def test_stages_at_work_are_shown_with_what_each_finished_last(
 
     monkeypatch.setattr(records, "timeline", on_stages)
     id = server.front.create({"prompt": "a red three drifting up", "seconds": "8"}, None)["id"]
-    browser.get(server.url)
-    WebDriverWait(browser, PATIENCE_S).until(
-        lambda _: len(browser.find_elements(By.CSS_SELECTOR, "#stages li.at-work")) == 1
-    )
-    shoot(browser, "stages")
-    assert look(browser, "#stages li", "one.innerText.split(/\\n+/)") == [
-        ["stage 0: row 10, the whole window", "blocks 0 to 1"],
-        ["stage 1: at another video", "blocks 2 to 3"],
-        ["stage 2: nothing so far", "blocks 4 to 5"],
-    ]
-    kinds = look(browser, "#timeline i", "one.className")
-    assert kinds[1] == "decoding" and "window" in kinds
-    said = browser.find_element(By.ID, "engine").text
-    assert said.startswith("row 10 of ") and said.endswith("; chunk 1 at the decoder")
-    server.front.desk.cancel(id)
-    server.desk.let()
+    try:
+        browser.get(server.url)
+        WebDriverWait(browser, PATIENCE_S).until(
+            lambda _: len(browser.find_elements(By.CSS_SELECTOR, "#stages li.at-work")) == 1
+        )
+        shoot(browser, "stages")
+        assert look(browser, "#stages li", "one.innerText.split(/\\n+/)") == [
+            ["stage 0: row 10, the whole window", "blocks 0 to 1"],
+            ["stage 1: at another video", "blocks 2 to 3"],
+            ["stage 2: nothing so far", "blocks 4 to 5"],
+        ]
+        kinds = look(browser, "#timeline i", "one.className")
+        assert kinds[1] == "decoding" and "window" in kinds
+        said = browser.find_element(By.ID, "engine").text
+        assert said.startswith("row 10 of ") and said.endswith("; chunk 1 at the decoder")
+    finally:
+        server.front.desk.cancel(id)
+        server.desk.let()

@@ -172,23 +172,23 @@ def silent(nodes: Sequence[dict[str, Any]]) -> list[str]:
     """Nodes that take no connection, or say nothing on it. Ray counts a machine that is gone without a word, or whose
     processes stand still, for a minute and more, and may place on it what nobody will ever hear of again.
     """
+    with ThreadPoolExecutor(32) as pool:
+        found = [node["NodeID"] for node, there in zip(nodes, pool.map(_answers, nodes), strict=True) if not there]
+    # None at all answers a driver that is outside of the cluster's network.
+    return found if len(found) < len(nodes) else []
+
+
+def _answers(node: dict[str, Any]) -> bool:
     # An HTTP/2 server speaks first, and the kernel of a machine that stands still accepts connections all the same.
     # Behind TLS it is the client that does.
     speaks = os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true")
-
-    def answers(node: dict[str, Any]) -> bool:
-        try:
-            address = node["NodeManagerAddress"], node["NodeManagerPort"]
-            with socket.create_connection(address, timeout=ANSWER_S) as connection:
-                connection.settimeout(WORD_S)
-                return not speaks or bool(connection.recv(1))
-        except OSError:
-            return False
-
-    with ThreadPoolExecutor(32) as pool:
-        found = [node["NodeID"] for node, there in zip(nodes, pool.map(answers, nodes), strict=True) if not there]
-    # None at all answers a driver that is outside of the cluster's network.
-    return found if len(found) < len(nodes) else []
+    try:
+        address = node["NodeManagerAddress"], node["NodeManagerPort"]
+        with socket.create_connection(address, timeout=ANSWER_S) as connection:
+            connection.settimeout(WORD_S)
+            return not speaks or bool(connection.recv(1))
+    except OSError:
+        return False
 
 
 def is_gone(node_id: str, address: str | None) -> bool:
@@ -201,7 +201,11 @@ def is_gone(node_id: str, address: str | None) -> bool:
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]
-    return node_id not in {node["NodeID"] for node in alive} or (not _is_client(address) and node_id in silent(alive))
+    own = [node for node in alive if node["NodeID"] == node_id]
+    if not own or _is_client(address):
+        return not own
+    # The others are asked where it is silent alone: none of them answers a driver outside of the cluster's network.
+    return not _answers(own[0]) and node_id in silent(alive)
 
 
 def _is_client(address: str | None) -> bool:

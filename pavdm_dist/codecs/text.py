@@ -47,6 +47,10 @@ def split_words(prompt: str) -> list[str]:
     return words[:-1] if words[-1:] == [","] else words
 
 
+# Prompts whose tokens are kept in training: some 30 MB of them.
+_KNOWN_PROMPTS = 32_768
+
+
 @dataclass(frozen=True)
 class _TextConfig:
     vocabulary: list[str]
@@ -166,6 +170,8 @@ class WordTextEncoder(nn.Module):
     def collate(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """A batch for training: token numbers ``[b, L]`` padded at the end, and mask ``[b, L]``, True = a token."""
         known, pad = self._collated, self._index[PAD]
+        if len(known) > _KNOWN_PROMPTS:
+            known.clear()
         for prompt in prompts:  # those of training clips come again and again
             if prompt not in known:
                 known[prompt] = self.token_ids(prompt)

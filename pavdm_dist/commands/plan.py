@@ -9,6 +9,7 @@ import torch
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.resolve import (
+    check_recovery,
     decoder_of_stages,
     engine_options,
     open_checkpoint,
@@ -42,6 +43,7 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
     """
     checkpoint = open_checkpoint(config)
     params = sampling_params(config, checkpoint)
+    check_recovery(config, params)
     say_what_to_expect(params, checkpoint)
     spec, size = checkpoint.codec_spec, params.latent_chunk_size
     if chunks is None:

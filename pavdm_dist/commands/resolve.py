@@ -131,16 +131,24 @@ def sampling_params(config: SampleConfig, checkpoint: Checkpoint) -> SamplingPar
     chosen["displaced"] = Displaced(**asdict(config.displaced))
     params = SamplingParams.resolve(checkpoint, config.allow_untrained_causal, **chosen)
     checkpoint.check_size(params.height, params.width)
-    if config.recovery != "keys" and params.context == "joint":
-        raise ConfigError(
-            f"recovery={config.recovery}: is for context=cached; with context=joint a video goes on from the latents in"
-            " flight, leave it out"
-        )
     if config.chunks_per_unit is None and _on_gpus(config):
         cells = checkpoint.codec_spec.latent_size(params.height, params.width)
         suited = suited_chunks_per_unit(checkpoint.shape, params, cells, max(config.num_stages, 1), config.streams)
         params = replace(params, chunks_per_unit=suited)
     return params
+
+
+def check_recovery(config: SampleConfig, params: SamplingParams) -> None:
+    """Refuses a ``recovery`` that a command's videos have no use for; shots of a farm may differ in ``context``.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if config.recovery != "keys" and params.context == "joint":
+        raise ConfigError(
+            f"recovery={config.recovery}: is for context=cached; with context=joint a video goes on from the latents in"
+            " flight, leave it out"
+        )
 
 
 def _on_gpus(config: SampleConfig) -> bool:

@@ -15,7 +15,7 @@ import torch
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.prompts import Line, read_prompts
-from pavdm_dist.commands.resolve import open_pipeline, sampling_params, say_cost, say_what_to_expect
+from pavdm_dist.commands.resolve import check_recovery, open_pipeline, sampling_params, say_cost, say_what_to_expect
 from pavdm_dist.commands.signals import Signals, Stopped
 from pavdm_dist.commands.videos import Shot, Video, Videos
 from pavdm_dist.config import SampleConfig, frames_wanted
@@ -99,6 +99,7 @@ def check_videos(config: SampleConfig, overwrite: bool, shots: Sequence[Shot] | 
     """
     pipeline = open_pipeline(config)
     params = sampling_params(config, pipeline.checkpoint)
+    check_recovery(config, params)
     as_rate(params.fps)
     check_size(params.height, params.width)
     require_libx264()

@@ -112,7 +112,7 @@ def _prepare(job: Job, config: PrepareConfig, sources: Sources, run: Run) -> dic
         index = _list_clips(job, config, sources, parts)
     complete = (job.output / INDEX).exists() and index["root"] == sources.root
     if config.encode:
-        _encode(job, index, run)  # only shards that are missing
+        _encode(job, index, run, ahead=config.ray_address is None)  # only shards that are missing
     if not complete:
         write_json(job.output / INDEX, {**index, "root": sources.root})
     remove(job.output / "scan")
@@ -211,10 +211,11 @@ def _clips_of(output: Path, parts: int, bucket: int) -> Iterator[ClipRef]:
                 yield ClipRef.from_json(clip)
 
 
-def _encode(job: Job, index: dict[str, Any], run: Run) -> None:
+def _encode(job: Job, index: dict[str, Any], run: Run, ahead: bool) -> None:
     shards = [(b, n) for b, bucket in enumerate(index["buckets"]) for n in range(len(bucket["shards"]))]
     missing = [(job, b, n) for b, n in shards if not shard_file(job.output, b, n).exists()]
-    encode_captions(job, [(b, n) for _, b, n in missing])
+    if ahead:  # a cluster's workers have caches of their own, and the driver perhaps nothing that encodes
+        encode_captions(job, [(b, n) for _, b, n in missing])
     clips = 0
     began = time.monotonic()
     try:

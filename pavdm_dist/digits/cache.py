@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pavdm_dist.codecs.catalog import encoder_identity
 from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.digits.painting import Painter
-from pavdm_dist.digits.settings import SHIPPED, DigitWorld
+from pavdm_dist.digits.settings import SHIPPED, SIZE, DigitWorld
 from pavdm_dist.digits.world import Scene, render, sample_scene, scene_prompt
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.storage import atomic_path
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 Encoder = Callable[[Sequence[Scene], int], Tensor]
 
 SHARD_CLIPS = 32
-# Clips that a GPU draws and encodes at once.
-_AT_ONCE = 8
+# Pixels of a frame of the clips that a GPU draws and encodes at once: eight of the shipped world's size.
+_AT_ONCE = 8 * SIZE**2
 
 
 class LatentClips:
@@ -149,7 +149,8 @@ def _whole_clip_encoder(codec_folder: str | Path, world: DigitWorld, device: tor
     def encode_scenes(scenes: Sequence[Scene], num_frames: int) -> Tensor:
         if painter is None:
             return torch.cat([encode(torch.from_numpy(render(scene, 0, num_frames))[None]) for scene in scenes])
-        groups = (scenes[first : first + _AT_ONCE] for first in range(0, len(scenes), _AT_ONCE))
+        together = max(1, _AT_ONCE // world.size**2)
+        groups = (scenes[first : first + together] for first in range(0, len(scenes), together))
         return torch.cat([encode(painter.paint(group, [0] * len(group), num_frames)[0]) for group in groups])
 
     return encode_scenes

@@ -7,6 +7,7 @@ every digit of a prompt has its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -32,7 +33,8 @@ EDGE = 0.5  # ink above this is inside a stroke
 MIN_INK = 20.0  # a thin "one" has about 70
 # Digits nearer than this cover each other, and nobody can be asked to read them.
 APART = 26.0
-CROP_CELLS = 16  # side of the square that is read, which is 32 px in the shipped world
+CROP_CELLS = 16  # a side of the square that is read, which is 32 px in the shipped world
+GLYPH_CELLS = 8  # a side of a digit, in cells of its world
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def ink_reach(ink: Floats, centres: Floats) -> Floats:
 def crop(ink: Floats, centres: Floats, world: DigitWorld = SHIPPED) -> Floats:
     """Squares around ``centres`` that hold a glyph, as means over ``CROP_CELLS`` cells a side: ``[n, cells^2]``."""
     size, cells = world.size, CROP_CELLS
-    pixels = max(1, round(2 * world.cell / CELL))  # a side of a cell: two in the shipped world
+    pixels = math.ceil(GLYPH_CELLS * world.cell / cells)  # a side of a cell: two in the shipped world
     side = cells * pixels
     corner = size // 2 - side // 2
     squares = []

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from pavdm_dist.digits.judge import Floats, on_torus
 from pavdm_dist.digits.settings import SIZE
 
-# Frames that one law is fitted to: at the world's speeds a digit is reflected at most once along each axis in them.
+# Frames that one law is fitted to: at the size and speeds of the shipped world a digit is reflected at most once along
+# each axis in them.
 STRETCH = 20
 # Fewer known frames say little.
 _LEAST = 9

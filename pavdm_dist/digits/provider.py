@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.digits.batches import DigitBatches, info_of
 from pavdm_dist.digits.cache import LatentClips, cache_clips
 from pavdm_dist.digits.codec_run import export_codec, train_codec
@@ -41,12 +42,28 @@ def world_of(config: TrainConfig) -> DigitWorld:
         ConfigError: there is no such world, or the model does not read its longest prompts.
     """
     world, reads = DigitWorld.of(config.world), config.model.model_max_length
-    if config.model.pretrained is None and reads < world.longest_prompt:
+    if config.model.pretrained is not None:
+        _check_words(config.model.pretrained, world)
+    elif reads < world.longest_prompt:
         raise ConfigError(
             f"model.model_max_length={reads}: prompts of world.most_digits={world.most_digits} have up to"
             f" {world.longest_prompt} words and commas; use {world.longest_prompt}"
         )
     return world
+
+
+def _check_words(pretrained: str, world: DigitWorld) -> None:
+    """Refuses a model that does not know the world's words, or reads fewer than its prompts have."""
+    encoder = Checkpoint.open(pretrained).text_encoder
+    if not isinstance(encoder, WordTextEncoder):
+        return
+    if encoder.max_length < world.longest_prompt:
+        raise ConfigError(
+            f"world.most_digits={world.most_digits}: prompts have up to {world.longest_prompt} words and commas,"
+            f" model.pretrained={pretrained} reads {encoder.max_length}; use fewer digits"
+        )
+    if unknown := sorted(set(world.vocabulary) - set(encoder.vocabulary)):
+        raise ConfigError(f"model.pretrained={pretrained} does not know the world's words {', '.join(unknown)}")
 
 
 def digit_data(config: TrainConfig, world: World, end: float) -> tuple[Batches, Parts] | None:
@@ -71,7 +88,8 @@ def digit_data(config: TrainConfig, world: World, end: float) -> tuple[Batches, 
         return None
     clips = LatentClips(run / "clips", world.device)
     batches = DigitBatches(clips, config.objective, config.data, config.seed, digits)
-    judged = partial(_judged, config, digits) if config.quality.prompts or config.quality.stills else None
+    looked_at = (config.quality.prompts or config.quality.stills) and not config.model.lora.rank
+    judged = partial(_judged, config, digits) if looked_at else None
     about = (info_of(digits), _sheet_prompts(digits), digits.vocabulary, digits.settings, judged)
     return batches, Parts(_codec_folder(config, run), None, *about)
 

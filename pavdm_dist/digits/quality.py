@@ -34,7 +34,8 @@ from pavdm_dist.method.sampler import guide, sample
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3
 from pavdm_dist.models.text_cache import TextBank
-from pavdm_dist.request import SamplingParams, VideoRequest
+from pavdm_dist.request import VideoRequest
+from pavdm_dist.sampling import SamplingParams
 from pavdm_dist.streams import build_stream
 from pavdm_dist.train.settings import QualityConfig
 

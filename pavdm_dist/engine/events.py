@@ -227,10 +227,11 @@ class AtWork:
     """Where a stream is while it is made, for who watches.
 
     Attributes:
-        awaited: which chunk comes next, and who has it, in words.
+        awaited: what comes next, in words: which chunk, and who has it; the row where this process samples alone.
         row: the row that comes next, as far as is known here: behind the last shift that was told of, or the last row
             in the process that samples.
-        decoding: chunks that are clean, and whose frames are still to come.
+        decoding: chunks that are clean, and whose frames are still to come. None are told of where this process samples
+            alone, as it does nothing else while it decodes.
         stages: the unit that each stage has finished last, of whatever stream; None before its first, or where it did
             not answer. No entries where this process samples alone.
     """

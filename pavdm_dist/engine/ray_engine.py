@@ -184,7 +184,7 @@ class RayEngine:
         if found is None:
             return None
         with self._looking:
-            if time.monotonic() - self._looked > LOOK_S:
+            if time.monotonic() - self._looked > LOOK_S and not self.is_over:
                 try:
                     self._seen = self._gang.progress()
                 except Exception as error:  # the gang may be ending in this moment: nothing depends on what is shown

@@ -173,7 +173,16 @@ class RayGang:
 
         asked = [stage.progress.remote() for stage in list(self._stages)]
         answered = set(ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)[0]) if asked else set()
-        return tuple(ray.get(ref) if ref in answered else None for ref in asked)
+
+        def told(ref: Any) -> Unit | None:
+            if ref not in answered:
+                return None
+            try:
+                return ray.get(ref)
+            except ray.exceptions.RayError:  # it is dead, which those who wait for it will hear
+                return None
+
+        return tuple(map(told, asked))
 
     def finish(self) -> list[RunReport]:
         """Lets the loops end after the last sealed epoch and returns every stage's report, in stage order."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pavdm_dist.errors import ConfigError, FailedVideosError, PAVDMError
@@ -39,6 +40,8 @@ def eval_report(config: EvalConfig, overwrite: bool) -> tuple[dict[str, Any], Fa
         MediaError: a reference is no video.
     """
     paths = _videos(config.videos)
+    if config.groups == "folder":
+        _tell_of_equal_names(paths)
     if config.output is not None:
         check_new_report(Path(config.output), overwrite)
     if config.reference and config.features == "off":
@@ -93,6 +96,14 @@ def _videos(words: Sequence[str]) -> list[str]:
             raise ConfigError(f"videos={word}: holds no video ({', '.join(_SUFFIXES)})")
         found += own
     return list(dict.fromkeys(found))
+
+
+def _tell_of_equal_names(paths: Sequence[str]) -> None:
+    parents = sorted({str(PurePosixPath(path).parent) for path in paths})
+    for name, count in Counter(PurePosixPath(parent).name for parent in parents).items():
+        if count > 1:
+            same = [parent for parent in parents if PurePosixPath(parent).name == name]
+            logger.warning("groups=folder: %s have one name, and are one group", " and ".join(same))
 
 
 def check_new_report(folder: Path, overwrite: bool) -> None:

@@ -1,7 +1,7 @@
 """When which stage computed what of which shot: kept in a farm's folder where ``farm.trace=true``, read by its report.
 
-traces/HOST-PID-RENDERER.json         what the stages of one renderer did (:mod:`pavdm_dist.engine.trace`)
-traces/HOST-PID-RENDERER.shots.json   the shots that it names by number
+traces/TIME-HOST-PID-RENDERER.json         what the stages of one renderer did (:mod:`pavdm_dist.engine.trace`)
+traces/TIME-HOST-PID-RENDERER.shots.json   the shots that it names by number
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import TypeAlias
 
 from pavdm_dist.engine.trace import read_trace
@@ -29,7 +30,8 @@ StageTimes: TypeAlias = list[list[tuple[float, float]]]
 
 def trace_path(tree: Tree, renderer: str) -> str:
     """Where a renderer of this process keeps what its stages did."""
-    return tree.path(f"traces/{platform.node()}-{os.getpid()}-{renderer}.json")
+    began = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")  # first, so that names are in the order of time
+    return tree.path(f"traces/{began}-{platform.node()}-{os.getpid()}-{renderer}.json")
 
 
 def keep_shots(trace: str, shots: Mapping[int, str]) -> None:
@@ -48,7 +50,7 @@ def shot_times(tree: Tree) -> dict[str, StageTimes]:
     """
     found: dict[str, StageTimes] = {}
     folder = tree.path("traces")
-    for name in list_names(folder):
+    for name in sorted(list_names(folder)):
         if not name.endswith(_SHOTS):
             continue
         try:

@@ -39,6 +39,10 @@ def validate_serve(config: ServeConfig) -> None:
         ConfigError: with the field, its value and what is legal.
     """
     validate_farm(config)
+    if config.farm.trace:
+        raise ConfigError(
+            "farm.trace=true: is held in the stages' memory until a renderer ends, and a server's does not"
+        )
     if not config.http.host.strip():
         raise ConfigError("http.host: name an address, as 127.0.0.1 or 0.0.0.0")
 

@@ -77,9 +77,12 @@ def _unused(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
         groups.append(("validation", config.validation, ("batches",), "it is of validation.every_steps"))
     if not m.lora.rank:
         groups.append(("model.lora", m.lora, ("alpha", "targets"), "it is of model.lora.rank"))
-    elif config.sampling:
+    else:
         why = f"it is kept with whole models, model.lora.rank={m.lora.rank} makes a LoRA"
         groups.append(("", config, ("sampling",), why))
+        fields = tuple(field.name for field in dataclasses.fields(config.quality))
+        why = f"whole models are looked at, model.lora.rank={m.lora.rank} makes a LoRA"
+        groups.append(("quality", config.quality, fields, why))
     if o.name != "muon":
         groups.append(("optimizer", o, ("matrix_ratio",), "it is of optimizer.name=muon"))
     if config.zero.stage == 0:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from pavdm_dist.errors import EngineError
+from pavdm_dist.errors import EngineError, PAVDMError
 from pavdm_dist.io.storage import disk_errors
 from pavdm_dist.train.batches import Batches
 from pavdm_dist.train.checks import check_settings
@@ -93,6 +93,9 @@ def _say_quality(trainer: Trainer, model: Path) -> None:
         return
     try:
         found = judge(model, world.device)
+    except PAVDMError as error:
+        logger.warning("step %d: it cannot be said how good the model is: %s", trainer.step, error)
+        return
     except Exception:  # all is saved: a look at it is not worth a run
         logger.exception("step %d: it cannot be said how good the model is", trainer.step)
         return
