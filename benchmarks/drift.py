@@ -17,16 +17,19 @@ and sheets of frames.
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from common import machine, parser
 from drift_report import measure_all, result_of, table, write_all
-from drift_videos import METHODS, REFERENCES, Outcome, is_there, jobs_of, make_all, missing, tell, variants_of
+from drift_videos import METHODS, REFERENCES, Job, Outcome, is_there, jobs_of, make_all, missing, tell, variants_of
 
-from pavdm_dist.commands.signals import Signals, signal_of
+from pavdm_dist.commands.signals import Signals, Stopped, signal_of
 from pavdm_dist.digits.world import FPS
 from pavdm_dist.errors import PAVDMError
 from pavdm_dist.evaluate.command import check_new_report
@@ -49,41 +52,63 @@ def main() -> None:
     options.add_argument("--output", type=Path, help="folder for the report; an earlier report there is replaced")
     options.add_argument("--shown", type=int, default=6, help="prompts whose frames the report shows (6)")
     args = options.parse_args()
-    count, seeds = args.prompts or (1 if args.quick else 32), args.seeds or (1 if args.quick else 2)
-    frames = round((args.seconds or (6 if args.quick else 60)) * FPS)
-    if min(count, seeds, args.workers, frames - 1) < 1:
+    args.prompts = (1 if args.quick else 32) if args.prompts is None else args.prompts
+    args.seeds = (1 if args.quick else 2) if args.seeds is None else args.seeds
+    args.seconds = (6 if args.quick else 60) if args.seconds is None else args.seconds
+    if min(args.prompts, args.seeds, args.workers) < 1 or not 2 <= args.seconds * FPS < math.inf:
         options.error("--prompts, --seeds and --workers: at least 1; --seconds: at least two frames")
-    common = [] if args.guidance_scale is None else [f"guidance_scale={args.guidance_scale}"]
+    if args.shown < 0:
+        options.error("--shown: at least 0")
     try:
-        variants = variants_of(args.methods, args.variants, args.models, common)
-        jobs = jobs_of(args.work, variants, count, seeds, frames, args.digits)
-        if args.output is not None:
-            check_new_report(args.output, overwrite=True)
-        left = missing(jobs)
+        with Signals(of_process=True):
+            failed = _compared(args)
     except PAVDMError as error:
         raise SystemExit(str(error)) from None
+    except KeyboardInterrupt as stop:
+        said = f"stopped: {stop}; " if str(stop) else "stopped: "
+        print(f"{said}the same command goes on", file=sys.stderr)
+        raise SystemExit(128 + signal_of(stop)) from None
+    if failed:
+        raise SystemExit(f"{len(failed)} videos failed; the first: {failed[0]}")
+
+
+def _compared(args: argparse.Namespace) -> list[str]:
+    """Makes what is missing, and reports; what became of videos that failed.
+
+    Raises:
+        PAVDMError: settings that cannot be, or a report that cannot be written.
+        KeyboardInterrupt: a signal; what was made and measured is kept.
+    """
+    frames = round(args.seconds * FPS)
+    common = [] if args.guidance_scale is None else [f"guidance_scale={args.guidance_scale}"]
+    variants = variants_of(args.methods, args.variants, args.models, common)
+    jobs = jobs_of(args.work, variants, args.prompts, args.seeds, frames, args.digits)
+    if args.output is not None:
+        check_new_report(args.output, overwrite=True)
+    left = missing(jobs)
     outcomes: list[Outcome] = []
     print(f"{len(jobs) - len(left)} of {len(jobs)} videos are there", file=sys.stderr)
     if left:
         try:
-            with Signals(of_process=True):
-                outcomes = make_all(left, min(args.workers, len(left)), args.minutes, tell)
-        except KeyboardInterrupt as interrupt:
-            raise SystemExit(128 + signal_of(interrupt)) from None
-        print(f"{sum(is_there(job) for job in jobs)} of {len(jobs)} videos are there", file=sys.stderr)
+            outcomes = make_all(left, min(args.workers, len(left)), args.minutes, tell)
+        except KeyboardInterrupt as stop:
+            raise Stopped(signal_of(stop), _there(jobs)) from stop
+        print(_there(jobs), file=sys.stderr)
     failed = [outcome.error for outcome in outcomes if outcome.error is not None]
-    if not args.no_report:
-        videos = measure_all(args.work, jobs, args.workers)
-        result = {"machine": machine(), "seconds": frames / FPS, "failed": failed, **result_of(videos, jobs)}
-        result["settings"] = {one.name: list(one.words) for one in variants}
-        if args.output is not None and videos:
-            try:
-                write_all(args.output, result, videos, args.shown)
-            except PAVDMError as error:
-                raise SystemExit(str(error)) from None
-        print(json.dumps(result) if args.json else table(result))
-    if failed:
-        raise SystemExit(f"{len(failed)} videos failed; the first: {failed[0]}")
+    if args.no_report:
+        return failed
+    videos, unmeasured = measure_all(args.work, jobs, args.workers)
+    failed += unmeasured.values()
+    result = {"machine": machine(), "seconds": frames / FPS, "failed": failed, **result_of(videos, jobs)}
+    result["settings"] = {one.name: list(one.words) for one in variants}
+    if args.output is not None and videos:
+        write_all(args.output, result, videos, unmeasured, args.shown)
+    print(json.dumps(result) if args.json else table(result))
+    return failed
+
+
+def _there(jobs: Sequence[Job]) -> str:
+    return f"{sum(is_there(job) for job in jobs)} of {len(jobs)} videos are there"
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import multiprocessing
 import queue
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,19 @@ import torch
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.resolve import open_checkpoint, sampling_params
 from pavdm_dist.commands.sample import check_videos, render_command
+from pavdm_dist.commands.signals import Signals
 from pavdm_dist.commands.videos import Shot
 from pavdm_dist.config import SampleConfig, validate_sample
 from pavdm_dist.digits.settings import SIZE
 from pavdm_dist.digits.world import FPS, Scene, render, sample_scene, scene_prompt
 from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.io.encode import export_to_video
-from pavdm_dist.io.metadata import Sidecar, cpu_model, is_complete, read_sidecar
+from pavdm_dist.io.metadata import Sidecar, cpu_model, is_complete, read_sidecar, sidecar_path, weights_identity
 from pavdm_dist.io.parts import parts_folder
+from pavdm_dist.io.state import changes
 from pavdm_dist.io.storage import atomic_write, exists
 from pavdm_dist.merging import load_config
+from pavdm_dist.models.loading import weight_files
 
 # What is compared, each by the settings that `pavdm sample` would be given.
 METHODS: dict[str, tuple[str, ...]] = {
@@ -49,6 +53,8 @@ REFERENCES = ("real", "codec")
 _CODEC_FRAMES = 241
 # Seeds of a prompt lie this far apart, so that those of two prompts never meet.
 _SEED_STEP = 100_000
+# Processes that were told to stop have so long for what they are writing; what was written before then is kept.
+_STOPPING_S = 60.0
 # Videos that lack so much of a slice's time are not begun: the longest one so far, and a little.
 _RESERVE = 1.1
 
@@ -184,7 +190,7 @@ def missing(jobs: Sequence[Job]) -> list[Job]:
     for variant in dict.fromkeys(job.variant for job in jobs):
         own = [job for job in jobs if job.variant == variant]
         if variant.is_reference:
-            left += [job for job in own if not is_there(job)]
+            left += [job for job in own if not _is_referred(job)]
             continue
         configs = [config_of(job) for job in own]
         try:
@@ -212,7 +218,55 @@ def _check_world(config: SampleConfig) -> None:
 
 def is_there(job: Job) -> bool:
     """Whether a job's video is complete."""
-    return is_complete(job.path) and exists(job.path) and read_sidecar(job.path)["num_frames"] == job.frames
+    if not is_complete(job.path) or not exists(job.path):
+        return False
+    if job.variant.is_reference:
+        return _made_as(job.path) == reference_identity(job)
+    return bool(read_sidecar(job.path)["num_frames"] == job.frames)
+
+
+def _is_referred(job: Job) -> bool:
+    """Whether a reference is complete and of this job's scene; one that does not say what it is of is made again.
+
+    Raises:
+        ConfigError: it is of another scene, length, world or codec.
+    """
+    if not is_complete(job.path) or not exists(job.path) or not (found := _made_as(job.path)):
+        return False
+    if different := changes(found, reference_identity(job)):
+        raise ConfigError(
+            f"{job.variant.name}: output={job.path} was made with {different}; choose another --work or remove that"
+            f" file and its sidecar {sidecar_path(job.path)}"
+        )
+    return True
+
+
+def _made_as(path: str) -> Mapping[str, Any]:
+    """Identity of a complete video; {} where its sidecar has none."""
+    found = read_sidecar(path).get("identity")
+    return found if isinstance(found, Mapping) else {}
+
+
+def reference_identity(job: Job) -> dict[str, Any]:
+    """What a reference's pictures depend on, as JSON gives it back: the scene, how long it is, its world, the codec."""
+    drawn = scene_of(job.number, job.digits)
+    scene = asdict(drawn)
+    world = scene.pop("world")
+    identity = {
+        "prompt": scene_prompt(drawn),
+        "seed": job.seed,
+        "num_frames": job.frames,
+        "scene": scene,
+        "world": world,
+        "codec": _codec_identity() if job.variant.name == "codec" else None,
+    }
+    return json.loads(json.dumps(identity))  # type: ignore[no-any-return]
+
+
+@cache
+def _codec_identity() -> str:
+    codec = Checkpoint.open("embedded").vae
+    return weights_identity(codec.folder(), ["config.json", *weight_files(codec)])
 
 
 def make_all(
@@ -249,35 +303,57 @@ def make_all(
             outcomes.append(outcome)
             told(outcome)
     finally:
-        for process in crew:
-            if process.is_alive() and len(outcomes) < len(jobs):
-                process.terminate()
+        _end([process for process in crew if process.pid is not None], stop=len(outcomes) < len(jobs))
         waiting.cancel_join_thread()
-        for process in crew:
-            process.join()
     found = {outcome.job for outcome in outcomes}
     return outcomes + [Outcome(job, error="its process was killed") for job in jobs if job not in found]
 
 
+def _end(started: Sequence[Any], stop: bool) -> None:
+    """Waits for processes, of which none outlives this.
+
+    Args:
+        started: those that were; others cannot be waited for.
+        stop: they are in the middle of something and are told so.
+    """
+    if stop:
+        for process in started:
+            process.terminate()
+    until = time.monotonic() + _STOPPING_S
+    for process in started:
+        process.join(max(0.0, until - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
 def _worker(waiting: Any, results: Any, until: float | None) -> None:
     torch.set_num_threads(1)
-    longest = 0.0
-    for job in iter(waiting.get, None):
-        if until is not None and time.time() + _RESERVE * longest >= until:
-            results.put(Outcome(job))
-            continue
-        started = time.monotonic()
-        try:
-            (_refer if job.variant.is_reference else _sample)(job)
-        except (PAVDMError, OSError) as error:
-            results.put(Outcome(job, error=f"{job.path}: {error}"))
-            continue
-        except KeyboardInterrupt as stopped:  # says what is left and that the same command goes on
-            print(stopped, file=sys.stderr, flush=True)
-            return
-        seconds = time.monotonic() - started
-        longest = max(longest, seconds)
-        results.put(Outcome(job, seconds))
+    begun: Job | None = None
+    try:
+        with Signals(of_process=True):
+            longest = 0.0
+            for job in iter(waiting.get, None):
+                if until is not None and time.time() + _RESERVE * longest >= until:
+                    results.put(Outcome(job))
+                    continue
+                begun = job
+                outcome = _made(job)
+                begun = None
+                longest = max(longest, outcome.seconds or 0.0)
+                results.put(outcome)
+    except KeyboardInterrupt as stopped:
+        if begun is not None:  # a method says what is left of its video
+            print(f"{begun.path}: stopped: {str(stopped) or 'nothing was finished'}", file=sys.stderr, flush=True)
+
+
+def _made(job: Job) -> Outcome:
+    started = time.monotonic()
+    try:
+        (_refer if job.variant.is_reference else _sample)(job)
+    except (PAVDMError, OSError) as error:
+        return Outcome(job, error=f"{job.path}: {error}")
+    return Outcome(job, time.monotonic() - started)
 
 
 class _Silent:
@@ -318,8 +394,9 @@ def _refer(job: Job) -> None:
     extra = {"chunk_frames": [spec.frames_in_chunk(size, first) for first in (True, False)]}
     facts = {"method": job.variant.name}
     sidecar = Sidecar(
-        facts, scene_prompt(scene), None, job.seed, job.frames, float(FPS), SIZE, SIZE, cpu_model(), 1, extra=extra
-    )
+        facts, scene_prompt(scene), None, job.seed, job.frames, float(FPS), SIZE, SIZE, cpu_model(), 1,
+        identity=reference_identity(job), extra=extra,
+    )  # fmt: skip
     sidecar.write(job.path)
 
 

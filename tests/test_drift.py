@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import queue
+import signal
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import torch
 
 pytest.importorskip("sklearn")
 
+from pavdm_dist.commands.signals import ENDING, Stopped
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.evaluate.drift import drift_of
 from pavdm_dist.evaluate.video import Measured, measure
@@ -20,20 +28,28 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def videos() -> ModuleType:
-    """``benchmarks/drift_videos.py``."""
-    sys.path.insert(0, str(FOLDER))
-    import drift_videos
-
-    return drift_videos
+def modules() -> Iterator[dict[str, ModuleType]]:
+    """The benchmark's files by name. Its folder has names that tests have too: it is on the path only here."""
+    names = ("drift_videos", "drift_report", "drift")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        for name in (*names, "common"):
+            patch.delitem(sys.modules, name, raising=False)
+        yield {name: importlib.import_module(name) for name in names}
+        for name in (*names, "common"):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
-def report(videos: ModuleType) -> ModuleType:
-    """``benchmarks/drift_report.py``."""
-    import drift_report
+def videos(modules: dict[str, ModuleType]) -> ModuleType:
+    """``benchmarks/drift_videos.py``."""
+    return modules["drift_videos"]
 
-    return drift_report
+
+@pytest.fixture(scope="module")
+def report(modules: dict[str, ModuleType]) -> ModuleType:
+    """``benchmarks/drift_report.py``."""
+    return modules["drift_report"]
 
 
 def test_all_methods_have_the_same_prompts_and_noise(videos: ModuleType, tmp_path: Path) -> None:
@@ -136,6 +152,178 @@ def test_what_was_measured_once_is_read_again(videos: ModuleType, report: Module
     assert report._read(tmp_path / "a" / "one.json", "other code") is None
     (tmp_path / "torn.json").write_text('{"key"')
     assert report._read(tmp_path / "torn.json", "key") is None
+
+
+def reference(videos: ModuleType, work: Path, name: str = "real", **changed: Any) -> Any:
+    (job,) = videos.jobs_of(work, videos.variants_of([name], [], [], []), 1, 1, 9, 1)
+    return replace(job, **changed)
+
+
+@pytest.mark.parametrize("name", ["real", "codec"])
+def test_a_reference_is_of_its_own_scene(videos: ModuleType, tmp_path: Path, name: str) -> None:
+    job = reference(videos, tmp_path, name)
+    assert videos.missing([job]) == [job]
+    videos._refer(job)
+    assert videos.missing([job]) == [] and videos.is_there(job)
+    for changed, said in (
+        ({"frames": 13}, r"num_frames=9 \(now 13\)"),
+        ({"digits": 2}, "prompt=.*scene.digits="),
+        ({"seed": 5}, r"seed=0 \(now 5\)"),
+    ):
+        other = replace(job, **changed)
+        with pytest.raises(ConfigError, match=f"{name}: output=.* was made with .*{said}.*another --work"):
+            videos.missing([other])
+        assert not videos.is_there(other)
+
+
+def test_a_reference_of_another_codec_or_of_none_that_is_known(videos: ModuleType, tmp_path: Path) -> None:
+    job = reference(videos, tmp_path, "codec")
+    videos._refer(job)
+    sidecar = Path(job.path).with_suffix(".json")
+    found = json.loads(sidecar.read_text())
+    sidecar.write_text(json.dumps(found | {"identity": found["identity"] | {"codec": "another"}}))
+    with pytest.raises(ConfigError, match='was made with codec="another"'):
+        videos.missing([job])
+    sidecar.write_text(json.dumps(found | {"identity": {}}))
+    assert videos.missing([job]) == [job] and not videos.is_there(job), "made again"
+    videos._refer(job)
+    assert json.loads(sidecar.read_text())["identity"] == found["identity"]
+
+
+@pytest.fixture
+def measures_in_process(report: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads for processes, and no judge, whose training takes longer than all tests here."""
+    without = replace(report.SETTINGS, features="off", motion="off", scenes="off", digits="off")
+    monkeypatch.setattr(report, "SETTINGS", without)
+    monkeypatch.setattr(report, "ProcessPoolExecutor", lambda workers, *_, **__: ThreadPoolExecutor(workers))
+
+
+@pytest.mark.usefixtures("measures_in_process")
+def test_a_video_that_cannot_be_measured_costs_no_other(videos: ModuleType, report: ModuleType, tmp_path: Path) -> None:
+    jobs = videos.jobs_of(tmp_path, videos.variants_of(["real"], [], [], []), 2, 1, 24, 1)
+    for job in jobs:
+        videos._refer(job)
+    Path(jobs[0].path).write_bytes(b"no video")
+    found, failed = report.measure_all(tmp_path, jobs, 1)
+    assert [one.video for one in found] == [jobs[1].path]
+    assert list(failed) == [jobs[0].path] and "p0000-s0.mp4 is not a video" in failed[jobs[0].path]
+    assert report._kept_at(tmp_path, jobs[1]).exists() and not report._kept_at(tmp_path, jobs[0]).exists()
+    Path(jobs[1].path).write_bytes(b"is not read again")
+    assert report.measure_all(tmp_path, jobs[1:], 1) == (found, {})
+
+
+@pytest.mark.usefixtures("measures_in_process")
+def test_what_was_measured_before_a_signal_is_kept(
+    videos: ModuleType, report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = videos.jobs_of(tmp_path, videos.variants_of(["real"], [], [], []), 2, 1, 24, 1)
+    for job in jobs:
+        videos._refer(job)
+    keep, kept = report._keep, []
+
+    def until_the_second(*values: Any) -> None:
+        if kept:
+            raise Stopped(signal.SIGTERM)
+        keep(*values)
+        kept.append(values[0])
+
+    monkeypatch.setattr(report, "_keep", until_the_second)
+    monkeypatch.setattr(report.multiprocessing, "active_children", list)
+    with pytest.raises(Stopped, match="1 of 2 videos are measured") as stop:
+        report.measure_all(tmp_path, jobs, 1)
+    assert stop.value.number == signal.SIGTERM
+    assert [path for path in (report._kept_at(tmp_path, job) for job in jobs) if path.exists()] == kept
+
+
+def test_what_it_cost_is_computed_anew(
+    videos: ModuleType, report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job,) = videos.jobs_of(tmp_path, videos.variants_of(["pavdm"], [], [], []), 1, 1, 1440, None)
+    monkeypatch.setattr(report, "cost_of", lambda _: {"calls_per_s": 1.0})
+    one = replace(measured(job, [1.0] * 6, [0.1] * 6), whole={"loop_score": 0.5, "calls_per_s": 1.0})
+    report._keep(tmp_path / "one.json", "key", one)
+    monkeypatch.setattr(report, "cost_of", lambda _: {"calls_per_s": 2.0})
+    assert report._read(tmp_path / "one.json", "key").whole == {"loop_score": 0.5, "calls_per_s": 2.0}
+
+
+@pytest.mark.parametrize("words", ["--prompts 0", "--seeds 0", "--seconds 0", "--seconds nan", "--shown -1"])
+def test_nothing_is_not_the_default(
+    modules: dict[str, ModuleType], tmp_path: Path, words: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["drift.py", "--work", str(tmp_path / "w"), "--methods", "real", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        modules["drift"].main()
+    assert ended.value.code == 2 and f"{words.split()[0]}" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """A process that was told to end hears nothing more; this one goes on."""
+    before = {number: signal.getsignal(number) for number in ENDING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_signal_before_all_were_started_is_a_sentence(
+    modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Process:
+        """The first is told to stop and does not; the second is never started."""
+
+        made: ClassVar[list[Process]] = []
+
+        def __init__(self, **_: Any) -> None:
+            self.pid: int | None = None
+            self.told: list[str] = []
+            Process.made.append(self)
+
+        def start(self) -> None:
+            if len(Process.made) > 1 and self is Process.made[1]:
+                signal.raise_signal(signal.SIGTERM)
+            self.pid = 1
+
+        def is_alive(self) -> bool:
+            return "kill" not in self.told
+
+        def terminate(self) -> None:
+            self.told.append("terminate")
+
+        def join(self, timeout: float | None = None) -> None:
+            assert self.pid is not None, "can only join a started process"
+            assert timeout is not None or "kill" in self.told, "would never end"
+
+        def kill(self) -> None:
+            self.told.append("kill")
+
+    context = modules["drift_videos"].multiprocessing.get_context("spawn")
+    monkeypatch.setattr(context, "Process", Process)
+    words = ["--work", str(tmp_path), "--methods", "real", "--prompts", "2", "--seconds", "1", "--workers", "2"]
+    monkeypatch.setattr(sys, "argv", ["drift.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        modules["drift"].main()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped: 0 of 2 videos are there; the same command goes on"
+    assert [one.told for one in Process.made] == [["terminate", "kill"], []]
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_process_that_is_told_to_stop_says_so(
+    videos: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = reference(videos, tmp_path)
+    monkeypatch.setattr(videos, "_refer", lambda _: signal.raise_signal(signal.SIGTERM))
+    waiting: queue.Queue[Any] = queue.Queue()
+    waiting.put(job)
+    threads = torch.get_num_threads()
+    try:
+        videos._worker(waiting, queue.Queue(), None)
+    finally:
+        torch.set_num_threads(threads)
+    assert capsys.readouterr().err == f"{job.path}: stopped: nothing was finished\n"
 
 
 def test_pavdm_is_ahead_of_replacement(videos: ModuleType, report: ModuleType, tmp_path: Path) -> None:
