@@ -235,8 +235,8 @@ def test_drift_is_measured_and_not_rendered_again(tmp_path: Path) -> None:
     check_machine(found)
     rows = {row["group"]: row for row in found["groups"]}
     assert list(rows) == ["real", "pavdm", "replacement", "few"] and not found["failed"]
-    # A digit that is not drawn at its brightest is seen in two colours at the edges of an encoded picture.
-    assert rows["real"]["digit"] == 1 and rows["real"]["law_error"] < 0.2
+    # In the frames themselves all colours are right; the file has colour at half the resolution.
+    assert rows["real"]["digit"] == 1 and rows["real"]["colour"] > 0.7 and rows["real"]["law_error"] < 0.2
     assert rows["few"]["latents_per_s"] == pytest.approx(0.4 * rows["pavdm"]["latents_per_s"])
     assert rows["few"]["cpu_s_per_s"] < rows["pavdm"]["cpu_s_per_s"] and rows["real"]["cpu_s_per_s"] is None
     assert {row["group"] for row in found["paired"]} == {"replacement", "few"}
