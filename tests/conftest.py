@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,10 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# A shell's background jobs ignore Ctrl-C, and so would all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -112,7 +112,7 @@ def _prepare(job: Job, config: PrepareConfig, sources: Sources, run: Run) -> dic
         index = _list_clips(job, config, sources, parts)
     complete = (job.output / INDEX).exists() and index["root"] == sources.root
     if config.encode:
-        _encode(job, index, run, ahead=config.ray_address is None)  # only shards that are missing
+        _encode(job, index, run, config.ray_address is None)  # only shards that are missing
     if not complete:
         write_json(job.output / INDEX, {**index, "root": sources.root})
     remove(job.output / "scan")
