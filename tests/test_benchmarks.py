@@ -249,7 +249,7 @@ def test_drift_is_measured_and_not_rendered_again(tmp_path: Path) -> None:
         [sys.executable, str(FOLDER / "drift.py"), *words, "--guidance-scale", "2"], capture_output=True, text=True
     )
     assert refused.returncode == 1 and "Traceback" not in refused.stderr
-    assert "pavdm: output=" in refused.stderr and "was made with guidance_scale" in refused.stderr
+    assert "pavdm: output=" in refused.stderr and "was made with sampling.guidance_scale" in refused.stderr
 
 
 @pytest.mark.slow
