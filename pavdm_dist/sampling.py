@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pavdm_dist.arguments import check_names
 from pavdm_dist.checkpoint import Checkpoint, SamplingDefaults
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.method.baselines import CONTINUES, Method, block_chunks, settings_of
+from pavdm_dist.method.baselines import CONTINUES, Method, block_chunks, context_follows, settings_of
 from pavdm_dist.method.levels import NoiseSchedule, time_shift_ratio
 from pavdm_dist.method.microbatches import (
     Displaced,
@@ -174,7 +174,7 @@ class SamplingParams:
     @property
     def context_follows(self) -> bool:
         """Whether clean context is noised to the level of the chunks behind it, at every step."""
-        return self.method == "replacement-noise"
+        return context_follows(self.method)
 
     @property
     def cached(self) -> int:

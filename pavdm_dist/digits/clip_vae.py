@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pavdm_dist.digits.handwriting import Split
 from pavdm_dist.digits.painting import Painter
-from pavdm_dist.digits.settings import SHIPPED, DigitWorld
+from pavdm_dist.digits.settings import GLYPH_CELLS, SHIPPED, DigitWorld
 from pavdm_dist.digits.world import Scene, positions, render_pair, sample_scene
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def paint_clips(
     moments: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`sample_clips`, on the painter's device; squares lie around some place inside a digit's glyph."""
-    world, reach = painter.world, 8 * painter.world.cell
+    world, reach = painter.world, GLYPH_CELLS * painter.world.cell
     scenes = [sample_scene(rng, split, num_digits, world) for _ in range(batch)]
     starts = [
         min(rng.integers(24 * 60, size=moments).tolist(), key=partial(_gap, scene, num_frames)) for scene in scenes

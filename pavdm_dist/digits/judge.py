@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pavdm_dist.digits.handwriting import clear_images, load_glyphs
 from pavdm_dist.digits.prompts import AskedDigit
-from pavdm_dist.digits.settings import CELL, COLOURS, SHIPPED, SIZE, DigitWorld
+from pavdm_dist.digits.settings import CELL, COLOURS, GLYPH_CELLS, SHIPPED, SIZE, DigitWorld
 from pavdm_dist.digits.world import Digit, Scene, render
 from pavdm_dist.errors import ConfigError
 
@@ -34,7 +34,6 @@ MIN_INK = 20.0  # a thin "one" has about 70
 # Digits nearer than this cover each other, and nobody can be asked to read them.
 APART = 26.0
 CROP_CELLS = 16  # a side of the square that is read, which is 32 px in the shipped world
-GLYPH_CELLS = 8  # a side of a digit, in cells of its world
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.digits.handwriting import load_glyphs
-from pavdm_dist.digits.settings import COLOURS, INK_EDGE, DigitWorld
+from pavdm_dist.digits.settings import COLOURS, GLYPH_CELLS, INK_EDGE, DigitWorld
 from pavdm_dist.digits.world import MASK_ALPHA, Scene, positions
 from pavdm_dist.models.devices import to_device
 
@@ -72,10 +72,10 @@ class Painter:
         """Interpolated ink ``[n, d, t, size, size]``."""
         size, cell = self.world.size, self.world.cell
         offsets = torch.arange(size, device=self.device)[:, None] - corners[:, :, :, None]
-        margin = (size - 8 * cell) / 2
+        margin = (size - GLYPH_CELLS * cell) / 2
         wrapped = (offsets + margin).remainder(size) - margin
         offsets = torch.where(wraps[:, :, None, None, None], wrapped, offsets)
-        places = torch.arange(8, device=self.device)
+        places = torch.arange(GLYPH_CELLS, device=self.device)
         x = ((offsets[..., None] + 0.5) / cell - 0.5 - places).abs()  # [n, d, t, size, 2, 8]
         near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
         weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))

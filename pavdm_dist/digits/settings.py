@@ -16,6 +16,7 @@ from pavdm_dist.train.settings import WorldConfig
 SIZE = 64
 FPS = 24
 CELL = 3.5  # screen pixels per pixel of the 8x8 image: a glyph is 28 px high
+GLYPH_CELLS = 8  # a side of that image
 # Cells of a glyph and of as much on either side as its edges reach, when it leaves the picture and comes back.
 CELLS_ROUND_THE_TORUS = 12
 INK_EDGE = (0.2, 0.7)  # interpolated ink that is fully outside and fully inside a stroke

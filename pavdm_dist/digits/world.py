@@ -21,6 +21,7 @@ from pavdm_dist.digits.settings import (
     COLOURS,
     DIRECTIONS,
     FPS,
+    GLYPH_CELLS,
     INK_EDGE,
     MOTIONS,
     NUMBERS,
@@ -173,7 +174,7 @@ def positions(digit: Digit, start_frame: int, num_frames: int, world: DigitWorld
 
 def _weights(offsets: NDArray[np.float64], cell: float) -> Floats:
     """Catmull-Rom weights ``[..., 8]`` of the eight image rows at ``offsets`` px from the glyph's edge."""
-    x = np.abs((offsets[..., None] + 0.5) / cell - 0.5 - np.arange(8)).astype(np.float32)
+    x = np.abs((offsets[..., None] + 0.5) / cell - 0.5 - np.arange(GLYPH_CELLS)).astype(np.float32)
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     return np.where(x < 1, near, np.where(x < 2, far, np.float32(0)))
@@ -184,7 +185,7 @@ def _alpha(image: int, corners: NDArray[np.float64], wrap: bool, world: DigitWor
     size, cell = world.size, world.cell
     offsets = np.arange(size)[None, :, None] - corners[:, None, :]
     if wrap:
-        margin = (size - 8 * cell) / 2
+        margin = (size - GLYPH_CELLS * cell) / 2
         offsets = (offsets + margin) % size - margin
     rows, columns = _weights(offsets[..., 0], cell), _weights(offsets[..., 1], cell)
     ink = (rows @ load_glyphs()[0][image]) @ columns.transpose(0, 2, 1)

@@ -22,6 +22,11 @@ def block_chunks(method: Method, window_chunks: int) -> int:
     return window_chunks if method in ("replacement", "replacement-noise") else 1
 
 
+def context_follows(method: Method) -> bool:
+    """Whether clean context is noised to the level of the chunks behind it, at every step."""
+    return method == "replacement-noise"
+
+
 def settings_of(method: Method, window_chunks: int, chosen: dict[str, Any]) -> dict[str, Any]:
     """Settings of a plan that follow from the method.
 

@@ -51,15 +51,15 @@ def check_effect(config: TrainConfig, size: int) -> None:
 def _unused(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
     """Name, value and why of every setting outside ``launch`` that was given and is not read."""
     d, m, o = config.data, config.model, config.optimizer
-    codec = tuple(field.name for field in dataclasses.fields(config.codec))
+    codec, quality = _names(config.codec), _names(config.quality)
     groups: list[tuple[str, Any, Iterable[str], str]] = []
     if d.folder:
         why = f"data.folder={', '.join(d.folder)} is trained on, not the digit world"
         groups += [
             ("data", d, _OF_DIGITS, why),
             ("codec", config.codec, codec, why),
-            ("world", config.world, tuple(field.name for field in dataclasses.fields(config.world)), why),
-            ("quality", config.quality, tuple(field.name for field in dataclasses.fields(config.quality)), why),
+            ("world", config.world, _names(config.world), why),
+            ("quality", config.quality, quality, why),
             ("model", m, ("text_depth",), why),
         ]
     else:
@@ -69,7 +69,7 @@ def _unused(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
         elif m.pretrained is not None:
             groups.append(("codec", config.codec, codec[1:], f"the codec of model.pretrained={m.pretrained} is used"))
     if m.pretrained is not None:
-        sizes = tuple(field.name for field in dataclasses.fields(m) if field.name not in ("pretrained", "lora"))
+        sizes = tuple(name for name in _names(m) if name not in ("pretrained", "lora"))
         groups.append(("model", m, sizes, f"the sizes of model.pretrained={m.pretrained} count"))
     if not d.folder:
         groups.append(("validation", config.validation, ("clips",), "it is of data.folder"))
@@ -80,9 +80,9 @@ def _unused(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
     else:
         why = f"it is kept with whole models, model.lora.rank={m.lora.rank} makes a LoRA"
         groups.append(("", config, ("sampling",), why))
-        fields = tuple(field.name for field in dataclasses.fields(config.quality))
-        why = f"whole models are looked at, model.lora.rank={m.lora.rank} makes a LoRA"
-        groups.append(("quality", config.quality, fields, why))
+        if not d.folder:  # else it is told above
+            why = f"whole models are looked at, model.lora.rank={m.lora.rank} makes a LoRA"
+            groups.append(("quality", config.quality, quality, why))
     if o.name != "muon":
         groups.append(("optimizer", o, ("matrix_ratio",), "it is of optimizer.name=muon"))
     if config.zero.stage == 0:
@@ -97,6 +97,10 @@ def _unused(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
         groups.append(("objective", config.objective, ("context_noise",), why))
     for section, values, names, why in groups:
         yield from ((f"{section}.{name}".removeprefix("."), value, why) for name, value in _given(values, names))
+
+
+def _names(settings: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(settings))
 
 
 def _tell_held_out(config: TrainConfig) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.method.baselines import block_chunks, settings_of
+from pavdm_dist.method.baselines import block_chunks, context_follows, settings_of
 from pavdm_dist.method.levels import NoiseSchedule, time_shift_ratio
 from pavdm_dist.method.schedule import PlanRow, Start, WindowPlan
 
@@ -161,7 +161,7 @@ class Objective:
     @property
     def context_follows(self) -> bool:
         """Whether context is noised to the level of the chunks behind it."""
-        return self.method == "replacement-noise"
+        return context_follows(self.method)
 
     @property
     def noise_of_context(self) -> float:
