@@ -268,7 +268,14 @@ class FrontDesk(Listener):
             ConfigError: it has no such chunk, or the model cannot take the text.
         """
         self.shot(id)
-        if not self._pool.set_prompt(id, from_chunk, text):
+        try:
+            # One whose files are complete is over for clients, though its renderer may hold it for a moment more.
+            is_here = not self.is_over(id) and self._pool.set_prompt(id, from_chunk, text)
+        except ConfigError:
+            is_here = not self.is_over(id)  # which it may be by now
+            if is_here:
+                raise
+        if not is_here:
             raise Refusal(
                 409, f"video {id} is not being rendered; its prompt can be changed while it is", "not_running"
             )
