@@ -29,6 +29,7 @@ from recordings import (
     result,
     undisturbed_runs,
 )
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pavdm_dist.errors import ConfigError
@@ -159,13 +160,44 @@ def test_a_state_of_another_version_is_refused_by_its_name(tmp_path: Path, monke
     for identity, by in (({"versions": {"pavdm_dist": "9.8.7"}}, "pavdm_dist 9.8.7"), ([], "another pavdm_dist")):
         facts = json.dumps({"version": 99, "identity": identity})  # and nothing else as we know it
         save_file({"x": torch.zeros(3)}, parts / state.STATE, {"state": facts})
-        said = rf"output=.*v\.mp4: .*{state.STATE} is a state of version 99, written by {by}; .* --overwrite"
+        said = rf"output=.*v\.mp4: .*{state.STATE} is a state of version 99, written by {by}; this one goes on with"
+        said += r" versions 2 and 3: .* --overwrite"
         before = {path: path.read_bytes() for path in parts.iterdir()}
         for refused in (lambda: way.open(output, resume=True), lambda: check_recording(output, facts={})):
             with pytest.raises(ConfigError, match=said):
                 refused()
         assert {path: path.read_bytes() for path in parts.iterdir()} == before
     kill(way.open(output, overwrite=True))
+
+
+def test_clean_latents_make_a_state_of_a_version_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a program which knows none refuses the file; what holds none can be gone on with by older ones."""
+
+    def written(version: int, tensors: dict[str, torch.Tensor]) -> None:
+        write_state(tmp_path, State({}, 4, 4, "ab", point=Point(tensors, {})))
+        with safe_open(tmp_path / state.STATE, "pt") as file:
+            assert json.loads(file.metadata()["state"])["version"] == version
+
+    def read() -> dict[str, torch.Tensor]:
+        found = read_state(tmp_path)
+        assert found is not None and found.point is not None
+        return dict(found.point.tensors)
+
+    plain = {"4": torch.randn(4, 2, 3, 3), "left.0.4": torch.randn(2, 5)}
+    clean = {f"{state.CLEAN}{chunk}": torch.randn(4, 2, 3, 3) for chunk in (0, 3)}
+    for version, tensors in ((2, plain), (3, plain | clean), (2, {})):
+        written(version, tensors)
+        found = read()
+        assert found.keys() == tensors.keys() and all(torch.equal(found[name], x) for name, x in tensors.items())
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "_WITH_CLEAN", 2)  # as they were written at first
+        written(2, clean)
+    assert read().keys() == clean.keys()
+    written(3, clean)
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "_WITH_CLEAN", 2)  # what knows of version 2 alone
+        with pytest.raises(ConfigError, match="is a state of version 3, written by another pavdm_dist; "):
+            read_state(tmp_path)
 
 
 def test_states_hold_what_they_were_given(tmp_path: Path) -> None:

@@ -130,6 +130,7 @@ def test_an_interrupted_video_goes_on_to_the_bit(
     interrupted(model, output, monkeypatch, 8, **settings)
     state = (tmp_path / "other.mp4.parts" / "state.safetensors").read_bytes()[:100_000]
     assert held in state and all(name in held or name not in state for name in (b"point.left.", b"point.clean."))
+    assert rb"{\"version\": %d, " % (3 if recovery == "replay" else 2) in state
     with caplog.at_level(logging.INFO):
         render(model, output, **settings)
     assert f"goes on at chunk {chunk}" in caplog.text

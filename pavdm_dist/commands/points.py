@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from pavdm_dist.io.recording import Recording
-from pavdm_dist.io.state import Point
+from pavdm_dist.io.state import CLEAN, Point
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
 
-# Before the names of saved keys and values, and of clean latents, among a point's tensors.
-_LEFT, _CLEAN = "left.", "clean."
+# Before the names of saved keys and values among a point's tensors.
+_LEFT = "left."
 
 
 def saved_point(resume: ResumePoint | None) -> Point | None:
@@ -20,7 +20,7 @@ def saved_point(resume: ResumePoint | None) -> Point | None:
     snapshot = resume.snapshot
     tensors = {str(index): latents for index, latents in snapshot.latents.items()}
     tensors |= {f"{_LEFT}{name}": tensor for name, tensor in snapshot.left.items()}
-    tensors |= {f"{_CLEAN}{chunk}": latents for chunk, latents in snapshot.clean.items()}
+    tensors |= {f"{CLEAN}{chunk}": latents for chunk, latents in snapshot.clean.items()}
     return Point(
         tensors,
         {
@@ -42,8 +42,8 @@ def resume_point(recording: Recording) -> ResumePoint | None:
     def of(prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): tensor for n, tensor in point.tensors.items() if n.startswith(prefix)}
 
-    latents = {int(n): tensor for n, tensor in point.tensors.items() if not n.startswith((_LEFT, _CLEAN))}
-    clean = {int(n): tensor for n, tensor in of(_CLEAN).items()}
+    latents = {int(n): tensor for n, tensor in point.tensors.items() if not n.startswith((_LEFT, CLEAN))}
+    clean = {int(n): tensor for n, tensor in of(CLEAN).items()}
     exact = frozenset(point.facts["exact_rows"])
     snapshot = WindowSnapshot(point.facts["row"], latents, exact, of(_LEFT), clean)
     undecoded = tuple(CleanChunk(index, latents) for index, latents in sorted(recording.pending.items()))

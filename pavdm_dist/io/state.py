@@ -27,7 +27,10 @@ from pavdm_dist.io.latents import LatentsHash
 
 STATE, PREVIOUS = "state.safetensors", "state.previous.safetensors"
 STATE_NAMES = re.compile(rf"{re.escape(STATE)}|{re.escape(PREVIOUS)}")
-_VERSION = 2
+# Before the names of clean latents among a point's tensors. Files that hold some are of a version of their own, so that
+# a program which knows nothing of them refuses the file instead of going on without.
+CLEAN = "clean."
+_PLAIN, _WITH_CLEAN = 2, 3
 _Chunks = Annotated[int, Within(0)]
 
 logger = logging.getLogger(__name__)
@@ -37,7 +40,7 @@ class Point(NamedTuple):
     """Where a sampler goes on, as plain data.
 
     Attributes:
-        tensors: by name; any shapes and types.
+        tensors: by name; any shapes and types. Names that begin with :data:`CLEAN` make the file one of version 3.
         facts: JSON-compatible.
         warm: latents ``[C, n, h, w]`` that a decoder must have seen before the next chunk; None = none.
     """
@@ -214,7 +217,7 @@ def write_state(folder: str | Path, state: State, check: Callable[[], None] = la
     tensors["chunk_seconds"] = torch.from_numpy(np.array(state.chunk_seconds, dtype=np.float32))
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     facts = {
-        "version": _VERSION,
+        "version": _version(state),
         "identity": state.identity,
         "next_chunk": state.next_chunk,
         "closed_chunks": state.closed_chunks,
@@ -301,17 +304,22 @@ def _read(path: str) -> State:
     )
 
 
+def _version(state: State) -> int:
+    names = () if state.point is None else state.point.tensors
+    return _WITH_CLEAN if any(name.startswith(CLEAN) for name in names) else _PLAIN
+
+
 def _check_version(facts: Any, path: str) -> None:
     """Before anything else is asked of a state: another version may have other facts, and another checksum."""
     version = facts["version"]
-    if type(version) is int and version != _VERSION:
+    if type(version) is int and version not in (_PLAIN, _WITH_CLEAN):
         by: Any = facts
         for name in ("identity", "versions", "pavdm_dist"):
             by = by.get(name) if isinstance(by, Mapping) else None
         writer = f"pavdm_dist {show(by)}" if isinstance(by, str) else "another pavdm_dist"
         raise _OtherVersion(
-            f"{path} is a state of version {version}, written by {writer}; this one goes on with version"
-            f" {_VERSION}: take the one that wrote it, or pass --overwrite to start anew"
+            f"{path} is a state of version {version}, written by {writer}; this one goes on with versions"
+            f" {_PLAIN} and {_WITH_CLEAN}: take the one that wrote it, or pass --overwrite to start anew"
         )
 
 
