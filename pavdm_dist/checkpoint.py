@@ -230,6 +230,23 @@ class Checkpoint:
                 f" be multiples of these; nearest legal: height={nearest[0]} width={nearest[1]}"
             ) from error
 
+    def check_text(self, section: str = "") -> None:
+        """Refuses settings of a pretrained text encoder that this model has no use for.
+
+        Args:
+            section: what the settings' names begin with, its dot included.
+
+        Raises:
+            ConfigError: naming the first of them.
+        """
+        if self._text_class != TEXT_ENCODER:
+            return
+        for name, value in self.text.given:
+            raise ConfigError(
+                f"{section}{name}={value}: is for a pretrained text encoder; that of model={self.source} is small and"
+                " runs where it is needed, leave it out"
+            )
+
     def require_weights(self) -> None:
         """Refuses what can only be planned, and files of weights that are lacking or torn; reads their headers.
 

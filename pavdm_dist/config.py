@@ -21,6 +21,8 @@ from pavdm_dist.fields import (
     Guidance,
     Side,
     Steps,
+    TextDevice,
+    TextDtype,
     TimeShift,
     WindowChunks,
     Within,
@@ -137,8 +139,8 @@ class SampleConfig:
     decoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     decoder_tile: Annotated[int, Within(1, 16_384)] | None = None  # pixels a side: large frames in blended tiles
     preview_decoder: str | None = None  # instead of the codec: rgb, or the file of a tiny decoder (TAEHV)
-    text_device: Literal["auto", "cpu", "cuda"] = "auto"  # of a pretrained text encoder, in a process of its own
-    text_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    text_device: TextDevice = "auto"  # of a pretrained text encoder, in a process of its own
+    text_dtype: TextDtype = "bfloat16"
     text_cache: str | None = None  # folder of what it has encoded; null = this user's
     threads_per_decoder: _Count | None = None  # None = threads_per_stage
     cpus_per_decoder: _Share = 0.0  # 0 = it shares the last stage's

@@ -57,6 +57,9 @@ Guidance = Annotated[float, Within(0)]
 TimeShift = Annotated[float, Within(0, above=True)]
 Side = Annotated[int, Within(0, 16_384, above=True)]  # what H.264 can hold
 FrameRate = Annotated[float, Rate(0, 1000, above=True)]
+# Of a pretrained text encoder, in the settings of all verbs that may start one.
+TextDevice = Literal["auto", "cpu", "cuda"]
+TextDtype = Literal["bfloat16", "float32"]
 
 
 def made(

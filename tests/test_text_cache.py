@@ -102,3 +102,16 @@ def test_a_cache_that_is_nowhere_cannot_be_filled(
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert cli.main(["text-cache", f"model={model}", "prompt=a red three"]) == 2
     assert "text_cache: must be given, this user has no home" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["text_device=cpu", "text_dtype=float32", "text_cache=kept"])
+def test_settings_of_a_large_encoder_are_refused_where_there_is_none(
+    word: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small, output = tiny_checkpoint(tmp_path / "small"), tmp_path / "v.mp4"
+    for words in (["plan"], ["sample", "a red three", f"output={output}"]):
+        assert cli.main([*words, f"model={small}", word]) == 2
+        said = f"{word}: is for a pretrained text encoder; that of model={small} is small and runs where it is needed"
+        assert said in capsys.readouterr().err
+    assert cli.main(["plan", f"model={model}", word]) == 0
+    assert not list(tmp_path.glob("v.*"))

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pavdm_dist.cluster.starting import imports_from
 from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.fields import TextDevice, TextDtype
 from pavdm_dist.io.checksums import ends_digest
 from pavdm_dist.io.local import cache_folder
 from pavdm_dist.io.storage import atomic_write
@@ -36,6 +37,14 @@ PRETRAINED = ("UMT5EncoderModel", "T5EncoderModel", "UMT5ForConditionalGeneratio
 _SHOWN = 120
 
 logger = logging.getLogger(__name__)
+
+
+class TextSettings(Protocol):
+    """What settings of verbs that may start a text encoder are called."""
+
+    text_device: TextDevice
+    text_dtype: TextDtype
+    text_cache: str | None
 
 
 @dataclass(frozen=True)
@@ -48,9 +57,19 @@ class TextOptions:
         cache: folder; None = that of this user.
     """
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    device: TextDevice = "auto"
+    dtype: TextDtype = "bfloat16"
     cache: str | None = None
+
+    @classmethod
+    def of(cls, settings: TextSettings) -> TextOptions:
+        """Those of a verb's settings."""
+        return cls(settings.text_device, settings.text_dtype, settings.text_cache)
+
+    @property
+    def given(self) -> list[tuple[str, str]]:
+        """Settings that are not what they are by default, with their values."""
+        return [(f"text_{name}", value) for name, value in asdict(self).items() if value != getattr(TextOptions, name)]
 
 
 class PretrainedTextEncoder:

@@ -44,6 +44,7 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
     checkpoint = open_checkpoint(config)
     params = sampling_params(config, checkpoint)
     check_recovery(config, params)
+    checkpoint.check_text()
     say_what_to_expect(params, checkpoint)
     spec, size = checkpoint.codec_spec, params.latent_chunk_size
     if chunks is None:

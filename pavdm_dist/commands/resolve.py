@@ -89,7 +89,7 @@ def open_checkpoint(config: SampleConfig) -> Checkpoint:
         CheckpointError: not a model this package runs, or no LoRA.
     """
     lora = [Adapter(Source.of(entry.model, entry.revision, field="lora"), entry.scale) for entry in config.lora]
-    return Checkpoint.open(config.model, config.revision, lora)
+    return replace(Checkpoint.open(config.model, config.revision, lora), text=TextOptions.of(config))
 
 
 def open_pipeline(config: SampleConfig) -> PAVDMPipeline:
@@ -104,9 +104,8 @@ def open_pipeline(config: SampleConfig) -> PAVDMPipeline:
             "decoder=auto decodes on CPUs beside stages on GPUs, which a large model waits for; decoder=shared uses the"
             " last stage's GPU, decoder=cuda one more (decoder=cpu says that CPUs are meant)"
         )
-    text = TextOptions(config.text_device, config.text_dtype, config.text_cache)
     return PAVDMPipeline(
-        replace(open_checkpoint(config), text=text),
+        open_checkpoint(config),
         config.num_stages,
         config.threads_per_stage,
         engine_options(config) if config.num_stages else None,

@@ -100,6 +100,7 @@ def check_videos(config: SampleConfig, overwrite: bool, shots: Sequence[Shot] | 
     pipeline = open_pipeline(config)
     params = sampling_params(config, pipeline.checkpoint)
     check_recovery(config, params)
+    pipeline.checkpoint.check_text()
     as_rate(params.fps)
     check_size(params.height, params.width)
     require_libx264()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder, TextOptions
 from pavdm_dist.commands.prompts import read_prompts
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.fields import TextDevice, TextDtype
 from pavdm_dist.request import VideoRequest
 from pavdm_dist.sampling import SamplingParams
 from pavdm_dist.texts import check_prompts, prepare_texts
@@ -25,8 +26,8 @@ class TextCacheConfig:
     prompt_suffix: str | None = None  # said behind every prompt; null = the checkpoint's own
     model: str = "embedded"  # folder or hub id
     revision: str | None = None  # of a hub id: branch, tag or commit
-    text_device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: this machine's GPU, if it has room
-    text_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    text_device: TextDevice = "auto"  # auto: this machine's GPU, if it has room
+    text_dtype: TextDtype = "bfloat16"
     text_cache: str | None = None  # folder; null = this user's
 
 
@@ -37,8 +38,7 @@ def text_cache_report(config: TextCacheConfig) -> dict[str, Any]:
         ConfigError: no prompt, one that cannot be encoded, or a model whose text encoder needs no cache.
         CheckpointError: no such model, or the encoder cannot be loaded.
     """
-    options = TextOptions(config.text_device, config.text_dtype, config.text_cache)
-    checkpoint = replace(Checkpoint.open(config.model, config.revision), text=options)
+    checkpoint = replace(Checkpoint.open(config.model, config.revision), text=TextOptions.of(config))
     encoder = checkpoint.text_encoder
     if not isinstance(encoder, PretrainedTextEncoder):
         raise ConfigError(f"model={config.model}: its text encoder is small and needs no cache")
