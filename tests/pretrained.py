@@ -1,21 +1,28 @@
-"""Tiny random text encoders in the layout of public checkpoints, for tests; needs the extra ``text``."""
+"""Text encoders in the layout of public checkpoints, for tests: tiny random ones, which need the extra ``text``, and
+one that is none but by name."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import TINY, tiny_checkpoint
 from safetensors.torch import save_file
 
 from pavdm_dist.cluster.starting import imports_from
 from pavdm_dist.codecs.encode_texts import encode_texts
+from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder
+from pavdm_dist.models.devices import DTYPES
 
 Cached = list[list[str]]
+Asked = list[tuple[list[str], dict[str, Any]]]
 WORDS = ["a", "red", "blue", "three", "seven", "drifting", "up", "the", "and", "aesthetic", "score", "6.5."]
 
 
@@ -73,4 +80,44 @@ def encode_here(monkeypatch: pytest.MonkeyPatch, in_processes: bool = False) -> 
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", here)
+    return seen
+
+
+def named_only(folder: Path) -> Path:
+    """A whole tiny model with a text encoder that is pretrained by name; it is never loaded."""
+    tiny_checkpoint(folder)
+    shutil.rmtree(folder / "text_encoder")
+    for part in ("text_encoder", "tokenizer"):
+        (folder / part).mkdir()
+    config = {"d_model": TINY.caption_channels, "architectures": ["UMT5EncoderModel"]}
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    save_file({"shared.weight": torch.zeros(2, 2)}, folder / "text_encoder" / "model.safetensors")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "T5TokenizerFast"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """Commands and orders of the processes that encode from now on, none of which is started.
+
+    A text is one row that holds a third of its length, in the type that was asked for, and has a token for each word.
+    """
+    seen: Asked = []
+
+    def run(command: list[str], *, input: str, **_: Any) -> Any:
+        order = json.loads(input)
+        seen.append((command, order))
+        width, dtype = TINY.caption_channels, DTYPES[order["dtype"]]
+        texts = enumerate(order["texts"])
+        rows = {str(number): torch.full((1, width), len(text) / 3, dtype=dtype) for number, text in texts}
+        save_file(rows, order["output"])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    def ends(_: PretrainedTextEncoder, text: str) -> list[int]:
+        return [*(word.end() for word in re.finditer(r"\S+", text)), len(text)]
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(PretrainedTextEncoder, "_token_ends", ends)
     return seen

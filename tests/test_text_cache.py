@@ -2,58 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import shutil
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from helpers import tiny_checkpoint
-from safetensors.torch import save_file
+from pretrained import Asked, named_only, stand_in
 
 from pavdm_dist import cli
 from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder, TextOptions
 from pavdm_dist.errors import CheckpointError
 from pavdm_dist.models.source import Source
 
-WIDTH = 12
-
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A checkpoint with a text encoder that is pretrained by name."""
-    folder = tiny_checkpoint(tmp_path / "model")
-    shutil.rmtree(folder / "text_encoder")
-    for part in ("text_encoder", "tokenizer"):
-        (folder / part).mkdir()
-    config = {"d_model": WIDTH, "architectures": ["UMT5EncoderModel"]}
-    (folder / "text_encoder" / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
-    save_file({"shared.weight": torch.zeros(2, WIDTH)}, folder / "text_encoder" / "model.safetensors")
-    index = json.loads((folder / "model_index.json").read_text())
-    index |= {"text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "T5TokenizerFast"]}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
+    return named_only(tmp_path / "model")
 
 
 @pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """What was started; it gives one row per text that holds its length."""
-    seen: list[list[str]] = []
-
-    def run(command: list[str], *, input: str, **_: Any) -> Any:
-        seen.append(command)
-        order = json.loads(input)
-        rows = {str(number): torch.full((1, WIDTH), float(len(text))) for number, text in enumerate(order["texts"])}
-        save_file(rows, order["output"])
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    return seen
+def started(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    return stand_in(monkeypatch)
 
 
 def encoder(model: Path, cache: Path | None) -> PretrainedTextEncoder:
@@ -62,19 +32,19 @@ def encoder(model: Path, cache: Path | None) -> PretrainedTextEncoder:
 
 @pytest.mark.parametrize("imports", [True, False])
 def test_the_process_imports_from_here_only_where_this_one_does(
-    model: Path, tmp_path: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, imports: bool
+    model: Path, tmp_path: Path, started: Asked, monkeypatch: pytest.MonkeyPatch, imports: bool
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     if imports:
         monkeypatch.syspath_prepend("")
     encoder(model, tmp_path / "cache").encode("a red three")
-    assert commands[0][1:] == [*([] if imports else ["-P"]), "-m", "pavdm_dist.codecs.encode_texts"]
+    assert started[0][0][1:] == [*([] if imports else ["-P"]), "-m", "pavdm_dist.codecs.encode_texts"]
 
 
 @pytest.mark.parametrize("base", ["relative", None])
 def test_without_a_home_embeddings_are_in_memory(
-    model: Path, tmp_path: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch,
+    model: Path, tmp_path: Path, started: Asked, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture, base: str | None,
 ) -> None:  # fmt: skip
     (tmp_path / "here").mkdir()
@@ -84,9 +54,9 @@ def test_without_a_home_embeddings_are_in_memory(
         monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user that the system does not know
     one = encoder(model, None)
     with caplog.at_level(logging.WARNING):
-        one.prepare(["a red three", "a blue one"])
-        found = one.encode("a red three")
-    assert found.tolist() == [[11.0] * WIDTH] and one.encoded == 2 and len(commands) == 1
+        one.prepare(["a red seven.", "a blue one"])
+        found = one.encode("a red seven.")
+    assert found.tolist() == [[4.0] * one.text_dim] and one.encoded == 2 and len(started) == 1
     (record,) = caplog.records
     said = "this user has no home for a cache; XDG_CACHE_HOME names a folder, or text_cache=FOLDER; "
     assert record.message == f"{said}embeddings are not kept"

@@ -114,10 +114,13 @@ def test_from_videos_to_a_model_that_samples(
 def test_the_commands_with_a_process_of_its_own(
     model: Path, videos: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Their workers and theirs alone keep texts in the folder that was given."""
+    kept, text = tmp_path / "kept", ["text_device=cpu", "text_dtype=float32", f"text_cache={tmp_path / 'kept'}"]
     words = [str(videos), f"output={tmp_path / 'set'}", f"model={model}", f"buckets=[{BUCKET}]", "scene_cuts=false"]
-    assert cli.main(["data", "prepare", *words, "--json"]) == 0
+    assert cli.main(["data", "prepare", *words, *text, "processes=2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["clips"] == {BUCKET: 3}
-    assert len(list(cache.glob("??/*.safetensors"))) == 3
+    assert len(list(kept.glob("??/*.safetensors"))) == 3
     chosen = settings(model, tmp_path / "run", f"data.folder={tmp_path / 'set'}", "optimizer.total_steps=2")
-    assert cli.main(["train", *chosen, f"export={tmp_path / 'out'}"]) == 0
+    assert cli.main(["train", *chosen, *(f"data.{word}" for word in text), f"export={tmp_path / 'out'}"]) == 0
+    assert len(list(kept.glob("??/*.safetensors"))) == 4 and not list(cache.rglob("*.safetensors"))
     assert Checkpoint.open(tmp_path / "out").has_weights

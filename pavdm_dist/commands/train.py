@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.digits.provider import digit_data, world_of
 from pavdm_dist.train.batches import Batches
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.launch import launch
-from pavdm_dist.train.prepared import video_data
+from pavdm_dist.train.prepared import data_model, video_data
 from pavdm_dist.train.processes import World, launched_size
 from pavdm_dist.train.settings import TrainConfig
 
@@ -49,6 +50,8 @@ def training_data(config: TrainConfig, world: World, end: float) -> tuple[Batche
 
 
 def _check_data(config: TrainConfig) -> None:
-    """What a run on digits could not draw is refused before a process is started."""
+    """What a run on digits could not draw, or no text encoder would read, is refused before a process is started."""
     if not config.data.folder:
         world_of(config)
+    if TextOptions.of(config.data).given:
+        data_model(config)

@@ -7,10 +7,11 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -19,11 +20,13 @@ from torch import Tensor
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.base import TextEncoder, VideoCodec
 from pavdm_dist.codecs.catalog import encoder_identity
+from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder
 from pavdm_dist.data.buckets import Bucket
 from pavdm_dist.data.clips import read_frames
 from pavdm_dist.data.index import locate
 from pavdm_dist.data.shards import ClipList, clips_file, open_shard, pad_texts, read_index, shard_file
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.fields import TextDtype
 from pavdm_dist.io.storage import sha256_file
 
 
@@ -243,7 +246,22 @@ def _check_identities(folder: str | Path, found: dict[str, str], model: Checkpoi
     wanted = {"codec": encoder_identity(model.vae), "text_encoder": model.text_encoder.identity}
     for name, identity in wanted.items():
         if found.get(name) != identity:
+            dtype = _text_dtype(found.get(name), model) if name == "text_encoder" else None
+            if dtype is not None:
+                raise ConfigError(
+                    f"data={folder} was prepared with text_dtype={dtype}, this run has {model.text.dtype}: use {dtype}"
+                    " (to train, data.text_dtype), or prepare it again"
+                )
             raise ConfigError(
                 f"data={folder} was prepared with {name} {found.get(name)}, model={model.source} has {identity}: "
                 "prepare it again with that model"
             )
+
+
+def _text_dtype(identity: str | None, model: Checkpoint) -> TextDtype | None:
+    """The type in which this model's pretrained text encoder is the one with that identity; None in none."""
+    if not isinstance(model.text_encoder, PretrainedTextEncoder):
+        return None
+    kinds: tuple[TextDtype, ...] = get_args(TextDtype)
+    models = {dtype: replace(model, text=replace(model.text, dtype=dtype)) for dtype in kinds}
+    return next((dtype for dtype, other in models.items() if other.text_encoder.identity == identity), None)

@@ -15,14 +15,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.catalog import encoder_identity
+from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder, TextOptions
 from pavdm_dist.data.buckets import Bucket, parse_buckets
 from pavdm_dist.data.clips import ClipRef
 from pavdm_dist.data.index import Captions, Sources, read_sources
@@ -32,7 +34,7 @@ from pavdm_dist.data.shards import INDEX, SETTINGS, SIZES, VERSION, clips_file, 
 from pavdm_dist.data.work import Job, encode_captions, encode_shard, look_alone, read_scan, scan_file, scan_part
 from pavdm_dist.data.workers import Run, WorkerDied, workers
 from pavdm_dist.errors import ConfigError, EngineError, MediaError
-from pavdm_dist.fields import FrameRate
+from pavdm_dist.fields import FrameRate, TextDevice, TextDtype
 from pavdm_dist.io.storage import is_remote, remove
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,9 @@ class PrepareConfig:
     processes: int = 1  # workers on this machine
     threads: int = 1  # of torch in each worker; part of what the latents' last bits depend on
     device: Literal["cpu", "cuda"] = "cpu"  # where the codec runs
+    text_device: TextDevice = "auto"  # of a pretrained text encoder, in a process of its own
+    text_dtype: TextDtype = "bfloat16"
+    text_cache: str | None = None  # folder of what it has encoded; null = this user's
     ray_address: str | None = None  # cluster that takes the place of processes; sources and output are shared folders
     damaged: Literal["skip", "cut"] = "skip"  # cut = of a corrupt or truncated video, what is before the fault is used
     besides: list[str] = field(default_factory=list)  # data sets whose videos are left out: this one is for new ones
@@ -86,7 +91,8 @@ def prepare_command(config: PrepareConfig) -> dict[str, Any]:
         EngineError: a worker died, or the cluster cannot be reached.
     """
     _check(config)
-    checkpoint = Checkpoint.open(config.model)
+    checkpoint = replace(Checkpoint.open(config.model), text=_text(config))
+    checkpoint.check_text()
     sources = without(read_sources(config.source, config.captions), config.besides)
     job = _job(config, checkpoint, sources)
     gpu = config.device == "cuda"
@@ -242,11 +248,13 @@ def _check(config: PrepareConfig) -> None:
         )
     if os.path.exists(config.output) and not os.path.isdir(config.output):
         raise ConfigError(f"output={config.output} is a file; name a folder")
-    if config.device == "cuda":
-        import torch
-
-        if config.ray_address is None and not torch.cuda.is_available():
-            raise ConfigError("device=cuda: there is no CUDA device here; nearest legal: cpu")
+    for name, value in () if config.encode else TextOptions.of(config).given:
+        raise ConfigError(f"{name}={value}: is for captions that are encoded, encode=false encodes none; leave it out")
+    for name in ("device", "text_device"):
+        if getattr(config, name) == "cuda" and config.ray_address is None and not torch.cuda.is_available():
+            raise ConfigError(f"{name}=cuda: there is no CUDA device here; nearest legal: cpu")
+    if config.text_device == "cuda" and config.ray_address is not None and config.device == "cpu":
+        raise ConfigError("text_device=cuda: on Ray tasks get a GPU with device=cuda alone; set that, too, or use cpu")
     if config.scene_cuts:
         from pavdm_dist.data.scenes import CutFinder
 
@@ -254,6 +262,7 @@ def _check(config: PrepareConfig) -> None:
 
 
 def _job(config: PrepareConfig, checkpoint: Checkpoint, sources: Sources) -> Job:
+    encoder = checkpoint.text_encoder
     return Job(
         output=Path(config.output).absolute(),
         root=sources.root,
@@ -266,13 +275,20 @@ def _job(config: PrepareConfig, checkpoint: Checkpoint, sources: Sources) -> Job
         device=config.device,
         threads=config.threads,
         damaged=config.damaged,
+        text=checkpoint.text if config.encode and isinstance(encoder, PretrainedTextEncoder) else None,
         identities=(
             ("codec", encoder_identity(checkpoint.vae)),
-            ("text_encoder", checkpoint.text_encoder.identity),
+            ("text_encoder", encoder.identity),
         )
         if config.encode
         else (),
     )
+
+
+def _text(config: PrepareConfig) -> TextOptions:
+    """What workers get, which may start in folders of their own."""
+    options = TextOptions.of(config)
+    return options if options.cache is None else replace(options, cache=os.path.abspath(options.cache))
 
 
 def _buckets(config: PrepareConfig, checkpoint: Checkpoint) -> list[Bucket]:

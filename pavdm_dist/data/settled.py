@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.data.index import Sources, locate
 from pavdm_dist.data.shards import INDEX, SETTINGS, SIZES, VERSION, clips_file, read_index, write_json
 from pavdm_dist.data.work import Job, read_scan
@@ -44,6 +45,7 @@ def settle(job: Job, encode: bool, output: str, sources: Sources) -> None:
         "threads": job.threads,
         "device": job.device,
         "damaged": job.damaged,
+        **({} if job.text is None else {"text_dtype": job.text.dtype}),
         **dict(job.identities),
     }
     path = job.output / SETTINGS
@@ -59,6 +61,8 @@ def settle(job: Job, encode: bool, output: str, sources: Sources) -> None:
     before, now = json.loads((job.output / SIZES).read_text(encoding="utf-8")), _sizes(sources)
     # What sets of older versions do not say.
     found = {"damaged": "skip", **json.loads(path.read_text(encoding="utf-8"))}
+    if job.text is not None:
+        found.setdefault("text_dtype", TextOptions.dtype)
     for name in (*wanted, *(found.keys() - wanted.keys())):
         if found.get(name) != wanted.get(name):
             both = f"{name}={found.get(name)}, this run has {wanted.get(name)}"

@@ -7,7 +7,7 @@ import logging
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.base import VideoCodec
 from pavdm_dist.codecs.catalog import load_codec
-from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder
+from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder, TextOptions
 from pavdm_dist.data.buckets import Bucket, smallest
 from pavdm_dist.data.clips import plan_clips, read_frames, scan_video
 from pavdm_dist.data.index import SourceVideo, locate
@@ -48,6 +48,7 @@ class Job:
         buckets: shapes of clips.
         scene_cuts, damaged, upscale, shard_clips, device, threads: as in ``PrepareConfig``.
         identities: of codec and text encoder, for the shards' headers.
+        text: of the pretrained text encoder that captions are encoded with, its folder as a whole path; None = none is.
     """
 
     output: Path
@@ -61,6 +62,7 @@ class Job:
     threads: int
     identities: tuple[tuple[str, str], ...]
     damaged: str = "skip"
+    text: TextOptions | None = None
 
 
 def scan_file(output: Path, part: int) -> Path:
@@ -132,7 +134,7 @@ def encode_shard(job: Job, bucket: int, number: int) -> int:
         MediaError: a video is not what it was when it was scanned.
     """
     _check_folders(job)
-    codec, checkpoint = _encoders(job.model, job.device, worker_number())
+    codec, checkpoint = _encoders(job.model, job.text, job.device, worker_number())
     clips_on_disk = ClipList(clips_file(job.output, bucket))
     first = number * job.shard_clips
     clips = clips_on_disk.read(range(first, min(first + job.shard_clips, len(clips_on_disk))))
@@ -165,7 +167,7 @@ def encode_captions(job: Job, shards: Sequence[tuple[int, int]]) -> None:
     """Encodes the captions of shards, by bucket and number, where that takes the start of a large encoder: as few as
     can be. Workers that share this user's cache find them there.
     """
-    encoder = _checkpoint(job.model).text_encoder
+    encoder = _checkpoint(job.model, job.text).text_encoder
     if not isinstance(encoder, PretrainedTextEncoder) or encoder.folder is None:
         return
     waiting = dict[str, None]()
@@ -207,7 +209,7 @@ def _scan(job: Job, video: SourceVideo) -> dict[str, Any]:
     entry = _nothing(video)
     if video.caption is None:
         return {**entry, "skipped": "caption", "reason": "it has no caption"}
-    checkpoint = _checkpoint(job.model)
+    checkpoint = _checkpoint(job.model, job.text)
     try:
         with _quiet():
             checkpoint.text_encoder.check(video.caption, checkpoint.text_encoder.max_length)
@@ -259,14 +261,14 @@ def _scan(job: Job, video: SourceVideo) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _checkpoint(model: str) -> Checkpoint:
-    return Checkpoint.open(model)
+def _checkpoint(model: str, text: TextOptions | None) -> Checkpoint:
+    return replace(Checkpoint.open(model), text=text or TextOptions())
 
 
 @lru_cache(maxsize=1)
-def _encoders(model: str, device: str, worker: int) -> tuple[VideoCodec, Checkpoint]:
+def _encoders(model: str, text: TextOptions | None, device: str, worker: int) -> tuple[VideoCodec, Checkpoint]:
     """Loaded once per process; the processes of a machine share its GPUs in turn."""
-    checkpoint = _checkpoint(model)
+    checkpoint = _checkpoint(model, text)
     if device == "cuda":
         device = f"cuda:{worker % torch.cuda.device_count()}"
     return load_codec(checkpoint.vae, device), checkpoint

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 _OF_RAY = ("ray_address", "gpus_per_worker", "cpus_per_worker", "max_failures", "placement_timeout_s")
 _OF_DIGITS = ("clips", "num_latents", "still_steps", "still_share", "still_batch_size")
-_OF_FOLDERS = ("model", "pixels", "batch_sizes", "prefetch")
+_OF_FOLDERS = ("model", "text_device", "text_dtype", "text_cache", "pixels", "batch_sizes", "prefetch")
 
 
 def check_effect(config: TrainConfig, size: int) -> None:

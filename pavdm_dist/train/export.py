@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.fields import read_object
 from pavdm_dist.io.folders import check_no_link, whole_folder
@@ -49,6 +50,7 @@ class Parts:
         vocabulary: words of the text encoder that is trained along; None where none is trained.
         world_settings: of the made world that the videos show, kept with the model; empty for real video.
         quality: how good a model in a folder is, sampled on a device; None where nothing can tell.
+        text: of ``base``, where its text encoder is a pretrained one.
     """
 
     vae: Path
@@ -58,6 +60,7 @@ class Parts:
     vocabulary: tuple[str, ...] | None = None
     world_settings: dict[str, Any] = field(default_factory=dict)
     quality: Callable[[Path, torch.device], dict[str, Any]] | None = None
+    text: TextOptions = field(default_factory=TextOptions)
 
 
 def check_target(config: TrainConfig, folder: Path) -> None:

@@ -16,6 +16,7 @@ from pavdm_dist.models.text_cache import TextRun
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.lora import add_lora
 from pavdm_dist.train.model import shape_of
+from pavdm_dist.train.prepared import data_model
 from pavdm_dist.train.recompute import Recompute, kept_bytes
 from pavdm_dist.train.settings import TrainConfig
 
@@ -89,7 +90,7 @@ def _batches(config: TrainConfig) -> tuple[int, list[_Batch]]:
         if m.pretrained is None:
             return config.codec.z_dim, batches
         return Checkpoint.open(m.pretrained).codec_spec.latent_channels, batches
-    spec = Checkpoint.open(d.model or m.pretrained or "embedded").codec_spec
+    spec = data_model(config).codec_spec
     entries = [entry for folder in d.folder for entry in read_index(folder)["buckets"]]
     # As training does: a bucket without clips gives no batch.
     found = [Bucket.parse(entry["bucket"]) for entry in entries if entry["clips"]]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.merging import to_dict
 from pavdm_dist.train.batches import Batches
@@ -76,7 +77,7 @@ def _of_older() -> dict[str, Any]:
     """Of what checkpoints do not say that are older than the setting."""
     return {
         **_of_settings(TrainConfig()),
-        "data_set": {"held_out": 0, "split": "clips"},
+        "data_set": {"held_out": 0, "split": "clips", "text_dtype": TextOptions.dtype},
         "world": {"most_digits": 2, "digit_weights": []},
     }
 

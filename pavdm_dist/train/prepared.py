@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.catalog import encoder_identity
+from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder, TextOptions
 from pavdm_dist.data.dataset import BatchOrder, CachedClips, Clips, PixelClips
 from pavdm_dist.data.prefetch import Prefetch
 from pavdm_dist.data.several import SeveralClips, SomeClips
@@ -166,6 +167,19 @@ class VideoBatches:
         return torch.cat([x for x, _ in pairs]), torch.cat([target for _, target in pairs])
 
 
+def data_model(config: TrainConfig) -> Checkpoint:
+    """The model whose codec and text encoder the data is of; reads configuration files only.
+
+    Raises:
+        CheckpointError: not a model this package runs.
+        ConfigError: settings of a pretrained text encoder that it does not have.
+    """
+    found = Checkpoint.open(config.data.model or config.model.pretrained or "embedded")
+    found = replace(found, text=TextOptions.of(config.data))
+    found.check_text("data.")
+    return found
+
+
 def video_data(config: TrainConfig, world: World | None = None) -> tuple[VideoBatches, Parts]:
     """The prepared data sets of ``data.folder`` as one, and the codec and text encoder it was made with.
 
@@ -177,7 +191,7 @@ def video_data(config: TrainConfig, world: World | None = None) -> tuple[VideoBa
         ConfigError: no complete data set, one made with another model, or latents, text or sizes that do not fit.
     """
     d, m, o = config.data, config.model, config.objective
-    source = Checkpoint.open(d.model or m.pretrained or "embedded")
+    source = data_model(config)
     channels = source.codec_spec.latent_channels
     shape = shape_of(config, channels)
     text_dim = source.text_encoder.text_dim
@@ -210,13 +224,14 @@ def video_data(config: TrainConfig, world: World | None = None) -> tuple[VideoBa
         "held_out": config.validation.clips,
         "split": _split(clips, used, config.validation.clips),
         "codec": encoder_identity(source.vae),
+        **({"text_dtype": source.text.dtype} if isinstance(source.text_encoder, PretrainedTextEncoder) else {}),
         "text_encoder": source.text_encoder.identity,
     }
     biggest = max(range(len(clips.counts)), key=lambda n: (clips.counts[n] > 0, clips.buckets[n].num_latents))
     bucket, few = clips.buckets[biggest], list(range(min(SHEET_PROMPTS, clips.counts[biggest])))
     prompts = tuple(clips.load(biggest, few).captions)
     info = FrameInfo(bucket.height, bucket.width, bucket.fps)
-    return batches, Parts(source.vae.folder(), source.source, info, prompts)
+    return batches, Parts(source.vae.folder(), source.source, info, prompts, text=source.text)
 
 
 def _held_out(clips: SeveralClips, count: int) -> tuple[SeveralClips | SomeClips, SomeClips | None]:

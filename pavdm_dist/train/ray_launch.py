@@ -174,24 +174,27 @@ def _anywhere(config: TrainConfig, run: Path) -> TrainConfig:
     A restarted worker goes on with what the run itself left; one that does not see what is there must not start afresh.
     """
 
+    def absolute(path: str | None) -> str | None:
+        return None if path is None else str(Path(path).absolute())
+
     def whole(path: str | None) -> str | None:
         # Neither a hub id nor a model that comes with the package is a path, whatever lies in this folder.
         is_path = path is not None and path not in shipped_models() and Path(path).exists()
-        return str(Path(str(path)).absolute()) if is_path else path
+        return absolute(path) if is_path else path
 
     from pavdm_dist.train import saves
 
-    export = None if config.export is None else str(Path(config.export).absolute())
     return replace(
         config,
         run_dir=str(run),
-        export=export,
+        export=absolute(config.export),
         resume="must" if saves.any_there(run / CHECKPOINTS) else "auto",
         deepspeed_config=whole(config.deepspeed_config),
         data=replace(
             config.data,
             folder=[str(Path(folder).absolute()) for folder in config.data.folder],
             model=whole(config.data.model),
+            text_cache=absolute(config.data.text_cache),
         ),
         model=replace(config.model, pretrained=whole(config.model.pretrained)),
         codec=replace(config.codec, folder=whole(config.codec.folder)),

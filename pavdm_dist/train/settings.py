@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pavdm_dist.fields import TextDevice, TextDtype
 from pavdm_dist.train.objective import Objective
 
 
@@ -53,6 +54,9 @@ class DataConfig:
 
     folder: list[str] = field(default_factory=list)  # of `pavdm data prepare`, one or several; [] = digits made here
     model: str | None = None  # whose codec and text encoder prepared it; None: model.pretrained, or the embedded one
+    text_device: TextDevice = "auto"  # of that model's text encoder where it is a pretrained one, as in `pavdm sample`
+    text_dtype: TextDtype = "bfloat16"  # what the folder was prepared with
+    text_cache: str | None = None  # folder of what it has encoded; null = this user's
     pixels: bool = False  # read the videos and encode them now, instead of cached latents
     batch_size: int = 8  # of all processes together, over all accumulated parts
     batch_sizes: dict[str, int] = field(default_factory=dict)  # of single buckets, by their names

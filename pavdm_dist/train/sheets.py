@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -97,6 +98,6 @@ def draw_sheet(
 
 def _frozen_encoder(parts: Parts) -> TextEncoder:
     assert parts.base is not None  # else one is trained
-    encoder = Checkpoint.open(parts.base).text_encoder
+    encoder = replace(Checkpoint.open(parts.base), text=parts.text).text_encoder
     encoder.prepare([*parts.prompts, ""])  # a large one is loaded once for all of them
     return encoder
