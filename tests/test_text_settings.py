@@ -144,7 +144,7 @@ def test_a_set_goes_on_with_its_own_type_wherever_texts_are_kept(
         ),
         (
             {"text_cache": "kept", "model": "embedded"},
-            "text_cache=.*kept: is for a pretrained text encoder; that of mod",
+            "text_cache=kept: is for a pretrained text encoder; that of mod",
         ),
         pytest.param(
             {"text_device": "cuda"},

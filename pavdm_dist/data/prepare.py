@@ -91,7 +91,7 @@ def prepare_command(config: PrepareConfig) -> dict[str, Any]:
         EngineError: a worker died, or the cluster cannot be reached.
     """
     _check(config)
-    checkpoint = replace(Checkpoint.open(config.model), text=_text(config))
+    checkpoint = replace(Checkpoint.open(config.model), text=TextOptions.of(config))
     checkpoint.check_text()
     sources = without(read_sources(config.source, config.captions), config.besides)
     job = _job(config, checkpoint, sources)
@@ -275,7 +275,7 @@ def _job(config: PrepareConfig, checkpoint: Checkpoint, sources: Sources) -> Job
         device=config.device,
         threads=config.threads,
         damaged=config.damaged,
-        text=checkpoint.text if config.encode and isinstance(encoder, PretrainedTextEncoder) else None,
+        text=_anywhere(checkpoint.text) if config.encode and isinstance(encoder, PretrainedTextEncoder) else None,
         identities=(
             ("codec", encoder_identity(checkpoint.vae)),
             ("text_encoder", encoder.identity),
@@ -285,9 +285,8 @@ def _job(config: PrepareConfig, checkpoint: Checkpoint, sources: Sources) -> Job
     )
 
 
-def _text(config: PrepareConfig) -> TextOptions:
-    """What workers get, which may start in folders of their own."""
-    options = TextOptions.of(config)
+def _anywhere(options: TextOptions) -> TextOptions:
+    """For workers, which may start in folders of their own."""
     return options if options.cache is None else replace(options, cache=os.path.abspath(options.cache))
 
 
