@@ -145,7 +145,7 @@ def test_a_folder_of_real_videos_is_read_back_and_unfit_ones_are_refused(tmp_pat
     assert f"real.mp4 has 100 frames of {SIZE}x{SIZE}" in done.stderr
 
 
-@pytest.mark.slow  # tests/test_recovery.py kills and freezes actors, tests/test_resume.py kills the command
+@pytest.mark.slow  # tests/test_recovery.py has a frozen stage and a dead decoder, tests/test_resume.py a dead command
 @pytest.mark.timeout(240)
 def test_killed_at_random_moments_all_is_kept() -> None:
     found = report("chaos.py", "--quick")

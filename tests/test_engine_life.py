@@ -34,15 +34,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(ray_cluster: None, model: Path) -> Iterator[RayEngine]:
-    """Two stages and a decoder that outlive every test here that leaves them whole."""
-    with _engine(model) as up:
+def staged(ray_cluster: None, model: Path) -> Iterator[PAVDMPipeline]:
+    """Two stages and a decoder that outlive every test here that leaves them whole: bringing them up takes longest."""
+    with PAVDMPipeline.from_pretrained(model, num_stages=2) as up:
         yield up
 
 
-def _engine(model: Path, stages: int = 2, decoder: bool = True, **options: object) -> RayEngine:
-    cut, codec = {1: [(0, 4)], 2: [(0, 2), (2, 4)]}[stages], str(model / "vae") if decoder else None
-    return RayEngine(str(model / "transformer"), cut, EngineOptions(stages, **options), codec)  # type: ignore[arg-type]
+@pytest.fixture
+def engine(staged: PAVDMPipeline) -> RayEngine:
+    """What is behind that pipeline, without what it makes of requests."""
+    if staged._engines.current is None or staged._engines.current.is_over:
+        staged(PROMPT, num_frames=5, output_type="latent")
+    assert isinstance(staged._engines.current, RayEngine)
+    return staged._engines.current
+
+
+def _engine(model: Path, decoder: bool = True, **options: object) -> RayEngine:
+    chosen, codec = EngineOptions(1, **options), str(model / "vae") if decoder else None  # type: ignore[arg-type]
+    return RayEngine(str(model / "transformer"), [(0, 4)], chosen, codec)
 
 
 def _until(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -92,7 +101,7 @@ def test_a_source_that_thinks_does_not_stop_the_stages(engine: RayEngine) -> Non
 def test_what_waits_for_the_consumer_is_bounded(ray_cluster: None, model: Path) -> None:
     stream = tiny_stream(0, num_chunks=40, guidance_scale=1.0)
     frame_bytes = 3 * 32 * 48
-    with _engine(model, 1, backlog_bytes=5 * 8 * frame_bytes) as engine:
+    with _engine(model, backlog_bytes=5 * 8 * frame_bytes) as engine:
         run = engine.run([stream])
         finished, seen = [next(run)], 0
         for _ in range(60):  # longer than all forty would take
@@ -162,10 +171,9 @@ def test_an_endless_video_is_stopped(engine: RayEngine) -> None:
 
 
 @pytest.fixture(scope="module", params=[0, 2])
-def pipeline(request: pytest.FixtureRequest, ray_cluster: None, model: Path) -> Iterator[PAVDMPipeline]:
-    """In this process and on stages; one outlives every test here that leaves it whole."""
-    with PAVDMPipeline.from_pretrained(model, num_stages=request.param) as up:
-        yield up
+def pipeline(request: pytest.FixtureRequest, staged: PAVDMPipeline, model: Path) -> PAVDMPipeline:
+    """In this process and on stages."""
+    return staged if request.param else PAVDMPipeline.from_pretrained(model)
 
 
 def test_one_video_is_cancelled_and_the_others_go_on(pipeline: PAVDMPipeline) -> None:
@@ -187,7 +195,7 @@ def _stopped(pid: int) -> Iterator[None]:
 
 
 def test_a_stage_that_freezes_alone_is_noticed(ray_cluster: None, model: Path) -> None:
-    with _engine(model, 1, decoder=False, link_timeout_s=2, max_restarts=0) as engine:
+    with _engine(model, decoder=False, link_timeout_s=2, max_restarts=0) as engine:
         run = engine.run([tiny_stream(0, num_chunks=4000)])
         next(run)
         with (
@@ -202,7 +210,7 @@ def test_a_stage_that_freezes_alone_is_noticed(ray_cluster: None, model: Path) -
 # That one dies is in tests/test_recovery.py, too.
 @pytest.mark.parametrize("fate", ["freezes", pytest.param("dies", marks=pytest.mark.slow)])
 def test_a_decoder_that_ends_is_noticed(ray_cluster: None, model: Path, fate: str) -> None:
-    with _engine(model, 1, link_timeout_s=2, max_restarts=0) as engine:
+    with _engine(model, link_timeout_s=2, max_restarts=0) as engine:
         run = engine.run([tiny_stream(0, num_chunks=4000)])
         next(run)
         assert engine._gang._decoding is not None and engine._gang._decoding.place is not None
@@ -222,18 +230,6 @@ def test_a_closed_pipeline_starts_anew(ray_cluster: None, model: Path, num_stage
         first = pipeline(PROMPT, num_frames=9, output_type="latent").frames[0]
     assert torch.equal(first, pipeline(PROMPT, num_frames=9, output_type="latent").frames[0])
     pipeline.close()
-
-
-def test_a_pipeline_keeps_its_stages_until_it_is_closed(ray_cluster: None, model: Path) -> None:
-    alone = PAVDMPipeline.from_pretrained(model)
-    with PAVDMPipeline.from_pretrained(model, num_stages=1) as pipeline:
-        first = pipeline(PROMPT, num_frames=9, output_type="latent").frames[0]
-        running = pipeline._engines.current
-        again = pipeline(PROMPT, num_frames=9, seed=1, output_type="latent").frames[0]
-        assert pipeline._engines.current is running is not None
-        assert torch.equal(first, alone(PROMPT, num_frames=9, output_type="latent").frames[0])
-        assert torch.equal(again, alone(PROMPT, num_frames=9, seed=1, output_type="latent").frames[0])
-    assert pipeline._engines.current is None
 
 
 def test_a_pipeline_goes_on_from_a_chunk_and_ends_endless_videos(pipeline: PAVDMPipeline) -> None:
@@ -266,3 +262,16 @@ def test_a_request_that_cannot_be_built_fails_alone(pipeline: PAVDMPipeline) -> 
     assert list(failed) == [1] and "tokens" in str(failed[1])
     with pytest.raises(ConfigError, match="tokens"):
         list(pipeline.iter_chunks(requests[1:2], pipeline.params()))
+
+
+def test_a_pipeline_keeps_its_stages_until_it_is_closed(staged: PAVDMPipeline, model: Path) -> None:
+    """The last one here: whoever comes next has to bring stages up again."""
+    alone = PAVDMPipeline.from_pretrained(model)
+    with staged:
+        first = staged(PROMPT, num_frames=9, output_type="latent").frames[0]
+        running = staged._engines.current
+        again = staged(PROMPT, num_frames=9, seed=1, output_type="latent").frames[0]
+        assert staged._engines.current is running is not None
+        assert torch.equal(first, alone(PROMPT, num_frames=9, output_type="latent").frames[0])
+        assert torch.equal(again, alone(PROMPT, num_frames=9, seed=1, output_type="latent").frames[0])
+    assert staged._engines.current is None

@@ -107,7 +107,7 @@ def test_actors_rehearse_before_they_are_linked(
 
 def test_a_model_that_is_not_on_a_node_is_said(ray_cluster: None, tmp_path: Path) -> None:
     with pytest.raises(PAVDMError, match=r"gone/transformer is not on .*: a model folder must have the same path"):
-        RayEngine(Source(str(tmp_path / "gone"), component="transformer"), _cut(2), EngineOptions(2))
+        RayEngine(Source(str(tmp_path / "gone"), component="transformer"), _cut(1), EngineOptions(1))
 
 
 @pytest.mark.parametrize(
@@ -300,9 +300,15 @@ def test_too_few_resources_are_refused_at_once(ray_cluster: None, folder: Path) 
 
 
 def test_busy_resources_are_waited_for_and_then_named(ray_cluster: None, folder: Path) -> None:
-    options = EngineOptions(1, cpus_per_stage=6)
-    with RayEngine(str(folder), _cut(1), options), pytest.raises(EngineError, match=r"other jobs hold the rest"):
-        RayEngine(str(folder), _cut(1), EngineOptions(1, cpus_per_stage=6, placement_timeout_s=2))
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    other = placement_group([{"CPU": 6}])  # somebody else's
+    try:
+        assert other.wait(60)
+        with pytest.raises(EngineError, match=r"other jobs hold the rest"):
+            RayEngine(str(folder), _cut(1), EngineOptions(1, cpus_per_stage=6, placement_timeout_s=2))
+    finally:
+        remove_placement_group(other)
 
 
 def test_every_bundle_needs_one_node() -> None:
