@@ -412,14 +412,14 @@ def test_settings_are_kept_without_secrets(model: Path, tmp_path: Path, monkeypa
     with fsspec.open(manifest, "w") as file:
         file.write('{"id": "x", "prompt": "a red three"}\n')
     monkeypatch.setattr("pavdm_dist.farm.run._rendered", lambda *_: None)
-    config = farm_config(model, text_cache="s3://me:word@bucket/cache")
+    config = farm_config(model, num_stages=1, ray_address="ray://me:word@host:10001")
     try:
         run_farm(config, manifest, tmp_path / "out")  # type: ignore[arg-type]
     finally:
         fsspec.filesystem("memory").rm("/", recursive=True)
     kept = json.loads((tmp_path / "out/farm.json").read_text())
     assert kept["manifest"] == "memory://***@host/m.jsonl"
-    assert kept["settings"]["text_cache"] == "s3://***@bucket/cache"
+    assert kept["settings"]["ray_address"] == "ray://***@host:10001"
     assert "word" not in "".join(path.read_text() for path in tmp_path.rglob("*.json*"))
 
 

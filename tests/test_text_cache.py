@@ -74,6 +74,16 @@ def test_a_cache_that_is_nowhere_cannot_be_filled(
     assert "text_cache: must be given, this user has no home" in capsys.readouterr().err
 
 
+def test_a_store_is_no_folder_of_texts(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in (["text-cache", "prompt=a red three"], ["sample", "a red three"], ["plan"]):
+        assert cli.main([*words, f"model={model}", "text_cache=s3://me:word@bucket/texts"]) == 2
+        assert "text_cache=s3://***@bucket/texts: must be a local folder" in capsys.readouterr().err
+    assert not list(tmp_path.glob("s3*"))
+
+
 @pytest.mark.parametrize("word", ["text_device=cpu", "text_dtype=float32", "text_cache=kept"])
 def test_settings_of_a_large_encoder_are_refused_where_there_is_none(
     word: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

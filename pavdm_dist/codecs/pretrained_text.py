@@ -30,6 +30,7 @@ from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.fields import TextDevice, TextDtype
 from pavdm_dist.io.checksums import ends_digest
 from pavdm_dist.io.local import cache_folder
+from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import atomic_write
 from pavdm_dist.models.source import Source, load_config
 
@@ -55,11 +56,21 @@ class TextOptions:
         device: ``auto`` is this machine's GPU where it has one with room for the encoder.
         dtype: what the encoder computes in, and embeddings are kept as.
         cache: folder; None = that of this user.
+
+    Raises:
+        ConfigError: ``cache`` is a store's address.
     """
 
     device: TextDevice = "auto"
     dtype: TextDtype = "bfloat16"
     cache: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.cache is not None and is_remote(self.cache):  # not a folder whose name begins so
+            raise ConfigError(
+                f"text_cache={self.cache}: must be a local folder, or one that is mounted; copy what is in"
+                " the store there"
+            )
 
     @classmethod
     def of(cls, settings: TextSettings) -> TextOptions:
