@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 
 PROMPT := a red three drifting up and to the left, a blue seven bouncing
 
-.PHONY: demo test test-text
+.PHONY: demo test test-text types tests
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.core
@@ -18,8 +18,13 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) --no-print-directory -j 2 types tests
+
+types: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+tests: $(VENV)/.dev
 	$(BIN)/pytest -n 3 --no-loadscope-reorder
 
 # What needs transformers: beside the environment, because with it every process that imports diffusers starts 1 s later.

@@ -17,6 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Idle workers import torch before an actor asks for it: actors are ready seconds earlier.
 os.environ.setdefault("RAY_preload_python_modules", "torch")
+# Hundreds of processes are started here; each would compile the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Not as Ray's runtime environment: workers that are started in advance do not serve jobs that have one.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")])
@@ -70,10 +73,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @cache
+def _top_of(file: Path) -> list[ast.stmt]:
+    return ast.parse(file.read_text()).body
+
+
+@cache
 def _imports(file: Path) -> frozenset[str | None]:
     """Modules that a file names at its top."""
     found: set[str | None] = set()
-    for node in ast.parse(file.read_text()).body:
+    for node in _top_of(file):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -84,7 +92,7 @@ def _imports(file: Path) -> frozenset[str | None]:
 @cache
 def _on_ray(file: Path) -> frozenset[str]:
     """Functions of a file that ask for the cluster, or for a fixture that does: whoever schedules knows names alone."""
-    functions = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)]
+    functions = [node for node in _top_of(file) if isinstance(node, ast.FunctionDef)]
     asked = {function.name: {argument.arg for argument in function.args.args} for function in functions}
     found = {"ray_cluster"}
     while more := {name for name, arguments in asked.items() if name not in found and arguments & found}:
