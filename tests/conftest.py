@@ -19,7 +19,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_preload_python_modules", "torch")
 # Hundreds of processes are started here; each would compile the package anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False
 # Not as Ray's runtime environment: workers that are started in advance do not serve jobs that have one.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")])
@@ -28,6 +27,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 import pytest
 import torch
 
+sys.dont_write_bytecode = False
 torch.set_num_threads(1)
 
 # A shell's background jobs ignore Ctrl-C, and so would all that tests start.

@@ -83,11 +83,21 @@ def test_a_folder_that_ray_cannot_use_is_named(
 
 
 OWN = """
-import json, sys
+import json, os, psutil, sys
 from pathlib import Path
 from pavdm_dist.cluster.joining import connect
 first, second = connect(None), connect("auto")
 import ray
+assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ and ray.util.get_node_ip_address() == "127.0.0.1"
+
+@ray.remote
+class Actor:
+    def pid(self):
+        return os.getpid()
+
+actor = Actor.remote()
+mine = {os.getpid(), ray.get(actor.pid.remote()), *(child.pid for child in psutil.Process().children(recursive=True))}
+listening = {c.laddr.ip for c in psutil.net_connections("tcp") if c.pid in mine and c.status == "LISTEN"}
 
 @ray.remote(num_cpus=0)
 def lookup():
@@ -99,7 +109,7 @@ def lookup():
 first.leave()
 first.leave()  # harmless
 assert ray.is_initialized(), "another uses it"
-print(json.dumps([ray.get(lookup.remote()), ray._private.worker._global_node.get_temp_dir_path()]))
+print(json.dumps([ray.get(lookup.remote()), ray._private.worker._global_node.get_temp_dir_path(), [*listening]]))
 try:
     connect("127.0.0.1:1")
 except Exception as error:
@@ -110,20 +120,23 @@ assert not ray.is_initialized()
 
 
 def test_a_cluster_of_this_process_own(tmp_path: Path) -> None:
-    """In a short folder whatever TMPDIR says; its workers run no scripts of the current folder; all users share it."""
+    """In a short folder whatever TMPDIR says, on the loopback alone; its workers run no scripts of the current folder;
+    all users share it."""
     (tmp_path / "pavdm_stray.py").write_text("")
     script = tmp_path / "elsewhere" / "script.py"
     script.parent.mkdir()
     script.write_text(OWN)
     _deep(tmp_path).mkdir(parents=True)
-    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
+    left_out = ("RAY_ADDRESS", "RAY_TMPDIR", "RAY_preload_python_modules")  # nothing is computed here
+    environment = {name: value for name, value in os.environ.items() if name not in left_out}
     environment["TMPDIR"] = str(_deep(tmp_path))
     done = subprocess.run(
         [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
-    found, folder = json.loads(said[0])
+    found, folder, addresses = json.loads(said[0])
+    assert addresses and set(addresses) <= {"127.0.0.1", "::ffff:127.0.0.1"}
     assert found == "not found"
     assert folder.startswith("/tmp/ray")
     assert re.match(r"ray_address='127.0.0.1:1': this process is in the Ray cluster at \S+, and can be in one", said[1])

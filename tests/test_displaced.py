@@ -157,7 +157,9 @@ def test_adaptive_resync_follows_the_change_of_keys() -> None:
     assert rows < every
 
 
-@pytest.mark.parametrize("cuts", [[(0, 4)], [(0, 1), (1, 4)], [(0, 1), (1, 2), (2, 3), (3, 4)]])
+@pytest.mark.parametrize(
+    "cuts", [pytest.param([(0, 4)], marks=pytest.mark.slow), [(0, 1), (1, 4)], [(0, 1), (1, 2), (2, 3), (3, 4)]]
+)
 @pytest.mark.parametrize("in_flight", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_adaptive_resync_is_the_same_on_any_number_of_stages(cuts: list[tuple[int, int]], in_flight: int) -> None:
     model, chunks = tiny_model(), dict[int, list[CleanChunk]]()

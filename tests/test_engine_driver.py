@@ -36,9 +36,14 @@ def test_everything_comes_out_once_however_late_frames_are(mode: Mode, late: int
     assert not any(isinstance(output, Failed) for output in outputs)
 
 
+# Of every mode: odd events, and with -m slow even ones, too.
+HALVES = [1, pytest.param(0, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("first", HALVES)
 @pytest.mark.parametrize("mode", MODES)
-def test_a_gang_that_dies_at_any_event_costs_nothing(mode: Mode) -> None:
-    for moment in range(events_in(mode)):
+def test_a_gang_that_dies_at_any_event_costs_nothing(mode: Mode, first: int) -> None:
+    for moment in range(first, events_in(mode), 2):
         driver, outputs = Driver(Watched(1, dies_at=moment, late=moment % 3), 2), list[Output]()
         with pytest.raises(GangLost):
             drive(driver, streams_of(mode), outputs.append)
@@ -98,16 +103,17 @@ def test_a_run_goes_on_from_every_point_it_gave_out(mode: Mode) -> None:
             assert again_points[0] is not None and again_points[0].snapshot.row == point.snapshot.row
 
 
+@pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("mode", MODES)
-def test_a_stream_that_leaves_at_any_event_is_gone_and_its_id_free(mode: Mode) -> None:
+def test_a_stream_that_leaves_at_any_event_is_gone_and_its_id_free(mode: Mode, half: int) -> None:
     first, *others = streams_of(mode)
     again = replace(first, seed=9)
     expected = {stream.id: undisturbed(mode)[stream.id] for stream in others}
-    for moment in range(1, events_in(mode), 2):
-        gang = Watched(1 + moment % 3, late=moment % 2)
+    for moment in range(1 + half, events_in(mode), 2):
+        gang = Watched(1 + moment % 3, late=moment // 2 % 2)
         driver, outputs = Driver(gang, 2), list[Output]()
         waiting, cancelled = deque([first, *others]), False
-        while not (driver.idle and cancelled):
+        while not (driver.idle and cancelled and not waiting):
             while driver.wants > 0 and waiting:
                 driver.submit(waiting.popleft())
             if gang.told >= moment and not cancelled:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,31 +93,6 @@ def test_an_interface_that_a_node_does_not_have_is_named(
         RayEngine(str(model / "transformer"), [(0, 2), (2, 4)], EngineOptions(2))
     with RayEngine(str(model / "transformer"), [(0, 4)], EngineOptions(1)):
         pass  # has no links
-
-
-LOCAL = """
-import psutil
-from pavdm_dist.cluster.joining import connect
-assert connect(None)
-import os, ray
-assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ and ray.util.get_node_ip_address() == "127.0.0.1"
-
-@ray.remote
-class Actor:
-    def pid(self):
-        return os.getpid()
-
-actor = Actor.remote()
-mine = {os.getpid(), ray.get(actor.pid.remote()), *(child.pid for child in psutil.Process().children(recursive=True))}
-print({c.laddr.ip for c in psutil.net_connections("tcp") if c.pid in mine and c.status == "LISTEN"})
-"""
-
-
-def test_a_cluster_that_is_started_here_listens_on_loopback_only() -> None:
-    done = subprocess.run([sys.executable, "-c", LOCAL], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    addresses = ast.literal_eval(done.stdout.splitlines()[-1])
-    assert addresses and addresses <= {"127.0.0.1", "::ffff:127.0.0.1"}
 
 
 def test_tasks_of_data_preparation_get_the_drivers_environment(

@@ -110,7 +110,8 @@ def test_full_and_read_only_disks_and_values_out_of_range_end_their_own_videos(m
     assert made(tmp_path) == ["0000", "0001", "0002", "0004"]
 
 
-@pytest.mark.parametrize("runs", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow  # above is what it is made of; tests/test_engine_driver.py has such a video on stages in this process
+@pytest.mark.parametrize("runs", [1, 2])
 def test_a_video_out_of_range_ends_alone_on_stages(ray_cluster: None, model: Path, tmp_path: Path, runs: int) -> None:
     """Its trace is of that run; the same command again, which tries the failed one again, writes it anew."""
     trace = tmp_path / "t.json"

@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import pairwise
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from forked import forking
 from helpers import reference_chunks, tiny_checkpoint, tiny_model, tiny_stream
 
 from pavdm_dist.cluster import room
@@ -44,8 +44,8 @@ def beside() -> Iterator[Beside]:
     """Runs a function in a process that holds a cluster whose only node, the driver's, has no CPUs to give."""
     # A folder of its own: in the usual one clusters leave their address, for whoever starts Ray next.
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
-        pool = ProcessPoolExecutor(1, get_context("spawn"), _start, (folder,))
-        process = psutil.Process(pool.submit(os.getpid).result(60))
+        pool = ProcessPoolExecutor(1, forking(), _start, (folder, dict(os.environ)))
+        process = psutil.Process(pool.submit(os.getpid).result(120))
         try:
             yield lambda function, *arguments: pool.submit(function, *arguments).result(150)
             pool.submit(_stop).result(60)
@@ -64,12 +64,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 _cluster: Any = None
 
 
-def _start(folder: str) -> None:
+def _start(folder: str, environment: dict[str, str]) -> None:
     global _cluster
     import ray
     from ray.cluster_utils import Cluster
 
-    os.environ["RAY_TMPDIR"] = folder
+    os.environ.clear()  # that of whoever was the first to fork
+    os.environ.update(environment, RAY_TMPDIR=folder)
+    # Hardly a worker of these nodes computes anything, and every node that comes starts some.
+    os.environ.pop("RAY_preload_python_modules", None)
     torch.set_num_threads(1)
     # A dead node is told by its silence: by default after a quarter of a minute and more. Here it takes half a minute,
     # in which a gang is to be made anew without it.

@@ -353,7 +353,7 @@ def test_checkpoints_that_do_not_fit_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("stages", [0, 2])
+@pytest.mark.parametrize("stages", [0, 1])
 def test_ctrl_c_leaves_playable_segments_and_says_where(model: Path, tmp_path: Path, stages: int) -> None:
     words = [PROMPT, f"model={model}", "num_frames=200000", f"num_stages={stages}", "output=v.mp4"]
     process = Program(["-m", "pavdm_dist", "sample", *words, "chunks_per_segment=2"], folder=tmp_path)
