@@ -154,7 +154,8 @@ class _Watch(logging.Handler):
             flights = self._engine._driver._flights
             if self._ran is not None and self._ran.stream in flights:
                 point = flights[self._ran.stream].stream.resume
-                kill.rows_repeated = self._ran.row + 1 - (0 if point is None else point.snapshot.row)
+                # Until the loss was noticed the others may have ended a further shift, which is not run again.
+                kill.rows_repeated = max(0, self._ran.row + 1 - (0 if point is None else point.snapshot.row))
 
     def streamed(self) -> None:
         """An output has come."""
