@@ -24,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _stages() -> list[psutil.Process]:
-    """Processes of stage actors that this one's cluster runs; of one that has ended, Ray may not have taken note yet."""
+    """Processes of stage actors that this one's cluster runs; Ray takes note of one that has ended when it likes."""
     children = psutil.Process().children(recursive=True)
     stages = [one for one in children if one.name().startswith("ray::StageActor")]
     return [one for one in stages if one.status() != psutil.STATUS_ZOMBIE]

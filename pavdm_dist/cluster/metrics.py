@@ -37,8 +37,9 @@ class Meters:
     def _tell(self, kind: str, name: str, how: str, value: float, labels: Mapping[str, str]) -> None:
         about = self._about[name]
         try:
-            ray = sys.modules.get("ray")  # who has not imported it is in no cluster, and need not wait for it
-            if ray is None or not ray.is_initialized():
+            # Who has not imported Ray, or is just doing it, is in no cluster, and need not wait for it.
+            is_in_cluster = getattr(sys.modules.get("ray"), "is_initialized", None)
+            if is_in_cluster is None or not is_in_cluster():
                 return
             if name not in self._made:
                 from ray.util import metrics
