@@ -18,15 +18,17 @@ from pavdm_dist import cli
 from pavdm_dist.engine.events import GangLost
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.report import RunReport
+from pavdm_dist.engine.trace import write_trace
 from pavdm_dist.engines import Engines
+from pavdm_dist.errors import TraceError
 from pavdm_dist.farm.desk import Ended
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.logs import ShotLog
 from pavdm_dist.farm.pool import Pool
 from pavdm_dist.farm.said import Said
 from pavdm_dist.farm.shot import Shot, make_shot
-from pavdm_dist.farm.traces import shot_times
-from pavdm_dist.farm.tree import Tree
+from pavdm_dist.farm.traces import keep_shots, shot_times
+from pavdm_dist.farm.tree import Failure, Tree
 from pavdm_dist.pipeline import PAVDMPipeline
 
 pytestmark = pytest.mark.timeout(120)
@@ -168,6 +170,18 @@ def test_a_log_and_a_list_that_cannot_be_written_and_no_standard_error_change_no
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert any("no log is written beside the shots" in line for line in said), said
     assert sum(line.startswith("failed.jsonl, the list of failed shots, cannot be written") for line in said) == 2
+
+
+def test_a_store_that_is_away_has_errors_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Away(Tree):
+        def fail(self, id: str, failure: Failure) -> None:
+            raise RuntimeError("SlowDown")
+
+    Said(Away(str(tmp_path)), ShotLog()).ended("renderer-1", Shot("a", "a red three"), Ended("failed", "input"), 1)
+    assert "a: its failure cannot be written: SlowDown" in caplog.text
+    for write in (write_trace, keep_shots):
+        with pytest.raises(TraceError, match=r"nowhere://x/t\.(shots\.)?json: cannot be written \(.*nowhere"):
+            write("nowhere://x/t.json", {})  # type: ignore[operator]
 
 
 def test_what_no_file_can_hold_is_escaped_in_the_record_of_a_failure(tmp_path: Path) -> None:
