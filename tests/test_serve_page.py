@@ -113,6 +113,7 @@ def test_a_person_asks_watches_changes_the_prompt_and_cancels(server: Served, br
     shoot(browser, "prompt-changed")
     server.desk.let()
     until(lambda _: browser.find_element(By.ID, "download").is_displayed())
+    assert not change.is_displayed(), "its prompt cannot be changed any more"
     assert look(browser, "#videos li", "one.className") == ["completed"]
     until(lambda _: browser.execute_script("return document.getElementById('player').duration") > 7.5)
     shoot(browser, "complete")
