@@ -73,10 +73,6 @@ def folder_in_the_way_of_the_shots(trace: str) -> None:
     Path(trace.removesuffix(".json") + ".shots.json").mkdir(parents=True)
 
 
-def file_in_place_of_the_folder(trace: str) -> None:
-    Path(trace).parent.write_text("mine")
-
-
 def dead_stages(trace: str) -> None:
     raise GangLost("stage 0 died")
 
@@ -90,7 +86,6 @@ def all_well(trace: str) -> None:
     [
         (folder_in_the_way, "renderer-1.json: cannot be written (Is a directory); the videos are not touched by that"),
         (folder_in_the_way_of_the_shots, "renderer-1.shots.json: cannot be written (Is a directory)"),
-        (file_in_place_of_the_folder, "renderer-1.json: cannot be written (Not a directory); the videos are not"),
         (dead_stages, "renderer-1.json: the stages do not tell what they did (stage 0 died); the videos are not"),
         (all_well, ""),
     ],
