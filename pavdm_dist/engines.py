@@ -15,7 +15,7 @@ from pavdm_dist.engine.events import Failed, Finished
 from pavdm_dist.engine.inline import InlineEngine
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.rehearsal import rehearsal
-from pavdm_dist.errors import EngineError, PAVDMError
+from pavdm_dist.errors import EngineError, PAVDMError, TraceError
 from pavdm_dist.method.stream import ResumePoint, Stream
 from pavdm_dist.planning.forecast import useful_stages
 from pavdm_dist.planning.partition import layer_split
@@ -79,9 +79,8 @@ class Engines:
 
         Raises:
             EngineError: the engine as a whole has ended.
+            TraceError: everything was given out, and only its trace cannot be kept.
         """
-        from pavdm_dist.engine.trace import write_trace
-
         useful, options = useful_stages(params, in_flight), engine.options
         if len(engine.blocks) > useful:
             logger.warning(
@@ -90,13 +89,25 @@ class Engines:
             )  # fmt: skip
         try:
             yield from engine.run(streams, in_flight, on_grown, on_failed)
-            if options.trace_file is not None:
-                reports = engine.finish()
-                self.close()
-                write_trace(options.trace_file, reports, engine.decoded)
         except EngineError:  # the actors are gone
             self.close()
             raise
+        if options.trace_file is not None:
+            self._keep_trace(engine, options.trace_file)
+
+    def _keep_trace(self, engine: RayEngine, path: str) -> None:
+        """Ends an engine that has nothing left to do, and writes what it has told."""
+        from pavdm_dist.engine.trace import write_trace
+
+        try:
+            reports = engine.finish()
+        except Exception as error:  # whatever becomes of the stages now: nothing is missing but this
+            raise TraceError(
+                f"trace={path}: the stages do not tell what they did ({error}); the videos are not touched by that"
+            ) from error
+        finally:
+            self.close()
+        write_trace(path, reports, engine.decoded)
 
     def close(self) -> None:
         """Ends the engine and gives its resources back. Safe to call twice."""

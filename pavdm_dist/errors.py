@@ -26,6 +26,10 @@ class MediaError(ConfigError):
     """A video or latents file is missing, unreadable or unfit for its use."""
 
 
+class TraceError(MediaError):
+    """When what was computed cannot be kept, which was only to be looked at; the videos are as they are without."""
+
+
 class CheckpointError(ConfigError):
     """A checkpoint folder lacks a tensor, or holds one of the wrong size; the message names it."""
 

@@ -322,6 +322,7 @@ class PAVDMPipeline:
 
         Raises:
             EngineError: the engine as a whole has ended.
+            TraceError: everything was given out, and only the trace of the stages cannot be kept.
         """
         self.resyncs.clear()
         running = self._running = Running(params, self.checkpoint, self._recovery)

@@ -123,12 +123,12 @@ def served(config: ServeConfig, out: Path, token: str | None = None) -> Iterator
     assert not thread.is_alive()
 
 
-def storm(url: str, clients: int, each: int) -> list[str]:
+def storm(url: str, clients: int, each: int, patience_s: float = 60) -> list[str]:
     """Many clients at once, bad requests among the good ones; ids of what was taken."""
     ids: list[str] = []
 
     def client(number: int) -> None:
-        with httpx.Client(timeout=60) as session:
+        with httpx.Client(timeout=patience_s) as session:
             for turn in range(each):
                 kind = (number + turn) % 5
                 if kind == 3:

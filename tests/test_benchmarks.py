@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import tiny_checkpoint
 
 from pavdm_dist.digits.settings import FPS, SIZE
 from pavdm_dist.digits.world import render, sample_scene, scene_prompt
@@ -260,3 +262,62 @@ def test_a_farm_costs_little_beside_its_rendering() -> None:
     rendering = found["rendering"]
     assert rendering["idle_share"] < 0.05 and rendering["stage_gaps_share"] < 0.05
     assert rendering["scheduling_share"] < 0.01
+
+
+@pytest.mark.slow
+def test_a_server_is_measured_to_the_end() -> None:
+    pytest.importorskip("uvicorn", reason="needs pavdm-dist[serve]")
+    found = report("serve.py", "--quick")
+    check_machine(found)
+    assert [row["request"] for row in found["first_bytes"]] == [1, 2] and len(found["storms"]) == 3
+    for row in found["first_bytes"]:
+        assert 0 < row["first_chunk_s"] < row["seconds"] and row["more_s"] == pytest.approx(
+            row["seconds"] - row["first_chunk_s"], abs=2e-3
+        )
+    for row in found["storms"]:
+        assert (row["videos"], row["lost"]) == (12, 0) and 0 < row["asked_s"] <= row["seconds"]
+        assert 10 < row["own_mib"] <= row["most_mib"] and row["threads"] > 1
+
+
+@pytest.mark.usefixtures("scripts")
+def test_a_video_that_fails_or_stands_still_ends_the_measurement_of_its_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("uvicorn", reason="needs pavdm-dist[serve]")
+    import serve
+    from safetensors.torch import load_file, save_file
+    from serving import served, settings
+
+    model = tiny_checkpoint(tmp_path / "model")
+    (weights,) = model.glob("transformer/*.safetensors")
+    tensors = load_file(weights)
+    tensors["final_layer.linear.bias"] = tensors["final_layer.linear.bias"] * float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with served(settings(model), tmp_path / "videos") as running:
+        server = serve.Server(0, running.url, serve.deque(["its last words"]))
+        id = running.front.create({"prompt": "a red three", "seconds": 1}, None)["id"]
+        with pytest.raises(SystemExit, match=rf"video {id} has failed: .*not finite.*[\s\S]*its last words"):
+            server.complete(id)
+        server.idle()
+        with pytest.raises(SystemExit, match=r"GET /v1/videos/none: 404 .*never asked for"):
+            server.get("/v1/videos/none")
+    monkeypatch.setattr(serve, "PATIENCE_S", 0.0)
+    with pytest.raises(SystemExit, match=r"three videos: nothing has come for 0 s, it stands at 3; .*\nits last words"):
+        server.until("three videos", lambda: (False, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("scripts")
+def test_a_server_that_does_not_start_or_is_gone_ends_its_measurement(tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn", reason="needs pavdm-dist[serve]")
+    import serve
+
+    out = ["--out", str(tmp_path / "out")]
+    refused = pytest.raises(SystemExit, match=r"the server did not start; [\s\S]*pavdm: model=.*none")
+    with refused, serve.running(f"model={tmp_path / 'none'}", *out):
+        raise AssertionError("it has started")
+    gone = pytest.raises(SystemExit, match=r"the server does not answer \(\w+Error: [\s\S]*listening on")
+    with gone, serve.running(f"model={tiny_checkpoint(tmp_path / 'model')}", *out) as server:
+        os.kill(server.pid, signal.SIGKILL)
+        while True:
+            server.get("/health")

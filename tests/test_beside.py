@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import tiny_checkpoint
 
+from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.engine import inline
 from pavdm_dist.engine.beside import Beside
 from pavdm_dist.engine.inline import InlineEngine
@@ -29,6 +31,27 @@ def made(model: Path, overlaps: bool) -> list:
         engine._overlaps = overlaps
         requests = [VideoRequest("a red three", seed, 29) for seed in (3, 4)]
         return list(pipeline.iter_chunks(requests, pipeline.params()))
+
+
+def test_the_decoder_s_memory_is_measured_before_the_first_video_is_asked_for(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once; a server does it before its first client comes."""
+    real, asked = WanCodec._probe, list[str]()
+
+    def probe(codec: WanCodec) -> int:
+        asked.append("probe")
+        return real(codec)
+
+    def requests() -> Iterator[VideoRequest]:
+        for seed in (3, 4):
+            asked.append("request")
+            yield VideoRequest("a red three", seed, 5)
+
+    monkeypatch.setattr(WanCodec, "_probe", probe)
+    with PAVDMPipeline.from_pretrained(model, device="cpu") as pipeline:
+        list(pipeline.iter_chunks(requests(), pipeline.params()))
+    assert asked == ["probe", "request", "request"]
 
 
 def test_frames_and_resume_points_are_the_same(model: Path) -> None:

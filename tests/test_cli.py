@@ -321,6 +321,17 @@ def test_progress_gives_a_farm_the_lines_that_it_reads(
     assert len(caplog.records) == 2
 
 
+@pytest.mark.parametrize("kind", PROGRESS)
+def test_progress_without_standard_error_tells_nothing_and_ends_nothing(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Python has it where that was closed when the program was started: ``pavdm sample ... 2>&-``."""
+    monkeypatch.setattr(sys, "stderr", None)
+    progress = PROGRESS[kind](48, fps=24)
+    progress.chunk(0, 0, 24)
+    progress.close()
+
+
 def test_sample_takes_the_lines_of_a_farm_by_a_setting(calls: list[tuple[Any, ...]]) -> None:
     for kind in PROGRESS:
         assert cli.main(["sample", "a red three", f"progress={kind}"]) == 0

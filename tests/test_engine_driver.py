@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from dataclasses import replace
 from functools import cache
@@ -64,7 +65,14 @@ def test_where_a_stream_is_can_be_asked_at_any_moment() -> None:
     found = [one for one in seen if one is not None]
     assert found[0].awaited == "chunk 0: the video waits for a place" and found[0].row == 0
     rows = [one.row for one in found]
-    assert rows == sorted(rows) and rows[-1] > 0 and any(one.decoding for one in found)
+    assert rows == sorted(rows) and rows[-1] > 0
+    # Who has the next chunk is said once, with those that are behind it.
+    decoding = [one for one in found if one.decoding]
+    assert decoding and {len(one.decoding) for one in decoding} >= {1, 2}
+    for one in decoding:
+        behind = f", and {len(one.decoding) - 1} behind it" if len(one.decoding) > 1 else ""
+        assert one.awaited == f"chunk {one.decoding[0]} is with the decoder{behind}"
+    assert any(re.fullmatch(r"chunk \d is with the stages", one.awaited) for one in found)
     assert seen[-1] is None and driver.at_work(99) is None, "it is over"
 
 

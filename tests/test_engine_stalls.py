@@ -66,7 +66,8 @@ def test_a_stream_that_gives_nothing_is_reported_and_then_ended_by_name(
                 gang._events.append(Prepared(0))
     (failed,) = (output for output in outputs if isinstance(output, Failed))
     assert driver.idle and failed.stream == 0 and 500 <= ended < 600
-    assert re.fullmatch(rf"nothing has come for 501 s.*; {where} \(stall_limit_s\)", str(failed.error))
+    said = rf"nothing has come for 501 s.*; {where}, row \d+ comes next \(stall_limit_s\)"
+    assert re.fullmatch(said, str(failed.error))
     reported = [record.message for record in caplog.records if "video 0" in record.message]
     assert len(reported) == (1 if what == "frames" else 0), "before its first shift nobody knows what is usual"
     if reported:

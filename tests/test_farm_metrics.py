@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +74,30 @@ def test_meters_count_in_a_cluster_and_nowhere_else(monkeypatch: pytest.MonkeyPa
     ]  # fmt: skip
     with pytest.raises(KeyError):
         meters.add("other")
+
+
+def test_who_has_not_imported_ray_does_not_for_a_meter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    Meters({"frames": "frames written"}).add("frames")
+    assert "ray" not in sys.modules, "a farm in one process waits for it"
+
+
+def test_a_meter_that_cannot_be_told_is_warned_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray's own meters, which refuse a name that is none and a value that is no number."""
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    nameless, other = Meters({"": "of nothing"}), Meters({"queue": "waiting"})
+    with caplog.at_level(logging.WARNING, "pavdm_dist"):
+        for _ in range(3):
+            nameless.add("")
+            nameless.set("", 1.0)
+            other.set("queue", "many")  # type: ignore[arg-type]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and said[0].startswith("the meter  cannot be told: ValueError: ")
+    assert said[1].startswith("the meter queue cannot be told: TypeError: ")
 
 
 def test_a_stage_tells_how_busy_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,8 +24,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _stages() -> list[psutil.Process]:
-    """Processes of stage actors that this one's cluster runs."""
-    return [one for one in psutil.Process().children(recursive=True) if one.name().startswith("ray::StageActor")]
+    """Processes of stage actors that this one's cluster runs; Ray takes note of one that has ended when it likes."""
+    children = psutil.Process().children(recursive=True)
+    stages = [one for one in children if one.name().startswith("ray::StageActor")]
+    return [one for one in stages if one.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_two_renderers_give_the_bits_of_one_process_though_one_dies(

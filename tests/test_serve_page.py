@@ -6,15 +6,19 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from helpers import tiny_stream
 from serving import Served, served, settings
 
-from pavdm_dist.engine.events import AtWork
+from pavdm_dist.engine.flight import Flight
 from pavdm_dist.engine.order import Unit
 from pavdm_dist.farm.desk import Sight
+from pavdm_dist.method.window import CleanChunk
 from pavdm_dist.serve import records
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
@@ -109,6 +113,7 @@ def test_a_person_asks_watches_changes_the_prompt_and_cancels(server: Served, br
     shoot(browser, "prompt-changed")
     server.desk.let()
     until(lambda _: browser.find_element(By.ID, "download").is_displayed())
+    assert not change.is_displayed(), "its prompt cannot be changed any more"
     assert look(browser, "#videos li", "one.className") == ["completed"]
     until(lambda _: browser.execute_script("return document.getElementById('player').duration") > 7.5)
     shoot(browser, "complete")
@@ -144,9 +149,10 @@ def test_a_page_asks_for_the_token_once(tmp_path: Path, browser: Any) -> None:
 def test_stages_at_work_are_shown_with_what_each_finished_last(
     server: Served, browser: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The page alone: the server's answer is one of a video on three stages."""
+    """The page alone: the server's answer is one of a video on three stages, whose second chunk is being decoded."""
     server.desk.hold(1)
-    told = records.timeline
+    told, flight = records.timeline, Flight(tiny_stream(0), 3)
+    flight.undecoded.append((CleanChunk(1, torch.zeros(1)), None))
 
     def on_stages(desk: Any, id: str) -> dict[str, Any]:
         units = (
@@ -154,7 +160,7 @@ def test_stages_at_work_are_shown_with_what_each_finished_last(
             Unit(0, 1, 8, 1, True, True, (), False, False, 5),
             None,
         )
-        sight = Sight(AtWork("chunk 1 is with the decoder, and 0 behind it", 8, (1,), units), {0: id, 1: "other"})
+        sight = Sight(replace(flight.at_work, row=8, stages=units), {0: id, 1: "other"})
         monkeypatch.setattr(desk, "split", [(0, 2), (2, 4), (4, 6)])
         monkeypatch.setattr(desk, "sight", lambda _: sight)
         return told(desk, id)
@@ -175,7 +181,7 @@ def test_stages_at_work_are_shown_with_what_each_finished_last(
         kinds = look(browser, "#timeline i", "one.className")
         assert kinds[1] == "decoding" and "window" in kinds
         said = browser.find_element(By.ID, "engine").text
-        assert said.startswith("row 10 of ") and said.endswith("; chunk 1 at the decoder")
+        assert re.fullmatch(r"row 10 of \d+; chunk 1 is with the decoder", said), "once"
     finally:
         server.front.desk.cancel(id)
         server.desk.let()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ logger = logging.getLogger(__name__)
 class Meters:
     """Counters and gauges by name, made as they are first used.
 
+    They are only looked at: one that cannot be told is warned of once, and costs whoever works nothing else.
+
     Args:
         about: by name, what each means; other names are refused.
         labels: names of what is told with every value.
@@ -20,28 +23,30 @@ class Meters:
     def __init__(self, about: Mapping[str, str], labels: tuple[str, ...] = ()) -> None:
         self._about, self._labels = about, labels
         self._made: dict[str, Any] = {}
+        self._failed: set[str] = set()
 
     def add(self, name: str, amount: float = 1.0, **labels: str) -> None:
         """Counts on."""
-        if amount and (meter := self._meter(name, "Counter")) is not None:
-            meter.inc(amount, tags=self._told(labels))
+        if amount:
+            self._tell("Counter", name, "inc", amount, labels)
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Says how much it is now."""
-        if (meter := self._meter(name, "Gauge")) is not None:
-            meter.set(value, tags=self._told(labels))
+        self._tell("Gauge", name, "set", value, labels)
 
-    def _told(self, labels: Mapping[str, str]) -> dict[str, str]:
-        return {name: labels.get(name, "") for name in self._labels}
+    def _tell(self, kind: str, name: str, how: str, value: float, labels: Mapping[str, str]) -> None:
+        about = self._about[name]
+        try:
+            # Who has not imported Ray, or is just doing it, is in no cluster, and need not wait for it.
+            is_in_cluster = getattr(sys.modules.get("ray"), "is_initialized", None)
+            if is_in_cluster is None or not is_in_cluster():
+                return
+            if name not in self._made:
+                from ray.util import metrics
 
-    def _meter(self, name: str, kind: str) -> Any:
-        import ray
-
-        if not ray.is_initialized():
-            return None
-        if name not in self._made:
-            from ray.util import metrics
-
-            make = getattr(metrics, kind)
-            self._made[name] = make(name, description=self._about[name], tag_keys=self._labels)
-        return self._made[name]
+                self._made[name] = getattr(metrics, kind)(name, description=about, tag_keys=self._labels)
+            getattr(self._made[name], how)(value, tags={label: labels.get(label, "") for label in self._labels})
+        except Exception as error:
+            if name not in self._failed:
+                self._failed.add(name)
+                logger.warning("the meter %s cannot be told: %s: %s", name, type(error).__name__, error)

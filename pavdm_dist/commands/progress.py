@@ -90,7 +90,8 @@ class ChunkProgress:
         file: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._file = sys.stderr if file is None else file
+        # None where standard error was closed when the program was started.
+        self._file: TextIO | None = sys.stderr if file is None else file
         self._total = total_frames * num_videos
         self._fps = fps
         self._several = num_videos > 1
@@ -98,7 +99,7 @@ class ChunkProgress:
         self._start = clock()
         self._done = 0
         self._bar: tqdm | None = None
-        if self.draws and self._file.isatty():
+        if self.draws and self._file is not None and self._file.isatty():
             layout = "{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} frames{postfix} [{elapsed}]"
             # A pseudo-terminal may have no rows; tqdm would then draw nothing.
             self._bar = tqdm(total=self._total, file=self._file, bar_format=layout, nrows=20)
@@ -151,6 +152,8 @@ class _FarmProgress(ChunkProgress):
 
     def chunk(self, stream: int, index: int, frames: int) -> None:
         super().chunk(stream, index, frames)
+        if self._file is None:
+            return
         with suppress(OSError):  # nobody listens any more; the videos go on
             self._file.write(self.line.format(percent=100 * self._done / max(1, self._total)) + "\n")
             self._file.flush()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pavdm_dist.engine.blame import ANSWER_S, last_line, video_error
+from pavdm_dist.engine.blame import ANSWER_S, control_results, last_line, video_error
 from pavdm_dist.engine.events import Decoded, DecoderLost, Place
 from pavdm_dist.engine.report import DecodeSpan
 from pavdm_dist.method.window import CleanChunk
@@ -139,11 +139,14 @@ class Decoding:
         self._decoded, self._chunks[0].since = decoded, now
 
     def spans(self) -> list[DecodeSpan]:
-        """When each chunk of a traced run was decoded."""
-        import ray
+        """When each chunk of a traced run was decoded.
 
+        Raises:
+            GangLost: the decoder does not say.
+        """
         spans, taken = list[DecodeSpan](), {key: iter(chunks) for key, chunks in (self._handed or {}).items()}
-        for key, start, end in ray.get(self._control("times")):
+        (times,) = control_results([self._control("times")], self._limit, "the decoder", "tell what it did")
+        for key, start, end in times:
             spans.append(DecodeSpan(*next(taken[key]), start, end))
         return spans
 

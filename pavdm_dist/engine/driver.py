@@ -333,7 +333,8 @@ class Driver:
         overdue = False
         for late in self._watchdog.late(awaited, held_up=not self._has_room(held_bytes)):
             flight = self._flights[late.stream]
-            what = f"nothing has come for {late.seconds:.0f} s{late.usually}; {flight.awaited}"
+            at = flight.at_work
+            what = f"nothing has come for {late.seconds:.0f} s{late.usually}; {at.awaited}, row {at.row} comes next"
             if not late.over:
                 logger.warning("video %d: %s", late.stream, what)
             elif not overdue:

@@ -227,7 +227,8 @@ class AtWork:
     """Where a stream is while it is made, for who watches.
 
     Attributes:
-        awaited: what comes next, in words: which chunk, and who has it; the row where this process samples alone.
+        awaited: what comes next, in words: which chunk, and who has it, stages or decoder, with how many are behind it
+            there; the row where this process samples alone.
         row: the row that comes next, as far as is known here: behind the last shift that was told of, or the last row
             in the process that samples.
         decoding: chunks that are clean, and whose frames are still to come. None are told of where this process samples

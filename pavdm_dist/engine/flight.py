@@ -104,22 +104,19 @@ class Flight:
         return self.stand is Stand.SAMPLED and not self.undecoded
 
     @property
-    def awaited(self) -> str:
-        """Which chunk comes next, and who has it."""
-        undecoded = tuple(self.undecoded)  # others may ask while the driver goes on
-        if undecoded:
-            return f"chunk {undecoded[0][0].index} is with the decoder, and {len(undecoded) - 1} behind it"
-        places = {
-            Stand.WAITING: "the video waits for a place",
-            Stand.PREPARING: "the stages are taking the video in",
-            Stand.READY: "the video is to join the pipeline",
-        }
-        return f"chunk {self.next_chunk}: {places.get(self.stand, f'the stages have come to row {self.row}')}"
-
-    @property
     def at_work(self) -> AtWork:
         """Where it is. Any thread may ask."""
-        return AtWork(self.awaited, self.row, tuple(clean.index for clean, _ in tuple(self.undecoded)))
+        decoding = tuple(clean.index for clean, _ in tuple(self.undecoded))  # once: the driver goes on meanwhile
+        places = {
+            Stand.WAITING: f"chunk {self.next_chunk}: the video waits for a place",
+            Stand.PREPARING: f"chunk {self.next_chunk}: the stages are taking the video in",
+            Stand.READY: f"chunk {self.next_chunk}: the video is to join the pipeline",
+        }
+        awaited = places.get(self.stand, f"chunk {self.next_chunk} is with the stages")
+        if decoding:
+            behind = f", and {len(decoding) - 1} behind it" if len(decoding) > 1 else ""
+            awaited = f"chunk {decoding[0]} is with the decoder{behind}"
+        return AtWork(awaited, self.row, decoding)
 
     @property
     def resyncs(self) -> tuple[int, ...]:

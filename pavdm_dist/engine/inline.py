@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -83,6 +83,9 @@ class InlineEngine:
         before = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         try:
+            # Measured once, which takes half a second: nobody who asks for the first video need wait for it.
+            with suppress(PAVDMError):  # every video says so itself
+                self._codec.receptive_latents()
             for stream in streams:
                 if isinstance(stream, Stream) and stream.id in self._cancelled:
                     self._forget(stream.id)

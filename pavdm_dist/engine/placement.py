@@ -78,7 +78,10 @@ def stage_order(nodes: Sequence[str], num_stages: int) -> list[int]:
 
 
 def gpus_of_cluster() -> int:
-    """GPUs of the cluster that this process is in, busy or free."""
+    """GPUs of the cluster that this process is in, busy or free; 0 where it does not say: only advice depends on it."""
     import ray
 
-    return int(ray.cluster_resources().get("GPU", 0))
+    try:
+        return int(ray.cluster_resources().get("GPU", 0))
+    except ray.exceptions.RayError:
+        return 0

@@ -11,7 +11,7 @@ from typing import Any
 
 from pavdm_dist.engine.order import Unit
 from pavdm_dist.engine.report import DecodeSpan, RunReport, Span
-from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.errors import ConfigError, TraceError
 from pavdm_dist.fields import json_value
 from pavdm_dist.io.storage import atomic_write
 
@@ -25,7 +25,7 @@ def write_trace(path: str | Path, reports: Sequence[RunReport], decoded: Sequenc
     Stages on several machines are comparable as far as these agree on the time of day.
 
     Raises:
-        MediaError: it cannot be written.
+        TraceError: it cannot be written.
     """
     zero = min((report.clock + span.ready for report in reports for span in report.trace), default=0.0)
     stages = [
@@ -47,8 +47,9 @@ def write_trace(path: str | Path, reports: Sequence[RunReport], decoded: Sequenc
     try:
         with atomic_write(path, "w") as file:
             json.dump({"version": VERSION, "stages": stages, "decoder": decoder}, file)
-    except OSError as error:
-        raise MediaError(f"trace={path}: cannot be written ({error.strerror}); the videos are complete") from error
+    except Exception as error:  # stores that are away have errors of kinds of their own
+        why = getattr(error, "strerror", None) or error
+        raise TraceError(f"trace={path}: cannot be written ({why}); the videos are not touched by that") from error
 
 
 def read_trace(path: str | Path) -> list[list[Span]]:

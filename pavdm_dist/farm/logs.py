@@ -9,6 +9,7 @@ from collections import deque
 from contextlib import suppress
 from typing import TextIO
 
+from pavdm_dist.commands.terminal import printable
 from pavdm_dist.redaction import hide_secrets
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class ShotLog(logging.Handler):
     def _emit(self, record: logging.LogRecord) -> None:
         renderer = _renderer(record)
         shot = getattr(record, "shot", None)
-        text = hide_secrets(record.getMessage())
+        text = printable(hide_secrets(record.getMessage()))  # or no file could hold the record of its failure
         line = f"{_time(record)} {record.levelname} {text}"
         shots = {shot} if shot is not None else self._of.get(renderer, ())
         for id in tuple(shots):

@@ -42,14 +42,15 @@ class FarmProgress:
         clock: Callable[[], float] = time.monotonic,
         deadline: TextIO | None = None,
     ) -> None:
-        stream = sys.stderr if file is None else file
+        # None where standard error was closed when the program was started.
+        stream: TextIO | None = sys.stderr if file is None else file
         self.total = self.before = 0
         self._fps, self._openjd, self._deadline, self._clock = fps, openjd, deadline, clock
         self._start = self._told = clock()
         self._said = ""
         self._percent = -1.0
         self._bar: tqdm | None = None
-        if stream.isatty():
+        if stream is not None and stream.isatty():
             layout = "{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} frames{postfix} [{elapsed}]"
             self._bar = tqdm(total=1, file=stream, bar_format=layout, nrows=20)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pavdm_dist.commands.videos import Video, Videos
-from pavdm_dist.errors import EngineError, PAVDMError
+from pavdm_dist.errors import EngineError, PAVDMError, TraceError
 from pavdm_dist.farm.desk import Desk, Ended, Sight, end_of, one_line
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.shot import Shot
@@ -26,6 +26,9 @@ from pavdm_dist.outputs import VideoChunk
 from pavdm_dist.request import VideoRequest
 
 logger = logging.getLogger(__name__)
+
+# Shots that a warning about many of them names.
+_NAMED = 5
 
 
 @dataclass
@@ -86,10 +89,13 @@ class Renderer:
                 chunks = self.pipeline.iter_chunks(
                     self._requests(), self._kinds.base.params, streams, on_step, self._failed, self._grown
                 )
-                for chunk in chunks:
-                    self._take(chunk)
-                if self._trace is not None:
-                    keep_shots(self._trace, self._traced)
+                try:
+                    for chunk in chunks:
+                        self._take(chunk)
+                    if self._trace is not None:
+                        keep_shots(self._trace, self._traced)
+                except TraceError as fault:  # all shots have ended as they would without
+                    self._untraced(fault)
         except _Told:
             pass
         except EngineError as lost:
@@ -253,6 +259,14 @@ class Renderer:
                 self._end(flight, Ended("cancelled" if flight.cancelled else "saved"))
         if self._draining and not self._flights:
             raise _Told
+
+    def _untraced(self, fault: TraceError) -> None:
+        """Whose charts are lost, and why."""
+        shots = list(self._traced.values())
+        more = f" and {len(shots) - _NAMED} more" if len(shots) > _NAMED else ""
+        named = ", ".join(shots[:_NAMED]) + more or "any shot"
+        said = "%s: the report will have no chart of what its stages did of %s: %s"
+        logger.warning(said, self.name, named, fault, extra={"renderer": self.name})
 
     def _step(self, *_: Any) -> None:
         """Without stages nothing else comes between two chunks."""

@@ -12,6 +12,7 @@ from itertools import islice
 from math import ceil
 from typing import Any
 
+from pavdm_dist.errors import MediaError
 from pavdm_dist.farm.status import Standing, standings, status_report
 from pavdm_dist.farm.traces import StageTimes, shot_times
 from pavdm_dist.farm.tree import VIDEO, Tree
@@ -50,7 +51,7 @@ def write_report(out: str) -> dict[str, Any]:
 
     Raises:
         ConfigError: no folder of a farm.
-        OSError: it cannot be written.
+        MediaError: it cannot be written.
     """
     from jinja2 import Environment, PackageLoader
 
@@ -76,8 +77,11 @@ def write_report(out: str) -> dict[str, Any]:
         stages=_stages(tree),
     )
     path = tree.path("index.html")
-    with atomic_write(path, "w") as file:
-        file.write(html)
+    try:
+        with atomic_write(path, "w") as file:
+            file.write(html)
+    except OSError as error:
+        raise MediaError(f"report={path}: cannot be written ({error.strerror or error})") from error
     return {"report": path, "complete": len(cards), "failed": len(failed), "unfinished": len(unfinished)}
 
 

@@ -82,7 +82,7 @@ def run_command(
             bar = progress(kinds.base.params.fps)
             farm = _Farm(Pool(kinds, tree, log=log), kinds, intake, bar, config.farm.poll_s)
             told = _rendered(farm, found)
-        write_failed(tree)
+        _list_failed(tree)
     except Stopped as stop:  # before anything was begun, or when all was over
         told = told or stop
     if farm is None:
@@ -219,6 +219,14 @@ def _logged(tree: Tree) -> Iterator[ShotLog]:
     finally:
         package.removeHandler(log)
         log.close()
+
+
+def _list_failed(tree: Tree) -> None:
+    """As :func:`write_failed`, where that can be: every failed shot has a record of its own, and all is done."""
+    try:
+        write_failed(tree)
+    except Exception as error:  # stores that are away have errors of kinds of their own
+        logger.warning("failed.jsonl, the list of failed shots, cannot be written: %s: %s", type(error).__name__, error)
 
 
 def write_failed(tree: Tree) -> int:

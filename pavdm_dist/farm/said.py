@@ -63,7 +63,7 @@ class Said:
         failure = Failure(ended.error, ended.kind, attempts, log=self._log.tail(shot.id), shot=line)
         try:
             self._tree.fail(shot.id, failure)
-        except OSError as error:
+        except Exception as error:  # stores that are away have errors of kinds of their own
             logger.error("%s: its failure cannot be written: %s", shot.id, error)
 
     @staticmethod

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import TypeAlias
 
 from pavdm_dist.engine.trace import read_trace
-from pavdm_dist.errors import ConfigError
+from pavdm_dist.errors import TraceError
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.fields import json_value
 from pavdm_dist.io.storage import atomic_write, join, list_names, local_copy, open_read
@@ -35,12 +35,17 @@ def trace_path(tree: Tree, renderer: str) -> str:
 
 
 def keep_shots(trace: str, shots: Mapping[int, str]) -> None:
-    """Says which shots a trace has, by their numbers in it; where that cannot be written they have no charts."""
+    """Says which shots a trace has, by their numbers in it.
+
+    Raises:
+        TraceError: it cannot be written.
+    """
+    path = trace.removesuffix(".json") + _SHOTS
     try:
-        with atomic_write(trace.removesuffix(".json") + _SHOTS, "w") as file:
+        with atomic_write(path, "w") as file:
             json.dump(shots, file)
-    except OSError as error:
-        logger.warning("%s: which shots it has cannot be written: %s", trace, error)
+    except Exception as error:  # stores that are away have errors of kinds of their own
+        raise TraceError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
 
 
 def shot_times(tree: Tree) -> dict[str, StageTimes]:
@@ -58,7 +63,7 @@ def shot_times(tree: Tree) -> dict[str, StageTimes]:
                 shots = {int(number): str(id) for number, id in json_value(file.read()).items()}
             with local_copy(join(folder, name.removesuffix(_SHOTS) + ".json")) as trace:
                 stages = read_trace(trace)
-        except (OSError, ConfigError, ValueError, AttributeError) as error:
+        except Exception as error:  # of a store that is away, or of somebody else's file
             logger.warning("%s/%s: %s", folder, name, error)
             continue
         times: dict[str, StageTimes] = {}

@@ -143,9 +143,8 @@ function drawTimeline(told) {
 // Who does what of this video: the stages by the unit that each has finished last, or that there are none.
 function drawStages(told) {
   const row = `row ${Math.min(told.row + 1, told.rows)} of ${told.rows}`;
-  const decoding = told.decoding.length ? `; chunk ${told.decoding.join(", ")} at the decoder` : "";
   find("engine").textContent = !told.awaited ? ""
-    : told.engine === "stages" ? `${row}: ${told.awaited}${decoding}` : `sampled and decoded in one process, ${row}`;
+    : told.engine === "stages" ? `${row}; ${told.awaited}` : `sampled and decoded in one process, ${row}`;
   find("stages").replaceChildren(...(told.awaited ? told.stages : []).map((stage) => {
     const chunk = stage.chunk === undefined ? "the whole window" : `chunk ${stage.chunk}`;
     const what = stage.at_work ? `row ${stage.row + 1}, ${chunk}${stage.branch ? ", second branch" : ""}`
