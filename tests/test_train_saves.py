@@ -59,7 +59,7 @@ def test_five_and_five_steps_are_ten_to_the_bit(halves: tuple[Path, list[dict[st
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_one_process_goes_on_with_what_two_began(
     halves: tuple[Path, list[dict[str, Any]]], clips: Path, tmp_path: Path, number: int
 ) -> None:

@@ -148,16 +148,23 @@ def plain_odd(clips: Path) -> dict[str, Any]:
     return plain_torch(LatentClips(clips), [*SETTINGS, *ODD], SHARED_STEPS)
 
 
+@pytest.mark.parametrize("stages", [(1, 3), pytest.param((0, 2), marks=pytest.mark.slow)])
 @pytest.mark.timeout(240)
-def test_two_processes_share_windows(clips: Path, plain_odd: dict[str, Any], tmp_path: Path) -> None:
+def test_two_processes_share_windows(
+    clips: Path, plain_odd: dict[str, Any], tmp_path: Path, stages: tuple[int, int]
+) -> None:
     shared = [*ODD, "sequence_parallel=2", SHARD_ALL]
     cases: dict[str, Any] = {
-        f"stage{stage}": {"settings": [*shared, f"zero.stage={stage}"], "steps": SHARED_STEPS} for stage in (0, 1, 3)
+        f"stage{stage}": {"settings": [*shared, f"zero.stage={stage}"], "steps": SHARED_STEPS} for stage in stages
     }
     again = ["zero.stage=3", "zero.recompute=every:1"]
-    cases["recomputed"] = {"settings": [*shared, *again], "steps": SHARED_STEPS}
-    cases["recomputed alone"] = {"settings": [*ODD, SHARD_ALL, *again], "steps": SHARED_STEPS}
-    more, plain = over_all_tokens(tmp_path, clips, [(1, 2, "wan"), (3, 2, "wan"), (2, 1, "low")])
+    if 3 in stages:
+        cases["recomputed"] = {"settings": [*shared, *again], "steps": SHARED_STEPS}
+        tokens = [(3, 2, "wan"), (2, 1, "low")]
+    else:
+        cases["recomputed alone"] = {"settings": [*ODD, SHARD_ALL, *again], "steps": SHARED_STEPS}
+        tokens = [(1, 2, "wan")]
+    more, plain = over_all_tokens(tmp_path, clips, tokens)
     found, _ = run(tmp_path, clips, {**cases, **more})
     for name, case in found.items():
         expected = plain.get(name.split()[0], plain_odd)
@@ -165,7 +172,8 @@ def test_two_processes_share_windows(clips: Path, plain_odd: dict[str, Any], tmp
         assert apart(case["weights"], expected["weights"]) < 1e-4, name
         assert case["grad_norm"] == pytest.approx(expected["grad_norm"], abs=1e-4), name
     numbers = sum(value.numel() for value in plain_odd["weights"].values())
-    assert found["stage1"]["optimizer_bytes"] < 8 * numbers * 0.51, "ZeRO shards over all processes"
+    sharded = found["stage1" if 1 in stages else "stage2"]
+    assert sharded["optimizer_bytes"] < 8 * numbers * 0.51, "ZeRO shards over all processes"
 
 
 def over_all_tokens(
