@@ -29,7 +29,7 @@ from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.rates import as_rate
 from pavdm_dist.request import VideoRequest
 from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.texts import check_prompts, prepare_texts, timed_prompts
+from pavdm_dist.texts import check_prompts, needed_texts, timed_prompts
 from pavdm_dist.timed import first_prompt
 
 # Settings that a shot may have of its own: what is sampled, never with which weights, where, or on what.
@@ -200,20 +200,20 @@ class Kinds:
         return found
 
     def prepare_texts(self, shots: Iterable[Shot]) -> None:
-        """Encodes the texts of shots that no cache has yet, many at a time: a large encoder is loaded for each batch.
+        """Encodes the texts of shots that no cache has yet, many at a time: a large encoder is loaded for each batch,
+        whatever settings its shots have.
 
         Raises:
             CheckpointError: the encoder cannot be loaded.
         """
         left = iter(shots)
         while batch := list(islice(left, _TEXTS)):
-            by_params: dict[int, tuple[SamplingParams, list[VideoRequest]]] = {}
+            texts: dict[str, None] = {}
             for shot in batch:
                 params = self.kind_of(shot).params
-                requests = by_params.setdefault(id(params), (params, []))[1]
-                requests.append(self._request(self.config_of(shot, "-"), params))
-            for params, requests in by_params.values():
-                prepare_texts(requests, params, self.checkpoint)
+                request = self._request(self.config_of(shot, "-"), params)
+                texts |= dict.fromkeys(needed_texts(request, params, self.checkpoint))
+            self.checkpoint.text_encoder.prepare(texts)
 
     def videos(self, shot: Shot, output: str, pipeline: PAVDMPipeline) -> Videos:
         """The files of a shot, and what is asked for it: a command of one video.
