@@ -106,9 +106,16 @@ class Intake:
             for shot in shots:
                 self._tree.forget_failure(shot.id)
 
-    def _shots(self, there: Mapping[str, frozenset[str]], growing: Container[str] | None) -> Iterator[Shot]:
+    def _shots(
+        self, there: Mapping[str, frozenset[str]], growing: Container[str] | None, frames: dict[str, int]
+    ) -> Iterator[Shot]:
+        """All shots, once every one is checked; ``frames`` gets the length of each new one, which takes its settings:
+        those of many kinds would have to be settled a second time."""
+
         def check(shot: Shot) -> None:
             self._kinds.check(shot)
+            if shot.id not in self._known:
+                frames[shot.id] = self._kinds.frames(shot)
             if SIDECAR in there.get(shot.id, ()):
                 self._check_unchanged(shot)
 
@@ -137,10 +144,10 @@ class Intake:
             logger.warning(said, self._manifest, ", ".join(changed[:_TOLD]), more)
 
     def _sorted(self, growing: Container[str] | None) -> Found:
-        there, found = self._tree.scan(), Found([])
-        new = [shot for shot in self._shots(there, growing) if shot.id not in self._known]
+        there, found, lengths = self._tree.scan(), Found([]), dict[str, int]()
+        new = [shot for shot in self._shots(there, growing, lengths) if shot.id not in self._known]
         for shot in new:
-            names, frames = there.get(shot.id, frozenset()), self._kinds.frames(shot)
+            names, frames = there.get(shot.id, frozenset()), lengths[shot.id]
             if SIDECAR in names:
                 if VIDEO + PARTS_SUFFIX in names:
                     self._tidy(shot.id)
