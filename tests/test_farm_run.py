@@ -35,6 +35,7 @@ from pavdm_dist.farm.intake import Intake
 from pavdm_dist.farm.kinds import OVERRIDES, Kinds
 from pavdm_dist.farm.manifest import ManifestError, checked
 from pavdm_dist.farm.pool import Pool
+from pavdm_dist.farm.progress import FarmProgress
 from pavdm_dist.farm.settings import FarmConfig, PoolConfig, validate_farm
 from pavdm_dist.farm.shot import Shot, seed_of
 from pavdm_dist.farm.sizing import sized
@@ -333,7 +334,7 @@ def test_a_farm_tells_a_render_farm_what_every_command_tells_it(
         bar = progress(24.0)
         bar.total = 200
         for frames in (50, 50, 200):
-            bar.show(frames, "1/4 shots")
+            bar.show(frames, frames, "1/4 shots")
         return {}
 
     monkeypatch.setattr("pavdm_dist.farm.run.run_command", run)
@@ -537,5 +538,15 @@ def test_a_farm_that_is_not_to_wait_saves_what_is_there(
         patched.setattr(Pool, "grew", stops_at_chunk(4))
         report = run_farm(config, manifest, out)
     assert (report["done"], report["left"]) == (0, 1) and Tree(str(out)).state("shot-000").standing == "begun"
-    again, whole = run_farm(config, manifest, out), run_farm(config, manifest, tmp_path / "whole")
+    told, shown = FarmProgress.show, list[tuple[int, int]]()
+
+    def show(self: FarmProgress, frames: int, reached: int, status: str) -> None:
+        shown.append((frames, reached))
+        told(self, frames, reached, status)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FarmProgress, "show", show)
+        again = run_farm(config, manifest, out)
+    whole = run_farm(config, manifest, tmp_path / "whole")
     assert again["frames"] < whole["frames"] == 400 and latents_of(out) == latents_of(tmp_path / "whole")
+    assert shown[-1] == (again["frames"], 400), "what was there before counts, and an end is the end"

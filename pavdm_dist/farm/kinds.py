@@ -162,6 +162,13 @@ class Kinds:
         length = _length(shot, kind.config)
         return frames_wanted(replace(kind.config, num_frames=length[0], seconds=length[1]), kind.params.fps)
 
+    def frames_before(self, shot: Shot, chunk: int) -> int:
+        """New frames of a shot that come before a chunk. Raises as :meth:`frames`."""
+        params, spec = self.kind_of(shot).params, self.checkpoint.codec_spec
+        size = params.latent_chunk_size
+        first, later = (spec.frames_in_chunk(size, first=is_first) for is_first in (not params.warm, False))
+        return min(first + (chunk - 1) * later, self.frames(shot)) if chunk else 0
+
     def seconds(self, shot: Shot) -> float:
         """Seconds of its new frames. Raises as :meth:`frames`."""
         return self.frames(shot) / self.kind_of(shot).params.fps

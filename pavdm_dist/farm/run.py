@@ -122,8 +122,9 @@ def _until_over(farm: _Farm, pool: Pool) -> Stopped | None:
             while True:
                 if told is None:
                     farm.look()
-                farm.show()
-                if pool.is_over:
+                is_over = pool.is_over
+                farm.show()  # behind the last thing that happened
+                if is_over:
                     return told
                 pool.tick()
                 pool.wait(TICK_S)
@@ -180,7 +181,7 @@ class _Farm:
         words = [f"{self.done_before + ends['done']}/{self.asked} shots", f"{figures['running']:.0f} running"]
         words += [f"{self.failed} failed"] if self.failed else []
         words += [f"{ends['cancelled']} cancelled"] if ends["cancelled"] else []
-        self.bar.show(self.pool.frames, ", ".join(words))
+        self.bar.show(self.pool.frames, self.pool.reached.frames, ", ".join(words))
 
     def report(self) -> dict[str, Any]:
         seconds = time.monotonic() - self._started
