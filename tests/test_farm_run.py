@@ -30,7 +30,7 @@ from helpers import tiny_checkpoint
 
 from pavdm_dist import cli
 from pavdm_dist.config import ClusterConfig
-from pavdm_dist.errors import ConfigError, FailedVideosError
+from pavdm_dist.errors import CheckpointError, ConfigError, FailedVideosError
 from pavdm_dist.farm.intake import Intake
 from pavdm_dist.farm.kinds import OVERRIDES, Kinds
 from pavdm_dist.farm.manifest import ManifestError, checked
@@ -244,6 +244,72 @@ def test_new_lines_are_taken_in_and_bad_ones_told_of(
     report = run_farm(farm_config(model), manifest, tmp_path / "out")
     assert (report["shots"], report["done"], len(latents_of(tmp_path / "out"))) == (3, 3, 3)
     assert "line 2: prompt is missing; it must be text; nothing of what is new is taken in" in caplog.text
+
+
+def test_new_lines_that_cannot_be_taken_in_now_are_tried_again_beside_the_rendering(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The hub is away, then a disk; meanwhile renderers are looked after."""
+    manifest, out = write_manifest(tmp_path / "m.jsonl", some_shots(1, num_frames=40)), tmp_path / "out"
+    prepare, grew, tick = Kinds.prepare_texts, Pool.grew, Pool.tick
+    faults: list[Exception | None] = [None, CheckpointError("no such hub"), OSError("no such disk"), None]
+    taken_in, looked_after = threading.Event(), threading.Event()
+    asked = list[list[str]]()
+
+    def prepared(self: Kinds, shots: list[Shot]) -> None:
+        asked.append([shot.id for shot in shots])
+        if (fault := faults.pop(0)) is not None:
+            raise fault
+        prepare(self, shots)
+        if len(shots) == 2:
+            looked_after.clear()
+            assert looked_after.wait(20)
+            taken_in.set()
+
+    def slow(self: Pool, renderer: Any, shot: Shot, chunk: Any) -> None:
+        grew(self, renderer, shot, chunk)
+        if chunk.index == 0 and shot.id == "shot-000":
+            write_manifest(manifest, some_shots(3, num_frames=40))
+            assert taken_in.wait(20)
+
+    def ticked(self: Pool) -> None:
+        tick(self)
+        looked_after.set()
+
+    monkeypatch.setattr("pavdm_dist.farm.run.TICK_S", 0.02)
+    monkeypatch.setattr(Kinds, "prepare_texts", prepared)
+    monkeypatch.setattr(Pool, "grew", slow)
+    monkeypatch.setattr(Pool, "tick", ticked)
+    report = run_farm(farm_config(model), manifest, out)
+    assert (report["shots"], report["done"], report["left"], report["frames"]) == (3, 3, 0, 120)
+    assert asked == [["shot-000"], *3 * [["shot-001", "shot-002"]]]
+    for fault in ("CheckpointError: no such hub", "OSError: no such disk"):
+        assert f"new shots cannot be taken in: {fault}; they are tried again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [(CheckpointError("no such hub"), "no such hub"), (OSError("away"), "taken in: OSError: away")]
+)
+def test_new_lines_that_cannot_be_taken_in_end_a_farm_that_has_nothing_else_to_do(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception, said: str
+) -> None:
+    """No status 0 for what nobody has rendered."""
+    manifest, out, more = write_manifest(tmp_path / "m.jsonl", some_shots(1)), tmp_path / "out", Intake.more
+
+    def late(self: Intake) -> Any:
+        if latents_of(out):
+            write_manifest(manifest, some_shots(2))
+        return more(self)
+
+    def prepared(_: Kinds, shots: list[Shot]) -> None:
+        if shots[0].id == "shot-001":
+            raise fault
+
+    monkeypatch.setattr(Intake, "more", late)
+    monkeypatch.setattr(Kinds, "prepare_texts", prepared)
+    with pytest.raises(ConfigError, match=said):
+        run_farm(farm_config(model), manifest, out)
+    assert list(latents_of(out)) == ["shot-000"]
 
 
 def test_a_shot_in_other_hands_is_waited_for_and_taken_over(model: Path, tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ class Intake:
         self._name = ""
         self._watch = Watch()
         self._known: dict[str, bytes] = {}  # what was said of each shot when it was taken in
+        self._newest: Collection[str] = ()  # of these, what the last look found
         self._stamp: object = None
 
     def first(self) -> Found:
@@ -84,17 +85,27 @@ class Intake:
         """Lines that have come since; None where there are none. A manifest with a fault is told of, and left alone.
 
         A line counts from its line break on: until then somebody may be writing it.
+
+        Raises:
+            Exception: whatever a store says that is away; :meth:`put_back` lets the next look see it all again.
         """
+        self._newest = ()
         stamp = self._seen()
         if stamp == self._stamp:
             return None
         self._stamp = stamp
         try:
             found = self._sorted(self._known)
-        except (ConfigError, OSError) as error:
+        except ConfigError as error:
             logger.warning("%s; nothing of what is new is taken in", error)
             return None
         return found if found.left or found.done or found.failed else None
+
+    def put_back(self) -> None:
+        """Lets the next look find again what the last one found."""
+        for id in self._newest:
+            del self._known[id]
+        self._newest, self._stamp = (), object()
 
     def forget_failures(self, shots: Iterable[Shot]) -> None:
         """Removes the records of failures of shots that are tried again from now on.
@@ -157,7 +168,9 @@ class Intake:
             else:
                 found.left.append(shot)
                 found.frames_left += frames
-        self._known |= {shot.id: _said(shot) for shot in new}
+        taken = {shot.id: _said(shot) for shot in new}
+        self._known |= taken
+        self._newest = taken.keys()
         return found
 
     def _tidy(self, id: str) -> None:
