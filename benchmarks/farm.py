@@ -8,6 +8,7 @@ A tiny untrained model, whose shots take a fraction of a second: for real ones e
   most memory that Python held for a tenth of them and for a twentieth;
 * ``check_own_prompts``: the same, with later prompts on every line that no other line has, as times or as chunks;
 * ``finished``: `farm run` over 10,000 finished shots (500), until it knows that nothing is left;
+* ``finished_own_prompts``: the same, with another later prompt in each;
 * ``rendering``, ``one_in_flight``: shots on one renderer of two stages, two or one of them in flight; ``idle_share``:
   of the renderer's time with no shot begun though some waited; ``stage_gaps_share``: of the time from the first unit
   to the last, what the first stage had between the last unit of a shot and the first of the next with nothing else in
@@ -52,6 +53,7 @@ def main() -> None:
             "check": _check(model, folder, 5_000 if quick else 100_000, _manifest),
             "check_own_prompts": _check(model, folder, 5_000 if quick else 100_000, _own_prompts),
             "finished": _finished(model, folder, 500 if quick else 10_000),
+            "finished_own_prompts": _finished(model, folder, 500 if quick else 10_000, own_prompts=True),
             "rendering": _rendering(model, folder, 12 if quick else 60, streams=2),
             "one_in_flight": _rendering(model, folder, 6 if quick else 30, streams=1),
         }
@@ -96,19 +98,26 @@ def _own_prompts(path: Path, lines: int) -> Path:
     return write_manifest(path, shots)
 
 
-def _finished(model: Path, folder: Path, shots: int) -> dict[str, Any]:
+def _finished(model: Path, folder: Path, shots: int, own_prompts: bool = False) -> dict[str, Any]:
     """One shot is rendered, and its files stand for all."""
-    out, config = folder / "finished", farm_config(model)
-    listed = some_shots(shots, seed=0)
-    for shot in listed:
+    out, config = folder / f"finished{own_prompts:d}", farm_config(model)
+    listed = some_shots(shots, seed=0, num_frames=8 * FRAMES)
+    for number, shot in enumerate(listed):
         shot["prompt"] = listed[0]["prompt"]
+        if own_prompts:
+            shot["overrides"] = {"prompt_schedule": [{"from_chunk": 2, "prompt": f"a blue seven number {number}"}]}
     run_farm(config, write_manifest(folder / "one.jsonl", listed[:1]), out)
     first = out / "shots/shot-000"
+    sidecar = json.loads((first / "video.json").read_text())
     for shot in listed[1:]:
         place = out / "shots" / shot["id"]
         place.mkdir()
         for file in first.iterdir():
-            (place / file.name).hardlink_to(file)
+            if not own_prompts or file.suffix != ".json":
+                (place / file.name).hardlink_to(file)
+        if own_prompts:
+            sidecar["identity"]["prompt_schedule"] = [list(shot["overrides"]["prompt_schedule"][0].values())]
+            (place / "video.json").write_text(json.dumps(sidecar))
     manifest = write_manifest(folder / "all.jsonl", listed)
     start, cpu = time.perf_counter(), time.process_time()
     report = run_farm(config, manifest, out)
@@ -180,7 +189,7 @@ def _gaps(trace: Path) -> float:
 
 def _table(report: dict[str, Any]) -> str:
     lines = [machine_line(report["machine"]), ""]
-    for name in ("check", "check_own_prompts", "finished", "rendering", "one_in_flight"):
+    for name in ("check", "check_own_prompts", "finished", "finished_own_prompts", "rendering", "one_in_flight"):
         lines.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in report[name].items()))
     return "\n".join(lines)
 

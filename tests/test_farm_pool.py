@@ -20,7 +20,7 @@ from pavdm_dist.farm.desk import Ended, end_of
 from pavdm_dist.farm.logs import ShotLog
 from pavdm_dist.farm.manifest import checked
 from pavdm_dist.farm.pool import Pool
-from pavdm_dist.farm.run import write_failed
+from pavdm_dist.farm.run import _looked_after, write_failed
 from pavdm_dist.farm.settings import PoolConfig
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import Failure, Tree
@@ -347,6 +347,26 @@ def test_a_pool_whose_renderers_never_come_up_says_why(tmp_path: Path, monkeypat
     with pytest.raises(ResourcesError, match="other jobs hold the rest"):
         go_round()
     assert pool._crew.lost == 2
+
+
+def test_a_pool_that_ends_beside_other_work_says_so_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticked, done = threading.Event(), list[str]()
+
+    def tick() -> None:
+        ticked.set()
+        raise EngineError("no renderer comes up")
+
+    pool: Any = SimpleNamespace(tick=tick)
+    monkeypatch.setattr("pavdm_dist.farm.run.TICK_S", 0.01)
+
+    def read() -> None:
+        with _looked_after(pool):
+            assert ticked.wait(20)
+            done.append("a manifest is read")
+
+    with pytest.raises(EngineError, match="no renderer comes up"):
+        read()
+    assert done and not any(thread.name == "pavdm-farm-tick" for thread in threading.enumerate())
 
 
 def test_lines_of_a_renderer_are_told_of_all_its_shots() -> None:

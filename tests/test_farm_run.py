@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -408,6 +409,21 @@ def test_a_farm_tells_a_render_farm_what_every_command_tells_it(
     captured = capsys.readouterr()
     told = [[line for line in text.splitlines() if "rogress: " in line] for text in (captured.err, captured.out)]
     assert tuple(told) == lines
+
+
+def test_time_left_follows_from_what_was_written_here_and_what_is_left_of_all(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Ten of a hundred frames were written here in ten seconds; of the rest sixty are there by other hands."""
+    now, said = [0.0], io.StringIO()
+    bar = FarmProgress(24.0, openjd=said, file=io.StringIO(), clock=lambda: now[0])
+    bar.total, bar.before, now[0] = 100, 20, 10.0
+    with caplog.at_level(logging.INFO, "pavdm_dist"):
+        bar.show(10, 50, "2/4 shots")
+    assert "70/100 frames, 2/4 shots" in caplog.text and "0:30 left" in caplog.text
+    bar.show(12, 90, "4/4 shots")
+    percents = [line for line in said.getvalue().splitlines() if "progress" in line]
+    assert percents == ["openjd_progress: 70.0", "openjd_progress: 100.0"]
 
 
 def test_a_marker_drains_the_farm(model: Path, tmp_path: Path) -> None:
