@@ -117,7 +117,7 @@ class _Counting:
             yield frame
 
 
-@pytest.mark.parametrize(("length", "most"), [(481, 6 * 24), (30, 30), (3, 3), (1, 1)])
+@pytest.mark.parametrize(("length", "most"), [(241, 6 * 24), (30, 30), (3, 3), (1, 1)])
 def test_a_contact_sheet_decodes_what_lies_behind_key_frames_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, most: int
 ) -> None:
