@@ -6,7 +6,9 @@ A tiny untrained model, whose shots take a fraction of a second: for real ones e
 
 * ``check``: a manifest of 100,000 lines (5,000 with --quick) checked whole, with model and prompts; seconds, and the
   most memory that Python held for a tenth of them and for a twentieth;
+* ``check_own_prompts``: the same, with later prompts on every line that no other line has, as times or as chunks;
 * ``finished``: `farm run` over 10,000 finished shots (500), until it knows that nothing is left;
+* ``finished_own_prompts``: the same, with another later prompt in each;
 * ``rendering``, ``one_in_flight``: shots on one renderer of two stages, two or one of them in flight; ``idle_share``:
   of the renderer's time with no shot begun though some waited; ``stage_gaps_share``: of the time from the first unit
   to the last, what the first stage had between the last unit of a shot and the first of the next with nothing else in
@@ -48,26 +50,28 @@ def main() -> None:
         model = tiny_checkpoint(folder / "model")
         report = {
             "machine": machine(),
-            "check": _check(model, folder, 5_000 if quick else 100_000),
+            "check": _check(model, folder, 5_000 if quick else 100_000, _manifest),
+            "check_own_prompts": _check(model, folder, 5_000 if quick else 100_000, _own_prompts),
             "finished": _finished(model, folder, 500 if quick else 10_000),
+            "finished_own_prompts": _finished(model, folder, 500 if quick else 10_000, own_prompts=True),
             "rendering": _rendering(model, folder, 12 if quick else 60, streams=2),
             "one_in_flight": _rendering(model, folder, 6 if quick else 30, streams=1),
         }
     print(json.dumps(report) if arguments.json else _table(report))
 
 
-def _check(model: Path, folder: Path, lines: int) -> dict[str, Any]:
+def _check(model: Path, folder: Path, lines: int, write: Callable[[Path, int], Path]) -> dict[str, Any]:
     kinds = Kinds(farm_config(model))
 
     def held(count: int) -> float:
-        manifest = _manifest(folder / f"{count}.jsonl", count)
+        manifest = write(folder / f"{count}.jsonl", count)
         tracemalloc.start()
         assert sum(1 for _ in checked(str(manifest), kinds.check)) == count
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return round(most / 2**20, 2)
 
-    manifest = _manifest(folder / "timed.jsonl", lines)
+    manifest = write(folder / "timed.jsonl", lines)
     start, cpu = time.perf_counter(), time.process_time()
     assert sum(1 for _ in checked(str(manifest), kinds.check)) == lines
     return {
@@ -84,19 +88,36 @@ def _manifest(path: Path, lines: int) -> Path:
     return write_manifest(path, ({"prompt": f"a red three number {i}", **kinds[i % 4]} for i in range(lines)))
 
 
-def _finished(model: Path, folder: Path, shots: int) -> dict[str, Any]:
+def _own_prompts(path: Path, lines: int) -> Path:
+    def overrides(i: int) -> dict[str, Any]:
+        if i % 2:
+            return {"timed_prompts": {"0s": "a red three", "2s": f"a blue seven number {i}"}}
+        return {"prompt_schedule": [{"from_chunk": 3, "prompt": f"a blue seven number {i}"}], "guidance_scale": 2.0}
+
+    shots = ({"prompt": "a red three", "seconds": 5, "overrides": overrides(i)} for i in range(lines))
+    return write_manifest(path, shots)
+
+
+def _finished(model: Path, folder: Path, shots: int, own_prompts: bool = False) -> dict[str, Any]:
     """One shot is rendered, and its files stand for all."""
-    out, config = folder / "finished", farm_config(model)
-    listed = some_shots(shots, seed=0)
-    for shot in listed:
+    out, config = folder / f"finished{own_prompts:d}", farm_config(model)
+    listed = some_shots(shots, seed=0, num_frames=8 * FRAMES)
+    for number, shot in enumerate(listed):
         shot["prompt"] = listed[0]["prompt"]
+        if own_prompts:
+            shot["overrides"] = {"prompt_schedule": [{"from_chunk": 2, "prompt": f"a blue seven number {number}"}]}
     run_farm(config, write_manifest(folder / "one.jsonl", listed[:1]), out)
     first = out / "shots/shot-000"
+    sidecar = json.loads((first / "video.json").read_text())
     for shot in listed[1:]:
         place = out / "shots" / shot["id"]
         place.mkdir()
         for file in first.iterdir():
-            (place / file.name).hardlink_to(file)
+            if not own_prompts or file.suffix != ".json":
+                (place / file.name).hardlink_to(file)
+        if own_prompts:
+            sidecar["identity"]["prompt_schedule"] = [list(shot["overrides"]["prompt_schedule"][0].values())]
+            (place / "video.json").write_text(json.dumps(sidecar))
     manifest = write_manifest(folder / "all.jsonl", listed)
     start, cpu = time.perf_counter(), time.process_time()
     report = run_farm(config, manifest, out)
@@ -168,7 +189,7 @@ def _gaps(trace: Path) -> float:
 
 def _table(report: dict[str, Any]) -> str:
     lines = [machine_line(report["machine"]), ""]
-    for name in ("check", "finished", "rendering", "one_in_flight"):
+    for name in ("check", "check_own_prompts", "finished", "finished_own_prompts", "rendering", "one_in_flight"):
         lines.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in report[name].items()))
     return "\n".join(lines)
 

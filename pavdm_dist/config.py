@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -30,7 +31,7 @@ from pavdm_dist.fields import (
 )
 from pavdm_dist.method.baselines import block_chunks
 from pavdm_dist.method.schedule import WindowPlan
-from pavdm_dist.timed import first_prompt
+from pavdm_dist.timed import first_prompt, timed
 
 DEFAULT_SECONDS = 5.0
 
@@ -264,14 +265,24 @@ def _check_prompts(config: SampleConfig, needs_prompt: bool) -> None:
             raise ConfigError(f"prompts={config.prompts}: {what}")
         if config.output.lower().endswith(".mp4"):
             raise ConfigError(f"output={config.output}: prompts=FILE renders several videos, output must be a folder")
-    if config.timed_prompts and config.prompt_schedule:
-        raise ConfigError("prompt_schedule and timed_prompts: give one of them")
+    check_changes(config.prompt_schedule, config.timed_prompts)
     if first is not None and config.prompt not in (None, first):
         raise ConfigError(f"prompt={config.prompt!r} and timed_prompts[0s]={first!r}: give one of them")
     if first is not None and config.prompts is not None:
         raise ConfigError(f"prompts={config.prompts} and timed_prompts[0s]={first!r}: give one of them")
+
+
+def check_changes(prompt_schedule: Sequence[PromptChange], timed_prompts: Mapping[str, str]) -> None:
+    """Refuses later prompts that are given twice, or out of order.
+
+    Raises:
+        ConfigError: with the field, its value and what is legal.
+    """
+    if timed_prompts and prompt_schedule:
+        raise ConfigError("prompt_schedule and timed_prompts: give one of them")
+    timed(timed_prompts)
     previous = 0
-    for change in config.prompt_schedule:
+    for change in prompt_schedule:
         if change.from_chunk <= previous:
             raise ConfigError(
                 f"prompt_schedule: from_chunk={change.from_chunk} must be above {previous}, "

@@ -106,16 +106,22 @@ def _check_text(prompt: str, checkpoint: Checkpoint) -> None:
     checkpoint.text_encoder.check(prompt, checkpoint.shape.spec.text_len)
 
 
+def needed_texts(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> list[str]:
+    """All that must be encoded before a video is sampled: its texts, and what stands for no prompt where it is read."""
+    texts = texts_of(request, params)
+    if params.guidance_scale != 1 and checkpoint.shape.null_text_tensor is None:
+        texts.append("")
+    return texts
+
+
 def prepare_texts(requests: Iterable[VideoRequest], params: SamplingParams, checkpoint: Checkpoint) -> None:
     """Encodes what is not cached of these videos' texts; a large encoder is loaded once for all of them.
 
     Raises:
         CheckpointError: the encoder cannot be loaded.
     """
-    texts = [text for request in requests for text in texts_of(request, params)]
-    if params.guidance_scale != 1 and checkpoint.shape.null_text_tensor is None:
-        texts.append("")
-    checkpoint.text_encoder.prepare(texts)
+    texts = [text for request in requests for text in needed_texts(request, params, checkpoint)]
+    checkpoint.text_encoder.prepare(dict.fromkeys(texts))
 
 
 def encoded(prompt: str, params: SamplingParams, checkpoint: Checkpoint) -> Tensor:

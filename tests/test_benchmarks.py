@@ -259,6 +259,8 @@ def test_a_farm_costs_little_beside_its_rendering() -> None:
     found = report("farm.py", "--quick")
     check_machine(found)
     assert found["check"]["mib_of_a_tenth"] < 1 and found["finished"]["shots"] == 500
+    for what in ("check", "finished"):
+        assert found[f"{what}_own_prompts"]["cpu_s"] < 3 * found[what]["cpu_s"] + 1
     rendering = found["rendering"]
     assert rendering["idle_share"] < 0.05 and rendering["stage_gaps_share"] < 0.05
     assert rendering["scheduling_share"] < 0.01

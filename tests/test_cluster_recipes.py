@@ -60,8 +60,12 @@ def _rename(mapping: dict[str, Any], old: str, new: str) -> None:
     mapping[new] = mapping.pop(old)
 
 
+def _worker(job: dict[str, Any]) -> dict[str, Any]:
+    return _cluster(job)["workerGroupSpecs"][0]["template"]["spec"]
+
+
 def _container(job: dict[str, Any]) -> dict[str, Any]:
-    return _cluster(job)["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
+    return _worker(job)["containers"][0]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +82,7 @@ def _container(job: dict[str, Any]) -> dict[str, Any]:
         (lambda job: _container(job)["resources"].update(limit={}), "limit"),
         (lambda job: _container(job).pop("name"), "name"),
         (lambda job: _container(job)["volumeMounts"][0].update(name="outputs"), "no volume 'outputs'"),
-        (lambda job: _cluster(job).update(autoscalerOptions={"version": "v2"}), "needs restartPolicy: Never"),
+        (lambda job: _worker(job).pop("restartPolicy"), "needs restartPolicy: Never"),
         (lambda job: _cluster(job)["workerGroupSpecs"][0].update(replicas=9), "replicas=9 is not within"),
     ],
 )
@@ -116,13 +120,18 @@ def test_the_rayjob_entrypoint_is_a_command_that_fits_its_cluster() -> None:
     config = run_config(SampleConfig, [word for word in words if not word.startswith("--")], needs_prompt=True)
     cpu = manifest()["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     per_pod = int(cpu["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"])
-    assert 0 < config.num_stages * config.cpus_per_stage <= per_pod * cpu["replicas"]
+    assert 0 < config.num_stages * config.cpus_per_stage <= per_pod * cpu["maxReplicas"]
+    # Nothing is there when it begins.
+    assert config.placement_timeout_s >= 600
 
 
-def test_the_cluster_that_stays_grows_from_zero_and_asks_for_its_token() -> None:
-    cluster = kuberay.cluster_of(manifest(KUBERAY / "raycluster.yaml"))
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+def test_a_cluster_grows_from_zero_and_asks_for_its_token(path: Path) -> None:
+    cluster = kuberay.cluster_of(manifest(path))
     assert cluster["authOptions"] == {"mode": "token"} and cluster["enableInTreeAutoscaling"] is True
-    assert [group["replicas"] for group in cluster["workerGroupSpecs"]] == [0, 0]
+    assert cluster["autoscalerOptions"]["version"] == "v2"
+    for group in cluster["workerGroupSpecs"]:
+        assert group["replicas"] == group["minReplicas"] == 0 < group["maxReplicas"]
     gpus = [
         group["template"]["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu")
         for group in cluster["workerGroupSpecs"]
@@ -246,6 +255,7 @@ def test_submit_hands_on_what_the_job_will_find(recorder: Path, words: list[str]
 
 
 def test_submit_sends_code_and_nothing_that_lies_beside_it(recorder: Path, tmp_path: Path) -> None:
+    from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
     from ray._private.runtime_env.packaging import create_package
 
     checkout = tmp_path / "checkout"
@@ -263,9 +273,19 @@ def test_submit_sends_code_and_nothing_that_lies_beside_it(recorder: Path, tmp_p
     sent = {info.filename for info in zipfile.ZipFile(package).infolist() if not info.is_dir()}
     assert {"pavdm_dist/cli.py", "pavdm_dist/embedded/model_index.json", "configs/train/embedded.yaml"} <= sent
     assert {name.partition("/")[0] for name in sent} <= {"pavdm_dist", "configs", "x"}
-    # What Ray would refuse after minutes of packing, and what it is.
-    with open(checkout / "pavdm_dist" / "holiday.mp4", "wb") as file:
-        file.write(bytes(160 << 20))
+    # What Ray would refuse after minutes of packing, and what it is: of zeros, too, as it compresses nothing.
+    film = checkout / "pavdm_dist" / "holiday.mp4"
+    film.write_bytes(bytes(2 << 20))
+    code, package = package.stat().st_size, tmp_path / "film.zip"
+    create_package(folder, package, include_gitignore=True, excludes=about["excludes"])
+    assert package.stat().st_size > code + film.stat().st_size
+    assert DASHBOARD_CLIENT_MAX_SIZE == 100 << 20
+    with open(film, "r+b") as file:
+        file.truncate((98 << 20) - code)
+    done = submit(recorder, script=checkout / "cluster" / "ray_job" / "submit.sh", OUTPUT=str(tmp_path / "a.mp4"))
+    assert done.returncode == 0, done.stderr
+    with open(film, "r+b") as file:
+        file.truncate(100 << 20)
     done = submit(recorder, script=checkout / "cluster" / "ray_job" / "submit.sh", OUTPUT=str(tmp_path / "a.mp4"))
     assert (
         done.returncode == 2

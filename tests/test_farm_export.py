@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from farms import finished_tree
 
@@ -15,11 +18,12 @@ from pavdm_dist.engine.order import Unit
 from pavdm_dist.engine.report import RunReport, Span
 from pavdm_dist.engine.trace import write_trace
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.farm.report import write_report
+from pavdm_dist.farm.report import _pictures, write_report
 from pavdm_dist.farm.status import status_report
 from pavdm_dist.farm.traces import keep_shots, shot_times, trace_path
 from pavdm_dist.farm.tree import Failure
 from pavdm_dist.farm.vbench import export_vbench
+from pavdm_dist.io.encode import EncoderOptions, export_to_video
 
 THREE, SEVEN = "a red three", "a blue seven, drifting"
 
@@ -89,6 +93,52 @@ def test_shots_that_were_traced_have_a_chart_of_their_stages(tmp_path: Path, cap
     assert page.text.count("6.5 s; busy with this shot: stage 0 69%, stage 1 69%") == 2
     # 260 pixels are 6.5 seconds; of the second stage the first bar begins a second later, in a row below.
     assert "M0 0h60v10H0z" in text and "M40 12h60v10H40z" in text
+
+
+class _Counting:
+    """A container that counts what of it is decoded."""
+
+    def __init__(self, container: Any, decoded: list[int]) -> None:
+        self._container, self._frames = container, decoded
+
+    def __enter__(self) -> Any:
+        self._container.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._container.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._container, name)
+
+    def decode(self, stream: Any) -> Iterator[Any]:
+        for frame in self._container.decode(stream):
+            self._frames.append(frame.pts)
+            yield frame
+
+
+@pytest.mark.parametrize(("length", "most"), [(241, 6 * 24), (30, 30), (3, 3), (1, 1)])
+def test_a_contact_sheet_decodes_what_lies_behind_key_frames_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, most: int
+) -> None:
+    import av
+
+    path = tmp_path / "video.mp4"
+    shades = (np.full((32, 48, 3), 255 * number // length, dtype=np.uint8) for number in range(length))
+    export_to_video(shades, path, 24, EncoderOptions(preset="fast", keyframe_seconds=1.0))
+    wanted = [round(index * (length - 1) / 5) for index in range(6)]
+    with av.open(path) as container:
+        every = [frame.to_image().resize((108, 72)) for frame in container.decode(video=0)]
+    decoded: list[int] = []
+    with monkeypatch.context() as patch:
+        opened = av.open
+        patch.setattr(av, "open", lambda name: _Counting(opened(name), decoded))
+        pictures = list(_pictures(str(path), length))
+    assert len(every) == length
+    assert [one.tobytes() for one in pictures] == [every[number].tobytes() for number in sorted(set(wanted))]
+    assert len(decoded) <= most
+    # A sidecar that tells of more than there is: what there is, is shown.
+    assert len(list(_pictures(str(path), 10 * length))) == 1
 
 
 def test_status_and_report_take_sidecars_of_others_for_what_they_are(tmp_path: Path) -> None:

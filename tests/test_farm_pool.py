@@ -20,7 +20,7 @@ from pavdm_dist.farm.desk import Ended, end_of
 from pavdm_dist.farm.logs import ShotLog
 from pavdm_dist.farm.manifest import checked
 from pavdm_dist.farm.pool import Pool
-from pavdm_dist.farm.run import write_failed
+from pavdm_dist.farm.run import _looked_after, write_failed
 from pavdm_dist.farm.settings import PoolConfig
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import Failure, Tree
@@ -50,7 +50,13 @@ def _pool(tmp_path: Path, streams: int = 1, renderers: int = 1, **options: Any) 
     settings = PoolConfig(**{"poll_s": 0.01, "retry_s": 0.0, **options})
     config = SimpleNamespace(farm=settings, streams=streams, num_stages=1, ray_address=None)
     params = SimpleNamespace(num_inference_steps=6, window_chunks=3)
-    kinds: Any = SimpleNamespace(config=config, identity="x", kind_of=lambda _: SimpleNamespace(params=params))
+    kinds: Any = SimpleNamespace(
+        config=config,
+        identity="x",
+        kind_of=lambda _: SimpleNamespace(params=params),
+        frames=lambda _: 10,
+        frames_before=lambda _, chunk: 2 * chunk,
+    )
     pool = Pool(kinds, Tree(str(tmp_path)))
     found: list[Any] = [FakeRenderer(f"renderer-{i}") for i in range(renderers)]
     pool._crew.hands = [Hand(renderer) for renderer in found]
@@ -123,6 +129,38 @@ def test_a_lost_renderer_costs_an_attempt_unless_the_shot_had_got_further(tmp_pa
     assert failure is not None and failure.kind == "lost" and failure.error == "stage 1 died (2 attempts)"
     assert failure.attempts == 2
     assert pool.take(one) is None and pool.ends["failed"] == 1
+
+
+def test_frames_count_where_they_are_whoever_wrote_them(tmp_path: Path) -> None:
+    """Of ten frames, two a chunk: what was there before, what is made again, and what nobody will make."""
+    pool, (one,) = _pool(tmp_path, retries=1)
+    pool.submit([_shot(id) for id in "abcde"])
+    told = []
+
+    def tell() -> None:
+        told.append(pool.reached.frames)
+
+    a = pool.take(one)
+    assert a is not None
+    pool.begun(one, a, 2)  # its first four frames are of an earlier run
+    pool.grew(one, a, _chunk(2))
+    tell()
+    pool.ended(one, a, Ended("again", "lost", "stage 1 died"))
+    a = pool.take(one)
+    assert a is not None and a.id == "a"
+    pool.begun(one, a, 1)  # its state on disk is older
+    tell()
+    pool.grew(one, a, _chunk(1))
+    pool.ended(one, a, Ended("done"))
+    tell()
+    for ended in (Ended("done", "elsewhere"), Ended("failed", "input"), Ended("cancelled")):
+        shot = pool.take(one)
+        assert shot is not None
+        pool.ended(one, shot, ended)
+        tell()
+    pool.cancel("e")
+    tell()
+    assert told == [6, 2, 10, 20, 30, 40, 50] and pool.frames == 4
 
 
 def test_markers_that_cannot_be_looked_at_are_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,6 +347,26 @@ def test_a_pool_whose_renderers_never_come_up_says_why(tmp_path: Path, monkeypat
     with pytest.raises(ResourcesError, match="other jobs hold the rest"):
         go_round()
     assert pool._crew.lost == 2
+
+
+def test_a_pool_that_ends_beside_other_work_says_so_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticked, done = threading.Event(), list[str]()
+
+    def tick() -> None:
+        ticked.set()
+        raise EngineError("no renderer comes up")
+
+    pool: Any = SimpleNamespace(tick=tick)
+    monkeypatch.setattr("pavdm_dist.farm.run.TICK_S", 0.01)
+
+    def read() -> None:
+        with _looked_after(pool):
+            assert ticked.wait(20)
+            done.append("a manifest is read")
+
+    with pytest.raises(EngineError, match="no renderer comes up"):
+        read()
+    assert done and not any(thread.name == "pavdm-farm-tick" for thread in threading.enumerate())
 
 
 def test_lines_of_a_renderer_are_told_of_all_its_shots() -> None:

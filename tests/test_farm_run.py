@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -30,11 +31,12 @@ from helpers import tiny_checkpoint
 
 from pavdm_dist import cli
 from pavdm_dist.config import ClusterConfig
-from pavdm_dist.errors import ConfigError, FailedVideosError
+from pavdm_dist.errors import CheckpointError, ConfigError, FailedVideosError
 from pavdm_dist.farm.intake import Intake
 from pavdm_dist.farm.kinds import OVERRIDES, Kinds
 from pavdm_dist.farm.manifest import ManifestError, checked
 from pavdm_dist.farm.pool import Pool
+from pavdm_dist.farm.progress import FarmProgress
 from pavdm_dist.farm.settings import FarmConfig, PoolConfig, validate_farm
 from pavdm_dist.farm.shot import Shot, seed_of
 from pavdm_dist.farm.sizing import sized
@@ -245,6 +247,72 @@ def test_new_lines_are_taken_in_and_bad_ones_told_of(
     assert "line 2: prompt is missing; it must be text; nothing of what is new is taken in" in caplog.text
 
 
+def test_new_lines_that_cannot_be_taken_in_now_are_tried_again_beside_the_rendering(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The hub is away, then a disk; meanwhile renderers are looked after."""
+    manifest, out = write_manifest(tmp_path / "m.jsonl", some_shots(1, num_frames=40)), tmp_path / "out"
+    prepare, grew, tick = Kinds.prepare_texts, Pool.grew, Pool.tick
+    faults: list[Exception | None] = [None, CheckpointError("no such hub"), OSError("no such disk"), None]
+    taken_in, looked_after = threading.Event(), threading.Event()
+    asked = list[list[str]]()
+
+    def prepared(self: Kinds, shots: list[Shot]) -> None:
+        asked.append([shot.id for shot in shots])
+        if (fault := faults.pop(0)) is not None:
+            raise fault
+        prepare(self, shots)
+        if len(shots) == 2:
+            looked_after.clear()
+            assert looked_after.wait(20)
+            taken_in.set()
+
+    def slow(self: Pool, renderer: Any, shot: Shot, chunk: Any) -> None:
+        grew(self, renderer, shot, chunk)
+        if chunk.index == 0 and shot.id == "shot-000":
+            write_manifest(manifest, some_shots(3, num_frames=40))
+            assert taken_in.wait(20)
+
+    def ticked(self: Pool) -> None:
+        tick(self)
+        looked_after.set()
+
+    monkeypatch.setattr("pavdm_dist.farm.run.TICK_S", 0.02)
+    monkeypatch.setattr(Kinds, "prepare_texts", prepared)
+    monkeypatch.setattr(Pool, "grew", slow)
+    monkeypatch.setattr(Pool, "tick", ticked)
+    report = run_farm(farm_config(model), manifest, out)
+    assert (report["shots"], report["done"], report["left"], report["frames"]) == (3, 3, 0, 120)
+    assert asked == [["shot-000"], *3 * [["shot-001", "shot-002"]]]
+    for fault in ("CheckpointError: no such hub", "OSError: no such disk"):
+        assert f"new shots cannot be taken in: {fault}; they are tried again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [(CheckpointError("no such hub"), "no such hub"), (OSError("away"), "taken in: OSError: away")]
+)
+def test_new_lines_that_cannot_be_taken_in_end_a_farm_that_has_nothing_else_to_do(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception, said: str
+) -> None:
+    """No status 0 for what nobody has rendered."""
+    manifest, out, more = write_manifest(tmp_path / "m.jsonl", some_shots(1)), tmp_path / "out", Intake.more
+
+    def late(self: Intake) -> Any:
+        if latents_of(out):
+            write_manifest(manifest, some_shots(2))
+        return more(self)
+
+    def prepared(_: Kinds, shots: list[Shot]) -> None:
+        if shots[0].id == "shot-001":
+            raise fault
+
+    monkeypatch.setattr(Intake, "more", late)
+    monkeypatch.setattr(Kinds, "prepare_texts", prepared)
+    with pytest.raises(ConfigError, match=said):
+        run_farm(farm_config(model), manifest, out)
+    assert list(latents_of(out)) == ["shot-000"]
+
+
 def test_a_shot_in_other_hands_is_waited_for_and_taken_over(model: Path, tmp_path: Path) -> None:
     """Its holder is alive at first; then it is gone, and left its lock."""
     out = tmp_path / "out"
@@ -333,7 +401,7 @@ def test_a_farm_tells_a_render_farm_what_every_command_tells_it(
         bar = progress(24.0)
         bar.total = 200
         for frames in (50, 50, 200):
-            bar.show(frames, "1/4 shots")
+            bar.show(frames, frames, "1/4 shots")
         return {}
 
     monkeypatch.setattr("pavdm_dist.farm.run.run_command", run)
@@ -341,6 +409,21 @@ def test_a_farm_tells_a_render_farm_what_every_command_tells_it(
     captured = capsys.readouterr()
     told = [[line for line in text.splitlines() if "rogress: " in line] for text in (captured.err, captured.out)]
     assert tuple(told) == lines
+
+
+def test_time_left_follows_from_what_was_written_here_and_what_is_left_of_all(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Ten of a hundred frames were written here in ten seconds; of the rest sixty are there by other hands."""
+    now, said = [0.0], io.StringIO()
+    bar = FarmProgress(24.0, openjd=said, file=io.StringIO(), clock=lambda: now[0])
+    bar.total, bar.before, now[0] = 100, 20, 10.0
+    with caplog.at_level(logging.INFO, "pavdm_dist"):
+        bar.show(10, 50, "2/4 shots")
+    assert "70/100 frames, 2/4 shots" in caplog.text and "0:30 left" in caplog.text
+    bar.show(12, 90, "4/4 shots")
+    percents = [line for line in said.getvalue().splitlines() if "progress" in line]
+    assert percents == ["openjd_progress: 70.0", "openjd_progress: 100.0"]
 
 
 def test_a_marker_drains_the_farm(model: Path, tmp_path: Path) -> None:
@@ -537,5 +620,15 @@ def test_a_farm_that_is_not_to_wait_saves_what_is_there(
         patched.setattr(Pool, "grew", stops_at_chunk(4))
         report = run_farm(config, manifest, out)
     assert (report["done"], report["left"]) == (0, 1) and Tree(str(out)).state("shot-000").standing == "begun"
-    again, whole = run_farm(config, manifest, out), run_farm(config, manifest, tmp_path / "whole")
+    told, shown = FarmProgress.show, list[tuple[int, int]]()
+
+    def show(self: FarmProgress, frames: int, reached: int, status: str) -> None:
+        shown.append((frames, reached))
+        told(self, frames, reached, status)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FarmProgress, "show", show)
+        again = run_farm(config, manifest, out)
+    whole = run_farm(config, manifest, tmp_path / "whole")
     assert again["frames"] < whole["frames"] == 400 and latents_of(out) == latents_of(tmp_path / "whole")
+    assert shown[-1] == (again["frames"], 400), "what was there before counts, and an end is the end"

@@ -127,3 +127,16 @@ def test_numbers_sent_as_text_are_the_numbers_that_were_sent() -> None:
     assert shot_of("x", {"prompt": "a", "seconds": "1.5"}, "m").seconds == 1.5
     with pytest.raises(ConfigError, match="seed="):  # which no float can say
         shot_of("x", {"prompt": "a", "seed": "9007199254740993.0"}, "m")
+
+
+@pytest.mark.parametrize("rate", ["30000/1001", "30000:1001", "ntsc", " NTSC "])
+def test_a_rate_may_be_written_as_everywhere_else(rate: str) -> None:
+    assert shot_of("x", {"prompt": "a", "fps": rate}, "m").overrides == {"fps": 30000 / 1001}
+
+
+def test_what_is_no_rate_is_refused_with_what_is_one() -> None:
+    for rate in ("fast", "1/0", "2000/1"):
+        with pytest.raises(ConfigError, match=r"fps=.*a fraction such as 30000/1001 or a name such as ntsc"):
+            shot_of("x", {"prompt": "a", "fps": rate}, "m")
+    with pytest.raises(ConfigError, match=r"guidance_scale=ntsc: must be a number$"):
+        shot_of("x", {"prompt": "a", "guidance_scale": "ntsc"}, "m")

@@ -120,6 +120,26 @@ def test_a_share_that_is_away_is_tried_again(tree: Tree, monkeypatch: pytest.Mon
     assert removals.sweep() == [ID] and files(tree) == ["cancel"]
 
 
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("SlowDown")], ids=repr)
+def test_a_mark_that_cannot_be_read_ends_nothing(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    """Whoever renders the video asks, and a server that starts; stores have errors of kinds of their own."""
+    removals = Removals(tree)
+    removals.mark(ID)
+
+    def away(_: str) -> object:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pavdm_dist.serve.removals.open_read", away)
+        assert not removals.is_deleted(ID) and str(error) in caplog.text
+        removals.finish(tree.scan(), {})
+    assert removals.is_deleted(ID) and "video.mp4" in files(tree)
+    removals.finish(tree.scan(), {})
+    assert files(tree) == ["cancel"]
+
+
 def test_a_store_that_does_not_answer_holds_up_no_other_deletion(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     other = "video_other"
     asked(tree, other)

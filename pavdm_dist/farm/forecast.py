@@ -34,8 +34,8 @@ def dry_run(config: FarmConfig, manifest: str | None, out: str) -> dict[str, Any
     """
     tree, kinds = Tree(out), Kinds(config)
     there = tree.scan()
-    alike: Counter[tuple[str | None, str, int]] = Counter()
-    example: dict[tuple[str | None, str, int], Shot] = {}
+    alike: Counter[tuple[Any, int]] = Counter()
+    example: dict[tuple[Any, int], Shot] = {}
     shots = done = 0
     seconds = 0.0
     for shot in tree.shots() if manifest is None else checked(manifest, kinds.check):
@@ -44,10 +44,10 @@ def dry_run(config: FarmConfig, manifest: str | None, out: str) -> dict[str, Any
             done += 1
             continue
         seconds += kinds.seconds(shot)
-        key = shot.size, repr(sorted(shot.overrides.items())), kinds.frames(shot)
+        key = kinds.key_of(shot), kinds.frames(shot)
         alike[key] += 1
         example.setdefault(key, shot)
-    plans = [_planned(config, kinds.kind_of(example[key]), key[2], count) for key, count in alike.most_common(PLANNED)]
+    plans = [_planned(config, kinds.kind_of(example[key]), key[1], count) for key, count in alike.most_common(PLANNED)]
     totals = {
         name: round(sum(plan[name] * plan["shots"] if name == "model_calls" else plan[name] for plan in plans), 4)
         for name in ("model_calls", "device_hours", "cost", "hours")

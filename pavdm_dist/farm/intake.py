@@ -64,6 +64,7 @@ class Intake:
         self._name = ""
         self._watch = Watch()
         self._known: dict[str, bytes] = {}  # what was said of each shot when it was taken in
+        self._newest: Collection[str] = ()  # of these, what the last look found
         self._stamp: object = None
 
     def first(self) -> Found:
@@ -84,17 +85,27 @@ class Intake:
         """Lines that have come since; None where there are none. A manifest with a fault is told of, and left alone.
 
         A line counts from its line break on: until then somebody may be writing it.
+
+        Raises:
+            Exception: whatever a store says that is away; :meth:`put_back` lets the next look see it all again.
         """
+        self._newest = ()
         stamp = self._seen()
         if stamp == self._stamp:
             return None
         self._stamp = stamp
         try:
             found = self._sorted(self._known)
-        except (ConfigError, OSError) as error:
+        except ConfigError as error:
             logger.warning("%s; nothing of what is new is taken in", error)
             return None
         return found if found.left or found.done or found.failed else None
+
+    def put_back(self) -> None:
+        """Lets the next look find again what the last one found."""
+        for id in self._newest:
+            del self._known[id]
+        self._newest, self._stamp = (), object()
 
     def forget_failures(self, shots: Iterable[Shot]) -> None:
         """Removes the records of failures of shots that are tried again from now on.
@@ -106,9 +117,16 @@ class Intake:
             for shot in shots:
                 self._tree.forget_failure(shot.id)
 
-    def _shots(self, there: Mapping[str, frozenset[str]], growing: Container[str] | None) -> Iterator[Shot]:
+    def _shots(
+        self, there: Mapping[str, frozenset[str]], growing: Container[str] | None, frames: dict[str, int]
+    ) -> Iterator[Shot]:
+        """All shots, once every one is checked; ``frames`` gets the length of each new one, which takes its settings:
+        those of many kinds would have to be settled a second time."""
+
         def check(shot: Shot) -> None:
             self._kinds.check(shot)
+            if shot.id not in self._known:
+                frames[shot.id] = self._kinds.frames(shot)
             if SIDECAR in there.get(shot.id, ()):
                 self._check_unchanged(shot)
 
@@ -137,10 +155,10 @@ class Intake:
             logger.warning(said, self._manifest, ", ".join(changed[:_TOLD]), more)
 
     def _sorted(self, growing: Container[str] | None) -> Found:
-        there, found = self._tree.scan(), Found([])
-        new = [shot for shot in self._shots(there, growing) if shot.id not in self._known]
+        there, found, lengths = self._tree.scan(), Found([]), dict[str, int]()
+        new = [shot for shot in self._shots(there, growing, lengths) if shot.id not in self._known]
         for shot in new:
-            names, frames = there.get(shot.id, frozenset()), self._kinds.frames(shot)
+            names, frames = there.get(shot.id, frozenset()), lengths[shot.id]
             if SIDECAR in names:
                 if VIDEO + PARTS_SUFFIX in names:
                     self._tidy(shot.id)
@@ -150,7 +168,9 @@ class Intake:
             else:
                 found.left.append(shot)
                 found.frames_left += frames
-        self._known |= {shot.id: _said(shot) for shot in new}
+        taken = {shot.id: _said(shot) for shot in new}
+        self._known |= taken
+        self._newest = taken.keys()
         return found
 
     def _tidy(self, id: str) -> None:

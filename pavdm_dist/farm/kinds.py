@@ -1,4 +1,4 @@
-"""Shots of one kind share all settings but prompt, seed, length and what they begin with; a kind is settled once."""
+"""Shots of one kind share all settings but prompts, seed, length and what they begin with; a kind is settled once."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from pavdm_dist.commands.videos import Video, Videos
 from pavdm_dist.config import SampleConfig, frames_wanted, validate_sample
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.farm.prompts import PROMPTS, later_prompts
 from pavdm_dist.farm.settings import FarmConfig, sample_settings
 from pavdm_dist.farm.shot import Shot, seed_of, size_of
 from pavdm_dist.io.encode import check_size, require_libx264
@@ -29,7 +30,7 @@ from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.rates import as_rate
 from pavdm_dist.request import VideoRequest
 from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.texts import check_prompts, prepare_texts, timed_prompts
+from pavdm_dist.texts import check_prompts, needed_texts, timed_prompts
 from pavdm_dist.timed import first_prompt
 
 # Settings that a shot may have of its own: what is sampled, never with which weights, where, or on what.
@@ -39,8 +40,8 @@ OVERRIDES = (
     "displaced", "prompt_schedule", "timed_prompts", "prompt_suffix", "include_input", "chunks_per_segment",
     "save_latents",
 )  # fmt: skip
-# Kinds that are kept settled; a farm with more settles some again.
-_KEPT = 256
+# Kinds that are kept settled; a farm with more settles some again, which takes tens of milliseconds each.
+_KEPT = 1024
 # Shots whose texts a large encoder gets at a time.
 _TEXTS = 1024
 
@@ -116,28 +117,33 @@ class Kinds:
         return self._identity
 
     def kind_of(self, shot: Shot) -> Kind:
-        """The settings that a shot shares with others.
+        """The settings that a shot shares with others; its prompts are looked at by :meth:`config_of`.
 
         Raises:
             ConfigError: an override that is none, or settings that the model cannot take.
         """
-        overrides = json.dumps(shot.overrides, sort_keys=True) if shot.overrides else "{}"
-        return self._settled(shot.size, overrides, shot.video is not None, shot.image is not None)
+        return self._settled(*self.key_of(shot))
+
+    def key_of(self, shot: Shot) -> tuple[str | None, str, bool, bool]:
+        """Equal for shots of one kind; checks nothing."""
+        own = {name: value for name, value in shot.overrides.items() if name not in PROMPTS}
+        overrides = json.dumps(own, sort_keys=True) if own else "{}"
+        return shot.size, overrides, shot.video is not None, shot.image is not None
 
     def config_of(self, shot: Shot, output: str) -> SampleConfig:
         """Settings that make this shot alone.
 
         Raises:
-            ConfigError: as :meth:`kind_of`.
+            ConfigError: as :meth:`kind_of`, or later prompts that cannot be.
         """
-        own = self.kind_of(shot).config
-        length = (own.num_frames, own.seconds)
-        if shot.num_frames is not None or shot.seconds is not None:
-            length = (shot.num_frames, shot.seconds)
+        own, later = self.kind_of(shot).config, later_prompts(shot.overrides)
+        length = _length(shot, own)
         return replace(
             own,
-            prompt=shot.prompt or first_prompt(own.timed_prompts),
+            prompt=shot.prompt or first_prompt(later.timed_prompts),
             negative_prompt=shot.negative_prompt,
+            prompt_schedule=later.prompt_schedule,
+            timed_prompts=later.timed_prompts,
             seed=seed_of(shot, self.config.seed),
             num_frames=length[0],
             seconds=length[1],
@@ -153,7 +159,15 @@ class Kinds:
             ConfigError: as :meth:`kind_of`.
         """
         kind = self.kind_of(shot)
-        return frames_wanted(self.config_of(shot, "-"), kind.params.fps)
+        length = _length(shot, kind.config)
+        return frames_wanted(replace(kind.config, num_frames=length[0], seconds=length[1]), kind.params.fps)
+
+    def frames_before(self, shot: Shot, chunk: int) -> int:
+        """New frames of a shot that come before a chunk. Raises as :meth:`frames`."""
+        params, spec = self.kind_of(shot).params, self.checkpoint.codec_spec
+        size = params.latent_chunk_size
+        first, later = (spec.frames_in_chunk(size, first=is_first) for is_first in (not params.warm, False))
+        return min(first + (chunk - 1) * later, self.frames(shot)) if chunk else 0
 
     def seconds(self, shot: Shot) -> float:
         """Seconds of its new frames. Raises as :meth:`frames`."""
@@ -200,20 +214,20 @@ class Kinds:
         return found
 
     def prepare_texts(self, shots: Iterable[Shot]) -> None:
-        """Encodes the texts of shots that no cache has yet, many at a time: a large encoder is loaded for each batch.
+        """Encodes the texts of shots that no cache has yet, many at a time: a large encoder is loaded for each batch,
+        whatever settings its shots have.
 
         Raises:
             CheckpointError: the encoder cannot be loaded.
         """
         left = iter(shots)
         while batch := list(islice(left, _TEXTS)):
-            by_params: dict[int, tuple[SamplingParams, list[VideoRequest]]] = {}
+            texts: dict[str, None] = {}
             for shot in batch:
                 params = self.kind_of(shot).params
-                requests = by_params.setdefault(id(params), (params, []))[1]
-                requests.append(self._request(self.config_of(shot, "-"), params))
-            for params, requests in by_params.values():
-                prepare_texts(requests, params, self.checkpoint)
+                request = self._request(self.config_of(shot, "-"), params)
+                texts |= dict.fromkeys(needed_texts(request, params, self.checkpoint))
+            self.checkpoint.text_encoder.prepare(texts)
 
     def videos(self, shot: Shot, output: str, pipeline: PAVDMPipeline) -> Videos:
         """The files of a shot, and what is asked for it: a command of one video.
@@ -266,3 +280,10 @@ class Kinds:
         if has_image and config.start != "noise":
             raise ConfigError(f"image: start={config.start} begins with a clip; set start=noise, or drop the image")
         return Kind(config, params)
+
+
+def _length(shot: Shot, shared: SampleConfig) -> tuple[int | None, float | None]:
+    """``num_frames`` and ``seconds`` of a shot: its own, or those of all."""
+    if shot.num_frames is not None or shot.seconds is not None:
+        return shot.num_frames, shot.seconds
+    return shared.num_frames, shared.seconds

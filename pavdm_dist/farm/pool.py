@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from pavdm_dist.errors import ConfigError
+from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.farm.crew import Crew, Hand
 from pavdm_dist.farm.desk import Ended, Listener, Sight
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.logs import ShotLog
 from pavdm_dist.farm.meters import make_meters
+from pavdm_dist.farm.reached import Reached
 from pavdm_dist.farm.renderer import Renderer
 from pavdm_dist.farm.said import Said
 from pavdm_dist.farm.shot import Shot
@@ -55,7 +56,8 @@ class Pool:
 
     Attributes:
         ends: how many shots ended how.
-        frames: written so far.
+        frames: written so far, those that were lost and made again once more.
+        reached: how far all shots are.
         over_budget: more shots failed than may.
         ended_by: why it ends although nobody called :meth:`drain`; empty while that is not so.
     """
@@ -80,7 +82,7 @@ class Pool:
         self._stopped = False
         self._membership: Any = None
         self.ends: Counter[str] = Counter()
-        self.frames, self.over_budget, self.ended_by = 0, False, ""
+        self.frames, self.reached, self.over_budget, self.ended_by = 0, Reached(), False, ""
         self._meters = make_meters()
 
     # --- what others ask for ---------------------------------------------------------------------------------
@@ -109,6 +111,8 @@ class Pool:
         with self._turn:
             dropped = self._waiting.drop({id})
             self.ends["cancelled"] += len(dropped)
+            for shot in dropped:
+                self.reached.end(id, self._length(shot))
             running = self._running.get(id)
             self._turn.notify_all()
         if running is not None:
@@ -265,7 +269,9 @@ class Pool:
                 return False
 
     def begun(self, renderer: Renderer, shot: Shot, chunk: int) -> None:
+        before = self._kinds.frames_before(shot, chunk)
         with self._turn:
+            self.reached.begin(shot.id, before)
             running = self._running[shot.id]
             running.begun = True
             hand, attempts = running.hand, running.entry.attempts
@@ -280,6 +286,7 @@ class Pool:
         frames = int(chunk.frames.shape[0])
         with self._turn:
             self.frames += frames
+            self.reached.add(shot.id, frames)
             self._crew.went_on()
             if chunk.index > self._furthest.get(shot.id, -1):
                 self._furthest[shot.id], self._running[shot.id].entry.attempts = chunk.index, 0
@@ -299,7 +306,7 @@ class Pool:
     def _settled(self, shot: Shot, ended: Ended) -> tuple[Ended, int]:
         """What becomes of a shot, the queue being as it then is; one that was begun too often has failed. And how often
         it was begun without getting further, this time included."""
-        options = self._options
+        options, length = self._options, self._length(shot)
         with self._turn:
             running = self._running.pop(shot.id)
             entry, hand = running.entry, running.hand
@@ -318,6 +325,7 @@ class Pool:
                 self._waiting.put_back(entry, options.poll_s)
             else:
                 self._furthest.pop(shot.id, None)
+                self.reached.end(shot.id, length)
             self.ends[ended.how] += ended.how != "aside"
             most = options.max_failed
             spent = most is not None and self.ends["failed"] > most and not self.over_budget
@@ -329,6 +337,13 @@ class Pool:
             logger.error("%s", self.ended_by)
             self.drain()
         return ended, attempts
+
+    def _length(self, shot: Shot) -> int:
+        """New frames of a shot; none where it is asked for what cannot be, which is why it ends."""
+        try:
+            return self._kinds.frames(shot)
+        except PAVDMError:
+            return 0
 
     def _may_take(self, hand: Hand) -> bool:
         """Whether it is a renderer's turn: the least busy first; one more than its places when others have theirs."""

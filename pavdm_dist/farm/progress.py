@@ -54,14 +54,16 @@ class FarmProgress:
             layout = "{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} frames{postfix} [{elapsed}]"
             self._bar = tqdm(total=1, file=stream, bar_format=layout, nrows=20)
 
-    def show(self, frames: int, status: str) -> None:
+    def show(self, frames: int, reached: int, status: str) -> None:
         """Says how far it is.
 
         Args:
-            frames: written by this farm so far; those that were lost and made again count once more.
+            frames: written by this farm so far, from which its speed follows; those that were lost and made again
+                count once more.
+            reached: of the shots that were not complete at the start, frames behind which nothing is left to do.
             status: how many shots are where.
         """
-        done, elapsed = min(self.before + frames, self.total), self._clock() - self._start
+        done, elapsed = min(self.before + reached, self.total), self._clock() - self._start
         rate = frames / self._fps * 60 / elapsed if elapsed > 0 else 0.0
         left = (self.total - done) * elapsed / frames if frames else None
         text = f"{status}, {rate:.1f} s of video/min, {_clock_text(left)} left"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice
-from math import ceil
 from typing import Any
 
 from pavdm_dist.errors import MediaError
@@ -130,7 +129,7 @@ def _spans(times: StageTimes) -> list[str]:
         parts, behind = list[str](), -1
         for start, end in sorted(spans):
             left = max(int(start / whole * _CHART[0]), behind)
-            behind = max(ceil(end / whole * _CHART[0]), behind)
+            behind = max(math.ceil(end / whole * _CHART[0]), behind)
             if behind > left:
                 parts.append(f"M{left} {_ROW * rank}h{behind - left}v{_ROW - 2}H{left}z")
         paths.append("".join(parts))
@@ -162,14 +161,26 @@ def _sheet(video: str, frames: int) -> str | None:
 
 
 def _pictures(path: str, frames: int) -> Iterator[Any]:
+    """Six pictures of the first ``frames``, in order; decoded is what lies between each and the key frame before it."""
     import av
 
-    wanted = {round(index * (frames - 1) / max(1, FRAMES - 1)) for index in range(FRAMES)}
+    wanted = sorted({round(index * (frames - 1) / max(1, FRAMES - 1)) for index in range(FRAMES)})
     with av.open(path) as container:
-        for number, frame in enumerate(islice(container.decode(video=0), frames)):
-            if number in wanted:
-                picture = frame.to_image()
-                yield picture.resize((max(1, round(picture.width * HEIGHT / picture.height)), HEIGHT))
+        stream = container.streams.video[0]
+        packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.pts is not None]
+        times, keys = sorted(pts for pts, _ in packets), sorted(pts for pts, is_key in packets if is_key)
+        decoded: Iterator[Any] = iter(())
+        behind = -math.inf  # of the last frame that was decoded
+        for time in (times[number] for number in wanted if number < len(times)):
+            if max((key for key in keys if key <= time), default=times[0]) > behind:
+                container.seek(time, stream=stream, backward=True)
+                decoded = container.decode(stream)
+            frame = next((frame for frame in decoded if frame.pts is not None and frame.pts >= time), None)
+            if frame is None:  # the file ends in the middle of one
+                return
+            behind = frame.pts
+            picture = frame.to_image()
+            yield picture.resize((max(1, round(picture.width * HEIGHT / picture.height)), HEIGHT))
 
 
 def _bars(values: Sequence[float]) -> str | None:

@@ -7,13 +7,14 @@ import logging
 import os
 import platform
 import signal
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from pavdm_dist.commands.signals import Stopped
-from pavdm_dist.errors import FailedVideosError
+from pavdm_dist.errors import FailedVideosError, MediaError, PAVDMError
 from pavdm_dist.farm.intake import Found, Intake
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.logs import ShotLog
@@ -122,8 +123,9 @@ def _until_over(farm: _Farm, pool: Pool) -> Stopped | None:
             while True:
                 if told is None:
                     farm.look()
-                farm.show()
-                if pool.is_over:
+                is_over = pool.is_over
+                farm.show()  # behind the last thing that happened
+                if is_over:
                     return told
                 pool.tick()
                 pool.wait(TICK_S)
@@ -150,37 +152,63 @@ class _Farm:
         return self.failed_before + self.pool.ends["failed"]
 
     def take_in(self, found: Found) -> None:
-        self._given += len(found.left)
-        self.asked += len(found.left) + found.done + found.failed
-        self.done_before += found.done
-        self.failed_before += found.failed
-        self.bar.before += found.frames_done
-        self.bar.total += found.frames_done + found.frames_left
-        if found.left:
-            self._kinds.prepare_texts(found.left)
-            self.pool.open()
-        self._intake.forget_failures(found.left)  # the last moment at which anything could have been wrong
-        self.pool.submit(found.left)
+        """What there is to do at the start; what is wrong with it ends the farm."""
+        self._count(found)
+        self._kinds.prepare_texts(found.left)
+        self._queue(found)
 
     def look(self) -> bool:
-        """Takes new lines in, every so often, and whenever all is done; whether there were some."""
+        """Takes new lines in, every so often, and whenever all is done; whether there were some.
+
+        What is wrong with them, or away in this moment, ends none of the shots under way: all of it is tried again at
+        the next look. Where nothing is under way there is nothing to go on with, and it ends the farm, as at the start.
+        """
         now = time.monotonic()
         if now - self._looked < self._poll_s and not self.pool.is_over:
             return False
         self._looked = now
-        found = self._intake.more()
+        found: Found | None = None
+        with _looked_after(self.pool):  # to read a long manifest, or to load a large text encoder, takes minutes
+            try:
+                found = self._intake.more()
+                if found is not None:
+                    logger.info("the manifest has %d new shots", len(found.left))
+                    self._count(found)
+                    self._kinds.prepare_texts(found.left)
+            except Exception as error:  # stores that are away have errors of kinds of their own
+                if found is not None:
+                    self._count(found, -1)
+                self._intake.put_back()
+                said = f"new shots cannot be taken in: {type(error).__name__}: {error}"
+                if self.pool.is_over:
+                    raise error if isinstance(error, PAVDMError) else MediaError(said) from error
+                logger.warning("%s; they are tried again", said)
+                return False
         if found is None:
             return False
-        logger.info("the manifest has %d new shots", len(found.left))
-        self.take_in(found)
+        self._queue(found)
         return bool(found.left)
+
+    def _count(self, found: Found, times: int = 1) -> None:
+        self._given += times * len(found.left)
+        self.asked += times * (len(found.left) + found.done + found.failed)
+        self.done_before += times * found.done
+        self.failed_before += times * found.failed
+        self.bar.before += times * found.frames_done
+        self.bar.total += times * (found.frames_done + found.frames_left)
+
+    def _queue(self, found: Found) -> None:
+        if found.left:
+            self.pool.open()
+        self._intake.forget_failures(found.left)  # the last moment at which anything could have been wrong
+        self.pool.submit(found.left)
 
     def show(self) -> None:
         figures, ends = self.pool.figures, self.pool.ends
         words = [f"{self.done_before + ends['done']}/{self.asked} shots", f"{figures['running']:.0f} running"]
         words += [f"{self.failed} failed"] if self.failed else []
         words += [f"{ends['cancelled']} cancelled"] if ends["cancelled"] else []
-        self.bar.show(self.pool.frames, ", ".join(words))
+        self.bar.show(self.pool.frames, self.pool.reached.frames, ", ".join(words))
 
     def report(self) -> dict[str, Any]:
         seconds = time.monotonic() - self._started
@@ -197,6 +225,33 @@ class _Farm:
             "frames_per_second": round(self.pool.frames / seconds, 3) if seconds else 0.0,
             "idle_share": round(figures["idle_s"] / figures["rendering_s"], 4) if figures["rendering_s"] else 0.0,
         }
+
+
+@contextmanager
+def _looked_after(pool: Pool) -> Iterator[None]:
+    """Looks after renderers and markers beside what may take this thread long.
+
+    Raises:
+        PAVDMError: as :meth:`~pavdm_dist.farm.pool.Pool.tick`, behind it.
+    """
+    over, faults = threading.Event(), list[Exception]()
+
+    def tick() -> None:
+        try:
+            while not over.wait(TICK_S):
+                pool.tick()
+        except Exception as error:
+            faults.append(error)
+
+    thread = threading.Thread(target=tick, name="pavdm-farm-tick", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()  # the pool is for one thread at a time
+    if faults:
+        raise faults[0]
 
 
 @contextmanager

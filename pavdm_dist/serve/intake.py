@@ -10,6 +10,7 @@ from typing import Any
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.shot import Shot, make_shot
 from pavdm_dist.fields import show
+from pavdm_dist.rates import as_rate
 
 # What a shot may be asked to change of the sampling, as other servers of this interface call it.
 _OVERRIDES = {"fps": float, "num_inference_steps": int, "guidance_scale": float}
@@ -52,7 +53,8 @@ def shot_of(id: str, fields: Mapping[str, Any], served: str, reference: str | No
     overrides = {name: values.pop(name) for name in _OVERRIDES if name in values}
     for name, value in overrides.items():
         if type(value) not in (int, float):
-            raise ConfigError(f"{name}={show(value)}: must be a number")
+            also = ", a fraction such as 30000/1001 or a name such as ntsc" if name == "fps" else ""
+            raise ConfigError(f"{name}={show(value)}: must be a number{also}")
     if reference is not None:
         values["video" if reference.endswith(".mp4") else "image"] = reference
     return make_shot({**values, "id": id, "overrides": overrides}, "request")
@@ -77,7 +79,7 @@ def check_text(name: str, value: Any) -> None:
 
 
 def _number(name: str, value: Any) -> Any:
-    """A form's text as the number that it stands for; what is none stays as it is, which the check then names."""
+    """A text as the number that it stands for; what is none stays as it is, which the check then names."""
     if not isinstance(value, str):
         return value
     if _NUMBERS[name] is int:
@@ -86,6 +88,8 @@ def _number(name: str, value: Any) -> Any:
     try:
         number = float(value)
     except ValueError:
+        with suppress(ConfigError):
+            return float(as_rate(value)) if name == "fps" else value
         return value
     # Above that a float is not the number that was written.
     return int(number) if _NUMBERS[name] is int and number.is_integer() and abs(number) < 2**53 else number

@@ -99,11 +99,17 @@ class Removals:
                 remove(join(folder, name))
 
     def is_deleted(self, id: str) -> bool:
-        """Whether a client has deleted it; what was cancelled by hand, as farms are told to, is not."""
+        """Whether a client has deleted it; what was cancelled by hand, as farms are told to, is not.
+
+        No where the mark cannot be read: the next start of a server looks again.
+        """
         try:
             with open_read(join(self._tree.folder(id), CANCEL)) as file:
                 return file.read(64).strip() == _DELETED.encode()
-        except OSError:
+        except FileNotFoundError:
+            return False
+        except Exception as error:  # stores that are away have errors of kinds of their own
+            logger.warning("%s: whether it is deleted cannot be read: %s: %s", id, type(error).__name__, error)
             return False
 
     def _is_old(self, id: str) -> bool:
