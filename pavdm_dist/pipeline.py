@@ -403,6 +403,22 @@ class PAVDMPipeline:
         """Type of the weights, and of what travels between stages."""
         return str(self._weights).removeprefix("torch.")
 
+    @property
+    def computed_on(self) -> dict[str, str | int]:
+        """What bits depend on of where they are computed: the types of devices that sample and decode, and of a decoder
+        on CPUs its intra-op threads. The number of stages is none of it."""
+        if self.engine is None:
+            device, decoder, threads = self._place.type, self._codec_place.type, self.threads_per_stage
+        else:
+            device, decoder, threads = self.engine.device, self.engine.decoder_device, self.engine.decoder_threads
+        found: dict[str, str | int] = {"device": device, "decoder_device": decoder}
+        return found | ({"decoder_threads": threads} if decoder == "cpu" else {})
+
+    @property
+    def preview_identity(self) -> str | None:
+        """What tells the decoder of previews from others; None = the codec itself decodes."""
+        return self._frames.preview_identity
+
     def split(self, params: SamplingParams) -> list[tuple[int, int]]:
         """Block range of each stage, balanced by estimated cost for the run's full window."""
         assert self.engine is not None

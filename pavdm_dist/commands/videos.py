@@ -27,6 +27,10 @@ from pavdm_dist.request import VideoRequest
 from pavdm_dist.sampling import SamplingParams
 from pavdm_dist.streams import input_frames
 
+# Of an identity, what a begun video needs to go on to the same bits. A complete one is what it is: an upgrade, or
+# another machine for the rest, is no reason to refuse a whole batch.
+_TO_GO_ON = frozenset({"versions", "device", "decoder_device"})
+
 logger = logging.getLogger(__name__)
 
 
@@ -67,8 +71,9 @@ class Video:
 class Videos:
     """All of them, with what they have in common.
 
-    Complete videos that were made with the same settings are left alone; of unfinished ones that are there, what is
-    missing is made.
+    Complete videos that were made with the same settings, prompt, seed and weights are left alone, whatever versions
+    made them; of unfinished ones that are there, what is missing is made, by the same versions on the same kinds of
+    device.
 
     Args:
         all: one per output.
@@ -192,7 +197,7 @@ class Videos:
         identity = sidecar.get("identity") if isinstance(sidecar, Mapping) else None
         if not isinstance(identity, Mapping):  # somebody else's file, or of a version that kept no record
             return False
-        different = changes(identity, self._origin.identity(video.request))
+        different = changes(_asked(identity), _asked(self._origin.identity(video.request)))
         if different or not exists(video.output):
             what = f"was made with {different}" if different else "is gone, its sidecar is not"
             raise ConfigError(
@@ -240,6 +245,10 @@ class Videos:
     @property
     def _origin(self) -> Origin:
         return Origin(self.config, self.params, self.pipeline, self.weights)
+
+
+def _asked(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in identity.items() if name not in _TO_GO_ON}
 
 
 def _own_settings(config: SampleConfig, video: Video, params: SamplingParams) -> SampleConfig:
