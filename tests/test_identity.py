@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import tiny_checkpoint
 from interrupting import PROMPT, interrupted, render
+from pretrained import named_only, stand_in
 from previews import tensors
 from safetensors.torch import save_file
 
@@ -17,7 +18,7 @@ from pavdm_dist.commands import origin
 from pavdm_dist.commands.sample import check_videos
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.io.metadata import sidecar_path, versions
+from pavdm_dist.io.metadata import read_sidecar, sidecar_path, versions
 from pavdm_dist.io.state import read_state, write_state
 
 LATER = ("device", "decoder_device", "decoder_threads")
@@ -77,11 +78,31 @@ def test_versions_are_part_of_a_begun_video_and_not_of_a_complete_one(
     assert Path(sidecar_path(begun)).exists()
 
 
+def test_transformers_is_part_of_it_where_it_encodes_prompts(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    stand_in(monkeypatch)
+    has = versions() | {"transformers": "4.0"}
+    monkeypatch.setattr(origin, "versions", lambda: has)
+    output, other = tmp_path / "v.mp4", tmp_path / "other.mp4"
+    encodes = named_only(tmp_path / "model")
+    interrupted(encodes, output, monkeypatch, 2)
+    interrupted(model, other, monkeypatch, 2)
+    has = has | {"transformers": "5.0"}
+    render(model, other)  # words of its own
+    with pytest.raises(ConfigError, match=r'begun with versions.transformers="4.0" \(now "5.0"\)'):
+        render(encodes, output)
+    has = has | {"transformers": None}  # what was encoded is kept
+    render(encodes, output)
+    assert "transformers" not in read_sidecar(output)["identity"]["versions"]
+
+
 def test_a_complete_video_is_left_alone_on_another_kind_of_device(model: Path, tmp_path: Path) -> None:
     output = tmp_path / "v.mp4"
     render(model, output)
     path = Path(sidecar_path(output))
-    sidecar = json.loads(path.read_text())
+    sidecar = read_sidecar(output)
     assert {name: sidecar["identity"][name] for name in LATER} == {
         "device": "cpu",
         "decoder_device": "cpu",
