@@ -86,7 +86,8 @@ class PAVDMPipeline:
 
     Raises:
         CheckpointError: a model without weights.
-        ConfigError: a device that is not there, or a type it cannot compute in.
+        ConfigError: a device that is not there, a type it cannot compute in, or a decoder beside stages that is not
+            said in ``engine``.
     """
 
     def __init__(
@@ -118,6 +119,12 @@ class PAVDMPipeline:
         self._running: Running | None = None
         self._options: EngineOptions | None = None
         if num_stages:
+            for name, value, default in (("decoder", decoder, "auto"), ("decoder_dtype", decoder_dtype, "float32")):
+                if value != default:
+                    raise ConfigError(
+                        f"{name}={value}: with num_stages={num_stages} the engine decodes; say it there,"
+                        f" engine=EngineOptions({num_stages}, {name}={value!r})"
+                    )
             options = engine or EngineOptions(num_stages)
             self._options = replace(options, num_stages=num_stages, threads_per_stage=threads_per_stage)
         self._use(dtype, device)
