@@ -86,7 +86,8 @@ class PAVDMPipeline:
 
     Raises:
         CheckpointError: a model without weights.
-        ConfigError: a device that is not there, or a type it cannot compute in.
+        ConfigError: a device that is not there, a type it cannot compute in, or a decoder beside stages that is not
+            said in ``engine``.
     """
 
     def __init__(
@@ -118,6 +119,12 @@ class PAVDMPipeline:
         self._running: Running | None = None
         self._options: EngineOptions | None = None
         if num_stages:
+            for name, value, default in (("decoder", decoder, "auto"), ("decoder_dtype", decoder_dtype, "float32")):
+                if value != default:
+                    raise ConfigError(
+                        f"{name}={value}: with num_stages={num_stages} the engine decodes; say it there,"
+                        f" engine=EngineOptions({num_stages}, {name}={value!r})"
+                    )
             options = engine or EngineOptions(num_stages)
             self._options = replace(options, num_stages=num_stages, threads_per_stage=threads_per_stage)
         self._use(dtype, device)
@@ -402,6 +409,22 @@ class PAVDMPipeline:
     def dtype_name(self) -> str:
         """Type of the weights, and of what travels between stages."""
         return str(self._weights).removeprefix("torch.")
+
+    @property
+    def computed_on(self) -> dict[str, str | int]:
+        """What bits depend on of where they are computed: the types of devices that sample and decode, and of a decoder
+        on CPUs its intra-op threads. The number of stages is none of it."""
+        if self.engine is None:
+            device, decoder, threads = self._place.type, self._codec_place.type, self.threads_per_stage
+        else:
+            device, decoder, threads = self.engine.device, self.engine.decoder_device, self.engine.decoder_threads
+        found: dict[str, str | int] = {"device": device, "decoder_device": decoder}
+        return found | ({"decoder_threads": threads} if decoder == "cpu" else {})
+
+    @property
+    def preview_identity(self) -> str | None:
+        """What tells the decoder of previews from others; None = the codec itself decodes."""
+        return self._frames.preview_identity
 
     def split(self, params: SamplingParams) -> list[tuple[int, int]]:
         """Block range of each stage, balanced by estimated cost for the run's full window."""

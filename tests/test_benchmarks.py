@@ -159,6 +159,44 @@ def test_killed_at_random_moments_all_is_kept() -> None:
         assert kill["rows_repeated"] is None or kill["rows_repeated"] <= kill["rows_allowed"]
 
 
+def test_what_is_judged_of_a_kill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one: times and rows at their bounds and above, and a moment at which nothing is left to lose."""
+    monkeypatch.syspath_prepend(FOLDER)
+    from chaos import Kill, faults, struck
+
+    good = {"detected_s": 5.0, "streaming_again_s": 15.0, "rows_repeated": 5, "rows_allowed": 5}
+    stage = Kill("first", 0.5, "SIGKILL", "window", 2, hit=True, equal=True, **good)  # type: ignore[arg-type]
+    frozen = replace(stage, signal="SIGSTOP", detected_s=9.0, streaming_again_s=19.0)
+    driver = replace(stage, victim="driver", detected_s=None)
+    assert not any(map(faults, (stage, frozen, driver)))
+    for kill, changed, said in (
+        (stage, {"detected_s": 5.1}, "detected_s=5.1: at most 5"),
+        (frozen, {"detected_s": 9.1}, "detected_s=9.1: at most 9"),
+        (stage, {"streaming_again_s": 15.1}, "streaming_again_s=15.1: at most 15"),
+        (driver, {"streaming_again_s": 15.1}, "streaming_again_s=15.1: at most 15"),
+        (frozen, {"streaming_again_s": 19.1}, "streaming_again_s=19.1: at most 19"),
+        (stage, {"streaming_again_s": None}, "nothing streamed again"),
+        (stage, {"rows_repeated": 6}, "rows_repeated=6: at most 5"),
+        (stage, {"equal": False}, "the result differs"),
+        (stage, {"hit": False, "redrawn": 5}, "nothing was hit in 6 draws"),
+    ):
+        assert faults(replace(kill, **changed)) == [said]
+        assert faults(replace(kill, **changed), quick=True) == ([] if "_s=" in said else [said])
+    moments: list[float] = []
+
+    def strike(kill: Any) -> None:
+        moments.append(kill.moment)
+        kill.equal, kill.hit = True, len(moments) % 4 == 3
+
+    drawn = Kill("last", 0.987, "SIGKILL", "displaced", 3)
+    found = struck(drawn, strike, "0 3")
+    assert found.redrawn == 2 and found.moment == moments[2] != moments[1] != moments[0] == 0.987
+    moments.append(0)
+    assert struck(drawn, strike, "0 3").moment == found.moment, "drawn from the seed alone"
+    assert struck(drawn, lambda kill: setattr(kill, "equal", True), "0 3").redrawn == 5
+    assert struck(drawn, lambda _: None, "0 3").redrawn == 0, "a result that differs is never drawn away"
+
+
 @pytest.mark.slow
 def test_quick_runs_from_the_command_line() -> None:
     check_single_process(report("single_process.py", "--quick"))

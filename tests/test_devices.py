@@ -114,6 +114,9 @@ def test_what_a_device_cannot_do_is_one_sentence(model: Path, tmp_path: Path, mo
         PAVDMPipeline.from_pretrained(model, device="cuda")
     with pytest.raises(ConfigError, match=r"decoder=cuda: this process sees 0 GPUs; use decoder=cpu"):
         PAVDMPipeline(Checkpoint.open(model), decoder="cuda")
+    for name, value in (("decoder", "cuda"), ("decoder_dtype", "bfloat16")):
+        with pytest.raises(ConfigError, match=rf"{name}={value}: .*engine=EngineOptions\(2, {name}='{value}'\)"):
+            PAVDMPipeline(Checkpoint.open(model), num_stages=2, **{name: value})
     with pytest.raises(ConfigError, match=r"device=tpu: must be auto, cpu or cuda"):
         PAVDMPipeline.from_pretrained(model, device="tpu")
     with pytest.raises(ConfigError, match=r"dtype=float16: a CPU computes in float32 or bfloat16"):

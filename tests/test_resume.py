@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import av
 import pytest
@@ -16,9 +18,14 @@ from interrupting import PROMPT, interrupted, render
 
 from pavdm_dist import cli
 from pavdm_dist.commands.resume import configs_to_resume
+from pavdm_dist.commands.sample import check_videos
+from pavdm_dist.commands.videos import Shot, Video
+from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError, FailedVideosError
 from pavdm_dist.io.latents import read_latents
 from pavdm_dist.io.metadata import read_sidecar
+from pavdm_dist.io.parts import LOCK_NAME, parts_folder
+from pavdm_dist.io.recording import Recording
 from pavdm_dist.io.state import read_state
 
 pytestmark = pytest.mark.timeout(180)
@@ -206,6 +213,38 @@ def test_a_torn_state_falls_back_to_the_one_before(
     (found,) = render(model, output, chunks_per_segment=1)
     assert "is torn or not a state of this program" in caplog.text
     assert found["latents_sha256"] == whole["latents_sha256"]
+
+
+def test_what_is_being_opened_when_all_is_ended_is_left_ready_too(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With stages files are opened in a thread of their own; the command's ends meanwhile."""
+    settings = {"model": str(model), "num_frames": 21, "guidance_scale": 1.0}
+    shots = [Shot(PROMPT, seed, str(tmp_path / f"{seed}.mp4")) for seed in range(3)]
+    videos = check_videos(SampleConfig(PROMPT, **settings), False, shots)
+    opening, go = threading.Event(), threading.Event()
+    really = Recording.open
+
+    def slow(output: str, **more: Any) -> Recording:
+        if output == shots[1].output:
+            opening.set()
+            assert go.wait(30)
+        return really(output, **more)
+
+    monkeypatch.setattr(Recording, "open", slow)
+    taken: list[Video] = []
+    feed = threading.Thread(target=lambda: list(videos.begun(taken)))
+    feed.start()
+    assert opening.wait(30)
+    end = threading.Thread(target=videos.abort)
+    end.start()
+    end.join(0.3)
+    go.set()
+    for thread in (end, feed):
+        thread.join(30)
+        assert not thread.is_alive()
+    assert [video.recording for video in videos.all] == [None] * 3
+    assert not list(tmp_path.rglob(LOCK_NAME)) and not Path(parts_folder(shots[2].output)).exists()
 
 
 def test_one_unwritable_output_ends_alone(model: Path, tmp_path: Path) -> None:

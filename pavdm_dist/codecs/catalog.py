@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from pavdm_dist.codecs.base import CodecSpec, FrameDecoder, VideoCodec
 from pavdm_dist.codecs.wan_config import read_wan_config
 from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.io.checksums import kept_sha256
 from pavdm_dist.io.local import cache_folder
 from pavdm_dist.io.storage import atomic_write
 from pavdm_dist.models.loading import stored_tensors
@@ -93,6 +95,11 @@ class FrameMaker:
     vae: Source
     tile: int | None = None
     preview: str | None = None
+
+    @cached_property
+    def preview_identity(self) -> str | None:
+        """What tells ``preview`` from others wherever it lies: ``rgb``, the SHA-256 of its file, read once, or None."""
+        return self.preview if self.preview in (None, RGB) else kept_sha256(str(self.preview))
 
     def check(self) -> None:
         """Refuses what could not be loaded; reads configuration and headers only.

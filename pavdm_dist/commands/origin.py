@@ -35,8 +35,7 @@ class Origin:
     weights: str
 
     def identity(self, request: VideoRequest) -> dict[str, Any]:
-        """What a video's bits depend on, except for the device that they are computed on."""
-        found = versions()
+        """What a video's bits depend on, but for the models of CPUs and GPUs, which a cluster may mix."""
         return {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
@@ -51,7 +50,8 @@ class Origin:
             "compile": self.pipeline.compiled,
             "dtype": self.pipeline.dtype_name,
             "decoder_dtype": self.config.decoder_dtype,
-            "versions": {name: found[name] for name in ("pavdm_dist", "torch", "av")},
+            **self.pipeline.computed_on,
+            "versions": self._versions(),
             **self._further(request),
         }
 
@@ -96,10 +96,18 @@ class Origin:
             facts["compiled"] = {"relative_error": pipeline.relative_error, "attention": pipeline.kernels}
         return facts
 
+    def _versions(self) -> dict[str, str | None]:
+        """Of what computes: modules of every codec and of some backbones are diffusers' own."""
+        found, names = versions(), ["pavdm_dist", "torch", "av", "diffusers"]
+        # A machine that renders from kept embeddings need not have it.
+        if isinstance(self.pipeline.checkpoint.text_encoder, PretrainedTextEncoder) and found["transformers"]:
+            names.append("transformers")
+        return {name: found[name] for name in names}
+
     def _further(self, request: VideoRequest) -> dict[str, Any]:
         """Facts that most videos do not have."""
-        facts = {"image": _pixels(request.image)}
-        facts |= {name: getattr(self.config, name) for name in ("decoder_tile", "preview_decoder")}
+        facts: dict[str, Any] = {"image": _pixels(request.image)}
+        facts |= {"decoder_tile": self.config.decoder_tile, "preview_decoder": self.pipeline.preview_identity}
         if isinstance(self.pipeline.checkpoint.text_encoder, PretrainedTextEncoder):
             facts["text_encoder"] = self.pipeline.checkpoint.text_encoder.identity
         return {name: value for name, value in facts.items() if value is not None}

@@ -104,6 +104,8 @@ def open_pipeline(config: SampleConfig) -> PAVDMPipeline:
             "decoder=auto decodes on CPUs beside stages on GPUs, which a large model waits for; decoder=shared uses the"
             " last stage's GPU, decoder=cuda one more (decoder=cpu says that CPUs are meant)"
         )
+    # With stages the decoder is among the engine's options.
+    decoder = {} if config.num_stages else {"decoder": config.decoder, "decoder_dtype": config.decoder_dtype}
     return PAVDMPipeline(
         open_checkpoint(config),
         config.num_stages,
@@ -111,11 +113,10 @@ def open_pipeline(config: SampleConfig) -> PAVDMPipeline:
         engine_options(config) if config.num_stages else None,
         config.dtype,
         config.device,
-        config.decoder,
-        config.decoder_dtype,
-        config.decoder_tile,
-        config.preview_decoder,
-        config.recovery,
+        decoder_tile=config.decoder_tile,
+        preview_decoder=config.preview_decoder,
+        recovery=config.recovery,
+        **decoder,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,6 +27,10 @@ from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk
 from pavdm_dist.request import VideoRequest
 from pavdm_dist.sampling import SamplingParams
 from pavdm_dist.streams import input_frames
+
+# Of an identity, what a begun video needs to go on to the same bits. A complete one is what it is: an upgrade, or
+# another machine for the rest, is no reason to refuse a whole batch.
+_TO_GO_ON = frozenset({"versions", "device", "decoder_device"})
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +72,9 @@ class Video:
 class Videos:
     """All of them, with what they have in common.
 
-    Complete videos that were made with the same settings are left alone; of unfinished ones that are there, what is
-    missing is made.
+    Complete videos that were made with the same settings, prompt, seed and weights are left alone, whatever versions
+    made them; of unfinished ones that are there, what is missing is made, by the same versions on the same kinds of
+    device.
 
     Args:
         all: one per output.
@@ -83,6 +89,9 @@ class Videos:
     pipeline: PAVDMPipeline
     weights: str
     overwrite: bool
+    # With stages files are opened in a thread of their own, which may be at it when another ends everything.
+    _opening: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
+    _over: threading.Event = field(default_factory=threading.Event, init=False, repr=False, compare=False)
 
     def check(self) -> None:
         """Refuses outputs that cannot be written or would be lost, and takes note of complete ones.
@@ -102,7 +111,8 @@ class Videos:
                 self.fail(video, error)
 
     def begun(self, taken: list[Video]) -> Iterator[VideoRequest]:
-        """Requests of what is to be made, each with the place where it goes on; opens files as they are asked for.
+        """Requests of what is to be made, each with the place where it goes on; opens files as they are asked for, and
+        none any more after :meth:`abort`.
 
         Args:
             taken: gets the video of every request, in order.
@@ -110,14 +120,17 @@ class Videos:
         for video in self.all:
             if video.result is not None or video.error is not None:
                 continue
-            try:
-                recording = self._open(video)
-                if recording.complete:  # all that is left of it
-                    self.finish(video)
+            with self._opening:
+                if self._over.is_set():
+                    return
+                try:
+                    recording = self._open(video)
+                    if recording.complete:  # all that is left of it
+                        self.finish(video)
+                        continue
+                except (PAVDMError, OSError) as error:
+                    self.fail(video, error)
                     continue
-            except (PAVDMError, OSError) as error:
-                self.fail(video, error)
-                continue
             taken.append(video)
             yield replace(video.request, resume=resume_point(recording))
 
@@ -170,14 +183,17 @@ class Videos:
         logger.warning("%s%s", video.error, f"; {left}" if left else "")
 
     def abort(self) -> list[str]:
-        """Leaves all that is unfinished playable and ready to go on; says where."""
+        """Leaves all that is unfinished playable and ready to go on; says where. What is just being opened is waited
+        for."""
+        self._over.set()
         left = []
-        for video in self.all:
-            recording, video.recording = video.recording, None
-            try:
-                left.append(None if recording is None else recording.abort())
-            except Exception:  # a fault of this program in one must not cost the others what they have
-                logger.exception("%s may have lost its last chunks", video.output)
+        with self._opening:
+            for video in self.all:
+                recording, video.recording = video.recording, None
+                try:
+                    left.append(None if recording is None else recording.abort())
+                except Exception:  # a fault of this program in one must not cost the others what they have
+                    logger.exception("%s may have lost its last chunks", video.output)
         return [sentence for sentence in left if sentence is not None]
 
     def _is_made(self, video: Video) -> bool:
@@ -192,7 +208,7 @@ class Videos:
         identity = sidecar.get("identity") if isinstance(sidecar, Mapping) else None
         if not isinstance(identity, Mapping):  # somebody else's file, or of a version that kept no record
             return False
-        different = changes(identity, self._origin.identity(video.request))
+        different = changes(_asked(identity), _asked(self._origin.identity(video.request)))
         if different or not exists(video.output):
             what = f"was made with {different}" if different else "is gone, its sidecar is not"
             raise ConfigError(
@@ -240,6 +256,10 @@ class Videos:
     @property
     def _origin(self) -> Origin:
         return Origin(self.config, self.params, self.pipeline, self.weights)
+
+
+def _asked(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in identity.items() if name not in _TO_GO_ON}
 
 
 def _own_settings(config: SampleConfig, video: Video, params: SamplingParams) -> SampleConfig:

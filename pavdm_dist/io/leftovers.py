@@ -97,7 +97,10 @@ def state_to_resume(output: str, identity: Mapping[str, Any], mend: bool = False
         return None
     changed = changes(state.identity, identity)
     if changed:
-        raise ConfigError(f"output={output}: {parts} was begun with {changed}; give the same to go on, or --overwrite")
+        raise ConfigError(
+            f"output={output}: {parts} was begun with {changed}; give the same to go on, or --overwrite; this video"
+            " alone is begun anew once that folder is removed"
+        )
     return state
 
 

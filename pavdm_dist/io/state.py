@@ -31,6 +31,10 @@ STATE_NAMES = re.compile(rf"{re.escape(STATE)}|{re.escape(PREVIOUS)}")
 # a program which knows nothing of them refuses the file instead of going on without.
 CLEAN = "clean."
 _PLAIN, _WITH_CLEAN = 2, 3
+# Facts of an identity that files of earlier versions lack, and some machines: compared where both sides have them.
+_WHERE_BOTH_HAVE = frozenset(
+    {"device", "decoder_device", "decoder_threads", "versions.diffusers", "versions.transformers"}
+)
 _Chunks = Annotated[int, Within(0)]
 
 logger = logging.getLogger(__name__)
@@ -258,9 +262,15 @@ def read_state(folder: str | Path, mend: bool = False) -> State | None:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two identities, in words; empty when nothing does."""
+    """What differs between two identities, in words; empty when nothing does.
+
+    A fact that one of them lacks is a difference, but for those that came later: where it was computed, and versions
+    of what not every video needs.
+    """
     old, new = _flat(before), _flat(now)
-    changed = [name for name in {**old, **new} if name not in old or name not in new or old[name] != new[name]]
+    lacking = {name for name in {**old, **new} if name not in old or name not in new}
+    compared = [name for name in {**old, **new} if name not in lacking & _WHERE_BOTH_HAVE]
+    changed = [name for name in compared if name in lacking or old[name] != new[name]]
     words = [f"{name}={_show(old, name)} (now {_show(new, name)})" for name in changed[:5]]
     return ", ".join(words) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
@@ -28,6 +29,9 @@ from fuzzing.settings import (
 )
 from fuzzing.videos import CLIPS, STATES, clips, judge_clip, judge_state, states
 from fuzzing.world import World, refusal
+from pavdm_dist.io.metadata import is_complete
+from pavdm_dist.io.parts import PARTS_SUFFIX
+from pavdm_dist.io.storage import unstaged
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Category:
 
 
 CATEGORIES = {
-    "settings": Category(SETTINGS, settings, judge_command, 250),
+    "settings": Category(SETTINGS, settings, judge_command, 300),
     "files": Category(FILES, files, judge_file, 150),
     "prompts": Category(PROMPTS, prompts, judge_prompts, 120),
     "clips": Category(CLIPS, clips, judge_clip, 200),
@@ -53,9 +57,23 @@ CATEGORIES = {
 ANY = st.sampled_from([*CATEGORIES]).flatmap(lambda name: st.tuples(st.just(name), CATEGORIES[name].cases))
 
 
+def check_nothing_partial(folder: Path, given: Collection[Path] = ()) -> None:
+    """No final file that is not complete, and no staged one, anywhere in a folder, a batch's and parts included.
+
+    Args:
+        folder: that a command worked in.
+        given: files and folders in it that it was given.
+    """
+    for path in folder.rglob("*"):
+        assert unstaged(path.name) == path.name, f"{path} was staged and left"
+        own = not any(path.is_relative_to(one) for one in given)
+        in_parts = any(part.name.endswith(PARTS_SUFFIX) for part in path.parents)
+        if own and not in_parts and path.is_file() and path.suffix in (".mp4", ".safetensors"):
+            assert is_complete(path.with_suffix(".mp4")), f"{path} is not complete"
+
+
 def as_process(name: str, case: Any, world: World) -> str:
-    """The same as a command of its own: ends in time, with the status and the sentence, and no final file is there
-    that is not complete."""
+    """The same as a command of its own: ends in time, with the status and the sentence, and leaves nothing partial."""
     folder = world.fresh()
     words = CATEGORIES[name].prepare(case, world)
     try:
@@ -68,9 +86,8 @@ def as_process(name: str, case: Any, world: World) -> str:
     )
     said = done.stderr.decode(errors="replace")
     assert "Traceback" not in said, said
-    for path in folder.glob("*.mp4"):
-        assert path.with_suffix(".json").exists() or path.name.startswith("clip"), f"{path} is not complete"
-    assert not list(folder.glob(".*.tmp")), "a staged file was left"
+    given = {Path(word.partition("=")[2]) for word in words if word.startswith(("video=", "model="))}
+    check_nothing_partial(folder, given)
     if done.returncode == 0:
         return "taken"
     return said if "usage: pavdm" in said else refusal(done.returncode, said)
