@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pavdm_dist.train import launch
+from pavdm_dist.train import endings, launch
 from pavdm_dist.train.run import _stopped_by_signals
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -85,7 +85,7 @@ def test_a_signal_to_the_launcher_reaches_its_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: list[int], at_once: float, told: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "AT_ONCE_S", at_once)
+    monkeypatch.setattr(endings, "AT_ONCE_S", at_once)
     main = threading.get_ident()
 
     def tell() -> None:
