@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from pavdm_dist.train import endings, launch
+from pavdm_dist.errors import EngineError
+from pavdm_dist.train import endings, launch, run_folder
+from pavdm_dist.train.ray_launch import _heeding
 from pavdm_dist.train.run import _stopped_by_signals
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -104,3 +106,45 @@ def test_a_signal_to_the_launcher_reaches_its_processes(
     teller.join()
     assert (tmp_path / "told").read_text().split() == told
     assert signal.getsignal(signal.SIGHUP) == signal.default_int_handler
+
+
+@pytest.mark.usefixtures("usual")
+@pytest.mark.parametrize("number", NUMBERS)
+def test_workers_elsewhere_are_asked_to_end_and_waited_for(tmp_path: Path, number: int) -> None:
+    main, threads = threading.get_ident(), []
+
+    def work() -> None:
+        threads.append(threading.get_ident())
+        signal.pthread_kill(main, number)
+        appears(tmp_path / run_folder._STOP)
+
+    assert _heeding(work, tmp_path) == number
+    assert threads != [main], "Ray Train takes Ctrl-C for itself where it runs in the main thread"
+    assert signal.getsignal(number) == signal.default_int_handler
+    assert _heeding(lambda: None, tmp_path) is None
+
+
+@pytest.mark.usefixtures("usual")
+def test_one_who_interrupts_again_does_not_wait_for_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endings, "AT_ONCE_S", 0.0)
+    main, let_go = threading.get_ident(), threading.Event()
+
+    def work() -> None:
+        for _ in range(2):
+            signal.pthread_kill(main, signal.SIGINT)
+            appears(tmp_path / run_folder._STOP)
+        let_go.wait(20)
+
+    with pytest.raises(KeyboardInterrupt, match="run again to go on from the last checkpoint"):
+        _heeding(work, tmp_path)
+    let_go.set()
+
+
+@pytest.mark.usefixtures("usual")
+def test_what_fails_on_workers_fails_here(tmp_path: Path) -> None:
+    def work() -> None:
+        raise EngineError("training on Ray failed")
+
+    with pytest.raises(EngineError, match="training on Ray failed"):
+        _heeding(work, tmp_path)
+    assert not (tmp_path / run_folder._STOP).exists()
