@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.fields import json_value
-from pavdm_dist.io.folders import files_in
+from pavdm_dist.io.folders import files_in, passed_over
 from pavdm_dist.io.storage import is_remote
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def _read(source: Path) -> list[_Entry]:
     if source.is_dir():
         hidden: list[str] = []
         found = sorted(files_in(os.path.realpath(source), VIDEO_SUFFIXES, "source", hidden))
-        passed = f"{len(hidden)} hidden files and folders are passed over, such as {hidden[0]}" if hidden else ""
+        passed = passed_over(hidden)
         if not found:
             more = passed and f"; {passed}"
             raise ConfigError(f"source={source}: holds no video ({', '.join(VIDEO_SUFFIXES)}){more}")

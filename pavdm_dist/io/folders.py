@@ -40,7 +40,7 @@ def files_in(folder: str, suffixes: Sequence[str], field: str, hidden: list[str]
     """All files of a kind in a folder and its subfolders, linked ones too; links that lead nowhere are given as files.
 
     Args:
-        folder: absolute, without links.
+        folder: what is given begins with it.
         suffixes: of the kind, in small letters.
         field: the setting that names the folder.
         hidden: gets what is passed over: what Macs, file servers and trash cans leave beside files.
@@ -52,7 +52,7 @@ def files_in(folder: str, suffixes: Sequence[str], field: str, hidden: list[str]
     def refuse(error: OSError) -> None:
         raise ConfigError(f"{field}={folder}: {error.filename} cannot be read: {error.strerror}") from error
 
-    seen = {folder}
+    seen = {os.path.realpath(folder)}
     for place, subfolders, names in os.walk(folder, followlinks=True, onerror=refuse):
         files = [name for name in names if Path(name).suffix.lower() in suffixes]
         foreign = sorted(name for name in subfolders if name.startswith(".") or name.casefold() in _FOREIGN)
@@ -63,6 +63,11 @@ def files_in(folder: str, suffixes: Sequence[str], field: str, hidden: list[str]
         subfolders[:] = [name for name in subfolders if real[name] not in seen]
         seen.update(real.values())
         yield from (Path(place, name) for name in files if not name.startswith("."))
+
+
+def passed_over(hidden: Sequence[str]) -> str:
+    """What to say of what :func:`files_in` passed over; empty where it was nothing."""
+    return f"{len(hidden)} hidden files and folders are passed over, such as {hidden[0]}" if hidden else ""
 
 
 @contextmanager
