@@ -6,7 +6,7 @@ And what in folders of others is theirs: not what machines leave there.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,6 +68,11 @@ def files_in(folder: str, suffixes: Sequence[str], field: str, hidden: list[str]
 def passed_over(hidden: Sequence[str]) -> str:
     """What to say of what :func:`files_in` passed over; empty where it was nothing."""
     return f"{len(hidden)} hidden files and folders are passed over, such as {hidden[0]}" if hidden else ""
+
+
+def without_hidden(files: Iterable[Path]) -> list[Path]:
+    """Sorted, without names that begin with a dot: on a share a Mac leaves ``._a.safetensors`` beside each file."""
+    return sorted(file for file in files if not file.name.startswith("."))
 
 
 @contextmanager
