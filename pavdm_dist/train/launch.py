@@ -6,6 +6,7 @@ the same everywhere: it looks only at RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR 
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -25,6 +26,8 @@ from pavdm_dist.train.settings import TrainConfig
 
 if TYPE_CHECKING:
     from pavdm_dist.train.run import Provider
+
+logger = logging.getLogger(__name__)
 
 
 def launch(config: TrainConfig, provider: Provider, words: Sequence[str]) -> None:
@@ -65,6 +68,7 @@ def launch(config: TrainConfig, provider: Provider, words: Sequence[str]) -> Non
     else:
         check_settings(config, 1)
         check_alone()
+        _tell_of_idle_gpus()
         _train_here(config, provider)
 
 
@@ -87,6 +91,21 @@ def check_gpus(processes: int) -> None:
         raise ConfigError(
             f"launch.processes={processes}: there are {count} GPUs here, which NCCL lets no two processes share; use at"
             f" most {count}, or CUDA_VISIBLE_DEVICES= to train on CPUs"
+        )
+
+
+def _tell_of_idle_gpus() -> None:
+    """One process computes on one GPU."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count > 1:
+        logger.warning(
+            "%d of %d GPUs of this machine stay idle: launch.processes=1 trains on one; launch.processes=%d trains on"
+            " all (CUDA_VISIBLE_DEVICES=0 says that one is meant)",
+            count - 1,
+            count,
+            count,
         )
 
 
