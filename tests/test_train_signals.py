@@ -7,15 +7,19 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pavdm_dist.errors import EngineError
-from pavdm_dist.train import endings, launch, run_folder
+from pavdm_dist.io.lock import FOLDER_LOCK
+from pavdm_dist.merging import load_config
+from pavdm_dist.train import endings, launch, ray_launch, run_folder
 from pavdm_dist.train.ray_launch import _heeding
 from pavdm_dist.train.run import _stopped_by_signals
+from pavdm_dist.train.settings import TrainConfig
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Writes down every signal, and goes on until it is let go.
@@ -148,3 +152,35 @@ def test_what_fails_on_workers_fails_here(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="training on Ray failed"):
         _heeding(work, tmp_path)
     assert not (tmp_path / run_folder._STOP).exists()
+
+
+@pytest.mark.usefixtures("usual")
+@pytest.mark.parametrize("ends", ["well", "badly", "by a signal"])
+def test_the_folder_is_owned_until_the_cluster_was_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """Else another run could begin where these workers still write."""
+    locked: list[bool] = []
+
+    class Member:
+        def leave(self) -> None:
+            locked.append((tmp_path / FOLDER_LOCK).exists())
+
+    main = threading.get_ident()
+
+    def fit(_: TrainConfig, __: Any, run: Path) -> None:
+        assert run_folder.guard_for(run, run_folder.owner_of(run))() is None
+        if ends == "badly":
+            raise EngineError("training on Ray failed")
+        if ends == "by a signal":
+            signal.pthread_kill(main, signal.SIGTERM)
+            appears(run / run_folder._STOP)
+
+    monkeypatch.setattr(ray_launch, "connect", lambda *_, **__: Member())
+    monkeypatch.setattr(ray_launch, "_wait_for_room", lambda _: None)
+    monkeypatch.setattr(ray_launch, "_fit", fit)
+    config: TrainConfig = load_config(TrainConfig, None, ["launch.ray_workers=1", f"run_dir={tmp_path}"])
+    said = {"badly": "^training on Ray failed$", "by a signal": "^stopped by SIGTERM, before the first step; run again"}
+    with pytest.raises(EngineError, match=said[ends]) if ends in said else nullcontext():
+        ray_launch.launch_ray(config, lambda *_: None)
+    assert locked[0] and not (tmp_path / FOLDER_LOCK).exists()
