@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import psutil
 import pytest
 from helpers import tiny_checkpoint
 
-from pavdm_dist.cluster import address
+from pavdm_dist.cluster import address, joining
 from pavdm_dist.cluster.joining import connect
 from pavdm_dist.cluster.starting import folder_of_own, imports_from
 from pavdm_dist.errors import EngineError
@@ -46,6 +47,19 @@ def short() -> Iterator[Path]:
 def _deep(folder: Path) -> Path:
     """As batch systems name the temporary folder of a job: longer than the name of a socket may be."""
     return folder / ("x" * 60) / "job" / "1355700" / "tmp.t0016"
+
+
+def test_a_terminal_that_closes_does_not_end_a_ray_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What holds signals back is inherited by the processes that Ray starts; an address' are another's."""
+    import ray
+
+    held: list[set[int]] = []
+    monkeypatch.setattr(ray, "init", lambda **_: held.append(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    joining._join(None, log_to_driver=False)
+    joining._join("127.0.0.1:1", log_to_driver=False)
+    assert held == [before | {signal.SIGHUP}, before] and signal.SIGHUP not in before
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
 def test_ray_gets_a_folder_whose_sockets_have_names(own_temporary: pytest.MonkeyPatch, short: Path) -> None:

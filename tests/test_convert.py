@@ -177,6 +177,7 @@ def test_a_folder_of_shards_becomes_a_model(base: Path, tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     for number in range(3):
         save_file(dict(state[number::3]), tmp_path / "shards" / f"part-{number}.safetensors")
+    (tmp_path / "shards" / "._part-0.safetensors").write_bytes(bytes(4096))  # a Mac's, of a file on a share
     assert main(["convert", str(tmp_path / "shards"), f"base={base}", f"output={tmp_path / 'out'}"]) == 0
     found = Checkpoint.open(tmp_path / "out").backbone
     assert isinstance(found, Wan) and equal_states(found, tiny_wan(seed=7))

@@ -50,7 +50,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     width = json.loads((root / "base" / "text_encoder" / "config.json").read_text())["text_dim"]
     (t5 / "config.json").write_text(json.dumps({"architectures": ["T5EncoderModel"], "d_model": width}))
     torch.save({"shared.weight": torch.zeros(4, width)}, t5 / "pytorch_model-00001-of-00001.bin")
-    for name in ("spiece.model", "tokenizer_config.json", "README.md", "tf_model.h5"):
+    for name in ("spiece.model", "tokenizer_config.json", "README.md", "tf_model.h5", "._config.json"):
         (t5 / name).write_text(name)
     return root
 

@@ -283,6 +283,29 @@ def test_bad_settings_write_nothing(config: PrepareConfig, source: Path, tmp_pat
             prepare_command(replace(config, output=str(output), device="cuda"))
 
 
+def test_gpus_that_stay_idle_are_told_of(
+    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def enough(_: Path) -> Any:
+        raise ConfigError("all is checked")
+
+    monkeypatch.setattr(prepare_module, "_locked", enough)
+    cases: list[tuple[int, dict[str, Any], int]] = [
+        (0, {}, 0),
+        (2, {}, 1),
+        (2, {"device": "cuda"}, 0),
+        (2, {"encode": False}, 0),
+        (2, {"ray_address": "auto"}, 0),
+    ]
+    for count, changes, told in cases:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda count=count: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        caplog.clear()
+        with pytest.raises(ConfigError, match="all is checked"):
+            prepare_command(replace(config, output=str(tmp_path / "out"), **changes))
+        assert caplog.text.count("2 GPUs of this machine stay idle: device=cpu encodes videos on CPUs") == told
+
+
 def test_latents_of_another_model_are_refused(plain: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"was prepared with codec .*, model=.*embedded has .*: prepare it again"):
         CachedClips(plain[0], Checkpoint.open())

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.cli import main
 from pavdm_dist.digits.world import NUMBERS, render, sample_scene, scene_prompt
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.evaluate.command import _videos
 from pavdm_dist.evaluate.drift import Drift, drift_of
 from pavdm_dist.evaluate.features import FeatureMeter, frechet_distance, subject_consistency
 from pavdm_dist.evaluate.made import cost_of, group_of
@@ -361,6 +363,25 @@ def test_the_only_slope_gives_the_interval() -> None:
     one = Drift(1, None, None, None, 1, 1, 1, 0)
     found = _summarised([one, replace(one, slope=2.0, low=1.0, high=3.0)], 100, 0)
     assert (found["slope"], found["low"], found["high"], found["hold"]) == (2.0, 1.0, 3.0, "0 of 1")
+
+
+def test_of_folders_what_other_systems_leave_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    left = ("out/._a.mp4", "out/.Trash-0/old.mp4", "out/@eaDir/a.mp4/thumb.mp4", "out/b/#recycle/gone.webm")
+    kept = ("out/a.mp4", "out/b/c.gif")
+    for name in (*left, *kept, "out/d.mp4.parts/00000.mp4", "out/notes.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    with caplog.at_level("INFO"):
+        assert _videos(["out"]) == list(kept)
+    assert "videos=out: 4 hidden files and folders are passed over, such as out/" in caplog.text
+    for name in kept:
+        Path(name).unlink()
+    with pytest.raises(ConfigError, match=r"videos=out: holds no video \(\.mp4.*\); 4 hidden files and folders"):
+        _videos(["out"])
+    assert _videos(["out/.Trash-0", "out/._a.mp4"]) == ["out/.Trash-0/old.mp4", "out/._a.mp4"]  # who names one means it
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ from pavdm_dist.io.video import probe, read_clip
 SIDE = 64
 # BT.2087: from BT.2020 to BT.709.
 BT2087 = [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]]
+# The published matrices of NTSC of 1953, from C to D65 by Bradford's, and to BT.709, as one.
+NTSC1953 = [[1.4858, -0.4033, -0.0825], [-0.0251, 0.9542, 0.0710], [-0.0272, -0.0441, 1.0713]]
 
 
 def write(path: Path, frames: list[Any], codec: str = "libx264", pix_fmt: str = "yuv420p", **more: Any) -> Path:
@@ -157,13 +159,18 @@ def test_colours_that_nobody_shows_as_they_are_are_refused(
 
 def test_the_colours_of_other_screens_are_brought_to_ours() -> None:
     """Oracles by hand: a primary of BT.709 in the other's numbers is that primary again."""
-    for primaries in (colour.BT2020, colour.P3):
+    # Not all greens of BT.709 are colours of film and of the first television.
+    for primaries, grey in ((colour.BT2020, 0), (colour.P3, 0), (colour.BT470M, 0.2), (colour.FILM, 0.2)):
+        assert colour.needs_conversion(1, primaries)
+        np.testing.assert_allclose(colour._to_bt709(primaries).sum(1), 1, atol=1e-6)  # white is white
         back = np.linalg.inv(colour._to_bt709(primaries))
-        for corner in np.eye(3):
-            coded = np.round(np.clip(back @ corner, 0, 1) ** (1 / 2.4) * 65535).astype(np.uint16)
+        for light in (1 - 2 * grey) * np.eye(3) + grey:
+            coded = np.round(np.clip(back @ light, 0, 1) ** (1 / 2.4) * 65535).astype(np.uint16)
             found = colour.converted(coded[None, None], 14, primaries)
-            np.testing.assert_allclose(found[0, 0], corner * 255, atol=2)
+            np.testing.assert_allclose(found[0, 0], light ** (1 / 2.4) * 255, atol=2)
     np.testing.assert_allclose(colour._to_bt709(colour.BT2020), BT2087, atol=5e-4)
+    np.testing.assert_allclose(colour._to_bt709(colour.BT470M), NTSC1953, atol=5e-4)
+    assert not any(colour.needs_conversion(6, near) for near in (1, 2, 5, 6, 7, 22)), "television of our days"
     for transfer in (colour.PQ, colour.HLG, colour.LINEAR, 14):
         ramp = np.linspace(0, 65535, 200).astype(np.uint16)[None, :, None].repeat(3, axis=2)
         found = colour.converted(ramp, transfer, colour.BT2020)

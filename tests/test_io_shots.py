@@ -90,24 +90,38 @@ def test_the_end_is_the_same_however_it_is_found(tmp_path: Path, suffix: str, fp
     np.testing.assert_array_equal(read_clip(path, num_frames=17, fps=fps, keep="last"), all_of_it[-17:])
 
 
-def test_only_the_end_of_a_film_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded = 0
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Fraction]:
+    """The times of all frames that are decoded."""
+    times: list[Fraction] = []
     frames = VideoReader.frames
 
-    def counted(reader: VideoReader, start: Fraction | None = None) -> Iterator[tuple[Fraction, Any]]:
-        nonlocal decoded
-        for pair in frames(reader, start):
-            decoded += 1
-            yield pair
+    def noted(reader: VideoReader, start: Fraction | None = None) -> Iterator[tuple[Fraction, Any]]:
+        for time, frame in frames(reader, start):
+            times.append(time)
+            yield time, frame
 
-    monkeypatch.setattr(VideoReader, "frames", counted)
+    monkeypatch.setattr(VideoReader, "frames", noted)
+    return times
+
+
+def test_only_the_end_of_a_film_is_decoded(tmp_path: Path, decoded: list[Fraction]) -> None:
     counts = []
     for length in (600, 1800):
         path = write_video(tmp_path / f"{length}.mp4", np.broadcast_to(numbered(1, 16, 16), (length, 16, 16, 3)))
-        decoded = 0
+        decoded.clear()
         assert read_clip(path, num_frames=9, fps=24, keep="last").shape == (9, 16, 16, 3)
-        counts.append(decoded)
+        counts.append(len(decoded))
     assert counts[0] == counts[1] < 200
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "ts"])
+def test_key_frames_may_be_far_apart(tmp_path: Path, decoded: list[Fraction], suffix: str) -> None:
+    """Twice from frame 500 on: x264's own distance. A jump into a transport stream lands behind the place."""
+    still = np.broadcast_to(numbered(1, 16, 16), (720, 16, 16, 3))
+    path = write_video(tmp_path / f"long.{suffix}", still, gop=250)
+    assert read_clip(path, num_frames=9, fps=24, keep="last").shape == (9, 16, 16, 3)
+    assert len(decoded) == 2 * 220
 
 
 def test_a_film_without_times_is_read_from_its_beginning(tmp_path: Path) -> None:

@@ -115,6 +115,13 @@ def test_machines_without_weights_read_what_is_kept(umt5: Path, tmp_path: Path, 
         encoder(bare, cache).encode("a blue seven")
 
 
+def test_what_a_mac_leaves_beside_weights_makes_no_other_encoder(umt5: Path, tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    shutil.copytree(umt5, seen)
+    (seen / "text_encoder" / "._model.safetensors").write_bytes(bytes(4096))
+    assert encoder(seen, tmp_path).identity == encoder(umt5, tmp_path).identity
+
+
 def test_a_damaged_encoder_is_one_sentence(umt5: Path, tmp_path: Path, started: Cached) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(umt5, broken)

@@ -176,6 +176,29 @@ def test_a_run_whose_folder_was_taken_over_writes_nothing_more(tmp_path: Path, c
     assert not list((tmp_path / "checkpoints").glob("step0000002*"))
 
 
+def test_who_writes_for_the_owner_writes_while_he_owns_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "_PATIENCE_S", 0.1)
+    with run_folder.owned(tmp_path):
+        guard = run_folder.guard_for(tmp_path, run_folder.owner_of(tmp_path))
+        assert guard() is None
+    gone = f"run_dir={tmp_path}: the process that owned it is gone, or another run took it over"
+    assert guard() == gone
+    with run_folder.owned(tmp_path):
+        assert guard() == gone
+    assert run_folder.guard_for(tmp_path, None)() == gone
+
+
+def test_a_wish_to_stop_is_of_one_run(tmp_path: Path) -> None:
+    run_folder.ask_to_stop(tmp_path)  # by a run that lost power
+    with run_folder.owned(tmp_path):
+        assert not run_folder.asked_to_stop(tmp_path)
+        run_folder.ask_to_stop(tmp_path)
+        assert run_folder.asked_to_stop(tmp_path)
+    assert tree(tmp_path) == []
+
+
 # --- full -------------------------------------------------------------------------------------------------------
 
 

@@ -289,24 +289,26 @@ def test_sheets_are_drawn_under_every_stage_and_no_process_hangs(run_dir: Path) 
 
 
 RAY_PROGRAM = """
-import sys, threading, time
+import os, signal, sys, threading, time
 from pathlib import Path
 import psutil
 import ray
 from pavdm_dist.cli import main
 
-run, kill = Path(sys.argv[1]), sys.argv[2] == "kill"
+run, kill = Path(sys.argv[1]), sys.argv[2]
 ray.init(num_cpus=2, include_dashboard=False)
 
 def shoot():
     while not (run / "checkpoints" / "latest").exists():
         time.sleep(0.05)
+    if kill.isdecimal():
+        return os.kill(os.getpid(), int(kill))
     named = [(process, " ".join(process.cmdline())) for process in psutil.process_iter()]
     group = [process for process, name in named if name.startswith("ray::RayTrainWorker")]
     group[-1].kill()
     print("killed one of", len(group), flush=True)
 
-if kill:
+if kill != "leave":
     threading.Thread(target=shoot, daemon=True).start()
 sys.exit(main(sys.argv[3:]))
 """
@@ -328,3 +330,18 @@ def test_ray_train_gives_the_same_losses_also_after_a_worker_was_killed(
         assert by_step.setdefault(line["step"], line["loss"]) == line["loss"], "done again: the same to the bit"
     assert [by_step[step] for step in sorted(by_step)] == pytest.approx(expected, abs=1e-4)
     assert Checkpoint.open(run_dir / "model").backbone.config.depth == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_ray_train_ends_at_a_signal_with_a_checkpoint_and_the_model(run_dir: Path) -> None:
+    more = ["launch.ray_workers=1", "checkpoint_every_seconds=0", "optimizer.total_steps=100000"]
+    command = [sys.executable, "-c", RAY_PROGRAM, str(run_dir), str(int(signal.SIGINT)), *words(run_dir, *more)]
+    done = subprocess.run(command, env=alone(), capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 130, done.stdout[-3000:] + done.stderr[-3000:]
+    where = f"saved in {run_dir / 'checkpoints'}, weights in {run_dir / 'model'}; run again to go on"
+    assert f"pavdm: interrupted: {where}" in done.stderr and "Traceback" not in done.stderr
+    steps = json.loads((run_dir / "log.jsonl").read_text().splitlines()[-1])["step"]
+    assert (run_dir / "checkpoints" / "latest").read_text() == f"step{steps:07d}" and steps < 100000
+    assert Checkpoint.open(run_dir / "model").backbone.config.depth == 1
+    assert not list(run_dir.glob(".pavdm-*"))

@@ -14,8 +14,10 @@ from test_train_launch import LAUNCHER
 from training import TINY
 
 from pavdm_dist import cli
+from pavdm_dist.commands.train import training_data
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.merging import load_config
+from pavdm_dist.train import launch as launch_module
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.effect import check_effect
 from pavdm_dist.train.launch import check_gpus
@@ -143,6 +145,21 @@ def test_clips_that_are_held_out_and_never_looked_at_are_told_of(caplog: pytest.
     assert "validation" not in caplog.text
     check_effect(settings("data.folder=[set]", "validation.clips=3"), 1)
     assert "validation.clips=3 leaves clips out of training that are never looked at" in caplog.text
+
+
+def test_gpus_that_one_process_leaves_idle_are_told_of(
+    caplog: pytest.LogCaptureFixture, shell: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trained: list[TrainConfig] = []
+    shell.setattr(launch_module, "_train_here", lambda config, _: trained.append(config))
+    for count, told in ((0, 0), (1, 0), (4, 1)):
+        shell.setattr(torch.cuda, "is_available", lambda count=count: count > 0)
+        shell.setattr(torch.cuda, "device_count", lambda count=count: count)
+        caplog.clear()
+        launch_module.launch(settings(f"run_dir={tmp_path}"), training_data, ())
+        assert len([record for record in caplog.records if "stay idle" in record.getMessage()]) == told
+    assert "3 of 4 GPUs of this machine stay idle: launch.processes=1 trains on one; launch.processes=4" in caplog.text
+    assert len(trained) == 3
 
 
 def test_what_is_read_is_not_told_of(caplog: pytest.LogCaptureFixture, shell: pytest.MonkeyPatch) -> None:

@@ -17,16 +17,16 @@ from training import TINY, start, tiny_codec, write_clips
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.wan import WanCodec
-from pavdm_dist.digits.batches import INFO, still_batch
+from pavdm_dist.digits.batches import INFO, DigitBatches, still_batch
 from pavdm_dist.digits.cache import LatentClips, cache_clips
 from pavdm_dist.digits.provider import WORLD_PROMPTS, digit_data
-from pavdm_dist.digits.settings import VOCABULARY, DigitWorld
+from pavdm_dist.digits.settings import VOCABULARY, WORLD_SETTINGS, DigitWorld
 from pavdm_dist.digits.world import render, sample_scene
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.io.shipped import EMBEDDED
 from pavdm_dist.merging import load_config
 from pavdm_dist.train.average import Average
-from pavdm_dist.train.export import check_target
+from pavdm_dist.train.export import Parts, check_target
 from pavdm_dist.train.model import Text, filled
 from pavdm_dist.train.objective import Objective, WindowKind
 from pavdm_dist.train.run import train_slice
@@ -216,6 +216,17 @@ def test_command_trains_and_exports_a_model_that_opens(tmp_path: Path, codec: Pa
     assert [line["step"] for line in lines] == [1, 2] and lines[0]["loss"] == pytest.approx(2, rel=0.7)
     start(replace(config, resume="must"), LatentClips(tmp_path / "run/clips"), codec, WORLD_PROMPTS[:2]).sheet()
     assert (tmp_path / "run/sheets/step0000002.png").exists()
+
+
+def test_who_gets_no_signals_is_asked_before_every_step(tmp_path: Path, codec: Path, clips: LatentClips) -> None:
+    config = settings(tmp_path, "max_seconds=100")
+    batches = DigitBatches(clips, config.objective, config.data, config.seed)
+    parts = Parts(codec, None, INFO, (), VOCABULARY, WORLD_SETTINGS)
+    answers = iter([False, False, True])
+    train_slice(config, lambda *_: (batches, parts), asked=lambda: next(answers))
+    assert [json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()] == [1, 2]
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step0000002"
+    assert Checkpoint.open(tmp_path / "run/model").backbone.config.depth == 1
 
 
 def test_a_slice_that_ends_with_the_data_trains_nothing(tmp_path: Path) -> None:

@@ -7,13 +7,19 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pavdm_dist.train import launch
+from pavdm_dist.errors import EngineError
+from pavdm_dist.io.lock import FOLDER_LOCK
+from pavdm_dist.merging import load_config
+from pavdm_dist.train import endings, launch, ray_launch, run_folder
+from pavdm_dist.train.ray_launch import _heeding
 from pavdm_dist.train.run import _stopped_by_signals
+from pavdm_dist.train.settings import TrainConfig
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Writes down every signal, and goes on until it is let go.
@@ -85,7 +91,7 @@ def test_a_signal_to_the_launcher_reaches_its_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: list[int], at_once: float, told: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "AT_ONCE_S", at_once)
+    monkeypatch.setattr(endings, "AT_ONCE_S", at_once)
     main = threading.get_ident()
 
     def tell() -> None:
@@ -104,3 +110,77 @@ def test_a_signal_to_the_launcher_reaches_its_processes(
     teller.join()
     assert (tmp_path / "told").read_text().split() == told
     assert signal.getsignal(signal.SIGHUP) == signal.default_int_handler
+
+
+@pytest.mark.usefixtures("usual")
+@pytest.mark.parametrize("number", NUMBERS)
+def test_workers_elsewhere_are_asked_to_end_and_waited_for(tmp_path: Path, number: int) -> None:
+    main, threads = threading.get_ident(), []
+
+    def work() -> None:
+        threads.append(threading.get_ident())
+        signal.pthread_kill(main, number)
+        appears(tmp_path / run_folder._STOP)
+
+    assert _heeding(work, tmp_path) == number
+    assert threads != [main], "Ray Train takes Ctrl-C for itself where it runs in the main thread"
+    assert signal.getsignal(number) == signal.default_int_handler
+    assert _heeding(lambda: None, tmp_path) is None
+
+
+@pytest.mark.usefixtures("usual")
+def test_one_who_interrupts_again_does_not_wait_for_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endings, "AT_ONCE_S", 0.0)
+    main, let_go = threading.get_ident(), threading.Event()
+
+    def work() -> None:
+        for _ in range(2):
+            signal.pthread_kill(main, signal.SIGINT)
+            appears(tmp_path / run_folder._STOP)
+        let_go.wait(20)
+
+    with pytest.raises(KeyboardInterrupt, match="run again to go on from the last checkpoint"):
+        _heeding(work, tmp_path)
+    let_go.set()
+
+
+@pytest.mark.usefixtures("usual")
+def test_what_fails_on_workers_fails_here(tmp_path: Path) -> None:
+    def work() -> None:
+        raise EngineError("training on Ray failed")
+
+    with pytest.raises(EngineError, match="training on Ray failed"):
+        _heeding(work, tmp_path)
+    assert not (tmp_path / run_folder._STOP).exists()
+
+
+@pytest.mark.usefixtures("usual")
+@pytest.mark.parametrize("ends", ["well", "badly", "by a signal"])
+def test_the_folder_is_owned_until_the_cluster_was_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """Else another run could begin where these workers still write."""
+    locked: list[bool] = []
+
+    class Member:
+        def leave(self) -> None:
+            locked.append((tmp_path / FOLDER_LOCK).exists())
+
+    main = threading.get_ident()
+
+    def fit(_: TrainConfig, __: Any, run: Path) -> None:
+        assert run_folder.guard_for(run, run_folder.owner_of(run))() is None
+        if ends == "badly":
+            raise EngineError("training on Ray failed")
+        if ends == "by a signal":
+            signal.pthread_kill(main, signal.SIGTERM)
+            appears(run / run_folder._STOP)
+
+    monkeypatch.setattr(ray_launch, "connect", lambda *_, **__: Member())
+    monkeypatch.setattr(ray_launch, "_wait_for_room", lambda _: None)
+    monkeypatch.setattr(ray_launch, "_fit", fit)
+    config: TrainConfig = load_config(TrainConfig, None, ["launch.ray_workers=1", f"run_dir={tmp_path}"])
+    said = {"badly": "^training on Ray failed$", "by a signal": "^stopped by SIGTERM, before the first step; run again"}
+    with pytest.raises(EngineError, match=said[ends]) if ends in said else nullcontext():
+        ray_launch.launch_ray(config, lambda *_: None)
+    assert locked[0] and not (tmp_path / FOLDER_LOCK).exists()

@@ -98,13 +98,24 @@ def _join(address: str | None, log_to_driver: bool) -> None:
         if address is not None:
             ray.init(address=address, **settings)
             return
-        with settings_of_own() as own:
+        with settings_of_own() as own, _outliving_the_terminal():
             ray.init(address="local", **own, **settings)
     except (OSError, RuntimeError, ValueError) as error:
         why = addresses.one_line(error)
         if address is None:
             raise EngineError(f"no Ray could be started on this machine: {why}") from error
         raise EngineError(f"ray_address={address!r}: no Ray cluster could be joined: {why}") from error
+
+
+@contextmanager
+def _outliving_the_terminal() -> Iterator[None]:
+    """What is started here is not told that a terminal closes, as Ray sees to for Ctrl-C: all of a terminal's processes
+    are, and this one has yet to end what it does on them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

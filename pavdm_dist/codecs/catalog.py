@@ -15,6 +15,7 @@ from pavdm_dist.codecs.base import CodecSpec, FrameDecoder, VideoCodec
 from pavdm_dist.codecs.wan_config import read_wan_config
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.io.checksums import kept_sha256
+from pavdm_dist.io.folders import without_hidden
 from pavdm_dist.io.local import cache_folder
 from pavdm_dist.io.storage import atomic_write
 from pavdm_dist.models.loading import stored_tensors
@@ -160,7 +161,7 @@ def _told(vae: Source) -> object:
         return str(vae)
     if not stored_tensors(vae):
         raise CheckpointError(f"{vae} has no weights")
-    files = sorted(vae.folder().glob("*.safetensors"))
+    files = without_hidden(vae.folder().glob("*.safetensors"))
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 

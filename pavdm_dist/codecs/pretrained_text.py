@@ -29,6 +29,7 @@ from pavdm_dist.cluster.starting import imports_from
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.fields import TextDevice, TextDtype
 from pavdm_dist.io.checksums import ends_digest
+from pavdm_dist.io.folders import without_hidden
 from pavdm_dist.io.local import cache_folder
 from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import atomic_write
@@ -193,7 +194,7 @@ class PretrainedTextEncoder:
         if not self._encoder.is_folder:
             return str(self._encoder)
         folder = self._encoder.folder()
-        files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+        files = without_hidden(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
         if not files:
             return self._known_weights()
         told = ends_digest(files)

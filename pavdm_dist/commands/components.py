@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.io.folders import without_hidden
 from pavdm_dist.models.components import WEIGHTS, link_or_copy
 from pavdm_dist.models.loading import has_weights
 from pavdm_dist.models.source import Source, load_config, named_class
@@ -62,7 +63,7 @@ class Component:
         target = folder / self.name
         target.mkdir()
         here = self.source.folder(self.patterns)
-        for file in sorted(here.iterdir()):
+        for file in without_hidden(here.iterdir()):
             if file.is_file() and any(fnmatch(file.name, pattern) for pattern in self.patterns):
                 link_or_copy(str(file), str(target / file.name))
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.fields import json_value
+from pavdm_dist.io.folders import files_in, passed_over
 from pavdm_dist.io.storage import is_remote
 
 logger = logging.getLogger(__name__)
@@ -23,13 +24,6 @@ VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts"
 INDEX_SUFFIXES = (".csv", ".jsonl")
 PATH_COLUMNS = ("path", "video", "video_path", "file")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
-# Folders of file servers, archives and trash cans, whose makers differ on capitals; those that begin with a dot are
-# passed over, too.
-_FOREIGN = (
-    "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp", "~snapshot", "$recycle.bin",
-    "recycler", "recycled", "system volume information", "network trash folder", "temporary items", "lost+found",
-    "__macosx",
-)  # fmt: skip
 # Names in an error; more would hide the sentence.
 _SHOWN = 3
 
@@ -120,8 +114,8 @@ def read_sources(sources: Sequence[str], captions: Captions = "required") -> Sou
 def _read(source: Path) -> list[_Entry]:
     if source.is_dir():
         hidden: list[str] = []
-        found = sorted(_videos_in(os.path.realpath(source), hidden))
-        passed = f"{len(hidden)} hidden files and folders are passed over, such as {hidden[0]}" if hidden else ""
+        found = sorted(files_in(os.path.realpath(source), VIDEO_SUFFIXES, "source", hidden))
+        passed = passed_over(hidden)
         if not found:
             more = passed and f"; {passed}"
             raise ConfigError(f"source={source}: holds no video ({', '.join(VIDEO_SUFFIXES)}){more}")
@@ -144,28 +138,6 @@ def _read(source: Path) -> list[_Entry]:
     if not entries:
         raise ConfigError(f"source={source}: names no video")
     return entries
-
-
-def _videos_in(folder: str, hidden: list[str]) -> Iterator[Path]:
-    """All videos of a folder and its subfolders, linked ones too; links that lead nowhere are reported when read.
-
-    ``hidden`` gets what is passed over: what Macs, file servers and trash cans leave beside videos.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise ConfigError(f"source={folder}: {error.filename} cannot be read: {error.strerror}") from error
-
-    seen = {folder}
-    for place, subfolders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        videos = [name for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES]
-        foreign = sorted(name for name in subfolders if name.startswith(".") or name.casefold() in _FOREIGN)
-        dotted = sorted(name for name in videos if name.startswith("."))
-        hidden += [os.path.join(place, name) for name in (*foreign, *dotted)]
-        subfolders[:] = [name for name in subfolders if name not in foreign]
-        real = {name: os.path.realpath(os.path.join(place, name)) for name in subfolders}
-        subfolders[:] = [name for name in subfolders if real[name] not in seen]
-        seen.update(real.values())
-        yield from (Path(place, name) for name in videos if not name.startswith("."))
 
 
 def _with_sidecar(path: Path) -> _Entry:

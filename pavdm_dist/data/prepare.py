@@ -95,6 +95,7 @@ def prepare_command(config: PrepareConfig) -> dict[str, Any]:
     checkpoint.check_text()
     sources = without(read_sources(config.source, config.captions), config.besides)
     job = _job(config, checkpoint, sources)
+    _tell_of_idle_gpus(config)
     gpu = config.device == "cuda"
     with _locked(job.output), workers(config.processes, config.ray_address, config.threads, gpu) as run:
         try:
@@ -236,6 +237,17 @@ def _encode(job: Job, index: dict[str, Any], run: Run, ahead: bool) -> None:
         raise EngineError(
             f"{error}; it was reading {names}: where that ends every run, prepare another folder without it"
         ) from error
+
+
+def _tell_of_idle_gpus(config: PrepareConfig) -> None:
+    """What a cluster has is not asked for; there tasks ask for what they compute on."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count and config.encode and config.device == "cpu" and config.ray_address is None:
+        logger.warning(
+            "%d GPUs of this machine stay idle: device=cpu encodes videos on CPUs; device=cuda encodes them on GPUs, in"
+            " turns between the processes (CUDA_VISIBLE_DEVICES= says that CPUs are meant)",
+            count,
+        )
 
 
 def _check(config: PrepareConfig) -> None:

@@ -15,7 +15,7 @@ from pavdm_dist.evaluate.plots import plots
 from pavdm_dist.evaluate.report import summary, whole_rows
 from pavdm_dist.evaluate.settings import EvalConfig
 from pavdm_dist.evaluate.video import Measured, features_of, measure
-from pavdm_dist.io.folders import check_no_link, whole_folder
+from pavdm_dist.io.folders import check_no_link, files_in, passed_over, whole_folder
 from pavdm_dist.io.storage import disk_errors, is_remote
 
 logger = logging.getLogger(__name__)
@@ -81,19 +81,23 @@ def for_people(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _videos(words: Sequence[str]) -> list[str]:
-    """Files as they are named; of folders the videos in them, not those of unfinished ones."""
+    """Files as they are named; of folders the videos in them, not those of unfinished ones or in trash cans."""
     if not words:
         raise ConfigError("videos: must be given; pavdm eval DIR|FILE...")
     found: list[str] = []
     for word in words:
-        folder = Path(word)
-        if is_remote(word) or not folder.is_dir():
+        if is_remote(word) or not Path(word).is_dir():
             found.append(word)
             continue
-        inside = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
+        hidden: list[str] = []
+        inside = sorted(files_in(str(Path(word)), _SUFFIXES, "videos", hidden))
         own = [str(file) for file in inside if not any(part.endswith(".parts") for part in file.parts)]
+        passed = passed_over(hidden)
         if not own:
-            raise ConfigError(f"videos={word}: holds no video ({', '.join(_SUFFIXES)})")
+            more = passed and f"; {passed}"
+            raise ConfigError(f"videos={word}: holds no video ({', '.join(_SUFFIXES)}){more}")
+        if passed:
+            logger.info("videos=%s: %s", word, passed)
         found += own
     return list(dict.fromkeys(found))
 

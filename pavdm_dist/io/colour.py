@@ -12,7 +12,7 @@ import numpy as np
 
 # FFmpeg's numbers of transfer curves and primaries.
 PQ, HLG, LINEAR = 16, 18, 8
-BT2020, P3, DISPLAY_P3 = 9, 11, 12
+BT470M, FILM, BT2020, P3, DISPLAY_P3 = 4, 8, 9, 11, 12
 # Curves that no screen of SDR shows as they are, and that nothing here knows: logarithmic ones, cinema's.
 UNKNOWN_CURVES = {9: "logarithmic", 10: "logarithmic", 17: "SMPTE 428"}
 UNKNOWN_PRIMARIES = {10: "XYZ"}
@@ -20,10 +20,20 @@ UNKNOWN_PRIMARIES = {10: "XYZ"}
 _WHITE_NITS, _HLG_PEAK_NITS, _GAMMA = 203, 1000, 2.4
 # From here on brighter light is rolled off, so that what is brighter than white keeps some of its shape.
 _KNEE = 0.75
-_D65 = (0.3127, 0.3290)
+_D65, _C = (0.3127, 0.3290), (0.3100, 0.3160)
 _BT709 = ((0.640, 0.330), (0.300, 0.600), (0.150, 0.060))
 _P3 = ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060))
-_WIDE = {BT2020: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046)), P3: _P3, DISPLAY_P3: _P3}
+_WIDE = {
+    BT470M: ((0.670, 0.330), (0.210, 0.710), (0.140, 0.080)),  # NTSC of 1953
+    FILM: ((0.681, 0.319), (0.243, 0.692), (0.145, 0.049)),  # behind Wratten's filters 25, 58 and 47
+    BT2020: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046)),
+    P3: _P3,
+    DISPLAY_P3: _P3,
+}
+# Primaries whose white is not D65.
+_WHITES = {BT470M: _C, FILM: _C}
+# Bradford's: from XYZ to the responses of three receptors, which a change of white scales.
+_RECEPTORS = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 
 
 def needs_conversion(transfer: int, primaries: int) -> bool:
@@ -72,11 +82,15 @@ def _light(transfer: int) -> np.ndarray:
 
 @cache
 def _to_bt709(primaries: int) -> np.ndarray:
-    return (np.linalg.inv(_to_xyz(_BT709)) @ _to_xyz(_WIDE[primaries])).astype(np.float32)
+    xyz = _to_xyz(_WIDE[primaries], _WHITES.get(primaries, _D65))
+    if primaries in _WHITES:  # white stays white
+        responses, wanted = _RECEPTORS @ xyz.sum(1), _RECEPTORS @ _to_xyz(_BT709, _D65).sum(1)
+        xyz = np.linalg.inv(_RECEPTORS) @ np.diag(wanted / responses) @ _RECEPTORS @ xyz
+    return (np.linalg.inv(_to_xyz(_BT709, _D65)) @ xyz).astype(np.float32)
 
 
-def _to_xyz(corners: tuple[tuple[float, float], ...]) -> np.ndarray:
-    """Red, green and blue of these chromaticities, whose white is D65 -> CIE XYZ."""
-    x, y = np.array([*corners, _D65]).T
+def _to_xyz(corners: tuple[tuple[float, float], ...], white: tuple[float, float]) -> np.ndarray:
+    """Red, green and blue of these chromaticities, together a white of that one -> CIE XYZ."""
+    x, y = np.array([*corners, white]).T
     columns = np.stack([x / y, np.ones(4), (1 - x - y) / y])
     return columns[:, :3] * np.linalg.solve(columns[:, :3], columns[:, 3])

@@ -1,14 +1,25 @@
-"""Folders that are either complete or absent, among those of others: nothing is removed that was not made here."""
+"""Folders that are either complete or absent, among those of others: nothing is removed that was not made here.
+
+And what in folders of others is theirs: not what machines leave there.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.storage import discard, stage
+
+# Folders of file servers, archives and trash cans, whose makers differ on capitals; those that begin with a dot are
+# passed over, too.
+_FOREIGN = (
+    "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp", "~snapshot", "$recycle.bin",
+    "recycler", "recycled", "system volume information", "network trash folder", "temporary items", "lost+found",
+    "__macosx",
+)  # fmt: skip
 
 
 def check_no_link(path: str | Path, field: str) -> None:
@@ -23,6 +34,45 @@ def check_no_link(path: str | Path, field: str) -> None:
     """
     if os.path.islink(path):
         raise ConfigError(f"{field}={path}: is a link to {os.readlink(path)}; name the folder itself")
+
+
+def files_in(folder: str, suffixes: Sequence[str], field: str, hidden: list[str]) -> Iterator[Path]:
+    """All files of a kind in a folder and its subfolders, linked ones too; links that lead nowhere are given as files.
+
+    Args:
+        folder: what is given begins with it.
+        suffixes: of the kind, in small letters.
+        field: the setting that names the folder.
+        hidden: gets what is passed over: what Macs, file servers and trash cans leave beside files.
+
+    Raises:
+        ConfigError: a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(f"{field}={folder}: {error.filename} cannot be read: {error.strerror}") from error
+
+    seen = {os.path.realpath(folder)}
+    for place, subfolders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        files = [name for name in names if Path(name).suffix.lower() in suffixes]
+        foreign = sorted(name for name in subfolders if name.startswith(".") or name.casefold() in _FOREIGN)
+        dotted = sorted(name for name in files if name.startswith("."))
+        hidden += [os.path.join(place, name) for name in (*foreign, *dotted)]
+        subfolders[:] = [name for name in subfolders if name not in foreign]
+        real = {name: os.path.realpath(os.path.join(place, name)) for name in subfolders}
+        subfolders[:] = [name for name in subfolders if real[name] not in seen]
+        seen.update(real.values())
+        yield from (Path(place, name) for name in files if not name.startswith("."))
+
+
+def passed_over(hidden: Sequence[str]) -> str:
+    """What to say of what :func:`files_in` passed over; empty where it was nothing."""
+    return f"{len(hidden)} hidden files and folders are passed over, such as {hidden[0]}" if hidden else ""
+
+
+def without_hidden(files: Iterable[Path]) -> list[Path]:
+    """Sorted, without names that begin with a dot: on a share a Mac leaves ``._a.safetensors`` beside each file."""
+    return sorted(file for file in files if not file.name.startswith("."))
 
 
 @contextmanager

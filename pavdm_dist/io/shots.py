@@ -22,8 +22,9 @@ from pavdm_dist.io.reader import VideoReader, open_video
 
 T = TypeVar("T")
 
-# Seconds before a place that a reader jumps to, one after the other: in transport streams a jump lands late.
-SEEK_EARLIER = (1, 8)
+# Seconds before a place that a reader jumps to, one after the other: in transport streams a jump lands at the key frame
+# behind, and encoders put ten seconds and more between two.
+SEEK_EARLIER = (1, 4, 16, 64)
 
 
 def longest_wait(rate: Fraction) -> Fraction:
@@ -99,16 +100,19 @@ def last_shot(path: str | Path, rate: Fraction, num_frames: int | None = None) -
         seconds = num_frames / rate
         with open_video(path) as reader:
             end = reader.announced_end
-        for _ in range(2):  # the file's word for its end, then the end that was found
-            if end is None or (place := end - seconds - SEEK_EARLIER[0]) <= 0:
-                break
-            try:
-                shot = _look(path, rate, place)
-            except MediaError:  # the way from the beginning says what is wrong, if anything is
-                break
-            if shot.gap is not None or shot.end - shot.start >= seconds:
-                return shot
-            end = shot.end
+        for earlier in SEEK_EARLIER:
+            for _ in range(2):  # the file's word for its end, then the end that was found
+                if end is None or (place := end - seconds - earlier) <= 0:
+                    break
+                try:
+                    shot = _look(path, rate, place)
+                except MediaError:  # a place further before may do; the way from the beginning says what is wrong
+                    break
+                if shot.gap is not None or shot.end - shot.start >= seconds:
+                    return shot
+                if end - shot.end <= earlier:  # the word was good enough, and the jump landed late
+                    break
+                end = shot.end
     return _look(path, rate, None)
 
 

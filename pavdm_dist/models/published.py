@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pavdm_dist.errors import CheckpointError
+from pavdm_dist.io.folders import without_hidden
 from pavdm_dist.models.original_names import diffusers_names
 
 # Which of several sets of weights in a file is meant, the first that is there. A critic makes no videos.
@@ -36,7 +37,7 @@ def read_published(file: Path, chosen: str | None = None) -> dict[str, Tensor]:
     if file.is_dir() or file.suffix == ".safetensors":
         if chosen is not None:
             raise CheckpointError(f"weights={chosen}: {file} holds one set of tensors; leave it out")
-        files = sorted(file.glob("*.safetensors")) if file.is_dir() else [file]
+        files = without_hidden(file.glob("*.safetensors")) if file.is_dir() else [file]
         tensors: Mapping[str, Any] = {name: value for part in files for name, value in _safe(part).items()}
     else:
         tensors = _chosen(_unpickled(file), chosen, file)

@@ -6,11 +6,11 @@ the same everywhere: it looks only at RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR 
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from pavdm_dist.cluster.starting import imports_from
 from pavdm_dist.errors import ConfigError, EngineError
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.effect import check_effect
+from pavdm_dist.train.endings import heard
 from pavdm_dist.train.processes import check_alone, launched_size
 from pavdm_dist.train.ray_launch import launch_ray
 from pavdm_dist.train.run_folder import check_free
@@ -26,10 +27,7 @@ from pavdm_dist.train.settings import TrainConfig
 if TYPE_CHECKING:
     from pavdm_dist.train.run import Provider
 
-# Ctrl-C, a job that is preempted or cancelled, a terminal that closes.
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Interrupts that follow so soon are one wish: keys that repeat.
-AT_ONCE_S = 2.0
+logger = logging.getLogger(__name__)
 
 
 def launch(config: TrainConfig, provider: Provider, words: Sequence[str]) -> None:
@@ -70,6 +68,7 @@ def launch(config: TrainConfig, provider: Provider, words: Sequence[str]) -> Non
     else:
         check_settings(config, 1)
         check_alone()
+        _tell_of_idle_gpus()
         _train_here(config, provider)
 
 
@@ -92,6 +91,21 @@ def check_gpus(processes: int) -> None:
         raise ConfigError(
             f"launch.processes={processes}: there are {count} GPUs here, which NCCL lets no two processes share; use at"
             f" most {count}, or CUDA_VISIBLE_DEVICES= to train on CPUs"
+        )
+
+
+def _tell_of_idle_gpus() -> None:
+    """One process computes on one GPU."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count > 1:
+        logger.warning(
+            "%d of %d GPUs of this machine stay idle: launch.processes=1 trains on one; launch.processes=%d trains on"
+            " all (CUDA_VISIBLE_DEVICES=0 says that one is meant)",
+            count - 1,
+            count,
+            count,
         )
 
 
@@ -124,31 +138,18 @@ def _watched(command: Sequence[str], environment: Mapping[str, str]) -> tuple[in
     Returns:
         Its status; the first signal that this process was sent.
     """
-    told: list[int] = []
-    at = -AT_ONCE_S
     child: subprocess.Popen[bytes] | None = None
 
-    def forward(number: int, _: object) -> None:
-        nonlocal at
-        # Once it is stopping only one who interrupts it anew, after having waited, changes anything.
-        heeded = not told or (number == signal.SIGINT and time.monotonic() - at > AT_ONCE_S)
-        told.append(number)
-        if heeded:
-            at = time.monotonic()
-            if child is not None:
-                _tell(child, number)
+    def forward(number: int) -> None:
+        if child is not None:
+            _tell(child, number)
 
-    heard = [number for number in _ENDING if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, forward) for number in heard}
-    try:
+    with heard(forward) as told:
         child = subprocess.Popen(command, env=environment, start_new_session=True)
         if told:  # while it was being started
             _tell(child, told[0])
         code = child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return code, signal.Signals(told[0]) if told else None
+    return code, told[0] if told else None
 
 
 def _tell(child: subprocess.Popen[bytes], number: int) -> None:

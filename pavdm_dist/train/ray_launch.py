@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +20,17 @@ from pavdm_dist.cluster.joining import connect
 from pavdm_dist.cluster.room import Demand, Room
 from pavdm_dist.errors import ConfigError, EngineError
 from pavdm_dist.io.shipped import shipped_models
-from pavdm_dist.train.run_folder import CHECKPOINTS, check_free, owned
+from pavdm_dist.train.endings import heard
+from pavdm_dist.train.run_folder import (
+    CHECKPOINTS,
+    ask_to_stop,
+    asked_to_stop,
+    check_free,
+    guard_for,
+    owned,
+    owner_of,
+    target_of,
+)
 from pavdm_dist.train.settings import TrainConfig
 
 if TYPE_CHECKING:
@@ -27,13 +41,20 @@ GROUP_S = 60.0
 # An actor of Ray's that finds no address of its own where several clusters run on a machine, and says so in tracebacks.
 _NOISY = "PlacementGroupCleaner"
 
+logger = logging.getLogger(__name__)
+
 
 def launch_ray(config: TrainConfig, provider: Provider) -> None:
     """Runs training in ``config.launch.ray_workers`` processes of a cluster, once it has room for them.
 
+    At a signal the workers are asked to end after their step, and waited for; an interrupt of one who has waited does
+    not wait, and they write nothing more.
+
     Raises:
         ConfigError: Ray Train is not installed, or a GPU share that no worker can train on.
-        EngineError: no cluster, no room for the workers, or a process failed more often than is allowed.
+        EngineError: no cluster, no room for the workers, a process failed more often than is allowed, or a signal
+            other than Ctrl-C ended the run.
+        KeyboardInterrupt: after Ctrl-C, saying where the weights are.
     """
     wanted, run = config.launch, Path(config.run_dir).absolute()
     try:
@@ -56,10 +77,57 @@ def launch_ray(config: TrainConfig, provider: Provider) -> None:
     membership = connect(wanted.ray_address, log_to_driver=True)
     try:
         _wait_for_room(config)
-        with owned(run), _without_noise():  # by this process, which outlives its workers
-            _fit(config, provider, run)
+        with owned(run):  # by this process, which outlives its workers
+            try:
+                with _without_noise():
+                    told = _heeding(lambda: _fit(config, provider, run), run)
+            finally:
+                membership.leave()
     finally:
         membership.leave()
+    if told is not None:
+        there = saves.any_there(run / CHECKPOINTS)
+        where = f"saved in {run / CHECKPOINTS}, weights in {target_of(config)}" if there else "before the first step"
+        if told == signal.SIGINT:
+            raise KeyboardInterrupt(f"{where}; run again to go on")
+        raise EngineError(f"stopped by {told.name}, {where}; run again to go on")
+
+
+def _heeding(work: Callable[[], None], run: Path) -> signal.Signals | None:
+    """Does the work in another thread, while this one hears signals and asks those who train in a folder to end.
+
+    In the main thread Ray Train would take Ctrl-C for itself, and end its workers in the middle of a step.
+
+    Returns:
+        The first signal.
+
+    Raises:
+        KeyboardInterrupt: one who has waited interrupted again; the work may go on.
+    """
+    done: Future[None] = Future()
+
+    def do() -> None:
+        try:
+            work()
+            done.set_result(None)
+        except BaseException as error:  # it is raised where the result is waited for
+            done.set_exception(error)
+
+    def tell(_: int) -> None:
+        if len(told) > 1:
+            raise KeyboardInterrupt("not waited for what was to be saved; run again to go on from the last checkpoint")
+        logger.info("stopping: the workers end after their step, save and export")
+        try:
+            ask_to_stop(run)
+        except OSError as error:
+            raise EngineError(
+                f"run_dir={run}: the workers cannot be asked to stop: {error}; run again to go on"
+            ) from error
+
+    with heard(tell) as told:
+        threading.Thread(target=do, name="pavdm-ray-train", daemon=True).start()
+        done.result()
+    return told[0] if told else None
 
 
 def _resources(config: TrainConfig) -> dict[str, float]:
@@ -124,6 +192,7 @@ def _fit(config: TrainConfig, provider: Provider, run: Path) -> None:
             "config": _anywhere(config, run),
             "provider": provider,
             "deadline": time.time() + config.max_seconds,
+            "owner": owner_of(run),
         },
         torch_config=Config(backend=backend, timeout_s=int(wanted.timeout_seconds), told=ray.put(handed_on())),
         scaling_config=ScalingConfig(
@@ -209,4 +278,6 @@ def _ray_worker(settings: dict[str, Any]) -> None:
 
     config: TrainConfig = settings["config"]
     left = max(settings["deadline"] - time.time(), 0)
-    train_slice(replace(config, max_seconds=left), settings["provider"], ray.train.report, guard=lambda: None)
+    guard = guard_for(config.run_dir, settings["owner"])
+    asked = partial(asked_to_stop, config.run_dir)
+    train_slice(replace(config, max_seconds=left), settings["provider"], ray.train.report, guard, asked)

@@ -21,7 +21,7 @@ from pavdm_dist.train.batches import Batches
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.export import Parts, check_target
 from pavdm_dist.train.processes import World, join_world
-from pavdm_dist.train.run_folder import Guard, check_shared, owned_together
+from pavdm_dist.train.run_folder import Guard, check_shared, owned_together, target_of
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.trainer import Report, Trainer
 
@@ -33,7 +33,11 @@ logger = logging.getLogger(__name__)
 
 
 def train_slice(
-    config: TrainConfig, provider: Provider, report: Report | None = None, guard: Guard | None = None
+    config: TrainConfig,
+    provider: Provider,
+    report: Report | None = None,
+    guard: Guard | None = None,
+    asked: Callable[[], bool] = lambda: False,
 ) -> None:
     """Runs one slice of ``config.max_seconds``; call again until it says that all steps are done.
 
@@ -46,6 +50,7 @@ def train_slice(
         report: called on every process with the metrics of each logged step.
         guard: of who owns the run's folder already (:func:`~pavdm_dist.train.run_folder.owned`); None = the first
             process makes it its own.
+        asked: says before every step whether to end as at a signal, for who gets none; called by the first process.
 
     Raises:
         ConfigError: impossible settings, an export that would replace what it must not, a run folder that was made
@@ -53,7 +58,7 @@ def train_slice(
         EngineError: what must be written cannot be; the last checkpoint is kept.
         KeyboardInterrupt: after Ctrl-C, saying where the weights are.
     """
-    target = Path(config.export or Path(config.run_dir) / "model")
+    target = target_of(config)
     check_target(config, target)
     torch.set_num_threads(config.threads)
     end = time.monotonic() + config.max_seconds
@@ -72,7 +77,7 @@ def train_slice(
             return
         batches, parts = found
         try:
-            trainer = Trainer(config, batches, parts, world, report, guard)
+            trainer = Trainer(config, batches, parts, world, report, guard, asked)
             with _stopped_by_signals(trainer) as interrupted:
                 finished = trainer.run(end)
                 trainer.export(target)  # a signal that comes again, or now, leaves it whole
@@ -112,7 +117,7 @@ def _say_quality(trainer: Trainer, model: Path) -> None:
 def _stopped_by_signals(trainer: Trainer) -> Iterator[list[int]]:
     """Stops the trainer after its step; gives a list that is empty until Ctrl-C."""
     interrupts: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # a Ray worker: Ray tells it otherwise
+    if threading.current_thread() is not threading.main_thread():  # a Ray worker, which is asked
         yield interrupts
         return
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.io.lock import OutputLock, clear_locks
+from pavdm_dist.io.lock import FOLDER_LOCK, OutputLock, clear_locks
+from pavdm_dist.io.lockfile import read_lock
 from pavdm_dist.train.processes import World, several_tasks
 from pavdm_dist.train.saving import SHARED_S, clear_unfinished
 from pavdm_dist.train.settings import TrainConfig
@@ -19,9 +20,17 @@ from pavdm_dist.train.settings import TrainConfig
 FIELD = "run_dir"
 CHECKPOINTS = "checkpoints"
 _TOKEN = ".seen-by-all-"
+_STOP = ".pavdm-stop"
+# Another process may have the lock in its hands for an instant, and puts it back.
+_PATIENCE_S = 1.0
 
 # Says what keeps this process from writing into the folder; None where nothing.
 Guard = Callable[[], str | None]
+
+
+def target_of(config: TrainConfig) -> Path:
+    """Where the run's model is exported to."""
+    return Path(config.export or Path(config.run_dir) / "model")
 
 
 def check_free(run_dir: str | Path) -> None:
@@ -61,14 +70,62 @@ def owned(run_dir: str | Path) -> Iterator[Guard]:
 
     try:
         clear_unfinished(Path(run_dir) / CHECKPOINTS)
-        for token in Path(run_dir).glob(f"{_TOKEN}*"):
-            token.unlink(missing_ok=True)
+        for left in (*Path(run_dir).glob(f"{_TOKEN}*"), Path(run_dir) / _STOP):
+            left.unlink(missing_ok=True)
         yield guard
     finally:
+        with suppress(OSError):  # the next owner clears it, too
+            (Path(run_dir) / _STOP).unlink()
         lock.release()
         if is_new:
             with suppress(OSError):  # there is something in it, as there should be
                 Path(run_dir).rmdir()
+
+
+def owner_of(run_dir: str | Path) -> str | None:
+    """What tells an owner's lock from all others; None where nobody owns the folder.
+
+    Raises:
+        OSError: the lock cannot be read.
+    """
+    found = read_lock(str(Path(run_dir) / FOLDER_LOCK))
+    return None if found is None or found.owner is None else found.owner.token
+
+
+def guard_for(run_dir: str | Path, owner: str | None) -> Guard:
+    """The guard of a process that writes for another one, which owns the folder.
+
+    Args:
+        run_dir: which.
+        owner: what :func:`owner_of` said to the owner.
+    """
+
+    def guard() -> str | None:
+        end = time.monotonic() + _PATIENCE_S
+        try:
+            while (found := owner_of(run_dir)) is None or found != owner:
+                if found is not None or time.monotonic() > end:
+                    return f"{FIELD}={run_dir}: the process that owned it is gone, or another run took it over"
+                time.sleep(_PATIENCE_S / 20)
+        except OSError as error:
+            return f"{FIELD}={run_dir}: its lock cannot be read: {error}"
+        return None
+
+    return guard
+
+
+def ask_to_stop(run_dir: str | Path) -> None:
+    """Asks the processes that train in a folder to end after their step; for its owner.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    (Path(run_dir) / _STOP).touch()
+
+
+def asked_to_stop(run_dir: str | Path) -> bool:
+    """Whether its owner has asked those who train in it to end."""
+    return (Path(run_dir) / _STOP).exists()
 
 
 @contextmanager

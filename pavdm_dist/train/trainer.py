@@ -54,6 +54,7 @@ class Trainer:
         world: all processes.
         report: called on every process with the metrics of each logged step.
         guard: says what keeps this process from writing into the run's folder, before it does.
+        asked: says before every step whether the run is to end; looked at by the first process alone.
 
     Raises:
         ConfigError: impossible settings, or a run folder that was made with others.
@@ -67,9 +68,10 @@ class Trainer:
         world: World | None = None,
         report: Report | None = None,
         guard: Guard = lambda: None,
+        asked: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.batches, self.parts, self.report, self.guard = config, batches, parts, report, guard
-        self.stopping = False
+        self.asked, self.stopping = asked, False
         self.world = world or join_world(config.launch.timeout_seconds)
         check_settings(config, self.world.size)
         self.run_dir = Path(config.run_dir)
@@ -106,6 +108,8 @@ class Trainer:
         self.interval = self._interval()  # what was before, building the model, is no time of steps
         while self.step < config.optimizer.total_steps:
             loaded, now, first = self.load(), time.monotonic(), self.world.first
+            if first and self.asked():
+                self.stop()
             # What clocks and signals say is decided once for all; the processes' hosts ask, their devices go on.
             failed, stop, save, sheet = self.world.told(
                 loaded.fault is not None,
