@@ -44,8 +44,8 @@ class Driver:
     Args:
         gang: what computes.
         places: streams in the pipeline at a time.
-        backlog_bytes: of frames that wait for the decoder or the consumer, before no more work is handed out. Something
-            is always handed out when nothing waits.
+        backlog_bytes: of frames and resume points that wait for the decoder or the consumer, before no more work is
+            handed out. Something is always handed out when nothing waits.
         max_restarts: decoders that may be lost one after the other, with no chunk decoded between; then the gang is.
         watchdog: says which videos give nothing any more.
     """
@@ -211,7 +211,7 @@ class Driver:
         # What a stream without a place has brought along will not become less before others make room for it.
         for flight in (one for one in self._flights.values() if one.stand is not Stand.WAITING):
             info, frames = flight.stream.info, self._gang.frames_per_latent * flight.stream.plan.latent_chunk_size
-            waiting += len(flight.undecoded) * 3 * frames * info.height * info.width
+            waiting += len(flight.undecoded) * 3 * frames * info.height * info.width + flight.undecoded_bytes
         return not waiting or waiting < self._backlog_bytes
 
     def _join(self) -> list[Join]:

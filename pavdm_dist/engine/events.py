@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -207,11 +207,9 @@ class Finished:
 
     @property
     def num_bytes(self) -> int:
-        """What it holds in memory."""
-        held = [self.clean.latents, self.frames]
-        if self.resume is not None:
-            held += [self.resume.warm, *self.resume.snapshot.latents.values()]
-        return sum(tensor.nbytes for tensor in held if tensor is not None)
+        """What it holds in memory; of its resume point see :attr:`ResumePoint.num_bytes`."""
+        point = 0 if self.resume is None else self.resume.num_bytes
+        return self.clean.latents.nbytes + (0 if self.frames is None else self.frames.nbytes) + point
 
 
 @dataclass(frozen=True)
@@ -220,6 +218,11 @@ class Grown:
 
     stream: int
     resume: ResumePoint
+
+    @property
+    def num_bytes(self) -> int:
+        """What it holds in memory."""
+        return self.resume.num_bytes
 
 
 @dataclass(frozen=True)
@@ -249,6 +252,7 @@ class Failed:
 
     stream: int
     error: PAVDMError
+    num_bytes: ClassVar[int] = 0
 
 
 Output = Finished | Grown | Failed

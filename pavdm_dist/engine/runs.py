@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from pavdm_dist.engine.driver import Driver
-from pavdm_dist.engine.events import Failed, Finished, Output
+from pavdm_dist.engine.events import Failed, Output
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
 from pavdm_dist.method.stream import NewPrompt, Stream
 
@@ -50,7 +50,7 @@ class Run:
         places: see above.
         open: ids of the driver's streams that are not over.
         outputs: what waits for the consumer, oldest first.
-        held_bytes: of frames among them.
+        held_bytes: of them.
         exhausted: the source has ended.
         over: nobody consumes it any more.
     """
@@ -82,8 +82,7 @@ class Run:
                     raise ConfigError("this run was ended by a later one on the same engine")
                 if self.outputs:
                     output = self.outputs.popleft()
-                    if isinstance(output, Finished):
-                        self.held_bytes -= output.num_bytes
+                    self.held_bytes -= output.num_bytes
                     switch.notify_all()
                     return output
                 if self._error is not None:
@@ -155,8 +154,7 @@ class Run:
             if output.stream not in self.open:
                 continue
             self.outputs.append(output)
-            if isinstance(output, Finished):
-                self.held_bytes += output.num_bytes
+            self.held_bytes += output.num_bytes
         still = self.open & streams
         if outputs or still != self.open:
             self.open = still
@@ -178,7 +176,7 @@ class Run:
         else:
             self._cancelled.add(stream)
         self.outputs = deque(output for output in self.outputs if output.stream != stream)
-        self.held_bytes = sum(output.num_bytes for output in self.outputs if isinstance(output, Finished))
+        self.held_bytes = sum(output.num_bytes for output in self.outputs)
 
     def clear(self) -> None:
         """Drops all that waits."""
