@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 from gangs import MeanCodec, MeanDecoder
+from threaded import Threads, futures_for_references
 from torch import Tensor
 
 from pavdm_dist.codecs.catalog import FrameMaker
@@ -25,30 +25,6 @@ from pavdm_dist.method.window import CleanChunk
 from pavdm_dist.models.source import Source
 
 LIMIT_S = 0.5
-
-
-class Threads:
-    """An actor in this process: calls in order in one thread, those of its control group in another."""
-
-    def __init__(self, actor: object) -> None:
-        self._actor = actor
-        self.pools = {"": ThreadPoolExecutor(1), "control": ThreadPoolExecutor(1)}
-
-    def __getattr__(self, name: str) -> Call:
-        return Call(getattr(self._actor, name), self.pools)
-
-
-@dataclass
-class Call:
-    method: Callable[..., Any]
-    pools: dict[str, ThreadPoolExecutor]
-    group: str = ""
-
-    def options(self, concurrency_group: str) -> Call:
-        return Call(self.method, self.pools, concurrency_group)
-
-    def remote(self, *arguments: object) -> Future[Any]:
-        return self.pools[self.group].submit(self.method, *arguments)
 
 
 class Slow(MeanDecoder):
@@ -85,15 +61,7 @@ class Maker(FrameMaker):
 def in_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[DecodeActor], Decoding]]:
     """Makes what a gang has of an actor, without a cluster."""
 
-    def waited(refs: list[Future[Any]], num_returns: int = 1, timeout: float | None = None) -> tuple[list[Any], Any]:
-        done = wait(refs, timeout).done
-        return [ref for ref in refs if ref in done], [ref for ref in refs if ref not in done]
-
-    def result(ref: Future[Any], timeout: float | None = None) -> Any:
-        return ref.result(timeout)
-
-    monkeypatch.setattr(ray, "wait", waited)
-    monkeypatch.setattr(ray, "get", result)
+    futures_for_references(monkeypatch)
     monkeypatch.setattr(actors, "_node", lambda: "10.0.0.7")
     made = list[Threads]()
 
@@ -140,6 +108,8 @@ def test_a_decoder_that_stands_still_at_one_latent_is_lost(in_threads: Callable[
     (found,) = _collected(decoding)
     goes_on.set()
     assert isinstance(found, DecoderLost) and f"decoded nothing for {LIMIT_S:g} s (link_timeout_s)" in found.cause
+    assert found.cause.startswith(f"the decode actor (node 10.0.0.7, pid {os.getpid()}) is frozen")
+    assert found.place is not None and found.place.pid == os.getpid() and found.place.log, "so that its log is found"
 
 
 def test_a_decoder_is_warmed_no_further_once_its_video_is_dropped() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pavdm_dist.engine.blame import ANSWER_S, control_results, last_line, video_error
+from pavdm_dist.engine.blame import ANSWER_S, DECODER, Actor, control_results, last_line, video_error
 from pavdm_dist.engine.events import Decoded, DecoderLost, Place
 from pavdm_dist.engine.report import DecodeSpan
 from pavdm_dist.method.window import CleanChunk
@@ -76,6 +76,11 @@ class Decoding:
         self.actor.close.remote(key)
 
     @property
+    def named(self) -> Actor:
+        """The actor, for people."""
+        return Actor(DECODER, place=self.place)
+
+    @property
     def place(self) -> Place | None:
         """Where the actor is; None until it is up, and where it never was."""
         import ray
@@ -98,7 +103,8 @@ class Decoding:
             return self._collect()
         except (ray.exceptions.RayError, TimeoutError) as error:
             what = "is frozen" if isinstance(error, TimeoutError) else "died"
-            return [DecoderLost(f"the decode actor ({self.place}) {what}: {last_line(error)}")]
+            actor = self.named
+            return [DecoderLost(f"{actor} {what}: {last_line(error)}", actor.place)]
 
     def _collect(self) -> list[Decoded | DecoderLost]:
         import ray
@@ -145,7 +151,7 @@ class Decoding:
             GangLost: the decoder does not say.
         """
         spans, taken = list[DecodeSpan](), {key: iter(chunks) for key, chunks in (self._handed or {}).items()}
-        (times,) = control_results([self._control("times")], self._limit, "the decoder", "tell what it did")
+        (times,) = control_results([self._control("times")], self._limit, [self.named], "tell what it did")
         for key, start, end in times:
             spans.append(DecodeSpan(*next(taken[key]), start, end))
         return spans

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 
+from pavdm_dist.engine.blame import log_note
 from pavdm_dist.engine.events import (
     AtWork,
     Decoded,
@@ -257,8 +258,9 @@ class Driver:
         """What the decoder had not given back is decoded again; the stages notice nothing."""
         self._decoders_lost += 1
         if self._decoders_lost > self._max_restarts:
-            raise GangLost(f"{lost.cause} ({self._decoders_lost} times in a row)", cause=lost.cause)
-        logger.warning("%s; another takes over", lost.cause)
+            said = f"{lost.cause} ({self._decoders_lost} times in a row)"
+            raise GangLost(said, place=lost.place, cause=lost.cause)
+        logger.warning("%s; another takes over%s", lost.cause, log_note(lost.place))
         flights = [flight for flight in self._flights.values() if flight.stand is not Stand.WAITING]
         self._watchdog.anew()
         self._gang.renew_decoder({flight.id: flight.past for flight in flights})

@@ -159,6 +159,7 @@ class DecoderLost:
     """The decode actor died or stands still; the stages are well. What was with it is lost."""
 
     cause: str
+    place: Place | None = None
 
 
 Event = Prepared | EpochDone | KeysChanged | Shift | Decoded | DecoderLost
