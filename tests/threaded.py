@@ -42,8 +42,8 @@ def futures_for_references(monkeypatch: pytest.MonkeyPatch) -> None:
         done = wait(refs, timeout).done
         return [ref for ref in refs if ref in done], [ref for ref in refs if ref not in done]
 
-    def result(ref: Future[Any], timeout: float | None = None) -> Any:
-        return ref.result(timeout)
+    def result(refs: Future[Any] | list[Future[Any]], timeout: float | None = None) -> Any:
+        return [ref.result(timeout) for ref in refs] if isinstance(refs, list) else refs.result(timeout)
 
     monkeypatch.setattr(ray, "wait", waited)
     monkeypatch.setattr(ray, "get", result)

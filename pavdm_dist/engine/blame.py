@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from pavdm_dist.engine.events import GangLost, Place
+from pavdm_dist.engine.watchdog import Pauses
 from pavdm_dist.errors import EngineError, PAVDMError, VideoError
 
 logger = logging.getLogger(__name__)
 
 # How long others' reports and answers are awaited after the first failure, so that the cause is named, not its echo.
 ANSWER_S = 2.0
+# Between two looks at actors that are coming up or ending.
+LOOK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,13 @@ def control_results(
     """
     import ray
 
-    end, awaited = time.monotonic() + timeout, list(refs)
-    while time.monotonic() < end:
-        done, awaited = ray.wait(refs, num_returns=len(refs), timeout=min(1.0, timeout))
+    end, awaited, pauses = time.monotonic() + timeout, list(refs), Pauses(timeout, LOOK_S + ANSWER_S)
+    while True:
+        if pauses.stood_still():
+            end = time.monotonic() + timeout
+        if time.monotonic() >= end:
+            break
+        done, awaited = ray.wait(refs, num_returns=len(refs), timeout=min(LOOK_S, timeout))
         for actor, ref in zip(actors, refs, strict=True):
             if ref in done:  # one may have failed, though others are still at it
                 _check_done(ref, actor, what)

@@ -90,6 +90,12 @@ class Decoding:
         except ray.exceptions.RayError:
             return None
 
+    def excuse(self) -> None:
+        """Time up to now is not the actor's: who waits for it stood still."""
+        self._born = now = time.monotonic()
+        for chunk in list(self._chunks)[:1]:
+            chunk.since = now
+
     @property
     def awaited(self) -> list[Any]:
         """References that are ready when :meth:`collect` has something."""

@@ -24,6 +24,7 @@ from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.order import LogEntry, Unit
 from pavdm_dist.engine.placement import Placement, place
 from pavdm_dist.engine.report import DecodeSpan, RunReport
+from pavdm_dist.engine.watchdog import Pauses
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import CleanChunk
 from pavdm_dist.models.source import Source
@@ -90,6 +91,7 @@ class RayGang:
         self._left: dict[tuple[int, int], list[Left]] = {}
         self._sealed, self._done, self._moved = -1, -1, time.monotonic()
         self._last: Unit | None = None
+        self._pauses = Pauses(options.link_timeout_s, FREEZE_MARGIN_S)
         try:
             self._placement = place(options, given_up)
             self._start(source, given_up, self._placement)
@@ -298,6 +300,8 @@ class RayGang:
         watched += self._decoding.awaited if self._decoding else []
         ray.wait(watched, timeout=timeout)
         ready, _ = ray.wait(watched, num_returns=len(watched), timeout=0)
+        if self._pauses.stood_still():
+            self._excuse()
         if any(loop in ready for loop in self._loops):
             raise lost(self._loops, self._places)
         for stream, (refs, _) in list(self._preparing.items()):
@@ -342,6 +346,13 @@ class RayGang:
             return Prepared(stream)
         except ray.exceptions.RayTaskError as error:
             return Prepared(stream, video_error(error, "a stage could not take the video in"))
+
+    def _excuse(self) -> None:
+        """Silence up to now is nobody's: this process stood still."""
+        self._moved = now = time.monotonic()
+        self._preparing = {stream: (refs, now) for stream, (refs, _) in self._preparing.items()}
+        if self._decoding is not None:
+            self._decoding.excuse()
 
     def _check_silence(self) -> None:
         """Notices what neither an ended loop nor a link's timeout tells: stages that stand still."""
