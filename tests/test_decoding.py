@@ -100,6 +100,22 @@ def test_a_decoder_may_warm_for_longer_than_a_latent_may_take(
     assert torch.equal(found.frames, whole.decode(latents[:, 8:]))
 
 
+def test_a_video_that_is_dropped_while_its_decoder_warms_keeps_nobody_waiting(
+    in_threads: Callable[[DecodeActor], Decoding],
+) -> None:
+    actor = DecodeActor(Maker(seconds=0.05), 1, "cpu")
+    decoding = in_threads(actor)
+    decoding.open(0, _latents(100))
+    decoding.forget(0)
+    decoding.open(0, None)
+    decoding.decode(0, CleanChunk(0, _latents(2)))
+    (found,) = _collected(decoding)
+    assert isinstance(found, Decoded) and found.frames is not None and actor.progress() < 10
+    assert torch.equal(found.frames, MeanDecoder().decode(_latents(2))), "by a decoder of its own"
+    decoding.forget(0)
+    assert not decoding._warming and not actor._dropped
+
+
 def test_a_decoder_that_stands_still_at_one_latent_is_lost(in_threads: Callable[[DecodeActor], Decoding]) -> None:
     goes_on = threading.Event()
     decoding = in_threads(DecodeActor(Maker(began=lambda: bool(goes_on.wait(30)) and None), 1, "cpu"))

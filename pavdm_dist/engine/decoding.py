@@ -46,6 +46,7 @@ class Decoding:
         self._is_up = False
         self.facts = actor.facts.remote()
         self._keys: dict[int, int] = {}
+        self._warming: dict[int, Any] = {}  # by key; ready once a decoder has been warmed
         self._opened = 0
         self._chunks: deque[_Chunk] = deque()
         self._decoded = 0  # latents, when it was last asked
@@ -54,7 +55,9 @@ class Decoding:
     def open(self, stream: int, warm: Tensor | None) -> None:
         """A decoder for a stream; an earlier one of the same id has been forgotten."""
         self._keys[stream] = self._opened
-        self.actor.open.remote(self._opened, warm)
+        opening = self.actor.open.remote(self._opened, warm)
+        if warm is not None:
+            self._warming[self._opened] = opening
         self._opened += 1
 
     def decode(self, stream: int, clean: CleanChunk) -> None:
@@ -67,10 +70,14 @@ class Decoding:
 
     def forget(self, stream: int) -> None:
         """Drops a stream's decoder and what waits for it."""
+        import ray
+
         key = self._keys.pop(stream, None)
         if key is None:
             return
-        if any(chunk.key == key for chunk in self._chunks):
+        warming = self._warming.pop(key, None)
+        is_warming = warming is not None and not ray.wait([warming], timeout=0)[0]
+        if is_warming or any(chunk.key == key for chunk in self._chunks):
             self._control("drop", key)
             self._chunks = deque(chunk for chunk in self._chunks if chunk.key != key)
         self.actor.close.remote(key)
