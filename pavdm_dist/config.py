@@ -149,8 +149,11 @@ class SampleConfig:
     ray_address: str | None = None  # None = RAY_ADDRESS, or a Ray of this process' own
     link_timeout_s: _Wait = 300.0  # silence after which a stage or a link is lost; must exceed its slowest model call
     placement_timeout_s: _Wait = 60.0  # how long resources that others hold are waited for
+    start_timeout_s: _Wait = 900.0  # how long an actor may take to come up: process, weights, compiling, links
     # after losses in a row that nothing was finished between; 0 = the first one ends the run
     max_restarts: Annotated[int, Within(0)] = 3
+    # before the first of these restarts, doubled at each one after it, up to a minute
+    restart_backoff_s: Annotated[float, Within(0, 1_000_000)] = 1.0
     # of context=cached, what is kept to go on from after a loss or an end: keys and values (gigabytes), clean latents,
     # whose calls are run again (megabytes), or nothing, so that a video begins anew; the bits are the same
     recovery: Literal["keys", "replay", "none"] = "keys"
@@ -202,7 +205,9 @@ _OF_STAGES = (
     "ray_address",
     "link_timeout_s",
     "placement_timeout_s",
+    "start_timeout_s",
     "max_restarts",
+    "restart_backoff_s",
     "node_wait_s",
     "stall_factor",
     "stall_limit_s",

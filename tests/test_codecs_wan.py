@@ -98,9 +98,12 @@ def test_interleaved_streams_do_not_touch(codec: WanCodec) -> None:
 
 def test_warm_then_decode_equals_dropping_frames(codec: WanCodec) -> None:
     latents = noise(8)
-    decoder = codec.decoder()
+    decoder, one_by_one = codec.decoder(), codec.decoder()
     decoder.warm(latents[:, :3])
     frames = decoder.decode(latents[:, 3:])
+    for latent in latents[:, :3].split(1, dim=1):  # as a decode actor does
+        one_by_one.warm(latent)
+    assert torch.equal(one_by_one.decode(latents[:, 3:]), frames)
     assert len(frames) == codec.frames_in_chunk(5, first=False) == 20
     assert torch.equal(frames, whole(codec, latents)[9:])
 

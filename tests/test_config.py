@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pavdm_dist.commands.resolve import engine_options
 from pavdm_dist.config import PromptChange, SampleConfig, frames_wanted, validate_sample
 from pavdm_dist.data.prepare import PrepareConfig
+from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.shipped import configs_root
 from pavdm_dist.merging import load_config, to_dict, to_yaml
@@ -208,6 +211,10 @@ def test_lists_of_texts_in_overrides_hold_texts_too() -> None:
         (["prompt=x", "backend=gloo"], "backend=gloo: is for stages"),
         (["prompt=x", "ray_address=auto"], "ray_address=auto: is for stages"),
         (["prompt=x", "link_timeout_s=9"], "link_timeout_s=9.0: is for stages"),
+        (["prompt=x", "start_timeout_s=9"], "start_timeout_s=9.0: is for stages"),
+        (["prompt=x", "num_stages=1", "start_timeout_s=0"], "start_timeout_s=0.0: must be above 0"),
+        (["prompt=x", "restart_backoff_s=0"], "restart_backoff_s=0.0: is for stages"),
+        (["prompt=x", "num_stages=1", "restart_backoff_s=-1"], "restart_backoff_s=-1.0: must be"),
         (["prompt=x", "num_stages=2", "device=cpu", "gpus_per_stage=1"], "gpus_per_stage=1 gives every stage a GPU"),
         (["prompt=x", "dtype=half"], "dtype=half: must be auto, bfloat16, float16 or float32"),
         (["prompt=x", "device=gpu"], "device=gpu: must be auto, cpu or cuda"),
@@ -226,6 +233,19 @@ def test_lists_of_texts_in_overrides_hold_texts_too() -> None:
 )
 def test_contradictions_are_refused_without_any_tensor(overrides: list[str], words: str) -> None:
     assert words in refused(*overrides)
+
+
+def test_limits_of_stages_reach_the_engine() -> None:
+    """Every setting of time and restarts that both have: with its own default, and as it is set."""
+    common = {field.name for field in fields(SampleConfig)} & {field.name for field in fields(EngineOptions)}
+    limits = sorted(name for name in common if name.endswith("_s") or name in ("max_restarts", "stall_factor"))
+    assert limits == [
+        "link_timeout_s", "max_restarts", "node_wait_s", "placement_timeout_s", "restart_backoff_s", "stall_factor",
+        "stall_limit_s", "start_timeout_s",
+    ]  # fmt: skip
+    chosen = engine_options(sample("num_stages=2", *(f"{name}={7 + i}" for i, name in enumerate(limits))))
+    assert [getattr(chosen, name) for name in limits] == list(range(7, 7 + len(limits)))
+    assert all(getattr(SampleConfig, name) == getattr(EngineOptions, name) for name in limits)
 
 
 def test_prompt_files_need_an_output_folder(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from recordings import (
     FACTS,
@@ -225,6 +226,27 @@ def test_states_hold_what_they_were_given(tmp_path: Path) -> None:
     write_state(tmp_path, State({}))
     assert read_state(tmp_path) == State({}, chunk_seconds=array("f"))
     assert sorted(path.name for path in tmp_path.iterdir()) == [state.PREVIOUS, state.STATE]
+
+
+def test_a_state_is_written_without_a_copy_of_what_lies_in_memory_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several in the same memory, which the format does not hold, all but one are copied."""
+    key, window = torch.randn(1, 2, 6, 4).bfloat16(), torch.randn(4, 9, 2, 2)
+    views = {"0": window[:, :3], "1": window[:1], "2": window[0], "left.k": key, "again": key}
+    written, save = dict[str, torch.Tensor](), safetensors.torch.save
+
+    def seen(tensors: dict[str, torch.Tensor], facts: dict[str, str]) -> bytes:
+        written.update(tensors)
+        return save(tensors, facts)
+
+    monkeypatch.setattr(safetensors.torch, "save", seen)
+    write_state(tmp_path, State({}, 1, point=Point(views, {}, None), pending={0: window}))
+    assert written["point.left.k"].data_ptr() == key.data_ptr() != written["point.again"].data_ptr()
+    found = read_state(tmp_path)
+    assert found is not None and found.point is not None and torch.equal(found.pending[0], window)
+    assert found.point.tensors.keys() == views.keys()
+    assert all(torch.equal(found.point.tensors[name], tensor) for name, tensor in views.items())
 
 
 def test_a_state_grows_by_four_bytes_a_chunk(tmp_path: Path) -> None:

@@ -257,9 +257,12 @@ class DecodeActor:
         if key in self._dropped:
             return
         try:
-            self._decoders[key] = self._codec.decoder()
-            if warm is not None:
-                self._decoders[key].warm(warm)
+            self._decoders[key] = decoder = self._codec.decoder()
+            for latent in () if warm is None else warm.split(1, dim=1):  # one by one, as in decode
+                if key in self._dropped:
+                    return
+                decoder.warm(latent)
+                self._latents += 1
         except Exception as error:  # nobody waits for this call: the first chunk tells it
             self._decoders[key] = error
 
@@ -289,7 +292,7 @@ class DecodeActor:
         self._dropped.add(key)
 
     def progress(self) -> int:
-        """Control: latents decoded so far, of all streams."""
+        """Control: latents decoded so far, of all streams, with those that decoders were warmed on."""
         return self._latents
 
     def times(self) -> list[tuple[int, float, float]]:

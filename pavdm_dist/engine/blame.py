@@ -6,22 +6,62 @@ import logging
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pavdm_dist.engine.events import GangLost, Place
+from pavdm_dist.engine.watchdog import Pauses
 from pavdm_dist.errors import EngineError, PAVDMError, VideoError
 
 logger = logging.getLogger(__name__)
 
 # How long others' reports and answers are awaited after the first failure, so that the cause is named, not its echo.
 ANSWER_S = 2.0
+# Between two looks at actors that are coming up or ending.
+LOOK_S = 1.0
+
+
+@dataclass(frozen=True)
+class Actor:
+    """One of a gang, as people are told of it: its name, a stage's rank, and where it is, as far as that is known."""
+
+    name: str
+    rank: int | None = None
+    place: Place | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.place is None else f"{self.name} ({self.place})"
+
+    def loss(self, what: str, cause: str, is_fault: bool = False) -> GangLost:
+        """That it cannot go on: what it does, and why."""
+        return GangLost(f"{self} {what}: {cause}", self.rank, self.place, cause, is_fault)
+
+
+DECODER = "the decode actor"
+
+
+def stage_actors(count: int, places: Sequence[Place] = ()) -> list[Actor]:
+    """The stages of a gang, in their order; ``places``: of all of them, once they are up."""
+    known = places if len(places) == count else [None] * count
+    return [Actor(f"stage {rank} of {count}", rank, place) for rank, place in enumerate(known)]
 
 
 def control_results(
-    refs: list[Any], timeout: float, who: str, what: str, given_up: Callable[[], bool] = lambda: False
+    refs: list[Any],
+    timeout: float,
+    actors: Sequence[Actor],
+    what: str,
+    given_up: Callable[[], bool] = lambda: False,
 ) -> list[Any]:
     """Results of control calls on actors that are coming up or ending.
+
+    Args:
+        refs: one of each of ``actors``.
+        timeout: seconds.
+        actors: who was called.
+        what: they are to do, in words.
+        given_up: asked while they are at it; true ends that.
 
     Raises:
         PAVDMError: what an actor raised on purpose.
@@ -31,23 +71,38 @@ def control_results(
     """
     import ray
 
-    end = time.monotonic() + timeout
+    end, awaited, pauses = time.monotonic() + timeout, list(refs), Pauses(timeout, LOOK_S + ANSWER_S)
+    while True:
+        if pauses.stood_still():
+            end = time.monotonic() + timeout
+        if time.monotonic() >= end:
+            break
+        done, awaited = ray.wait(refs, num_returns=len(refs), timeout=min(LOOK_S, timeout))
+        for actor, ref in zip(actors, refs, strict=True):
+            if ref in done:  # one may have failed, though others are still at it
+                _check_done(ref, actor, what)
+        if not awaited:
+            return ray.get(refs)
+        if given_up():
+            raise EngineError("the engine is closed")
+    late = [actor for actor, ref in zip(actors, refs, strict=True) if ref in awaited]
+    others = f", nor of {', '.join(actor.name for actor in late[1:])}" if late[1:] else ""
+    raise late[0].loss(f"did not {what} within {timeout:g} s", f"nothing was heard of it{others}")
+
+
+def _check_done(ref: Any, actor: Actor, what: str) -> None:
+    """Raises what the actor raised, or that it is dead."""
+    import ray
+
     try:
-        while time.monotonic() < end:
-            done, awaited = ray.wait(refs, num_returns=len(refs), timeout=min(1.0, timeout))
-            ray.get(done)  # raises what one of them raised, though others are still at it
-            if not awaited:
-                return ray.get(refs)
-            if given_up():
-                raise EngineError("the engine is closed")
-        raise GangLost(f"{who} did not {what} within {timeout:g} s")
+        ray.get(ref)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, PAVDMError) and not isinstance(error.cause, EngineError):
             raise error.cause from error
-        logger.error("%s failed:\n%s", who, error)
-        raise GangLost(f"{who} failed: {last_line(error)}") from error
+        logger.error("%s failed:\n%s", actor, error)
+        raise actor.loss("failed", last_line(error)) from error
     except ray.exceptions.RayError as error:
-        raise GangLost(f"an actor did not come up: {last_line(error)}") from error
+        raise actor.loss(f"died, it was to {what}", last_line(error)) from error
 
 
 def lost(loops: Sequence[Any], places: Sequence[Place], seen: BaseException | None = None) -> GangLost:
@@ -60,6 +115,7 @@ def lost(loops: Sequence[Any], places: Sequence[Place], seen: BaseException | No
     """
     import ray
 
+    actors = stage_actors(len(loops), places)
     ended, _ = ray.wait(list(loops), num_returns=len(loops), timeout=ANSWER_S)
     died: list[GangLost] = []
     failed: list[GangLost] = []
@@ -68,14 +124,14 @@ def lost(loops: Sequence[Any], places: Sequence[Place], seen: BaseException | No
             continue
         try:
             ray.get(loop)
-            failed.append(_loss(places, rank, "failed", "its loop ended early"))
+            failed.append(actors[rank].loss("failed", "its loop ended early"))
         except ray.exceptions.RayTaskError as error:
             logger.error("stage %d failed:\n%s", rank, error)
             echo = isinstance(error.cause, EngineError)
-            loss = _loss(places, rank, "failed", last_line(error), is_fault=not echo)
+            loss = actors[rank].loss("failed", last_line(error), is_fault=not echo)
             failed.insert(len(failed) if echo else 0, loss)
         except ray.exceptions.RayError as error:
-            died.append(_loss(places, rank, "died", last_line(error)))
+            died.append(actors[rank].loss("died", last_line(error)))
     for loss in (*died, *failed):
         return loss
     cause = "nothing was said of why" if seen is None else last_line(seen)
@@ -90,17 +146,12 @@ def frozen(stages: Sequence[Any], places: Sequence[Place], what: str, limit: flo
 
     answers = [stage.where.remote() for stage in stages]
     there, _ = ray.wait(answers, num_returns=len(answers), timeout=ANSWER_S)
-    for rank, answer in enumerate(answers):
+    for actor, answer in zip(stage_actors(len(stages), places), answers, strict=True):
         if answer not in there:
-            return _loss(places, rank, "does not answer", f"{what} (link_timeout_s={limit:g})")
+            return actor.loss("does not answer", f"{what} (link_timeout_s={limit:g})")
     return GangLost(
         f"{what} although all stages answer; link_timeout_s={limit:g} must exceed the slowest unit", cause=what
     )
-
-
-def _loss(places: Sequence[Place], rank: int, what: str, cause: str, is_fault: bool = False) -> GangLost:
-    where = f"stage {rank} of {len(places)} ({places[rank]})"
-    return GangLost(f"{where} {what}: {cause}", rank, places[rank], cause, is_fault)
 
 
 def log_tail(place: Place | None, lines: int = 10) -> str:
@@ -112,6 +163,12 @@ def log_tail(place: Place | None, lines: int = 10) -> str:
     except OSError:
         return f"{place.log} on node {place.node}"
     return "\n".join([f"{place.log}:", *(f"    {line}" for line in text)]) if text else f"{place.log} (empty)"
+
+
+def log_note(place: Place | None) -> str:
+    """:func:`log_tail` as what follows a sentence in a log; empty where nothing is known."""
+    tail = log_tail(place)
+    return f"; its log: {tail}" if tail else ""
 
 
 def video_error(error: Any, what: str) -> PAVDMError:

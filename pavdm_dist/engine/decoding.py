@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pavdm_dist.engine.blame import ANSWER_S, control_results, last_line, video_error
+from pavdm_dist.engine.blame import ANSWER_S, DECODER, Actor, control_results, last_line, video_error
 from pavdm_dist.engine.events import Decoded, DecoderLost, Place
 from pavdm_dist.engine.report import DecodeSpan
 from pavdm_dist.method.window import CleanChunk
@@ -46,6 +46,7 @@ class Decoding:
         self._is_up = False
         self.facts = actor.facts.remote()
         self._keys: dict[int, int] = {}
+        self._warming: dict[int, Any] = {}  # by key; ready once a decoder has been warmed
         self._opened = 0
         self._chunks: deque[_Chunk] = deque()
         self._decoded = 0  # latents, when it was last asked
@@ -54,7 +55,9 @@ class Decoding:
     def open(self, stream: int, warm: Tensor | None) -> None:
         """A decoder for a stream; an earlier one of the same id has been forgotten."""
         self._keys[stream] = self._opened
-        self.actor.open.remote(self._opened, warm)
+        opening = self.actor.open.remote(self._opened, warm)
+        if warm is not None:
+            self._warming[self._opened] = opening
         self._opened += 1
 
     def decode(self, stream: int, clean: CleanChunk) -> None:
@@ -67,13 +70,22 @@ class Decoding:
 
     def forget(self, stream: int) -> None:
         """Drops a stream's decoder and what waits for it."""
+        import ray
+
         key = self._keys.pop(stream, None)
         if key is None:
             return
-        if any(chunk.key == key for chunk in self._chunks):
+        warming = self._warming.pop(key, None)
+        is_warming = warming is not None and not ray.wait([warming], timeout=0)[0]
+        if is_warming or any(chunk.key == key for chunk in self._chunks):
             self._control("drop", key)
             self._chunks = deque(chunk for chunk in self._chunks if chunk.key != key)
         self.actor.close.remote(key)
+
+    @property
+    def named(self) -> Actor:
+        """The actor, for people."""
+        return Actor(DECODER, place=self.place)
 
     @property
     def place(self) -> Place | None:
@@ -84,6 +96,12 @@ class Decoding:
             return ray.get(self.facts, timeout=0)[2]
         except ray.exceptions.RayError:
             return None
+
+    def excuse(self) -> None:
+        """Time up to now is not the actor's: who waits for it stood still."""
+        self._born = now = time.monotonic()
+        for chunk in list(self._chunks)[:1]:
+            chunk.since = now
 
     @property
     def awaited(self) -> list[Any]:
@@ -98,7 +116,8 @@ class Decoding:
             return self._collect()
         except (ray.exceptions.RayError, TimeoutError) as error:
             what = "is frozen" if isinstance(error, TimeoutError) else "died"
-            return [DecoderLost(f"the decode actor ({self.place}) {what}: {last_line(error)}")]
+            actor = self.named
+            return [DecoderLost(f"{actor} {what}: {last_line(error)}", actor.place)]
 
     def _collect(self) -> list[Decoded | DecoderLost]:
         import ray
@@ -145,7 +164,7 @@ class Decoding:
             GangLost: the decoder does not say.
         """
         spans, taken = list[DecodeSpan](), {key: iter(chunks) for key, chunks in (self._handed or {}).items()}
-        (times,) = control_results([self._control("times")], self._limit, "the decoder", "tell what it did")
+        (times,) = control_results([self._control("times")], self._limit, [self.named], "tell what it did")
         for key, start, end in times:
             spans.append(DecodeSpan(*next(taken[key]), start, end))
         return spans

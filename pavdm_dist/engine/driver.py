@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 
+from pavdm_dist.engine.blame import log_note
 from pavdm_dist.engine.events import (
     AtWork,
     Decoded,
@@ -44,8 +45,8 @@ class Driver:
     Args:
         gang: what computes.
         places: streams in the pipeline at a time.
-        backlog_bytes: of frames that wait for the decoder or the consumer, before no more work is handed out. Something
-            is always handed out when nothing waits.
+        backlog_bytes: of frames and resume points that wait for the decoder or the consumer, before no more work is
+            handed out. Something is always handed out when nothing waits.
         max_restarts: decoders that may be lost one after the other, with no chunk decoded between; then the gang is.
         watchdog: says which videos give nothing any more.
     """
@@ -211,7 +212,7 @@ class Driver:
         # What a stream without a place has brought along will not become less before others make room for it.
         for flight in (one for one in self._flights.values() if one.stand is not Stand.WAITING):
             info, frames = flight.stream.info, self._gang.frames_per_latent * flight.stream.plan.latent_chunk_size
-            waiting += len(flight.undecoded) * 3 * frames * info.height * info.width
+            waiting += len(flight.undecoded) * 3 * frames * info.height * info.width + flight.undecoded_bytes
         return not waiting or waiting < self._backlog_bytes
 
     def _join(self) -> list[Join]:
@@ -257,8 +258,9 @@ class Driver:
         """What the decoder had not given back is decoded again; the stages notice nothing."""
         self._decoders_lost += 1
         if self._decoders_lost > self._max_restarts:
-            raise GangLost(f"{lost.cause} ({self._decoders_lost} times in a row)", cause=lost.cause)
-        logger.warning("%s; another takes over", lost.cause)
+            said = f"{lost.cause} ({self._decoders_lost} times in a row)"
+            raise GangLost(said, place=lost.place, cause=lost.cause)
+        logger.warning("%s; another takes over%s", lost.cause, log_note(lost.place))
         flights = [flight for flight in self._flights.values() if flight.stand is not Stand.WAITING]
         self._watchdog.anew()
         self._gang.renew_decoder({flight.id: flight.past for flight in flights})

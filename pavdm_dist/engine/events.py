@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -159,6 +159,7 @@ class DecoderLost:
     """The decode actor died or stands still; the stages are well. What was with it is lost."""
 
     cause: str
+    place: Place | None = None
 
 
 Event = Prepared | EpochDone | KeysChanged | Shift | Decoded | DecoderLost
@@ -207,11 +208,9 @@ class Finished:
 
     @property
     def num_bytes(self) -> int:
-        """What it holds in memory."""
-        held = [self.clean.latents, self.frames]
-        if self.resume is not None:
-            held += [self.resume.warm, *self.resume.snapshot.latents.values()]
-        return sum(tensor.nbytes for tensor in held if tensor is not None)
+        """What it holds in memory; of its resume point see :attr:`ResumePoint.num_bytes`."""
+        point = 0 if self.resume is None else self.resume.num_bytes
+        return self.clean.latents.nbytes + (0 if self.frames is None else self.frames.nbytes) + point
 
 
 @dataclass(frozen=True)
@@ -220,6 +219,11 @@ class Grown:
 
     stream: int
     resume: ResumePoint
+
+    @property
+    def num_bytes(self) -> int:
+        """What it holds in memory."""
+        return self.resume.num_bytes
 
 
 @dataclass(frozen=True)
@@ -249,6 +253,7 @@ class Failed:
 
     stream: int
     error: PAVDMError
+    num_bytes: ClassVar[int] = 0
 
 
 Output = Finished | Grown | Failed

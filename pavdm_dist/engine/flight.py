@@ -71,6 +71,7 @@ class Flight:
     _resynced: frozenset[int] = frozenset()
     _latest: WindowSnapshot | None = None
     _left: dict[str, Tensor] = field(default_factory=dict)
+    _new_bytes: int = 0  # of what was left since the last point
     _clean: dict[int, Tensor] = field(default_factory=dict)
     _tail: Tensor | None = field(init=False)
 
@@ -119,6 +120,12 @@ class Flight:
         return AtWork(awaited, self.row, decoding)
 
     @property
+    def undecoded_bytes(self) -> int:
+        """Of the resume points of chunks whose frames are still to come, but for the newest, which it has anyway."""
+        points = [point for _, point in self.undecoded if point is not None]
+        return sum(point.num_bytes for point in points[:-1])
+
+    @property
     def resyncs(self) -> tuple[int, ...]:
         """Rows that adaptive re-sync has made exact so far."""
         return tuple(sorted(self._resynced | self.batches.exact_rows))
@@ -139,12 +146,14 @@ class Flight:
             self.stand = Stand.SAMPLED
         point, kept = None, self.stream.plan.kept(self.row)
         self._left = of_chunks({**self._left, **shift.snapshot.left}, kept)
+        self._new_bytes += sum(tensor.nbytes for tensor in shift.snapshot.left.values())
         again = self._replayable(shift.clean)
         if self.batches.durable(self.row, kept if again else chunks_in(self._left)):
             left = {} if again else dict(self._left)
             exact = self.batches.exact_from(self.row)
             self._latest = replace(shift.snapshot, exact_rows=exact, left=left, clean=again)
-            point = self._point(self._latest)
+            point = replace(self._point(self._latest), left_bytes=self._new_bytes if left else 0)
+            self._new_bytes = 0
         if shift.clean and not new:
             return [], None
         for clean in new:  # the point is behind all of them
@@ -191,7 +200,7 @@ class Flight:
         self.stand, self.join, self.reported = Stand.WAITING, None, -1
         if self._latest is not None:
             self.stream = replace(self.stream, resume=ResumePoint(self._latest))
-        self._left = {} if self._latest is None else dict(self._latest.left)
+        self._left, self._new_bytes = {} if self._latest is None else dict(self._latest.left), 0
         self._clean = {} if self._latest is None else _clean_of(self.stream, self._latest)
         self.batches = self.stream.batches
 

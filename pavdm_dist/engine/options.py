@@ -51,7 +51,8 @@ class EngineOptions:
         stall_floor_s: but not before so many seconds.
         stall_limit_s: after so many it is ended by name, and the others go on; must exceed the time to its first shift.
             Time in which the consumer takes nothing, or a gang is made anew, does not count.
-        backlog_bytes: of frames that wait for the decoder or the consumer, before the stages get no more work.
+        backlog_bytes: of frames and resume points that wait for the decoder or the consumer, before the stages get no
+            more work. Keys and values are counted once, with the point that they came with.
         ray_address: cluster to join; None = the one this process is in, else a local one is started.
         compile: stages run compiled blocks (``Backbone.compile_repeated_blocks``): the same bits on any number of
             stages, but not those of uncompiled ones. None = on GPUs. Must be done within ``start_timeout_s``.

@@ -17,13 +17,14 @@ from torch import Tensor
 from pavdm_dist.cluster.environment import handed_on
 from pavdm_dist.cluster.room import is_gone
 from pavdm_dist.codecs.catalog import FrameMaker
-from pavdm_dist.engine.blame import control_results, frozen, lost, video_error
+from pavdm_dist.engine.blame import DECODER, Actor, control_results, frozen, lost, stage_actors, video_error
 from pavdm_dist.engine.decoding import Decoding
 from pavdm_dist.engine.events import EpochDone, Event, GangLost, Left, Place, Prepared, Shift
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.order import LogEntry, Unit
 from pavdm_dist.engine.placement import Placement, place
 from pavdm_dist.engine.report import DecodeSpan, RunReport
+from pavdm_dist.engine.watchdog import Pauses
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import CleanChunk
 from pavdm_dist.models.source import Source
@@ -90,6 +91,7 @@ class RayGang:
         self._left: dict[tuple[int, int], list[Left]] = {}
         self._sealed, self._done, self._moved = -1, -1, time.monotonic()
         self._last: Unit | None = None
+        self._pauses = Pauses(options.link_timeout_s, FREEZE_MARGIN_S)
         try:
             self._placement = place(options, given_up)
             self._start(source, given_up, self._placement)
@@ -101,6 +103,11 @@ class RayGang:
     def devices(self) -> list[str]:
         """Models of what the stages compute on."""
         return sorted({place.device for place in self._places})
+
+    @property
+    def _actors(self) -> list[Actor]:
+        """The stages, for people."""
+        return stage_actors(len(self._stages), self._places)
 
     @property
     def decodes(self) -> bool:
@@ -141,7 +148,8 @@ class RayGang:
         except ray.exceptions.RayError as error:
             raise lost(self._loops, self._places, error) from error
         if gone:  # where Ray counts it still, another actor would wait there for as long as one may take to come up
-            raise GangLost("the machine of the decode actor is gone", cause="its node was removed")
+            cause = "its node was removed"
+            raise GangLost("the machine of the decode actor is gone", place=self._decoding.place, cause=cause)
         ray.kill(self._decoding.actor)
         self._decoding = self._new_decoder(self._placement)
         for stream, latents in warm.items():
@@ -188,7 +196,7 @@ class RayGang:
         """Lets the loops end after the last sealed epoch and returns every stage's report, in stage order."""
         for stage in self._stages:
             stage.stop.remote(self._sealed + 1)
-        reports = control_results(self._loops, self._options.link_timeout_s, "a stage", "end")
+        reports = control_results(self._loops, self._options.link_timeout_s, self._actors, "end")
         self.decoded = [] if self._decoding is None or not self._options.trace else self._decoding.spans()
         return reports
 
@@ -223,21 +231,22 @@ class RayGang:
             self._decoding = self._new_decoder(placement)
         limit = options.start_timeout_s
         self._places = control_results(
-            [stage.where.remote() for stage in self._stages], limit, "a stage", "come up", given_up
+            [stage.where.remote() for stage in self._stages], limit, self._actors, "come up", given_up
         )
         self._rehearse(given_up)
         host, port = self._places[0].node, 0
         if world > 1:
             opened = [self._stages[0].open_store.remote(host)]
-            (port,) = control_results(opened, limit, "stage 0", "open its store", given_up)
+            (port,) = control_results(opened, limit, self._actors[:1], "open its store", given_up)
         link = (options.transport, options.link_timeout_s)
         connects = [
             stage.connect.remote(rank, world, host, port, self._generation, *link)
             for rank, stage in enumerate(self._stages)
         ]
-        control_results(connects, limit, "a stage", "connect to its neighbours", given_up)
+        control_results(connects, limit, self._actors, "connect to its neighbours", given_up)
         if self._decoding is not None:  # a broken codec is said before anything is sampled
-            (found,) = control_results([self._decoding.facts], limit, "the decode actor", "come up", given_up)
+            decoder = [Actor(DECODER)]
+            (found,) = control_results([self._decoding.facts], limit, decoder, "come up", given_up)
             self.keep, self.frames_per_latent, _ = found
         self._loops = [stage.run.remote(options.trace) for stage in self._stages]
         self._taking = self._stages[-1].take.remote()
@@ -252,7 +261,7 @@ class RayGang:
         shared, limit = ray.put(self._rehearsal), self._options.start_timeout_s
         self._use_kernels(given_up)
         calls = [stage.rehearse.remote(shared) for stage in self._stages]
-        for found in control_results(calls, limit, "a stage", "rehearse", given_up):
+        for found in control_results(calls, limit, self._actors, "rehearse", given_up):
             self.kernels = {**found.kernels, **self.kernels}  # of two the earlier stage's
             if found.relative_error is not None:
                 self.relative_error = max(found.relative_error, self.relative_error or 0.0)
@@ -262,7 +271,7 @@ class RayGang:
     def _use_kernels(self, given_up: Callable[[], bool]) -> None:
         if self.kernels:
             told = [stage.use_kernels.remote(self.kernels) for stage in self._stages]
-            control_results(told, self._options.start_timeout_s, "a stage", "take kernels over", given_up)
+            control_results(told, self._options.start_timeout_s, self._actors, "take kernels over", given_up)
 
     def _actor(self, cls: type, group: Any, bundle: int, cpus: float, gpus: float, **more: Any) -> Any:
         import ray
@@ -291,6 +300,8 @@ class RayGang:
         watched += self._decoding.awaited if self._decoding else []
         ray.wait(watched, timeout=timeout)
         ready, _ = ray.wait(watched, num_returns=len(watched), timeout=0)
+        if self._pauses.stood_still():
+            self._excuse()
         if any(loop in ready for loop in self._loops):
             raise lost(self._loops, self._places)
         for stream, (refs, _) in list(self._preparing.items()):
@@ -335,6 +346,13 @@ class RayGang:
             return Prepared(stream)
         except ray.exceptions.RayTaskError as error:
             return Prepared(stream, video_error(error, "a stage could not take the video in"))
+
+    def _excuse(self) -> None:
+        """Silence up to now is nobody's: this process stood still."""
+        self._moved = now = time.monotonic()
+        self._preparing = {stream: (refs, now) for stream, (refs, _) in self._preparing.items()}
+        if self._decoding is not None:
+            self._decoding.excuse()
 
     def _check_silence(self) -> None:
         """Notices what neither an ended loop nor a link's timeout tells: stages that stand still."""

@@ -11,6 +11,7 @@ from pavdm_dist.engine.events import GangLost
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.ray_gang import RayGang
 from pavdm_dist.errors import EngineError, ResourcesError
+from pavdm_dist.redaction import hide_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ class Restarts:
         """Seconds to wait before the next gang.
 
         Raises:
-            EngineError: the budget is spent, or a fault would only come again.
+            EngineError: the budget is spent, or a fault would only come again: which actor, where, why and where its
+                log is; how that ends is a note of the exception (``__notes__``), and in the log.
         """
         allowed = self._options.max_restarts
         self._in_a_row += 1
@@ -51,15 +53,24 @@ class Restarts:
         tail = log_tail(loss.place)
         if tail:
             logger.warning("the log of what was lost: %s", tail)
-        if loss.is_fault and not self._went_on:
-            raise loss  # it came before anything was finished: it is in what was asked for
+        if loss.is_fault and not self._went_on:  # before anything was finished: it is in what was asked for
+            raise _with_log(loss, tail)
         if max(self._in_a_row, self._faults) > allowed:
-            raise EngineError(f"{loss}; max_restarts={allowed} is spent") from loss
+            where = f"; its log: {loss.place.log} on node {loss.place.node}" if loss.place and loss.place.log else ""
+            raise _with_log(EngineError(f"{loss}; max_restarts={allowed} is spent{where}"), tail) from loss
         self._went_on = False
         wait = min(self._options.restart_backoff_s * 2 ** (self._in_a_row - 1), LONGEST_BACKOFF_S)
         said = "%s; restart %d of %d in %.0f s"
         logger.warning(said, loss, self._in_a_row, allowed, wait, extra={"stage": loss.rank})
         return wait
+
+
+def _with_log(error: EngineError, tail: str) -> EngineError:
+    """With the log's end as a note, which tracebacks show; the message stays one sentence, as the command line, farms
+    and records want it."""
+    if tail:
+        error.add_note(hide_secrets(tail))
+    return error
 
 
 def rebuilt(make: MakeGang, stages: range, generation: int, wait_s: float, given_up: Callable[[], bool]) -> RayGang:

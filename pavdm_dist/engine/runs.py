@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from pavdm_dist.engine.driver import Driver
-from pavdm_dist.engine.events import Failed, Finished, Output
+from pavdm_dist.engine.events import Failed, Output
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
 from pavdm_dist.method.stream import NewPrompt, Stream
 
@@ -50,7 +50,7 @@ class Run:
         places: see above.
         open: ids of the driver's streams that are not over.
         outputs: what waits for the consumer, oldest first.
-        held_bytes: of frames among them.
+        held_bytes: of them.
         exhausted: the source has ended.
         over: nobody consumes it any more.
     """
@@ -64,9 +64,11 @@ class Run:
         self._error: BaseException | None = None  # what the source raised
         self._wanted = 0  # streams that the driver would take now
         self._built: deque[Stream] = deque()  # taken from the source, not yet the driver's
-        self._stopping: set[int] = set()  # were asked to end, perhaps before the driver had them
+        # What was asked of streams that the driver has not got yet; and those that are over, of which it is too late.
+        self._stopping: set[int] = set()
         self._cancelled: set[int] = set()
         self._prompts: dict[int, list[NewPrompt]] = {}
+        self._gone: set[int] = set()
 
     def next(self) -> Output | None:
         """The oldest output, waited for; None when nothing follows.
@@ -82,8 +84,7 @@ class Run:
                     raise ConfigError("this run was ended by a later one on the same engine")
                 if self.outputs:
                     output = self.outputs.popleft()
-                    if isinstance(output, Finished):
-                        self.held_bytes -= output.num_bytes
+                    self.held_bytes -= output.num_bytes
                     switch.notify_all()
                     return output
                 if self._error is not None:
@@ -109,8 +110,10 @@ class Run:
                         self.exhausted = True
                     elif isinstance(stream, Failed):
                         self.outputs.append(stream)
+                        self._end(stream.stream)
                     else:
                         self._built.append(stream)
+                        self._gone.discard(stream.id)  # another one, of the same id
                     switch.notify_all()
                     if stream is None:
                         return
@@ -126,8 +129,7 @@ class Run:
             stream = self._built.popleft()
             self._switch.notify_all()
             if stream.id in self._cancelled:
-                self._cancelled.remove(stream.id)
-                self._prompts.pop(stream.id, None)
+                self._end(stream.id)
                 continue
             try:
                 driver.submit(stream)
@@ -137,9 +139,12 @@ class Run:
             except ValueError as error:  # two of one id
                 self._error = error
             if stream.id in self._stopping:
+                self._stopping.remove(stream.id)
                 driver.stop(stream.id)
             for new in self._prompts.pop(stream.id, []):
                 driver.set_prompt(stream.id, new)
+            if stream.id not in self.open:
+                self._end(stream.id)
         if (wanted := driver.wants) != self._wanted:
             self._wanted = wanted
             self._switch.notify_all()
@@ -155,30 +160,44 @@ class Run:
             if output.stream not in self.open:
                 continue
             self.outputs.append(output)
-            if isinstance(output, Finished):
-                self.held_bytes += output.num_bytes
+            self.held_bytes += output.num_bytes
         still = self.open & streams
+        for stream in self.open - still:
+            self._end(stream)
         if outputs or still != self.open:
             self.open = still
             self._switch.notify_all()
 
     def stop(self, stream: int) -> None:
-        """Notes that a stream, perhaps still on its way, is to end."""
-        self._stopping.add(stream)
+        """Notes that a stream that is still on its way is to end."""
+        if self._is_coming(stream):
+            self._stopping.add(stream)
 
     def set_prompt(self, stream: int, new: NewPrompt) -> None:
-        """Notes a prompt of a stream that is perhaps still on its way."""
-        if stream not in self.open:
+        """Notes a prompt of a stream that is still on its way."""
+        if self._is_coming(stream):
             self._prompts.setdefault(stream, []).append(new)
 
     def cancel(self, stream: int) -> None:
         """Drops a stream, and what of it waits; one that is still on its way as soon as it comes."""
         if stream in self.open:
             self.open.remove(stream)
-        else:
+            self._end(stream)
+        elif self._is_coming(stream):
             self._cancelled.add(stream)
         self.outputs = deque(output for output in self.outputs if output.stream != stream)
-        self.held_bytes = sum(output.num_bytes for output in self.outputs if isinstance(output, Finished))
+        self.held_bytes = sum(output.num_bytes for output in self.outputs)
+
+    def _is_coming(self, stream: int) -> bool:
+        """Whether the driver is still to get a stream, as far as is known here."""
+        return stream not in self.open and stream not in self._gone
+
+    def _end(self, stream: int) -> None:
+        """A stream is over: nothing that was asked of it is for a later one of its id."""
+        self._gone.add(stream)
+        self._stopping.discard(stream)
+        self._cancelled.discard(stream)
+        self._prompts.pop(stream, None)
 
     def clear(self) -> None:
         """Drops all that waits."""

@@ -32,6 +32,26 @@ class Patience:
     limit_s: float = 3600.0
 
 
+class Pauses:
+    """Tells whoever asks again and again that it stood still itself: a stopped process, a debugger. What was silent
+    meanwhile is not to blame.
+
+    Args:
+        limit_s: of the silence that is watched for; a quarter of it without a question is a pause,
+        floor_s: but nothing shorter than this: that much may pass between two questions.
+        clock: seconds, monotonic (tests give their own).
+    """
+
+    def __init__(self, limit_s: float, floor_s: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._shortest, self._clock = max(limit_s / 4, floor_s), clock
+        self._asked = clock()
+
+    def stood_still(self) -> bool:
+        """Whether there was a pause between the last call and this one."""
+        before, self._asked = self._asked, self._clock()
+        return self._asked - before > self._shortest
+
+
 @dataclass
 class _Pace:
     since: float
@@ -81,7 +101,7 @@ class Watchdog:
         self._patience, self._clock = patience, clock
         self._paces: dict[int, _Pace] = {}
         self._decoding: deque[int] = deque()
-        self._asked = clock()
+        self._pauses = Pauses(patience.limit_s, clock=clock)
 
     def starts(self, stream: int, together: int = 1) -> None:
         """A video is taken in, for the first time or by another gang; so many of its chunks become clean together."""
@@ -129,9 +149,8 @@ class Watchdog:
             held_up: the stages get no work, because too much waits for the decoder or the consumer.
         """
         now, found = self._clock(), list[Late]()
-        if now - self._asked > self._patience.limit_s / 4:
-            self.excuse()  # whoever asks stood still: a stopped process, a debugger
-        self._asked = now
+        if self._pauses.stood_still():
+            self.excuse()
         for stream in streams:
             pace = self._paces.setdefault(stream, _Pace(now))
             is_decoded = bool(self._decoding) and self._decoding[0] == stream

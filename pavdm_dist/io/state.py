@@ -208,7 +208,7 @@ def write_state(folder: str | Path, state: State, check: Callable[[], None] = la
 
     Args:
         folder: of the states.
-        state: to write.
+        state: to write; its tensors do not change any more.
         check: see :func:`~pavdm_dist.io.storage.replace_bytes`.
     """
     from safetensors.torch import save
@@ -219,7 +219,7 @@ def write_state(folder: str | Path, state: State, check: Callable[[], None] = la
     if state.point is not None:
         tensors |= {f"point.{name}": tensor for name, tensor in state.point.tensors.items()}
     tensors["chunk_seconds"] = torch.from_numpy(np.array(state.chunk_seconds, dtype=np.float32))
-    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    tensors = _apart(tensors)
     facts = {
         "version": _version(state),
         "identity": state.identity,
@@ -232,6 +232,18 @@ def write_state(folder: str | Path, state: State, check: Callable[[], None] = la
     text = json.dumps(facts)
     content = save(tensors, {"state": text, "sha256": _checksum(text, tensors)})
     storage.replace_bytes(storage.join(folder, STATE), content, storage.join(folder, PREVIOUS), check)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, and no two in the same memory, as the format wants them; copies of the rest alone, for
+    keys and values are gigabytes."""
+    found, taken = dict[str, Tensor](), set[int]()
+    for name, tensor in tensors.items():
+        held = tensor.detach().to("cpu").contiguous()
+        memory = held.untyped_storage().data_ptr()
+        found[name] = held.clone() if memory in taken else held
+        taken.add(memory)
+    return found
 
 
 def read_state(folder: str | Path, mend: bool = False) -> State | None:

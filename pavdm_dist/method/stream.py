@@ -86,6 +86,7 @@ class ResumePoint:
         undecoded: chunks that are clean already and follow ``warm``, whose frames are still to be made.
         resyncs: of mode displaced, all rows that adaptive re-sync has made exact up to here, for the record.
         prompts: ``(first chunk, prompt)`` of what was changed while the video ran, in the order in which it was.
+        left_bytes: of the snapshot's keys and values, those that came since the point before; for :attr:`num_bytes`.
     """
 
     snapshot: WindowSnapshot
@@ -93,6 +94,14 @@ class ResumePoint:
     undecoded: tuple[CleanChunk, ...] = ()
     resyncs: tuple[int, ...] = ()
     prompts: tuple[tuple[int, str], ...] = ()
+    left_bytes: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """What it adds to what earlier points of its video hold, which have the other keys and values in common with
+        it; clean latents are those of chunks that were given out."""
+        held = [*self.snapshot.latents.values(), *([] if self.warm is None else [self.warm])]
+        return self.left_bytes + sum(tensor.nbytes for tensor in held)
 
 
 @dataclass(frozen=True, eq=False)
