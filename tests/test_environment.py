@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from helpers import tiny_checkpoint
 
 from pavdm_dist.cluster.environment import handed_on, take_on
 from pavdm_dist.data.workers import workers
+from pavdm_dist.engine.actors import _own_address
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.ray_engine import RayEngine
 from pavdm_dist.errors import PAVDMError
@@ -63,6 +65,18 @@ def test_actors_get_the_drivers_environment_and_keep_its_secret(
     session = Path(ray._private.worker._global_node.get_session_dir_path())
     logs = [file for file in session.rglob("*") if file.is_file() and not file.is_symlink()]
     assert logs and not any(SECRET.encode() in file.read_bytes() for file in logs)
+
+
+def test_the_store_listens_on_one_address_though_the_nodes_is_translated() -> None:
+    """As in containers and clouds, where no interface has the address that others know a node by."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        try:
+            asking.connect(("198.51.100.7", 9))
+        except OSError:
+            pytest.skip("this machine has no way out, and so no address that others' would be translated to")
+        own = asking.getsockname()[0]
+    for host, expected in (("198.51.100.7", own), ("127.0.0.1", "127.0.0.1")):
+        assert _own_address(host, socket.AF_INET) == expected
 
 
 def test_what_a_node_sets_for_itself_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,8 @@ class StageActor:
         """Rank 0: opens the rendezvous store on a free port and returns it. The store lives as long as the actor.
 
         Args:
-            host: address of this node, the only one the store listens on where the machine has it.
+            host: address of this node. The store listens there alone, or where the machine does not have it on the
+                address that it is translated to.
         """
         from torch.distributed import TCPStore
 
@@ -116,7 +117,8 @@ class StageActor:
         except OSError as error:
             if error.errno != errno.EADDRNOTAVAIL:
                 raise
-            listening = socket.create_server(("", 0), family=family)  # the node's address is translated on its way
+            # The node's address is translated on its way, to the one that this machine reaches it from.
+            listening = socket.create_server((_own_address(host, family), 0), family=family)
         port = listening.getsockname()[1]
         self._store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
         return port
@@ -313,6 +315,13 @@ def _measure(loop: StageLoop, rank: int, over: threading.Event) -> None:
 def _here(device: torch.device) -> Place:
     log = os.path.realpath("/proc/self/fd/2")
     return Place(_node(), os.getpid(), log, device_model(device))
+
+
+def _own_address(host: str, family: socket.AddressFamily) -> str:
+    """Of this machine, where what goes to ``host`` would leave from; nothing is sent."""
+    with socket.socket(family, socket.SOCK_DGRAM) as asking:
+        asking.connect((host, 9))
+        return str(asking.getsockname()[0])
 
 
 def _node() -> str:
