@@ -183,6 +183,7 @@ def test_what_no_file_can_hold_is_escaped_in_the_record_of_a_failure(tmp_path: P
     """A name of a file may hold bytes that are no text."""
     package, log, tree = logging.getLogger("pavdm_dist"), ShotLog(), Tree(str(tmp_path))
     package.addHandler(log)
+    package.propagate = False  # nor can what pytest keeps of logs travel between its processes
     try:
         log.begun("renderer-1", "a")
         package.warning("b\udcff.mp4 is gone", extra={"shot": "a"})
