@@ -108,7 +108,7 @@ def test_a_complete_video_is_left_alone_on_another_kind_of_device(model: Path, t
         "decoder_device": "cpu",
         "decoder_threads": 1,
     }
-    path.write_text(json.dumps(sidecar | {"identity": sidecar["identity"] | {"device": "cuda"}}))
+    path.write_text(json.dumps(sidecar | {"identity": sidecar["identity"] | {"device": "cuda", "decoder_threads": 8}}))
     stamp = output.stat().st_mtime_ns
     render(model, output)
     assert output.stat().st_mtime_ns == stamp
@@ -126,12 +126,18 @@ def test_a_preview_is_known_by_what_its_file_holds(
     interrupted(model, output, monkeypatch, 2, preview_decoder="tiny.safetensors")
     monkeypatch.chdir(tmp_path)
     save_file({**weights, "decoder.1.bias": weights["decoder.1.bias"] + 1}, tmp_path / "here" / "other.safetensors")
-    with pytest.raises(ConfigError, match=r'begun with preview_decoder="\w+\.\.\. \(now "\w+\.\.\.\)'):
+    with pytest.raises(ConfigError, match=r'begun with preview_sha256="\w+\.\.\. \(now "\w+\.\.\.\)'):
         render(model, output, preview_decoder="here/other.safetensors")
     assert cli.main(["sample", "--resume", f"{output}.parts"]) == 0
     render(model, output, preview_decoder=str(tmp_path / "here" / "tiny.safetensors"))
     with pytest.raises(ConfigError, match=r"was made with preview_decoder"):
         render(model, output, preview_decoder="rgb")
+    # Earlier versions kept the path.
+    path = output.with_suffix(".json")
+    sidecar = read_sidecar(output)
+    del sidecar["identity"]["preview_sha256"]
+    path.write_text(json.dumps(sidecar | {"identity": sidecar["identity"] | {"preview_decoder": "tiny.safetensors"}}))
+    render(model, output, preview_decoder="here/tiny.safetensors")
 
 
 def _forget_what_came_later(output: Path) -> None:

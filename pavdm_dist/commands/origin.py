@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from pavdm_dist.codecs.catalog import RGB
 from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.io.metadata import versions
+from pavdm_dist.io.state import PREVIEW_FILE
 from pavdm_dist.merging import to_dict
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.redaction import hide_secrets
@@ -107,7 +109,12 @@ class Origin:
     def _further(self, request: VideoRequest) -> dict[str, Any]:
         """Facts that most videos do not have."""
         facts: dict[str, Any] = {"image": _pixels(request.image)}
-        facts |= {"decoder_tile": self.config.decoder_tile, "preview_decoder": self.pipeline.preview_identity}
+        facts["decoder_tile"] = self.config.decoder_tile
+        preview = self.pipeline.preview_identity
+        if preview in (None, RGB):
+            facts["preview_decoder"] = preview
+        else:
+            facts |= {"preview_decoder": PREVIEW_FILE, "preview_sha256": preview}
         if isinstance(self.pipeline.checkpoint.text_encoder, PretrainedTextEncoder):
             facts["text_encoder"] = self.pipeline.checkpoint.text_encoder.identity
         return {name: value for name, value in facts.items() if value is not None}

@@ -30,7 +30,7 @@ from pavdm_dist.streams import input_frames
 
 # Of an identity, what a begun video needs to go on to the same bits. A complete one is what it is: an upgrade, or
 # another machine for the rest, is no reason to refuse a whole batch.
-_TO_GO_ON = frozenset({"versions", "device", "decoder_device"})
+_TO_GO_ON = frozenset({"versions", "device", "decoder_device", "decoder_threads"})
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ class Videos:
     # With stages files are opened in a thread of their own, which may be at it when another ends everything.
     _opening: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
     _over: threading.Event = field(default_factory=threading.Event, init=False, repr=False, compare=False)
+    _being_opened: list[Video] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def check(self) -> None:
         """Refuses outputs that cannot be written or would be lost, and takes note of complete ones.
@@ -123,6 +124,7 @@ class Videos:
             with self._opening:
                 if self._over.is_set():
                     return
+                self._being_opened.append(video)
                 try:
                     recording = self._open(video)
                     if recording.complete:  # all that is left of it
@@ -131,6 +133,8 @@ class Videos:
                 except (PAVDMError, OSError) as error:
                     self.fail(video, error)
                     continue
+                finally:
+                    self._being_opened.clear()
             taken.append(video)
             yield replace(video.request, resume=resume_point(recording))
 
@@ -183,18 +187,24 @@ class Videos:
         logger.warning("%s%s", video.error, f"; {left}" if left else "")
 
     def abort(self) -> list[str]:
-        """Leaves all that is unfinished playable and ready to go on; says where. What is just being opened is waited
-        for."""
+        """Leaves all that is unfinished playable and ready to go on; says where. What is just being opened, which may
+        take its time, is waited for when all others are safe."""
         self._over.set()
-        left = []
+        opened = list(self._being_opened)  # at most one
+        left = [self._leave(video) for video in self.all if all(video is not one for one in opened)]
         with self._opening:
-            for video in self.all:
-                recording, video.recording = video.recording, None
-                try:
-                    left.append(None if recording is None else recording.abort())
-                except Exception:  # a fault of this program in one must not cost the others what they have
-                    logger.exception("%s may have lost its last chunks", video.output)
+            left += [self._leave(video) for video in self.all]
         return [sentence for sentence in left if sentence is not None]
+
+    @staticmethod
+    def _leave(video: Video) -> str | None:
+        """Says where one is left; None of one that has nothing open."""
+        recording, video.recording = video.recording, None
+        try:
+            return None if recording is None else recording.abort()
+        except Exception:  # a fault of this program in one must not cost the others what they have
+            logger.exception("%s may have lost its last chunks", video.output)
+            return None
 
     def _is_made(self, video: Video) -> bool:
         """Whether a video is complete, as this command would make it.

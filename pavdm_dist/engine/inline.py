@@ -84,7 +84,7 @@ class InlineEngine:
         torch.set_num_threads(self._threads)
         try:
             # Measured once, which takes half a second: nobody who asks for the first video need wait for it.
-            with suppress(PAVDMError):  # every video says so itself
+            with suppress(Exception):  # every video says so itself
                 self._codec.receptive_latents()
             for stream in streams:
                 if isinstance(stream, Stream) and stream.id in self._cancelled:

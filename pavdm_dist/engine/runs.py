@@ -15,6 +15,9 @@ from pavdm_dist.engine.events import Failed, Output
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
 from pavdm_dist.method.stream import NewPrompt, Stream
 
+# Streams that are over of which a run knows that it is too late to ask them for something.
+_GONE = 10_000
+
 
 class Switch(threading.Condition):
     """Guards what an engine's threads share, and wakes who waits for a change.
@@ -68,7 +71,7 @@ class Run:
         self._stopping: set[int] = set()
         self._cancelled: set[int] = set()
         self._prompts: dict[int, list[NewPrompt]] = {}
-        self._gone: set[int] = set()
+        self._gone: dict[int, None] = {}  # the newest of them
 
     def next(self) -> Output | None:
         """The oldest output, waited for; None when nothing follows.
@@ -113,7 +116,7 @@ class Run:
                         self._end(stream.stream)
                     else:
                         self._built.append(stream)
-                        self._gone.discard(stream.id)  # another one, of the same id
+                        self._gone.pop(stream.id, None)  # another one, of the same id
                     switch.notify_all()
                     if stream is None:
                         return
@@ -194,7 +197,9 @@ class Run:
 
     def _end(self, stream: int) -> None:
         """A stream is over: nothing that was asked of it is for a later one of its id."""
-        self._gone.add(stream)
+        self._gone[stream] = None
+        if len(self._gone) > _GONE:
+            self._gone.pop(next(iter(self._gone)))
         self._stopping.discard(stream)
         self._cancelled.discard(stream)
         self._prompts.pop(stream, None)

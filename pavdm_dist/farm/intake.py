@@ -158,7 +158,9 @@ class Intake:
         there, found, lengths = self._tree.scan(), Found([]), dict[str, int]()
         new = [shot for shot in self._shots(there, growing, lengths) if shot.id not in self._known]
         for shot in new:
-            names, frames = there.get(shot.id, frozenset()), lengths[shot.id]
+            names = there.get(shot.id, frozenset())
+            # Another farm may have kept, in this moment, a manifest that has grown since it was read here.
+            frames = lengths[shot.id] if shot.id in lengths else self._kinds.frames(shot)
             if SIDECAR in names:
                 if VIDEO + PARTS_SUFFIX in names:
                     self._tidy(shot.id)

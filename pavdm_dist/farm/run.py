@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 # Between two looks at everything while nothing happens.
 TICK_S = 0.5
+_LONGEST_WAIT_S = 300.0
 # The report of a farm that was told to end before it knew what there is to do.
 _NOTHING = {"shots": None, "done": 0, "done_before": None, "failed": None, "cancelled": 0, "left": None, "frames": 0}
 
@@ -144,6 +145,7 @@ class _Farm:
     def __init__(self, pool: Pool, kinds: Kinds, intake: Intake, bar: FarmProgress, poll_s: float) -> None:
         self.pool, self.bar = pool, bar
         self._kinds, self._intake, self._poll_s = kinds, intake, poll_s
+        self._wait_s = poll_s  # longer after looks that failed
         self._started = self._looked = time.monotonic()
         self.asked = self.done_before = self.failed_before = self._given = 0
 
@@ -164,7 +166,7 @@ class _Farm:
         the next look. Where nothing is under way there is nothing to go on with, and it ends the farm, as at the start.
         """
         now = time.monotonic()
-        if now - self._looked < self._poll_s and not self.pool.is_over:
+        if now - self._looked < self._wait_s and not self.pool.is_over:
             return False
         self._looked = now
         found: Found | None = None
@@ -182,8 +184,11 @@ class _Farm:
                 said = f"new shots cannot be taken in: {type(error).__name__}: {error}"
                 if self.pool.is_over:
                     raise error if isinstance(error, PAVDMError) else MediaError(said) from error
-                logger.warning("%s; they are tried again", said)
+                # A manifest of thousands is read anew each time, and a large text encoder started.
+                self._looked, self._wait_s = time.monotonic(), min(2 * self._wait_s, _LONGEST_WAIT_S)
+                logger.warning("%s; they are tried again in %.0f s", said, self._wait_s)
                 return False
+        self._wait_s = self._poll_s
         if found is None:
             return False
         self._queue(found)
@@ -247,6 +252,9 @@ def _looked_after(pool: Pool) -> Iterator[None]:
     thread.start()
     try:
         yield
+    except BaseException:  # nothing is tried again: what is under way need not wait for a look at markers to end
+        pool.drain()
+        raise
     finally:
         over.set()
         thread.join()  # the pool is for one thread at a time

@@ -31,9 +31,11 @@ STATE_NAMES = re.compile(rf"{re.escape(STATE)}|{re.escape(PREVIOUS)}")
 # a program which knows nothing of them refuses the file instead of going on without.
 CLEAN = "clean."
 _PLAIN, _WITH_CLEAN = 2, 3
+# A preview decoder that is a file, which another fact of an identity tells from others.
+PREVIEW_FILE = "file"
 # Facts of an identity that files of earlier versions lack, and some machines: compared where both sides have them.
 _WHERE_BOTH_HAVE = frozenset(
-    {"device", "decoder_device", "decoder_threads", "versions.diffusers", "versions.transformers"}
+    {"device", "decoder_device", "decoder_threads", "preview_sha256", "versions.diffusers", "versions.transformers"}
 )
 _Chunks = Annotated[int, Within(0)]
 
@@ -268,7 +270,14 @@ def read_state(folder: str | Path, mend: bool = False) -> State | None:
             return found
         except _OtherVersion:
             raise
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (
+            SafetensorError,
+            RuntimeError,
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ) as error:  # or it went meanwhile
             logger.warning("%s is torn or not a state of this program (%s)", path, error)
     return None
 
@@ -280,6 +289,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     of what not every video needs.
     """
     old, new = _flat(before), _flat(now)
+    if old.get("preview_decoder") not in (None, "rgb"):  # earlier versions kept its path
+        old["preview_decoder"] = PREVIEW_FILE
     lacking = {name for name in {**old, **new} if name not in old or name not in new}
     compared = [name for name in {**old, **new} if name not in lacking & _WHERE_BOTH_HAVE]
     changed = [name for name in compared if name in lacking or old[name] != new[name]]

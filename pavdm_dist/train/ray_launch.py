@@ -279,5 +279,7 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     config: TrainConfig = settings["config"]
     left = max(settings["deadline"] - time.time(), 0)
     guard = guard_for(config.run_dir, settings["owner"])
+    if (fault := guard()) is not None:  # now, and not when the first checkpoint is to be written
+        raise ConfigError(f"{fault}; the machine that started the run and all workers must share this folder")
     asked = partial(asked_to_stop, config.run_dir)
     train_slice(replace(config, max_seconds=left), settings["provider"], ray.train.report, guard, asked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 import uuid
@@ -101,15 +102,18 @@ def guard_for(run_dir: str | Path, owner: str | None) -> Guard:
     """
 
     def guard() -> str | None:
-        end = time.monotonic() + _PATIENCE_S
-        try:
-            while (found := owner_of(run_dir)) is None or found != owner:
-                if found is not None or time.monotonic() > end:
-                    return f"{FIELD}={run_dir}: the process that owned it is gone, or another run took it over"
-                time.sleep(_PATIENCE_S / 20)
-        except OSError as error:
-            return f"{FIELD}={run_dir}: its lock cannot be read: {error}"
-        return None
+        end, found, said = time.monotonic() + _PATIENCE_S, None, ""
+        while True:
+            try:
+                found = owner_of(run_dir)
+                said = f"{FIELD}={run_dir}: the process that owned it is gone, or another run took it over"
+            except OSError as error:  # a share may be away for a moment
+                said = f"{FIELD}={run_dir}: its lock cannot be read: {error}"
+            if found is not None and found == owner:
+                return None
+            if found is not None or time.monotonic() > end:
+                return said
+            time.sleep(_PATIENCE_S / 20)
 
     return guard
 
@@ -124,8 +128,8 @@ def ask_to_stop(run_dir: str | Path) -> None:
 
 
 def asked_to_stop(run_dir: str | Path) -> bool:
-    """Whether its owner has asked those who train in it to end."""
-    return (Path(run_dir) / _STOP).exists()
+    """Whether its owner has asked those who train in it to end; not where that cannot be seen in this moment."""
+    return os.path.exists(Path(run_dir) / _STOP)
 
 
 @contextmanager
