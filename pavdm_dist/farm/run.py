@@ -122,11 +122,10 @@ def _until_over(farm: _Farm, pool: Pool) -> Stopped | None:
     while True:
         try:
             while True:
-                if told is None:
-                    farm.look()
-                is_over = pool.is_over
+                is_over = pool.is_over  # before the look: what comes meanwhile is not to be missed
+                is_more = told is None and farm.look()
                 farm.show()  # behind the last thing that happened
-                if is_over:
+                if is_over and not is_more:
                     return told
                 pool.tick()
                 pool.wait(TICK_S)
