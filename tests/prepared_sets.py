@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from videos import numbered, shots, write_video
 
 from pavdm_dist.data import prepare as prepare_module
+from pavdm_dist.data import work
 from pavdm_dist.data.prepare import PrepareConfig, prepare_command
 
 BUCKETS = ["32x48x3@24", "32x48x2@24", "48x32x2@24", "16x96x2@24"]
@@ -31,6 +33,20 @@ def write_source(folder: Path) -> Path:
     for path in [*folder.rglob("*.mp4"), *folder.rglob("*.mkv")]:
         path.with_suffix(".txt").write_text(captions.get(path.stem, "a three"))
     return folder
+
+
+def write_captioned(folder: Path, captions: Sequence[str], *shape: int) -> Path:
+    """One good video of 24 fps for every caption; ``shape``: frames, height, width."""
+    for number, caption in enumerate(captions):
+        write_video(folder / f"{number}.mp4", numbered(*shape), 24)
+        (folder / f"{number}.txt").write_text(caption)
+    return folder
+
+
+def forget_opened() -> None:
+    """What data preparation has opened in this process, as a new one would have nothing."""
+    work._checkpoint.cache_clear()
+    work._encoders.cache_clear()
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -12,15 +12,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_checkpoint
-from prepared_sets import contents
+from prepared_sets import contents, forget_opened, write_captioned
 from pretrained import Asked, named_only, stand_in
 from training import TINY
-from videos import numbered, write_video
 
 from pavdm_dist import cli
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.pretrained_text import TextOptions
-from pavdm_dist.data import work
 from pavdm_dist.data.dataset import CachedClips
 from pavdm_dist.data.prepare import PrepareConfig, prepare_command
 from pavdm_dist.errors import ConfigError
@@ -42,17 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("videos")
-    for number, caption in enumerate(CAPTIONS):
-        write_video(folder / f"{number}.mp4", numbered(32, 32, 32), 24)
-        (folder / f"{number}.txt").write_text(caption)
-    return folder
-
-
-def forget() -> None:
-    """What a process has opened, as a new one would have."""
-    work._checkpoint.cache_clear()
-    work._encoders.cache_clear()
+    return write_captioned(tmp_path_factory.mktemp("videos"), CAPTIONS, 32, 32, 32)
 
 
 @pytest.fixture
@@ -61,7 +49,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-    forget()
+    forget_opened()
     return stand_in(monkeypatch)
 
 
@@ -84,7 +72,7 @@ def test_preparing_hands_them_on_and_keeps_what_embeddings_depend_on(
     ((_, order),) = started
     assert (order["device"], order["dtype"], order["texts"]) == ("auto", "bfloat16", CAPTIONS)
     assert len(list((tmp_path / "user").rglob("*.safetensors"))) == len(CAPTIONS)
-    forget()
+    forget_opened()
     full = replace(config, text_device="cpu", text_dtype="float32", text_cache="kept")
     prepare_command(full)
     order = started[-1][1]
@@ -113,7 +101,7 @@ def test_a_set_goes_on_with_its_own_type_wherever_texts_are_kept(
     before = contents(output)
     (shard,) = output.glob("bucket-*.safetensors")
     for changed, processes in (({"text_device": "cpu"}, 0), ({"text_cache": None}, 1)):
-        forget()
+        forget_opened()
         shard.unlink()
         asked = len(started)
         prepare_command(replace(full, **changed))  # type: ignore[arg-type]

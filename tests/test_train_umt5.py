@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prepared_sets import forget_opened, write_captioned
 from pretrained import encode_here, text_encoder
 from test_train_backbones import settings
-from videos import numbered, write_video
 from wan_models import WAN, trainable_folder
 
 from pavdm_dist import cli
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.data import work
 from pavdm_dist.data.dataset import CachedClips
 from pavdm_dist.data.prepare import PrepareConfig, prepare_command
 from pavdm_dist.merging import load_config
@@ -48,18 +47,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("videos")
-    for number, caption in enumerate(CAPTIONS):
-        write_video(folder / f"{number}.mp4", numbered(36, 48, 48), 24)
-        (folder / f"{number}.txt").write_text(caption)
-    return folder
+    return write_captioned(tmp_path_factory.mktemp("videos"), CAPTIONS, 36, 48, 48)
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    work._checkpoint.cache_clear()  # which knows where texts were kept before
-    work._encoders.cache_clear()
+    forget_opened()  # it knows where texts were kept before
     return tmp_path / "cache" / "pavdm_dist" / "text"
 
 
