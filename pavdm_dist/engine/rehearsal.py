@@ -25,8 +25,10 @@ from pavdm_dist.models.devices import to_device
 from pavdm_dist.models.kernels import CHOICES, keep_choices, kept_choices
 from pavdm_dist.models.text_cache import TextBank
 
-# Relative L2 between compiled and plain blocks beyond which something is wrong: other orders of sums give a fraction.
-_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+# Relative L2 between a compiled block and the plain one beyond which something is wrong: other orders of sums give a
+# fraction. Of single blocks, given the same input: over many of them, and under modulations that amplify, the same
+# rounding grows to any size.
+_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Rehearsed:
     """What a rehearsal found.
 
     Attributes:
-        relative_error: largest relative L2 of compiled blocks against plain ones; None where none are compiled.
+        relative_error: largest relative L2 of a compiled block against the plain one; None where none are compiled.
         kernels: of attention, by shape (:mod:`pavdm_dist.models.kernels`).
         seconds: it took.
     """
@@ -82,50 +84,55 @@ def rehearse(stage: Stage, stream: Stream, compiled: bool) -> Rehearsed:
         EngineError: compiled blocks compute something else than plain ones.
     """
     began, error = time.monotonic(), None
-    plain = list(_outputs(stage, stream, steady=False))
-    if compiled:
+    if not compiled:
+        _run(stage, stream, compiled=False)
+    else:
         CHOICES.use({**kept_choices(stage.device), **CHOICES.chosen})
-        found = _compiled_outputs(stage, stream)
+        error = _checked(stage, stream)
         keep_choices(stage.device)
-        error = max(float((a - b).norm() / b.norm()) for a, b in zip(found, plain, strict=True))
-        if not error < _LIMITS[stage.dtype]:
-            raise EngineError(
-                f"compiled blocks {stage.blocks[0]} to {stage.blocks[1] - 1} differ from plain ones by {error:.2g}"
-                " (relative L2); use compile=false, and tell with which versions of torch and which device"
-            )
     return Rehearsed(error, dict(CHOICES.chosen), time.monotonic() - began)
 
 
-def _compiled_outputs(stage: Stage, stream: Stream) -> list[Tensor]:
-    """As :func:`_outputs`, by compiled blocks, whose kernels of attention are chosen.
+def _checked(stage: Stage, stream: Stream) -> float:
+    """The largest error of a compiled block; their kernels of attention are chosen meanwhile.
 
     Raises:
-        EngineError: torch's compiler failed.
+        EngineError: torch's compiler failed, or a block computes something else.
     """
     from torch._dynamo.exc import TorchDynamoException
 
     try:
         with CHOICES.measured():
-            return list(_outputs(stage, stream, steady=True))
+            errors = _run(stage, stream, compiled=True)
     except TorchDynamoException as error:  # no compiler on the machine, above all
         reason = str(error).strip().splitlines()[0]
         raise EngineError(f"blocks could not be compiled ({reason}); use compile=false") from error
+    for block, found in errors.items():
+        if not found < _LIMITS[stage.dtype]:
+            raise EngineError(
+                f"compiled block {block} differs from the plain one by {found:.2g} (relative L2, where"
+                f" {_LIMITS[stage.dtype]:g} is allowed); use compile=false, and tell with which versions of torch and"
+                " which device"
+            )
+    return max(errors.values())
 
 
-def _outputs(stage: Stage, stream: Stream, steady: bool) -> Iterator[Tensor]:
-    """What leaves the stage's blocks, float32, by micro-batch."""
-    model = stage.model
-    (memory, *_) = memories_of(stream, model, range(*stage.blocks), stage.device)
+def _run(stage: Stage, stream: Stream, compiled: bool) -> dict[int, float]:
+    """Runs the stage's micro-batches by plain blocks; the largest error of each compiled one, given the same input."""
+    model, blocks = stage.model, range(*stage.blocks)
+    # Compiled blocks read what compiled ones left.
+    (plain, *_), (own, *_) = (memories_of(stream, model, blocks, stage.device) for _ in range(2))
     texts = TextBank(model.project_text, stage.device)
     texts.add(stream.id, stream.conditioning.texts)
     generator = torch.Generator().manual_seed(0)
+    errors: dict[int, list[Tensor]] = {block: [] for block in blocks}
 
     def random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return to_device(torch.randn(shape, generator=generator), stage.device).to(dtype)
 
     for row, chunk in _units(stream):
-        context = unit_context(model, stream, row, chunk, 0, texts, memory)
-        context = replace(context, steady=context.steady and steady)
+        context = replace(unit_context(model, stream, row, chunk, 0, texts, plain), steady=False)
+        steady = unit_context(model, stream, row, chunk, 0, texts, own)
         grid = context.grid
         shapes = model.activation_shapes(grid)
         activation = Activation(*(random(shape, stage.dtype) for shape in shapes))
@@ -133,11 +140,20 @@ def _outputs(stage: Stage, stream: Stream, steady: bool) -> Iterator[Tensor]:
         levels = torch.linspace(1, 0, grid.frames, device=stage.device)[None]
         if stage.first:
             activation = model.embed(x, levels, stream.info)
-        for index in range(*stage.blocks):
-            activation = model.block(index, activation, context)
+        for block in blocks:
+            following = model.block(block, activation, context)
+            if compiled:
+                found = model.block(block, activation, steady)
+                errors[block].append(_difference(found.hidden, following.hidden))
+            activation = following
         if stage.last:
             model.to_velocity(model.head(activation, grid), x, levels)
-        yield activation.hidden.float()
+    return {block: float(torch.stack(found).max()) for block, found in errors.items() if found}
+
+
+def _difference(found: Tensor, expected: Tensor) -> Tensor:
+    """Relative L2, on its device; no number where one of them is none."""
+    return (found.float() - expected.float()).norm() / expected.float().norm()
 
 
 def _units(stream: Stream) -> Iterator[tuple[PlanRow, int]]:
