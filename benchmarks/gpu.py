@@ -1,8 +1,8 @@
 """What one GPU does with this program, in at most five minutes: random weights, bfloat16, one process, no Ray needed.
 
     python benchmarks/gpu.py [--quick] [--json] [--part units|sampling|staged|decode|training|ray] [--minutes M]
-                             [--shape NAME] [--mode NAME] [--latents N] [--eager] [--recompute R] [--batch N]
-                             [--peak-tflops X]
+                             [--shape NAME] [--mode NAME] [--latents N] [--eager] [--compiled]
+                             [--recompute R ...] [--batch N] [--peak-tflops X]
 
 units     the stage loop that users run, one stage, full windows: seconds of a micro-batch by the chunks it holds, plain
           and compiled in turn, per mode and size; kernels' time beside the wall's, launches and waits for the device.
@@ -15,14 +15,15 @@ training  windows of 30 latents: loss, backward pass, AdamW and averaged weights
 ray       the sampling of `pavdm sample num_stages=1`, with Ray's start; where Ray is installed.
 
 Shapes: stdit3-xl (default), skyreels-v2-df-1.3b-540p, wan2.2-ti2v-5b, rolling (Rolling Forcing's). What does not fit
-into the minutes, or into memory, is named under "skipped". --quick is a tiny model on whatever device is there, to see
-that everything runs.
+into the minutes, or into memory, is named under "skipped"; what fails under "failed", with the others going on and
+status 1 at the end. --quick is a tiny model on whatever device is there, to see that everything runs.
 """
 
 from __future__ import annotations
 
 import json
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -45,8 +46,11 @@ def main() -> None:
     options.add_argument("--mode", choices=MODES, help="only this one")
     options.add_argument("--latents", type=int, help="of whole videos (425; 15 with --quick)")
     options.add_argument("--eager", action="store_true", help="compile nothing")
+    options.add_argument("--compiled", action="store_true", help="nothing plain beside it, on GPUs")
     options.add_argument("--steps", type=int, help="training steps that are timed (5; 2 with --quick)")
-    options.add_argument("--recompute", default="every:1", help="training: zero.recompute (none, every:N, budget:GiB)")
+    options.add_argument(
+        "--recompute", nargs="+", help="training: zero.recompute (none every:1; or every:N, budget:GiB)"
+    )
     options.add_argument("--batch", type=int, default=1, help="training: windows a step")
     options.add_argument("--peak-tflops", type=float, default=989.0, help="of dense bfloat16 products (H100 SXM: 989)")
     args = options.parse_args()
@@ -56,6 +60,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     report: dict[str, Any] = {"machine": {**machine(), "device": name}, "peak_tflops": args.peak_tflops, "skipped": []}
+    failed = list[str]()
     for part, measured, call in calls(args, QUICK if args.quick else CASES[args.shape], device):
         if time.perf_counter() - STARTED > 60 * args.minutes:
             report["skipped"].append(f"{part} {measured}: no time left")
@@ -64,9 +69,15 @@ def main() -> None:
             report.setdefault(part, {})[measured] = call()
         except torch.OutOfMemoryError:
             report["skipped"].append(f"{part} {measured}: out of memory")
+        except Exception as error:  # time on a GPU is dear: the others are measured all the same
+            traceback.print_exc()
+            failed.append(f"{part} {measured}: {type(error).__name__}: {error}")
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    report["failed"] = failed
     print(json.dumps(report) if args.json else text(report))
+    if failed:
+        raise SystemExit(1)
 
 
 def calls(args: Any, case: Case, device: torch.device) -> list[tuple[str, str, Callable[[], Any]]]:
@@ -81,7 +92,7 @@ def calls(args: Any, case: Case, device: torch.device) -> list[tuple[str, str, C
         return runners[compiled]
 
     # Compiled on a GPU; torch's kernels for a CPU take a minute to build, and --quick has none.
-    compiles = [False] if args.eager or device.type == "cpu" else [False, True]
+    compiles = [False] if args.eager or device.type == "cpu" else [True] if args.compiled else [False, True]
     modes = [mode for mode in case.modes if args.mode in (None, mode)]
     width = case.plan.window_chunks
     made: list[tuple[str, str, Callable[[], Any]]] = []
@@ -99,7 +110,10 @@ def calls(args: Any, case: Case, device: torch.device) -> list[tuple[str, str, C
         made.append(("staged", mode, lambda m=mode: staged(runner(last), m, short, 1)))
     if case.codec is not None:
         made.append(("decode", case.codec, lambda: decoded(case, device, 5)))
-    made.append(("training", "one window", lambda: _training(args)))
+    for compiled in compiles:
+        for recompute in args.recompute or ("every:1", "none"):
+            made.append(("training", f"recompute={recompute} {_word(compiled)}",
+                         lambda c=compiled, r=recompute: _training(args, c, r)))  # fmt: skip
     if device.type == "cuda" and _has_ray() and case.name == "stdit3-xl":
         made.append(("ray", "window", lambda: _on_ray(runner(False), latents)))
     # Plain and compiled units take turns by model, not by size: loading one takes a second.
@@ -107,12 +121,12 @@ def calls(args: Any, case: Case, device: torch.device) -> list[tuple[str, str, C
     return [entry for entry in made if args.part in (None, entry[0])]
 
 
-def _training(args: Any) -> dict[str, float | None]:
+def _training(args: Any, compiled: bool, recompute: str) -> dict[str, float | None]:
     from gpu_training import training
 
     config, cells = (TINY, (4, 6)) if args.quick else (STDiT3Config(pred_sigma=False), (30, 53))
     steps = args.steps or (2 if args.quick else 5)
-    return training(config, cells, steps, args.peak_tflops, False, args.recompute, args.batch)
+    return training(config, cells, steps, args.peak_tflops, compiled, recompute, args.batch)
 
 
 def _on_ray(runner: Runner, latents: int) -> dict[str, float]:
@@ -151,15 +165,15 @@ def text(report: dict[str, Any]) -> str:
     lines = [machine_line(report["machine"])]
     for part in PARTS:
         for name, found in report.get(part, {}).items():
-            lines.append(f"{part:9} {name:22} " + "  ".join(_shown(found)))
-    return "\n".join([*lines, *(f"skipped: {what}" for what in report["skipped"])])
+            lines.append(f"{part:9} {name:28} " + "  ".join(_shown(found)))
+    return "\n".join([*lines, *(f"{kind}: {what}" for kind in ("skipped", "failed") for what in report[kind])])
 
 
 def _shown(found: dict[str, Any], prefix: str = "") -> list[str]:
     words = []
     for key, value in found.items():
         if isinstance(value, dict):
-            words += _shown(value, f"{prefix}{key}.") if key != "kernels" else []
+            words += _shown(value, f"{prefix}{key}.") if key not in ("kernels", "longest_kernels") else []
         elif value is not None:
             words.append(f"{prefix}{key} {value:.4g}" if isinstance(value, float) else f"{prefix}{key} {value}")
     return words

@@ -5,10 +5,13 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_kernels import kernels_of
 from torch import Tensor
 
 from pavdm_dist.merging import load_config
@@ -24,8 +27,8 @@ def training(
     compiled: bool,
     recompute: str,
     windows: int,
-) -> dict[str, float | None]:
-    """Seconds of a step on windows of random latents."""
+) -> dict[str, Any]:
+    """Seconds of a step on windows of random latents, and of its phases, where each is waited for; kernels' time."""
     from pavdm_dist.train.batches import Batch
     from pavdm_dist.train.export import Parts
     from pavdm_dist.train.model import Text
@@ -74,6 +77,9 @@ def training(
             trainer.train_step(trainer.load())  # as a run does: nothing waits for the device
             _settle(world.device)
             took.append(time.perf_counter() - began)
+        phases = _phases(trainer, max(1, steps // 2))
+        cuda = world.device.type == "cuda"
+        kernels = kernels_of(lambda: trainer.train_step(trainer.load()), lambda: 1) if cuda else {}
         model = trainer.engine.module.transformer
         costs = model.costs(model.grid(frames, *cells), model.spec.text_len)
     seconds = statistics.median(took[2:])
@@ -84,7 +90,34 @@ def training(
         "pflop": flop / 1e15,
         "share_of_peak": flop / seconds / (peak * 1e12),
         "peak_memory_gib": memory,
+        "phases": phases,
+        **kernels,
     }
+
+
+def _phases(trainer: Any, steps: int) -> dict[str, float]:
+    """Median seconds of a step's parts."""
+    device, took = trainer.world.device, defaultdict[str, list[float]](list)
+    owners = {"forward": trainer.engine, "backward": trainer.engine, "step": trainer.engine, "update": trainer.average}
+
+    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            _settle(device)
+            began = time.perf_counter()
+            found = call(*given)
+            _settle(device)
+            took[name].append(time.perf_counter() - began)
+            return found
+
+        return run
+
+    for name, owner in owners.items():
+        setattr(owner, name, timed(name, getattr(owner, name)))
+    for _ in range(steps):
+        trainer.train_step(trainer.load())
+    for name, owner in owners.items():
+        delattr(owner, name)  # the method of its class again
+    return {name: statistics.median(times) for name, times in took.items()}
 
 
 def _settle(device: torch.device) -> None:
