@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import tiny_checkpoint, tiny_model, tiny_stream
-from test_links import linked, sampled
+from test_links import _groups_by_hand, linked, sampled  # noqa: F401 - a fixture for every test here
 from wan_models import tiny_wan
 
 from pavdm_dist.engine.events import Shift
@@ -46,7 +46,7 @@ def alone() -> Links:
 
 def chunks_of(stages: list[Stage], links: list[Links], stream: Stream) -> list[torch.Tensor]:
     told, _ = sampled(stages, links, [stream])
-    return [event.clean.latents for event in told if isinstance(event, Shift) and event.clean is not None]
+    return [chunk.latents for event in told if isinstance(event, Shift) for chunk in event.clean]
 
 
 def long_stream(mode: Mode, together: int = 1) -> Stream:
