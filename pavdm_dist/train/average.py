@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pavdm_dist.errors import CheckpointError
 from pavdm_dist.train.processes import World
-from pavdm_dist.train.zero import is_sharded, local_part, readable, whole_shape
+from pavdm_dist.train.zero import is_sharded, local_part, readable, stays, whole_shape
 
 FILE = "average-{rank:05d}-of-{size:05d}.safetensors"
 
@@ -36,6 +36,7 @@ class Average:
     def __init__(self, module: nn.Module, decay: float, device: torch.device | None = None) -> None:
         self.decay, self.steps = decay, 0
         self.parts: dict[str, tuple[int, Tensor]] = {}
+        self._pairs: tuple[list[Tensor], list[Tensor]] | None = None
         for name, parameter in _trained(module):
             start, part = local_part(parameter)
             self.parts[name] = (start, part.detach().float().clone().to(device or part.device))
@@ -45,11 +46,19 @@ class Average:
         """Takes in the parameters after one optimizer step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        mine = [self.parts[name][1] for name, _ in _trained(module)]
-        parts = (local_part(parameter)[1] for _, parameter in _trained(module))
-        now = [part.to(own.device, torch.float32) for own, part in zip(mine, parts, strict=True)]
+        mine, masters = self._pairs or self._paired(module)
+        now = [part.to(own.device, torch.float32) for own, part in zip(mine, masters, strict=True)]
         # All at once: one by one they are hundreds of kernels, each over few numbers.
         torch._foreach_lerp_(mine, now, 1 - decay)
+
+    def _paired(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """The averaged parts and views of the masters; looked up once where these stay in place, which takes a host as
+        long as a GPU takes to average them."""
+        trained = [parameter for _, parameter in _trained(module)]
+        pairs = [self.parts[name][1] for name, _ in _trained(module)], [local_part(one)[1] for one in trained]
+        if all(stays(parameter) for parameter in trained):
+            self._pairs = pairs
+        return pairs
 
     def save(self, folder: Path, rank: int, size: int) -> None:
         """Writes this process' parts."""
