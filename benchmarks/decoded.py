@@ -21,7 +21,7 @@ from pavdm_dist.engine.trace import read_trace
 from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.planning.simulate import Machine, simulate
-from pavdm_dist.request import VideoRequest
+from pavdm_dist.request.video_request import VideoRequest
 
 STAGES, STREAMS, SLEEP_S = 2, 2, 2.0
 PROMPTS = (

@@ -34,8 +34,8 @@ from pavdm_dist.io.metadata import Sidecar, cpu_model, is_complete, read_sidecar
 from pavdm_dist.io.parts import parts_folder
 from pavdm_dist.io.state import changes
 from pavdm_dist.io.storage import atomic_write, exists
-from pavdm_dist.merging import load_config
 from pavdm_dist.models.loading import weight_files
+from pavdm_dist.values.merging import load_config
 
 # What is compared, each by the settings that `pavdm sample` would be given.
 METHODS: dict[str, tuple[str, ...]] = {

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pavdm_dist.merging import load_config
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3Config
+from pavdm_dist.values.merging import load_config
 
 
 def training(

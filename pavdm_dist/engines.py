@@ -19,7 +19,7 @@ from pavdm_dist.errors import EngineError, PAVDMError, TraceError
 from pavdm_dist.method.stream import ResumePoint, Stream
 from pavdm_dist.planning.forecast import useful_stages
 from pavdm_dist.planning.partition import layer_split
-from pavdm_dist.sampling import SamplingParams
+from pavdm_dist.request.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from pavdm_dist.engine.ray_engine import RayEngine

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pavdm_dist.arguments import check_names, seeds_of
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.codecs.pretrained_text import TextOptions
@@ -40,12 +39,13 @@ from pavdm_dist.models.devices import (
     named_dtype,
 )
 from pavdm_dist.models.source import Adapter
-from pavdm_dist.outputs import OUTPUTS, PAVDMPipelineOutput, VideoChunk
 from pavdm_dist.planning.partition import layer_split
-from pavdm_dist.request import VideoRequest
-from pavdm_dist.running import Running
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.texts import first_and_later, prepare_texts
+from pavdm_dist.request.outputs import OUTPUTS, PAVDMPipelineOutput, VideoChunk
+from pavdm_dist.request.running import Running
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.texts import first_and_later, prepare_texts
+from pavdm_dist.request.video_request import VideoRequest
+from pavdm_dist.values.arguments import check_names, seeds_of
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ class PAVDMPipeline:
             negative_prompt: text of the unconditional branch; None, or a blank one, = the model's learned null text.
             height, width, num_inference_steps, guidance_scale: None = the checkpoint's default.
             num_frames: new frames per video.
-            generator: what seeds come from (:func:`~pavdm_dist.arguments.seeds_of`); a list has one per video.
+            generator: what seeds come from (:func:`~pavdm_dist.values.arguments.seeds_of`); a list has one per video.
             seed: used without a generator; video i of the call gets ``seed + i``.
             video: conditioning clip, uint8 ``[t, H, W, 3]``; needs ``start="chunk"`` or ``"clip"``.
             image: picture that the videos begin with: a file, a PIL image, or uint8 ``[H, W, 3]``, scaled to cover the

@@ -12,9 +12,9 @@ import torch
 from helpers import tiny_checkpoint
 
 from pavdm_dist import PAVDMPipeline, SamplingParams, VideoRequest
-from pavdm_dist.arguments import seeds_of
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.values.arguments import seeds_of
 
 PROMPT = "a red three"
 

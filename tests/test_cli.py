@@ -20,8 +20,8 @@ from pavdm_dist.commands.printing import report_lines
 from pavdm_dist.commands.progress import PROGRESS, ChunkProgress
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import EngineError, FailedVideosError
-from pavdm_dist.merging import load_config
 from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.values.merging import load_config
 
 PLAN = {"model_calls": 135, "chunks": 22, "layer_split": [6, 6], "stages": [{"stage": 0, "ms": 1.5}], "cost": {"a": 2}}
 

@@ -29,7 +29,7 @@ from pavdm_dist.evaluate.scenes import SceneMeter
 from pavdm_dist.evaluate.settings import EvalConfig
 from pavdm_dist.evaluate.video import Measured, measure
 from pavdm_dist.io.video import export_to_video
-from pavdm_dist.sampling import SamplingParams
+from pavdm_dist.request.sampling import SamplingParams
 
 Frames = NDArray[np.uint8]
 RNG = np.random.default_rng(0)

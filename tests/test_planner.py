@@ -27,9 +27,9 @@ from pavdm_dist.models.base import Activation
 from pavdm_dist.planning.memory import MESSAGES, decoder_bytes
 from pavdm_dist.planning.planner import choose, report
 from pavdm_dist.planning.setups import Job, Setup
-from pavdm_dist.request import VideoRequest
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.streams import build_stream
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.streams import build_stream
+from pavdm_dist.request.video_request import VideoRequest
 
 SMALL = ClusterConfig(devices=8, tflops=0.02)
 

@@ -29,12 +29,12 @@ from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import CheckpointError, ConfigError, MediaError
 from pavdm_dist.io.latents import read_latents
 from pavdm_dist.io.state import PREVIOUS, STATE, State, read_state, write_state
-from pavdm_dist.merging import load_config, to_yaml
 from pavdm_dist.models.loading import WEIGHT_NAMES, tensor_files
 from pavdm_dist.models.source import Source
 from pavdm_dist.redaction import hide_secrets
 from pavdm_dist.train import saves
 from pavdm_dist.train.processes import World
+from pavdm_dist.values.merging import load_config, to_yaml
 
 SECRET = "Tr0ub4dor-and-three-more"
 HUB_TOKEN = "hf_" + "aB3" * 11 + "x"

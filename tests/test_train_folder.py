@@ -22,10 +22,10 @@ from pavdm_dist import cli
 from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import EngineError
 from pavdm_dist.io.lock import FOLDER_LOCK
-from pavdm_dist.merging import load_config
 from pavdm_dist.train import run_folder, saving
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
+from pavdm_dist.values.merging import load_config
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -228,7 +228,7 @@ from pathlib import Path
 from training import start
 from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import EngineError
-from pavdm_dist.merging import load_config
+from pavdm_dist.values.merging import load_config
 from pavdm_dist.train.settings import TrainConfig
 trainer = start(load_config(TrainConfig, None, sys.argv[2:]), LatentClips(Path(sys.argv[1])))
 trainer.train_step()

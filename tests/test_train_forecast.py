@@ -15,10 +15,10 @@ from wan_models import WAN, trainable_folder
 
 from pavdm_dist import cli
 from pavdm_dist.digits.cache import LatentClips
-from pavdm_dist.merging import load_config
 from pavdm_dist.train.forecast import forecast
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.zero import whole_shape
+from pavdm_dist.values.merging import load_config
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.data.prepare import PrepareConfig, prepare_command
 from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import ConfigError, EngineError, MediaError
-from pavdm_dist.merging import load_config
 from pavdm_dist.train import saving, sheets
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.loss import BANDS
@@ -34,6 +33,7 @@ from pavdm_dist.train.sequence import SequenceGroup
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
 from pavdm_dist.train.validation import Validation
+from pavdm_dist.values.merging import load_config
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ from wan_models import WAN, trainable_folder
 
 from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import CheckpointError, ConfigError, EngineError
-from pavdm_dist.merging import load_config
 from pavdm_dist.train import saves, saving
 from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
+from pavdm_dist.values.merging import load_config
 
 
 @pytest.fixture(scope="module")

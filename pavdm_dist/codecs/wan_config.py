@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pavdm_dist.codecs.base import CodecSpec
 from pavdm_dist.errors import CheckpointError
-from pavdm_dist.fields import Within, made
 from pavdm_dist.models.source import Source, load_config
+from pavdm_dist.values.fields import Within, made
 
 # Frames per latent that AutoencoderKLWan's encoder is written for.
 TEMPORAL_STRIDE = 4

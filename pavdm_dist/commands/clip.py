@@ -16,9 +16,9 @@ from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.picture import kept_share
 from pavdm_dist.io.shots import Shot, last_pictures, last_shot
-from pavdm_dist.rates import as_rate
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.streams import clip_frames_needed, clip_frames_used
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.streams import clip_frames_needed, clip_frames_used
+from pavdm_dist.values.rates import as_rate
 
 logger = logging.getLogger(__name__)
 

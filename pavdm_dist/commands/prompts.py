@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.fields import show
+from pavdm_dist.values.fields import show
 
 # No list of prompts is larger; a video that was named by mistake is.
 MOST_BYTES = 64 * 2**20

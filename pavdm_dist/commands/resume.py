@@ -16,7 +16,7 @@ from pavdm_dist.io.leftovers import SETTINGS
 from pavdm_dist.io.metadata import is_complete
 from pavdm_dist.io.parts import LOCK_NAME, PARTS_SUFFIX
 from pavdm_dist.io.storage import exists, join, list_names, open_read
-from pavdm_dist.merging import load_config, merged, settings_of
+from pavdm_dist.values.merging import load_config, merged, settings_of
 
 logger = logging.getLogger(__name__)
 

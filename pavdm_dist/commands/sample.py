@@ -26,11 +26,11 @@ from pavdm_dist.io.metadata import sidecar_path
 from pavdm_dist.io.parts import check_output, parts_folder
 from pavdm_dist.io.storage import exists, is_remote, join, local_copy, same_path
 from pavdm_dist.method.stream import ResumePoint
-from pavdm_dist.rates import as_rate
-from pavdm_dist.request import VideoRequest, plan_of
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.texts import check_prompts, prepare_texts, timed_prompts
-from pavdm_dist.timed import first_prompt
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.texts import check_prompts, prepare_texts, timed_prompts
+from pavdm_dist.request.video_request import VideoRequest, plan_of
+from pavdm_dist.values.rates import as_rate
+from pavdm_dist.values.timed import first_prompt
 
 logger = logging.getLogger(__name__)
 

@@ -34,8 +34,8 @@ from pavdm_dist.data.shards import INDEX, SETTINGS, SIZES, VERSION, clips_file, 
 from pavdm_dist.data.work import Job, encode_captions, encode_shard, look_alone, read_scan, scan_file, scan_part
 from pavdm_dist.data.workers import Run, WorkerDied, workers
 from pavdm_dist.errors import ConfigError, EngineError, MediaError
-from pavdm_dist.fields import FrameRate, TextDevice, TextDtype
 from pavdm_dist.io.storage import is_remote, remove
+from pavdm_dist.values.fields import FrameRate, TextDevice, TextDtype
 
 logger = logging.getLogger(__name__)
 

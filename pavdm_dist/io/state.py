@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.fields import Within, json_value, made, show
 from pavdm_dist.io import storage
 from pavdm_dist.io.latents import LatentsHash
+from pavdm_dist.values.fields import Within, json_value, made, show
 
 STATE, PREVIOUS = "state.safetensors", "state.previous.safetensors"
 STATE_NAMES = re.compile(rf"{re.escape(STATE)}|{re.escape(PREVIOUS)}")

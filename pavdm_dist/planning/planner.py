@@ -16,12 +16,12 @@ import torch
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.config import ClusterConfig
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.fields import fault
 from pavdm_dist.method.schedule import Mode, WindowPlan
 from pavdm_dist.planning.chart import check_chart
 from pavdm_dist.planning.setups import WORTH, Job, Setup
 from pavdm_dist.planning.simulate import MAX_STAGES
-from pavdm_dist.sampling import SamplingParams
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.values.fields import fault
 
 
 def choose(

@@ -21,7 +21,7 @@ from pavdm_dist.planning.forecast import RowShape, UnitTime, makespan, rows_of, 
 from pavdm_dist.planning.memory import StageMemory, decoder_bytes
 from pavdm_dist.planning.partition import partition, units_per_chunk
 from pavdm_dist.planning.simulate import Machine, bars, simulate
-from pavdm_dist.sampling import SamplingParams
+from pavdm_dist.request.sampling import SamplingParams
 
 GIB = 2**30
 MAX_VIDEOS_IN_FLIGHT = 8

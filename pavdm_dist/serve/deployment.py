@@ -73,7 +73,7 @@ def _token_for(config: ServeConfig) -> str | None:
 
 
 def _config(settings: Sequence[str]) -> ServeConfig:
-    from pavdm_dist.merging import load_config
+    from pavdm_dist.values.merging import load_config
 
     config = load_config(ServeConfig, None, settings)
     validate_serve(config)

@@ -12,7 +12,6 @@ from pavdm_dist.commands.sample import requests_of
 from pavdm_dist.commands.videos import Shot as Output
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.shot import Shot
-from pavdm_dist.fields import show
 from pavdm_dist.io.storage import atomic_write, join, remove
 from pavdm_dist.serve import records
 from pavdm_dist.serve.asked import created_at, keep_time
@@ -22,6 +21,7 @@ from pavdm_dist.serve.guard import is_same
 from pavdm_dist.serve.intake import check_text, new_id, shot_of, suffix_of
 from pavdm_dist.serve.live import segments
 from pavdm_dist.serve.refusals import no_such_video
+from pavdm_dist.values.fields import show
 
 # Times of requests that are kept in memory.
 _KEPT = 4096

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pavdm_dist.fields import TextDevice, TextDtype
 from pavdm_dist.train.objective import Objective
+from pavdm_dist.values.fields import TextDevice, TextDtype
 
 
 @dataclass

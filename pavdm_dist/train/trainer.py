@@ -19,7 +19,6 @@ from torch import Tensor
 
 from pavdm_dist.errors import EngineError
 from pavdm_dist.io.storage import disk_errors
-from pavdm_dist.merging import to_dict
 from pavdm_dist.train import saves, saving
 from pavdm_dist.train.average import Average, whole_tensors
 from pavdm_dist.train.batches import Batches
@@ -37,6 +36,7 @@ from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.start import start_engine
 from pavdm_dist.train.steps import Loaded, Pending, advance, load, refuse, settle
 from pavdm_dist.train.validation import Validation
+from pavdm_dist.values.merging import to_dict
 
 # Takes the metrics of a logged step.
 Report = Callable[[dict[str, Any]], None]

@@ -11,11 +11,11 @@ from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.method.recovery import Recovers
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.stream import NewPrompt, Stream
-from pavdm_dist.outputs import VideoChunk
-from pavdm_dist.request import VideoRequest, frames_left, plan_of
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.streams import build_stream
-from pavdm_dist.texts import encoded
+from pavdm_dist.request.outputs import VideoChunk
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.streams import build_stream
+from pavdm_dist.request.texts import encoded
+from pavdm_dist.request.video_request import VideoRequest, frames_left, plan_of
 
 
 @dataclass
