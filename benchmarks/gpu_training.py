@@ -26,11 +26,11 @@ def training(
     windows: int,
 ) -> dict[str, float | None]:
     """Seconds of a step on windows of random latents."""
-    from pavdm_dist.train.batches import Batch
+    from pavdm_dist.train.batch import Batch
     from pavdm_dist.train.export import Parts
     from pavdm_dist.train.model import Text
-    from pavdm_dist.train.processes import join_world
-    from pavdm_dist.train.settings import TrainConfig
+    from pavdm_dist.train.ranks import join_world
+    from pavdm_dist.train.train_settings import TrainConfig
     from pavdm_dist.train.trainer import Trainer
 
     frames, info = 30, FrameInfo(8 * cells[0], 8 * cells[1], 24)

@@ -112,7 +112,7 @@ def simulate(arguments: argparse.Namespace) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """Train the codec or the model of a config file; run again to go on where it stopped."""
-    from pavdm_dist.train.settings import TrainConfig
+    from pavdm_dist.train.train_settings import TrainConfig
     from pavdm_dist.values.merging import load_config
 
     prompt, config_file, overrides = sort_words(arguments.words)

@@ -30,7 +30,7 @@ from pavdm_dist.models.compiling import Compiler
 from pavdm_dist.models.kernels import fused_attention, shape_of
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.recompute import Recompute, recompute_blocks
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.values.merging import load_config, to_yaml
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on CPUs")

@@ -26,9 +26,9 @@ from pavdm_dist.digits.world import Scene, render_pair, sample_scene, scene_prom
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.shipped import EMBEDDED
 from pavdm_dist.train.objective import Objective
-from pavdm_dist.train.processes import join_world
-from pavdm_dist.train.run import train_slice
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.ranks import join_world
+from pavdm_dist.train.train_run import train_slice
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.zero import ZeroEngine
 from pavdm_dist.values.merging import load_config
 

@@ -32,8 +32,8 @@ from pavdm_dist.io.state import PREVIOUS, STATE, State, read_state, write_state
 from pavdm_dist.models.loading import WEIGHT_NAMES, tensor_files
 from pavdm_dist.models.source import Source
 from pavdm_dist.redaction import hide_secrets
-from pavdm_dist.train import saves
-from pavdm_dist.train.processes import World
+from pavdm_dist.train import save_reading
+from pavdm_dist.train.ranks import World
 from pavdm_dist.values.merging import load_config, to_yaml
 
 SECRET = "Tr0ub4dor-and-three-more"
@@ -97,14 +97,14 @@ def test_a_training_checkpoint_with_code_is_passed_over(
 ) -> None:
     file = tmp_path / "mp_rank_00_model_states.pt"
     torch.save({"module": {"w": torch.zeros(2)}, "x": Code(mark)}, file, pickle_protocol=protocol)
-    manifest = {"files": {file.name: saves.fingerprint(file)} if listed else {}}
-    (tmp_path / saves.MANIFEST).write_text(json.dumps(manifest))
-    found, fault = saves._checked(tmp_path, World(0, 1))
+    manifest = {"files": {file.name: save_reading.fingerprint(file)} if listed else {}}
+    (tmp_path / save_reading.MANIFEST).write_text(json.dumps(manifest))
+    found, fault = save_reading._checked(tmp_path, World(0, 1))
     assert found == manifest and fault is not None
     assert f"{file.name} is no file of this program, it would run" in fault
     torch.save({"module": {"w": torch.zeros(2)}}, file)
-    (tmp_path / saves.MANIFEST).write_text(json.dumps({"files": {}}))
-    assert saves._checked(tmp_path, World(0, 1)) == ({"files": {}}, None)
+    (tmp_path / save_reading.MANIFEST).write_text(json.dumps({"files": {}}))
+    assert save_reading._checked(tmp_path, World(0, 1)) == ({"files": {}}, None)
     assert not mark.exists()
 
 

@@ -26,7 +26,7 @@ from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.model import Text, build, shape_of
 from pavdm_dist.train.prepared import video_data
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
 from pavdm_dist.values.merging import load_config
 

@@ -15,7 +15,7 @@ from pavdm_dist.digits.batches import DigitBatches
 from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.train.identity import check_same, identity_of
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.values.merging import load_config
 
 

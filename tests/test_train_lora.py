@@ -17,8 +17,8 @@ from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.catalog import load_backbone
 from pavdm_dist.models.compiling import Compiler
 from pavdm_dist.models.source import Adapter, Source
-from pavdm_dist.train.lora import add_lora, save_lora
-from pavdm_dist.train.settings import LoraConfig
+from pavdm_dist.train.lora_training import add_lora, save_lora
+from pavdm_dist.train.train_settings import LoraConfig
 
 MADE = {"stdit3": tiny_model, "wan": tiny_wan}
 # One map in what is compiled, of a block that is not the first of its kind.

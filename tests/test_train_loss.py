@@ -15,7 +15,7 @@ from pavdm_dist.method.levels import NoiseSchedule
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.window import row_levels
 from pavdm_dist.request.sampling import SamplingParams
-from pavdm_dist.train.batches import draw_kind
+from pavdm_dist.train.batch import draw_kind
 from pavdm_dist.train.loss import noised, velocity_loss
 from pavdm_dist.train.objective import Objective, TrainedMethod, TrainingWindow, draw_levels, draw_window, window_levels
 from pavdm_dist.values.merging import load_config

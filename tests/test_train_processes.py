@@ -20,8 +20,8 @@ from pavdm_dist.train import launch as launch_module
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.effect import check_effect
 from pavdm_dist.train.launch import check_gpus
-from pavdm_dist.train.processes import check_alone, join_world, launched_size
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.ranks import check_alone, join_world, launched_size
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.values.merging import load_config
 
 TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID")

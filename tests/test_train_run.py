@@ -28,8 +28,8 @@ from pavdm_dist.train.average import Average
 from pavdm_dist.train.export import Parts, check_target
 from pavdm_dist.train.model import Text, filled
 from pavdm_dist.train.objective import Objective, WindowKind
-from pavdm_dist.train.run import train_slice
-from pavdm_dist.train.settings import LoraConfig, TrainConfig
+from pavdm_dist.train.train_run import train_slice
+from pavdm_dist.train.train_settings import LoraConfig, TrainConfig
 from pavdm_dist.train.trainer import Trainer
 from pavdm_dist.values.merging import load_config
 
@@ -349,7 +349,7 @@ PROBE = """
 import sys
 from training import start
 from pavdm_dist.values.merging import load_config
-from pavdm_dist.train.settings import LoraConfig, TrainConfig
+from pavdm_dist.train.train_settings import LoraConfig, TrainConfig
 from pavdm_dist.digits.cache import LatentClips
 start(load_config(TrainConfig, None, sys.argv[2:]), LatentClips(sys.argv[1])).train_step()
 print("ray" in sys.modules)

@@ -22,7 +22,7 @@ from pavdm_dist.data.dataset import CachedClips
 from pavdm_dist.data.prepare import PrepareConfig, prepare_command
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.train.prepared import video_data
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
 from pavdm_dist.values.merging import load_config
 

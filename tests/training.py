@@ -19,8 +19,8 @@ from pavdm_dist.digits.settings import SHIPPED, VOCABULARY, WORLD_SETTINGS, Digi
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.loss import velocity_loss
 from pavdm_dist.train.model import build
-from pavdm_dist.train.processes import free_port
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.ranks import free_port
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
 from pavdm_dist.values.merging import load_config
 

@@ -37,7 +37,7 @@ from pavdm_dist.models.text_cache import TextBank
 from pavdm_dist.request.sampling import SamplingParams
 from pavdm_dist.request.streams import build_stream
 from pavdm_dist.request.video_request import VideoRequest
-from pavdm_dist.train.settings import QualityConfig
+from pavdm_dist.train.train_settings import QualityConfig
 
 # Pictures that are drawn at once.
 _AT_ONCE = 64

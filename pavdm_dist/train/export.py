@@ -27,9 +27,9 @@ from pavdm_dist.models.known import ONE_LEVEL, PER_FRAME
 from pavdm_dist.models.lora import FILES
 from pavdm_dist.models.source import Source, load_config
 from pavdm_dist.models.stdit3 import STDiT3
-from pavdm_dist.train.lora import save_lora
+from pavdm_dist.train.lora_training import save_lora
 from pavdm_dist.train.model import filled
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.values.fields import read_object
 
 # Of models that are trained from nothing, unless ``sampling`` says otherwise.

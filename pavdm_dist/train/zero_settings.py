@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.train.settings import OptimizerConfig, TrainConfig
+from pavdm_dist.train.train_settings import OptimizerConfig, TrainConfig
 from pavdm_dist.values.fields import json_value
 
 # DeepSpeed's name of what our settings already say -> our name.

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.lora import FILES, METADATA
-from pavdm_dist.train.settings import LoraConfig
+from pavdm_dist.train.train_settings import LoraConfig
 
 # Linear maps of blocks, and of nothing before or behind them.
 _INNER = re.compile(r"(^|[._])blocks\.\d+\.")

@@ -1,6 +1,7 @@
 """Finds the checkpoint that a training run goes on from, also with another number of processes.
 
-A checkpoint that was damaged since it was written (:mod:`pavdm_dist.train.saving`) is passed over for an older one.
+A checkpoint that was damaged since it was written (:mod:`pavdm_dist.train.save_writing`) is passed over for an older
+one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.io.storage import make_durable
 from pavdm_dist.train.average import Average
 from pavdm_dist.train.identity import check_same
-from pavdm_dist.train.processes import World
+from pavdm_dist.train.ranks import World
 from pavdm_dist.train.zero import ZeroEngine, foreign_names, to_universal
 
 logger = logging.getLogger(__name__)
