@@ -17,7 +17,7 @@ from helpers import tiny_checkpoint
 from pavdm_dist import cli
 from pavdm_dist.engine.events import GangLost
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.engine.report import RunReport
+from pavdm_dist.engine.spans import RunReport
 from pavdm_dist.engine.trace import write_trace
 from pavdm_dist.engines import Engines
 from pavdm_dist.errors import TraceError

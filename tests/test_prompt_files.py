@@ -11,8 +11,8 @@ import pytest
 from helpers import tiny_checkpoint
 
 from pavdm_dist import cli
-from pavdm_dist.commands import prompts
-from pavdm_dist.commands.prompts import Line, read_prompts
+from pavdm_dist.commands import prompt_files
+from pavdm_dist.commands.prompt_files import Line, read_prompts
 from pavdm_dist.commands.sample import check_videos
 from pavdm_dist.config import SampleConfig, validate_sample
 from pavdm_dist.errors import ConfigError
@@ -85,7 +85,7 @@ def test_a_film_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.Monke
     file = tmp_path / "film.mp4"
     with open(file, "wb") as film:
         film.truncate(2**40)
-    monkeypatch.setattr(prompts, "MOST_BYTES", 2**16)
+    monkeypatch.setattr(prompt_files, "MOST_BYTES", 2**16)
     with pytest.raises(ConfigError, match=r"film.mp4: is larger than 0 MiB; one prompt a line is expected"):
         read_prompts(file)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pavdm_dist.commands.components import Component, check_fit, published_file
+from pavdm_dist.commands.convert_parts import Component, check_fit, published_file
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.io.folders import check_no_link, whole_folder
 from pavdm_dist.io.storage import disk_errors

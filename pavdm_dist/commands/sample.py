@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.commands.prompts import Line, read_prompts
+from pavdm_dist.commands.prompt_files import Line, read_prompts
 from pavdm_dist.commands.resolve import check_recovery, open_pipeline, sampling_params, say_cost, say_what_to_expect
 from pavdm_dist.commands.signals import Signals, Stopped
 from pavdm_dist.commands.videos import Shot, Video, Videos

@@ -11,7 +11,7 @@ from pavdm_dist.method.baselines import CONTINUES, block_chunks, settings_of
 from pavdm_dist.method.microbatches import Displaced, check_chunks_per_unit, check_displaced
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.planning.chart import check_chart, draw_chart
-from pavdm_dist.planning.simulate import Machine, Result, bars, of_trace, simulate
+from pavdm_dist.planning.simulator import Machine, Result, bars, of_trace, simulate
 from pavdm_dist.values.fields import Steps, WindowChunks, Within
 
 # W where nothing is said.

@@ -268,7 +268,7 @@ def _check(config: PrepareConfig) -> None:
     if config.text_device == "cuda" and config.ray_address is not None and config.device == "cpu":
         raise ConfigError("text_device=cuda: on Ray tasks get a GPU with device=cuda alone; set that, too, or use cpu")
     if config.scene_cuts:
-        from pavdm_dist.data.scenes import CutFinder
+        from pavdm_dist.data.cuts import CutFinder
 
         CutFinder()
 

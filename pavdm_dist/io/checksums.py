@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pavdm_dist.io.local import cache_folder
+from pavdm_dist.io.local_disk import cache_folder
 from pavdm_dist.io.storage import atomic_write, sha256_file
 from pavdm_dist.values.fields import json_value
 

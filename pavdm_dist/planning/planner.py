@@ -19,7 +19,7 @@ from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.schedule import Mode, WindowPlan
 from pavdm_dist.planning.chart import check_chart
 from pavdm_dist.planning.setups import WORTH, Job, Setup
-from pavdm_dist.planning.simulate import MAX_STAGES
+from pavdm_dist.planning.simulator import MAX_STAGES
 from pavdm_dist.request.sampling import SamplingParams
 from pavdm_dist.values.fields import fault
 

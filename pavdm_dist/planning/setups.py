@@ -20,7 +20,7 @@ from pavdm_dist.planning.costs import chunk_reads, estimated_costs, estimated_de
 from pavdm_dist.planning.forecast import RowShape, UnitTime, makespan, rows_of, work
 from pavdm_dist.planning.memory import StageMemory, decoder_bytes
 from pavdm_dist.planning.partition import partition, units_per_chunk
-from pavdm_dist.planning.simulate import Machine, bars, simulate
+from pavdm_dist.planning.simulator import Machine, bars, simulate
 from pavdm_dist.request.sampling import SamplingParams
 
 GIB = 2**30
