@@ -18,8 +18,8 @@ from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.engine.events import AtWork
 from pavdm_dist.engine.inline import InlineEngine
+from pavdm_dist.engine.kept import Engines, OnFailed, OnGrown
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.engines import Engines, OnFailed, OnGrown
 from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.io.image import read_image
 from pavdm_dist.method.recovery import Recovers, Recovery
@@ -39,9 +39,10 @@ from pavdm_dist.models.devices import (
     named_dtype,
 )
 from pavdm_dist.models.source import Adapter
+from pavdm_dist.planning.forecast import useful_stages
 from pavdm_dist.planning.partition import layer_split
 from pavdm_dist.request.outputs import OUTPUTS, PAVDMPipelineOutput, VideoChunk
-from pavdm_dist.request.running import Running
+from pavdm_dist.request.running import Running, rehearsed
 from pavdm_dist.request.sampling import SamplingParams
 from pavdm_dist.request.texts import first_and_later, prepare_texts
 from pavdm_dist.request.video_request import VideoRequest
@@ -349,12 +350,23 @@ class PAVDMPipeline:
         else:
             from pavdm_dist.engine.placement import gpus_of_cluster
 
-            engine = self._engines.on_stages(self.checkpoint, params, self.engine, self._frames)
+            engine = self._engines.on_stages(
+                self.checkpoint.transformer,
+                self.engine,
+                self._frames,
+                partial(layer_split, self.checkpoint, params),
+                rehearsed(params, self.checkpoint) if self.engine.rehearses else None,
+            )
             self.device_name = ", ".join(engine.devices)
             self.relative_error, self.kernels = engine.relative_error, engine.kernels
             if self.engine.device == "cpu" and (gpus := gpus_of_cluster()):
                 self._tell(idle_on_stages(gpus, "the cluster"))
-            finished = self._engines.run(engine, built, params, streams, on_grown, failed)
+            if len(engine.blocks) > (useful := useful_stages(params, streams)):
+                logger.warning(
+                    "num_stages=%d: with streams=%d and mode=%s at most %d are useful, the others will idle",
+                    len(engine.blocks), streams, params.mode, useful,
+                )  # fmt: skip
+            finished = self._engines.run(engine, built, streams, on_grown, failed)
         for chunk in finished:
             shown = running.chunk(chunk)
             if shown is None:  # cancelled while this was on its way
