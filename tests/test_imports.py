@@ -71,5 +71,8 @@ def test_public_names_are_listed_once_and_load() -> None:
     ]
     for name in pavdm_dist.__all__:
         assert getattr(pavdm_dist, name) is not None
+    from pavdm_dist import request
+
+    assert request.VideoRequest is pavdm_dist.VideoRequest and request.SamplingParams is pavdm_dist.SamplingParams
     with pytest.raises(AttributeError, match="no attribute 'Pipeline'"):
         _ = pavdm_dist.Pipeline
