@@ -24,7 +24,7 @@ from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.resolve import open_checkpoint, sampling_params
 from pavdm_dist.commands.sample import check_videos, render_command
 from pavdm_dist.commands.signals import Signals
-from pavdm_dist.commands.videos import Shot
+from pavdm_dist.commands.videos import WantedVideo
 from pavdm_dist.config import SampleConfig, validate_sample
 from pavdm_dist.digits.settings import SIZE
 from pavdm_dist.digits.world import FPS, Scene, render, sample_scene, scene_prompt
@@ -195,7 +195,7 @@ def missing(jobs: Sequence[Job]) -> list[Job]:
         configs = [config_of(job) for job in own]
         try:
             _check_world(configs[0])
-            shots = [Shot(str(one.prompt), one.seed, one.output) for one in configs]
+            shots = [WantedVideo(str(one.prompt), one.seed, one.output) for one in configs]
             for job in own:
                 Path(job.path).parent.mkdir(parents=True, exist_ok=True)
             videos = check_videos(configs[0], False, shots)

@@ -40,7 +40,7 @@ from pavdm_dist.models.devices import (
 from pavdm_dist.models.source import Adapter
 from pavdm_dist.planning.forecast import useful_stages
 from pavdm_dist.planning.partition import layer_split
-from pavdm_dist.request.call import Prompt, requests_of
+from pavdm_dist.request.call import Prompt, requests_of_call
 from pavdm_dist.request.outputs import OUTPUTS, PAVDMPipelineOutput, VideoChunk
 from pavdm_dist.request.running import Running, rehearsed
 from pavdm_dist.request.sampling import SamplingParams
@@ -270,7 +270,7 @@ class PAVDMPipeline:
             guidance_scale=guidance_scale,
             **sampling,
         )
-        requests = requests_of(
+        requests = requests_of_call(
             prompt,
             params,
             self.checkpoint,

@@ -28,7 +28,7 @@ from pavdm_dist.commands.sample import render_command
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import CheckpointError, ConfigError, MediaError
 from pavdm_dist.io.latents import read_latents
-from pavdm_dist.io.state import PREVIOUS, STATE, State, read_state, write_state
+from pavdm_dist.io.state import PREVIOUS, STATE, RecordingState, read_state, write_state
 from pavdm_dist.models.loading import WEIGHT_NAMES, tensor_files
 from pavdm_dist.models.source import Source
 from pavdm_dist.redaction import hide_secrets
@@ -78,7 +78,7 @@ def test_pickled_weights_are_refused(mark: Path, tmp_path: Path) -> None:
 
 def test_pickled_states_and_latents_are_refused(mark: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for number in (1, 2):
-        write_state(tmp_path, State({}, next_chunk=number))
+        write_state(tmp_path, RecordingState({}, next_chunk=number))
     for dump in (torch.save, lambda code, path: path.write_bytes(pickle.dumps(code))):
         dump(Code(mark), tmp_path / STATE)
         found = read_state(tmp_path)
@@ -141,9 +141,9 @@ def test_an_index_names_files_beside_it_only(tmp_path: Path, monkeypatch: pytest
     ["../../a", "/etc/a", "a/../../../a", "..", "~/a", "$(touch mark); a", "`touch mark`", "a\\..\\a", "é" * 300],
 )
 def test_names_from_prompts_stay_in_the_folder(tmp_path: Path, prompt: str) -> None:
-    from pavdm_dist.commands.sample import _shots
+    from pavdm_dist.commands.sample import _wanted
 
-    (shot,) = _shots(SampleConfig(prompt=prompt, output=str(tmp_path / "out")))
+    (shot,) = _wanted(SampleConfig(prompt=prompt, output=str(tmp_path / "out")))
     path = Path(shot.output)
     assert path.parent == tmp_path / "out" and path.resolve().parent == tmp_path / "out"
     assert path.name.startswith("0000-") and len(path.name.encode()) < 100 and path.name.isascii()

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Shot:
+class WantedVideo:
     """One video of a command: what is different between them."""
 
     prompt: str

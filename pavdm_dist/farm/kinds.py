@@ -14,8 +14,8 @@ from typing import Any
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.resolve import engine_options, open_checkpoint, open_pipeline, sampling_params
 from pavdm_dist.commands.sample import check_clip, requests_of
-from pavdm_dist.commands.videos import Shot as Output
 from pavdm_dist.commands.videos import Video, Videos
+from pavdm_dist.commands.videos import WantedVideo as Output
 from pavdm_dist.config import SampleConfig, frames_wanted, validate_sample
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError

@@ -22,7 +22,7 @@ Prompt = str | Mapping[str, str]
 MAX_RESULT_BYTES = 4 * 2**30
 
 
-def requests_of(
+def requests_of_call(
     prompt: Prompt | Sequence[Prompt],
     params: SamplingParams,
     checkpoint: Checkpoint,

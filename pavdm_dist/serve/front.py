@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any, BinaryIO
 
 from pavdm_dist.commands.sample import requests_of
-from pavdm_dist.commands.videos import Shot as Output
+from pavdm_dist.commands.videos import WantedVideo as Output
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.io.storage import atomic_write, join, remove
