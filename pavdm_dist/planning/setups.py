@@ -76,7 +76,7 @@ class Setup:
         return max(*self.memory_gib, self.decoder_memory_gib if self.decoder_devices else 0.0)
 
 
-class Demand:
+class Workload:
     """Work and memory of one kind of video on any number of stages."""
 
     def __init__(
