@@ -16,12 +16,12 @@ from statistics import fmean
 from typing import Any
 
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.engine.report import Span
+from pavdm_dist.engine.spans import Span
 from pavdm_dist.engine.trace import read_trace
 from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.pipeline import PAVDMPipeline
-from pavdm_dist.planning.simulate import Machine, simulate
-from pavdm_dist.request import VideoRequest
+from pavdm_dist.planning.simulator import Machine, simulate
+from pavdm_dist.request.video_request import VideoRequest
 
 STAGES, STREAMS, SLEEP_S = 2, 2, 2.0
 PROMPTS = (

@@ -29,11 +29,11 @@ from pavdm_dist.errors import PAVDMError
 from pavdm_dist.evaluate.command import write_report
 from pavdm_dist.evaluate.drift import Drift, mean_interval
 from pavdm_dist.evaluate.made import cost_of, sidecar_of
+from pavdm_dist.evaluate.measured import Measured, measure
 from pavdm_dist.evaluate.page import MOMENTS, moments, page, side_by_side
 from pavdm_dist.evaluate.plots import overview, plots
 from pavdm_dist.evaluate.report import by_group, summary, whole_rows
 from pavdm_dist.evaluate.settings import EvalConfig
-from pavdm_dist.evaluate.video import Measured, measure
 from pavdm_dist.io.metadata import read_sidecar
 from pavdm_dist.io.storage import atomic_write
 

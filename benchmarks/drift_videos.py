@@ -24,7 +24,7 @@ from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.resolve import open_checkpoint, sampling_params
 from pavdm_dist.commands.sample import check_videos, render_command
 from pavdm_dist.commands.signals import Signals
-from pavdm_dist.commands.videos import Shot
+from pavdm_dist.commands.videos import WantedVideo
 from pavdm_dist.config import SampleConfig, validate_sample
 from pavdm_dist.digits.settings import SIZE
 from pavdm_dist.digits.world import FPS, Scene, render, sample_scene, scene_prompt
@@ -34,8 +34,8 @@ from pavdm_dist.io.metadata import Sidecar, cpu_model, is_complete, read_sidecar
 from pavdm_dist.io.parts import parts_folder
 from pavdm_dist.io.state import changes
 from pavdm_dist.io.storage import atomic_write, exists
-from pavdm_dist.merging import load_config
 from pavdm_dist.models.loading import weight_files
+from pavdm_dist.values.merging import load_config
 
 # What is compared, each by the settings that `pavdm sample` would be given.
 METHODS: dict[str, tuple[str, ...]] = {
@@ -195,7 +195,7 @@ def missing(jobs: Sequence[Job]) -> list[Job]:
         configs = [config_of(job) for job in own]
         try:
             _check_world(configs[0])
-            shots = [Shot(str(one.prompt), one.seed, one.output) for one in configs]
+            shots = [WantedVideo(str(one.prompt), one.seed, one.output) for one in configs]
             for job in own:
                 Path(job.path).parent.mkdir(parents=True, exist_ok=True)
             videos = check_videos(configs[0], False, shots)

@@ -36,9 +36,9 @@ from pavdm_dist.io.video import read_clip
 from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.schedule import Mode
-from pavdm_dist.request import VideoRequest
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.streams import build_stream
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.streams import build_stream
+from pavdm_dist.request.video_request import VideoRequest
 
 CHUNK_FRAMES = 20
 EDGE_CHUNKS = 6  # five seconds

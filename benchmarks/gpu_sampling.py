@@ -21,7 +21,7 @@ from pavdm_dist.engine.gpu_links import HostStagedLink
 from pavdm_dist.engine.loop import Links, StageLoop
 from pavdm_dist.engine.order import LogEntry, is_active, join_of
 from pavdm_dist.engine.rehearsal import rehearsal, rehearse
-from pavdm_dist.engine.report import RunReport
+from pavdm_dist.engine.spans import RunReport
 from pavdm_dist.engine.stage import Stage
 from pavdm_dist.engine.transport import Link, LocalLink, TorchLink, warm_up
 from pavdm_dist.method.schedule import Mode

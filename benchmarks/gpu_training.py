@@ -14,9 +14,9 @@ import torch
 from gpu_kernels import kernels_of
 from torch import Tensor
 
-from pavdm_dist.merging import load_config
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3Config
+from pavdm_dist.values.merging import load_config
 
 
 def training(
@@ -29,11 +29,11 @@ def training(
     windows: int,
 ) -> dict[str, Any]:
     """Seconds of a step on windows of random latents, and of its phases, where each is waited for; kernels' time."""
-    from pavdm_dist.train.batches import Batch
+    from pavdm_dist.train.batch import Batch
     from pavdm_dist.train.export import Parts
     from pavdm_dist.train.model import Text
-    from pavdm_dist.train.processes import join_world
-    from pavdm_dist.train.settings import TrainConfig
+    from pavdm_dist.train.ranks import join_world
+    from pavdm_dist.train.train_settings import TrainConfig
     from pavdm_dist.train.trainer import Trainer
 
     frames, info = 30, FrameInfo(8 * cells[0], 8 * cells[1], 24)

@@ -43,10 +43,10 @@ from pavdm_dist.io.latents import LatentsHash, read_latents
 from pavdm_dist.io.metadata import read_sidecar
 from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.sampler import sample
-from pavdm_dist.rates import as_rate
-from pavdm_dist.request import VideoRequest
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.streams import build_stream
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.streams import build_stream
+from pavdm_dist.request.video_request import VideoRequest
+from pavdm_dist.values.rates import as_rate
 
 PROMPT, FPS, SIDE, CHUNK, GROUP = "a red three drifting up", 24, 16, 8, 6
 SAMPLING = {

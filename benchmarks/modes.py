@@ -33,9 +33,9 @@ from pavdm_dist.method.microbatches import Displaced
 from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.schedule import Mode, PlanRow
 from pavdm_dist.method.stream import Stream
-from pavdm_dist.request import VideoRequest
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.streams import build_stream
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.streams import build_stream
+from pavdm_dist.request.video_request import VideoRequest
 
 PERIODS: tuple[int | None, ...] = (1, 5, 10, 25, 50, None)
 COMPARED_EVERY = 7

@@ -37,7 +37,7 @@ from decoded import decoded_rows
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.order import Unit
 from pavdm_dist.engine.ray_engine import RayEngine
-from pavdm_dist.engine.report import Span
+from pavdm_dist.engine.spans import Span
 from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.levels import NoiseSchedule
 from pavdm_dist.method.microbatches import WHOLE, Displaced, MicroBatches
@@ -48,7 +48,7 @@ from pavdm_dist.method.window import CleanChunk
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3
 from pavdm_dist.planning.partition import partition
-from pavdm_dist.planning.simulate import Machine, Result, simulate
+from pavdm_dist.planning.simulator import Machine, Result, simulate
 
 BRANCHES, STAGES, TEXT_LEN = 2, 2, 16
 # Depth, width, heads, latent height and width.

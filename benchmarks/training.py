@@ -27,15 +27,15 @@ from common import machine, machine_line, parser
 from torch.nn.parallel import DistributedDataParallel
 
 from pavdm_dist.digits.settings import VOCABULARY
-from pavdm_dist.merging import load_config
 from pavdm_dist.models.base import FrameInfo
-from pavdm_dist.train.batches import Batch
+from pavdm_dist.train.batch import Batch
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.loss import velocity_loss
 from pavdm_dist.train.model import Text, build
-from pavdm_dist.train.processes import World, free_port, join_world
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.ranks import World, free_port, join_world
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
+from pavdm_dist.values.merging import load_config
 
 CHANNELS = 8
 PHASES = ("forward", "backward", "optimizer", "average")

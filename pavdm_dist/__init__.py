@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from pavdm_dist.method.levels import NoiseSchedule
     from pavdm_dist.method.schedule import WindowPlan
     from pavdm_dist.pipeline import PAVDMPipeline
-    from pavdm_dist.request import VideoRequest
-    from pavdm_dist.sampling import SamplingParams
+    from pavdm_dist.request.sampling import SamplingParams
+    from pavdm_dist.request.video_request import VideoRequest
 
 __version__ = "0.1.0"
 
@@ -18,8 +18,8 @@ __all__ = ["NoiseSchedule", "PAVDMPipeline", "SamplingParams", "VideoRequest", "
 _ROOMS = {
     "NoiseSchedule": "method.levels",
     "PAVDMPipeline": "pipeline",
-    "SamplingParams": "sampling",
-    "VideoRequest": "request",
+    "SamplingParams": "request.sampling",
+    "VideoRequest": "request.video_request",
     "WindowPlan": "method.schedule",
 }
 

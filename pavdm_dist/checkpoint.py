@@ -17,7 +17,17 @@ from pavdm_dist.codecs.catalog import CODECS, codec_spec, load_codec
 from pavdm_dist.codecs.pretrained_text import PRETRAINED, PretrainedTextEncoder, TextOptions
 from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.errors import CheckpointError, ConfigError
-from pavdm_dist.fields import (
+from pavdm_dist.io.metadata import weights_identity
+from pavdm_dist.method.schedule import Context
+from pavdm_dist.method.window import Step
+from pavdm_dist.models.base import Backbone, LevelSupport
+from pavdm_dist.models.catalog import BACKBONES, backbone_shape, load_backbone
+from pavdm_dist.models.known import ONE_LEVEL, known_model
+from pavdm_dist.models.loading import has_weights, read_tensor, stored_dtype, stored_tensors, weight_files
+from pavdm_dist.models.lora import changes_of, lora_file
+from pavdm_dist.models.nearby import model_near
+from pavdm_dist.models.source import Adapter, Source, load_config, named_class
+from pavdm_dist.values.fields import (
     ChunkLatents,
     ContextChunks,
     ContextNoise,
@@ -31,16 +41,6 @@ from pavdm_dist.fields import (
     made,
     read_object,
 )
-from pavdm_dist.io.metadata import weights_identity
-from pavdm_dist.method.schedule import Context
-from pavdm_dist.method.window import Step
-from pavdm_dist.models.base import Backbone, LevelSupport
-from pavdm_dist.models.catalog import BACKBONES, backbone_shape, load_backbone
-from pavdm_dist.models.known import ONE_LEVEL, known_model
-from pavdm_dist.models.loading import has_weights, read_tensor, stored_dtype, stored_tensors, weight_files
-from pavdm_dist.models.lora import changes_of, lora_file
-from pavdm_dist.models.nearby import model_near
-from pavdm_dist.models.source import Adapter, Source, load_config, named_class
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 What depends on the checkpoint's defaults (T and W, sizes the codec can divide, the layer split) is checked where
 those are known; the checks here let a typing mistake end a command in milliseconds. How files and overrides become
-these dataclasses: :mod:`pavdm_dist.merging`.
+these dataclasses: :mod:`pavdm_dist.values.merging`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.fields import (
+from pavdm_dist.method.baselines import block_chunks
+from pavdm_dist.method.schedule import WindowPlan
+from pavdm_dist.values.fields import (
     ChunkLatents,
     ContextChunks,
     ContextNoise,
@@ -29,9 +31,7 @@ from pavdm_dist.fields import (
     Within,
     check_fields,
 )
-from pavdm_dist.method.baselines import block_chunks
-from pavdm_dist.method.schedule import WindowPlan
-from pavdm_dist.timed import first_prompt, timed
+from pavdm_dist.values.timed import first_prompt, timed
 
 DEFAULT_SECONDS = 5.0
 

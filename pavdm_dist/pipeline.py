@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,16 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pavdm_dist.arguments import check_names, seeds_of
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.engine.events import AtWork
 from pavdm_dist.engine.inline import InlineEngine
+from pavdm_dist.engine.kept import Engines, OnFailed, OnGrown
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.engines import Engines, OnFailed, OnGrown
 from pavdm_dist.errors import ConfigError, PAVDMError
-from pavdm_dist.io.image import read_image
 from pavdm_dist.method.recovery import Recovers, Recovery
 from pavdm_dist.method.sampler import StepCallback
 from pavdm_dist.method.schedule import PlanRow
@@ -40,17 +38,18 @@ from pavdm_dist.models.devices import (
     named_dtype,
 )
 from pavdm_dist.models.source import Adapter
-from pavdm_dist.outputs import OUTPUTS, PAVDMPipelineOutput, VideoChunk
+from pavdm_dist.planning.forecast import useful_stages
 from pavdm_dist.planning.partition import layer_split
-from pavdm_dist.request import VideoRequest
-from pavdm_dist.running import Running
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.texts import first_and_later, prepare_texts
+from pavdm_dist.request.call import Prompt, requests_of_call
+from pavdm_dist.request.outputs import OUTPUTS, PAVDMPipelineOutput, VideoChunk
+from pavdm_dist.request.running import Running, rehearsed
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.texts import prepare_texts
+from pavdm_dist.request.video_request import VideoRequest
+from pavdm_dist.values.arguments import check_names
 
 logger = logging.getLogger(__name__)
 
-# A whole video in memory larger than this is refused: long videos are streamed.
-MAX_RESULT_BYTES = 4 * 2**30
 _FROM_PRETRAINED = (
     "model", "num_stages", "threads_per_stage", "engine", "torch_dtype", "device", "revision", "lora", "text",
     "decoder_tile", "preview_decoder", "recovery",
@@ -216,7 +215,7 @@ class PAVDMPipeline:
 
     def __call__(
         self,
-        prompt: str | Mapping[str, str] | Sequence[str | Mapping[str, str]],
+        prompt: Prompt | Sequence[Prompt],
         negative_prompt: str | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -242,7 +241,7 @@ class PAVDMPipeline:
             negative_prompt: text of the unconditional branch; None, or a blank one, = the model's learned null text.
             height, width, num_inference_steps, guidance_scale: None = the checkpoint's default.
             num_frames: new frames per video.
-            generator: what seeds come from (:func:`~pavdm_dist.arguments.seeds_of`); a list has one per video.
+            generator: what seeds come from (:func:`~pavdm_dist.values.arguments.seeds_of`); a list has one per video.
             seed: used without a generator; video i of the call gets ``seed + i``.
             video: conditioning clip, uint8 ``[t, H, W, 3]``; needs ``start="chunk"`` or ``"clip"``.
             image: picture that the videos begin with: a file, a PIL image, or uint8 ``[H, W, 3]``, scaled to cover the
@@ -271,24 +270,19 @@ class PAVDMPipeline:
             guidance_scale=guidance_scale,
             **sampling,
         )
-        prompts = [prompt] if isinstance(prompt, str | Mapping) else list(prompt or ())
-        if not prompts:
-            raise ConfigError(f"prompt={prompt}: give a text, or a list of them")
-        words = [first_and_later(one, params, self.checkpoint) for one in prompts]
-        total = len(prompts) * num_videos_per_prompt
-        size = total * num_frames * params.height * params.width * 3 * 4
-        if size > MAX_RESULT_BYTES and output_type != "latent":
-            raise ConfigError(
-                f"num_frames={num_frames}: the result would take {size / 2**30:.1f} GiB; use iter_chunks(), or "
-                "`pavdm sample`, which write as they go"
-            )
-        seeds = seeds_of(generator, seed, total)
-        clip = None if video is None else torch.as_tensor(np.asarray(video))
-        picture = None if image is None else torch.from_numpy(read_image(image, params.height, params.width))
-        requests = []
-        for i in range(total):
-            text, schedule = words[i // num_videos_per_prompt]
-            requests.append(VideoRequest(text, seeds[i], num_frames, negative_prompt, schedule, clip, picture))
+        requests = requests_of_call(
+            prompt,
+            params,
+            self.checkpoint,
+            negative_prompt=negative_prompt,
+            num_frames=num_frames,
+            num_videos_per_prompt=num_videos_per_prompt,
+            generator=generator,
+            seed=seed,
+            video=video,
+            image=image,
+            keeps_frames=output_type != "latent",
+        )
         prepare_texts(requests, params, self.checkpoint)
         parts: list[list[Tensor]] = [[] for _ in requests]
         for chunk in self.iter_chunks(requests, params, streams, callback_on_step_end):
@@ -349,12 +343,23 @@ class PAVDMPipeline:
         else:
             from pavdm_dist.engine.placement import gpus_of_cluster
 
-            engine = self._engines.on_stages(self.checkpoint, params, self.engine, self._frames)
+            engine = self._engines.on_stages(
+                self.checkpoint.transformer,
+                self.engine,
+                self._frames,
+                partial(layer_split, self.checkpoint, params),
+                rehearsed(params, self.checkpoint) if self.engine.rehearses else None,
+            )
             self.device_name = ", ".join(engine.devices)
             self.relative_error, self.kernels = engine.relative_error, engine.kernels
             if self.engine.device == "cpu" and (gpus := gpus_of_cluster()):
                 self._tell(idle_on_stages(gpus, "the cluster"))
-            finished = self._engines.run(engine, built, params, streams, on_grown, failed)
+            if len(engine.blocks) > (useful := useful_stages(params, streams)):
+                logger.warning(
+                    "num_stages=%d: with streams=%d and mode=%s at most %d are useful, the others will idle",
+                    len(engine.blocks), streams, params.mode, useful,
+                )  # fmt: skip
+            finished = self._engines.run(engine, built, streams, on_grown, failed)
         for chunk in finished:
             shown = running.chunk(chunk)
             if shown is None:  # cancelled while this was on its way

@@ -1,7 +1,7 @@
 """Keeps secrets out of what is written for people or kept beside videos: messages, logs, settings, sidecars.
 
 Applied where text leaves the package: the message of every :class:`~pavdm_dist.errors.PAVDMError`, the log of the
-command line, its tracebacks, sidecars, and settings that are printed or stored (:mod:`pavdm_dist.merging`).
+command line, its tracebacks, sidecars, and settings that are printed or stored (:mod:`pavdm_dist.values.merging`).
 """
 
 from __future__ import annotations

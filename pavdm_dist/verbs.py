@@ -78,8 +78,8 @@ def plan(arguments: argparse.Namespace) -> None:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Take videos by HTTP (OpenAI's /v1/videos), render them, and let them be watched on a page."""
-    from pavdm_dist.merging import load_config
     from pavdm_dist.serve.settings import ServeConfig, validate_serve
+    from pavdm_dist.values.merging import load_config
 
     prompt, config_file, overrides = sort_words(arguments.words)
     if prompt is not None:
@@ -99,7 +99,7 @@ def serve(arguments: argparse.Namespace) -> None:
 def simulate(arguments: argparse.Namespace) -> None:
     """Model a pipeline of stages, links and queues: makespan, utilisation and a chart, without a cluster."""
     from pavdm_dist.commands.simulate import SimulateConfig, simulate_report
-    from pavdm_dist.merging import load_config
+    from pavdm_dist.values.merging import load_config
 
     prompt, config_file, overrides = sort_words(arguments.words)
     if prompt is not None:
@@ -112,8 +112,8 @@ def simulate(arguments: argparse.Namespace) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """Train the codec or the model of a config file; run again to go on where it stopped."""
-    from pavdm_dist.merging import load_config
-    from pavdm_dist.train.settings import TrainConfig
+    from pavdm_dist.train.train_settings import TrainConfig
+    from pavdm_dist.values.merging import load_config
 
     prompt, config_file, overrides = sort_words(arguments.words)
     if prompt is not None:
@@ -131,7 +131,7 @@ def train(arguments: argparse.Namespace) -> None:
 def data(arguments: argparse.Namespace) -> None:
     """Prepare training clips from videos and captions; run again to go on where it stopped."""
     from pavdm_dist.data.prepare import PrepareConfig, prepare_command
-    from pavdm_dist.merging import load_config
+    from pavdm_dist.values.merging import load_config
 
     overrides = [word for word in arguments.words if is_override(word)]
     files = [word for word in arguments.words if word.endswith((".yaml", ".yml")) and word not in overrides]
@@ -149,7 +149,7 @@ def data(arguments: argparse.Namespace) -> None:
 def convert(arguments: argparse.Namespace) -> None:
     """Turn a published file of weights (.pt, .safetensors) into a model folder."""
     from pavdm_dist.commands.convert import ConvertConfig, convert_command
-    from pavdm_dist.merging import load_config
+    from pavdm_dist.values.merging import load_config
 
     source, config_file, overrides = sort_words(arguments.words)
     if source is not None:
@@ -163,7 +163,7 @@ def convert(arguments: argparse.Namespace) -> None:
 def text_cache(arguments: argparse.Namespace) -> None:
     """Encode a file of prompts with a model's large text encoder, so that rendering needs none."""
     from pavdm_dist.commands.text_cache import TextCacheConfig, text_cache_report
-    from pavdm_dist.merging import load_config
+    from pavdm_dist.values.merging import load_config
 
     prompts, config_file, overrides = sort_words(arguments.words)
     if prompts is not None:
@@ -176,7 +176,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Measure how videos hold over time: drift of every measure, tables, plots, one page."""
     from pavdm_dist.evaluate.command import eval_report, for_people
     from pavdm_dist.evaluate.settings import EvalConfig
-    from pavdm_dist.merging import load_config
+    from pavdm_dist.values.merging import load_config
 
     overrides = [word for word in arguments.words if is_override(word)]
     config = load_config(EvalConfig, None, overrides)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from pavdm_dist.train.processes import free_port
+from pavdm_dist.train.ranks import free_port
 
 NOTHING = (
     "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands", "rsync_filter",

@@ -18,8 +18,8 @@ from pavdm_dist.farm.shot import Shot, make_shot
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.io.encode import export_to_video
 from pavdm_dist.io.metadata import Sidecar
-from pavdm_dist.merging import to_dict
-from pavdm_dist.outputs import VideoChunk
+from pavdm_dist.request.outputs import VideoChunk
+from pavdm_dist.values.merging import to_dict
 
 PROMPTS = ("a red three drifting up", "a blue seven", "a red seven drifting", "a blue three")
 # Of tiny videos: quick to make, with more than one chunk.

@@ -18,9 +18,9 @@ import pytest
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import Tree
-from pavdm_dist.outputs import VideoChunk
-from pavdm_dist.serve.desk import FrontDesk
+from pavdm_dist.request.outputs import VideoChunk
 from pavdm_dist.serve.front import Front
+from pavdm_dist.serve.front_desk import FrontDesk
 from pavdm_dist.serve.settings import HttpConfig, ServeConfig
 
 for name in ("fastapi", "multipart", "prometheus_client", "websockets"):

@@ -12,9 +12,10 @@ import torch
 from helpers import tiny_checkpoint
 
 from pavdm_dist import PAVDMPipeline, SamplingParams, VideoRequest
-from pavdm_dist.arguments import seeds_of
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.request.call import MAX_RESULT_BYTES, requests_of_call
+from pavdm_dist.values.arguments import seeds_of
 
 PROMPT = "a red three"
 
@@ -67,6 +68,24 @@ def test_a_generator_that_is_used_gives_other_seeds() -> None:
     shared = torch.Generator().manual_seed(8)
     first, *others = seeds_of([shared] * 3, 0, 3)
     assert first == 8 and len({8, *others}) == 3
+
+
+def test_videos_of_a_prompt_are_side_by_side_and_what_fits_no_memory_draws_no_seed(pipeline: PAVDMPipeline) -> None:
+    params = pipeline.params(guidance_scale=1)
+    asked: dict[str, Any] = {"negative_prompt": None, "num_frames": 5, "num_videos_per_prompt": 2, "seed": 3}
+    asked |= {"generator": None, "video": None, "image": None, "keeps_frames": True}
+    found = requests_of_call(["a", {"0s": "b", "1s": "c"}], params, pipeline.checkpoint, **asked)
+    assert [(request.prompt, request.seed) for request in found] == [("a", 3), ("a", 4), ("b", 5), ("b", 6)]
+    assert [bool(request.prompt_schedule) for request in found] == [False, False, True, True]
+    pixel = params.height * params.width * 3 * 4
+    generator = torch.Generator().manual_seed(5)
+    asked |= {"generator": generator, "num_frames": MAX_RESULT_BYTES // (2 * pixel) + 1}
+    with pytest.raises(ConfigError, match=r"num_frames=\d+: the result would take 4.0 GiB; use iter_chunks\(\)"):
+        requests_of_call("a", params, pipeline.checkpoint, **asked)
+    latents = requests_of_call("a", params, pipeline.checkpoint, **asked | {"keeps_frames": False})
+    assert [request.seed for request in latents] == [5, 6], "nothing was drawn for the refused ones"
+    with pytest.raises(ConfigError, match=r"prompt=\[\]: give a text, or a list of them"):
+        requests_of_call([], params, pipeline.checkpoint, **asked)
 
 
 def test_one_generator_in_a_loop_makes_another_video_each_time(pipeline: PAVDMPipeline) -> None:

@@ -16,7 +16,7 @@ from pavdm_dist.engine.beside import Beside
 from pavdm_dist.engine.inline import InlineEngine
 from pavdm_dist.errors import VideoError
 from pavdm_dist.pipeline import PAVDMPipeline
-from pavdm_dist.request import VideoRequest
+from pavdm_dist.request.video_request import VideoRequest
 
 
 @pytest.fixture(scope="module")

@@ -32,9 +32,9 @@ from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.planning.costs import measure_costs
 from pavdm_dist.planning.partition import layer_split
 from pavdm_dist.planning.planner import choose
-from pavdm_dist.request import VideoRequest
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.streams import build_stream
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.streams import build_stream
+from pavdm_dist.request.video_request import VideoRequest
 
 CUTS = {1: [(0, 3)], 2: [(0, 1), (1, 3)], 3: [(0, 1), (1, 2), (2, 3)]}
 

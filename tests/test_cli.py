@@ -20,8 +20,8 @@ from pavdm_dist.commands.printing import report_lines
 from pavdm_dist.commands.progress import PROGRESS, ChunkProgress
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import EngineError, FailedVideosError
-from pavdm_dist.merging import load_config
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
+from pavdm_dist.values.merging import load_config
 
 PLAN = {"model_calls": 135, "chunks": 22, "layer_split": [6, 6], "stages": [{"stage": 0, "ms": 1.5}], "cost": {"a": 2}}
 
@@ -44,12 +44,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     sample.__dict__.update(render_command=render_command)
     plan = types.ModuleType("pavdm_dist.commands.plan")
     plan.__dict__.update(plan_report=plan_report)
-    run = types.ModuleType("pavdm_dist.train.run")
+    run = types.ModuleType("pavdm_dist.train.train_run")
     run.__dict__.update(train_slice=lambda config, provider: seen.append(("train", config)))
     monkeypatch.delenv("WORLD_SIZE", raising=False)  # left by a training test of this process
     monkeypatch.setitem(sys.modules, "pavdm_dist.commands.sample", sample)
     monkeypatch.setitem(sys.modules, "pavdm_dist.commands.plan", plan)
-    monkeypatch.setitem(sys.modules, "pavdm_dist.train.run", run)
+    monkeypatch.setitem(sys.modules, "pavdm_dist.train.train_run", run)
     return seen
 
 

@@ -17,9 +17,9 @@ from pavdm_dist.commands.clip import open_film
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.video import read_clip
-from pavdm_dist.request import VideoRequest
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.streams import build_stream, clip_frames_used, input_frames
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.streams import build_stream, clip_frames_used, input_frames
+from pavdm_dist.request.video_request import VideoRequest
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ import yaml
 from pavdm_dist import __version__
 from pavdm_dist.commands.words import run_config
 from pavdm_dist.config import SampleConfig
-from pavdm_dist.merging import load_config
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
+from pavdm_dist.values.merging import load_config
 
 ROOT = Path(__file__).parent.parent
 KUBERAY = ROOT / "cluster" / "kuberay"

@@ -22,7 +22,6 @@ from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.rehearsal import rehearsal, rehearse
 from pavdm_dist.engine.stage import Stage
 from pavdm_dist.errors import ConfigError, EngineError
-from pavdm_dist.merging import load_config, to_yaml
 from pavdm_dist.method.schedule import Mode
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.models import compiling, stdit3_block
@@ -31,7 +30,8 @@ from pavdm_dist.models.compiling import Compiler
 from pavdm_dist.models.kernels import fused_attention, shape_of
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.recompute import Recompute, recompute_blocks
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
+from pavdm_dist.values.merging import load_config, to_yaml
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on CPUs")
 MODES = get_args(Mode)

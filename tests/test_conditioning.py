@@ -21,11 +21,11 @@ from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.io.image import read_image
 from pavdm_dist.io.latents import read_latents
 from pavdm_dist.io.metadata import read_sidecar
-from pavdm_dist.merging import load_config
 from pavdm_dist.method.schedule import Mode
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import CONTEXT, chunk_noise
 from pavdm_dist.pipeline import PAVDMPipeline
+from pavdm_dist.values.merging import load_config
 
 MODES: tuple[Mode, ...] = ("window", "causal", "displaced")
 

@@ -16,8 +16,8 @@ from pavdm_dist.data.prepare import PrepareConfig
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.shipped import configs_root
-from pavdm_dist.merging import load_config, to_dict, to_yaml
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
+from pavdm_dist.values.merging import load_config, to_dict, to_yaml
 
 
 def sample(*overrides: str) -> SampleConfig:

@@ -20,7 +20,7 @@ from pavdm_dist.models.kv_cache import ChunkMemory, DisplacedMemory
 from pavdm_dist.planning import costs
 from pavdm_dist.planning.forecast import useful_stages
 from pavdm_dist.planning.partition import layer_split
-from pavdm_dist.sampling import SamplingParams
+from pavdm_dist.request.sampling import SamplingParams
 
 INFO = FrameInfo(32, 48, 24)
 

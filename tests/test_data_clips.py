@@ -236,7 +236,7 @@ def test_a_recording_that_starts_late_is_whole(tmp_path: Path) -> None:
 def test_a_picture_that_changes_its_shape_is_a_cut_or_none_but_no_fault() -> None:
     import av
 
-    from pavdm_dist.data.scenes import CutFinder
+    from pavdm_dist.data.cuts import CutFinder
 
     finder = CutFinder()
     for height, width in [(64, 96)] * 8 + [(96, 64)] * 8:

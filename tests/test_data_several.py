@@ -15,9 +15,9 @@ from pavdm_dist.data.dataset import CachedClips, PixelClips
 from pavdm_dist.data.prepare import PrepareConfig, prepare_command
 from pavdm_dist.data.several import SeveralClips
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.merging import load_config, to_yaml
 from pavdm_dist.train.prepared import video_data
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
+from pavdm_dist.values.merging import load_config, to_yaml
 
 
 @pytest.fixture(scope="module")

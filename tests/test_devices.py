@@ -33,8 +33,8 @@ from pavdm_dist.models.loading import convert
 from pavdm_dist.models.source import Source
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.planning.partition import layer_split
-from pavdm_dist.request import VideoRequest
-from pavdm_dist.sampling import SamplingParams
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.video_request import VideoRequest
 
 PROMPT = "a red three drifting up"
 

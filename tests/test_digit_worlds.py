@@ -25,12 +25,12 @@ from pavdm_dist.digits.settings import FPS, SHIPPED, DigitWorld
 from pavdm_dist.digits.world import Scene, render_pair, sample_scene, scene_prompt
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.shipped import EMBEDDED
-from pavdm_dist.merging import load_config
 from pavdm_dist.train.objective import Objective
-from pavdm_dist.train.processes import join_world
-from pavdm_dist.train.run import train_slice
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.ranks import join_world
+from pavdm_dist.train.train_run import train_slice
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.zero import ZeroEngine
+from pavdm_dist.values.merging import load_config
 
 pytest.importorskip("sklearn")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -23,6 +25,15 @@ def test_links_and_files_are_there(document: Path) -> None:
         r"(?<![\w/.-])(?:docs|configs|benchmarks|cluster|tests)/[\w./-]*\w\.(?:md|yaml|py|png|sh)", text
     ):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_python_in_documents_imports_is_there(document: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pavdm_dist"):
+                module = importlib.import_module(str(node.module))
+                assert [name.name for name in node.names if not hasattr(module, name.name)] == []
 
 
 def test_the_tree_names_every_room_and_no_other() -> None:

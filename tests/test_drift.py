@@ -22,7 +22,7 @@ pytest.importorskip("sklearn")
 from pavdm_dist.commands.signals import ENDING, Stopped
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.evaluate.drift import drift_of
-from pavdm_dist.evaluate.video import Measured, measure
+from pavdm_dist.evaluate.measured import Measured, measure
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 

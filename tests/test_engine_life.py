@@ -22,7 +22,7 @@ from pavdm_dist.errors import ConfigError, EngineError, PAVDMError, VideoError
 from pavdm_dist.method.stream import Conditioning, ResumePoint, Stream
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
 from pavdm_dist.pipeline import PAVDMPipeline
-from pavdm_dist.request import VideoRequest
+from pavdm_dist.request.video_request import VideoRequest
 
 pytestmark = pytest.mark.timeout(120)
 PROMPT = "a red three drifting up"

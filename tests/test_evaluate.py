@@ -20,16 +20,16 @@ from pavdm_dist.evaluate.command import _videos
 from pavdm_dist.evaluate.drift import Drift, drift_of
 from pavdm_dist.evaluate.features import FeatureMeter, frechet_distance, subject_consistency
 from pavdm_dist.evaluate.made import cost_of, group_of
+from pavdm_dist.evaluate.measured import Measured, measure
 from pavdm_dist.evaluate.motion import MotionMeter
 from pavdm_dist.evaluate.page import page, side_by_side
-from pavdm_dist.evaluate.pixels import PixelMeter
+from pavdm_dist.evaluate.pixel_meter import PixelMeter
 from pavdm_dist.evaluate.plots import _curves, plots
 from pavdm_dist.evaluate.report import _summarised, summary
 from pavdm_dist.evaluate.scenes import SceneMeter
 from pavdm_dist.evaluate.settings import EvalConfig
-from pavdm_dist.evaluate.video import Measured, measure
 from pavdm_dist.io.video import export_to_video
-from pavdm_dist.sampling import SamplingParams
+from pavdm_dist.request.sampling import SamplingParams
 
 Frames = NDArray[np.uint8]
 RNG = np.random.default_rng(0)

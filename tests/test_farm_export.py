@@ -15,7 +15,7 @@ from farms import finished_tree
 
 from pavdm_dist import cli
 from pavdm_dist.engine.order import Unit
-from pavdm_dist.engine.report import RunReport, Span
+from pavdm_dist.engine.spans import RunReport, Span
 from pavdm_dist.engine.trace import write_trace
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.report import _pictures, write_report

@@ -18,7 +18,7 @@ from pavdm_dist.farm.kinds import Kind, Kinds
 from pavdm_dist.farm.prompts import later_prompts
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import Tree
-from pavdm_dist.merging import merged
+from pavdm_dist.values.merging import merged
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from pavdm_dist.farm.settings import PoolConfig
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import Failure, Tree
 from pavdm_dist.farm.waiting import Waiting
-from pavdm_dist.outputs import VideoChunk
+from pavdm_dist.request.outputs import VideoChunk
 
 
 class FakeRenderer:

@@ -15,11 +15,12 @@ from farms import FRAMES, farm_config, finished_tree, latents_of, some_shots, wr
 from helpers import tiny_checkpoint
 
 from pavdm_dist import cli
+from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.engine.events import GangLost
+from pavdm_dist.engine.kept import Engines
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.engine.report import RunReport
+from pavdm_dist.engine.spans import RunReport
 from pavdm_dist.engine.trace import write_trace
-from pavdm_dist.engines import Engines
 from pavdm_dist.errors import TraceError
 from pavdm_dist.farm.desk import Ended
 from pavdm_dist.farm.kinds import Kinds
@@ -104,8 +105,8 @@ def test_a_trace_that_cannot_be_kept_costs_charts_and_no_renderer(
     )
     gangs: list[Gang] = []
 
-    def on_stages(engines: Engines, checkpoint: Any, params: Any, options: EngineOptions, frames: Any) -> Gang:
-        sampled = PAVDMPipeline(checkpoint)._load()
+    def on_stages(engines: Engines, _: object, options: EngineOptions, *__: object) -> Gang:
+        sampled = PAVDMPipeline(Checkpoint.open(str(model)))._load()
         gangs.append(Gang(options, sampled, at_end))
         return engines._hold(gangs[-1])  # type: ignore[type-var]
 

@@ -15,11 +15,11 @@ from test_stdit3_weights import equal_states
 
 from pavdm_dist.checkpoint import Checkpoint, SamplingDefaults, _ModelIndex
 from pavdm_dist.codecs.text import _TextConfig
-from pavdm_dist.codecs.wan_config import WanConfig
+from pavdm_dist.codecs.wan_config import WanVAEConfig
 from pavdm_dist.errors import CheckpointError
-from pavdm_dist.fields import made
 from pavdm_dist.models.catalog import _ClassNames
 from pavdm_dist.models.stdit3 import STDiT3Config
+from pavdm_dist.values.fields import made
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_a_wrong_value_names_file_field_and_what_is_legal(
     assert str(path.parent) in str(refused.value)
 
 
-@pytest.mark.parametrize("cls", [WanConfig, STDiT3Config, _ClassNames, _ModelIndex, SamplingDefaults, _TextConfig])
+@pytest.mark.parametrize("cls", [WanVAEConfig, STDiT3Config, _ClassNames, _ModelIndex, SamplingDefaults, _TextConfig])
 def test_null_is_as_good_as_no_key_where_there_is_a_default(cls: type) -> None:
     required = {
         "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16, "transformer": ["a", "b"], "vae": ["a", "b"],

@@ -12,7 +12,7 @@ from plans import many
 from pavdm_dist.method.microbatches import Displaced
 from pavdm_dist.method.schedule import Mode, WindowPlan
 from pavdm_dist.planning.forecast import UnitTime, makespan, rows_of, work
-from pavdm_dist.planning.simulate import Machine, simulate
+from pavdm_dist.planning.simulator import Machine, simulate
 
 NEVER = Displaced(None, exact_growing=False)
 

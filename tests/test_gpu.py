@@ -30,8 +30,8 @@ from pavdm_dist.models.loading import convert
 from pavdm_dist.models.text_cache import TextBank
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.planning.costs import profiled_costs
-from pavdm_dist.request import VideoRequest
-from pavdm_dist.sampling import SamplingParams
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.video_request import VideoRequest
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

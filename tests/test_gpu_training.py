@@ -17,9 +17,9 @@ from pavdm_dist.digits.codec_training import CodecTrainer, CodecTraining
 from pavdm_dist.digits.quality import quality
 from pavdm_dist.digits.settings import SHIPPED, DigitWorld
 from pavdm_dist.io.shipped import EMBEDDED
-from pavdm_dist.merging import load_config
-from pavdm_dist.train.settings import QualityConfig, TrainConfig
+from pavdm_dist.train.train_settings import QualityConfig, TrainConfig
 from pavdm_dist.train.trainer import Trainer
+from pavdm_dist.values.merging import load_config
 
 pytestmark = pytest.mark.gpu
 SHARD_ALL = "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"

@@ -22,7 +22,7 @@ from pavdm_dist.models.compiling import Compiler
 from pavdm_dist.models.kernels import CHOICES
 from pavdm_dist.models.loading import convert
 from pavdm_dist.pipeline import PAVDMPipeline
-from pavdm_dist.request import VideoRequest
+from pavdm_dist.request.video_request import VideoRequest
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

@@ -38,7 +38,7 @@ from pavdm_dist.errors import CheckpointError, ConfigError, FailedVideosError, V
 from pavdm_dist.io import recording, saver, storage
 from pavdm_dist.io.encode import EncoderOptions, VideoEncoder
 from pavdm_dist.io.metadata import is_complete
-from pavdm_dist.train import saving
+from pavdm_dist.train import save_writing
 
 pytestmark = pytest.mark.timeout(180)
 MOUNTS = ["unshare", "--mount"]
@@ -317,7 +317,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
 def test_a_share_that_cannot_fsync_ends_no_video(refusing: list[str], model: Path, tmp_path: Path) -> None:
     render_command(config(model, tmp_path, ["a red"], num_frames=13), False, ChunkProgress)
     assert made(tmp_path) == ["0000"] and len(refusing) > 5
-    saving._write(tmp_path / "x", "text")
+    save_writing._write(tmp_path / "x", "text")
     assert (tmp_path / "x").read_text() == "text"
 
 

@@ -35,7 +35,7 @@ def loaded_after(code: str) -> set[str]:
         ("import pavdm_dist.method.sampler, pavdm_dist.method.window, pavdm_dist.models", (*HEAVY, "omegaconf")),
         ("import pavdm_dist.engine", (*HEAVY, "omegaconf")),
         ("import pavdm_dist.config", (*HEAVY, "torch", "omegaconf", "numpy")),
-        ("import pavdm_dist.merging", (*HEAVY, "torch")),
+        ("import pavdm_dist.values.merging", (*HEAVY, "torch")),
         ("import pavdm_dist.commands.train", HEAVY),
         ("import pavdm_dist.cli", (*HEAVY, "torch", "omegaconf", "tqdm")),
         ("import contextlib, pavdm_dist.cli as c\nwith contextlib.suppress(SystemExit): c.main(['--help'])", HEAVY),
@@ -71,5 +71,8 @@ def test_public_names_are_listed_once_and_load() -> None:
     ]
     for name in pavdm_dist.__all__:
         assert getattr(pavdm_dist, name) is not None
+    from pavdm_dist import request
+
+    assert request.VideoRequest is pavdm_dist.VideoRequest and request.SamplingParams is pavdm_dist.SamplingParams
     with pytest.raises(AttributeError, match="no attribute 'Pipeline'"):
         _ = pavdm_dist.Pipeline

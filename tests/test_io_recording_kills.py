@@ -23,14 +23,14 @@ from pavdm_dist.io.latents import LatentsWriter, read_latents
 from pavdm_dist.io.metadata import Sidecar, is_complete
 from pavdm_dist.io.recording import Recording
 from pavdm_dist.io.segments import SegmentWriter
-from pavdm_dist.io.state import Point, State, write_state
+from pavdm_dist.io.state import Point, RecordingState, write_state
 from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.method.window import WindowSnapshot
-from pavdm_dist.request import VideoRequest
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.streams import build_stream
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.streams import build_stream
+from pavdm_dist.request.video_request import VideoRequest
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_points_inside_a_segment_wait_where_no_decoder_could_be_warmed(tmp_path:
 def test_killed_between_a_segment_and_its_state_it_loses_no_point(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[[int], tuple[Any, ...]]
 ) -> None:
-    def killed(folder: str, state: State, check: Callable[[], None]) -> None:
+    def killed(folder: str, state: RecordingState, check: Callable[[], None]) -> None:
         if state.closed_chunks == 4:
             raise Killed
         write_state(folder, state, check)

@@ -38,7 +38,7 @@ from pavdm_dist.io import recording, saver, state
 from pavdm_dist.io.leftovers import check_recording
 from pavdm_dist.io.parts import LOCK_NAME
 from pavdm_dist.io.recording import Recording
-from pavdm_dist.io.state import Point, State, read_state, write_state
+from pavdm_dist.io.state import Point, RecordingState, read_state, write_state
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_a_state_that_was_on_its_way_when_the_lock_was_lost_replaces_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, parts = Way(2, 1).open(tmp_path / "v.mp4"), tmp_path / "v.mp4.parts"
-    theirs, waits = State({"mine": False}), threading.Event()
+    theirs, waits = RecordingState({"mine": False}), threading.Event()
     real = state.storage.make_durable
 
     def slow(path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_state_that_was_on_its_way_when_the_lock_was_lost_replaces_none(
         real(path)
 
     monkeypatch.setattr(state.storage, "make_durable", slow)
-    made._saver.save(State({"mine": True}))
+    made._saver.save(RecordingState({"mine": True}))
     (parts / LOCK_NAME).unlink()  # taken over
     write_state(parts, theirs)
     assert made._lock.lost
@@ -140,7 +140,7 @@ def test_a_state_that_was_on_its_way_when_the_lock_was_lost_replaces_none(
 
 
 def test_a_state_is_on_the_disk_before_the_one_before_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_state(tmp_path, State({}))
+    write_state(tmp_path, RecordingState({}))
     seen: list[str] = []
     for owner, name in ((state.storage, "make_durable"), (os, "replace")):
         real = getattr(owner, name)
@@ -149,7 +149,7 @@ def test_a_state_is_on_the_disk_before_the_one_before_moves(tmp_path: Path, monk
             name,
             lambda *paths, name=name, real=real: (seen.append(f"{name} {Path(paths[0]).name[:6]}"), real(*paths)),
         )
-    write_state(tmp_path, State({}))
+    write_state(tmp_path, RecordingState({}))
     assert seen == ["make_durable .state", "replace state.", "replace .state", f"make_durable {tmp_path.name[:6]}"]
 
 
@@ -175,7 +175,7 @@ def test_clean_latents_make_a_state_of_a_version_of_its_own(tmp_path: Path, monk
     """So that a program which knows none refuses the file; what holds none can be gone on with by older ones."""
 
     def written(version: int, tensors: dict[str, torch.Tensor]) -> None:
-        write_state(tmp_path, State({}, 4, 4, "ab", point=Point(tensors, {})))
+        write_state(tmp_path, RecordingState({}, 4, 4, "ab", point=Point(tensors, {})))
         with safe_open(tmp_path / state.STATE, "pt") as file:
             assert json.loads(file.metadata()["state"])["version"] == version
 
@@ -209,7 +209,7 @@ def test_states_hold_what_they_were_given(tmp_path: Path) -> None:
         "mask": torch.tensor([True, False]),
     }
     shared = torch.randn(2, 4, 3, 3)
-    given = State(
+    given = RecordingState(
         {"prompt": "ü"}, 9, 8, "ab", array("f", [0.25, 1.5]), False, Point(tensors, {"rows": [1, 2]}), shared[:, :3],
         {8: shared[:, 1:3], 10: shared[:, :2]},
     )  # fmt: skip
@@ -223,8 +223,8 @@ def test_states_hold_what_they_were_given(tmp_path: Path) -> None:
     assert list(found.pending) == [8, 10] and torch.equal(found.pending[8], shared[:, 1:3])
     plain = {"point": None, "warm": None, "pending": {}}
     assert replace(found, **plain) == replace(given, **plain)
-    write_state(tmp_path, State({}))
-    assert read_state(tmp_path) == State({}, chunk_seconds=array("f"))
+    write_state(tmp_path, RecordingState({}))
+    assert read_state(tmp_path) == RecordingState({}, chunk_seconds=array("f"))
     assert sorted(path.name for path in tmp_path.iterdir()) == [state.PREVIOUS, state.STATE]
 
 
@@ -241,7 +241,7 @@ def test_a_state_is_written_without_a_copy_of_what_lies_in_memory_of_its_own(
         return save(tensors, facts)
 
     monkeypatch.setattr(safetensors.torch, "save", seen)
-    write_state(tmp_path, State({}, 1, point=Point(views, {}, None), pending={0: window}))
+    write_state(tmp_path, RecordingState({}, 1, point=Point(views, {}, None), pending={0: window}))
     assert written["point.left.k"].data_ptr() == key.data_ptr() != written["point.again"].data_ptr()
     found = read_state(tmp_path)
     assert found is not None and found.point is not None and torch.equal(found.pending[0], window)
@@ -253,8 +253,8 @@ def test_a_state_grows_by_four_bytes_a_chunk(tmp_path: Path) -> None:
     sizes = []
     for chunks in (10_000, 20_000):
         seconds = array("f", [0.1]) * chunks
-        write_state(tmp_path, State({}, chunks, chunks, chunk_seconds=seconds))
-        assert read_state(tmp_path) == State({}, chunks, chunks, chunk_seconds=seconds)
+        write_state(tmp_path, RecordingState({}, chunks, chunks, chunk_seconds=seconds))
+        assert read_state(tmp_path) == RecordingState({}, chunks, chunks, chunk_seconds=seconds)
         sizes.append((tmp_path / state.STATE).stat().st_size)
     assert sizes[1] - sizes[0] == 4 * 10_000
 
@@ -280,7 +280,7 @@ def test_another_identity_is_refused_by_name(tmp_path: Path) -> None:
 def test_the_state_is_written_when_a_segment_closes_and_every_minute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved: list[State] = []
+    saved: list[RecordingState] = []
     for module in (recording, saver):
         monkeypatch.setattr(module, "write_state", lambda folder, state, *_: saved.append(state))
     clock = Clock()

@@ -19,7 +19,7 @@ from pavdm_dist.engine.gpu_links import HostStagedLink, NcclLink
 from pavdm_dist.engine.loop import Links, StageLoop
 from pavdm_dist.engine.messages import ACTIVATION, HEADER_BYTES, Header, Layout
 from pavdm_dist.engine.order import LogEntry, is_active, join_of
-from pavdm_dist.engine.report import RunReport
+from pavdm_dist.engine.spans import RunReport
 from pavdm_dist.engine.stage import Stage
 from pavdm_dist.engine.transport import Buffer, Buffers, Link, LocalLink, TorchLink, warm_up
 from pavdm_dist.errors import EngineError

@@ -30,7 +30,7 @@ from pavdm_dist.method.schedule import PlanRow, WindowPlan
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import CONTEXT, CleanChunk, Held, Window, WindowSnapshot, chunk_noise
 from pavdm_dist.planning.forecast import UnitTime, makespan, rows_of
-from pavdm_dist.planning.simulate import Machine, simulate
+from pavdm_dist.planning.simulator import Machine, simulate
 
 BLOCKS = {"window_chunks": 3, "block_chunks": 3, "num_inference_steps": 4}
 

@@ -23,9 +23,9 @@ from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.window import Held
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.planning.costs import _stream, measure_costs
-from pavdm_dist.request import VideoRequest
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.streams import build_stream
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.streams import build_stream
+from pavdm_dist.request.video_request import VideoRequest
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.io.latents import read_latents
 from pavdm_dist.io.video import export_to_video, read_clip
 from pavdm_dist.pipeline import PAVDMPipeline
-from pavdm_dist.request import VideoRequest
+from pavdm_dist.request.video_request import VideoRequest
 
 PICTURES = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
 TIME = {"filters": 8, "num_res_blocks": 1, "num_groups": 4}

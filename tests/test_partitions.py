@@ -40,8 +40,8 @@ from pavdm_dist.models.base import BlockContext
 from pavdm_dist.models.text_cache import TextRun
 from pavdm_dist.planning.costs import measure_costs
 from pavdm_dist.planning.forecast import UnitTime, makespan, rows_of, work
-from pavdm_dist.planning.simulate import Machine, simulate
-from pavdm_dist.sampling import SamplingParams
+from pavdm_dist.planning.simulator import Machine, simulate
+from pavdm_dist.request.sampling import SamplingParams
 
 SIX = {"num_inference_steps": 6, "window_chunks": 6}
 KINDS = {

@@ -33,8 +33,8 @@ from pavdm_dist.io.recording import Recording
 from pavdm_dist.io.video import export_to_video, read_clip
 from pavdm_dist.method.microbatches import MicroBatches
 from pavdm_dist.pipeline import PAVDMPipeline
-from pavdm_dist.planning.simulate import of_trace
-from pavdm_dist.request import VideoRequest
+from pavdm_dist.planning.simulator import of_trace
+from pavdm_dist.request.video_request import VideoRequest
 
 PROMPT = "a red three drifting up"
 

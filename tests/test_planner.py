@@ -26,10 +26,10 @@ from pavdm_dist.method.schedule import Mode
 from pavdm_dist.models.base import Activation
 from pavdm_dist.planning.memory import MESSAGES, decoder_bytes
 from pavdm_dist.planning.planner import choose, report
-from pavdm_dist.planning.setups import Job, Setup
-from pavdm_dist.request import VideoRequest
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.streams import build_stream
+from pavdm_dist.planning.setups import Setup, Workload
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.streams import build_stream
+from pavdm_dist.request.video_request import VideoRequest
 
 SMALL = ClusterConfig(devices=8, tflops=0.02)
 
@@ -82,7 +82,7 @@ def test_stages_need_the_memory_that_is_predicted(mode: Mode, stages: int) -> No
     displaced = Displaced(16) if mode == "displaced" else None
     params = SamplingParams.resolve(checkpoint, mode=mode, num_inference_steps=12, displaced=displaced)
     stream = build_stream(VideoRequest("a red three drifting up", 0, 300), 0, params, checkpoint)
-    job, blocks = Job(checkpoint, params, stream.plan), 8 // stages
+    job, blocks = Workload(checkpoint, params, stream.plan), 8 // stages
     running = [
         (Stage(checkpoint.backbone, (first, first + blocks)), Allocated()) for first in range(0, 8, blocks)
     ]  # fmt: skip
@@ -210,7 +210,7 @@ def test_half_the_bytes_in_half_the_type() -> None:
     checkpoint = Checkpoint.open("embedded")
     params = SamplingParams.resolve(checkpoint)
     full, half = (
-        Job(checkpoint, params, params.plan(8), dtype).memory.bytes("window", (0, 8), 1)
+        Workload(checkpoint, params, params.plan(8), dtype).memory.bytes("window", (0, 8), 1)
         for dtype in (torch.float32, torch.bfloat16)
     )
     null = 4 * checkpoint.shape.state_dict()["rope.freqs"].numel()  # angles stay float32

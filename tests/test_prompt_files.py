@@ -11,8 +11,8 @@ import pytest
 from helpers import tiny_checkpoint
 
 from pavdm_dist import cli
-from pavdm_dist.commands import prompts
-from pavdm_dist.commands.prompts import Line, read_prompts
+from pavdm_dist.commands import prompt_files
+from pavdm_dist.commands.prompt_files import PromptLine, read_prompts
 from pavdm_dist.commands.sample import check_videos
 from pavdm_dist.config import SampleConfig, validate_sample
 from pavdm_dist.errors import ConfigError
@@ -48,7 +48,7 @@ def test_lines_are_counted_as_an_editor_does(tmp_path: Path, caplog: pytest.LogC
     file = tmp_path / "p.txt"
     file.write_bytes("# two\r\n\r\na\u2028b\x0bc\x85d\te\r\n  last  ".encode())
     with caplog.at_level(logging.INFO):
-        assert read_prompts(file) == [Line(3, "a\u2028b\x0bc\x85d\te"), Line(4, "last")]
+        assert read_prompts(file) == [PromptLine(3, "a\u2028b\x0bc\x85d\te"), PromptLine(4, "last")]
     assert "2 prompts; comments, which begin with #: 1" in caplog.text
 
 
@@ -85,7 +85,7 @@ def test_a_film_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.Monke
     file = tmp_path / "film.mp4"
     with open(file, "wb") as film:
         film.truncate(2**40)
-    monkeypatch.setattr(prompts, "MOST_BYTES", 2**16)
+    monkeypatch.setattr(prompt_files, "MOST_BYTES", 2**16)
     with pytest.raises(ConfigError, match=r"film.mp4: is larger than 0 MiB; one prompt a line is expected"):
         read_prompts(file)
 

@@ -23,13 +23,13 @@ from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.latents import read_latents
 from pavdm_dist.io.metadata import read_sidecar
-from pavdm_dist.merging import load_config, to_yaml
 from pavdm_dist.method.schedule import Mode, WindowPlan
 from pavdm_dist.method.stream import Conditioning, NewPrompt, Stream
-from pavdm_dist.outputs import VideoChunk
 from pavdm_dist.pipeline import PAVDMPipeline
-from pavdm_dist.request import VideoRequest
-from pavdm_dist.timed import chunk_schedule, first_prompt, timed
+from pavdm_dist.request.outputs import VideoChunk
+from pavdm_dist.request.video_request import VideoRequest
+from pavdm_dist.values.merging import load_config, to_yaml
+from pavdm_dist.values.timed import chunk_schedule, first_prompt, timed
 
 MODES: tuple[Mode, ...] = ("window", "causal", "displaced")
 

@@ -15,11 +15,11 @@ from pavdm_dist.config import SampleConfig
 from pavdm_dist.data.buckets import Bucket, parse_buckets
 from pavdm_dist.data.prepare import PrepareConfig
 from pavdm_dist.errors import CheckpointError, ConfigError
-from pavdm_dist.fields import made
 from pavdm_dist.io.video import export_to_video, read_clip
-from pavdm_dist.merging import load_config
-from pavdm_dist.rates import as_rate, rate_text
-from pavdm_dist.sampling import SamplingParams
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.values.fields import made
+from pavdm_dist.values.merging import load_config
+from pavdm_dist.values.rates import as_rate, rate_text
 
 NTSC, FILM = Fraction(30000, 1001), Fraction(24000, 1001)
 

@@ -19,7 +19,7 @@ from interrupting import PROMPT, interrupted, render
 from pavdm_dist import cli
 from pavdm_dist.commands.resume import configs_to_resume
 from pavdm_dist.commands.sample import check_videos
-from pavdm_dist.commands.videos import Shot, Video
+from pavdm_dist.commands.videos import Video, WantedVideo
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError, FailedVideosError
 from pavdm_dist.io.latents import read_latents
@@ -220,7 +220,7 @@ def test_what_is_being_opened_when_all_is_ended_is_left_ready_too(
 ) -> None:
     """With stages files are opened in a thread of their own; the command's ends meanwhile."""
     settings = {"model": str(model), "num_frames": 21, "guidance_scale": 1.0}
-    shots = [Shot(PROMPT, seed, str(tmp_path / f"{seed}.mp4")) for seed in range(3)]
+    shots = [WantedVideo(PROMPT, seed, str(tmp_path / f"{seed}.mp4")) for seed in range(3)]
     videos = check_videos(SampleConfig(PROMPT, **settings), False, shots)
     opening, go = threading.Event(), threading.Event()
     really = Recording.open

@@ -17,7 +17,7 @@ from helpers import tiny_checkpoint
 from interrupting import interrupted, render
 
 from pavdm_dist import cli
-from pavdm_dist.commands.videos import Shot
+from pavdm_dist.commands.videos import WantedVideo
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import EngineError, FailedVideosError
 from pavdm_dist.io.encode import EncoderOptions, VideoEncoder
@@ -196,7 +196,7 @@ def test_a_group_that_fails_when_all_is_there_counts(tmp_path: Path, monkeypatch
         parts.mkdir()
         (parts / "settings.yaml").write_text(f"prompt: a three\nnum_frames: {length}\n")
 
-    def render(config: SampleConfig, overwrite: bool, progress: object, shots: list[Shot]) -> dict[str, Any]:
+    def render(config: SampleConfig, overwrite: bool, progress: object, shots: list[WantedVideo]) -> dict[str, Any]:
         if len(shots) == 1:
             (tmp_path / "a.json").write_text("{}")
             raise EngineError("the trace cannot be written")
@@ -214,7 +214,7 @@ def test_groups_that_name_one_trace_write_one_each(tmp_path: Path, monkeypatch: 
         (parts / "settings.yaml").write_text(f"prompt: a three\nnum_frames: {length}\nnum_stages: 1\ntrace: t.json\n")
     traces: list[tuple[str | None, int]] = []
 
-    def render(config: SampleConfig, overwrite: bool, progress: object, shots: list[Shot]) -> dict[str, Any]:
+    def render(config: SampleConfig, overwrite: bool, progress: object, shots: list[WantedVideo]) -> dict[str, Any]:
         traces.append((config.trace, len(shots)))
         return {"videos": [], "seconds": 1.0, "frames_per_second": 0.0}
 

@@ -58,7 +58,7 @@ from pavdm_dist.models.kv_cache import Memory, Pair, Turn
 from pavdm_dist.models.text_cache import TextRun
 from pavdm_dist.models.wan import Wan
 from pavdm_dist.planning.memory import MESSAGES, StageMemory
-from pavdm_dist.sampling import SamplingParams
+from pavdm_dist.request.sampling import SamplingParams
 
 NAN = float("nan")
 # As in docs/models.md.

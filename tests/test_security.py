@@ -28,13 +28,13 @@ from pavdm_dist.commands.sample import render_command
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import CheckpointError, ConfigError, MediaError
 from pavdm_dist.io.latents import read_latents
-from pavdm_dist.io.state import PREVIOUS, STATE, State, read_state, write_state
-from pavdm_dist.merging import load_config, to_yaml
+from pavdm_dist.io.state import PREVIOUS, STATE, RecordingState, read_state, write_state
 from pavdm_dist.models.loading import WEIGHT_NAMES, tensor_files
 from pavdm_dist.models.source import Source
 from pavdm_dist.redaction import hide_secrets
-from pavdm_dist.train import saves
-from pavdm_dist.train.processes import World
+from pavdm_dist.train import save_reading
+from pavdm_dist.train.ranks import World
+from pavdm_dist.values.merging import load_config, to_yaml
 
 SECRET = "Tr0ub4dor-and-three-more"
 HUB_TOKEN = "hf_" + "aB3" * 11 + "x"
@@ -78,7 +78,7 @@ def test_pickled_weights_are_refused(mark: Path, tmp_path: Path) -> None:
 
 def test_pickled_states_and_latents_are_refused(mark: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for number in (1, 2):
-        write_state(tmp_path, State({}, next_chunk=number))
+        write_state(tmp_path, RecordingState({}, next_chunk=number))
     for dump in (torch.save, lambda code, path: path.write_bytes(pickle.dumps(code))):
         dump(Code(mark), tmp_path / STATE)
         found = read_state(tmp_path)
@@ -97,14 +97,14 @@ def test_a_training_checkpoint_with_code_is_passed_over(
 ) -> None:
     file = tmp_path / "mp_rank_00_model_states.pt"
     torch.save({"module": {"w": torch.zeros(2)}, "x": Code(mark)}, file, pickle_protocol=protocol)
-    manifest = {"files": {file.name: saves.fingerprint(file)} if listed else {}}
-    (tmp_path / saves.MANIFEST).write_text(json.dumps(manifest))
-    found, fault = saves._checked(tmp_path, World(0, 1))
+    manifest = {"files": {file.name: save_reading.fingerprint(file)} if listed else {}}
+    (tmp_path / save_reading.MANIFEST).write_text(json.dumps(manifest))
+    found, fault = save_reading._checked(tmp_path, World(0, 1))
     assert found == manifest and fault is not None
     assert f"{file.name} is no file of this program, it would run" in fault
     torch.save({"module": {"w": torch.zeros(2)}}, file)
-    (tmp_path / saves.MANIFEST).write_text(json.dumps({"files": {}}))
-    assert saves._checked(tmp_path, World(0, 1)) == ({"files": {}}, None)
+    (tmp_path / save_reading.MANIFEST).write_text(json.dumps({"files": {}}))
+    assert save_reading._checked(tmp_path, World(0, 1)) == ({"files": {}}, None)
     assert not mark.exists()
 
 
@@ -141,9 +141,9 @@ def test_an_index_names_files_beside_it_only(tmp_path: Path, monkeypatch: pytest
     ["../../a", "/etc/a", "a/../../../a", "..", "~/a", "$(touch mark); a", "`touch mark`", "a\\..\\a", "é" * 300],
 )
 def test_names_from_prompts_stay_in_the_folder(tmp_path: Path, prompt: str) -> None:
-    from pavdm_dist.commands.sample import _shots
+    from pavdm_dist.commands.sample import _wanted
 
-    (shot,) = _shots(SampleConfig(prompt=prompt, output=str(tmp_path / "out")))
+    (shot,) = _wanted(SampleConfig(prompt=prompt, output=str(tmp_path / "out")))
     path = Path(shot.output)
     assert path.parent == tmp_path / "out" and path.resolve().parent == tmp_path / "out"
     assert path.name.startswith("0000-") and len(path.name.encode()) < 100 and path.name.isascii()

@@ -20,10 +20,10 @@ from wan_models import tiny_wan
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import FrameInfo, WindowSlice
-from pavdm_dist.train.batches import Batch
+from pavdm_dist.train.batch import Batch
 from pavdm_dist.train.loss import velocity_loss
 from pavdm_dist.train.model import Text
-from pavdm_dist.train.processes import World, free_port, join_world
+from pavdm_dist.train.ranks import World, free_port, join_world
 from pavdm_dist.train.recompute import Recompute, recompute_blocks
 from pavdm_dist.train.sequence import SequenceGroup, Ulysses, join_sequence
 

@@ -29,9 +29,9 @@ from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.io.metadata import read_sidecar
-from pavdm_dist.serve.desk import FrontDesk
 from pavdm_dist.serve.fragments import fragments, mime_type
 from pavdm_dist.serve.front import Front
+from pavdm_dist.serve.front_desk import FrontDesk
 from pavdm_dist.serve.live import LOOK_S
 from pavdm_dist.serve.refusals import Refusal
 from pavdm_dist.serve.run import _listen

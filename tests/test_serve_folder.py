@@ -28,8 +28,8 @@ from pavdm_dist.farm.status import failed_shots, settings_of_run, status_report
 from pavdm_dist.farm.tree import Failure, Tree
 from pavdm_dist.io.encode import export_to_video
 from pavdm_dist.serve.asked import tree_at
-from pavdm_dist.serve.desk import FrontDesk
 from pavdm_dist.serve.front import Front
+from pavdm_dist.serve.front_desk import FrontDesk
 from pavdm_dist.serve.refusals import Refusal
 from pavdm_dist.serve.settings import ServeConfig
 

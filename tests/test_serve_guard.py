@@ -13,9 +13,9 @@ import pytest
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.tree import Tree
-from pavdm_dist.io import local
+from pavdm_dist.io import local_disk
 from pavdm_dist.serve.guard import Guard, Receive, Scope, Send, TooLarge
-from pavdm_dist.serve.intake import shot_of
+from pavdm_dist.serve.request_fields import shot_of
 from pavdm_dist.serve.tokens import TOKEN, TOKEN_FILE, token_of
 
 
@@ -36,7 +36,7 @@ def test_one_token_is_made_for_all_servers_of_a_folder(
         def refused(*_: object) -> None:
             raise OSError("no links here")
 
-        monkeypatch.setattr(local.os, "link", refused)
+        monkeypatch.setattr(local_disk.os, "link", refused)
     tree = Tree(str(tmp_path / "out"))
     with ThreadPoolExecutor(8) as pool:
         tokens = set(pool.map(lambda _: token_of(tree), range(8 if links else 1)))

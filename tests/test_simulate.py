@@ -19,7 +19,7 @@ from pavdm_dist.engine.order import Join, epochs
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.microbatches import WHOLE, Displaced, MicroBatches
 from pavdm_dist.method.schedule import WindowPlan
-from pavdm_dist.planning.simulate import Machine, simulate
+from pavdm_dist.planning.simulator import Machine, simulate
 
 
 def plan(chunks: int, window: int = 6, shift: int = 5, context: int = 0) -> WindowPlan:

@@ -24,7 +24,7 @@ from pavdm_dist.models.catalog import load_backbone
 from pavdm_dist.models.loading import read_tensor, stored_dtype
 from pavdm_dist.models.source import Source
 from pavdm_dist.planning.partition import layer_split
-from pavdm_dist.sampling import SamplingParams
+from pavdm_dist.request.sampling import SamplingParams
 
 JSON = {
     "model_index.json",

@@ -20,7 +20,7 @@ from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.ray_engine import RayEngine
 from pavdm_dist.engine.stage import Stage
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.io.state import State, read_state, write_state
+from pavdm_dist.io.state import RecordingState, read_state, write_state
 from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.recovery import Recovery
 from pavdm_dist.method.schedule import WindowPlan
@@ -119,7 +119,7 @@ def test_saved_keys_survive_files_and_wires(dtype: torch.dtype, tmp_path: Path) 
     left = {"0.3.1.k": torch.randn(1, 2, 5, 4).to(dtype).transpose(1, 2), "0.3.1.v": torch.randn(1, 2, 5, 4).to(dtype)}
     snapshot = WindowSnapshot(7, {3: torch.randn(4, 3, 2, 2)}, left=left)
     shift = pickle.loads(pickle.dumps(Shift(0, snapshot, (CleanChunk(3, torch.ones(1)),))))
-    write_state(tmp_path, State({}, point=saved_point(ResumePoint(snapshot))))
+    write_state(tmp_path, RecordingState({}, point=saved_point(ResumePoint(snapshot))))
 
     class Recording:
         state = read_state(tmp_path)

@@ -22,9 +22,9 @@ from pavdm_dist.method.recovery import mixing_layers
 from pavdm_dist.method.sampler import sample
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.planning.memory import StageMemory
-from pavdm_dist.request import VideoRequest
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.streams import build_stream
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.streams import build_stream
+from pavdm_dist.request.video_request import VideoRequest
 
 LEVELS = [1, 0.9375, 0.8333333134651184, 0.625]
 SAMPLING = {

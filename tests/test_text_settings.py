@@ -22,12 +22,12 @@ from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.data.dataset import CachedClips
 from pavdm_dist.data.prepare import PrepareConfig, prepare_command
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.merging import load_config
 from pavdm_dist.train.identity import check_same, identity_of
 from pavdm_dist.train.prepared import video_data
 from pavdm_dist.train.ray_launch import _anywhere
-from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.sheets import _frozen_encoder
+from pavdm_dist.train.train_settings import TrainConfig
+from pavdm_dist.values.merging import load_config
 
 BUCKET = "32x32x8@24"
 CAPTIONS = ["a red three", "a blue seven"]

@@ -20,15 +20,15 @@ from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.data.prepare import PrepareConfig, prepare_command
 from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import CheckpointError, ConfigError
-from pavdm_dist.merging import load_config
 from pavdm_dist.models.catalog import load_backbone
 from pavdm_dist.models.source import Adapter, Source
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.model import Text, build, shape_of
 from pavdm_dist.train.prepared import video_data
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
+from pavdm_dist.values.merging import load_config
 
 CONFIGS = {"wan": replace(WAN, text_len=16), "skyreels": replace(SKYREELS, text_len=16)}
 STAGE = "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"

@@ -22,10 +22,10 @@ from pavdm_dist import cli
 from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import EngineError
 from pavdm_dist.io.lock import FOLDER_LOCK
-from pavdm_dist.merging import load_config
-from pavdm_dist.train import run_folder, saving
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train import run_folder, save_writing
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
+from pavdm_dist.values.merging import load_config
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -92,7 +92,7 @@ def test_folders_that_processes_do_not_share_are_named_in_the_first_seconds(
 def test_a_checkpoint_whose_parts_the_first_process_does_not_see_is_none(
     tmp_path: Path, clips: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving, "SHARED_S", 0.3)
+    monkeypatch.setattr(save_writing, "SHARED_S", 0.3)
     trainer = one(tmp_path, clips)
     trainer.train_step()
     trainer.save()
@@ -228,8 +228,8 @@ from pathlib import Path
 from training import start
 from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import EngineError
-from pavdm_dist.merging import load_config
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.values.merging import load_config
+from pavdm_dist.train.train_settings import TrainConfig
 trainer = start(load_config(TrainConfig, None, sys.argv[2:]), LatentClips(Path(sys.argv[1])))
 trainer.train_step()
 trainer.save()

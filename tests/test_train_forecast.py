@@ -15,10 +15,10 @@ from wan_models import WAN, trainable_folder
 
 from pavdm_dist import cli
 from pavdm_dist.digits.cache import LatentClips
-from pavdm_dist.merging import load_config
-from pavdm_dist.train.forecast import forecast
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.dry_run import forecast
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.zero import whole_shape
+from pavdm_dist.values.merging import load_config
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_a_dry_run_counts_what_a_trainer_holds(stage: int, precision: str, tmp_p
 def test_a_dry_run_tells_of_the_bucket_that_needs_most(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"64x64x8@24": 10, "32x32x8@24": 10, "32x48x8@24": 0}
     index = {"buckets": [{"bucket": name, "clips": clips} for name, clips in sizes.items()]}
-    monkeypatch.setattr("pavdm_dist.train.forecast.read_index", lambda folder: index)
+    monkeypatch.setattr("pavdm_dist.train.dry_run.read_index", lambda folder: index)
 
     def told(*more: str) -> Any:
         config = load_config(TrainConfig, None, [*TINY, "data.folder=[set]", "data.batch_size=2", *more])

@@ -15,9 +15,9 @@ from pavdm_dist.data.buckets import Bucket
 from pavdm_dist.data.prepare import PrepareConfig, prepare_command
 from pavdm_dist.data.several import SeveralClips
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.merging import load_config
 from pavdm_dist.train.prepared import _held_out, video_data
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
+from pavdm_dist.values.merging import load_config
 
 
 class Set:

@@ -14,9 +14,9 @@ from wan_models import WAN, trainable_folder
 from pavdm_dist.digits.batches import DigitBatches
 from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.merging import load_config
 from pavdm_dist.train.identity import check_same, identity_of
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
+from pavdm_dist.values.merging import load_config
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,10 @@ from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.train import training_data
 from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import ConfigError, EngineError
-from pavdm_dist.merging import load_config
 from pavdm_dist.train.checks import check_settings, memory_advice
-from pavdm_dist.train.processes import free_port, join_world
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.ranks import free_port, join_world
+from pavdm_dist.train.train_settings import TrainConfig
+from pavdm_dist.values.merging import load_config
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STEPS = 6
@@ -207,9 +207,9 @@ FAULT_PROGRAM = """
 import sys
 from pathlib import Path
 from training import start
-from pavdm_dist.merging import load_config
+from pavdm_dist.values.merging import load_config
 from pavdm_dist.errors import MediaError
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.digits.cache import LatentClips
 trainer = start(load_config(TrainConfig, None, sys.argv[2:]), LatentClips(Path(sys.argv[1]) / "clips"))
 load = trainer.batches.batch
@@ -246,7 +246,7 @@ import atexit
 import torch
 # What is registered first runs last.
 atexit.register(lambda: print("in the group:", torch.distributed.is_initialized()))
-from pavdm_dist.train.processes import join_world
+from pavdm_dist.train.ranks import join_world
 print("mean", float(join_world().mean(torch.tensor(3.0))))
 """
 
@@ -267,8 +267,8 @@ SHEETS_PROGRAM = """
 import sys
 from pathlib import Path
 from training import start
-from pavdm_dist.merging import load_config
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.values.merging import load_config
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.digits.cache import LatentClips
 run = Path(sys.argv[1])
 for stage in range(4):

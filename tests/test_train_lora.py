@@ -17,8 +17,8 @@ from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.catalog import load_backbone
 from pavdm_dist.models.compiling import Compiler
 from pavdm_dist.models.source import Adapter, Source
-from pavdm_dist.train.lora import add_lora, save_lora
-from pavdm_dist.train.settings import LoraConfig
+from pavdm_dist.train.lora_training import add_lora, save_lora
+from pavdm_dist.train.train_settings import LowRankConfig
 
 MADE = {"stdit3": tiny_model, "wan": tiny_wan}
 # One map in what is compiled, of a block that is not the first of its kind.
@@ -41,7 +41,7 @@ def shown(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("name", MADE)
 def test_what_was_trained_is_read_again(name: str, tmp_path: Path) -> None:
-    model, config = MADE[name](), LoraConfig(rank=2, alpha=3.0)
+    model, config = MADE[name](), LowRankConfig(rank=2, alpha=3.0)
     model.save_pretrained(tmp_path / "base" / "transformer")
     plain = shown(model)
     add_lora(model, config)
@@ -59,7 +59,7 @@ def test_what_was_trained_is_read_again(name: str, tmp_path: Path) -> None:
 def test_changes_of_another_backbone_are_refused_by_name(tmp_path: Path) -> None:
     for name, made in MADE.items():
         made().save_pretrained(tmp_path / name / "transformer")
-        model, config = made(), LoraConfig(rank=2)
+        model, config = made(), LowRankConfig(rank=2)
         add_lora(model, config)
         (tmp_path / f"{name}-lora").mkdir()
         save_lora(model.state_dict(), config, tmp_path / f"{name}-lora", torch.float32, 1)
@@ -74,7 +74,7 @@ def test_a_change_of_one_later_map_is_not_lost_when_blocks_are_compiled(name: st
     """One compiled function serves all blocks, of which the first, that it is compiled at, has no change."""
     eager, compiled, base = (MADE[name]() for _ in range(3))
     for model in (eager, compiled):
-        add_lora(model, LoraConfig(rank=2, targets=[LATER[name]]))
+        add_lora(model, LowRankConfig(rank=2, targets=[LATER[name]]))
         loud(model)
     compiler = Compiler(backend="eager")
     compiled.compile_repeated_blocks(compiler)
@@ -93,7 +93,7 @@ def test_a_change_of_one_later_map_is_not_lost_when_blocks_are_compiled(name: st
 def test_a_changed_map_keeps_its_parameters_and_its_names() -> None:
     model = tiny_wan()
     before = dict(model.named_parameters())
-    add_lora(model, LoraConfig(rank=2, targets=["blocks.1.attn1.to_q"]))
+    add_lora(model, LowRankConfig(rank=2, targets=["blocks.1.attn1.to_q"]))
     after = dict(model.named_parameters())
     assert all(after[name] is value for name, value in before.items())
     assert [name for name in after if name not in before] == [

@@ -11,14 +11,14 @@ import torch
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.merging import load_config
 from pavdm_dist.method.levels import NoiseSchedule
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.window import row_levels
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.train.batches import draw_kind
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.train.batch import draw_kind
 from pavdm_dist.train.loss import noised, velocity_loss
 from pavdm_dist.train.objective import Objective, TrainedMethod, TrainingWindow, draw_levels, draw_window, window_levels
+from pavdm_dist.values.merging import load_config
 
 OFFICIAL = Objective()  # T = 30, W = 6, c = 5, one context chunk
 CLIP_CHUNKS = 8

@@ -9,8 +9,8 @@ import pytest
 from training import TINY, launch, processes_of, start, write_clips
 
 from pavdm_dist.digits.cache import LatentClips
-from pavdm_dist.merging import load_config
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
+from pavdm_dist.values.merging import load_config
 
 STEPS = 6
 SETTINGS = [
@@ -25,8 +25,8 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from training import start
-from pavdm_dist.merging import load_config
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.values.merging import load_config
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.digits.cache import LatentClips
 config = load_config(TrainConfig, None, sys.argv[2:])
 trainer = start(config, LatentClips(Path(sys.argv[1]) / "clips"))

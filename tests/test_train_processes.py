@@ -16,13 +16,13 @@ from training import TINY
 from pavdm_dist import cli
 from pavdm_dist.commands.train import training_data
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.merging import load_config
 from pavdm_dist.train import launch as launch_module
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.effect import check_effect
 from pavdm_dist.train.launch import check_gpus
-from pavdm_dist.train.processes import check_alone, join_world, launched_size
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.ranks import check_alone, join_world, launched_size
+from pavdm_dist.train.train_settings import TrainConfig
+from pavdm_dist.values.merging import load_config
 
 TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID")
 

@@ -22,18 +22,18 @@ from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.data.prepare import PrepareConfig, prepare_command
 from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import ConfigError, EngineError, MediaError
-from pavdm_dist.merging import load_config
-from pavdm_dist.train import saving, sheets
+from pavdm_dist.train import save_writing, sheets
 from pavdm_dist.train.checks import check_settings
+from pavdm_dist.train.interval import Interval, Shown, by_kind, per_level
 from pavdm_dist.train.loss import BANDS
-from pavdm_dist.train.metrics import Interval, Shown, by_kind, per_level
 from pavdm_dist.train.prepared import video_data
-from pavdm_dist.train.processes import World
 from pavdm_dist.train.profiling import Profiler
+from pavdm_dist.train.ranks import World
 from pavdm_dist.train.sequence import SequenceGroup
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
 from pavdm_dist.train.validation import Validation
+from pavdm_dist.values.merging import load_config
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_what_is_no_step_is_no_time_of_steps(
 ) -> None:
     """A step takes a second of this clock; looking at held-out clips, sheets, saves and traces take a hundred."""
     now, pauses = [0.0], list[str]()
-    monkeypatch.setattr("pavdm_dist.train.metrics.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("pavdm_dist.train.interval.time", types.SimpleNamespace(monotonic=lambda: now[0]))
 
     def slow(seconds: float, name: str, call: Any) -> Any:
         def called(*given: Any, **more: Any) -> Any:
@@ -81,7 +81,7 @@ def test_what_is_no_step_is_no_time_of_steps(
         return called
 
     monkeypatch.setattr(Trainer, "train_step", slow(1, "step", Trainer.train_step))
-    monkeypatch.setattr(saving, "save", slow(100, "save", saving.save))
+    monkeypatch.setattr(save_writing, "save", slow(100, "save", save_writing.save))
     monkeypatch.setattr(sheets, "draw_sheet", slow(100, "sheet", lambda *given: None))
     monkeypatch.setattr(Profiler, "_write", slow(100, "profile", lambda *given: None))
     monkeypatch.setattr(Validation, "line", slow(100, "validation", lambda *given: {"validation": {"loss": 1.0}}))
@@ -160,7 +160,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(
         failing("start")()
         return failing("step"), failing("end")
 
-    monkeypatch.setattr("pavdm_dist.train.records._tensorboard", made)
+    monkeypatch.setattr("pavdm_dist.train.run_log._tensorboard", made)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     words = [*TINY, "trackers=[tensorboard]", "optimizer.total_steps=2", f"run_dir={tmp_path}"]
     assert start(load_config(TrainConfig, None, words), clips).run(time.monotonic() + 100)

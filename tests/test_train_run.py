@@ -24,14 +24,14 @@ from pavdm_dist.digits.settings import VOCABULARY, WORLD_SETTINGS, DigitWorld
 from pavdm_dist.digits.world import render, sample_scene
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.io.shipped import EMBEDDED
-from pavdm_dist.merging import load_config
 from pavdm_dist.train.average import Average
 from pavdm_dist.train.export import Parts, check_target
 from pavdm_dist.train.model import Text, filled
 from pavdm_dist.train.objective import Objective, WindowKind
-from pavdm_dist.train.run import train_slice
-from pavdm_dist.train.settings import LoraConfig, TrainConfig
+from pavdm_dist.train.train_run import train_slice
+from pavdm_dist.train.train_settings import LowRankConfig, TrainConfig
 from pavdm_dist.train.trainer import Trainer
+from pavdm_dist.values.merging import load_config
 
 
 def settings(folder: Path, *overrides: str) -> TrainConfig:
@@ -279,7 +279,7 @@ def test_an_export_replaces_its_own_kind_alone(tmp_path: Path, codec: Path, clip
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/model_index.json").write_text('{"_class_name": "WanPipeline"}')
     whole = settings(tmp_path)
-    low = replace(whole, model=replace(whole.model, lora=LoraConfig(rank=2)))
+    low = replace(whole, model=replace(whole.model, lora=LowRankConfig(rank=2)))
     for config, name, message in (
         (low, "whole", "holds a whole model, this run makes a LoRA"),
         (whole, "lora", "holds a LoRA, this run makes a whole model"),
@@ -348,8 +348,8 @@ def test_a_model_to_start_from_that_does_not_fit_is_named(
 PROBE = """
 import sys
 from training import start
-from pavdm_dist.merging import load_config
-from pavdm_dist.train.settings import LoraConfig, TrainConfig
+from pavdm_dist.values.merging import load_config
+from pavdm_dist.train.train_settings import LowRankConfig, TrainConfig
 from pavdm_dist.digits.cache import LatentClips
 start(load_config(TrainConfig, None, sys.argv[2:]), LatentClips(sys.argv[1])).train_step()
 print("ray" in sys.modules)

@@ -19,10 +19,10 @@ from wan_models import WAN, trainable_folder
 
 from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import CheckpointError, ConfigError, EngineError
-from pavdm_dist.merging import load_config
-from pavdm_dist.train import saves, saving
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train import save_reading, save_writing
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
+from pavdm_dist.values.merging import load_config
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +141,9 @@ def test_code_in_a_checkpoint_is_not_run(
     (folder,) = (run_dir / "checkpoints").glob("step*")
     file = next(folder.glob("*model_states.pt"))
     torch.save({**torch.load(file, weights_only=False), "code": Code()}, file)
-    manifest = json.loads((folder / saves.MANIFEST).read_text())
-    manifest["files"][file.name] = saves.fingerprint(file)
-    (folder / saves.MANIFEST).write_text(json.dumps(manifest))
+    manifest = json.loads((folder / save_reading.MANIFEST).read_text())
+    manifest["files"][file.name] = save_reading.fingerprint(file)
+    (folder / save_reading.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="no checkpoint is whole; the newest is step0000005"):
         start(load_config(TrainConfig, None, [*SETTINGS, *stage(number), f"run_dir={run_dir}"]), LatentClips(clips))
     assert not (tmp_path / "mark").exists()
@@ -231,7 +231,7 @@ def test_what_was_passed_over_does_not_push_out_what_is_whole(tmp_path: Path, cl
     (tmp_path / "checkpoints" / "step0000001-universal").mkdir()
     trainer = one(tmp_path, clips, "keep_last=2")
     assert trainer.step == 2
-    saving.save(
+    save_writing.save(
         trainer.engine, trainer.average, tmp_path / "checkpoints", 2, trainer.identity, trainer.layout,
         trainer.world, 2,
     )  # fmt: skip

@@ -15,11 +15,11 @@ import pytest
 
 from pavdm_dist.errors import EngineError
 from pavdm_dist.io.lock import FOLDER_LOCK
-from pavdm_dist.merging import load_config
 from pavdm_dist.train import endings, launch, ray_launch, run_folder
 from pavdm_dist.train.ray_launch import _heeding
-from pavdm_dist.train.run import _stopped_by_signals
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_run import _stopped_by_signals
+from pavdm_dist.train.train_settings import TrainConfig
+from pavdm_dist.values.merging import load_config
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Writes down every signal, and goes on until it is let go.

@@ -17,14 +17,14 @@ from wan_models import WAN, tiny_wan
 
 from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import ConfigError, EngineError
-from pavdm_dist.merging import load_config
 from pavdm_dist.models.base import Backbone, FrameInfo
 from pavdm_dist.train.average import Average
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.recompute import Recompute, recompute_blocks
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
 from pavdm_dist.train.zero_settings import engine_settings, pinning
+from pavdm_dist.values.merging import load_config
 
 INFO = FrameInfo(32, 48, 24.0)
 

@@ -20,11 +20,11 @@ from pavdm_dist import cli
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.data.dataset import CachedClips
 from pavdm_dist.data.prepare import PrepareConfig, prepare_command
-from pavdm_dist.merging import load_config
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.train.prepared import video_data
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
+from pavdm_dist.values.merging import load_config
 
 transformers = pytest.importorskip("transformers")
 LENGTH = 16

@@ -17,13 +17,13 @@ from pavdm_dist.commands.train import training_data
 from pavdm_dist.data.dataset import CachedClips
 from pavdm_dist.data.prepare import PrepareConfig, prepare_command
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.merging import load_config
-from pavdm_dist.train.batches import Batch
+from pavdm_dist.train.batch import Batch
 from pavdm_dist.train.objective import Objective
 from pavdm_dist.train.prepared import VideoBatches, video_data
-from pavdm_dist.train.run import train_slice
-from pavdm_dist.train.settings import DataConfig, TrainConfig
+from pavdm_dist.train.train_run import train_slice
+from pavdm_dist.train.train_settings import DataConfig, TrainConfig
 from pavdm_dist.train.trainer import Trainer
+from pavdm_dist.values.merging import load_config
 
 BUCKETS = ["32x48x8@24", "32x32x3@12", "32x32x1@24"]
 
@@ -124,9 +124,9 @@ def test_pixels_give_the_batches_of_cached_latents(folder: Path, model: Path, tm
 PROGRAM = """
 import sys
 from pavdm_dist.commands.train import training_data
-from pavdm_dist.merging import load_config
-from pavdm_dist.train.settings import TrainConfig
-from pavdm_dist.train.run import train_slice
+from pavdm_dist.values.merging import load_config
+from pavdm_dist.train.train_settings import TrainConfig
+from pavdm_dist.train.train_run import train_slice
 from pavdm_dist.train.trainer import Trainer
 step = Trainer.train_step
 def counted(trainer, *given):

@@ -29,10 +29,10 @@ from pavdm_dist.method.stream import ResumePoint, Stream
 from pavdm_dist.method.window import WindowSnapshot
 from pavdm_dist.planning.forecast import UnitTime, makespan, rows_of, useful_stages, work
 from pavdm_dist.planning.planner import choose
-from pavdm_dist.planning.simulate import Machine, simulate
+from pavdm_dist.planning.simulator import Machine, simulate
 from pavdm_dist.planning.unit_size import suited_chunks_per_unit
-from pavdm_dist.request import VideoRequest
-from pavdm_dist.sampling import SamplingParams, tier
+from pavdm_dist.request.sampling import SamplingParams, tier
+from pavdm_dist.request.video_request import VideoRequest
 
 MODES: tuple[Mode, ...] = ("causal", "displaced")
 STARTS = {

@@ -14,10 +14,10 @@ from wan_models import WAN, trainable_folder
 
 from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.merging import load_config
 from pavdm_dist.train.checks import check_settings
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.zero_settings import engine_settings
+from pavdm_dist.values.merging import load_config
 
 STEPS = 20
 SETTINGS = [

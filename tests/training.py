@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from pavdm_dist.digits.batches import INFO, DigitBatches
 from pavdm_dist.digits.cache import LatentClips, cache_clips
 from pavdm_dist.digits.settings import SHIPPED, VOCABULARY, WORLD_SETTINGS, DigitWorld
-from pavdm_dist.merging import load_config
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.loss import velocity_loss
 from pavdm_dist.train.model import build
-from pavdm_dist.train.processes import free_port
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.ranks import free_port
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
+from pavdm_dist.values.merging import load_config
 
 TINY = [
     "threads=1", "data.clips=32", "data.num_latents=10", "data.batch_size=2",

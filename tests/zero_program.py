@@ -16,9 +16,9 @@ import torch
 from training import start
 
 from pavdm_dist.digits.cache import LatentClips
-from pavdm_dist.merging import load_config
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
+from pavdm_dist.values.merging import load_config
 
 
 def optimizer_bytes(trainer: Trainer) -> int:

@@ -16,7 +16,7 @@ from pavdm_dist.codecs.wan_config import read_wan_config
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.io.checksums import kept_sha256
 from pavdm_dist.io.folders import without_hidden
-from pavdm_dist.io.local import cache_folder
+from pavdm_dist.io.local_disk import cache_folder
 from pavdm_dist.io.storage import atomic_write
 from pavdm_dist.models.loading import stored_tensors
 from pavdm_dist.models.source import Source, load_config

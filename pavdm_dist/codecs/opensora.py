@@ -22,10 +22,10 @@ from pavdm_dist.codecs.opensora_temporal import TemporalConfig, TemporalVAE
 from pavdm_dist.codecs.pixels import check_frames, from_uint8, to_finite_uint8
 from pavdm_dist.codecs.tiles import Tiles
 from pavdm_dist.errors import CheckpointError, ConfigError
-from pavdm_dist.fields import Within, made
 from pavdm_dist.models.loading import load_module, read_tensors
 from pavdm_dist.models.saving import save_module
 from pavdm_dist.models.source import Source, load_config
+from pavdm_dist.values.fields import Within, made
 
 # Latents of pictures are multiplied with this, whatever the picture's autoencoder says itself.
 _SCALE = 0.18215

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pavdm_dist.errors import CheckpointError
-from pavdm_dist.fields import Within
+from pavdm_dist.values.fields import Within
 
 _Width = Annotated[int, Within(1, 8192)]
 

@@ -27,13 +27,13 @@ from torch import Tensor
 
 from pavdm_dist.cluster.starting import imports_from
 from pavdm_dist.errors import CheckpointError, ConfigError
-from pavdm_dist.fields import TextDevice, TextDtype
 from pavdm_dist.io.checksums import ends_digest
 from pavdm_dist.io.folders import without_hidden
-from pavdm_dist.io.local import cache_folder
+from pavdm_dist.io.local_disk import cache_folder
 from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import atomic_write
 from pavdm_dist.models.source import Source, load_config
+from pavdm_dist.values.fields import TextDevice, TextDtype
 
 PRETRAINED = ("UMT5EncoderModel", "T5EncoderModel", "UMT5ForConditionalGeneration", "T5ForConditionalGeneration")
 _SHOWN = 120

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pavdm_dist.errors import CheckpointError, ConfigError
-from pavdm_dist.fields import Within, made, show
 from pavdm_dist.models.loading import load_module
 from pavdm_dist.models.source import Source, load_config
+from pavdm_dist.values.fields import Within, made, show
 
 logger = logging.getLogger(__name__)
 

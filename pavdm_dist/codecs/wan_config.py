@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pavdm_dist.codecs.base import CodecSpec
 from pavdm_dist.errors import CheckpointError
-from pavdm_dist.fields import Within, made
 from pavdm_dist.models.source import Source, load_config
+from pavdm_dist.values.fields import Within, made
 
 # Frames per latent that AutoencoderKLWan's encoder is written for.
 TEMPORAL_STRIDE = 4
@@ -22,7 +22,7 @@ _Deviation = Annotated[float, Within(1e-6, 1e6)]
 
 
 @dataclass(frozen=True)
-class WanConfig:
+class WanVAEConfig:
     """Shape of the autoencoder; names and defaults are diffusers', the statistics must be given.
 
     Raises:
@@ -75,14 +75,14 @@ class WanConfig:
         return CodecSpec(self.z_dim, 2 ** (len(self.dim_mult) - 1) * (self.patch_size or 1), TEMPORAL_STRIDE)
 
 
-def wan_config(values: Mapping[str, Any], where: object) -> WanConfig:
+def wan_config(values: Mapping[str, Any], where: object) -> WanVAEConfig:
     """From what a file holds, or a model's ``config``; names that say nothing of the shape are ignored.
 
     Raises:
         CheckpointError: naming the file, the field, its value and what is legal.
     """
     try:
-        return made(WanConfig, values, where, ignore_unknown=True, error=CheckpointError)
+        return made(WanVAEConfig, values, where, ignore_unknown=True, error=CheckpointError)
     except CheckpointError as error:
         raise error if str(where) in str(error) else CheckpointError(f"{where}: {error}") from error
 
@@ -96,6 +96,6 @@ def read_spec(source: str | Path | Source) -> CodecSpec:
     return read_wan_config(source).spec
 
 
-def read_wan_config(source: str | Path | Source) -> WanConfig:
+def read_wan_config(source: str | Path | Source) -> WanVAEConfig:
     """``config.json`` of a component; raises as :func:`read_spec`."""
     return wan_config(load_config(source), f"{source}/config.json")

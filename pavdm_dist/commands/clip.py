@@ -15,10 +15,10 @@ from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.picture import kept_share
-from pavdm_dist.io.shots import Shot, last_pictures, last_shot
-from pavdm_dist.rates import as_rate
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.streams import clip_frames_needed, clip_frames_used
+from pavdm_dist.io.shots import LastShot, last_pictures, last_shot
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.streams import clip_frames_needed, clip_frames_used
+from pavdm_dist.values.rates import as_rate
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def open_film(config: SampleConfig, params: SamplingParams, checkpoint: Checkpoi
     return Film(torch.from_numpy(clip), lambda: islice(last_pictures(path, shot, rate, legal, size), legal - count))
 
 
-def _tell(path: str, shot: Shot, size: tuple[int, int]) -> None:
+def _tell(path: str, shot: LastShot, size: tuple[int, int]) -> None:
     """Warns of what is not taken as it is."""
     lost = 1 - float(kept_share((shot.height, shot.width), size))
     if lost > _SMALL_LOSS:

@@ -13,9 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pavdm_dist.commands.components import Component, check_fit, published_file
+from pavdm_dist.commands.convert_parts import Component, check_fit, published_file
 from pavdm_dist.errors import CheckpointError, ConfigError
-from pavdm_dist.fields import read_object
 from pavdm_dist.io.folders import check_no_link, whole_folder
 from pavdm_dist.io.storage import disk_errors
 from pavdm_dist.models.base import Backbone
@@ -26,6 +25,7 @@ from pavdm_dist.models.loading import as_stored, check_stored, has_weights
 from pavdm_dist.models.published import read_published
 from pavdm_dist.models.saving import save_tensors
 from pavdm_dist.models.source import Source, load_config
+from pavdm_dist.values.fields import read_object
 
 
 @dataclass

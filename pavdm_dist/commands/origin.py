@@ -15,11 +15,11 @@ from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.io.metadata import versions
 from pavdm_dist.io.state import PREVIEW_FILE
-from pavdm_dist.merging import to_dict
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.redaction import hide_secrets
-from pavdm_dist.request import VideoRequest
-from pavdm_dist.sampling import SamplingParams, tier
+from pavdm_dist.request.sampling import SamplingParams, tier
+from pavdm_dist.request.video_request import VideoRequest
+from pavdm_dist.values.merging import to_dict
 
 
 @dataclass(frozen=True)

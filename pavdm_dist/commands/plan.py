@@ -25,8 +25,8 @@ from pavdm_dist.planning import planner
 from pavdm_dist.planning.forecast import pipeline_utilisation, useful_stages
 from pavdm_dist.planning.memory import kept_for_recovery
 from pavdm_dist.planning.partition import layer_split
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.texts import check_schedule, timed_prompts
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.texts import check_schedule, timed_prompts
 
 # A forecast goes through all rows, some 20,000 a second; these are 9 hours of Open-Sora.
 MAX_ROWS = 200_000

@@ -18,7 +18,7 @@ from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.models.source import Adapter, Source
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.planning.unit_size import suited_chunks_per_unit
-from pavdm_dist.sampling import SamplingParams
+from pavdm_dist.request.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
 

@@ -9,14 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 from pavdm_dist.commands.sample import render_command
-from pavdm_dist.commands.videos import Shot
+from pavdm_dist.commands.videos import WantedVideo
 from pavdm_dist.config import SampleConfig, validate_sample
 from pavdm_dist.errors import ConfigError, FailedVideosError, PAVDMError
 from pavdm_dist.io.leftovers import SETTINGS
 from pavdm_dist.io.metadata import is_complete
 from pavdm_dist.io.parts import LOCK_NAME, PARTS_SUFFIX
 from pavdm_dist.io.storage import exists, join, list_names, open_read
-from pavdm_dist.merging import load_config, merged, settings_of
+from pavdm_dist.values.merging import load_config, merged, settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -116,24 +116,24 @@ def resume_command(
         PAVDMError: nothing could be: see :func:`~pavdm_dist.commands.sample.render_command`.
         Stopped: a signal.
     """
-    alike: dict[str, tuple[SampleConfig, list[Shot]]] = {}
+    alike: dict[str, tuple[SampleConfig, list[WantedVideo]]] = {}
     for config in configs:
-        shot = Shot(config.prompt or "", config.seed, config.output)
+        one = WantedVideo(config.prompt or "", config.seed, config.output)
         common = repr(replace(config, prompt=None, seed=0, output=""))
-        alike.setdefault(common, (config, []))[1].append(shot)
+        alike.setdefault(common, (config, []))[1].append(one)
     results: list[dict[str, Any]] = []
     reasons, count, kinds = [str(error) for error in failed], len(failed), len(alike) + len(failed)
     traces: Counter[str | None] = Counter()
-    for config, shots in alike.values():
+    for config, wanted in alike.values():
         traces[config.trace] += 1
         try:
-            results.append(render_command(_with_own_trace(config, traces[config.trace]), False, progress, shots))
+            results.append(render_command(_with_own_trace(config, traces[config.trace]), False, progress, wanted))
         except PAVDMError as error:
             if kinds == 1:
                 raise
             reasons.append(str(error))
             # An error of the whole group may come when the sidecars are there already.
-            unfinished = max(1, sum(not is_complete(shot.output) for shot in shots))
+            unfinished = max(1, sum(not is_complete(one.output) for one in wanted))
             count += error.count if isinstance(error, FailedVideosError) else unfinished
     if reasons:
         raise FailedVideosError(f"not all could be finished, the others are complete: {'; '.join(reasons)}", count)

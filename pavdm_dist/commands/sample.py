@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.commands.prompts import Line, read_prompts
+from pavdm_dist.commands.prompt_files import PromptLine, read_prompts
 from pavdm_dist.commands.resolve import check_recovery, open_pipeline, sampling_params, say_cost, say_what_to_expect
 from pavdm_dist.commands.signals import Signals, Stopped
-from pavdm_dist.commands.videos import Shot, Video, Videos
+from pavdm_dist.commands.videos import Video, Videos, WantedVideo
 from pavdm_dist.config import SampleConfig, frames_wanted
 from pavdm_dist.errors import ConfigError, FailedVideosError, PAVDMError
 from pavdm_dist.io.encode import check_size, require_libx264
@@ -26,11 +26,11 @@ from pavdm_dist.io.metadata import sidecar_path
 from pavdm_dist.io.parts import check_output, parts_folder
 from pavdm_dist.io.storage import exists, is_remote, join, local_copy, same_path
 from pavdm_dist.method.stream import ResumePoint
-from pavdm_dist.rates import as_rate
-from pavdm_dist.request import VideoRequest, plan_of
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.texts import check_prompts, prepare_texts, timed_prompts
-from pavdm_dist.timed import first_prompt
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.texts import check_prompts, prepare_texts, timed_prompts
+from pavdm_dist.request.video_request import VideoRequest, plan_of
+from pavdm_dist.values.rates import as_rate
+from pavdm_dist.values.timed import first_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ SLUG_BYTES = 40
 
 
 def render_command(
-    config: SampleConfig, overwrite: bool, progress: Callable[..., Any], shots: Sequence[Shot] | None = None
+    config: SampleConfig, overwrite: bool, progress: Callable[..., Any], wanted: Sequence[WantedVideo] | None = None
 ) -> dict[str, Any]:
     """Renders what the settings say, writing each video as it grows.
 
@@ -49,7 +49,7 @@ def render_command(
         config: validated settings.
         overwrite: begin anew and replace existing outputs.
         progress: makes a :class:`~pavdm_dist.commands.progress.ChunkProgress`-like object.
-        shots: the videos; None = those that the settings name.
+        wanted: the videos; None = those that the settings name.
 
     Returns:
         ``videos`` (path, frames, latents_sha256 of each), ``seconds`` and ``frames_per_second``.
@@ -60,7 +60,7 @@ def render_command(
             the same command goes on.
         Stopped: a signal; the same holds.
     """
-    videos = check_videos(config, overwrite, shots)
+    videos = check_videos(config, overwrite, wanted)
     made, pipeline = videos.all, videos.pipeline
     bar = progress(made[0].request.num_frames, videos.params.fps, sum(video.result is None for video in made))
     started = time.monotonic()
@@ -83,13 +83,13 @@ def render_command(
     return {"videos": results, "seconds": round(seconds, 3), "frames_per_second": round(frames / seconds, 3)}
 
 
-def check_videos(config: SampleConfig, overwrite: bool, shots: Sequence[Shot] | None = None) -> Videos:
+def check_videos(config: SampleConfig, overwrite: bool, wanted: Sequence[WantedVideo] | None = None) -> Videos:
     """All that can be refused before anything is computed, written or taken from a cluster.
 
     Args:
         config: validated settings.
         overwrite: existing outputs may be replaced; what is none of this program never is.
-        shots: the videos; None = those that the settings name.
+        wanted: the videos; None = those that the settings name.
 
     Returns:
         What is to be made, and what is there already.
@@ -106,10 +106,10 @@ def check_videos(config: SampleConfig, overwrite: bool, shots: Sequence[Shot] | 
     require_libx264()
     if pipeline.engine is not None:
         pipeline.split(params)
-    shots = _shots(config) if shots is None else shots
-    outputs = [shot.output for shot in shots]
+    wanted = _wanted(config) if wanted is None else wanted
+    outputs = [one.output for one in wanted]
     check_clip(config, outputs)
-    requests = requests_of(config, shots, params, pipeline.checkpoint)
+    requests = requests_of(config, wanted, params, pipeline.checkpoint)
     weights = pipeline.checkpoint.identity
     made = [Video(number, *pair) for number, pair in enumerate(zip(requests, outputs, strict=True))]
     videos = Videos(made, config, params, pipeline, weights, overwrite)
@@ -194,23 +194,23 @@ def _render(videos: Videos, bar: Any, signals: Signals) -> int:
     return frames
 
 
-def _shots(config: SampleConfig) -> list[Shot]:
+def _wanted(config: SampleConfig) -> list[WantedVideo]:
     """One per prompt, line i of a prompt file with ``seed + i``; in the file named by ``output``, or in that folder as
     ``NNNN-words-sSEED.mp4``."""
     first = config.prompt or first_prompt(config.timed_prompts) or ""
-    lines = [Line(0, first)] if config.prompts is None else read_prompts(config.prompts)
+    lines = [PromptLine(0, first)] if config.prompts is None else read_prompts(config.prompts)
     if config.output.lower().endswith(".mp4"):
-        return [Shot(lines[0].prompt, config.seed, config.output)]
-    shots = []
+        return [WantedVideo(lines[0].prompt, config.seed, config.output)]
+    wanted = []
     for number, (line, prompt) in enumerate(lines):
         seed = config.seed + number
         output = join(config.output, f"{number:04d}-{_slug(prompt)}-s{seed}.mp4")
-        shots.append(Shot(prompt, seed, output, f"prompts={config.prompts}: line {line}: " if line else ""))
-    return shots
+        wanted.append(WantedVideo(prompt, seed, output, f"prompts={config.prompts}: line {line}: " if line else ""))
+    return wanted
 
 
 def requests_of(
-    config: SampleConfig, shots: Sequence[Shot], params: SamplingParams, checkpoint: Checkpoint
+    config: SampleConfig, wanted: Sequence[WantedVideo], params: SamplingParams, checkpoint: Checkpoint
 ) -> list[VideoRequest]:
     """What videos of one command ask for, with the clip or the picture that they begin with.
 
@@ -230,15 +230,15 @@ def requests_of(
     schedule = schedule or timed_prompts(config.timed_prompts, params, checkpoint)
     length = frames_wanted(config, params.fps)
     requests = [
-        VideoRequest(shot.prompt, shot.seed, length, config.negative_prompt, schedule, clip, picture, before=before)
-        for shot in shots
+        VideoRequest(one.prompt, one.seed, length, config.negative_prompt, schedule, clip, picture, before=before)
+        for one in wanted
     ]
     # A prompt that is refused in the middle of a batch would end the videos beside it.
-    for shot, request in zip(shots, requests, strict=True):
+    for one, request in zip(wanted, requests, strict=True):
         try:
             check_prompts(request, params, checkpoint)
         except ConfigError as error:
-            raise ConfigError(f"{shot.where}{error}") from error
+            raise ConfigError(f"{one.where}{error}") from error
     return requests
 
 

@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pavdm_dist.config import DisplacedConfig
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.fields import Steps, WindowChunks, Within
 from pavdm_dist.method.baselines import CONTINUES, block_chunks, settings_of
 from pavdm_dist.method.microbatches import Displaced, check_chunks_per_unit, check_displaced
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.planning.chart import check_chart, draw_chart
-from pavdm_dist.planning.simulate import Machine, Result, bars, of_trace, simulate
+from pavdm_dist.planning.simulator import Machine, Result, bars, of_trace, simulate
+from pavdm_dist.values.fields import Steps, WindowChunks, Within
 
 # W where nothing is said.
 _WINDOW = 6

@@ -14,7 +14,7 @@ from pavdm_dist.redaction import hide_secrets
 
 def print_config(config: Any) -> None:
     """Merged settings, as the YAML that would be read as them."""
-    from pavdm_dist.merging import to_yaml
+    from pavdm_dist.values.merging import to_yaml
 
     say(to_yaml(config).removesuffix("\n"))
 

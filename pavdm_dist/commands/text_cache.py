@@ -8,12 +8,12 @@ from typing import Any
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder, TextOptions
-from pavdm_dist.commands.prompts import read_prompts
+from pavdm_dist.commands.prompt_files import read_prompts
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.fields import TextDevice, TextDtype
-from pavdm_dist.request import VideoRequest
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.texts import check_prompts, prepare_texts
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.texts import check_prompts, prepare_texts
+from pavdm_dist.request.video_request import VideoRequest
+from pavdm_dist.values.fields import TextDevice, TextDtype
 
 
 @dataclass

@@ -7,12 +7,12 @@ from typing import Any
 
 from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.digits.provider import digit_data, world_of
-from pavdm_dist.train.batches import Batches
+from pavdm_dist.train.batch import Batches
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.launch import launch
 from pavdm_dist.train.prepared import data_model, video_data
-from pavdm_dist.train.processes import World, launched_size
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.ranks import World, launched_size
+from pavdm_dist.train.train_settings import TrainConfig
 
 
 def train_command(config: TrainConfig, words: Sequence[str]) -> None:
@@ -35,7 +35,7 @@ def dry_run_command(config: TrainConfig) -> dict[str, Any]:
     Raises:
         ConfigError: impossible settings.
     """
-    from pavdm_dist.train.forecast import forecast
+    from pavdm_dist.train.dry_run import forecast
 
     _check_data(config)
     return forecast(config, max(config.launch.processes, config.launch.ray_workers, launched_size()))
@@ -44,7 +44,7 @@ def dry_run_command(config: TrainConfig) -> dict[str, Any]:
 def training_data(config: TrainConfig, world: World, end: float) -> tuple[Batches, Parts] | None:
     """The prepared videos of ``data.folder``, or the digit world where there is none.
 
-    A :data:`~pavdm_dist.train.run.Provider`.
+    A :data:`~pavdm_dist.train.train_run.Provider`.
     """
     return digit_data(config, world, end) if not config.data.folder else video_data(config, world)
 

@@ -21,12 +21,12 @@ from pavdm_dist.io.recording import Recorded, Recording
 from pavdm_dist.io.shipped import shipped_models
 from pavdm_dist.io.state import changes
 from pavdm_dist.io.storage import exists, is_remote
-from pavdm_dist.merging import to_yaml
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk
-from pavdm_dist.request import VideoRequest
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.streams import input_frames
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.streams import input_frames
+from pavdm_dist.request.video_request import VideoRequest
+from pavdm_dist.values.merging import to_yaml
 
 # Of an identity, what a begun video needs to go on to the same bits. A complete one is what it is: an upgrade, or
 # another machine for the rest, is no reason to refuse a whole batch.
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Shot:
+class WantedVideo:
     """One video of a command: what is different between them."""
 
     prompt: str

@@ -24,7 +24,7 @@ def is_override(word: str) -> bool:
 def run_config(cls: type[R], words: Sequence[str], needs_prompt: bool) -> R:
     """The checked configuration that a verb's words (prompt, config file, overrides) make."""
     from pavdm_dist.config import validate_sample
-    from pavdm_dist.merging import load_config
+    from pavdm_dist.values.merging import load_config
 
     config = load_config(cls, *sort_settings(words))
     validate_sample(config, needs_prompt=needs_prompt)

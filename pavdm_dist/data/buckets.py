@@ -11,7 +11,7 @@ from fractions import Fraction
 from pavdm_dist.codecs.base import CodecSpec
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.picture import kept_share
-from pavdm_dist.rates import as_rate, rate_text
+from pavdm_dist.values.rates import as_rate, rate_text
 
 _FORM = re.compile(r"(\d+)x(\d+)x(\d+)(?:@([\w./:-]+))?")
 # Buckets that keep nearly as much of the picture as the best one compete by length; the others are not considered.
@@ -41,7 +41,7 @@ class Bucket:
         """Reads ``HEIGHTxWIDTHxLATENTS@FPS``; ``fps``: when the text names none.
 
         Raises:
-            ConfigError: another form, no rate, or one that :func:`~pavdm_dist.rates.as_rate` does not know.
+            ConfigError: another form, no rate, or one that :func:`~pavdm_dist.values.rates.as_rate` does not know.
         """
         match = _FORM.fullmatch(text.strip())
         if match is None or (match[4] is None and fps is None):
@@ -77,7 +77,7 @@ class Bucket:
 
     @property
     def rate(self) -> Fraction:
-        """``fps`` as the exact fraction that clips are cut with; see :func:`~pavdm_dist.rates.as_rate`."""
+        """``fps`` as the exact fraction that clips are cut with; see :func:`~pavdm_dist.values.rates.as_rate`."""
         return as_rate(self.fps)
 
     def num_frames(self, spec: CodecSpec) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 
 from pavdm_dist.codecs.base import CodecSpec
 from pavdm_dist.data.buckets import Bucket, order_buckets
-from pavdm_dist.data.scenes import CutFinder
+from pavdm_dist.data.cuts import CutFinder
 from pavdm_dist.errors import MediaError
 from pavdm_dist.io.picture import remarks
 from pavdm_dist.io.reader import VideoReader, open_video

@@ -26,8 +26,8 @@ from pavdm_dist.data.clips import read_frames
 from pavdm_dist.data.index import locate
 from pavdm_dist.data.shards import ClipList, clips_file, open_shard, pad_texts, read_index, shard_file
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.fields import TextDtype
 from pavdm_dist.io.storage import sha256_file
+from pavdm_dist.values.fields import TextDtype
 
 
 @dataclass(frozen=True, eq=False)

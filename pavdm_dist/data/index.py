@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.fields import json_value
 from pavdm_dist.io.folders import files_in, passed_over
 from pavdm_dist.io.storage import is_remote
+from pavdm_dist.values.fields import json_value
 
 logger = logging.getLogger(__name__)
 

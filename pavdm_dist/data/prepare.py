@@ -34,8 +34,8 @@ from pavdm_dist.data.shards import INDEX, SETTINGS, SIZES, VERSION, clips_file, 
 from pavdm_dist.data.work import Job, encode_captions, encode_shard, look_alone, read_scan, scan_file, scan_part
 from pavdm_dist.data.workers import Run, WorkerDied, workers
 from pavdm_dist.errors import ConfigError, EngineError, MediaError
-from pavdm_dist.fields import FrameRate, TextDevice, TextDtype
 from pavdm_dist.io.storage import is_remote, remove
+from pavdm_dist.values.fields import FrameRate, TextDevice, TextDtype
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +268,7 @@ def _check(config: PrepareConfig) -> None:
     if config.text_device == "cuda" and config.ray_address is not None and config.device == "cpu":
         raise ConfigError("text_device=cuda: on Ray tasks get a GPU with device=cuda alone; set that, too, or use cpu")
     if config.scene_cuts:
-        from pavdm_dist.data.scenes import CutFinder
+        from pavdm_dist.data.cuts import CutFinder
 
         CutFinder()
 

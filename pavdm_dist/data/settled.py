@@ -15,8 +15,8 @@ from pavdm_dist.data.index import Sources, locate
 from pavdm_dist.data.shards import INDEX, SETTINGS, SIZES, VERSION, clips_file, read_index, write_json
 from pavdm_dist.data.work import Job, read_scan
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.fields import json_value
 from pavdm_dist.io.storage import remove
+from pavdm_dist.values.fields import json_value
 
 # Reasons for skipping a video that another file or another caption takes away.
 _MENDED = ("unreadable", "caption")

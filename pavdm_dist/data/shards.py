@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pavdm_dist.data.clips import ClipRef
 from pavdm_dist.errors import ConfigError, MediaError
-from pavdm_dist.fields import json_value
 from pavdm_dist.io.storage import atomic_path, atomic_write
+from pavdm_dist.values.fields import json_value
 
 SETTINGS = "settings.json"
 SIZES = "sizes.json"

@@ -14,11 +14,11 @@ from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.digits.settings import FPS, SHIPPED, DigitWorld
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.devices import to_device
-from pavdm_dist.train.batches import Batch, Batches, draw_kind, draw_prompts
+from pavdm_dist.train.batch import Batch, Batches, draw_kind, draw_prompts
 from pavdm_dist.train.loss import noised
 from pavdm_dist.train.model import Text
 from pavdm_dist.train.objective import Objective, draw_levels, draw_window
-from pavdm_dist.train.settings import DataConfig
+from pavdm_dist.train.train_settings import DataConfig
 
 
 def info_of(world: DigitWorld) -> FrameInfo:

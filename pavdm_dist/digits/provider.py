@@ -20,10 +20,10 @@ from pavdm_dist.digits.codec_training import CodecTraining
 from pavdm_dist.digits.settings import SHIPPED, DigitWorld
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.shipped import shipped_models
-from pavdm_dist.train.batches import Batches
+from pavdm_dist.train.batch import Batches
 from pavdm_dist.train.export import Parts
-from pavdm_dist.train.processes import World
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.ranks import World
+from pavdm_dist.train.train_settings import TrainConfig
 
 WORLD_PROMPTS = (
     "a red three drifting up and to the left, a blue seven bouncing fast",

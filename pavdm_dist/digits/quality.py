@@ -34,10 +34,10 @@ from pavdm_dist.method.sampler import guide, sample
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3
 from pavdm_dist.models.text_cache import TextBank
-from pavdm_dist.request import VideoRequest
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.streams import build_stream
-from pavdm_dist.train.settings import QualityConfig
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.streams import build_stream
+from pavdm_dist.request.video_request import VideoRequest
+from pavdm_dist.train.train_settings import QualityConfig
 
 # Pictures that are drawn at once.
 _AT_ONCE = 64

@@ -11,7 +11,7 @@ from typing import Any
 
 from pavdm_dist.digits.handwriting import CLEAREST_FRACTION, HELDOUT_FRACTION, SPLIT_SEED
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.train.settings import WorldConfig
+from pavdm_dist.train.train_settings import WorldConfig
 
 SIZE = 64
 FPS = 24

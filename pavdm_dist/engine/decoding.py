@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pavdm_dist.engine.blame import ANSWER_S, DECODER, Actor, control_results, last_line, video_error
 from pavdm_dist.engine.events import Decoded, DecoderLost, Place
-from pavdm_dist.engine.report import DecodeSpan
+from pavdm_dist.engine.spans import DecodeSpan
 from pavdm_dist.method.window import CleanChunk
 
 

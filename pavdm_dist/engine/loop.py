@@ -20,7 +20,7 @@ from pavdm_dist.engine.feed import Epoch, EpochFeed
 from pavdm_dist.engine.messages import ACTIVATION, LATENTS, Header, Layout
 from pavdm_dist.engine.order import Unit
 from pavdm_dist.engine.readback import Readback, Teller
-from pavdm_dist.engine.report import RunReport, Span
+from pavdm_dist.engine.spans import RunReport, Span
 from pavdm_dist.engine.stage import RowDone, Stage
 from pavdm_dist.engine.transport import Link
 from pavdm_dist.errors import EngineError

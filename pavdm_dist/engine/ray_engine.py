@@ -23,9 +23,9 @@ from pavdm_dist.engine.events import AtWork, Failed, Finished, GangLost, Grown, 
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.order import Unit
 from pavdm_dist.engine.ray_gang import RayGang
-from pavdm_dist.engine.report import DecodeSpan, RunReport
 from pavdm_dist.engine.restart import Restarts, rebuilt
 from pavdm_dist.engine.runs import Run, Switch
+from pavdm_dist.engine.spans import DecodeSpan, RunReport
 from pavdm_dist.engine.watchdog import Patience, Watchdog
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError, ResourcesError
 from pavdm_dist.method.stream import NewPrompt, ResumePoint, Stream

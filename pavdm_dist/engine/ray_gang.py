@@ -23,7 +23,7 @@ from pavdm_dist.engine.events import EpochDone, Event, GangLost, Left, Place, Pr
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.order import LogEntry, Unit
 from pavdm_dist.engine.placement import Placement, place
-from pavdm_dist.engine.report import DecodeSpan, RunReport
+from pavdm_dist.engine.spans import DecodeSpan, RunReport
 from pavdm_dist.engine.watchdog import Pauses
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import CleanChunk

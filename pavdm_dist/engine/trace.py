@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pavdm_dist.engine.order import Unit
-from pavdm_dist.engine.report import DecodeSpan, RunReport, Span
+from pavdm_dist.engine.spans import DecodeSpan, RunReport, Span
 from pavdm_dist.errors import ConfigError, TraceError
-from pavdm_dist.fields import json_value
 from pavdm_dist.io.storage import atomic_write
+from pavdm_dist.values.fields import json_value
 
 # Raised whenever what a file holds changes its meaning.
 VERSION = 1

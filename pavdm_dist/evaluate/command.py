@@ -10,11 +10,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pavdm_dist.errors import ConfigError, FailedVideosError, PAVDMError
+from pavdm_dist.evaluate.measured import Measured, features_of, measure
 from pavdm_dist.evaluate.page import page
 from pavdm_dist.evaluate.plots import plots
 from pavdm_dist.evaluate.report import summary, whole_rows
 from pavdm_dist.evaluate.settings import EvalConfig
-from pavdm_dist.evaluate.video import Measured, features_of, measure
 from pavdm_dist.io.folders import check_no_link, files_in, passed_over, whole_folder
 from pavdm_dist.io.storage import disk_errors, is_remote
 
@@ -32,8 +32,8 @@ def eval_report(config: EvalConfig, overwrite: bool) -> tuple[dict[str, Any], Fa
         overwrite: an earlier report at ``output`` may be replaced.
 
     Returns:
-        ``videos`` (as :meth:`~pavdm_dist.evaluate.video.Measured.as_json`), ``failed``, ``whole`` and ``summary``; and
-        what the command is to end with where some could not be measured.
+        ``videos`` (as :meth:`~pavdm_dist.evaluate.measured.Measured.as_json`), ``failed``, ``whole`` and ``summary``;
+        and what the command is to end with where some could not be measured.
 
     Raises:
         ConfigError: no video is named, a setting asks for what is not installed, or the report cannot be written.

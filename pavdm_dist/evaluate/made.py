@@ -15,7 +15,7 @@ from pavdm_dist.errors import MediaError, PAVDMError
 from pavdm_dist.io.metadata import read_sidecar
 from pavdm_dist.method.microbatches import Displaced
 from pavdm_dist.planning.forecast import rows_of
-from pavdm_dist.sampling import SamplingParams
+from pavdm_dist.request.sampling import SamplingParams
 
 # Of a video without a sidecar so many seconds are measured as one.
 _STRETCH = 1.0

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pavdm_dist.errors import MediaError
+from pavdm_dist.evaluate.measured import Measured
 from pavdm_dist.evaluate.report import by_group, whole_rows
-from pavdm_dist.evaluate.video import Measured
 from pavdm_dist.io.reader import open_video
 
 # Seconds whose frames stand side by side, as far as a video has them.

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.evaluate.measured import Measured
 from pavdm_dist.evaluate.report import ABOUT, by_group
-from pavdm_dist.evaluate.video import Measured
 
 # More curves than this are told apart by their dashes, too.
 _COLOURS = 10

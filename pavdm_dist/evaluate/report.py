@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pavdm_dist.evaluate.drift import Drift, mean_interval
-from pavdm_dist.evaluate.video import Measured
+from pavdm_dist.evaluate.measured import Measured
 
 # Measures of which more is not better, with what is said of them.
 ABOUT = {

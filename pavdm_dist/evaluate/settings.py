@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pavdm_dist.fields import Within
+from pavdm_dist.values.fields import Within
 
 Wanted = Literal["auto", "on", "off"]
 

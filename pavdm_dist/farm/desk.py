@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from pavdm_dist.engine.events import AtWork
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError, StalledError, TakenError
 from pavdm_dist.farm.shot import Shot
-from pavdm_dist.outputs import VideoChunk
 from pavdm_dist.redaction import hide_secrets
+from pavdm_dist.request.outputs import VideoChunk
 
 if TYPE_CHECKING:
     from pavdm_dist.farm.renderer import Renderer

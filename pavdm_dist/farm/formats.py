@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, TextIO
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.shot import FIELDS
-from pavdm_dist.fields import json_value, show
 from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import join, open_read
+from pavdm_dist.values.fields import json_value, show
 
 # A line longer than this is none of a manifest.
 MOST_CHARACTERS = 2**20

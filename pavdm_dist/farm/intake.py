@@ -15,13 +15,13 @@ from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.manifest import checked, read_shots
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import FAILED, SIDECAR, VIDEO, Tree
-from pavdm_dist.fields import show
 from pavdm_dist.io import processes
 from pavdm_dist.io.leftovers import remove_parts
 from pavdm_dist.io.lock import Watch
 from pavdm_dist.io.parts import PARTS_SUFFIX
 from pavdm_dist.io.remote import filesystem, is_remote
 from pavdm_dist.io.storage import list_names
+from pavdm_dist.values.fields import show
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from typing import Any
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.resolve import engine_options, open_checkpoint, open_pipeline, sampling_params
 from pavdm_dist.commands.sample import check_clip, requests_of
-from pavdm_dist.commands.videos import Shot as Output
 from pavdm_dist.commands.videos import Video, Videos
+from pavdm_dist.commands.videos import WantedVideo as Output
 from pavdm_dist.config import SampleConfig, frames_wanted, validate_sample
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError
@@ -25,13 +25,13 @@ from pavdm_dist.farm.shot import Shot, seed_of, size_of
 from pavdm_dist.io.encode import check_size, require_libx264
 from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import exists
-from pavdm_dist.merging import merged
 from pavdm_dist.pipeline import PAVDMPipeline
-from pavdm_dist.rates import as_rate
-from pavdm_dist.request import VideoRequest
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.texts import check_prompts, needed_texts, timed_prompts
-from pavdm_dist.timed import first_prompt
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.texts import check_prompts, needed_texts, timed_prompts
+from pavdm_dist.request.video_request import VideoRequest
+from pavdm_dist.values.merging import merged
+from pavdm_dist.values.rates import as_rate
+from pavdm_dist.values.timed import first_prompt
 
 # Settings that a shot may have of its own: what is sampled, never with which weights, where, or on what.
 OVERRIDES = (

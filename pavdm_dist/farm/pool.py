@@ -28,7 +28,7 @@ from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import CANCEL, Tree
 from pavdm_dist.farm.waiting import Entry, Waiting
 from pavdm_dist.io.lock import Watch
-from pavdm_dist.outputs import VideoChunk
+from pavdm_dist.request.outputs import VideoChunk
 
 logger = logging.getLogger(__name__)
 

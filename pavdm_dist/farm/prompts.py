@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pavdm_dist.config import PromptChange, check_changes
-from pavdm_dist.fields import is_writable
-from pavdm_dist.merging import merged
+from pavdm_dist.values.fields import is_writable
+from pavdm_dist.values.merging import merged
 
 # Overrides that say nothing but prompts.
 PROMPTS = ("prompt_schedule", "timed_prompts")

@@ -22,8 +22,8 @@ from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.traces import keep_shots, trace_path
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.method.stream import ResumePoint
-from pavdm_dist.outputs import VideoChunk
-from pavdm_dist.request import VideoRequest
+from pavdm_dist.request.outputs import VideoChunk
+from pavdm_dist.request.video_request import VideoRequest
 
 logger = logging.getLogger(__name__)
 

@@ -27,8 +27,8 @@ from pavdm_dist.farm.tree import Tree
 from pavdm_dist.io.metadata import versions
 from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import atomic_write
-from pavdm_dist.merging import to_dict
 from pavdm_dist.redaction import hide_secrets
+from pavdm_dist.values.merging import to_dict
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pavdm_dist.config import PlanConfig, SampleConfig, validate_sample
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.fields import Within
+from pavdm_dist.values.fields import Within
 
 _Wait = Annotated[float, Within(0, 1_000_000)]
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.fields import Within, is_writable, made, show
+from pavdm_dist.values.fields import Within, is_writable, made, show
 
 # What an id may be: it names a folder, in every store and on every system.
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

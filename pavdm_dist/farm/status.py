@@ -16,9 +16,9 @@ from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.settings import FarmConfig
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import State, Tree
-from pavdm_dist.fields import json_value
 from pavdm_dist.io.storage import open_read
-from pavdm_dist.merging import merged
+from pavdm_dist.values.fields import json_value
+from pavdm_dist.values.merging import merged
 
 logger = logging.getLogger(__name__)
 

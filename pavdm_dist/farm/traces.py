@@ -17,8 +17,8 @@ from typing import TypeAlias
 from pavdm_dist.engine.trace import read_trace
 from pavdm_dist.errors import TraceError
 from pavdm_dist.farm.tree import Tree
-from pavdm_dist.fields import json_value
 from pavdm_dist.io.storage import atomic_write, join, list_names, local_copy, open_read
+from pavdm_dist.values.fields import json_value
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,6 @@ from typing import Any, Literal
 
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.farm.shot import Shot, make_shot
-from pavdm_dist.fields import json_value, made
 from pavdm_dist.io import processes
 from pavdm_dist.io.lockfile import Seen, read_lock
 from pavdm_dist.io.metadata import read_sidecar, sidecar_path
@@ -36,6 +35,7 @@ from pavdm_dist.io.parts import LOCK_NAME, PARTS_SUFFIX, holds_work, parts_folde
 from pavdm_dist.io.remote import filesystem, is_remote
 from pavdm_dist.io.segments import PLAYLIST
 from pavdm_dist.io.storage import atomic_write, exists, join, list_names, open_read, remove
+from pavdm_dist.values.fields import json_value, made
 
 VIDEO, SIDECAR, FAILED = "video.mp4", "video.json", "failed.json"
 SKIP, CANCEL, DRAIN = "skip", "cancel", "drain"

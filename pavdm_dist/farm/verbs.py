@@ -111,7 +111,7 @@ def run_settings(arguments: argparse.Namespace) -> tuple[str | None, FarmConfig]
     """
     from pavdm_dist.farm.formats import SUFFIXES
     from pavdm_dist.farm.settings import FarmConfig, validate_farm
-    from pavdm_dist.merging import load_config
+    from pavdm_dist.values.merging import load_config
 
     manifest: str | None = None
     config_file: str | None = None

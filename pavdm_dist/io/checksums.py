@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pavdm_dist.fields import json_value
-from pavdm_dist.io.local import cache_folder
+from pavdm_dist.io.local_disk import cache_folder
 from pavdm_dist.io.storage import atomic_write, sha256_file
+from pavdm_dist.values.fields import json_value
 
 # Smaller ones are read in no time; of reading larger ones people are told.
 KEPT_BYTES, TOLD_BYTES = 64 * 2**20, 2**30

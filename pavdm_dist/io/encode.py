@@ -14,7 +14,7 @@ import numpy as np
 
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.io.storage import atomic_path, open_read
-from pavdm_dist.rates import as_rate
+from pavdm_dist.values.rates import as_rate
 
 # Without mbtree: its SIMD code reads beyond the last macroblock of a row when their number is no multiple of 4,
 # so that at such widths the same frames gave different packets, depending on what was in memory.
@@ -272,7 +272,7 @@ def export_to_video(
         frames: pictures of equal size, any iterable: ``[H, W, 3]`` arrays or tensors, uint8 or float in [0, 1],
             or PIL images.
         path: the mp4, local or remote; replaced when it exists.
-        fps: frames per second; see :func:`~pavdm_dist.rates.as_rate`.
+        fps: frames per second; see :func:`~pavdm_dist.values.rates.as_rate`.
 
     Returns:
         ``path`` as text.

@@ -15,7 +15,7 @@ from pavdm_dist.io.lock import clear_locks
 from pavdm_dist.io.metadata import is_complete, sidecar_path
 from pavdm_dist.io.parts import LOCK_NAME, LOCK_NAMES, check_output, parts_folder
 from pavdm_dist.io.segments import SEGMENT_NAMES, SegmentWriter
-from pavdm_dist.io.state import STATE_NAMES, State, changes, read_state
+from pavdm_dist.io.state import STATE_NAMES, RecordingState, changes, read_state
 
 # The settings of the command that began a recording.
 SETTINGS = "settings.yaml"
@@ -73,7 +73,7 @@ def check_foreign(output: str | Path, save_latents: bool) -> None:
         raise ConfigError(f"output={output}: {latents} exists, which is the name of its latents, {said}")
 
 
-def state_to_resume(output: str, identity: Mapping[str, Any], mend: bool = False) -> State | None:
+def state_to_resume(output: str, identity: Mapping[str, Any], mend: bool = False) -> RecordingState | None:
     """The state of an interrupted recording of the same video; None when there is nothing to go on with.
 
     Args:
@@ -104,7 +104,7 @@ def state_to_resume(output: str, identity: Mapping[str, Any], mend: bool = False
     return state
 
 
-def holds(state: State, segments: SegmentWriter, latents: LatentsWriter | None) -> bool:
+def holds(state: RecordingState, segments: SegmentWriter, latents: LatentsWriter | None) -> bool:
     """Whether all that the state counts on is still there."""
     closed = segments.closed_chunks if latents is None else min(segments.closed_chunks, latents.closed_chunks)
     return closed >= state.first_to_decode

@@ -9,8 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
-from pavdm_dist.fields import Within, json_value, made
 from pavdm_dist.io import storage
+from pavdm_dist.values.fields import Within, json_value, made
 
 
 @dataclass(frozen=True)

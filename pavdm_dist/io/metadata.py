@@ -17,9 +17,9 @@ from typing import Any
 
 import pavdm_dist
 from pavdm_dist.errors import MediaError
-from pavdm_dist.fields import json_value
 from pavdm_dist.io.checksums import kept_sha256
 from pavdm_dist.io.storage import atomic_write, exists, open_read, sha256_file
+from pavdm_dist.values.fields import json_value
 
 _PACKAGES = ("torch", "ray", "deepspeed", "diffusers", "transformers", "av", "numpy", "safetensors", "omegaconf")
 _HUB_BLOB = re.compile(r"[0-9a-f]{64}")

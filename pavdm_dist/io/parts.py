@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.io.local import check_place
+from pavdm_dist.io.local_disk import check_place
 from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import exists, list_names, unstaged
 

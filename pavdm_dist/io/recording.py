@@ -39,7 +39,7 @@ from pavdm_dist.io.metadata import Sidecar, is_complete, sidecar_path
 from pavdm_dist.io.parts import check_output, parts_folder
 from pavdm_dist.io.saver import StateSaver
 from pavdm_dist.io.segments import SegmentWriter
-from pavdm_dist.io.state import STATE_NAMES, Ledger, Point, State, write_state
+from pavdm_dist.io.state import STATE_NAMES, Ledger, Point, RecordingState, write_state
 
 # The state is replaced when a segment closes, and after so long when there is a newer point.
 SAVE_SECONDS = 60.0
@@ -73,7 +73,7 @@ class Recording:
         lock: OutputLock,
         segments: SegmentWriter,
         latents: LatentsWriter | None,
-        state: State,
+        state: RecordingState,
         clock: Callable[[], float],
     ) -> None:
         self.output = output
@@ -123,7 +123,7 @@ class Recording:
         facts = recording_facts(identity, fps, height, width, chunks_per_segment, save_latents)
         output, parts = str(output), parts_folder(output)
 
-        def writers(state: State | None) -> tuple[SegmentWriter, LatentsWriter | None]:
+        def writers(state: RecordingState | None) -> tuple[SegmentWriter, LatentsWriter | None]:
             found, end = state is not None, state.next_chunk if state is not None and state.complete else None
             segments = SegmentWriter(
                 output, fps, height, width, chunks_per_segment, resume=found, num_chunks=end, overwrite=not found
@@ -150,7 +150,7 @@ class Recording:
                     # The sidecar says "complete"; it must not outlive the video it speaks of.
                     storage.remove(sidecar_path(output))
                 storage.remove_matching(parts, STATE_NAMES)
-                state = State(facts)
+                state = RecordingState(facts)
                 write_state(parts, state)
             if settings is not None:
                 with storage.atomic_write(storage.join(parts, SETTINGS), "w") as file:

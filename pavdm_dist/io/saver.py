@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from pavdm_dist.io.state import State, write_state
+from pavdm_dist.io.state import RecordingState, write_state
 
 
 class StateSaver:
@@ -22,7 +22,7 @@ class StateSaver:
         self._thread = ThreadPoolExecutor(1, "state")
         self._pending: Future[None] | None = None
 
-    def save(self, state: State) -> None:
+    def save(self, state: RecordingState) -> None:
         """Begins to write a state, whose tensors must not change any more, once the one before is on the disk.
 
         Raises:

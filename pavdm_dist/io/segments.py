@@ -28,7 +28,7 @@ from pavdm_dist.io.encode import (
     require_libx264,
 )
 from pavdm_dist.io.parts import holds_work, parts_folder
-from pavdm_dist.rates import as_rate
+from pavdm_dist.values.rates import as_rate
 
 PLAYLIST = "playlist.ffconcat"
 INPUT = "input.mp4"

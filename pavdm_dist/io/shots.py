@@ -61,7 +61,7 @@ def shown_at(frames: Iterable[tuple[Fraction, T]], instants: Iterable[Fraction])
 
 
 @dataclass(frozen=True)
-class Shot:
+class LastShot:
     """What lies behind the last gap of a film, as far as it was looked at.
 
     Attributes:
@@ -84,7 +84,7 @@ class Shot:
         return max(1, int((self.end - self.start) * rate + Fraction(1, 2)))
 
 
-def last_shot(path: str | Path, rate: Fraction, num_frames: int | None = None) -> Shot:
+def last_shot(path: str | Path, rate: Fraction, num_frames: int | None = None) -> LastShot:
     """Looks where a film's last shot begins and ends.
 
     Args:
@@ -117,7 +117,7 @@ def last_shot(path: str | Path, rate: Fraction, num_frames: int | None = None) -
 
 
 def last_pictures(
-    path: str | Path, shot: Shot, rate: Fraction, count: int, size: tuple[int, int] | None
+    path: str | Path, shot: LastShot, rate: Fraction, count: int, size: tuple[int, int] | None
 ) -> Iterator[np.ndarray]:
     """The last pictures of a film, one after the other; from its last shot.
 
@@ -142,7 +142,7 @@ def last_pictures(
             yield found
 
 
-def _look(path: str | Path, rate: Fraction, place: Fraction | None) -> Shot:
+def _look(path: str | Path, rate: Fraction, place: Fraction | None) -> LastShot:
     wait = longest_wait(rate)
     start, shown, gap, before = Fraction(0), None, None, None
     with open_video(path) as reader:
@@ -153,7 +153,7 @@ def _look(path: str | Path, rate: Fraction, place: Fraction | None) -> Shot:
                 before = time - shown
             shown, last = time, frame
         end = time + last_shown_for(reader.shown_for(last), before, rate)
-        return Shot(start, end, gap, *reader.shown_size(last), remarks(last))
+        return LastShot(start, end, gap, *reader.shown_size(last), remarks(last))
 
 
 @contextmanager

@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.fields import Within, json_value, made, show
 from pavdm_dist.io import storage
 from pavdm_dist.io.latents import LatentsHash
+from pavdm_dist.values.fields import Within, json_value, made, show
 
 STATE, PREVIOUS = "state.safetensors", "state.previous.safetensors"
 STATE_NAMES = re.compile(rf"{re.escape(STATE)}|{re.escape(PREVIOUS)}")
@@ -57,7 +57,7 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True)
-class State:
+class RecordingState:
     """All that is needed to go on with an unfinished video, beside its segments.
 
     Attributes:
@@ -109,7 +109,7 @@ class Ledger:
         closed_chunks: chunks in complete segments; may be more than ``state`` knows of.
     """
 
-    def __init__(self, state: State, closed_chunks: int) -> None:
+    def __init__(self, state: RecordingState, closed_chunks: int) -> None:
         self._identity, self._complete = state.identity, state.complete
         self._closed = closed_chunks
         self._hash = LatentsHash(None if state.latents_hash is None else bytes.fromhex(state.latents_hash))
@@ -176,11 +176,11 @@ class Ledger:
         self._usable = _Place(self.num_chunks, None, self._hash.state)
 
     @property
-    def state(self) -> State:
+    def state(self) -> RecordingState:
         """The newest state."""
         place, end = self._usable, self._usable.next_chunk
         pending = {index: latents for index, latents in self._open.items() if self._closed <= index < end}
-        return State(
+        return RecordingState(
             identity=self._identity,
             next_chunk=end,
             closed_chunks=self._closed,
@@ -205,7 +205,7 @@ class _Place(NamedTuple):
     latents_hash: bytes
 
 
-def write_state(folder: str | Path, state: State, check: Callable[[], None] = lambda: None) -> None:
+def write_state(folder: str | Path, state: RecordingState, check: Callable[[], None] = lambda: None) -> None:
     """Replaces the state in a folder; the one that was there becomes the one before.
 
     Args:
@@ -248,7 +248,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def read_state(folder: str | Path, mend: bool = False) -> State | None:
+def read_state(folder: str | Path, mend: bool = False) -> RecordingState | None:
     """The newest state in a folder that is whole; None when there is none.
 
     Args:
@@ -314,7 +314,7 @@ def _show(facts: Mapping[str, Any], name: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _read(path: str) -> State:
+def _read(path: str) -> RecordingState:
     with storage.local_copy(path) as file, safe_open(file, "pt") as opened:
         metadata = opened.metadata() or {}
         # Copies: what is opened is mapped, and the file may be replaced.
@@ -332,12 +332,12 @@ def _read(path: str) -> State:
     pending = {int(name.rpartition(".")[2]): tensors[name] for name in tensors if name.startswith("latents.")}
     known = {name: value for name, value in vars(facts).items() if name not in ("version", "point")}
     seconds = array("f", tensors["chunk_seconds"].numpy().tobytes())
-    return State(
+    return RecordingState(
         **known, chunk_seconds=seconds, point=point, warm=tensors.get("warm"), pending=dict(sorted(pending.items()))
     )
 
 
-def _version(state: State) -> int:
+def _version(state: RecordingState) -> int:
     names = () if state.point is None else state.point.tensors
     return _WITH_CLEAN if any(name.startswith(CLEAN) for name in names) else _PLAIN
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from pavdm_dist.io.local import give_usual_mode, link_new, make_durable
+from pavdm_dist.io.local_disk import give_usual_mode, link_new, make_durable
 from pavdm_dist.io.remote import filesystem, is_remote
 
 _BLOCK = 1 << 20

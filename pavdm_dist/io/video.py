@@ -16,7 +16,7 @@ from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.io.encode import export_to_video
 from pavdm_dist.io.reader import VideoReader, open_video
 from pavdm_dist.io.shots import last_pictures, last_shot, last_shown_for, longest_wait
-from pavdm_dist.rates import as_rate
+from pavdm_dist.values.rates import as_rate
 
 __all__ = ["ClipInfo", "export_to_video", "probe", "read_clip"]
 

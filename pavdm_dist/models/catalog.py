@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from pavdm_dist.errors import CheckpointError
-from pavdm_dist.fields import made
 from pavdm_dist.models.base import Backbone
 from pavdm_dist.models.skyreels_v2 import SkyReelsV2
 from pavdm_dist.models.source import Source, load_config
 from pavdm_dist.models.stdit3 import STDiT3
 from pavdm_dist.models.wan import Wan
+from pavdm_dist.values.fields import made
 
 BACKBONES: dict[str, type[Backbone]] = {
     "STDiT3": STDiT3,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pavdm_dist.io.local import cache_folder
+from pavdm_dist.io.local_disk import cache_folder
 
 
 class Compiler:

@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from pavdm_dist.errors import CheckpointError
-from pavdm_dist.fields import read_object
 from pavdm_dist.io.storage import same_path
 from pavdm_dist.models.source import Source
+from pavdm_dist.values.fields import read_object
 
 INDEX = "model_index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")

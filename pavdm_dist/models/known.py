@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pavdm_dist.errors import CheckpointError
-from pavdm_dist.fields import made, read_object
 from pavdm_dist.io.shipped import shipped_models
 from pavdm_dist.models.source import Source
+from pavdm_dist.values.fields import made, read_object
 
 # Diffusers' pipelines for weights of a trained-per-frame class that met one level a window all the same.
 ONE_LEVEL = ("SkyReelsV2Pipeline", "SkyReelsV2ImageToVideoPipeline")

@@ -18,10 +18,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pavdm_dist.errors import CheckpointError
-from pavdm_dist.fields import made, read_object
 from pavdm_dist.models.lora import Changes, changes_of
 from pavdm_dist.models.original_names import diffusers_names
 from pavdm_dist.models.source import Source
+from pavdm_dist.values.fields import made, read_object
 
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 # Element types by their name in a file's header.

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pavdm_dist.errors import CheckpointError
-from pavdm_dist.fields import Within, json_value, made, read_object
 from pavdm_dist.models.source import Source
+from pavdm_dist.values.fields import Within, json_value, made, read_object
 
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PEFT_CONFIG = "adapter_config.json"

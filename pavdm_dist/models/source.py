@@ -13,10 +13,10 @@ from typing import Any
 
 from pavdm_dist import __version__
 from pavdm_dist.errors import CheckpointError, ConfigError
-from pavdm_dist.fields import read_object
 from pavdm_dist.io.shipped import shipped_models
 from pavdm_dist.models.hub import hub_errors
 from pavdm_dist.models.nearby import near_name
+from pavdm_dist.values.fields import read_object
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 

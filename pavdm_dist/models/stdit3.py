@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pavdm_dist.errors import CheckpointError, ConfigError
-from pavdm_dist.fields import Within, made
 from pavdm_dist.models.base import (
     Activation,
     BackboneSpec,
@@ -42,6 +41,7 @@ from pavdm_dist.models.saving import save_module
 from pavdm_dist.models.source import Source, load_config
 from pavdm_dist.models.stdit3_block import STDiT3Block
 from pavdm_dist.models.text_cache import TextRun
+from pavdm_dist.values.fields import Within, made
 
 NULL_TEXT = "y_embedder.y_embedding"
 # Tables that a checkpoint may lack, because they can be computed.

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pavdm_dist.errors import CheckpointError, ConfigError
-from pavdm_dist.fields import Within, made
 from pavdm_dist.models.base import (
     Activation,
     BackboneSpec,
@@ -35,6 +34,7 @@ from pavdm_dist.models.saving import save_module
 from pavdm_dist.models.source import Source, load_config
 from pavdm_dist.models.text_cache import TextRun
 from pavdm_dist.models.wan_layers import RotaryGrid, modulate, run_block
+from pavdm_dist.values.fields import Within, made
 
 # The levels a model was given in training, where nothing else is said: TI2V-5B's first latent was often clean, which
 # its 48 latent channels tell; all others had one level a window.

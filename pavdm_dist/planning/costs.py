@@ -17,7 +17,7 @@ import torch
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.catalog import load_codec
 from pavdm_dist.codecs.costs import decode_flop
-from pavdm_dist.io.local import cache_folder
+from pavdm_dist.io.local_disk import cache_folder
 from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.io.storage import atomic_write
 from pavdm_dist.method.denoiser import memories_of, unit_context

@@ -17,7 +17,7 @@ from itertools import pairwise
 from pavdm_dist.method.microbatches import Displaced, MicroBatches
 from pavdm_dist.method.sampler import num_branches
 from pavdm_dist.method.schedule import Mode, PlanRow, WindowPlan
-from pavdm_dist.sampling import SamplingParams
+from pavdm_dist.request.sampling import SamplingParams
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pavdm_dist.method.recovery import Recovers, mixing_layers
 from pavdm_dist.method.sampler import num_branches
 from pavdm_dist.method.schedule import Mode
 from pavdm_dist.models.base import Backbone
-from pavdm_dist.sampling import SamplingParams
+from pavdm_dist.request.sampling import SamplingParams
 
 # Hidden states under way at a time: two received ahead, and those being sent.
 MESSAGES = 2 + OUTSTANDING

@@ -24,7 +24,7 @@ from pavdm_dist.planning.costs import (
     profiled_decode,
     with_codec,
 )
-from pavdm_dist.sampling import SamplingParams
+from pavdm_dist.request.sampling import SamplingParams
 
 
 def partition(costs: Costs, num_stages: int, layers_per_stage: Sequence[int] | None = None) -> list[tuple[int, int]]:

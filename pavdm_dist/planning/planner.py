@@ -1,4 +1,4 @@
-"""Which replicas, stages, videos in flight and mode suit a job on given devices; from shapes alone, no weights.
+"""Which replicas, stages, videos in flight and mode suit a kind of video on given devices, told from shapes alone.
 
 Costs are FLOP over the devices' sustained rate, times are the pipeline's closed form
 (:mod:`pavdm_dist.planning.forecast`); the beginning of the chosen set-up is then run through the simulator. A decoder
@@ -16,12 +16,12 @@ import torch
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.config import ClusterConfig
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.fields import fault
 from pavdm_dist.method.schedule import Mode, WindowPlan
 from pavdm_dist.planning.chart import check_chart
-from pavdm_dist.planning.setups import WORTH, Job, Setup
-from pavdm_dist.planning.simulate import MAX_STAGES
-from pavdm_dist.sampling import SamplingParams
+from pavdm_dist.planning.setups import WORTH, Setup, Workload
+from pavdm_dist.planning.simulator import MAX_STAGES
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.values.fields import fault
 
 
 def choose(
@@ -37,9 +37,9 @@ def choose(
 
     Args:
         checkpoint: for its shapes.
-        params: settings of the job; mode displaced is considered only when they name it.
+        params: settings of the videos; mode displaced is considered only when they name it.
         plan: of one video.
-        cluster: devices and job mix.
+        cluster: devices, and how many videos there are.
         dtype: of weights and activations.
         decoder: where finished chunks are decoded, as of :class:`~pavdm_dist.engine.options.EngineOptions`; None leaves
             decoding out.
@@ -49,7 +49,7 @@ def choose(
         ConfigError: impossible values, or nothing fits into memory.
     """
     _check(cluster)
-    return _chosen(Job(checkpoint, params, plan, dtype, decoder, decoder_dtype), cluster)
+    return _chosen(Workload(checkpoint, params, plan, dtype, decoder, decoder_dtype), cluster)
 
 
 def report(
@@ -64,28 +64,28 @@ def report(
 ) -> dict[str, Any]:
     """What ``pavdm plan`` says about the cluster; draws the chart of the chosen set-up's first chunks."""
     _check(cluster)
-    job = Job(checkpoint, params, plan, dtype, decoder, decoder_dtype, decoder_tile)
-    best, setups, why = _chosen(job, cluster)
+    workload = Workload(checkpoint, params, plan, dtype, decoder, decoder_dtype, decoder_tile)
+    best, setups, why = _chosen(workload, cluster)
     choice = _row(best, cluster)
-    choice["simulated_utilisation"] = job.draw(best, cluster)
-    choice["decode_tflop_per_chunk"] = float(f"{job.decode_flop / 1e12:.4g}")
+    choice["simulated_utilisation"] = workload.draw(best, cluster)
+    choice["decode_tflop_per_chunk"] = float(f"{workload.decode_flop / 1e12:.4g}")
     return {"choice": choice, "why": why, "considered": [_row(setup, cluster) for setup in setups]}
 
 
-def _chosen(job: Job, cluster: ClusterConfig) -> tuple[Setup, list[Setup], str]:
-    params, spec = job.params, job.model.spec
+def _chosen(workload: Workload, cluster: ClusterConfig) -> tuple[Setup, list[Setup], str]:
+    params, spec = workload.params, workload.model.spec
     modes: list[Mode] = ["window"] if params.mode == "window" else [params.mode]
-    in_chunks = params.calls_per_row == 1 and job.plan.block_chunks == 1
+    in_chunks = params.calls_per_row == 1 and workload.plan.block_chunks == 1
     if params.mode == "window" and in_chunks and spec.causal_trained and params.context_chunks <= 1:
         modes.append("causal")
-    if job.decoder_devices >= (cluster.devices or 1):
+    if workload.decoder_devices >= (cluster.devices or 1):
         raise ConfigError(
             f"cluster.devices={cluster.devices}: decoder=cuda needs one beside the stages'; use 2 or more"
         )
-    limit = min((cluster.devices or 1) - job.decoder_devices, MAX_STAGES, spec.num_blocks)
-    sizes = {mode: _sizes(mode, job, cluster) for mode in modes}
+    limit = min((cluster.devices or 1) - workload.decoder_devices, MAX_STAGES, spec.num_blocks)
+    sizes = {mode: _sizes(mode, workload, cluster) for mode in modes}
     setups = [
-        min((job.setup(mode, stages, cluster, size) for size in sizes[mode]), key=lambda setup: setup.seconds)
+        min((workload.setup(mode, stages, cluster, size) for size in sizes[mode]), key=lambda setup: setup.seconds)
         for mode in modes
         for stages in range(1, limit + 1)
     ]
@@ -100,14 +100,14 @@ def _chosen(job: Job, cluster: ClusterConfig) -> tuple[Setup, list[Setup], str]:
     for setup in fitting[1:]:
         if setup.seconds * WORTH < best.seconds:
             best = setup
-    return best, fitting, _why(best, fitting, cluster) + _decoder(best, job, cluster)
+    return best, fitting, _why(best, fitting, cluster) + _decoder(best, workload, cluster)
 
 
-def _sizes(mode: Mode, job: Job, cluster: ClusterConfig) -> list[int]:
+def _sizes(mode: Mode, workload: Workload, cluster: ClusterConfig) -> list[int]:
     """Noisy chunks of a micro-batch that are considered, the smallest first."""
     if mode == "window" or not cluster.block_overhead_ms:
-        return [1 if mode == "window" else job.params.chunks_per_unit]
-    return list(range(1, job.params.window_chunks + 1))
+        return [1 if mode == "window" else workload.params.chunks_per_unit]
+    return list(range(1, workload.params.window_chunks + 1))
 
 
 def _check(cluster: ClusterConfig) -> None:
@@ -133,14 +133,14 @@ def _why(best: Setup, setups: list[Setup], cluster: ClusterConfig) -> str:
     )
 
 
-def _decoder(best: Setup, job: Job, cluster: ClusterConfig) -> str:
+def _decoder(best: Setup, workload: Workload, cluster: ClusterConfig) -> str:
     """A remark where the decoder sets the pace, or may well do so."""
-    if job.decoder == "cpu" and cluster.decoder_tflops is None:
+    if workload.decoder == "cpu" and cluster.decoder_tflops is None:
         return (
-            f"; decoding on CPUs is not in these times, {job.decode_flop / 1e12:.3g} TFLOP a chunk:"
+            f"; decoding on CPUs is not in these times, {workload.decode_flop / 1e12:.3g} TFLOP a chunk:"
             " cluster.decoder_tflops says what they sustain"
         )
-    chunks = (job.plan.num_chunks or 0) * math.ceil(cluster.videos / best.replicas)
+    chunks = (workload.plan.num_chunks or 0) * math.ceil(cluster.videos / best.replicas)
     if chunks * best.decode_seconds < best.seconds / WORTH:
         return ""
     return f"; the decoder sets the pace, {best.decode_seconds:.3g} s a chunk: give it more (decoder, decoder_tflops)"

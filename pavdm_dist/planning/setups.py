@@ -20,8 +20,8 @@ from pavdm_dist.planning.costs import chunk_reads, estimated_costs, estimated_de
 from pavdm_dist.planning.forecast import RowShape, UnitTime, makespan, rows_of, work
 from pavdm_dist.planning.memory import StageMemory, decoder_bytes
 from pavdm_dist.planning.partition import partition, units_per_chunk
-from pavdm_dist.planning.simulate import Machine, bars, simulate
-from pavdm_dist.sampling import SamplingParams
+from pavdm_dist.planning.simulator import Machine, bars, simulate
+from pavdm_dist.request.sampling import SamplingParams
 
 GIB = 2**30
 MAX_VIDEOS_IN_FLIGHT = 8
@@ -76,7 +76,7 @@ class Setup:
         return max(*self.memory_gib, self.decoder_memory_gib if self.decoder_devices else 0.0)
 
 
-class Job:
+class Workload:
     """Work and memory of one kind of video on any number of stages."""
 
     def __init__(

@@ -9,7 +9,7 @@ from pavdm_dist.models.base import Backbone
 from pavdm_dist.planning.costs import chunk_reads, estimated_costs
 from pavdm_dist.planning.forecast import UnitTime, makespan, rows_of
 from pavdm_dist.planning.partition import partition
-from pavdm_dist.sampling import SamplingParams
+from pavdm_dist.request.sampling import SamplingParams
 
 # What a Hopper GPU sustains in blocks that are compiled whole, and what a block takes beyond its products, whatever it
 # holds: launches, and products too small to fill it. Measured with STDiT3-XL (17.3, 38.7, 84 ms for 5, 15, 35 latents).

@@ -21,7 +21,6 @@ from starlette.exceptions import HTTPException
 
 from pavdm_dist import __version__
 from pavdm_dist.errors import PAVDMError
-from pavdm_dist.fields import json_value
 from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import open_read
 from pavdm_dist.serve.front import Front
@@ -30,6 +29,7 @@ from pavdm_dist.serve.live import live
 from pavdm_dist.serve.metrics import exposition
 from pavdm_dist.serve.refusals import Refusal, error_body
 from pavdm_dist.serve.settings import is_loopback
+from pavdm_dist.values.fields import json_value
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import os
 import re
 
 from pavdm_dist.farm.tree import Tree
-from pavdm_dist.fields import json_value
 from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import atomic_write, join, list_names, open_read
+from pavdm_dist.values.fields import json_value
 
 # The first file in a video's folder.
 REQUEST = "request.json"

@@ -43,8 +43,8 @@ def build(out: str, settings: Sequence[str]) -> Any:
     from pavdm_dist.farm.kinds import Kinds
     from pavdm_dist.serve.app import make_app
     from pavdm_dist.serve.asked import tree_at
-    from pavdm_dist.serve.desk import FrontDesk
     from pavdm_dist.serve.front import Front
+    from pavdm_dist.serve.front_desk import FrontDesk
 
     config = _config(settings)
     token = _token_for(config)
@@ -73,7 +73,7 @@ def _token_for(config: ServeConfig) -> str | None:
 
 
 def _config(settings: Sequence[str]) -> ServeConfig:
-    from pavdm_dist.merging import load_config
+    from pavdm_dist.values.merging import load_config
 
     config = load_config(ServeConfig, None, settings)
     validate_serve(config)

@@ -9,19 +9,19 @@ from functools import lru_cache
 from typing import Any, BinaryIO
 
 from pavdm_dist.commands.sample import requests_of
-from pavdm_dist.commands.videos import Shot as Output
+from pavdm_dist.commands.videos import WantedVideo as Output
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.shot import Shot
-from pavdm_dist.fields import show
 from pavdm_dist.io.storage import atomic_write, join, remove
 from pavdm_dist.serve import records
 from pavdm_dist.serve.asked import created_at, keep_time
-from pavdm_dist.serve.desk import FrontDesk
 from pavdm_dist.serve.fragments import mime_type
+from pavdm_dist.serve.front_desk import FrontDesk
 from pavdm_dist.serve.guard import is_same
-from pavdm_dist.serve.intake import check_text, new_id, shot_of, suffix_of
 from pavdm_dist.serve.live import segments
 from pavdm_dist.serve.refusals import no_such_video
+from pavdm_dist.serve.request_fields import check_text, new_id, shot_of, suffix_of
+from pavdm_dist.values.fields import show
 
 # Times of requests that are kept in memory.
 _KEPT = 4096
@@ -46,7 +46,7 @@ class Front:
         """Takes a request for a video, and gives the video object. Decoding a reference takes memory: one at a time.
 
         Args:
-            fields: see :func:`~pavdm_dist.serve.intake.shot_of`.
+            fields: see :func:`~pavdm_dist.serve.request_fields.shot_of`.
             reference: the picture or clip that it begins with.
 
         Raises:

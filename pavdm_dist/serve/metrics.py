@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from pavdm_dist.serve.desk import FrontDesk
+from pavdm_dist.serve.front_desk import FrontDesk
 
 
 class _Desk(Collector):

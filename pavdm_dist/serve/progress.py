@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 
 from pavdm_dist.farm.desk import Ended
-from pavdm_dist.outputs import VideoChunk
+from pavdm_dist.request.outputs import VideoChunk
 
 # Chunks by which a video's pace is told.
 _PACE = 16

@@ -10,7 +10,7 @@ from pavdm_dist.errors import PAVDMError
 from pavdm_dist.farm.desk import Sight
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import CANCEL, Failure, State
-from pavdm_dist.serve.desk import FrontDesk
+from pavdm_dist.serve.front_desk import FrontDesk
 from pavdm_dist.serve.progress import Progress
 from pavdm_dist.serve.refusals import no_such_video
 

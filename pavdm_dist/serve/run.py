@@ -11,8 +11,8 @@ from typing import Any
 from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.serve.asked import tree_at
-from pavdm_dist.serve.desk import FrontDesk
 from pavdm_dist.serve.front import Front
+from pavdm_dist.serve.front_desk import FrontDesk
 from pavdm_dist.serve.settings import ServeConfig, asks_for_token
 from pavdm_dist.serve.tokens import token_of
 

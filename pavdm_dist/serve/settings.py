@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.settings import FarmConfig, validate_farm
-from pavdm_dist.fields import Within
+from pavdm_dist.values.fields import Within
 
 
 @dataclass

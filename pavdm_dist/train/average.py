@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pavdm_dist.errors import CheckpointError
-from pavdm_dist.train.processes import World
+from pavdm_dist.train.ranks import World
 from pavdm_dist.train.zero import is_sharded, local_part, readable, stays, whole_shape
 
 FILE = "average-{rank:05d}-of-{size:05d}.safetensors"

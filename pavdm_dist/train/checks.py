@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.train.recompute import Recompute
-from pavdm_dist.train.records import check_trackers
-from pavdm_dist.train.saves import any_there
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.run_log import check_trackers
+from pavdm_dist.train.save_reading import any_there
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.zero_settings import deepspeed_json, engine_settings
 
 # Values from the first number on, up to the second; the third says whether the first is one of them.

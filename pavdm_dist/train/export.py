@@ -17,7 +17,6 @@ from torch import Tensor
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.errors import CheckpointError, ConfigError
-from pavdm_dist.fields import read_object
 from pavdm_dist.io.folders import check_no_link, whole_folder
 from pavdm_dist.io.shipped import shipped_models
 from pavdm_dist.io.storage import remove_staged
@@ -28,9 +27,10 @@ from pavdm_dist.models.known import ONE_LEVEL, PER_FRAME
 from pavdm_dist.models.lora import FILES
 from pavdm_dist.models.source import Source, load_config
 from pavdm_dist.models.stdit3 import STDiT3
-from pavdm_dist.train.lora import save_lora
+from pavdm_dist.train.lora_training import save_lora
 from pavdm_dist.train.model import filled
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
+from pavdm_dist.values.fields import read_object
 
 # Of models that are trained from nothing, unless ``sampling`` says otherwise.
 GUIDANCE = 3.0

@@ -9,10 +9,10 @@ from typing import Any
 
 from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.merging import to_dict
-from pavdm_dist.train.batches import Batches
+from pavdm_dist.train.batch import Batches
 from pavdm_dist.train.model import described, shape_of
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
+from pavdm_dist.values.merging import to_dict
 
 
 def identity_of(config: TrainConfig, batches: Batches) -> dict[str, Any]:

@@ -19,13 +19,13 @@ from pavdm_dist.errors import ConfigError, EngineError
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.effect import check_effect
 from pavdm_dist.train.endings import heard
-from pavdm_dist.train.processes import check_alone, launched_size
+from pavdm_dist.train.ranks import check_alone, launched_size
 from pavdm_dist.train.ray_launch import launch_ray
 from pavdm_dist.train.run_folder import check_free
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
 
 if TYPE_CHECKING:
-    from pavdm_dist.train.run import Provider
+    from pavdm_dist.train.train_run import Provider
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def launch(config: TrainConfig, provider: Provider, words: Sequence[str]) -> Non
 
 
 def _train_here(config: TrainConfig, provider: Provider) -> None:
-    from pavdm_dist.train.run import train_slice  # with torch and DeepSpeed, once all is known to be well
+    from pavdm_dist.train.train_run import train_slice  # with torch and DeepSpeed, once all is known to be well
 
     train_slice(config, provider)
 

@@ -23,8 +23,8 @@ from pavdm_dist.models.loading import check_tensors, read_tensors, weight_files
 from pavdm_dist.models.source import Source, load_config
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
 from pavdm_dist.models.stdit3_init import init_weights
-from pavdm_dist.train.lora import add_lora
-from pavdm_dist.train.settings import ModelConfig, TrainConfig
+from pavdm_dist.train.lora_training import add_lora
+from pavdm_dist.train.train_settings import ModelConfig, TrainConfig
 
 # Makes the given parameters whole on every process, and shards what the first one wrote into them again.
 Whole = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]

@@ -19,13 +19,13 @@ from pavdm_dist.data.several import SeveralClips, SomeClips
 from pavdm_dist.data.shards import pad_texts
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import FrameInfo
-from pavdm_dist.train.batches import Batch, Batches, draw_kind, draw_prompts
+from pavdm_dist.train.batch import Batch, Batches, draw_kind, draw_prompts
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.loss import noised
 from pavdm_dist.train.model import Text, shape_of
 from pavdm_dist.train.objective import Objective, draw_levels, draw_window
-from pavdm_dist.train.processes import World
-from pavdm_dist.train.settings import DataConfig, TrainConfig
+from pavdm_dist.train.ranks import World
+from pavdm_dist.train.train_settings import DataConfig, TrainConfig
 
 SHEET_PROMPTS = 4
 # Captions that are named when they are cut.
@@ -89,7 +89,7 @@ class VideoBatches:
         self._next: tuple[int, int, int] | None = None
 
     def batch(self, step: int, rank: int, size: int) -> Batch:
-        """See :class:`~pavdm_dist.train.batches.Batches`; steps in a row are loaded ahead in a thread."""
+        """See :class:`~pavdm_dist.train.batch.Batches`; steps in a row are loaded ahead in a thread."""
         if not self.data.prefetch:
             return self._load(step, rank, size)
         if self._ahead is None or self._next != (step, rank, size):

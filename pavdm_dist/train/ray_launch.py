@@ -31,10 +31,10 @@ from pavdm_dist.train.run_folder import (
     owner_of,
     target_of,
 )
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
 
 if TYPE_CHECKING:
-    from pavdm_dist.train.run import Provider
+    from pavdm_dist.train.train_run import Provider
 
 # How long Ray Train itself waits for a group of workers, before it counts a failure and tries again.
 GROUP_S = 60.0
@@ -65,14 +65,14 @@ def launch_ray(config: TrainConfig, provider: Provider) -> None:
             f"launch.ray_workers={wanted.ray_workers} needs Ray Train: pip install 'pavdm-dist[cluster]'"
         ) from error
 
-    from pavdm_dist.train import saves
+    from pavdm_dist.train import save_reading
 
     if wanted.gpus_per_worker not in (0, 1):
         raise ConfigError(
             f"launch.gpus_per_worker={wanted.gpus_per_worker:g}: a worker computes on one GPU, which NCCL lets nobody"
             " share; use 1, or 0 for CPUs"
         )
-    saves.check_resume(run / CHECKPOINTS, config.resume)
+    save_reading.check_resume(run / CHECKPOINTS, config.resume)
     check_free(run)
     membership = connect(wanted.ray_address, log_to_driver=True)
     try:
@@ -86,7 +86,7 @@ def launch_ray(config: TrainConfig, provider: Provider) -> None:
     finally:
         membership.leave()
     if told is not None:
-        there = saves.any_there(run / CHECKPOINTS)
+        there = save_reading.any_there(run / CHECKPOINTS)
         where = f"saved in {run / CHECKPOINTS}, weights in {target_of(config)}" if there else "before the first step"
         if told == signal.SIGINT:
             raise KeyboardInterrupt(f"{where}; run again to go on")
@@ -251,13 +251,13 @@ def _anywhere(config: TrainConfig, run: Path) -> TrainConfig:
         is_path = path is not None and path not in shipped_models() and Path(path).exists()
         return absolute(path) if is_path else path
 
-    from pavdm_dist.train import saves
+    from pavdm_dist.train import save_reading
 
     return replace(
         config,
         run_dir=str(run),
         export=absolute(config.export),
-        resume="must" if saves.any_there(run / CHECKPOINTS) else "auto",
+        resume="must" if save_reading.any_there(run / CHECKPOINTS) else "auto",
         deepspeed_config=whole(config.deepspeed_config),
         data=replace(
             config.data,
@@ -274,7 +274,7 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     """One process of the group; Ray Train has set the five variables and joined the processes."""
     import ray.train
 
-    from pavdm_dist.train.run import train_slice
+    from pavdm_dist.train.train_run import train_slice
 
     config: TrainConfig = settings["config"]
     left = max(settings["deadline"] - time.time(), 0)

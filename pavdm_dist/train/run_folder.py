@@ -14,9 +14,9 @@ from typing import Any
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.lock import FOLDER_LOCK, OutputLock, clear_locks
 from pavdm_dist.io.lockfile import read_lock
-from pavdm_dist.train.processes import World, several_tasks
-from pavdm_dist.train.saving import SHARED_S, clear_unfinished
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.ranks import World, several_tasks
+from pavdm_dist.train.save_writing import SHARED_S, clear_unfinished
+from pavdm_dist.train.train_settings import TrainConfig
 
 FIELD = "run_dir"
 CHECKPOINTS = "checkpoints"

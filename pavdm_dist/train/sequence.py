@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.attention import attention
 from pavdm_dist.models.base import WindowSlice
-from pavdm_dist.train.batches import Batch
-from pavdm_dist.train.processes import World
+from pavdm_dist.train.batch import Batch
+from pavdm_dist.train.ranks import World
 from pavdm_dist.train.zero import exchanging_heads
 
 

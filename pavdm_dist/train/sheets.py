@@ -22,7 +22,7 @@ from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.models.text_cache import TextBank
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.model import filled
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
 
 FRAMES_SHOWN = 8
 

@@ -10,9 +10,9 @@ import torch
 from pavdm_dist.models.compiling import keep_on_disk
 from pavdm_dist.train.model import TextToVideo, build
 from pavdm_dist.train.optimizer import MuonAdamW
-from pavdm_dist.train.processes import World
+from pavdm_dist.train.ranks import World
 from pavdm_dist.train.recompute import Recompute, recompute_blocks
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.zero import ZeroEngine, gathered, loading_universal, sharded_building
 from pavdm_dist.train.zero_settings import engine_settings, pinning
 

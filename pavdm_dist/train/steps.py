@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.errors import EngineError
-from pavdm_dist.train.batches import Batch, Batches
+from pavdm_dist.train.batch import Batch, Batches
+from pavdm_dist.train.interval import Shown, step_flop
 from pavdm_dist.train.loss import velocity_loss
-from pavdm_dist.train.metrics import Shown, step_flop
-from pavdm_dist.train.processes import World
+from pavdm_dist.train.ranks import World
 from pavdm_dist.train.sequence import SequenceGroup
 from pavdm_dist.train.zero import ZeroEngine
 
@@ -39,7 +39,7 @@ class Pending:
         own: whether this process' loss is no number.
         has_norm: whether the norm is one.
         ids: this process' clips.
-        about: the rest of :class:`~pavdm_dist.train.metrics.Shown`.
+        about: the rest of :class:`~pavdm_dist.train.interval.Shown`.
     """
 
     step: int

@@ -19,24 +19,25 @@ from torch import Tensor
 
 from pavdm_dist.errors import EngineError
 from pavdm_dist.io.storage import disk_errors
-from pavdm_dist.merging import to_dict
-from pavdm_dist.train import saves, saving
+from pavdm_dist.train import save_reading as saves
+from pavdm_dist.train import save_writing as saving
 from pavdm_dist.train.average import Average, whole_tensors
-from pavdm_dist.train.batches import Batches
+from pavdm_dist.train.batch import Batches
 from pavdm_dist.train.checks import check_settings, memory_advice
 from pavdm_dist.train.export import Parts, export_model
 from pavdm_dist.train.identity import identity_of
-from pavdm_dist.train.metrics import Interval, peak_tflops
+from pavdm_dist.train.interval import Interval, peak_tflops
 from pavdm_dist.train.model import shape_of
-from pavdm_dist.train.processes import World, join_world
 from pavdm_dist.train.profiling import Profiler
-from pavdm_dist.train.records import Records
+from pavdm_dist.train.ranks import World, join_world
 from pavdm_dist.train.run_folder import CHECKPOINTS, Guard
+from pavdm_dist.train.run_log import Records
 from pavdm_dist.train.sequence import join_sequence
-from pavdm_dist.train.settings import TrainConfig
 from pavdm_dist.train.start import start_engine
 from pavdm_dist.train.steps import Loaded, Pending, advance, load, refuse, settle
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.validation import Validation
+from pavdm_dist.values.merging import to_dict
 
 # Takes the metrics of a logged step.
 Report = Callable[[dict[str, Any]], None]

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.train.batches import Batches
+from pavdm_dist.train.batch import Batches
+from pavdm_dist.train.interval import by_kind, per_level
 from pavdm_dist.train.loss import velocity_loss
-from pavdm_dist.train.metrics import by_kind, per_level
-from pavdm_dist.train.processes import World
+from pavdm_dist.train.ranks import World
 from pavdm_dist.train.sequence import SequenceGroup
-from pavdm_dist.train.settings import ValidationConfig
 from pavdm_dist.train.steps import load, refuse
+from pavdm_dist.train.train_settings import ValidationConfig
 from pavdm_dist.train.zero import ZeroEngine
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.fields import json_value
-from pavdm_dist.train.settings import OptimizerConfig, TrainConfig
+from pavdm_dist.train.train_settings import OptimizerConfig, TrainConfig
+from pavdm_dist.values.fields import json_value
 
 # DeepSpeed's name of what our settings already say -> our name.
 OURS = {

@@ -14,7 +14,7 @@ from training import TINY, tiny_codec
 
 from cases import Running, environment, pavdm, sentence, went_well
 from pavdm_dist.digits.cache import cache_clips
-from pavdm_dist.train.processes import free_port
+from pavdm_dist.train.ranks import free_port
 
 TRAIN = ("train", *TINY, "data.still_batch_size=4", "sheet_every_seconds=0", "run_dir=run", "codec.folder=run/vae")
 

@@ -16,8 +16,8 @@ from pavdm_dist.commands.sample import check_videos
 from pavdm_dist.commands.words import run_config
 from pavdm_dist.config import SampleConfig, validate_sample
 from pavdm_dist.data.prepare import PrepareConfig
-from pavdm_dist.merging import load_config
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
+from pavdm_dist.values.merging import load_config
 
 _KEYS = [field.name for field in fields(SampleConfig) if field.name not in ("model", "balance")]
 _SECTIONS = [f"displaced.{name}" for name in ("resync_every_steps", "adaptive")] + ["cluster.devices", "cluster.tflops"]

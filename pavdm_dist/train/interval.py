@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.models.base import Backbone
-from pavdm_dist.train.batches import Batch
+from pavdm_dist.train.batch import Batch
 from pavdm_dist.train.loss import BANDS
 
 # Dense products in bfloat16, TFLOP/s, by what is in a GPU's name (its makers' data sheets).

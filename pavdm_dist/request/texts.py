@@ -8,13 +8,13 @@ from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.fields import is_writable, show
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.stream import Conditioning
 from pavdm_dist.models.devices import intra_op_threads
-from pavdm_dist.request import VideoRequest, plan_of
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.timed import chunk_schedule, first_prompt
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.video_request import VideoRequest, plan_of
+from pavdm_dist.values.fields import is_writable, show
+from pavdm_dist.values.timed import chunk_schedule, first_prompt
 
 
 def spoken(prompt: str, params: SamplingParams) -> str:
@@ -41,7 +41,7 @@ def timed_prompts(
     """The prompt schedule that prompts by time make, without the one of second 0.
 
     Raises:
-        ConfigError: see :func:`~pavdm_dist.timed.chunk_schedule`.
+        ConfigError: see :func:`~pavdm_dist.values.timed.chunk_schedule`.
     """
     spec, size = checkpoint.codec_spec, params.latent_chunk_size
     frames = (spec.frames_in_chunk(size, first=not params.warm), spec.frames_in_chunk(size, first=False))

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.engine.events import Failed, Finished
+from pavdm_dist.engine.rehearsal import rehearsal
 from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.method.recovery import Recovers
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.stream import NewPrompt, Stream
-from pavdm_dist.outputs import VideoChunk
-from pavdm_dist.request import VideoRequest, frames_left, plan_of
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.streams import build_stream
-from pavdm_dist.texts import encoded
+from pavdm_dist.request.outputs import VideoChunk
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.streams import build_stream
+from pavdm_dist.request.texts import encoded
+from pavdm_dist.request.video_request import VideoRequest, frames_left, plan_of
 
 
 @dataclass
@@ -91,3 +92,11 @@ class Running:
             raise ConfigError(f"from_chunk={from_chunk}: video {video} has chunks 0 to {plan.num_born - 1}")
         params = self._params if under_way is None else under_way.params
         return NewPrompt(from_chunk, text, encoded(text, params, self._checkpoint))
+
+
+def rehearsed(params: SamplingParams, checkpoint: Checkpoint) -> Stream:
+    """What stages run before they are linked (:func:`~pavdm_dist.engine.rehearsal.rehearsal`), for such settings."""
+    spec = checkpoint.codec_spec
+    latent_shape = (spec.latent_channels, *spec.latent_size(params.height, params.width))
+    more = {"mode": params.mode, "displaced": params.displaced, "chunks_per_unit": params.chunks_per_unit}
+    return rehearsal(checkpoint.shape, params.plan(None), latent_shape, params.info, **more)

@@ -22,13 +22,13 @@ from pavdm_dist.farm.settings import FarmConfig
 from pavdm_dist.farm.shot import Shot, is_id
 from pavdm_dist.farm.tree import CANCEL, Tree
 from pavdm_dist.io.metadata import versions
-from pavdm_dist.merging import to_dict
-from pavdm_dist.outputs import VideoChunk
+from pavdm_dist.request.outputs import VideoChunk
 from pavdm_dist.serve.asked import created_at, manifest_name, manifests_of
 from pavdm_dist.serve.progress import Followed, Progress
 from pavdm_dist.serve.refusals import Refusal, no_such_video
 from pavdm_dist.serve.removals import Removals
 from pavdm_dist.serve.settings import ServeConfig
+from pavdm_dist.values.merging import to_dict
 
 logger = logging.getLogger(__name__)
 

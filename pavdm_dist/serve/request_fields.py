@@ -9,8 +9,8 @@ from typing import Any
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.shot import Shot, make_shot
-from pavdm_dist.fields import show
-from pavdm_dist.rates import as_rate
+from pavdm_dist.values.fields import show
+from pavdm_dist.values.rates import as_rate
 
 # What a shot may be asked to change of the sampling, as other servers of this interface call it.
 _OVERRIDES = {"fps": float, "num_inference_steps": int, "guidance_scale": float}

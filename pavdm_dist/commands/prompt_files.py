@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.fields import show
+from pavdm_dist.values.fields import show
 
 # No list of prompts is larger; a video that was named by mistake is.
 MOST_BYTES = 64 * 2**20
@@ -30,14 +30,14 @@ _END = "\x1a"
 logger = logging.getLogger(__name__)
 
 
-class Line(NamedTuple):
+class PromptLine(NamedTuple):
     """A prompt, and the line of the file that it is, from 1."""
 
     number: int
     prompt: str
 
 
-def read_prompts(path: str | Path) -> list[Line]:
+def read_prompts(path: str | Path) -> list[PromptLine]:
     """The prompts of a text file: UTF-8, or what its mark says; ends of lines of any system.
 
     Blank lines, and blanks around a prompt, say nothing, nor does a Ctrl-Z at the end; lines that begin with ``#`` are
@@ -58,7 +58,7 @@ def read_prompts(path: str | Path) -> list[Line]:
         raise ConfigError(f"{name}: is larger than {MOST_BYTES // 2**20} MiB; one prompt a line is expected")
     # Not str.splitlines: signs that break lines in text processors stand inside of prompts that were copied from one.
     lines = re.split(r"\r\n|\r|\n", _text(name, content))
-    found = [Line(number, line.strip()) for number, line in enumerate(lines, 1)]
+    found = [PromptLine(number, line.strip()) for number, line in enumerate(lines, 1)]
     prompts = [line for line in found if line.prompt and not line.prompt.startswith(COMMENT)]
     comments = sum(line.prompt.startswith(COMMENT) for line in found)
     if not prompts:

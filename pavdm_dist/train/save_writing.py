@@ -22,8 +22,8 @@ from typing import Any, TypeVar
 from pavdm_dist.errors import EngineError
 from pavdm_dist.io.storage import disk_errors, make_durable
 from pavdm_dist.train.average import FILE, Average
-from pavdm_dist.train.processes import World
-from pavdm_dist.train.saves import LATEST, MANIFEST, UNIVERSAL, SaveLayout, fingerprint, tags_in
+from pavdm_dist.train.ranks import World
+from pavdm_dist.train.save_reading import LATEST, MANIFEST, UNIVERSAL, SaveLayout, fingerprint, tags_in
 from pavdm_dist.train.zero import ZeroEngine, whole_shape
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def save(
         average: averaged weights.
         root: folder of checkpoints.
         step: number of optimizer steps done.
-        identity: settings (parts of names and values) that :func:`~pavdm_dist.train.saves.find` insists on.
+        identity: settings (parts of names and values) that :func:`~pavdm_dist.train.save_reading.find` insists on.
         layout: of this run.
         world: all processes.
         keep_last: how many stay.

@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-from pavdm_dist.arguments import check_names
 from pavdm_dist.checkpoint import Checkpoint, SamplingDefaults
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.baselines import CONTINUES, Method, block_chunks, context_follows, settings_of
@@ -21,7 +20,8 @@ from pavdm_dist.method.microbatches import (
 from pavdm_dist.method.schedule import Context, End, Mode, Start, WindowPlan
 from pavdm_dist.method.window import Step
 from pavdm_dist.models.base import FrameInfo
-from pavdm_dist.rates import as_rate
+from pavdm_dist.values.arguments import check_names
+from pavdm_dist.values.rates import as_rate
 
 logger = logging.getLogger(__name__)
 

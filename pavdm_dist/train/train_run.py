@@ -17,12 +17,12 @@ import torch
 
 from pavdm_dist.errors import EngineError, PAVDMError
 from pavdm_dist.io.storage import disk_errors
-from pavdm_dist.train.batches import Batches
+from pavdm_dist.train.batch import Batches
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.export import Parts, check_target
-from pavdm_dist.train.processes import World, join_world
+from pavdm_dist.train.ranks import World, join_world
 from pavdm_dist.train.run_folder import Guard, check_shared, owned_together, target_of
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.trainer import Report, Trainer
 
 # Makes a run's batches, and what its model needs besides the trained modules, until a moment of the monotonic clock;

@@ -1,6 +1,6 @@
 """Legal values as annotations: ``depth: Annotated[int, Within(1, 256)]`` is checked, and said in words, in one place.
 
-Settings (:mod:`pavdm_dist.merging`) and the JSON files of model folders go through it. It imports nothing heavy.
+Settings (:mod:`pavdm_dist.values.merging`) and the JSON files of model folders go through it. It imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
 from pavdm_dist.errors import ConfigError, PAVDMError
-from pavdm_dist.rates import as_rate
+from pavdm_dist.values.rates import as_rate
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ class Within:
 
 @dataclass(frozen=True)
 class Rate(Within):
-    """Frames per second, which may also be written as text that :func:`~pavdm_dist.rates.as_rate` knows."""
+    """Frames per second, which may also be written as text that :func:`~pavdm_dist.values.rates.as_rate` knows."""
 
 
 # What settings and model folders both give. The upper ends are far above any use: they are there so that a slip of the

@@ -19,7 +19,7 @@ from pavdm_dist.evaluate.drift import Drift, drift_of
 from pavdm_dist.evaluate.features import FeatureMeter, frechet_distance
 from pavdm_dist.evaluate.made import chunk_lengths, cost_of, group_of, sidecar_of, text, within
 from pavdm_dist.evaluate.motion import MotionMeter
-from pavdm_dist.evaluate.pixels import PixelMeter
+from pavdm_dist.evaluate.pixel_meter import PixelMeter
 from pavdm_dist.evaluate.scenes import SceneMeter
 from pavdm_dist.evaluate.settings import EvalConfig, Wanted
 from pavdm_dist.io.reader import open_video

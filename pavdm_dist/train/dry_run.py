@@ -14,11 +14,11 @@ from pavdm_dist.data.shards import read_index
 from pavdm_dist.models.base import Backbone, BlockContext, FrameInfo
 from pavdm_dist.models.text_cache import TextRun
 from pavdm_dist.train.checks import check_settings
-from pavdm_dist.train.lora import add_lora
+from pavdm_dist.train.lora_training import add_lora
 from pavdm_dist.train.model import shape_of
 from pavdm_dist.train.prepared import data_model
 from pavdm_dist.train.recompute import Recompute, kept_bytes
-from pavdm_dist.train.settings import TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
 
 # Share of a device's peak that a step is taken to reach (docs/training.md).
 SHARE = 0.3

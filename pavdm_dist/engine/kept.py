@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.events import Failed, Finished
 from pavdm_dist.engine.inline import InlineEngine
 from pavdm_dist.engine.options import EngineOptions
-from pavdm_dist.engine.rehearsal import rehearsal
 from pavdm_dist.errors import EngineError, PAVDMError, TraceError
 from pavdm_dist.method.stream import ResumePoint, Stream
-from pavdm_dist.planning.forecast import useful_stages
-from pavdm_dist.planning.partition import layer_split
-from pavdm_dist.sampling import SamplingParams
+from pavdm_dist.models.source import Source
 
 if TYPE_CHECKING:
     from pavdm_dist.engine.ray_engine import RayEngine
 
-logger = logging.getLogger(__name__)
-
 E = TypeVar("E", "RayEngine", InlineEngine)
 OnFailed = Callable[[int, PAVDMError], None]
 OnGrown = Callable[[int, ResumePoint], None]
+# For so many stages as the options say: the blocks of each.
+Cut = Callable[[EngineOptions], list[tuple[int, int]]]
 
 
 class Engines:
@@ -48,29 +42,37 @@ class Engines:
         return self._hold(make())
 
     def on_stages(
-        self, checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions, frames: FrameMaker
+        self, source: Source, options: EngineOptions, frames: FrameMaker, cut: Cut, rehearsed: Stream | None
     ) -> RayEngine:
         """The engine of an earlier call where it is cut alike; else a new one.
+
+        Args:
+            source: the backbone's folder.
+            options: of the engine.
+            frames: what makes frames of latents.
+            cut: says which blocks a stage gets; asked again, for fewer stages, where some are lost for good.
+            rehearsed: what stages run before they are linked; None = nothing.
 
         Raises:
             PAVDMError: as :class:`~pavdm_dist.engine.ray_engine.RayEngine`.
         """
         from pavdm_dist.engine.ray_engine import RayEngine
 
-        blocks, rehearsed = layer_split(checkpoint, params, options), _rehearsal(checkpoint, params, options)
-        current = self.current
+        blocks, current = cut(options), self.current
         alike = isinstance(current, RayEngine) and current.blocks == blocks and _alike(current.rehearsal, rehearsed)
         if isinstance(current, RayEngine) and alike and not current.is_over:
             return current
         self.close()
-        recut = partial(_recut, checkpoint, params, options)
-        return self._hold(RayEngine(checkpoint.transformer, blocks, options, frames, recut, rehearsed))
+
+        def recut(num_stages: int) -> list[tuple[int, int]]:
+            return cut(replace(options, num_stages=num_stages, layers_per_stage=None))
+
+        return self._hold(RayEngine(source, blocks, options, frames, recut, rehearsed))
 
     def run(
         self,
         engine: RayEngine,
         streams: Iterator[Stream | Failed],
-        params: SamplingParams,
         in_flight: int,
         on_grown: OnGrown | None,
         on_failed: OnFailed | None,
@@ -81,19 +83,13 @@ class Engines:
             EngineError: the engine as a whole has ended.
             TraceError: everything was given out, and only its trace cannot be kept.
         """
-        useful, options = useful_stages(params, in_flight), engine.options
-        if len(engine.blocks) > useful:
-            logger.warning(
-                "num_stages=%d: with streams=%d and mode=%s at most %d are useful, the others will idle",
-                len(engine.blocks), in_flight, params.mode, useful,
-            )  # fmt: skip
         try:
             yield from engine.run(streams, in_flight, on_grown, on_failed)
         except EngineError:  # the actors are gone
             self.close()
             raise
-        if options.trace_file is not None:
-            self._keep_trace(engine, options.trace_file)
+        if engine.options.trace_file is not None:
+            self._keep_trace(engine, engine.options.trace_file)
 
     def _keep_trace(self, engine: RayEngine, path: str) -> None:
         """Ends an engine that has nothing left to do, and writes what it has told."""
@@ -123,18 +119,6 @@ class Engines:
         return engine
 
 
-def _rehearsal(checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions) -> Stream | None:
-    """What stages run before they are linked, where that is of use."""
-    if not options.rehearses:
-        return None
-    latent_shape = (
-        checkpoint.codec_spec.latent_channels,
-        *checkpoint.codec_spec.latent_size(params.height, params.width),
-    )
-    more = {"mode": params.mode, "displaced": params.displaced, "chunks_per_unit": params.chunks_per_unit}
-    return rehearsal(checkpoint.shape, params.plan(None), latent_shape, params.info, **more)
-
-
 def _alike(one: Stream | None, other: Stream | None) -> bool:
     """Whether two rehearsals meet the same sizes."""
     if one is None or other is None:
@@ -143,10 +127,3 @@ def _alike(one: Stream | None, other: Stream | None) -> bool:
         getattr(one, name) == getattr(other, name)
         for name in ("plan", "latent_shape", "info", "mode", "displaced", "chunks_per_unit")
     )
-
-
-def _recut(
-    checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions, num_stages: int
-) -> list[tuple[int, int]]:
-    """The cut for fewer stages than were asked for, which take the place of lost ones."""
-    return layer_split(checkpoint, params, replace(options, num_stages=num_stages, layers_per_stage=None))

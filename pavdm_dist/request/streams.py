@@ -14,9 +14,9 @@ from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.method.recovery import Recovers, Recovery, mixing_layers
 from pavdm_dist.method.stream import ResumePoint, Stream
 from pavdm_dist.models.devices import intra_op_threads
-from pavdm_dist.request import VideoRequest, plan_of
-from pavdm_dist.sampling import SamplingParams
-from pavdm_dist.texts import conditioning_of
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.texts import conditioning_of
+from pavdm_dist.request.video_request import VideoRequest, plan_of
 
 
 def build_stream(

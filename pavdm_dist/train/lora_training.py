@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.lora import FILES, METADATA
-from pavdm_dist.train.settings import LoraConfig
+from pavdm_dist.train.train_settings import LowRankConfig
 
 # Linear maps of blocks, and of nothing before or behind them.
 _INNER = re.compile(r"(^|[._])blocks\.\d+\.")
@@ -56,7 +56,7 @@ class LoraLinear(nn.Linear):
 
 def add_lora(
     model: nn.Module,
-    config: LoraConfig,
+    config: LowRankConfig,
     whole: Callable[[list[nn.Parameter]], AbstractContextManager[Any]] | None = None,
 ) -> None:
     """Freezes a backbone's weights and puts maps with changes, silent at first, in the place of its maps.
@@ -79,7 +79,9 @@ def add_lora(
         setattr(model.get_submodule(parent), own, changed)
 
 
-def save_lora(weights: Mapping[str, Tensor], config: LoraConfig, folder: Path, dtype: torch.dtype, steps: int) -> None:
+def save_lora(
+    weights: Mapping[str, Tensor], config: LowRankConfig, folder: Path, dtype: torch.dtype, steps: int
+) -> None:
     """Writes the changes as ``pytorch_lora_weights.safetensors`` into a folder that is there.
 
     Args:
@@ -98,11 +100,11 @@ def save_lora(weights: Mapping[str, Tensor], config: LoraConfig, folder: Path, d
     save_file(tensors, folder / FILES[0], header)
 
 
-def _alpha(config: LoraConfig) -> float:
+def _alpha(config: LowRankConfig) -> float:
     return float(config.rank if config.alpha is None else config.alpha)
 
 
-def _targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
+def _targets(model: nn.Module, config: LowRankConfig) -> dict[str, nn.Linear]:
     maps = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     inner = {name: module for name, module in maps.items() if _INNER.search(name)}
     if not config.targets:

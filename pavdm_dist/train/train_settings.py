@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pavdm_dist.fields import TextDevice, TextDtype
 from pavdm_dist.train.objective import Objective
+from pavdm_dist.values.fields import TextDevice, TextDtype
 
 
 @dataclass
@@ -69,7 +69,7 @@ class DataConfig:
 
 
 @dataclass
-class LoraConfig:
+class LowRankConfig:
     """Low-rank changes of a pretrained model's linear maps, trained in place of its weights."""
 
     rank: int = 0  # 0 = all weights are trained
@@ -82,7 +82,7 @@ class ModelConfig:
     """What is trained: a pretrained model of any backbone, or an STDiT3 of these sizes from nothing."""
 
     pretrained: str | None = None  # model folder or hub id to start from; its sizes count, not those below
-    lora: LoraConfig = field(default_factory=LoraConfig)
+    lora: LowRankConfig = field(default_factory=LowRankConfig)
     # STDiT3's sizes, named as in its config.json, and the text encoder's depth
     depth: int = 4
     hidden_size: int = 160

@@ -32,8 +32,8 @@ from yaml import (
 )
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.fields import check_fields, expected, members, read, show
 from pavdm_dist.redaction import hide_in_urls, is_redacted
+from pavdm_dist.values.fields import check_fields, expected, members, read, show
 
 T = TypeVar("T")
 # What reading YAML raises: no YAML, no text, a date that is none, a number of thousands of digits, endless nesting.

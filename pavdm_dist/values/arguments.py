@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.fields import show
+from pavdm_dist.values.fields import show
 
 # What says here what these say there.
 _INSTEAD = {

@@ -23,7 +23,7 @@ class VideoChunk:
         latents: clean, normalised, float32 ``[C, c, h, w]``, never trimmed.
         last: whether the video is complete with it.
         resume: from where the video goes on behind this chunk, bit for bit; None where it could not (mode displaced,
-            between exact rows). See :attr:`~pavdm_dist.request.VideoRequest.resume`.
+            between exact rows). See :attr:`~pavdm_dist.request.video_request.VideoRequest.resume`.
     """
 
     video: int

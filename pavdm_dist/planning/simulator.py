@@ -67,7 +67,7 @@ class Busy:
 
 
 @dataclass(frozen=True)
-class Decoding:
+class DecoderBusy:
     """The decoder had a video's chunk from ``start`` to ``end``."""
 
     stream: int
@@ -91,7 +91,7 @@ class Result:
     makespan: float = 0.0
     first_chunk: float | None = None
     busy: list[Busy] = field(default_factory=list)
-    decoded: list[Decoding] = field(default_factory=list)
+    decoded: list[DecoderBusy] = field(default_factory=list)
 
     @property
     def utilisation(self) -> float:
@@ -153,7 +153,7 @@ def of_trace(path: str) -> Result:
     begin = min(part.start for part in found)
     busy = sorted((replace(p, start=p.start - begin, end=p.end - begin) for p in found), key=lambda part: part.end)
     decoded = [
-        Decoding(span.stream, span.chunk, max(0.0, span.start - begin), max(0.0, span.end - begin))
+        DecoderBusy(span.stream, span.chunk, max(0.0, span.start - begin), max(0.0, span.end - begin))
         for span in read_decoder(path)
     ]
     makespan = max([busy[-1].end, *(one.end for one in decoded)])
@@ -257,7 +257,7 @@ class _Simulation:
             stream, chunk = yield self._finished.get()
             start = self._env.now
             yield self._env.timeout(seconds)
-            self._result.decoded.append(Decoding(stream, chunk, start, self._env.now))
+            self._result.decoded.append(DecoderBusy(stream, chunk, start, self._env.now))
 
     def _travel(self, wire: int, seconds: float) -> Generator[Any, Any, None]:
         if seconds:

@@ -1,6 +1,7 @@
 """Finds the checkpoint that a training run goes on from, also with another number of processes.
 
-A checkpoint that was damaged since it was written (:mod:`pavdm_dist.train.saving`) is passed over for an older one.
+A checkpoint that was damaged since it was written (:mod:`pavdm_dist.train.save_writing`) is passed over for an older
+one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.io.storage import make_durable
 from pavdm_dist.train.average import Average
 from pavdm_dist.train.identity import check_same
-from pavdm_dist.train.processes import World
+from pavdm_dist.train.ranks import World
 from pavdm_dist.train.zero import ZeroEngine, foreign_names, to_universal
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class SaveLayout:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundSave:
     """The checkpoint to go on from.
 
     Attributes:
@@ -61,7 +62,7 @@ def find(
     layout: SaveLayout,
     resume: str,
     world: World,
-) -> Found | None:
+) -> FoundSave | None:
     """The newest whole checkpoint that this run may go on from; every process must call it.
 
     Args:
@@ -94,7 +95,7 @@ def find(
                 f"{root} was trained with zero.stage={theirs.zero_stage}, this run has {layout.zero_stage}: go on with "
                 f"{theirs.zero_stage}, or start a new run from the exported model (model.pretrained)"
             )
-        return Found(tag, theirs.zero_stage > 0 and theirs.processes != layout.processes)
+        return FoundSave(tag, theirs.zero_stage > 0 and theirs.processes != layout.processes)
     if tags:
         raise CheckpointError(f"{root}: no checkpoint is whole; the newest is {tags[0]}")
     return None
@@ -123,7 +124,7 @@ def check_resume(root: str | Path, resume: str, tags: list[str] | None = None) -
         raise ConfigError(f"resume=never: {root} holds a checkpoint; choose another run_dir or resume=auto")
 
 
-def load(engine: ZeroEngine, average: Average, root: str | Path, found: Found, world: World) -> int:
+def load(engine: ZeroEngine, average: Average, root: str | Path, found: FoundSave, world: World) -> int:
     """Fills the engine and the average; returns the number of steps done. Every process must call it.
 
     Args:

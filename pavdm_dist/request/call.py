@@ -1,0 +1,70 @@
+"""The requests of one call that renders whole videos into memory: its arguments are those of diffusers' pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.io.image import read_image
+from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.texts import first_and_later
+from pavdm_dist.request.video_request import VideoRequest
+from pavdm_dist.values.arguments import seeds_of
+
+Prompt = str | Mapping[str, str]
+# A whole video in memory larger than this is refused: long videos are streamed.
+MAX_RESULT_BYTES = 4 * 2**30
+
+
+def requests_of_call(
+    prompt: Prompt | Sequence[Prompt],
+    params: SamplingParams,
+    checkpoint: Checkpoint,
+    *,
+    negative_prompt: str | None,
+    num_frames: int,
+    num_videos_per_prompt: int,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    seed: int,
+    video: Tensor | np.ndarray | None,
+    image: Any,
+    keeps_frames: bool,
+) -> list[VideoRequest]:
+    """One request for every video, those of a prompt side by side.
+
+    Args:
+        prompt, negative_prompt, num_frames, num_videos_per_prompt, generator, seed, video, image: see
+            :meth:`PAVDMPipeline.__call__ <pavdm_dist.pipeline.PAVDMPipeline.__call__>`.
+        params: settings of the call.
+        checkpoint: the model.
+        keeps_frames: the call gives pixels, and not latents alone, which are small.
+
+    Raises:
+        ConfigError: no prompt, impossible arguments, or a result that would not fit in memory.
+        MediaError: the picture cannot be read.
+    """
+    prompts = [prompt] if isinstance(prompt, str | Mapping) else list(prompt or ())
+    if not prompts:
+        raise ConfigError(f"prompt={prompt}: give a text, or a list of them")
+    words = [first_and_later(one, params, checkpoint) for one in prompts]
+    total = len(prompts) * num_videos_per_prompt
+    size = total * num_frames * params.height * params.width * 3 * 4
+    if keeps_frames and size > MAX_RESULT_BYTES:
+        raise ConfigError(
+            f"num_frames={num_frames}: the result would take {size / 2**30:.1f} GiB; use iter_chunks(), or "
+            "`pavdm sample`, which write as they go"
+        )
+    seeds = seeds_of(generator, seed, total)
+    clip = None if video is None else torch.as_tensor(np.asarray(video))
+    picture = None if image is None else torch.from_numpy(read_image(image, params.height, params.width))
+    requests = []
+    for i in range(total):
+        text, schedule = words[i // num_videos_per_prompt]
+        requests.append(VideoRequest(text, seeds[i], num_frames, negative_prompt, schedule, clip, picture))
+    return requests
