@@ -89,6 +89,7 @@ def units(runner: Runner, mode: Mode, chunks_per_unit: int, peak: float) -> dict
     stage, rehearsed = runner.stage(stream)
     run(stage, alone(), stream, 1)
     report = run(stage, alone(), stream, EPOCHS)
+    shifts = [_shifts(stage, stream) for _ in range(2)]
     seconds, flop = defaultdict[int, list[float]](list), dict[int, float]()
     for span in report.trace:
         held = len(stream.batches.held(stream.plan.row(span.unit.row), span.unit.chunk))
@@ -102,10 +103,18 @@ def units(runner: Runner, mode: Mode, chunks_per_unit: int, peak: float) -> dict
             for held, times in sorted(seconds.items())
         },
         "seconds_a_unit": wall,
+        "same_bits_again": all(map(torch.equal, *shifts)),
         "rehearsal": rehearsed,
         "share_of_peak": max(flop[held] / statistics.median(times) for held, times in seconds.items()) / (peak * 1e12),
     }
     return {**found, **(_profiled(stage, stream) if runner.device.type == "cuda" else {})}
+
+
+def _shifts(stage: Stage, stream: Stream) -> list[torch.Tensor]:
+    """What the window holds at the ends of its shifts."""
+    events = list[Any]()
+    run(stage, alone(), stream, 2, events.append)
+    return [latents for event in events if isinstance(event, Shift) for latents in event.snapshot.latents.values()]
 
 
 def _profiled(stage: Stage, stream: Stream) -> dict[str, Any]:
