@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from pavdm_dist.codecs.base import CodecSpec
 from pavdm_dist.engine.driver import Driver
-from pavdm_dist.engine.events import Decoded, DecoderLost, Event, Finished, GangLost, Output, Prepared
+from pavdm_dist.engine.events import Decoded, DecoderLost, Event, Finished, GangLost, Output, Prepared, Shift
 from pavdm_dist.engine.local import LocalGang
 from pavdm_dist.engine.order import LogEntry
 from pavdm_dist.engine.stage import Stage
@@ -63,6 +64,12 @@ class Watched(LocalGang):
         refuses: a stream that stages cannot take in.
         breaks: (stream, chunk) that cannot be decoded.
         loses_decoder: the decoder is lost instead of this event, and what was with it too.
+        spoils: this event, the end of a shift, tells of values that are not finite.
+
+    Attributes:
+        told: how many events there were.
+        shifts: which of them were ends of shifts.
+        spoiled: the stream whose event was spoilt.
     """
 
     def __init__(
@@ -73,6 +80,7 @@ class Watched(LocalGang):
         refuses: int | None = None,
         breaks: tuple[int, int] | None = None,
         loses_decoder: Sequence[int] = (),
+        spoils: int | None = None,
     ) -> None:
         self.parts = [Stage(tiny_model(), blocks) for blocks in CUTS[stages]]
         super().__init__(self.parts, MeanCodec())  # type: ignore[arg-type]
@@ -82,7 +90,9 @@ class Watched(LocalGang):
         self._dies_at, self._late, self._refuses, self._breaks = dies_at, late, refuses, breaks
         self._held: deque[tuple[int, Event]] = deque()
         self._polls = 0
-        self._loses_decoder = set(loses_decoder)
+        self._loses_decoder, self._spoils = set(loses_decoder), spoils
+        self.spoiled: int | None = None
+        self.shifts: list[int] = []
 
     def prepare(self, stream: Stream, warm: Tensor | None) -> None:
         super().prepare(stream, warm)
@@ -128,6 +138,12 @@ class Watched(LocalGang):
         events = events or super().poll(timeout)
         if self._dies_at is not None and self._dies_at in range(self.told, self.told + len(events)):
             raise GangLost("stage 0 of 1 died")
+        for place, event in enumerate(events):
+            if isinstance(event, Shift):
+                self.shifts.append(self.told + place)
+                if self.told + place == self._spoils:
+                    self.spoiled = event.stream
+                    events[place] = replace(event, not_finite=min(event.snapshot.latents, default=0))
         self.told += len(events)
         return events
 

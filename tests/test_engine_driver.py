@@ -171,6 +171,61 @@ def test_a_stream_that_fails_ends_alone(fault: str) -> None:
     assert not gang.left_over and not gang._decoders
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stream_whose_values_fail_at_any_shift_ends_alone_and_its_id_is_free(mode: Mode) -> None:
+    failed, whole = set(), Watched(2, late=1)
+    drive(Driver(whole, 2), streams_of(mode))
+    for moment in whole.shifts:
+        gang = Watched(2, late=1, spoils=moment)
+        driver = Driver(gang, 2)
+        outputs = drive(driver, streams_of(mode))
+        lost = [output for output in outputs if isinstance(output, Failed)]
+        assert [output.stream for output in lost] == [gang.spoiled]
+        rest = {number: chunks for number, chunks in undisturbed(mode).items() if number != gang.spoiled}
+        check_equal([output for output in outputs if output.stream != gang.spoiled], rest)
+        assert not gang.left_over and not gang._decoders
+        assert gang.spoiled is not None
+        failed.add(gang.spoiled)
+        again = drive(driver, [stream for stream in streams_of(mode) if stream.id == gang.spoiled])
+        check_equal(again, {gang.spoiled: undisturbed(mode)[gang.spoiled]})
+    assert failed == {0, 1, 2}
+
+
+@pytest.mark.parametrize("late", [0, 3])
+def test_a_stream_that_is_refused_or_not_decoded_at_any_chunk_ends_alone(late: int) -> None:
+    expected = undisturbed("window")
+    faults = [(stream, None) for stream in expected] + [(s, c) for s in expected for c in range(len(expected[s]))]
+    for stream, chunk in faults:
+        breaks = None if chunk is None else (stream, chunk)
+        gang = Watched(2, late=late, refuses=stream if chunk is None else None, breaks=breaks)
+        outputs = drive(Driver(gang, 2), streams_of("window"))
+        assert [output.stream for output in outputs if isinstance(output, Failed)] == [stream]
+        given = [output.clean.index for output in outputs if isinstance(output, Finished) and output.stream == stream]
+        assert given == list(range(chunk or 0)), "what came before the fault"
+        others = {number: chunks for number, chunks in expected.items() if number != stream}
+        check_equal([output for output in outputs if output.stream != stream], others)
+        assert not gang.left_over and not gang._decoders
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_consumer_that_stops_at_any_event_loses_nothing_and_holds_the_work(mode: Mode) -> None:
+    chunk_bytes = max(3 * frames.nbytes for chunks in undisturbed(mode).values() for _, frames in chunks)
+    for moment in range(0, events_in(mode), 3):
+        gang = Watched(1 + moment % 2, late=moment % 4)
+        driver, waiting = Driver(gang, 2, backlog_bytes=chunk_bytes), deque(streams_of(mode))
+        taken, held, asleep = list[Output](), list[Output](), 40
+        while not (driver.idle and not waiting):
+            while driver.wants > 0 and waiting:
+                driver.submit(waiting.popleft())
+            if gang.told >= moment and asleep:
+                asleep -= 1
+            elif held:
+                taken, held = taken + held, []
+            held += driver.step(0.0, sum(chunk_bytes for output in held if isinstance(output, Finished)))
+        check_equal([*taken, *held], undisturbed(mode))
+        assert not gang.left_over and not gang._decoders
+
+
 def test_a_consumer_that_takes_nothing_stops_the_work_and_one_that_takes_starts_it_again() -> None:
     stream = tiny_stream(0, guidance_scale=1.0, num_chunks=12)
     chunk_bytes = 3 * 2 * 4 * 32 * 48
