@@ -110,9 +110,11 @@ def _defaults(config: TrainConfig, size: int) -> dict[str, Any]:
     if config.zero.precision == "bfloat16":
         # It would look through every gradient at every step; one that is no number shows in their norm, too.
         found["bf16"] = {"check_grad_overflow": False}
-    if config.zero.stage in (1, 2) and size > 1:
-        # Gradients are sent while the backward pass goes on. At stage 3 that is its own default.
-        found["zero_optimization"] = {"overlap_comm": True}
+    if config.zero.stage in (1, 2):
+        # Gradients are sent while the backward pass goes on; at stage 3 that is its own default. One process alone need
+        # not copy them, one by one, to where they would be sent from: a quarter of what its backward pass costs a host.
+        alone = {"contiguous_gradients": False} if config.zero.offload == "none" else {}
+        found["zero_optimization"] = {"overlap_comm": True} if size > 1 else alone
     return found
 
 
