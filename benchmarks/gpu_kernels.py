@@ -11,11 +11,11 @@ NAMED = 16  # kernels that are told by name
 
 
 def kernels_of(call: Callable[[], object], parts: Callable[[], int]) -> dict[str, Any]:
-    """Kernels' seconds and launches in a call, and the kernels that take most of it: how many, and their seconds.
+    """Kernels' seconds and launches in a call, waits for the device, and the kernels that take most of it.
 
     Args:
         call: what is looked at.
-        parts: how many equal parts the call had, asked behind it; all numbers are of one.
+        parts: how many equal parts the call had, asked behind it; all numbers but that of the waits are of one.
     """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
@@ -30,6 +30,7 @@ def kernels_of(call: Callable[[], object], parts: Callable[[], int]) -> dict[str
     return {
         "kernel_seconds": sum(event.self_device_time_total for event in kernels) / 1e6 / count,
         "launches": sum(event.count for event in events if "LaunchKernel" in event.key) / count,
+        "waits_in_all": sum(event.count for event in events if event.key.endswith("Synchronize")),
         "longest_kernels": {
             event.key[:80]: [event.count / count, event.self_device_time_total / 1e6 / count] for event in longest
         },

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from pavdm_dist.method.stream import Stream
 from pavdm_dist.models.base import Backbone
 from pavdm_dist.models.compiling import keep_on_disk
 
-EPOCHS = 3  # of four rows each, in which units of a full window are timed
+EPOCHS = 2  # of four rows each, in which units of a full window are timed: a shift ends in them
 
 
 @dataclass
@@ -87,9 +86,10 @@ def units(runner: Runner, mode: Mode, chunks_per_unit: int, peak: float) -> dict
     case, model = runner.case, runner.model
     stream = case.full(model, mode, chunks_per_unit)
     stage, rehearsed = runner.stage(stream)
-    run(stage, alone(), stream, 1)
-    report = run(stage, alone(), stream, EPOCHS)
-    shifts = [_shifts(stage, stream) for _ in range(2)]
+    # The first run is for kernels to be loaded, and shows what the second must compute again.
+    told = [list[Any](), list[Any]()]
+    reports = [run(stage, alone(), stream, EPOCHS, events.append) for events in told]
+    report, shifts = reports[1], [_held(events) for events in told]
     seconds, flop = defaultdict[int, list[float]](list), dict[int, float]()
     for span in report.trace:
         held = len(stream.batches.held(stream.plan.row(span.unit.row), span.unit.chunk))
@@ -110,31 +110,15 @@ def units(runner: Runner, mode: Mode, chunks_per_unit: int, peak: float) -> dict
     return {**found, **(_profiled(stage, stream) if runner.device.type == "cuda" else {})}
 
 
-def _shifts(stage: Stage, stream: Stream) -> list[torch.Tensor]:
+def _held(events: list[Any]) -> list[torch.Tensor]:
     """What the window holds at the ends of its shifts."""
-    events = list[Any]()
-    run(stage, alone(), stream, 2, events.append)
     return [latents for event in events if isinstance(event, Shift) for latents in event.snapshot.latents.values()]
 
 
 def _profiled(stage: Stage, stream: Stream) -> dict[str, Any]:
-    """Kernels' time, launches, and calls that wait for the device, of one unit."""
+    """Kernels' time and launches of one unit, and waits for the device in all of a run, whose ends wait a few times."""
     reports = list[RunReport]()
-    found = kernels_of(lambda: reports.append(run(stage, alone(), stream, 1)), lambda: reports[0].units)
-    # Beginning and end of a run wait, for texts and for the last chunk: units do where more of them wait more often.
-    few, many = (_waits(stage, stream, epochs) for epochs in (1, 2))
-    return {"a_unit": {**found, "waits": (many - few) / reports[0].units}}
-
-
-def _waits(stage: Stage, stream: Stream, epochs: int) -> int:
-    with warnings.catch_warnings(record=True) as waits:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            run(stage, alone(), stream, epochs)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("synchron" in str(warning.message).lower() for warning in waits)
+    return kernels_of(lambda: reports.append(run(stage, alone(), stream, 1)), lambda: reports[0].units)
 
 
 def whole(runner: Runner, mode: Mode, latents: int, chunks_per_unit: int, peak: float) -> dict[str, Any]:
