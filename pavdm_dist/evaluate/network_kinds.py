@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from pavdm_dist.values.fields import Side, Within
 
+# Of DINO's normalisations; folders that were converted from its files say 1e-12.
+_DINO_EPS = 1e-6
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -104,12 +107,15 @@ def dino_positions(positions: Tensor, patch: int, height: int, width: int) -> Te
 
 
 def _load_dino(transformers: Any, folder: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """transformers' ViT with DINO's own habits, which published folders do not tell of."""
     model, told = transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False, **options)
     embeddings = model.embeddings
-    # A network's positions are a part of it that depends on the picture's size alone.
     embeddings.interpolate_pos_encoding = lambda tokens, height, width: dino_positions(
         embeddings.position_embeddings, model.config.patch_size, height, width
     )
+    for part in model.modules():
+        if isinstance(part, torch.nn.LayerNorm):
+            part.eps = _DINO_EPS
     return model, told
 
 
