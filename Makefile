@@ -30,7 +30,8 @@ tests: $(VENV)/.dev
 # What needs transformers: beside the environment, because with it every process that imports diffusers starts 1 s later.
 test-text: $(VENV)/.text
 	PYTHONPATH=$(VENV)/text $(BIN)/pytest -m "slow or not slow" \
-	  tests/test_text_pretrained.py tests/test_train_umt5.py tests/test_skyreels_peer.py tests/test_wan_checkpoint.py
+	  tests/test_text_pretrained.py tests/test_train_umt5.py tests/test_skyreels_peer.py tests/test_wan_checkpoint.py \
+	  tests/test_evaluate_pretrained.py
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'

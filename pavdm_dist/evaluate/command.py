@@ -11,6 +11,7 @@ from typing import Any
 
 from pavdm_dist.errors import ConfigError, FailedVideosError, PAVDMError
 from pavdm_dist.evaluate.measured import Measured, features_of, measure
+from pavdm_dist.evaluate.official import open_official
 from pavdm_dist.evaluate.page import page
 from pavdm_dist.evaluate.plots import plots
 from pavdm_dist.evaluate.report import summary, whole_rows
@@ -32,11 +33,13 @@ def eval_report(config: EvalConfig, overwrite: bool) -> tuple[dict[str, Any], Fa
         overwrite: an earlier report at ``output`` may be replaced.
 
     Returns:
-        ``videos`` (as :meth:`~pavdm_dist.evaluate.measured.Measured.as_json`), ``failed``, ``whole`` and ``summary``;
+        ``videos`` (as :meth:`~pavdm_dist.evaluate.measured.Measured.as_json`), ``failed``, ``whole``, ``summary`` and,
+        by their settings, the user's ``networks`` where some are named;
         and what the command is to end with where some could not be measured.
 
     Raises:
         ConfigError: no video is named, a setting asks for what is not installed, or the report cannot be written.
+        CheckpointError: what is named as a network is none.
         MediaError: a reference is no video.
     """
     paths = _videos(config.videos)
@@ -46,12 +49,13 @@ def eval_report(config: EvalConfig, overwrite: bool) -> tuple[dict[str, Any], Fa
         check_new_report(Path(config.output), overwrite)
     if config.reference and config.features == "off":
         raise ConfigError("reference: features=off takes none to compare with it; leave one of them out")
+    official = open_official(config)
     reference = features_of(_videos(config.reference)) if config.reference else None
     measured: list[Measured] = []
     failed: list[dict[str, str]] = []
     for path in paths:
         try:
-            measured.append(measure(path, config, reference))
+            measured.append(measure(path, config, reference, official))
         except PAVDMError as error:
             logger.warning("not measured: %s", error)
             failed.append({"video": path, "error": str(error)})
@@ -59,12 +63,14 @@ def eval_report(config: EvalConfig, overwrite: bool) -> tuple[dict[str, Any], Fa
             logger.exception("not measured: %s", path)
             failed.append({"video": path, "error": f"{path}: {type(error).__name__}: {error}"})
     rows = summary(measured, config.resamples, config.seed)
-    report = {
+    report: dict[str, Any] = {
         "videos": [video.as_json() for video in measured],
         "failed": failed,
         "whole": whole_rows(measured),
         "summary": rows,
     }
+    if official:
+        report["networks"] = {own.field: own.network.about for own in official}
     if config.output is not None and measured:
         drawn = plots(measured)
         write_report(Path(config.output), report, page(measured, failed, rows, drawn, config.shown), drawn)

@@ -1,7 +1,7 @@
 """What a picture shows, as 1,280 numbers of a network trained on ImageNet (EfficientNet-Lite0, in a package).
 
-VBench's networks are not in any package. Measures that have its form have names of their own here: figures of one are
-not those of the other.
+VBench's networks are not in any package; :mod:`~pavdm_dist.evaluate.official` measures with them where the user has
+them. Measures that have VBench's form have names of their own here: figures of one are not those of the other.
 """
 
 from __future__ import annotations
@@ -70,11 +70,16 @@ class FeatureMeter:
             self._waiting = []
 
 
-def subject_consistency(features: Floats) -> Floats:
-    """Of every picture but the first (max(0, cos to the one before) + max(0, cos to the first)) / 2."""
+def subject_consistency(features: Floats, start: Floats | None = None) -> Floats:
+    """Of every picture but the first (max(0, cos to the one before) + max(0, cos to the first)) / 2.
+
+    Args:
+        features: ``[n, d]``.
+        start: ``[d]``, of the picture that the video begins with, where ``features`` begin later.
+    """
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     before = (unit[1:] * unit[:-1]).sum(1)
-    first = unit[1:] @ unit[0]
+    first = unit[1:] @ (unit[0] if start is None else start / np.linalg.norm(start))
     return (np.maximum(before, 0) + np.maximum(first, 0)) / 2
 
 

@@ -19,6 +19,7 @@ from pavdm_dist.evaluate.drift import Drift, drift_of
 from pavdm_dist.evaluate.features import FeatureMeter, frechet_distance
 from pavdm_dist.evaluate.made import chunk_lengths, cost_of, group_of, sidecar_of, text, within
 from pavdm_dist.evaluate.motion import MotionMeter
+from pavdm_dist.evaluate.official import Official
 from pavdm_dist.evaluate.pixel_meter import PixelMeter
 from pavdm_dist.evaluate.scenes import SceneMeter
 from pavdm_dist.evaluate.settings import EvalConfig, Wanted
@@ -71,17 +72,22 @@ class Measured:
         return values | {"drift": drift}
 
 
-def measure(path: str, config: EvalConfig, reference: Floats | None = None) -> Measured:
+def measure(
+    path: str, config: EvalConfig, reference: Floats | None = None, official: Sequence[Official] = ()
+) -> Measured:
     """Measures a video.
 
     Args:
         path: of it, local or remote.
         config: what is wanted.
         reference: features of real videos, for the distance to them.
+        official: measures on the user's networks, as :func:`~pavdm_dist.evaluate.official.open_official` opens those
+            that ``config`` names: once for all videos.
 
     Raises:
         MediaError: it is no video, is damaged, changes its size or has fewer than two frames.
-        ConfigError: something is wanted (``on``) that is not installed, or that this video has not.
+        ConfigError: something is wanted (``on``) that is not installed, or that this video has not; or a network gives
+            numbers that are none.
     """
     sidecar = sidecar_of(path)
     prompt = config.prompt or text(sidecar.get("prompt"))
@@ -89,7 +95,7 @@ def measure(path: str, config: EvalConfig, reference: Floats | None = None) -> M
         fps = float(reader.rate)
         digits = _digits(path, prompt, sidecar, config)
         lengths = chunk_lengths(sidecar, fps, config.chunk_seconds)
-        meters = _Meters(fps, config, digits)
+        meters = _Meters(fps, config, digits, official)
         size: tuple[int, ...] | None = None
         starts: list[int] = []
         border = frames = 0
@@ -139,17 +145,22 @@ def features_of(paths: Sequence[str]) -> Floats:
 class _Meters:
     """Everything that is measured, fed frame by frame."""
 
-    def __init__(self, fps: float, config: EvalConfig, digits: tuple[AskedDigit, ...] | None) -> None:
+    def __init__(
+        self, fps: float, config: EvalConfig, digits: tuple[AskedDigit, ...] | None, official: Sequence[Official]
+    ) -> None:
         self._pixels = PixelMeter(fps)
         self._motion = _if_wanted(config.motion, lambda: MotionMeter(fps))
         self._scenes = _if_wanted(config.scenes, lambda: SceneMeter(fps))
         self._features = _if_wanted(config.features, lambda: FeatureMeter(fps))
         self._digits = None if digits is None else _DigitMeter(fps, digits)
+        self._official = {own.name: own.meter(fps) for own in official}
         self._all = [
             meter
-            for meter in (self._pixels, self._motion, self._scenes, self._features, self._digits)
+            for meter in (
+                self._pixels, self._motion, self._scenes, self._features, self._digits, *self._official.values()
+            )
             if meter is not None
-        ]
+        ]  # fmt: skip
 
     def add(self, picture: NDArray[np.uint8], new_chunk: bool) -> None:
         for meter in self._all:
@@ -172,6 +183,8 @@ class _Meters:
             features = self._features.all()
             if reference is not None and len(features) > 1:
                 whole["frechet_distance_eff"] = frechet_distance(features, reference)
+        chunks |= {name: meter.per_chunk() for name, meter in self._official.items()}
+        whole |= {name: meter.whole() for name, meter in self._official.items()}
         if self._digits is not None:
             chunks |= self._digits.per_chunk()
         return chunks, whole, features

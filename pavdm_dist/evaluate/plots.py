@@ -17,7 +17,8 @@ from pavdm_dist.evaluate.report import ABOUT, by_group
 _COLOURS = 10
 _MARKERS = "os^vD<>pP*X"
 # What quality is read from, the first that was measured, and its cost.
-_QUALITY, COST = ("digit", "subject_consistency_eff", "sharpness"), "latents_per_s"
+_QUALITY = ("digit", "dino_subject_consistency", "subject_consistency_eff", "sharpness")
+COST = "latents_per_s"
 
 
 def plots(videos: Sequence[Measured]) -> dict[str, bytes]:
