@@ -24,12 +24,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.farm.shot import Shot, make_shot
 from pavdm_dist.fields import json_value, made
 from pavdm_dist.io import processes
+from pavdm_dist.io.local import check_place
 from pavdm_dist.io.lockfile import Seen, read_lock
 from pavdm_dist.io.metadata import read_sidecar, sidecar_path
 from pavdm_dist.io.parts import LOCK_NAME, PARTS_SUFFIX, holds_work, parts_folder
@@ -111,6 +113,22 @@ class Tree:
     def without_places(self, id: str, text: str) -> str:
         """What is said of a shot without saying where its files are, for who need not know."""
         return text.replace(f"{self.folder(id)}/", "").replace(f"{self.root}/", "")
+
+    def check_writable(self, traces: bool) -> None:
+        """Refuses a folder where what a run is asked for cannot be written; changes nothing.
+
+        What is only looked at is left out in such a case: logs, the list of failed shots. Of a store nothing is known
+        until it is written.
+
+        Args:
+            traces: whether they are asked for.
+
+        Raises:
+            ConfigError: naming what is in the way.
+        """
+        if not is_remote(self.root):
+            for name in ("farm.json", "manifests/any.jsonl", f"shots/any/{VIDEO}", *["traces/any.json"] * traces):
+                check_place(Path(self.path(name)), "out")
 
     # --- what is asked for -----------------------------------------------------------------------------------
 
