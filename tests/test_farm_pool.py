@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import logging
 import threading
 import time
+from collections import deque
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +28,8 @@ from pavdm_dist.farm.settings import PoolConfig
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import Failure, Tree
 from pavdm_dist.farm.waiting import Waiting
+from pavdm_dist.io.lockfile import Owner
+from pavdm_dist.io.parts import parts_folder
 from pavdm_dist.outputs import VideoChunk
 
 
@@ -219,6 +224,57 @@ def test_a_slow_store_holds_up_only_who_asks_it(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(pool._watch, "is_free", is_free)
     assert pool.is_free(_shot("a")) and len(seen) == 1, "all others waited for the store"
+
+
+def _entries(found: Any, seen: set[int]) -> int:
+    """Of all containers that objects of this package hold, or that these hold."""
+    if id(found) in seen:
+        return 0
+    seen.add(id(found))
+    if isinstance(found, dict):
+        return len(found) + sum(_entries(one, seen) for pair in found.items() for one in pair)
+    if isinstance(found, list | set | frozenset | tuple | deque):
+        return len(found) + sum(_entries(one, seen) for one in found)
+    if type(found).__module__.startswith("pavdm_dist.") and hasattr(found, "__dict__"):
+        return _entries(vars(found), seen)
+    return 0
+
+
+def test_of_shots_that_are_over_nothing_is_kept(tmp_path: Path) -> None:
+    """However each ends: in a farm of a hundred thousand all that grows with them grows for days."""
+    pool, (one,) = _pool(tmp_path, retries=1)
+    ends = ("done", "failed", "again done", "again again", "aside done", "saved cancelled", "dropped")
+    whose = {"done": "elsewhere", "failed": "video", "again": "lost"}
+
+    def render(name: str, how: str) -> None:
+        shot = _shot(name)
+        pool.submit([shot])
+        lock = Path(parts_folder(pool._tree.output(name)), "lock.json")
+        lock.parent.mkdir(parents=True)
+        lock.write_text(json.dumps(asdict(Owner("elsewhere", "another machine", 1, 0, name))))
+        for last in how.split():
+            assert pool.take(one) == shot
+            assert not pool.is_free(shot), "it is watched from now on"
+            if last != "aside":
+                pool.begun(one, shot, 0)
+                pool.grew(one, shot, _chunk(0))
+                pool._said._log.emit(logging.LogRecord("x", logging.INFO, "", 0, "so far", None, None))
+            if last == "dropped":
+                pool.ended(one, shot, Ended("saved"))
+                assert pool.cancel(name)
+            else:
+                pool.ended(one, shot, Ended(last, whose.get(last, "")))  # type: ignore[arg-type]
+            while pool._waiting and not pool._waiting.ready:
+                time.sleep(0.001)
+
+    held = list[int]()
+    for lap in range(3):
+        for number in range(5):
+            for kind, how in enumerate(ends):
+                render(f"shot-{lap}-{number}-{kind}", how)
+        held.append(_entries(pool, set()))
+        assert not pool._waiting and pool.ends["done"] == 15 * (lap + 1) and pool.ends["cancelled"] == 10 * (lap + 1)
+    assert held[0] == held[1] == held[2]
 
 
 def test_a_failure_says_how_often_a_shot_was_begun(tmp_path: Path) -> None:

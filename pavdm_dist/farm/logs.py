@@ -47,7 +47,10 @@ class ShotLog(logging.Handler):
     def ended(self, renderer: str, shot: str) -> None:
         """It is not any more; its lines stay until it is :meth:`forgotten <forget>`."""
         with self._held:
-            self._of.get(renderer, set()).discard(shot)
+            shots = self._of.get(renderer, set())
+            shots.discard(shot)
+            if not shots:  # renderers come and go, too
+                self._of.pop(renderer, None)
 
     def tail(self, shot: str) -> tuple[str, ...]:
         """Its last lines, oldest first."""

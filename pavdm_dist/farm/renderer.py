@@ -276,6 +276,7 @@ class Renderer:
     def _end(self, flight: _Flight, ended: Ended) -> None:
         with self._turn:
             self._flights.pop(flight.number, None)
+        self.pipeline.resyncs.pop(flight.number, None)  # a run of thousands of shots is one run of the pipeline
         ended = Ended(ended.how, ended.kind, ended.error, flight.frames)
         self._desk.ended(self, flight.shot, ended)
 

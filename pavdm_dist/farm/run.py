@@ -113,6 +113,7 @@ def _rendered(farm: _Farm, found: Found) -> Stopped | None:
     """Renders shots, and what comes to them; the signal that ended it earlier, if one did."""
     try:
         farm.take_in(found)
+        found.left.clear()  # the queue has them, and forgets each that is over
         return _until_over(farm, farm.pool)
     except Stopped as stop:  # before anything was begun
         return stop

@@ -58,6 +58,10 @@ class Said:
         if ended.how in ("done", "failed", "cancelled"):
             self._log.forget(shot.id)
 
+    def dropped(self, shot: Shot) -> None:
+        """It was taken out of the queue, where it may have waited to go on."""
+        self._log.forget(shot.id)
+
     def _fail(self, shot: Shot, ended: Ended, attempts: int) -> None:
         line = {name: getattr(shot, name) for name in shot.__dataclass_fields__}
         failure = Failure(ended.error, ended.kind, attempts, log=self._log.tail(shot.id), shot=line)

@@ -197,13 +197,15 @@ class Tree:
     def scan(self) -> dict[str, frozenset[str]]:
         """Names of the files of every shot that has any, by id: one listing, whatever the number of shots."""
         folder = self.path("shots")
+        alike: dict[frozenset[str], frozenset[str]] = {}  # most shots have the same names: one set is all of theirs
         if is_remote(folder):
             fs, inner = filesystem(folder)
             found: dict[str, set[str]] = {}
             for path in fs.find(inner) if fs.exists(inner) else ():
                 id, _, rest = str(path)[len(inner.rstrip("/")) + 1 :].partition("/")
                 found.setdefault(id, set()).add(rest.partition("/")[0])
-            return {id: frozenset(names) for id, names in found.items()}
+            whole = ((id, frozenset(names)) for id, names in found.items())
+            return {id: alike.setdefault(names, names) for id, names in whole}
         if not os.path.isdir(folder):
             return {}
         with os.scandir(folder) as entries:
@@ -211,7 +213,8 @@ class Tree:
         there = {}
         for id in ids:
             with suppress(FileNotFoundError):
-                there[id] = frozenset(os.listdir(f"{folder}/{id}"))
+                names = frozenset(os.listdir(f"{folder}/{id}"))
+                there[id] = alike.setdefault(names, names)
         return there
 
     def state(self, id: str, names: frozenset[str] | None = None) -> State:

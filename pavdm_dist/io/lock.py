@@ -203,7 +203,10 @@ def clear_locks(outputs: Sequence[str | Path], field: str = OUTPUT) -> None:
 
 
 class Watch:
-    """Locks of others, looked at now and then by who has other things to do meanwhile; one thread at a time."""
+    """Locks of others, looked at now and then by who has other things to do meanwhile; one thread at a time.
+
+    What was seen of a lock is kept until its video is looked at again, or forgotten.
+    """
 
     def __init__(self) -> None:
         self._watched: dict[str, tuple[Seen, float]] = {}
@@ -230,6 +233,10 @@ class Watch:
                 return False
         _take_away(output, found)
         return True
+
+    def forget(self, output: str | Path) -> None:
+        """A video that will not be looked at any more; from any thread that does not look at it."""
+        self._watched.pop(str(output), None)
 
 
 def _await_silence(watched: dict[str | Path, Seen], field: str) -> None:
