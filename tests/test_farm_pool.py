@@ -122,12 +122,12 @@ def test_a_lost_renderer_costs_an_attempt_unless_the_shot_had_got_further(tmp_pa
     for further in (0, 1, 2):  # each time it gets a chunk further: as often as it likes
         shot = pool.take(one)
         assert shot is not None
-        pool.begun(one, shot, further)
+        pool.begun(one, shot, further, 0)
         pool.grew(one, shot, _chunk(further))
         pool.ended(one, shot, lost)
     shot = pool.take(one)
     assert shot is not None
-    pool.begun(one, shot, 2)
+    pool.begun(one, shot, 2, 0)
     pool.grew(one, shot, _chunk(2))  # what it had given before
     pool.ended(one, shot, lost)
     failure = Tree(str(tmp_path)).state("a").failure
@@ -147,13 +147,13 @@ def test_frames_count_where_they_are_whoever_wrote_them(tmp_path: Path) -> None:
 
     a = pool.take(one)
     assert a is not None
-    pool.begun(one, a, 2)  # its first four frames are of an earlier run
+    pool.begun(one, a, 2, 0)  # its first four frames are of an earlier run
     pool.grew(one, a, _chunk(2))
     tell()
     pool.ended(one, a, Ended("again", "lost", "stage 1 died"))
     a = pool.take(one)
     assert a is not None and a.id == "a"
-    pool.begun(one, a, 1)  # its state on disk is older
+    pool.begun(one, a, 1, 0)  # its state on disk is older
     tell()
     pool.grew(one, a, _chunk(1))
     pool.ended(one, a, Ended("done"))
@@ -256,7 +256,7 @@ def test_of_shots_that_are_over_nothing_is_kept(tmp_path: Path) -> None:
             assert pool.take(one) == shot
             assert not pool.is_free(shot), "it is watched from now on"
             if last != "aside":
-                pool.begun(one, shot, 0)
+                pool.begun(one, shot, 0, 0)
                 pool.grew(one, shot, _chunk(0))
                 pool._said._log.emit(logging.LogRecord("x", logging.INFO, "", 0, "so far", None, None))
             if last == "dropped":
@@ -282,7 +282,7 @@ def test_a_failure_says_how_often_a_shot_was_begun(tmp_path: Path) -> None:
     pool.submit([_shot("a"), _shot("b")])
     for ended in (Ended("again", "lost"), Ended("again", "stalled"), Ended("failed", "video", "not finite")):
         assert pool.take(one) == _shot("a")
-        pool.begun(one, _shot("a"), 0)
+        pool.begun(one, _shot("a"), 0, 0)
         pool.ended(one, _shot("a"), ended)
     assert pool.take(one) == _shot("b")
     pool.ended(one, _shot("b"), Ended("failed", "input", "no such clip"))
@@ -430,7 +430,7 @@ def test_lines_of_a_renderer_are_told_of_all_its_shots() -> None:
     log.begun("renderer-1", "a")
     log.begun("renderer-2", "b")
 
-    def say(text: str, thread: str, **extra: str) -> None:
+    def say(text: str, thread: str, **extra: str | int) -> None:
         record = logging.LogRecord("pavdm_dist.x", logging.WARNING, "", 0, text, (), None)
         record.threadName = thread
         vars(record).update(extra)
@@ -444,6 +444,32 @@ def test_lines_of_a_renderer_are_told_of_all_its_shots() -> None:
     for number in range(80):
         say(str(number), "renderer-2")
     assert len(log.tail("b")) == 50 and log.tail("b")[-1].endswith("79")
+
+
+def test_lines_of_a_stage_have_its_rank_and_the_shot_that_it_knows_by_number() -> None:
+    file = io.StringIO()
+    log = ShotLog(file)
+
+    def say(text: str, **extra: int | str) -> dict[str, Any]:
+        record = logging.LogRecord("pavdm_dist.engine.x", logging.WARNING, "", 0, text, (), None)
+        record.threadName = "pavdm-driver of renderer-1"
+        vars(record).update(extra)
+        log.handle(record)
+        found: dict[str, Any] = json.loads(file.getvalue().splitlines()[-1])
+        return found
+
+    for number, shot in ((7, "a"), (8, "b")):
+        log.begun("renderer-1", shot)
+        log.numbered("renderer-1", number, shot)
+    log.numbered("renderer-2", 7, "other")
+    told = say("no kernel", video=7, stage=1)
+    assert (told["shot"], told["stage"], told["renderer"]) == ("a", 1, "renderer-1")
+    assert say("warmed", video=8, stage="decoder")["shot"] == "b"
+    log.ended("renderer-1", "a")
+    assert "shot" not in say("late", video=7, stage=0)
+    assert [line.rpartition(" WARNING ")[2] for line in log.tail("a")] == ["no kernel"]
+    assert [line.rpartition(" WARNING ")[2] for line in log.tail("b")] == ["warmed"], "what is of another is not its"
+    log.close()
 
 
 class FullDisk(io.StringIO):
@@ -464,7 +490,7 @@ def test_a_log_that_cannot_be_written_ends_itself_and_nothing_else(
         pool.submit([_shot("a")])
         shot = pool.take(one)
         assert shot is not None
-        pool.begun(one, shot, 0)
+        pool.begun(one, shot, 0, 0)
         # A fault of who logs is none of the shot's.
         log.handle(logging.LogRecord("pavdm_dist.x", logging.WARNING, "", 0, "%d", ("no number",), None))
         pool.ended(one, shot, end_of(VideoError("\udcff is no name")))
@@ -505,14 +531,14 @@ def test_a_shot_with_which_a_renderer_was_lost_is_rendered_alone(tmp_path: Path)
     assert [shot.id for shot in held if shot is not None] == ["a", "b"]
     for shot in held:
         assert shot is not None
-        pool.begun(one, shot, 0)
+        pool.begun(one, shot, 0, 0)
         pool.ended(one, shot, Ended("again", "lost", "stage 1 died"))
     first = pool.take(one)
     assert first is not None and first.id == "a"
     # The other suspect is not put beside it, nor is anything else.
     hand = pool._crew.hand(one)
     assert hand is not None and not pool._may_take(hand)
-    pool.begun(one, first, 0)
+    pool.begun(one, first, 0, 0)
     pool.grew(one, first, _chunk(0))
     assert pool._may_take(hand)
     beside = pool.take(one)

@@ -333,7 +333,6 @@ def _goes(processes: list[int]) -> None:
     _cluster.remove_node(node_of(list(_cluster.worker_nodes), processes), allow_graceful=False)
 
 
-@pytest.mark.timeout(120)
 def test_a_few_shots_outlive_an_actor_a_node_and_the_farm(
     beside: Beside, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from pavdm_dist.cluster.room import is_gone
 from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.blame import DECODER, Actor, control_results, frozen, lost, stage_actors, video_error
 from pavdm_dist.engine.decoding import Decoding
-from pavdm_dist.engine.events import EpochDone, Event, GangLost, Left, Place, Prepared, Shift
+from pavdm_dist.engine.events import EpochDone, Event, Left, Place, Prepared, Shift
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.order import LogEntry, Unit
 from pavdm_dist.engine.placement import Placement, place
@@ -149,7 +149,7 @@ class RayGang:
             raise lost(self._loops, self._places, error) from error
         if gone:  # where Ray counts it still, another actor would wait there for as long as one may take to come up
             cause = "its node was removed"
-            raise GangLost("the machine of the decode actor is gone", place=self._decoding.place, cause=cause)
+            raise self._decoding.gone(cause)
         ray.kill(self._decoding.actor)
         self._decoding = self._new_decoder(self._placement)
         for stream, latents in warm.items():
@@ -341,11 +341,12 @@ class RayGang:
     def _prepared(self, stream: int, refs: list[Any]) -> Prepared:
         import ray
 
-        try:
-            ray.get(refs)
-            return Prepared(stream)
-        except ray.exceptions.RayTaskError as error:
-            return Prepared(stream, video_error(error, "a stage could not take the video in"))
+        for rank, ref in enumerate(refs):
+            try:
+                ray.get(ref)
+            except ray.exceptions.RayTaskError as error:
+                return Prepared(stream, video_error(error, "a stage could not take the video in", stream, rank))
+        return Prepared(stream)
 
     def _excuse(self) -> None:
         """Silence up to now is nobody's: this process stood still."""

@@ -21,9 +21,9 @@ TAIL, _SHOTS = 50, 4096
 class ShotLog(logging.Handler):
     """Keeps the last lines of every shot that is under way, and writes all as JSON where there is a file.
 
-    A record is of the shot that its ``shot`` attribute names; of those of a renderer's threads that name none, all
-    shots in that renderer's hands get a copy: a lost stage concerns each. Whoever logs never hears of an error here:
-    shots are worth more than what is said of them.
+    A record is of the shot that its ``shot`` attribute names, or that a renderer calls by the number of ``video``; of
+    those of a renderer's threads that name none, all shots in that renderer's hands get a copy: a lost stage concerns
+    each. Whoever logs never hears of an error here: shots are worth more than what is said of them.
 
     Args:
         file: for JSON lines, closed with this; None keeps the tails only. It is given up when it cannot be written, as
@@ -35,6 +35,7 @@ class ShotLog(logging.Handler):
         self._file = file
         self._tails: dict[str, deque[str]] = {}
         self._of: dict[str, set[str]] = {}
+        self._numbers: dict[tuple[str, int], str] = {}  # by renderer and number there, the shots that are begun
 
     def begun(self, renderer: str, shot: str) -> None:
         """A shot is in a renderer's hands from now on."""
@@ -44,9 +45,16 @@ class ShotLog(logging.Handler):
             while len(self._tails) > _SHOTS:
                 self._tails.pop(next(iter(self._tails)))
 
+    def numbered(self, renderer: str, video: int, shot: str) -> None:
+        """What is under way calls it so, as long as the renderer has it."""
+        with self._held:
+            self._numbers[renderer, video] = shot
+
     def ended(self, renderer: str, shot: str) -> None:
         """It is not any more; its lines stay until it is :meth:`forgotten <forget>`."""
         with self._held:
+            for key in [key for key, one in self._numbers.items() if key[0] == renderer and one == shot]:
+                del self._numbers[key]
             shots = self._of.get(renderer, set())
             shots.discard(shot)
             if not shots:  # renderers come and go, too
@@ -76,10 +84,11 @@ class ShotLog(logging.Handler):
 
     def _emit(self, record: logging.LogRecord) -> None:
         renderer = _renderer(record)
-        shot = getattr(record, "shot", None)
+        shot, video = getattr(record, "shot", None), getattr(record, "video", None)
+        shot = self._numbers.get((renderer, video)) if shot is None and video is not None else shot
         text = printable(hide_secrets(record.getMessage()))  # or no file could hold the record of its failure
         line = f"{_time(record)} {record.levelname} {text}"
-        shots = {shot} if shot is not None else self._of.get(renderer, ())
+        shots = {shot} if shot is not None else self._of.get(renderer, ()) if video is None else ()
         for id in tuple(shots):
             if (tail := self._tails.get(id)) is not None:
                 tail.append(line)

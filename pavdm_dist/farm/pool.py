@@ -270,7 +270,7 @@ class Pool:
                 logger.warning("%s", error, extra={"shot": shot.id})
                 return False
 
-    def begun(self, renderer: Renderer, shot: Shot, chunk: int) -> None:
+    def begun(self, renderer: Renderer, shot: Shot, chunk: int, video: int) -> None:
         before = self._kinds.frames_before(shot, chunk)
         with self._turn:
             self.reached.begin(shot.id, before)
@@ -281,7 +281,7 @@ class Pool:
             if hand.idle_since is not None:
                 hand.idle_s += time.monotonic() - hand.idle_since
                 hand.idle_since = None
-        self._said.begun(renderer.name, shot, chunk, attempts)
+        self._said.begun(renderer.name, shot, chunk, attempts, video)
         self._listener.begun(shot, chunk)
 
     def grew(self, renderer: Renderer, shot: Shot, chunk: VideoChunk) -> None:

@@ -195,7 +195,7 @@ class Renderer:
                 if self._trace is not None:
                     self._traced[self._numbers] = shot.id
                 self._numbers += 1
-                self._desk.begun(self, shot, next_chunk)
+                self._desk.begun(self, shot, next_chunk, self._numbers - 1)
                 return requests[0]
         videos.abort()
         self._desk.ended(
