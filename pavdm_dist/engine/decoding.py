@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pavdm_dist.engine.blame import ANSWER_S, DECODER, Actor, control_results, last_line, video_error
 from pavdm_dist.engine.events import DECODER_STAGE, Decoded, DecoderLost, GangLost, Place
+from pavdm_dist.engine.lines import Speaker
 from pavdm_dist.engine.report import DecodeSpan
 from pavdm_dist.method.window import CleanChunk
 
@@ -101,6 +102,12 @@ class Decoding:
         """The loss where its machine is gone."""
         said = "the machine of the decode actor is gone"
         return GangLost(said, place=self.place, cause=cause, stage=DECODER_STAGE)
+
+    @property
+    def speaker(self) -> Speaker:
+        """The actor, as who listens to what it logs knows it."""
+        streams = {key: stream for stream, key in self._keys.items()}
+        return Speaker(DECODER, DECODER_STAGE, lambda: self._control("said"), streams.get)
 
     def excuse(self) -> None:
         """Time up to now is not the actor's: who waits for it stood still."""

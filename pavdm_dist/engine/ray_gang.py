@@ -20,6 +20,7 @@ from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.blame import DECODER, Actor, control_results, frozen, lost, stage_actors, video_error
 from pavdm_dist.engine.decoding import Decoding
 from pavdm_dist.engine.events import EpochDone, Event, Left, Place, Prepared, Shift
+from pavdm_dist.engine.lines import Listener, Speaker
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.order import LogEntry, Unit
 from pavdm_dist.engine.placement import Placement, place
@@ -92,6 +93,7 @@ class RayGang:
         self._sealed, self._done, self._moved = -1, -1, time.monotonic()
         self._last: Unit | None = None
         self._pauses = Pauses(options.link_timeout_s, FREEZE_MARGIN_S)
+        self._lines = Listener()
         try:
             self._placement = place(options, given_up)
             self._start(source, given_up, self._placement)
@@ -207,6 +209,8 @@ class RayGang:
         if not ray.is_initialized():
             return
         # Where the cluster itself is gone nothing can be given back, and nothing needs to be.
+        with suppress(ray.exceptions.RayError, OSError):
+            self._lines.finish(self._speakers())
         for actor in (*self._stages, *([self._decoding.actor] if self._decoding else [])):
             with suppress(ray.exceptions.RayError, OSError):
                 ray.kill(actor)
@@ -323,7 +327,16 @@ class RayGang:
         self._complete()
         if self._decoding is not None:
             self._events.extend(self._decoding.collect())
+        self._lines.listen(self._speakers)
         self._check_silence()
+
+    def _speakers(self) -> list[Speaker]:
+        """Whose lines are told here."""
+        stages = [
+            Speaker(f"stage {rank} of {len(self._stages)}", rank, stage.said.remote)
+            for rank, stage in enumerate(self._stages)
+        ]
+        return stages if self._decoding is None else [*stages, self._decoding.speaker]
 
     def _complete(self) -> None:
         """Passes on what the last stage told, in its order, once other stages' parts of it are there."""
