@@ -345,7 +345,7 @@ def test_a_few_shots_outlive_an_actor_a_node_and_the_farm(
     address, pid = beside(_begins, str(tmp_path / "cache"), 2, 2)
     nodes = Nodes(address, pid, lambda processes: beside(_goes, list(processes)))
     strikes = [(1, ACTOR), (3, NODE), (3, FARM)]
-    plan = Plan(6, strikes, stages=1, renderers=1, notices=True, eights=(6, 12), preview=RGB)
+    plan = Plan(6, strikes, stages=1, renderers=1, notices=True, eights=(12, 20), preview=RGB)
     trial = Trial(model, tmp_path, plan, nodes)
     trial.run()
     assert trial.statuses == [-9, 101] and len(trial.struck) == 3
