@@ -63,9 +63,9 @@ def main() -> None:
         model = tiny_checkpoint(folder / "model")
         report = {
             "machine": machine(),
+            "held": _held(model, folder, 2_000 if quick else 100_000),  # first: memory that was free is taken again
             "check": _check(model, folder, 5_000 if quick else 100_000, _manifest),
             "check_own_prompts": _check(model, folder, 5_000 if quick else 100_000, _own_prompts),
-            "held": _held(model, folder, 2_000 if quick else 100_000),
             "finished": _finished(model, folder, 500 if quick else 10_000),
             "finished_own_prompts": _finished(model, folder, 500 if quick else 10_000, own_prompts=True),
             "rendering": _rendering(model, folder, 12 if quick else 60, streams=2),

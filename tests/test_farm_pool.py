@@ -20,7 +20,7 @@ import torch
 from pavdm_dist.errors import ConfigError, EngineError, MediaError, ResourcesError, StalledError, TakenError, VideoError
 from pavdm_dist.farm.crew import Hand
 from pavdm_dist.farm.desk import Ended, end_of
-from pavdm_dist.farm.logs import ShotLog
+from pavdm_dist.farm.logs import ShotLog, of_shot
 from pavdm_dist.farm.manifest import checked
 from pavdm_dist.farm.pool import Pool
 from pavdm_dist.farm.run import _looked_after, write_failed
@@ -465,10 +465,12 @@ def test_lines_of_a_stage_have_its_rank_and_the_shot_that_it_knows_by_number() -
     told = say("no kernel", video=7, stage=1)
     assert (told["shot"], told["stage"], told["renderer"]) == ("a", 1, "renderer-1")
     assert say("warmed", video=8, stage="decoder")["shot"] == "b"
+    with of_shot("a"):
+        assert say("written")["shot"] == "a" and say("not its", video=8)["shot"] == "b"
     log.ended("renderer-1", "a")
     assert "shot" not in say("late", video=7, stage=0)
-    assert [line.rpartition(" WARNING ")[2] for line in log.tail("a")] == ["no kernel"]
-    assert [line.rpartition(" WARNING ")[2] for line in log.tail("b")] == ["warmed"], "what is of another is not its"
+    assert [line.rpartition(" WARNING ")[2] for line in log.tail("a")] == ["no kernel", "written"]
+    assert [line.rpartition(" WARNING ")[2] for line in log.tail("b")] == ["warmed", "not its"]
     log.close()
 
 

@@ -172,6 +172,7 @@ def test_bad_shots_fail_alone_are_recorded_and_tried_again(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shots = some_shots(2)
+    shots[0]["prompt"] = "a green three"
     shots.insert(1, {"id": "bad", "prompt": "a red three", "image": "picture.png", "priority": 5})
     (tmp_path / "picture.png").write_bytes(b"no picture")
     manifest, out = write_manifest(tmp_path / "m.jsonl", shots), tmp_path / "out"
@@ -201,6 +202,8 @@ def test_bad_shots_fail_alone_are_recorded_and_tried_again(
     (log,) = out.glob("logs/*.jsonl")
     told = [json.loads(text) for text in log.read_text().splitlines()]
     assert any(entry.get("shot") == "bad" and entry["renderer"] == "renderer-1" for entry in told)
+    texts = [entry for entry in told if entry["logger"] == "pavdm_dist.codecs.text"]
+    assert [entry["shot"] for entry in texts] == ["shot-000"], "rooms below, which know no shots, say whose a line is"
     from PIL import Image
 
     Image.new("RGB", (48, 32)).save(tmp_path / "picture.png")

@@ -248,10 +248,7 @@ class PretrainedTextEncoder:
         found = None if self.folder is None else self._read(self.folder, key)
         if found is not None:
             return found
-        try:
-            return self._read(_of_this_process(), key)
-        except OSError:
-            return None
+        return self._read(_of_this_process(), key) if _temporary.cache_info().currsize else None
 
     def _read(self, folder: Path, key: str) -> Tensor | None:
         try:

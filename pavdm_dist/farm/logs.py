@@ -6,7 +6,9 @@ import json
 import logging
 import threading
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import TextIO
 
 from pavdm_dist.commands.terminal import printable
@@ -16,14 +18,27 @@ logger = logging.getLogger(__name__)
 
 # Lines that a failure record keeps; shots whose lines are kept at a time.
 TAIL, _SHOTS = 50, 4096
+_SHOT: ContextVar[str | None] = ContextVar("pavdm_shot", default=None)
+
+
+@contextmanager
+def of_shot(id: str) -> Iterator[None]:
+    """What this thread logs in the block is of a shot, whoever logs it there."""
+    before = _SHOT.get()
+    _SHOT.set(id)
+    try:
+        yield
+    finally:  # not by a token: a generator may be ended elsewhere than it was begun
+        _SHOT.set(before)
 
 
 class ShotLog(logging.Handler):
     """Keeps the last lines of every shot that is under way, and writes all as JSON where there is a file.
 
-    A record is of the shot that its ``shot`` attribute names, or that a renderer calls by the number of ``video``; of
-    those of a renderer's threads that name none, all shots in that renderer's hands get a copy: a lost stage concerns
-    each. Whoever logs never hears of an error here: shots are worth more than what is said of them.
+    A record is of the shot that its ``shot`` attribute names, or that a renderer calls by the number of ``video``, or
+    that the thread is busy with (:func:`of_shot`); of those of a renderer's threads that name none, all shots in that
+    renderer's hands get a copy: a lost stage concerns each. Whoever logs never hears of an error here: shots are worth
+    more than what is said of them.
 
     Args:
         file: for JSON lines, closed with this; None keeps the tails only. It is given up when it cannot be written, as
@@ -85,7 +100,8 @@ class ShotLog(logging.Handler):
     def _emit(self, record: logging.LogRecord) -> None:
         renderer = _renderer(record)
         shot, video = getattr(record, "shot", None), getattr(record, "video", None)
-        shot = self._numbers.get((renderer, video)) if shot is None and video is not None else shot
+        if shot is None:
+            shot = _SHOT.get() if video is None else self._numbers.get((renderer, video))
         text = printable(hide_secrets(record.getMessage()))  # or no file could hold the record of its failure
         line = f"{_time(record)} {record.levelname} {text}"
         shots = {shot} if shot is not None else self._of.get(renderer, ()) if video is None else ()
