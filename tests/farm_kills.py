@@ -28,9 +28,9 @@ from forked import Program, forking
 from pavdm_dist.errors import FailedVideosError
 from pavdm_dist.farm.tree import Tree
 
-# Who is struck: an actor of a gang, a whole node with one on it, the farm itself; and what is drawn from for the first
-# two.
-ACTOR, NODE, FARM = "actor", "node", "farm"
+# Who is struck: an actor of a gang, a whole node with one on it, the farm itself, the last two together; and what is
+# drawn from for the first two.
+ACTOR, NODE, FARM, BOTH = "actor", "node", "farm", "both"
 _KINDS = (ACTOR, NODE, ACTOR)
 _ACTORS = ("ray::StageActor", "ray::DecodeActor")
 _LIMIT_S = 900
@@ -44,7 +44,7 @@ class Plan:
         shots: how many; the one in the middle has no readable picture.
         strikes: shots that are done, and kind.
         seed: of lengths and victims.
-        stages, renderers: of a renderer, of the farm.
+        stages, streams, renderers: of a renderer, of the farm.
         notices: after an actor was struck, nothing else is before the farm has noticed.
         eights: fewest and most eights of frames more than the fewest: long enough to be struck in their middle.
         preview: what makes frames instead of the codec.
@@ -54,6 +54,7 @@ class Plan:
     strikes: Sequence[tuple[float, str]]
     seed: int = 0
     stages: int = 2
+    streams: int = 2
     renderers: int = 3
     notices: bool = False
     eights: tuple[int, int] = (8, 50)
@@ -94,7 +95,7 @@ class Trial:
         (folder / "bad.png").write_bytes(b"no picture")
         listed[plan.shots // 2] |= {"image": "bad.png"}
         self._manifest = write_manifest(folder / "kills.jsonl", listed)
-        self.struck: list[dict[str, Any]] = []
+        self.struck: list[str] = []
         self.statuses: list[int | None] = []
 
     def run(self) -> None:
@@ -111,10 +112,13 @@ class Trial:
                     time.sleep(0.05)
                 if farm.returncode is not None:
                     break
-                if kind == FARM:
-                    self.struck.append({"what": "the farm", "done": self._done})
+                if kind in (FARM, BOTH):
+                    above = self._victim()[1] if kind == BOTH else []
                     farm.kill()
+                    self.struck.append("the farm" if kind == FARM else "a node and the farm")
                     self._ended(farm, end)
+                    if above:
+                        self._nodes.remove(above)
                     farm = self._command()
                 else:
                     self._strike(kind)
@@ -125,7 +129,8 @@ class Trial:
     def _command(self) -> Program:
         plan = self._plan
         settings = {
-            "model": self._model, "num_frames": FRAMES, "guidance_scale": 1, "num_stages": plan.stages, "streams": 2,
+            "model": self._model, "num_frames": FRAMES, "guidance_scale": 1, "num_stages": plan.stages,
+            "streams": plan.streams,
             "link_timeout_s": 10, "placement_timeout_s": 60, "node_wait_s": 2, "max_restarts": 1,
             "farm.renderers": plan.renderers, "farm.poll_s": 0.5, "farm.retry_s": 0.5, "farm.retries": 8,
             "save_latents": "true",
@@ -147,13 +152,13 @@ class Trial:
 
     def _has_noticed(self) -> bool:
         """Whether the farm knows of each actor that was struck, where that is asked for."""
-        losses = sum(one["what"] == "an actor" for one in self.struck) if self._plan.notices else 0
+        losses = self.struck.count("an actor") if self._plan.notices else 0
         logs = [log.read_text() for log in self._folder.glob("out/logs/*.jsonl")] if losses else []
         return sum(log.count("another takes over") + log.count("; restart ") for log in logs) >= losses
 
     def _strike(self, kind: str) -> None:
         victim, above = self._victim()
-        self.struck.append({"what": "an actor" if kind == ACTOR else "a node", "done": self._done})
+        self.struck.append("an actor" if kind == ACTOR else "a node")
         if kind == ACTOR:
             victim.kill()
         else:
