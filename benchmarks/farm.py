@@ -7,6 +7,8 @@ A tiny untrained model, whose shots take a fraction of a second: for real ones e
 * ``check``: a manifest of 100,000 lines (5,000 with --quick) checked whole, with model and prompts; seconds, and the
   most memory that Python held for a tenth of them and for a twentieth;
 * ``check_own_prompts``: the same, with later prompts on every line that no other line has, as times or as chunks;
+* ``held``: MiB that a farm's process holds beyond its model, of a manifest of 100,000 lines (2,000): all waiting, a
+  look at one more, all over (nothing is rendered: the pool is told so), status and report of its folder;
 * ``finished``: `farm run` over 10,000 finished shots (500), until it knows that nothing is left;
 * ``finished_own_prompts``: the same, with another later prompt in each;
 * ``rendering``, ``one_in_flight``: shots on one renderer of two stages, two or one of them in flight; ``idle_share``:
@@ -17,6 +19,7 @@ A tiny untrained model, whose shots take a fraction of a second: for real ones e
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import tempfile
@@ -26,8 +29,10 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import torch
 from common import machine, machine_line, parser
 
@@ -36,9 +41,17 @@ from farms import FRAMES, farm_config, run_farm, some_shots, write_manifest
 from helpers import tiny_checkpoint
 
 from pavdm_dist.engine.trace import read_trace
+from pavdm_dist.farm.crew import Hand
+from pavdm_dist.farm.desk import Ended
+from pavdm_dist.farm.intake import Intake
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.manifest import checked
 from pavdm_dist.farm.pool import Pool
+from pavdm_dist.farm.report import write_report
+from pavdm_dist.farm.shot import Shot
+from pavdm_dist.farm.status import status_report
+from pavdm_dist.farm.tree import Tree
+from pavdm_dist.values.merging import to_dict
 
 
 def main() -> None:
@@ -50,6 +63,7 @@ def main() -> None:
         model = tiny_checkpoint(folder / "model")
         report = {
             "machine": machine(),
+            "held": _held(model, folder, 2_000 if quick else 100_000),  # first: memory that was free is taken again
             "check": _check(model, folder, 5_000 if quick else 100_000, _manifest),
             "check_own_prompts": _check(model, folder, 5_000 if quick else 100_000, _own_prompts),
             "finished": _finished(model, folder, 500 if quick else 10_000),
@@ -81,6 +95,46 @@ def _check(model: Path, folder: Path, lines: int, write: Callable[[Path, int], P
         "mib_of_a_tenth": held(lines // 10),
         "mib_of_a_twentieth": held(lines // 20),
     }
+
+
+def _held(model: Path, folder: Path, lines: int) -> dict[str, Any]:
+    config = farm_config(model)
+    kinds, tree, manifest = Kinds(config), Tree(str(folder / "held")), _manifest(folder / "held.jsonl", lines)
+    assert kinds.identity and kinds.frames(Shot("a", "a"))
+    before = _resident()
+    held = {"lines": lines, **_passed(kinds, tree, manifest, lines)}
+    tree.write_settings({"settings": to_dict(config)})
+    for name, look in (("status_mib", status_report), ("report_mib", write_report)):
+        look(tree.root)
+        held[name] = _resident()
+    return {name: round(value - before, 1) if name.endswith("_mib") else value for name, value in held.items()}
+
+
+def _passed(kinds: Kinds, tree: Tree, manifest: Path, lines: int) -> dict[str, float]:
+    """What is resident while shots go through a pool's hands, and what it and its intake keep behind them."""
+    renderer: Any = SimpleNamespace(name="renderer-1", is_up=True, up_since=time.monotonic())
+    intake, pool = Intake(str(manifest), tree, kinds), Pool(kinds, tree, endless=True)
+    pool._crew.hands = [Hand(renderer)]
+    held = {}
+    for name, look in (("waiting_mib", intake.first), ("looked_mib", intake.more)):
+        found = look()
+        assert found is not None
+        pool.submit(found.left)
+        found.left.clear()
+        held[name] = _resident()
+        with manifest.open("a") as file:
+            file.write('{"prompt": "one more"}\n')
+    for _ in range(lines + 1):
+        shot = pool.take(renderer)
+        assert shot is not None
+        pool.begun(renderer, shot, 0, 0)
+        pool.ended(renderer, shot, Ended("done"))
+    return {**held, "over_mib": _resident()}
+
+
+def _resident() -> float:
+    gc.collect()
+    return psutil.Process().memory_info().rss / 2**20
 
 
 def _manifest(path: Path, lines: int) -> Path:
@@ -189,8 +243,9 @@ def _gaps(trace: Path) -> float:
 
 def _table(report: dict[str, Any]) -> str:
     lines = [machine_line(report["machine"]), ""]
-    for name in ("check", "check_own_prompts", "finished", "finished_own_prompts", "rendering", "one_in_flight"):
-        lines.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in report[name].items()))
+    for name, figures in report.items():
+        if name != "machine":
+            lines.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
     return "\n".join(lines)
 
 

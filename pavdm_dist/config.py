@@ -271,10 +271,23 @@ def _check_prompts(config: SampleConfig, needs_prompt: bool) -> None:
         if config.output.lower().endswith(".mp4"):
             raise ConfigError(f"output={config.output}: prompts=FILE renders several videos, output must be a folder")
     check_changes(config.prompt_schedule, config.timed_prompts)
-    if first is not None and config.prompt not in (None, first):
-        raise ConfigError(f"prompt={config.prompt!r} and timed_prompts[0s]={first!r}: give one of them")
+    check_first(config.prompt, first)
     if first is not None and config.prompts is not None:
         raise ConfigError(f"prompts={config.prompts} and timed_prompts[0s]={first!r}: give one of them")
+
+
+def check_first(prompt: str | None, at_zero: str | None) -> None:
+    """Refuses two prompts that a video would begin with.
+
+    Args:
+        prompt: of the video; None = none.
+        at_zero: that of second 0 among its prompts by time (:func:`~pavdm_dist.values.timed.first_prompt`).
+
+    Raises:
+        ConfigError: both are given, and not the same.
+    """
+    if at_zero is not None and prompt not in (None, at_zero):
+        raise ConfigError(f"prompt={prompt!r} and timed_prompts[0s]={at_zero!r}: give one of them")
 
 
 def check_changes(prompt_schedule: Sequence[PromptChange], timed_prompts: Mapping[str, str]) -> None:

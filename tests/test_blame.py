@@ -65,6 +65,7 @@ def test_the_loss_of_a_decoder_has_its_place(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.WARNING), pytest.raises(GangLost) as raised:
         drive(Driver(gang, 2, max_restarts=1), streams_of("window"))
     assert raised.value.place == place and "no room in the store" in caplog.text
+    assert raised.value.stage == "decoder" and {record.stage for record in caplog.records} == {"decoder"}  # type: ignore[attr-defined]
     with pytest.raises(
         EngineError, match=r"the decode actor died \(2 times in a row\).* its log: .*decoder\.err on node"
     ):
@@ -87,7 +88,7 @@ def test_a_control_call_that_fails_names_its_stage(monkeypatch: pytest.MonkeyPat
 
     died = said([None, ray.exceptions.ActorDiedError()])
     assert str(died).startswith("stage 1 of 2 (node 10.0.0.2, pid 22) died, it was to connect: ")
-    assert (died.rank, died.place) == (1, PLACES[1])
+    assert (died.rank, died.stage, died.place) == (1, 1, PLACES[1])
     failed = said([ray.exceptions.RayTaskError("connect", "ValueError: no such host", ValueError("no such host")), 0])
     assert str(failed) == "stage 0 of 2 (node 10.0.0.1, pid 11) failed: ValueError: no such host" and failed.rank == 0
     late = said([0, None], timeout=0.05, up=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -11,14 +12,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
+import ray
 import torch
 from helpers import reference_chunks, tiny_model, tiny_stream
 
 from pavdm_dist.cluster.room import fits
+from pavdm_dist.engine import lines
+from pavdm_dist.engine.actors import StageActor
 from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.engine.order import Unit
 from pavdm_dist.engine.ray_engine import RayEngine
 from pavdm_dist.engine.rehearsal import rehearsal
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
@@ -29,7 +34,7 @@ from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.schedule import Mode, PlanRow
 from pavdm_dist.method.stream import ResumePoint, Stream
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
-from pavdm_dist.models.base import Costs
+from pavdm_dist.models.base import Activation, Costs
 from pavdm_dist.models.loading import convert
 from pavdm_dist.models.source import Source
 from pavdm_dist.planning.partition import partition
@@ -279,6 +284,38 @@ def test_a_frozen_stage_is_noticed_by_its_peer(ray_cluster: None, folder: Path) 
                     pass
         finally:
             os.kill(pid, signal.SIGCONT)
+
+
+def test_what_actors_log_is_told_with_their_stage(
+    gang: Callable[[int], RayEngine], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And with the video, where it is of one."""
+    monkeypatch.setattr(lines, "ASK_S", 0.0)
+
+    def say(actor: StageActor) -> None:
+        run = actor._stage.run
+
+        def said(unit: Unit, incoming: Activation | None) -> Any:
+            if unit.row == 0:
+                logging.getLogger("pavdm_dist.engine.stage").info("row 0 on process %d", os.getpid())
+            return run(unit, incoming)
+
+        actor._stage.run = said  # type: ignore[method-assign]
+
+    def hush(actor: StageActor) -> None:
+        del actor._stage.run  # type: ignore[method-assign]
+
+    engine = gang(2)
+    engine._gang._lines = lines.Listener()  # that of an earlier test has asked a moment ago
+    stages = list(engine._gang._stages)
+    ray.get([stage.__ray_call__.remote(say) for stage in stages])
+    places = [ray.get(stage.where.remote()).pid for stage in stages]
+    with caplog.at_level(logging.INFO, "pavdm_dist"):
+        list(engine.run([tiny_stream(77, num_chunks=40, guidance_scale=1.0)]))
+    told = [record for record in caplog.records if "row 0" in record.getMessage()]
+    found = {(record.stage, record.video, record.getMessage()) for record in told}  # type: ignore[attr-defined]
+    assert found == {(rank, 77, f"stage {rank} of 2: row 0 on process {pid}") for rank, pid in enumerate(places)}
+    ray.get([stage.__ray_call__.remote(hush) for stage in stages])
 
 
 def test_a_fault_inside_a_stage_keeps_its_traceback(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -112,3 +113,24 @@ def test_a_line_that_changes_while_it_is_rendered_is_told_of_and_kept_as_it_was(
     (said,) = caplog.messages
     assert f"manifest={path}: id=x: changed after it was taken in" in said
     assert [json.loads(shot.to_line())["prompt"] for shot in tree.shots()] == ["a red", "one", "two"]
+
+
+def test_of_a_long_manifest_ids_are_held_and_shots_while_they_wait(tmp_path: Path) -> None:
+    """Bytes a shot: what a hundred thousand of them are told to take."""
+
+    def held(lines: int) -> tuple[int, int]:
+        path = tmp_path / f"{lines}.jsonl"
+        path.write_text("".join(f'{{"id": "shot-{i:06d}", "prompt": "a red three {i}"}}\n' for i in range(lines)))
+        intake = _intake(path, tmp_path / f"{lines}")
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        found = intake.first()
+        waiting = tracemalloc.get_traced_memory()[0] - before
+        found.left.clear()
+        taken = tracemalloc.get_traced_memory()[0] - before
+        tracemalloc.stop()
+        return waiting, taken
+
+    held(100)  # Python keeps some of what it uses first
+    (few_wait, few), (many_wait, many) = held(200), held(1000)
+    assert (many_wait - few_wait) / 800 < 700 and (many - few) / 800 < 200

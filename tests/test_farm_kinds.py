@@ -15,6 +15,7 @@ from pavdm_dist.config import SampleConfig, validate_sample
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.intake import Intake
 from pavdm_dist.farm.kinds import Kind, Kinds
+from pavdm_dist.farm.manifest import ManifestError
 from pavdm_dist.farm.prompts import later_prompts
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import Tree
@@ -123,3 +124,26 @@ def test_later_prompts_are_what_sample_makes_of_them(given: dict[str, Any]) -> N
         return config
 
     assert outcome(lambda: later_prompts(given)) == outcome(alone)
+
+
+def test_what_a_shot_begins_with_is_said_once(model: Path, tmp_path: Path) -> None:
+    """As ``pavdm sample`` has it: of two first prompts one would be left out without a word."""
+    by_time = {"timed_prompts": {"0s": "a blue seven", "0.4s": "a red three"}}
+    lines = [
+        {"id": "same", "prompt": "a blue seven", "overrides": by_time},
+        {"id": "blank", "prompt": " ", "overrides": by_time},
+        {"id": "other", "prompt": "a red three", "overrides": by_time},
+        {"id": "none", "prompt": "", "overrides": {"timed_prompts": {"0.4s": "a red three"}}},
+    ]
+    lines = [{**line, "num_frames": 20} for line in lines]
+    kinds, tree = Kinds(farm_config(model)), Tree(str(tmp_path / "out"))
+    with pytest.raises(ManifestError) as refused:
+        Intake(str(write_manifest(tmp_path / "m.jsonl", lines)), tree, kinds).first()
+    said = str(refused.value)
+    assert "2 line(s)" in said and "line 4: prompt='': must be text, or timed_prompts needs one for 0s" in said
+    alone = merged(SampleConfig, {"prompt": "a red three", **by_time}, "overrides")
+    with pytest.raises(ConfigError) as of_sample:
+        validate_sample(alone)
+    assert f"line 3: {of_sample.value}; " in said
+    found = Intake(str(write_manifest(tmp_path / "m.jsonl", lines[:2])), tree, kinds).first()
+    assert [kinds.config_of(shot, "-").prompt for shot in found.left] == 2 * ["a blue seven"]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import logging
 import threading
 import time
+from collections import deque
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +20,7 @@ import torch
 from pavdm_dist.errors import ConfigError, EngineError, MediaError, ResourcesError, StalledError, TakenError, VideoError
 from pavdm_dist.farm.crew import Hand
 from pavdm_dist.farm.desk import Ended, end_of
-from pavdm_dist.farm.logs import ShotLog
+from pavdm_dist.farm.logs import ShotLog, of_shot
 from pavdm_dist.farm.manifest import checked
 from pavdm_dist.farm.pool import Pool
 from pavdm_dist.farm.run import _looked_after, write_failed
@@ -25,6 +28,8 @@ from pavdm_dist.farm.settings import PoolConfig
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import Failure, Tree
 from pavdm_dist.farm.waiting import Waiting
+from pavdm_dist.io.lockfile import Owner
+from pavdm_dist.io.parts import parts_folder
 from pavdm_dist.request.outputs import VideoChunk
 
 
@@ -117,12 +122,12 @@ def test_a_lost_renderer_costs_an_attempt_unless_the_shot_had_got_further(tmp_pa
     for further in (0, 1, 2):  # each time it gets a chunk further: as often as it likes
         shot = pool.take(one)
         assert shot is not None
-        pool.begun(one, shot, further)
+        pool.begun(one, shot, further, 0)
         pool.grew(one, shot, _chunk(further))
         pool.ended(one, shot, lost)
     shot = pool.take(one)
     assert shot is not None
-    pool.begun(one, shot, 2)
+    pool.begun(one, shot, 2, 0)
     pool.grew(one, shot, _chunk(2))  # what it had given before
     pool.ended(one, shot, lost)
     failure = Tree(str(tmp_path)).state("a").failure
@@ -142,13 +147,13 @@ def test_frames_count_where_they_are_whoever_wrote_them(tmp_path: Path) -> None:
 
     a = pool.take(one)
     assert a is not None
-    pool.begun(one, a, 2)  # its first four frames are of an earlier run
+    pool.begun(one, a, 2, 0)  # its first four frames are of an earlier run
     pool.grew(one, a, _chunk(2))
     tell()
     pool.ended(one, a, Ended("again", "lost", "stage 1 died"))
     a = pool.take(one)
     assert a is not None and a.id == "a"
-    pool.begun(one, a, 1)  # its state on disk is older
+    pool.begun(one, a, 1, 0)  # its state on disk is older
     tell()
     pool.grew(one, a, _chunk(1))
     pool.ended(one, a, Ended("done"))
@@ -221,12 +226,63 @@ def test_a_slow_store_holds_up_only_who_asks_it(tmp_path: Path, monkeypatch: pyt
     assert pool.is_free(_shot("a")) and len(seen) == 1, "all others waited for the store"
 
 
+def _entries(found: Any, seen: set[int]) -> int:
+    """Of all containers that objects of this package hold, or that these hold."""
+    if id(found) in seen:
+        return 0
+    seen.add(id(found))
+    if isinstance(found, dict):
+        return len(found) + sum(_entries(one, seen) for pair in found.items() for one in pair)
+    if isinstance(found, list | set | frozenset | tuple | deque):
+        return len(found) + sum(_entries(one, seen) for one in found)
+    if type(found).__module__.startswith("pavdm_dist.") and hasattr(found, "__dict__"):
+        return _entries(vars(found), seen)
+    return 0
+
+
+def test_of_shots_that_are_over_nothing_is_kept(tmp_path: Path) -> None:
+    """However each ends: in a farm of a hundred thousand all that grows with them grows for days."""
+    pool, (one,) = _pool(tmp_path, retries=1)
+    ends = ("done", "failed", "again done", "again again", "aside done", "saved cancelled", "dropped")
+    whose = {"done": "elsewhere", "failed": "video", "again": "lost"}
+
+    def render(name: str, how: str) -> None:
+        shot = _shot(name)
+        pool.submit([shot])
+        lock = Path(parts_folder(pool._tree.output(name)), "lock.json")
+        lock.parent.mkdir(parents=True)
+        lock.write_text(json.dumps(asdict(Owner("elsewhere", "another machine", 1, 0, name))))
+        for last in how.split():
+            assert pool.take(one) == shot
+            assert not pool.is_free(shot), "it is watched from now on"
+            if last != "aside":
+                pool.begun(one, shot, 0, 0)
+                pool.grew(one, shot, _chunk(0))
+                pool._said._log.emit(logging.LogRecord("x", logging.INFO, "", 0, "so far", None, None))
+            if last == "dropped":
+                pool.ended(one, shot, Ended("saved"))
+                assert pool.cancel(name)
+            else:
+                pool.ended(one, shot, Ended(last, whose.get(last, "")))  # type: ignore[arg-type]
+            while pool._waiting and not pool._waiting.ready:
+                time.sleep(0.001)
+
+    held = list[int]()
+    for lap in range(3):
+        for number in range(5):
+            for kind, how in enumerate(ends):
+                render(f"shot-{lap}-{number}-{kind}", how)
+        held.append(_entries(pool, set()))
+        assert not pool._waiting and pool.ends["done"] == 15 * (lap + 1) and pool.ends["cancelled"] == 10 * (lap + 1)
+    assert held[0] == held[1] == held[2]
+
+
 def test_a_failure_says_how_often_a_shot_was_begun(tmp_path: Path) -> None:
     pool, (one,) = _pool(tmp_path, retries=5)
     pool.submit([_shot("a"), _shot("b")])
     for ended in (Ended("again", "lost"), Ended("again", "stalled"), Ended("failed", "video", "not finite")):
         assert pool.take(one) == _shot("a")
-        pool.begun(one, _shot("a"), 0)
+        pool.begun(one, _shot("a"), 0, 0)
         pool.ended(one, _shot("a"), ended)
     assert pool.take(one) == _shot("b")
     pool.ended(one, _shot("b"), Ended("failed", "input", "no such clip"))
@@ -374,7 +430,7 @@ def test_lines_of_a_renderer_are_told_of_all_its_shots() -> None:
     log.begun("renderer-1", "a")
     log.begun("renderer-2", "b")
 
-    def say(text: str, thread: str, **extra: str) -> None:
+    def say(text: str, thread: str, **extra: str | int) -> None:
         record = logging.LogRecord("pavdm_dist.x", logging.WARNING, "", 0, text, (), None)
         record.threadName = thread
         vars(record).update(extra)
@@ -388,6 +444,34 @@ def test_lines_of_a_renderer_are_told_of_all_its_shots() -> None:
     for number in range(80):
         say(str(number), "renderer-2")
     assert len(log.tail("b")) == 50 and log.tail("b")[-1].endswith("79")
+
+
+def test_lines_of_a_stage_have_its_rank_and_the_shot_that_it_knows_by_number() -> None:
+    file = io.StringIO()
+    log = ShotLog(file)
+
+    def say(text: str, **extra: int | str) -> dict[str, Any]:
+        record = logging.LogRecord("pavdm_dist.engine.x", logging.WARNING, "", 0, text, (), None)
+        record.threadName = "pavdm-driver of renderer-1"
+        vars(record).update(extra)
+        log.handle(record)
+        found: dict[str, Any] = json.loads(file.getvalue().splitlines()[-1])
+        return found
+
+    for number, shot in ((7, "a"), (8, "b")):
+        log.begun("renderer-1", shot)
+        log.numbered("renderer-1", number, shot)
+    log.numbered("renderer-2", 7, "other")
+    told = say("no kernel", video=7, stage=1)
+    assert (told["shot"], told["stage"], told["renderer"]) == ("a", 1, "renderer-1")
+    assert say("warmed", video=8, stage="decoder")["shot"] == "b"
+    with of_shot("a"):
+        assert say("written")["shot"] == "a" and say("not its", video=8)["shot"] == "b"
+    log.ended("renderer-1", "a")
+    assert "shot" not in say("late", video=7, stage=0)
+    assert [line.rpartition(" WARNING ")[2] for line in log.tail("a")] == ["no kernel", "written"]
+    assert [line.rpartition(" WARNING ")[2] for line in log.tail("b")] == ["warmed", "not its"]
+    log.close()
 
 
 class FullDisk(io.StringIO):
@@ -408,7 +492,7 @@ def test_a_log_that_cannot_be_written_ends_itself_and_nothing_else(
         pool.submit([_shot("a")])
         shot = pool.take(one)
         assert shot is not None
-        pool.begun(one, shot, 0)
+        pool.begun(one, shot, 0, 0)
         # A fault of who logs is none of the shot's.
         log.handle(logging.LogRecord("pavdm_dist.x", logging.WARNING, "", 0, "%d", ("no number",), None))
         pool.ended(one, shot, end_of(VideoError("\udcff is no name")))
@@ -449,14 +533,14 @@ def test_a_shot_with_which_a_renderer_was_lost_is_rendered_alone(tmp_path: Path)
     assert [shot.id for shot in held if shot is not None] == ["a", "b"]
     for shot in held:
         assert shot is not None
-        pool.begun(one, shot, 0)
+        pool.begun(one, shot, 0, 0)
         pool.ended(one, shot, Ended("again", "lost", "stage 1 died"))
     first = pool.take(one)
     assert first is not None and first.id == "a"
     # The other suspect is not put beside it, nor is anything else.
     hand = pool._crew.hand(one)
     assert hand is not None and not pool._may_take(hand)
-    pool.begun(one, first, 0)
+    pool.begun(one, first, 0, 0)
     pool.grew(one, first, _chunk(0))
     assert pool._may_take(hand)
     beside = pool.take(one)

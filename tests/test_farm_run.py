@@ -30,7 +30,7 @@ from forked import Program
 from helpers import tiny_checkpoint
 
 from pavdm_dist import cli
-from pavdm_dist.config import ClusterConfig
+from pavdm_dist.config import ClusterConfig, DisplacedConfig
 from pavdm_dist.errors import CheckpointError, ConfigError, FailedVideosError
 from pavdm_dist.farm.intake import Intake
 from pavdm_dist.farm.kinds import OVERRIDES, Kinds
@@ -43,6 +43,8 @@ from pavdm_dist.farm.sizing import sized
 from pavdm_dist.farm.status import status_report
 from pavdm_dist.farm.tree import Failure, Tree
 from pavdm_dist.io.lock import OutputLock
+from pavdm_dist.io.metadata import read_sidecar
+from pavdm_dist.pipeline import PAVDMPipeline
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -170,6 +172,7 @@ def test_bad_shots_fail_alone_are_recorded_and_tried_again(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shots = some_shots(2)
+    shots[0]["prompt"] = "a green three"
     shots.insert(1, {"id": "bad", "prompt": "a red three", "image": "picture.png", "priority": 5})
     (tmp_path / "picture.png").write_bytes(b"no picture")
     manifest, out = write_manifest(tmp_path / "m.jsonl", shots), tmp_path / "out"
@@ -199,6 +202,8 @@ def test_bad_shots_fail_alone_are_recorded_and_tried_again(
     (log,) = out.glob("logs/*.jsonl")
     told = [json.loads(text) for text in log.read_text().splitlines()]
     assert any(entry.get("shot") == "bad" and entry["renderer"] == "renderer-1" for entry in told)
+    texts = [entry for entry in told if entry["logger"] == "pavdm_dist.codecs.text"]
+    assert [entry["shot"] for entry in texts] == ["shot-000"], "rooms below, which know no shots, say whose a line is"
     from PIL import Image
 
     Image.new("RGB", (48, 32)).save(tmp_path / "picture.png")
@@ -632,3 +637,19 @@ def test_a_farm_that_is_not_to_wait_saves_what_is_there(
     whole = run_farm(config, manifest, tmp_path / "whole")
     assert again["frames"] < whole["frames"] == 400 and latents_of(out) == latents_of(tmp_path / "whole")
     assert shown[-1] == (again["frames"], 400), "what was there before counts, and an end is the end"
+
+
+def test_of_what_adaptive_resync_did_nothing_is_kept_but_in_the_sidecars(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A renderer's pipeline has one run for as long as it lives."""
+    adaptive = DisplacedConfig(None, exact_growing=False, adaptive=1e-6)
+    config = farm_config(model, mode="displaced", displaced=adaptive, num_inference_steps=9)
+    pipelines, make = list[PAVDMPipeline](), Kinds.pipeline
+    monkeypatch.setattr(Kinds, "pipeline", lambda *given: pipelines.append(make(*given)) or pipelines[-1])
+    shots = some_shots(2, num_frames=40)
+    assert run_farm(config, write_manifest(tmp_path / "m.jsonl", shots), tmp_path / "out")["done"] == 2
+    assert pipelines and not any(pipeline.resyncs for pipeline in pipelines)
+    for shot in shots:
+        sidecar = read_sidecar(tmp_path / "out/shots" / shot["id"] / "video.mp4")
+        assert sidecar["extra"]["resyncs"][:2] == [6, 9]

@@ -1,8 +1,12 @@
-"""What is only looked at, traces, logs, lists and bars, may fail to be written: shots, renderers and status stay."""
+"""What is only looked at, traces, logs, lists and bars, may fail to be written: shots, renderers and status stay.
+
+What a run is asked for may not, and is looked at before anything is taken."""
 
 from __future__ import annotations
 
+import errno
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -207,3 +211,42 @@ def test_a_report_that_cannot_be_written_is_one_sentence(tmp_path: Path, capsys:
     assert cli.main(["farm", "report", str(tmp_path / "out")]) == 2
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pavdm: ")]
     assert said.endswith("index.html: cannot be written (Is a directory)")
+
+
+def test_where_nothing_can_be_written_is_said_before_a_worker_is_taken(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file where a folder would be, or a folder where a file would be."""
+    monkeypatch.setattr("pavdm_dist.farm.run.Pool", None)
+    manifest = write_manifest(tmp_path / "m.jsonl", some_shots(1))
+    traced = ["num_stages=1", "farm.trace=true"]
+    cases: list[tuple[str, str, list[str], str]] = [
+        ("one", "", [], r"out=\S+/one: is a file; name a folder"),
+        ("two/shots", "", [], r"out=\S+/two/shots/any/video.mp4: \S+/two/shots is a file, not a folder"),
+        ("three/manifests", "", [], r"out=\S+: \S+/three/manifests is a file, not a folder"),
+        ("", "four/farm.json", [], r"out=\S+/four/farm.json is a folder"),
+        ("five/traces", "", traced, r"out=\S+: \S+/five/traces is a file, not a folder"),
+        ("six/traces", "", [*traced, "--dry-run"], r"out=\S+: \S+/six/traces is a file, not a folder"),
+    ]
+    for file, folder, words, said in cases:
+        (tmp_path / (folder or file)).parent.mkdir(exist_ok=True)
+        (tmp_path / (folder or file)).mkdir() if folder else (tmp_path / file).write_text("mine")
+        out, before = tmp_path / Path(folder or file).parts[0], sorted(tmp_path.rglob("*"))
+        command = ["farm", "run", str(manifest), "--out", str(out), f"model={model}", f"num_frames={FRAMES}", *words]
+        assert cli.main(command) == 2
+        (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("pavdm: ")]
+        assert re.search(said, line), line
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_disk_that_is_full_when_a_farm_begins_is_one_sentence(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(tree: Tree, *_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", tree.path("farm.json"))
+
+    monkeypatch.setattr(Tree, "write_settings", full)
+    manifest = write_manifest(tmp_path / "m.jsonl", some_shots(1))
+    assert cli.main(["farm", "run", str(manifest), "--out", str(tmp_path / "out"), f"model={model}"]) == 2
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("pavdm: ")]
+    assert line.endswith(f"out={tmp_path}/out: {tmp_path}/out/farm.json: No space left on device")

@@ -22,21 +22,24 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from farm_kills import ACTOR, BOTH, Nodes, Plan, Trial, node_of
 from forked import forking
 from helpers import reference_chunks, tiny_checkpoint, tiny_model, tiny_stream
 
 from pavdm_dist.cluster import room
+from pavdm_dist.codecs.catalog import RGB, FrameMaker
 from pavdm_dist.engine import restart
 from pavdm_dist.engine.events import Place
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.placement import Placement, place, stage_order
 from pavdm_dist.engine.ray_engine import RayEngine
 from pavdm_dist.errors import ResourcesError
+from pavdm_dist.models.source import Source
 
 pytestmark = pytest.mark.timeout(180)
 CUTS = {stages: [(i, i + 1) for i in range(stages - 1)] + [(stages - 1, 4)] for stages in (1, 2, 3, 4)}
 
-Beside = Callable[..., None]
+Beside = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -311,3 +314,39 @@ def test_a_video_outlives_a_node(beside: Beside, model: Path, comes_back: bool) 
 @pytest.mark.slow
 def test_a_decoder_that_is_lost_with_its_node_does_not_wait_there_for_another(beside: Beside, model: Path) -> None:
     beside(_outlives_a_node, model, 1, True, {"cpus_per_stage": 2, "cpus_per_decoder": 1}, 1)
+
+
+def _begins(cache: str, *cpus: int) -> tuple[str, int]:
+    """Nodes whose actors come up at once; where the cluster is, and this process."""
+    more = {"RAY_preload_python_modules": "torch", "XDG_CACHE_HOME": cache}
+    os.environ.update(more)
+    try:
+        for each in cpus:
+            _cluster.add_node(num_cpus=each)
+    finally:
+        for name in more:
+            del os.environ[name]
+    return str(_cluster.address), os.getpid()
+
+
+def _goes(processes: list[int]) -> None:
+    _cluster.remove_node(node_of(list(_cluster.worker_nodes), processes), allow_graceful=False)
+
+
+def test_a_few_shots_outlive_an_actor_a_node_and_the_farm(
+    beside: Beside, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Last, for Ray counts the lost node for half a minute. ``tests/test_farm_kill.py`` has it with a hundred shots.
+
+    The farm goes on after the loss of the actor; the node, with the next gang, and the farm go together.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    FrameMaker(Source.of(model / "vae"), preview=RGB).load()  # else the first to decode loads a codec for it
+    address, pid = beside(_begins, str(tmp_path / "cache"), 2, 2)
+    nodes = Nodes(address, pid, lambda processes: beside(_goes, list(processes)))
+    strikes = [(1, ACTOR), (3, BOTH)]
+    # One after another, so that whole shots are left at each strike.
+    plan = Plan(6, strikes, stages=1, streams=1, renderers=1, notices=True, eights=(12, 20), preview=RGB)
+    trial = Trial(model, tmp_path, plan, nodes)
+    trial.run()
+    assert trial.statuses == [-9, 101] and len(trial.struck) == 2, (trial.statuses, trial.struck)

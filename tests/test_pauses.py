@@ -14,6 +14,7 @@ from pavdm_dist.engine import blame, decoding, ray_gang
 from pavdm_dist.engine.blame import control_results, stage_actors
 from pavdm_dist.engine.decoding import Decoding
 from pavdm_dist.engine.events import DecoderLost, GangLost, Place
+from pavdm_dist.engine.lines import Listener
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.ray_gang import RayGang
 from pavdm_dist.engine.watchdog import Pauses
@@ -35,7 +36,8 @@ def gang_of(time: Time, decoder: Decoding | None = None) -> RayGang:
     """One stage that has been up and has said nothing since, with a unit outstanding."""
     gang = RayGang.__new__(RayGang)
     gang._options = EngineOptions(1, link_timeout_s=LIMIT_S)
-    gang._stages, gang._places = [Threads(SimpleNamespace(where=lambda: None))], [Place("10.0.0.1", 11)]
+    stage = Threads(SimpleNamespace(where=lambda: None, said=list))
+    gang._stages, gang._places, gang._lines = [stage], [Place("10.0.0.1", 11)], Listener()
     gang._loops, gang._taking, gang._taking_left = [Future[Any]()], Future[Any](), {}
     gang._events, gang._told, gang._left, gang._preparing = deque(), deque(), {}, {}
     gang._sealed, gang._done, gang._moved, gang._last = 0, -1, time.now, None
@@ -74,7 +76,8 @@ def test_stages_are_not_blamed(owed: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_decoder_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
     futures_for_references(monkeypatch)
     time, frames = Time(monkeypatch), Future[Any]()
-    actor = Threads(SimpleNamespace(facts=lambda: (0, 4, None), progress=lambda: 0, open=lambda *_: None))
+    facts = {"facts": lambda: (0, 4, None), "progress": lambda: 0, "open": lambda *_: None, "said": list}
+    actor = Threads(SimpleNamespace(**facts))
     decoder = Decoding(actor, LIMIT_S, 60)
     decoder.facts.result(5)
     decoder.open(0, None)

@@ -22,6 +22,7 @@ from pavdm_dist.io import shipped
 from pavdm_dist.io.shipped import shipped_models
 from pavdm_dist.models.catalog import load_backbone
 from pavdm_dist.models.loading import read_tensor, stored_dtype
+from pavdm_dist.models.nearby import model_near, near_name
 from pavdm_dist.models.source import Source
 from pavdm_dist.planning.partition import layer_split
 from pavdm_dist.request.sampling import SamplingParams
@@ -210,3 +211,17 @@ def test_a_config_that_is_no_object_is_refused(sharded: Path) -> None:
     (sharded / "transformer" / "config.json").write_text(json.dumps([1]))
     with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON of a model"):
         Checkpoint.open(sharded)
+
+
+def test_hidden_folders_are_nobodys_models(tmp_path: Path) -> None:
+    """What a file server, an editor or a trash can keeps is no answer to a slip of the finger."""
+    for name in (".model", ".modl", "models/.old", "models/snapshots/.old", "models/snapshots/new"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "model_index.json").touch()
+    assert near_name(f"{tmp_path}/modl") == f"; did you mean {tmp_path}/models?"
+    assert near_name(f"{tmp_path}/models/.olds") == ""
+    assert model_near(tmp_path / "models") == f"; did you mean {tmp_path}/models/snapshots/new?"
+    (tmp_path / "models/run").mkdir()
+    (tmp_path / "models/run/model_index.json").touch()
+    assert model_near(tmp_path / "models") == f"; did you mean {tmp_path}/models/run?"
+    assert model_near(tmp_path / "models/run/vae") == f"; did you mean {tmp_path}/models/run?"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from helpers import tiny_checkpoint
 from pretrained import Asked, named_only, stand_in
 
 from pavdm_dist import cli
+from pavdm_dist.codecs import pretrained_text
 from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder, TextOptions
 from pavdm_dist.errors import CheckpointError
 from pavdm_dist.models.source import Source
@@ -43,12 +45,14 @@ def test_the_process_imports_from_here_only_where_this_one_does(
 
 
 @pytest.mark.parametrize("base", ["relative", None])
-def test_without_a_home_embeddings_are_in_memory(
+def test_without_a_home_embeddings_go_with_the_process(
     model: Path, tmp_path: Path, started: Asked, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture, base: str | None,
 ) -> None:  # fmt: skip
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    pretrained_text._temporary.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", base or "")
     if base is None:
         monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user that the system does not know
@@ -59,8 +63,10 @@ def test_without_a_home_embeddings_are_in_memory(
     assert found.tolist() == [[4.0] * one.text_dim] and one.encoded == 2 and len(started) == 1
     (record,) = caplog.records
     said = "this user has no home for a cache; XDG_CACHE_HOME names a folder, or text_cache=FOLDER; "
-    assert record.message == f"{said}embeddings are not kept"
+    assert record.message == f"{said}embeddings go with this process"
     assert not list(Path.cwd().iterdir())
+    pretrained_text._temporary.cache_clear()
+    assert not list(tmp_path.glob("pavdm-text-*"))
     (model / "text_encoder" / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="has no weights; text_cache=FOLDER names what was kept of it"):
         encoder(model, None).encode("a red three")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from safetensors.torch import load_file
 
 from pavdm_dist import cli
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs import pretrained_text, text
 from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder, TextOptions
+from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.models.source import Source
 from pavdm_dist.pipeline import PAVDMPipeline
@@ -100,6 +103,40 @@ def test_words_that_are_cut_are_said(umt5: Path, tmp_path: Path, caplog: pytest.
     (record,) = caplog.records
     assert "'a red three drifting up and the blue seven' has 10 tokens, the text encoder takes 6" in record.message
     assert "'and the blue seven' is not read" in record.message
+
+
+def test_what_finds_no_place_is_there_for_all_of_the_process(
+    umt5: Path, tmp_path: Path, started: Cached, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The texts of a long manifest would be gigabytes in memory; and who renders has encoders of its own."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    pretrained_text._temporary.cache_clear()
+    (tmp_path / "file").write_text("no folder")
+    one, other = encoder(umt5, tmp_path / "file"), encoder(umt5, tmp_path / "file")
+    one.prepare(["a red three", "a blue seven"])
+    found = [each.encode(said) for each in (one, other) for said in ("a red three", "a blue seven")]
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3]) and len(started) == 1
+    assert caplog.text.count("cannot be written") == 2, "once for each encoder, not for every text"
+    (aside,) = tmp_path.glob("pavdm-text-*")
+    assert len([*aside.rglob("*.safetensors")]) == 2
+    pretrained_text._temporary.cache_clear()  # as when the process ends
+    assert not aside.exists()
+
+
+def test_what_was_said_of_prompts_is_forgotten_in_time(
+    umt5: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manifest has hundreds of thousands of them."""
+    monkeypatch.setattr(pretrained_text, "_REMEMBERED", 3)
+    monkeypatch.setattr(text, "REMEMBERED", 3)
+    large, small = encoder(umt5, tmp_path, max_length=6), WordTextEncoder(["a", "red"], text_dim=8)
+    for number in (*range(5), 4, 4):
+        large.check(f"a red three drifting up and the blue {number}", 512)
+        small.encode(f"a red {number}")
+    assert len(large._checked) == len(small._warned) == 3
+    assert caplog.text.count("is not read") == caplog.text.count("not in this model's vocabulary") == 5
+    small.encode("a red 0")  # so long ago that it is news again
+    assert caplog.text.count("not in this model's vocabulary") == 6
 
 
 def test_machines_without_weights_read_what_is_kept(umt5: Path, tmp_path: Path, started: Cached) -> None:

@@ -159,10 +159,10 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_one_lives(
 
 
 def test_a_run_whose_folder_was_taken_over_writes_nothing_more(tmp_path: Path, clips: Path) -> None:
-    with run_folder.owned(tmp_path) as guard:
+    with run_folder.owned(tmp_path) as mine:
         config = load_config(TrainConfig, None, [*SETTINGS, f"run_dir={tmp_path}"])
         trainer = start(config, LatentClips(clips))
-        trainer.guard = guard
+        trainer.guard = mine.guard
         trainer.train_step()
         trainer.save()
         trainer.train_step()
@@ -180,8 +180,8 @@ def test_who_writes_for_the_owner_writes_while_he_owns_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_folder, "_PATIENCE_S", 0.1)
-    with run_folder.owned(tmp_path):
-        guard = run_folder.guard_for(tmp_path, run_folder.owner_of(tmp_path))
+    with run_folder.owned(tmp_path) as mine:
+        guard = run_folder.guard_for(tmp_path, mine.token)
         assert guard() is None
     gone = f"run_dir={tmp_path}: the process that owned it is gone, or another run took it over"
     assert guard() == gone
@@ -191,12 +191,26 @@ def test_who_writes_for_the_owner_writes_while_he_owns_the_folder(
 
 
 def test_a_wish_to_stop_is_of_one_run(tmp_path: Path) -> None:
-    run_folder.ask_to_stop(tmp_path)  # by a run that lost power
-    with run_folder.owned(tmp_path):
-        assert not run_folder.asked_to_stop(tmp_path)
-        run_folder.ask_to_stop(tmp_path)
-        assert run_folder.asked_to_stop(tmp_path)
+    run_folder.ask_to_stop(tmp_path, "gone")  # by a run that lost power
+    with run_folder.owned(tmp_path) as mine:
+        assert tree(tmp_path) == [FOLDER_LOCK] and not run_folder.asked_to_stop(tmp_path, mine.token)
+        run_folder.ask_to_stop(tmp_path, mine.token)
+        assert run_folder.asked_to_stop(tmp_path, mine.token)
     assert tree(tmp_path) == []
+
+
+def test_who_slept_through_a_takeover_stops_nobody(tmp_path: Path) -> None:
+    """It stood still, another took its folder over and trains there; then it wakes, hears a signal and ends."""
+    with run_folder.owned(tmp_path) as slept:
+        (tmp_path / FOLDER_LOCK).unlink()  # as it is after three minutes without a sign of life
+        with run_folder.owned(tmp_path) as mine:
+            assert slept.guard() is None, "it has not looked yet"
+            run_folder.ask_to_stop(tmp_path, slept.token)
+            assert not run_folder.asked_to_stop(tmp_path, mine.token)
+            run_folder.ask_to_stop(tmp_path, mine.token)
+            assert run_folder.asked_to_stop(tmp_path, mine.token)
+            (tmp_path / "kept").touch()
+    assert tree(tmp_path) == ["kept"]
 
 
 # --- full -------------------------------------------------------------------------------------------------------

@@ -120,12 +120,12 @@ def test_workers_elsewhere_are_asked_to_end_and_waited_for(tmp_path: Path, numbe
     def work() -> None:
         threads.append(threading.get_ident())
         signal.pthread_kill(main, number)
-        appears(tmp_path / run_folder._STOP)
+        appears(tmp_path / f"{run_folder._STOP}me")
 
-    assert _heeding(work, tmp_path) == number
+    assert _heeding(work, tmp_path, "me") == number
     assert threads != [main], "Ray Train takes Ctrl-C for itself where it runs in the main thread"
     assert signal.getsignal(number) == signal.default_int_handler
-    assert _heeding(lambda: None, tmp_path) is None
+    assert _heeding(lambda: None, tmp_path, "me") is None
 
 
 @pytest.mark.usefixtures("usual")
@@ -136,11 +136,11 @@ def test_one_who_interrupts_again_does_not_wait_for_workers(tmp_path: Path, monk
     def work() -> None:
         for _ in range(2):
             signal.pthread_kill(main, signal.SIGINT)
-            appears(tmp_path / run_folder._STOP)
+            appears(tmp_path / f"{run_folder._STOP}me")
         let_go.wait(20)
 
     with pytest.raises(KeyboardInterrupt, match="run again to go on from the last checkpoint"):
-        _heeding(work, tmp_path)
+        _heeding(work, tmp_path, "me")
     let_go.set()
 
 
@@ -150,8 +150,8 @@ def test_what_fails_on_workers_fails_here(tmp_path: Path) -> None:
         raise EngineError("training on Ray failed")
 
     with pytest.raises(EngineError, match="training on Ray failed"):
-        _heeding(work, tmp_path)
-    assert not (tmp_path / run_folder._STOP).exists()
+        _heeding(work, tmp_path, "me")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("usual")
@@ -168,13 +168,13 @@ def test_the_folder_is_owned_until_the_cluster_was_left(
 
     main = threading.get_ident()
 
-    def fit(_: TrainConfig, __: Any, run: Path) -> None:
-        assert run_folder.guard_for(run, run_folder.owner_of(run))() is None
+    def fit(_: TrainConfig, __: Any, run: Path, owner: str) -> None:
+        assert run_folder.guard_for(run, owner)() is None
         if ends == "badly":
             raise EngineError("training on Ray failed")
         if ends == "by a signal":
             signal.pthread_kill(main, signal.SIGTERM)
-            appears(run / run_folder._STOP)
+            appears(run / f"{run_folder._STOP}{owner}")
 
     monkeypatch.setattr(ray_launch, "connect", lambda *_, **__: Member())
     monkeypatch.setattr(ray_launch, "_wait_for_room", lambda _: None)

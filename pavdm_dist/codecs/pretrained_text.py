@@ -15,9 +15,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pavdm_dist.cluster.starting import imports_from
+from pavdm_dist.codecs.newest import Newest
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.io.checksums import ends_digest
 from pavdm_dist.io.folders import without_hidden
@@ -37,6 +39,8 @@ from pavdm_dist.values.fields import TextDevice, TextDtype
 
 PRETRAINED = ("UMT5EncoderModel", "T5EncoderModel", "UMT5ForConditionalGeneration", "T5ForConditionalGeneration")
 _SHOWN = 120
+# Prompts that are not cut into tokens again to see whether all of them is read.
+_REMEMBERED = 4096
 
 logger = logging.getLogger(__name__)
 
@@ -103,9 +107,9 @@ class PretrainedTextEncoder:
         self.text_dim = int(config["d_model"])
         # Open-Sora's T5 has met lower-case captions only.
         self._lower = not str((config.get("architectures") or [""])[0]).startswith("UMT5")
-        self._said: set[str] = set()
+        self._checked = Newest(_REMEMBERED)
         self.encoded = 0
-        self._unkept: dict[str, Tensor] = {}
+        self._is_told = False  # that the cache cannot be written
 
     @cached_property
     def identity(self) -> str:
@@ -124,7 +128,8 @@ class PretrainedTextEncoder:
         """Encodes those of the prompts that are not cached, all of them in one process.
 
         Raises:
-            CheckpointError: there are no weights to encode them with, or these cannot be loaded.
+            CheckpointError: there are no weights to encode them with, these cannot be loaded, or no disk has room for
+                what they give.
             ConfigError: a package is missing, or the device has no room.
         """
         cleaned = dict.fromkeys(self.cleaned(prompt) for prompt in prompts)
@@ -147,15 +152,14 @@ class PretrainedTextEncoder:
         return found.float()
 
     def check(self, prompt: str, limit: int) -> None:
-        """Says, once per prompt, which words are cut; starts nothing.
+        """Says which words are cut, once per prompt as long as it is among the newest; starts nothing.
 
         Raises:
             CheckpointError: there is no tokenizer.
             ConfigError: a package is missing.
         """
-        if prompt in self._said:
+        if not self._checked.is_new(prompt):
             return
-        self._said.add(prompt)
         if lost := self.unread(prompt, limit):
             logger.warning(
                 "prompt %r has %d tokens, the text encoder takes %d: %r is not read",
@@ -203,7 +207,7 @@ class PretrainedTextEncoder:
                 with atomic_write(self._known(self.folder), "w") as aside:
                     json.dump({"weights": told, "model": str(self._encoder)}, aside)
             except OSError as error:
-                logger.warning("text_cache=%s cannot be written: %s", self.folder, error)
+                self._tell_unwritten(error)
         return told
 
     def _known_weights(self) -> str:
@@ -225,13 +229,13 @@ class PretrainedTextEncoder:
 
     @cached_property
     def folder(self) -> Path | None:
-        """Where embeddings are kept; None = in memory only, which is said: this user has no place for them."""
+        """Where embeddings are kept; None = for this process alone, which is said: this user has no place for them."""
         if self.options.cache is not None:
             return Path(self.options.cache)
         try:
             return cache_folder("text")
         except OSError as error:
-            logger.warning("%s, or text_cache=FOLDER; embeddings are not kept", error.strerror)
+            logger.warning("%s, or text_cache=FOLDER; embeddings go with this process", error.strerror)
             return None
 
     def _key(self, text: str) -> str:
@@ -241,26 +245,40 @@ class PretrainedTextEncoder:
         return folder / key[:2] / f"{key}.safetensors"
 
     def _kept(self, key: str) -> Tensor | None:
-        if key in self._unkept:
-            return self._unkept[key]
-        if self.folder is None:
-            return None
+        found = None if self.folder is None else self._read(self.folder, key)
+        if found is not None:
+            return found
+        return self._read(_of_this_process(), key) if _temporary.cache_info().currsize else None
+
+    def _read(self, folder: Path, key: str) -> Tensor | None:
         try:
-            found = load_file(self._file(self.folder, key))["embedding"]
+            found = load_file(self._file(folder, key))["embedding"]
         except (OSError, SafetensorError, KeyError):
             return None
         return found if found.ndim == 2 and found.shape[1] == self.text_dim and bool(found.isfinite().all()) else None
 
     def _keep(self, key: str, embedding: Tensor) -> None:
-        if self.folder is None:
-            self._unkept[key] = embedding
-            return
+        """Where they are to be kept, else where they last as long as this process: in memory those of a long manifest
+        would be many gigabytes."""
+        content = save({"embedding": embedding})
+        if self.folder is not None:
+            try:
+                with atomic_write(self._file(self.folder, key), "wb") as file:
+                    file.write(content)
+                return
+            except OSError as error:
+                self._tell_unwritten(error)
         try:
-            with atomic_write(self._file(self.folder, key), "wb") as file:
-                file.write(save({"embedding": embedding}))
+            with atomic_write(self._file(_of_this_process(), key), "wb") as file:
+                file.write(content)
         except OSError as error:
+            raise CheckpointError(f"text encoder {self._encoder}: what it gives cannot be written: {error}") from error
+
+    def _tell_unwritten(self, error: OSError) -> None:
+        """Once: every text would say it."""
+        if not self._is_told:
             logger.warning("text_cache=%s cannot be written: %s", self.folder, error)
-            self._unkept[key] = embedding
+        self._is_told = True
 
     # --- the encoder ---------------------------------------------------------------------------------------
 
@@ -325,6 +343,25 @@ def imported(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(f"the model's text encoder needs {name}: pip install 'pavdm-dist[text]'") from error
+
+
+def _of_this_process() -> Path:
+    """A folder that all encoders of this process share, and that goes with it.
+
+    Raises:
+        OSError: there is no place for one.
+    """
+    with _MAKING:
+        return Path(_temporary().name)
+
+
+# Of two folders that were made at once, one would go at once.
+_MAKING = threading.Lock()
+
+
+@cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="pavdm-text-")
 
 
 def _short(text: str) -> str:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pavdm_dist.codecs.newest import Newest
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.models.loading import load_module
 from pavdm_dist.models.source import Source, load_config
@@ -49,6 +50,8 @@ def split_words(prompt: str) -> list[str]:
 
 # Prompts whose tokens are kept in training: some 30 MB of them.
 _KNOWN_PROMPTS = 32_768
+# Prompts of which it is remembered that something was said of them.
+REMEMBERED = 4096
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class WordTextEncoder(nn.Module):
             "max_length": max_length,
         }
         self._index = {word: position for position, word in enumerate((*_SPECIAL, *words))}
-        self._warned: set[str] = set()
+        self._warned = Newest(REMEMBERED)
         self._collated: dict[str, list[int]] = {}
         self.embedding = nn.Embedding(len(self._index), text_dim)
         self.layers = nn.ModuleList(_Layer(text_dim, num_heads) for _ in range(depth))
@@ -221,7 +224,7 @@ class WordTextEncoder(nn.Module):
     def encode(self, prompt: str) -> Tensor:
         """Float32 embeddings ``[L, text_dim]`` of one prompt, one row per word or comma, no padding.
 
-        Unknown words are warned about once per prompt.
+        Unknown words are warned about once per prompt, as long as it is among the newest of those.
 
         Raises:
             ConfigError: the prompt is too long.
@@ -232,9 +235,8 @@ class WordTextEncoder(nn.Module):
 
     def _warn(self, prompt: str) -> None:
         unknown = self.unknown_words(prompt)
-        if not unknown or prompt in self._warned:
+        if not unknown or not self._warned.is_new(prompt):
             return
-        self._warned.add(prompt)
         logger.warning(
             "prompt %r: %s not in this model's vocabulary and will be ignored or misread; it knows: %s",
             prompt,

@@ -24,6 +24,7 @@ from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.events import Event, Left, Place
 from pavdm_dist.engine.feed import EpochFeed
 from pavdm_dist.engine.gpu_links import HostStagedLink, NcclLink
+from pavdm_dist.engine.lines import Line, Lines, of_video
 from pavdm_dist.engine.loop import Links, StageLoop
 from pavdm_dist.engine.order import LogEntry, Unit
 from pavdm_dist.engine.rehearsal import Rehearsed, rehearse
@@ -73,6 +74,7 @@ class StageActor:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         take_on(environment or {})
+        self._lines = Lines.of_process()
         self._threads = threads
         torch.set_num_threads(threads)
         source = Source.of(source)
@@ -165,7 +167,8 @@ class StageActor:
 
     def prepare(self, stream: Stream) -> None:
         """Takes a stream in; must be acknowledged by all stages before its join is sealed."""
-        self._stage.prepare(stream)
+        with of_video(stream.id):
+            self._stage.prepare(stream)
 
     def seal(self, epoch: int, entry: LogEntry) -> None:
         """Fixes what changes at an epoch."""
@@ -201,6 +204,10 @@ class StageActor:
     def progress(self) -> Unit | None:
         """The unit that was run last."""
         return None if self._loop is None else self._loop.last
+
+    def said(self) -> list[Line]:
+        """What was logged here since the last call."""
+        return self._lines.take()
 
     def take(self, wait_s: float = 1.0) -> tuple[list[Event | Left], Unit | None]:
         """Events since the last call, waiting up to ``wait_s`` seconds for the first; and :meth:`progress`."""
@@ -238,6 +245,7 @@ class DecodeActor:
         trace: bool = False,
     ) -> None:
         take_on(environment or {})
+        self._lines = Lines.of_process()
         self._threads = threads
         torch.set_num_threads(threads)
         self._device = choose_device(device)
@@ -259,12 +267,13 @@ class DecodeActor:
         if key in self._dropped:
             return
         try:
-            self._decoders[key] = decoder = self._codec.decoder()
-            for latent in () if warm is None else warm.split(1, dim=1):  # one by one, as in decode
-                if key in self._dropped:
-                    return
-                decoder.warm(latent)
-                self._latents += 1
+            with of_video(key):
+                self._decoders[key] = decoder = self._codec.decoder()
+                for latent in () if warm is None else warm.split(1, dim=1):  # one by one, as in decode
+                    if key in self._dropped:
+                        return
+                    decoder.warm(latent)
+                    self._latents += 1
         except Exception as error:  # nobody waits for this call: the first chunk tells it
             self._decoders[key] = error
 
@@ -278,7 +287,8 @@ class DecodeActor:
             if key in self._dropped:
                 return None
             assert decoder is not None, "open comes before decode"
-            frames.append(decoder.decode(latent).numpy())
+            with of_video(key):
+                frames.append(decoder.decode(latent).numpy())
             self._latents += 1
         if self._times is not None:
             self._times.append((key, began, time.time()))
@@ -296,6 +306,10 @@ class DecodeActor:
     def progress(self) -> int:
         """Control: latents decoded so far, of all streams, with those that decoders were warmed on."""
         return self._latents
+
+    def said(self) -> list[Line]:
+        """Control: what was logged here since the last call; videos by their keys."""
+        return self._lines.take()
 
     def times(self) -> list[tuple[int, float, float]]:
         """Control: key, begin and end of every chunk, in seconds of the time of day; for a trace alone."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pavdm_dist.engine.events import GangLost, Place
+from pavdm_dist.engine.events import DECODER_STAGE, GangLost, Place
 from pavdm_dist.engine.watchdog import Pauses
 from pavdm_dist.errors import EngineError, PAVDMError, VideoError
 
@@ -35,7 +35,12 @@ class Actor:
 
     def loss(self, what: str, cause: str, is_fault: bool = False) -> GangLost:
         """That it cannot go on: what it does, and why."""
-        return GangLost(f"{self} {what}: {cause}", self.rank, self.place, cause, is_fault)
+        return GangLost(f"{self} {what}: {cause}", self.rank, self.place, cause, is_fault, self.stage)
+
+    @property
+    def stage(self) -> int | str | None:
+        """What logs have as its stage."""
+        return DECODER_STAGE if self.name == DECODER else self.rank
 
 
 DECODER = "the decode actor"
@@ -99,7 +104,7 @@ def _check_done(ref: Any, actor: Actor, what: str) -> None:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, PAVDMError) and not isinstance(error.cause, EngineError):
             raise error.cause from error
-        logger.error("%s failed:\n%s", actor, error)
+        logger.error("%s failed:\n%s", actor, error, extra={"stage": actor.stage})
         raise actor.loss("failed", last_line(error)) from error
     except ray.exceptions.RayError as error:
         raise actor.loss(f"died, it was to {what}", last_line(error)) from error
@@ -126,7 +131,7 @@ def lost(loops: Sequence[Any], places: Sequence[Place], seen: BaseException | No
             ray.get(loop)
             failed.append(actors[rank].loss("failed", "its loop ended early"))
         except ray.exceptions.RayTaskError as error:
-            logger.error("stage %d failed:\n%s", rank, error)
+            logger.error("stage %d failed:\n%s", rank, error, extra={"stage": rank})
             echo = isinstance(error.cause, EngineError)
             loss = actors[rank].loss("failed", last_line(error), is_fault=not echo)
             failed.insert(len(failed) if echo else 0, loss)
@@ -171,13 +176,13 @@ def log_note(place: Place | None) -> str:
     return f"; its log: {tail}" if tail else ""
 
 
-def video_error(error: Any, what: str) -> PAVDMError:
-    """What one video is told of a fault in an actor; the traceback goes to the log."""
+def video_error(error: Any, what: str, video: int, stage: int | str) -> PAVDMError:
+    """What one video is told of a fault in an actor; the traceback goes to the log, with the video and the stage."""
     if isinstance(error.cause, VideoError):
         return VideoError(f"{what}: {error.cause}")
     if isinstance(error.cause, PAVDMError):
         return error.cause
-    logger.error("%s:\n%s", what, error)
+    logger.error("%s:\n%s", what, error, extra={"video": video, "stage": stage})
     return VideoError(f"{what}: {last_line(error)}")
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.engine.blame import ANSWER_S, DECODER, Actor, control_results, last_line, video_error
-from pavdm_dist.engine.events import Decoded, DecoderLost, Place
+from pavdm_dist.engine.events import DECODER_STAGE, Decoded, DecoderLost, GangLost, Place
+from pavdm_dist.engine.lines import Speaker
 from pavdm_dist.engine.spans import DecodeSpan
 from pavdm_dist.method.window import CleanChunk
 
@@ -97,6 +98,17 @@ class Decoding:
         except ray.exceptions.RayError:
             return None
 
+    def gone(self, cause: str) -> GangLost:
+        """The loss where its machine is gone."""
+        said = "the machine of the decode actor is gone"
+        return GangLost(said, place=self.place, cause=cause, stage=DECODER_STAGE)
+
+    @property
+    def speaker(self) -> Speaker:
+        """The actor, as who listens to what it logs knows it."""
+        streams = {key: stream for stream, key in self._keys.items()}
+        return Speaker(DECODER, DECODER_STAGE, lambda: self._control("said"), streams.get)
+
     def excuse(self) -> None:
         """Time up to now is not the actor's: who waits for it stood still."""
         self._born = now = time.monotonic()
@@ -132,7 +144,8 @@ class Decoding:
                 frames = torch.from_numpy(ray.get(chunk.frames).copy())
                 found.append(Decoded(chunk.stream, chunk.chunk, frames))
             except ray.exceptions.RayTaskError as error:
-                reason = video_error(error, f"chunk {chunk.chunk} could not be decoded")
+                what = f"chunk {chunk.chunk} could not be decoded"
+                reason = video_error(error, what, chunk.stream, DECODER_STAGE)
                 found.append(Decoded(chunk.stream, chunk.chunk, None, reason))
         if self._chunks:
             self._check()

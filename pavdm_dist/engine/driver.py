@@ -10,6 +10,7 @@ import logging
 
 from pavdm_dist.engine.blame import log_note
 from pavdm_dist.engine.events import (
+    DECODER_STAGE,
     AtWork,
     Decoded,
     DecoderLost,
@@ -259,8 +260,9 @@ class Driver:
         self._decoders_lost += 1
         if self._decoders_lost > self._max_restarts:
             said = f"{lost.cause} ({self._decoders_lost} times in a row)"
-            raise GangLost(said, place=lost.place, cause=lost.cause)
-        logger.warning("%s; another takes over%s", lost.cause, log_note(lost.place))
+            raise GangLost(said, place=lost.place, cause=lost.cause, stage=DECODER_STAGE)
+        said = "%s; another takes over%s"
+        logger.warning(said, lost.cause, log_note(lost.place), extra={"stage": DECODER_STAGE})
         flights = [flight for flight in self._flights.values() if flight.stand is not Stand.WAITING]
         self._watchdog.anew()
         self._gang.renew_decoder({flight.id: flight.past for flight in flights})
@@ -338,7 +340,7 @@ class Driver:
             at = flight.at_work
             what = f"nothing has come for {late.seconds:.0f} s{late.usually}; {at.awaited}, row {at.row} comes next"
             if not late.over:
-                logger.warning("video %d: %s", late.stream, what)
+                logger.warning("video %d: %s", late.stream, what, extra={"video": late.stream})
             elif not overdue:
                 overdue = True
                 self._fail(flight, StalledError(f"{what} (stall_limit_s)"))

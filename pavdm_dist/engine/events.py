@@ -165,21 +165,33 @@ class DecoderLost:
 Event = Prepared | EpochDone | KeysChanged | Shift | Decoded | DecoderLost
 
 
+# What logs call the decode actor, where they have a stage's rank.
+DECODER_STAGE = "decoder"
+
+
 class GangLost(EngineError):
     """A gang cannot go on: an actor died, is silent, or a fault ended its loop.
 
     Attributes:
         rank: the stage; None for the decode actor.
+        stage: the same for logs, where the decode actor is ``decoder``; None where it is not known who it was.
         place: of the actor, None where it is not known.
         cause: in words.
         is_fault: an exception inside a stage, which may well come again; not a death, a silence or an echo of one.
     """
 
     def __init__(
-        self, message: str, rank: int | None = None, place: Place | None = None, cause: str = "", is_fault: bool = False
+        self,
+        message: str,
+        rank: int | None = None,
+        place: Place | None = None,
+        cause: str = "",
+        is_fault: bool = False,
+        stage: int | str | None = None,
     ) -> None:
         super().__init__(message)
         self.rank, self.place, self.cause, self.is_fault = rank, place, cause, is_fault
+        self.stage = rank if stage is None else stage
 
 
 # --- from the driver to a consumer ---------------------------------------------------------------------------

@@ -188,7 +188,8 @@ class Flight:
         for new in asked:
             at = new.at(self.stream.plan, row)
             if at is None:
-                logger.warning("video %d: %r comes too late, no chunk is left to be born", self.id, new.prompt)
+                said = "video %d: %r comes too late, no chunk is left to be born"
+                logger.warning(said, self.id, new.prompt, extra={"video": self.id})
                 continue
             told.append(at)
             self.stream = self.stream.changed(at)

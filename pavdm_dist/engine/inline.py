@@ -183,7 +183,7 @@ class InlineEngine:
                 frames = frames_of()
             except Exception as error:  # as in a decode actor, it ends this video
                 if not isinstance(error, PAVDMError):
-                    logger.exception("chunk %d could not be decoded", clean.index)
+                    logger.exception("chunk %d could not be decoded", clean.index, extra={"video": stream.id})
                 raise VideoError(f"chunk {clean.index} could not be decoded: {error}") from error
             return flight.finished(Decoded(stream.id, clean.index, frames))
 
@@ -251,7 +251,8 @@ class _Pace:
                 if self._is_told:
                     return
                 self._is_told = True
-                logger.warning("video %d: nothing has come for %.0f s%s", late.stream, late.seconds, late.usually)
+                said = "video %d: nothing has come for %.0f s%s"
+                logger.warning(said, late.stream, late.seconds, late.usually, extra={"video": late.stream})
 
 
 @contextmanager

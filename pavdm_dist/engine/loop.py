@@ -17,6 +17,7 @@ from torch import Tensor
 from pavdm_dist.engine.clock import Clock
 from pavdm_dist.engine.events import EpochDone, Event, KeysChanged, Left, Shift
 from pavdm_dist.engine.feed import Epoch, EpochFeed
+from pavdm_dist.engine.lines import of_video
 from pavdm_dist.engine.messages import ACTIVATION, LATENTS, Header, Layout
 from pavdm_dist.engine.order import Unit
 from pavdm_dist.engine.readback import Readback, Teller
@@ -181,7 +182,8 @@ class StageLoop:
         back = self._feedback() if self._stage.first and own.latents is not None else None
         if back is not None and not back.posts_late:
             self._await(back, own)
-        result = self._stage.run(unit, incoming)
+        with of_video(unit.stream):
+            result = self._stage.run(unit, incoming)
         if back is not None and back.posts_late:
             self._await(back, own)
         if late:

@@ -19,7 +19,8 @@ from pavdm_dist.cluster.room import is_gone
 from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.blame import DECODER, Actor, control_results, frozen, lost, stage_actors, video_error
 from pavdm_dist.engine.decoding import Decoding
-from pavdm_dist.engine.events import EpochDone, Event, GangLost, Left, Place, Prepared, Shift
+from pavdm_dist.engine.events import EpochDone, Event, Left, Place, Prepared, Shift
+from pavdm_dist.engine.lines import Listener, Speaker
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.order import LogEntry, Unit
 from pavdm_dist.engine.placement import Placement, place
@@ -92,6 +93,7 @@ class RayGang:
         self._sealed, self._done, self._moved = -1, -1, time.monotonic()
         self._last: Unit | None = None
         self._pauses = Pauses(options.link_timeout_s, FREEZE_MARGIN_S)
+        self._lines = Listener()
         try:
             self._placement = place(options, given_up)
             self._start(source, given_up, self._placement)
@@ -149,7 +151,7 @@ class RayGang:
             raise lost(self._loops, self._places, error) from error
         if gone:  # where Ray counts it still, another actor would wait there for as long as one may take to come up
             cause = "its node was removed"
-            raise GangLost("the machine of the decode actor is gone", place=self._decoding.place, cause=cause)
+            raise self._decoding.gone(cause)
         ray.kill(self._decoding.actor)
         self._decoding = self._new_decoder(self._placement)
         for stream, latents in warm.items():
@@ -207,6 +209,8 @@ class RayGang:
         if not ray.is_initialized():
             return
         # Where the cluster itself is gone nothing can be given back, and nothing needs to be.
+        with suppress(ray.exceptions.RayError, OSError):
+            self._lines.finish(self._speakers())
         for actor in (*self._stages, *([self._decoding.actor] if self._decoding else [])):
             with suppress(ray.exceptions.RayError, OSError):
                 ray.kill(actor)
@@ -323,7 +327,16 @@ class RayGang:
         self._complete()
         if self._decoding is not None:
             self._events.extend(self._decoding.collect())
+        self._lines.listen(self._speakers)
         self._check_silence()
+
+    def _speakers(self) -> list[Speaker]:
+        """Whose lines are told here."""
+        stages = [
+            Speaker(f"stage {rank} of {len(self._stages)}", rank, stage.said.remote)
+            for rank, stage in enumerate(self._stages)
+        ]
+        return stages if self._decoding is None else [*stages, self._decoding.speaker]
 
     def _complete(self) -> None:
         """Passes on what the last stage told, in its order, once other stages' parts of it are there."""
@@ -341,11 +354,12 @@ class RayGang:
     def _prepared(self, stream: int, refs: list[Any]) -> Prepared:
         import ray
 
-        try:
-            ray.get(refs)
-            return Prepared(stream)
-        except ray.exceptions.RayTaskError as error:
-            return Prepared(stream, video_error(error, "a stage could not take the video in"))
+        for rank, ref in enumerate(refs):
+            try:
+                ray.get(ref)
+            except ray.exceptions.RayTaskError as error:
+                return Prepared(stream, video_error(error, "a stage could not take the video in", stream, rank))
+        return Prepared(stream)
 
     def _excuse(self) -> None:
         """Silence up to now is nobody's: this process stood still."""

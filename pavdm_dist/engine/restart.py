@@ -52,7 +52,7 @@ class Restarts:
         self._faults += loss.is_fault
         tail = log_tail(loss.place)
         if tail:
-            logger.warning("the log of what was lost: %s", tail)
+            logger.warning("the log of what was lost: %s", tail, extra={"stage": loss.stage})
         if loss.is_fault and not self._went_on:  # before anything was finished: it is in what was asked for
             raise _with_log(loss, tail)
         if max(self._in_a_row, self._faults) > allowed:
@@ -61,7 +61,7 @@ class Restarts:
         self._went_on = False
         wait = min(self._options.restart_backoff_s * 2 ** (self._in_a_row - 1), LONGEST_BACKOFF_S)
         said = "%s; restart %d of %d in %.0f s"
-        logger.warning(said, loss, self._in_a_row, allowed, wait, extra={"stage": loss.rank})
+        logger.warning(said, loss, self._in_a_row, allowed, wait, extra={"stage": loss.stage})
         return wait
 
 

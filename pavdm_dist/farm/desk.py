@@ -61,8 +61,8 @@ class Desk(Protocol):
     def is_free(self, shot: Shot) -> bool:
         """Whether no other process holds it, as far as can be seen."""
 
-    def begun(self, renderer: Renderer, shot: Shot, chunk: int) -> None:
-        """It is this renderer's, which goes on at ``chunk``."""
+    def begun(self, renderer: Renderer, shot: Shot, chunk: int, video: int) -> None:
+        """It is this renderer's, which goes on at ``chunk`` and calls it by that number."""
 
     def grew(self, renderer: Renderer, shot: Shot, chunk: VideoChunk) -> None:
         """A chunk of it is written."""

@@ -33,6 +33,7 @@ def dry_run(config: FarmConfig, manifest: str | None, out: str) -> dict[str, Any
         ConfigError: as :func:`~pavdm_dist.farm.run.run_command`, for bad input.
     """
     tree, kinds = Tree(out), Kinds(config)
+    tree.check_writable(traces=config.farm.trace)
     there = tree.scan()
     alike: Counter[tuple[Any, int]] = Counter()
     example: dict[tuple[Any, int], Shot] = {}

@@ -77,6 +77,7 @@ class Intake:
         self._stamp = self._seen()
         self._name = "" if self._manifest is None else _kept_as(self._manifest, self._tree)
         found = self._sorted(None)
+        self._newest = ()  # nothing of it is put back
         if not self._known:
             raise ConfigError(f"out={self._tree.root}: keeps no manifest; name one")
         return found

@@ -16,7 +16,7 @@ from pavdm_dist.commands.resolve import engine_options, open_checkpoint, open_pi
 from pavdm_dist.commands.sample import check_clip, requests_of
 from pavdm_dist.commands.videos import Video, Videos
 from pavdm_dist.commands.videos import WantedVideo as Output
-from pavdm_dist.config import SampleConfig, frames_wanted, validate_sample
+from pavdm_dist.config import SampleConfig, check_first, frames_wanted, validate_sample
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.prompts import PROMPTS, later_prompts
@@ -134,13 +134,17 @@ class Kinds:
         """Settings that make this shot alone.
 
         Raises:
-            ConfigError: as :meth:`kind_of`, or later prompts that cannot be.
+            ConfigError: as :meth:`kind_of`, later prompts that cannot be, or none or two to begin with.
         """
         own, later = self.kind_of(shot).config, later_prompts(shot.overrides)
+        first, at_zero = shot.prompt if shot.prompt.strip() else None, first_prompt(later.timed_prompts)
+        check_first(first, at_zero)
+        if first is None and at_zero is None:
+            raise ConfigError(f"prompt={shot.prompt!r}: must be text, or timed_prompts needs one for 0s")
         length = _length(shot, own)
         return replace(
             own,
-            prompt=shot.prompt or first_prompt(later.timed_prompts),
+            prompt=first or at_zero,
             negative_prompt=shot.negative_prompt,
             prompt_schedule=later.prompt_schedule,
             timed_prompts=later.timed_prompts,

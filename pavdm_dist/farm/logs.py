@@ -6,7 +6,9 @@ import json
 import logging
 import threading
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import TextIO
 
 from pavdm_dist.commands.terminal import printable
@@ -16,14 +18,27 @@ logger = logging.getLogger(__name__)
 
 # Lines that a failure record keeps; shots whose lines are kept at a time.
 TAIL, _SHOTS = 50, 4096
+_SHOT: ContextVar[str | None] = ContextVar("pavdm_shot", default=None)
+
+
+@contextmanager
+def of_shot(id: str) -> Iterator[None]:
+    """What this thread logs in the block is of a shot, whoever logs it there."""
+    before = _SHOT.get()
+    _SHOT.set(id)
+    try:
+        yield
+    finally:  # not by a token: a generator may be ended elsewhere than it was begun
+        _SHOT.set(before)
 
 
 class ShotLog(logging.Handler):
     """Keeps the last lines of every shot that is under way, and writes all as JSON where there is a file.
 
-    A record is of the shot that its ``shot`` attribute names; of those of a renderer's threads that name none, all
-    shots in that renderer's hands get a copy: a lost stage concerns each. Whoever logs never hears of an error here:
-    shots are worth more than what is said of them.
+    A record is of the shot that its ``shot`` attribute names, or that a renderer calls by the number of ``video``, or
+    that the thread is busy with (:func:`of_shot`); of those of a renderer's threads that name none, all shots in that
+    renderer's hands get a copy: a lost stage concerns each. Whoever logs never hears of an error here: shots are worth
+    more than what is said of them.
 
     Args:
         file: for JSON lines, closed with this; None keeps the tails only. It is given up when it cannot be written, as
@@ -35,6 +50,7 @@ class ShotLog(logging.Handler):
         self._file = file
         self._tails: dict[str, deque[str]] = {}
         self._of: dict[str, set[str]] = {}
+        self._numbers: dict[tuple[str, int], str] = {}  # by renderer and number there, the shots that are begun
 
     def begun(self, renderer: str, shot: str) -> None:
         """A shot is in a renderer's hands from now on."""
@@ -44,10 +60,20 @@ class ShotLog(logging.Handler):
             while len(self._tails) > _SHOTS:
                 self._tails.pop(next(iter(self._tails)))
 
+    def numbered(self, renderer: str, video: int, shot: str) -> None:
+        """What is under way calls it so, as long as the renderer has it."""
+        with self._held:
+            self._numbers[renderer, video] = shot
+
     def ended(self, renderer: str, shot: str) -> None:
         """It is not any more; its lines stay until it is :meth:`forgotten <forget>`."""
         with self._held:
-            self._of.get(renderer, set()).discard(shot)
+            for key in [key for key, one in self._numbers.items() if key[0] == renderer and one == shot]:
+                del self._numbers[key]
+            shots = self._of.get(renderer, set())
+            shots.discard(shot)
+            if not shots:  # renderers come and go, too
+                self._of.pop(renderer, None)
 
     def tail(self, shot: str) -> tuple[str, ...]:
         """Its last lines, oldest first."""
@@ -73,10 +99,12 @@ class ShotLog(logging.Handler):
 
     def _emit(self, record: logging.LogRecord) -> None:
         renderer = _renderer(record)
-        shot = getattr(record, "shot", None)
+        shot, video = getattr(record, "shot", None), getattr(record, "video", None)
+        if shot is None:
+            shot = _SHOT.get() if video is None else self._numbers.get((renderer, video))
         text = printable(hide_secrets(record.getMessage()))  # or no file could hold the record of its failure
         line = f"{_time(record)} {record.levelname} {text}"
-        shots = {shot} if shot is not None else self._of.get(renderer, ())
+        shots = {shot} if shot is not None else self._of.get(renderer, ()) if video is None else ()
         for id in tuple(shots):
             if (tail := self._tails.get(id)) is not None:
                 tail.append(line)

@@ -112,12 +112,14 @@ class Pool:
             dropped = self._waiting.drop({id})
             self.ends["cancelled"] += len(dropped)
             for shot in dropped:
+                self._forget(id)
                 self.reached.end(id, self._length(shot))
             running = self._running.get(id)
             self._turn.notify_all()
         if running is not None:
             running.hand.renderer.cancel(id)
         for shot in dropped:
+            self._said.dropped(shot)
             self._listener.ended(shot, Ended("cancelled"))
         return running is not None or bool(dropped)
 
@@ -268,7 +270,7 @@ class Pool:
                 logger.warning("%s", error, extra={"shot": shot.id})
                 return False
 
-    def begun(self, renderer: Renderer, shot: Shot, chunk: int) -> None:
+    def begun(self, renderer: Renderer, shot: Shot, chunk: int, video: int) -> None:
         before = self._kinds.frames_before(shot, chunk)
         with self._turn:
             self.reached.begin(shot.id, before)
@@ -279,7 +281,7 @@ class Pool:
             if hand.idle_since is not None:
                 hand.idle_s += time.monotonic() - hand.idle_since
                 hand.idle_since = None
-        self._said.begun(renderer.name, shot, chunk, attempts)
+        self._said.begun(renderer.name, shot, chunk, attempts, video)
         self._listener.begun(shot, chunk)
 
     def grew(self, renderer: Renderer, shot: Shot, chunk: VideoChunk) -> None:
@@ -324,7 +326,7 @@ class Pool:
             elif ended.how in ("aside", "saved"):
                 self._waiting.put_back(entry, options.poll_s)
             else:
-                self._furthest.pop(shot.id, None)
+                self._forget(shot.id)
                 self.reached.end(shot.id, length)
             self.ends[ended.how] += ended.how != "aside"
             most = options.max_failed
@@ -337,6 +339,11 @@ class Pool:
             logger.error("%s", self.ended_by)
             self.drain()
         return ended, attempts
+
+    def _forget(self, id: str) -> None:
+        """Of a shot that is over nothing is kept: there may be millions."""
+        self._furthest.pop(id, None)
+        self._watch.forget(self._tree.output(id))
 
     def _length(self, shot: Shot) -> int:
         """New frames of a shot; none where it is asked for what cannot be, which is why it ends."""

@@ -18,6 +18,7 @@ from pavdm_dist.commands.videos import Video, Videos
 from pavdm_dist.errors import EngineError, PAVDMError, TraceError
 from pavdm_dist.farm.desk import Desk, Ended, Sight, end_of, one_line
 from pavdm_dist.farm.kinds import Kinds
+from pavdm_dist.farm.logs import of_shot
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.traces import keep_shots, trace_path
 from pavdm_dist.farm.tree import Tree
@@ -158,9 +159,10 @@ class Renderer:
     def _requests(self) -> Iterator[VideoRequest]:
         self.up_since = time.monotonic()
         while not self._draining and (shot := self._desk.take(self)) is not None:
-            request = self._begin(shot)
-            if request is not None:
-                yield request
+            with of_shot(shot.id):  # also while it is made ready: its texts and its clip are encoded meanwhile
+                request = self._begin(shot)
+                if request is not None:
+                    yield request
 
     def _begin(self, shot: Shot) -> VideoRequest | None:
         """Locks a shot and opens its files; None where it is not to be rendered, which the desk is told."""
@@ -195,7 +197,7 @@ class Renderer:
                 if self._trace is not None:
                     self._traced[self._numbers] = shot.id
                 self._numbers += 1
-                self._desk.begun(self, shot, next_chunk)
+                self._desk.begun(self, shot, next_chunk, self._numbers - 1)
                 return requests[0]
         videos.abort()
         self._desk.ended(
@@ -220,7 +222,8 @@ class Renderer:
         flight = self._flights.get(chunk.video)
         if flight is not None:
             flight.outputs += 1
-            well = flight.videos.write(flight.video, chunk)
+            with of_shot(flight.shot.id):
+                well = flight.videos.write(flight.video, chunk)
             if not well:
                 self.pipeline.cancel(chunk.video)
                 error = flight.video.error
@@ -237,7 +240,8 @@ class Renderer:
         flight = self._flights.get(number)
         if flight is not None:
             flight.outputs += 1
-            flight.videos.grown(flight.video, resume)
+            with of_shot(flight.shot.id):
+                flight.videos.grown(flight.video, resume)
             if (error := flight.video.error) is not None:
                 self.pipeline.cancel(number)
                 self._end(flight, end_of(error.__cause__ or error, error))
@@ -246,7 +250,8 @@ class Renderer:
     def _failed(self, number: int, error: PAVDMError) -> None:
         flight = self._flights.get(number)
         if flight is not None:
-            flight.videos.fail(flight.video, error)
+            with of_shot(flight.shot.id):
+                flight.videos.fail(flight.video, error)
             self._end(flight, end_of(error, flight.video.error))
         self._look_round()
 
@@ -255,7 +260,8 @@ class Renderer:
         for flight in list(self._flights.values()):
             if flight.cancelled or (flight.due is not None and flight.outputs >= flight.due):
                 self.pipeline.cancel(flight.number)
-                flight.videos.abort()
+                with of_shot(flight.shot.id):
+                    flight.videos.abort()
                 self._end(flight, Ended("cancelled" if flight.cancelled else "saved"))
         if self._draining and not self._flights:
             raise _Told
@@ -276,6 +282,7 @@ class Renderer:
     def _end(self, flight: _Flight, ended: Ended) -> None:
         with self._turn:
             self._flights.pop(flight.number, None)
+        self.pipeline.resyncs.pop(flight.number, None)  # a run of thousands of shots is one run of the pipeline
         ended = Ended(ended.how, ended.kind, ended.error, flight.frames)
         self._desk.ended(self, flight.shot, ended)
 
@@ -287,8 +294,9 @@ class Renderer:
             self._flights.clear()
         told = self._draining and not isinstance(error, Exception)
         for flight in left:
-            for sentence in flight.videos.abort():
-                logger.info("%s", sentence, extra={"shot": flight.shot.id})
+            with of_shot(flight.shot.id):
+                for sentence in flight.videos.abort():
+                    logger.info("%s", sentence)
             if told or self._stopping:
                 ended = Ended("saved", frames=flight.frames)
             else:

@@ -61,9 +61,9 @@ def write_report(out: str) -> dict[str, Any]:
     for one in standings(tree):
         if one.sidecar is not None and len(cards) < SHOWN:
             cards.append(_card(tree, one, one.sidecar, times.get(one.shot.id, [])))
-        elif one.state.standing == "failed":
+        elif one.state.standing == "failed" and len(failed) < SHOWN:
             failed.append(one)
-        elif one.state.standing in ("running", "begun"):
+        elif one.state.standing in ("running", "begun") and len(unfinished) < SHOWN:
             unfinished.append(one)
     page = Environment(loader=PackageLoader("pavdm_dist.farm"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     html = page.get_template("report.html").render(
@@ -72,7 +72,11 @@ def write_report(out: str) -> dict[str, Any]:
         cards=cards,
         failed=failed,
         unfinished=unfinished,
-        hidden=max(0, status["done"] - len(cards)),
+        hidden={
+            "complete": max(0, status["done"] - len(cards)),
+            "failed": max(0, status["failed"] - len(failed)),
+            "unfinished": max(0, status["running"] + status["begun"] - len(unfinished)),
+        },
         stages=_stages(tree),
     )
     path = tree.path("index.html")

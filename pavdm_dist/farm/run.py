@@ -63,10 +63,12 @@ def run_command(
     Raises:
         FailedVideosError: some shots failed, now or in an earlier run; the others are complete, or left.
         ConfigError: bad input, before anything is written or taken from a cluster.
+        MediaError: the folder cannot be written, before anything is taken from a cluster.
         EngineError: no renderer comes up; what is finished stays.
         Stopped: a signal other than SIGTERM; all is saved.
     """
     tree, told = Tree(out), None
+    tree.check_writable(traces=config.farm.trace)
     farm: _Farm | None = None
     try:
         if config.farm.plan:
@@ -75,9 +77,12 @@ def run_command(
         kinds = Kinds(config)
         kinds.check_engine()
         intake = Intake(manifest, tree, kinds, only)
-        found = intake.first()
-        named = None if manifest is None else hide_secrets(manifest)
-        tree.write_settings({"settings": to_dict(config), "manifest": named, "versions": versions()})
+        try:
+            found = intake.first()
+            named = None if manifest is None else hide_secrets(manifest)
+            tree.write_settings({"settings": to_dict(config), "manifest": named, "versions": versions()})
+        except OSError as error:  # a full disk, a share that went away
+            raise MediaError(f"out={out}: {error.filename or out}: {error.strerror or error}") from error
         say = "%d shots: %d to render, %d complete, %d failed before"
         logger.info(say, len(found.left) + found.done + found.failed, len(found.left), found.done, found.failed)
         with _logged(tree) as log:
@@ -108,6 +113,7 @@ def _rendered(farm: _Farm, found: Found) -> Stopped | None:
     """Renders shots, and what comes to them; the signal that ended it earlier, if one did."""
     try:
         farm.take_in(found)
+        found.left.clear()  # the queue has them, and forgets each that is over
         return _until_over(farm, farm.pool)
     except Stopped as stop:  # before anything was begun
         return stop

@@ -37,8 +37,10 @@ class Said:
         """What the renderer says from now on is of this shot, too."""
         self._log.begun(renderer, shot.id)
 
-    def begun(self, renderer: str, shot: Shot, chunk: int, attempts: int) -> None:
-        """It is rendered from ``chunk`` on, after so many attempts that came no further."""
+    def begun(self, renderer: str, shot: Shot, chunk: int, attempts: int, video: int) -> None:
+        """It is rendered from ``chunk`` on, after so many attempts that came no further; ``video`` is its number in the
+        renderer's run, by which the engine calls it."""
+        self._log.numbered(renderer, video, shot.id)
         where = f" at chunk {chunk}" if chunk else ""
         again = f", attempt {attempts + 1}" if attempts else ""
         self._tell(logging.INFO, renderer, shot, f"begun on {renderer}{where}{again}")
@@ -57,6 +59,10 @@ class Said:
                 self._fail(shot, ended, attempts)
         if ended.how in ("done", "failed", "cancelled"):
             self._log.forget(shot.id)
+
+    def dropped(self, shot: Shot) -> None:
+        """It was taken out of the queue, where it may have waited to go on."""
+        self._log.forget(shot.id)
 
     def _fail(self, shot: Shot, ended: Ended, attempts: int) -> None:
         line = {name: getattr(shot, name) for name in shot.__dataclass_fields__}

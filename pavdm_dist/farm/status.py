@@ -100,10 +100,10 @@ def status_report(out: str, now: float | None = None) -> dict[str, Any]:
         elif standing in ("queued", "running", "begun"):
             wanted = _seconds(kinds, one.shot)
             left = None if wanted is None or left is None else left + max(0.0, wanted - one.seconds)
-            if standing == "running":
+            if standing == "running" and len(running) < LISTED:
                 made = f"{one.seconds:.1f}" + ("" if wanted is None else f"/{wanted:.1f}")
                 running.append({"id": one.shot.id, "seconds": made, "by": one.state.by})
-        elif one.state.failure is not None:
+        elif one.state.failure is not None and len(failures) < LISTED:
             failure = one.state.failure
             failures.append({"id": one.shot.id, "kind": failure.kind, "error": failure.error})
     rate = _rate(finished, now)
@@ -114,8 +114,8 @@ def status_report(out: str, now: float | None = None) -> dict[str, Any]:
         "seconds_left": None if left is None else round(left, 3),
         "seconds_of_video_per_minute": None if rate is None else round(rate, 3),
         "minutes_left": None if not rate or left is None else round(left / rate, 1),
-        **({"shots_running": running[:LISTED]} if running else {}),
-        **({"failures": failures[:LISTED]} if failures else {}),
+        **({"shots_running": running} if running else {}),
+        **({"failures": failures} if failures else {}),
     }
 
 

@@ -24,11 +24,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.farm.shot import Shot, make_shot
 from pavdm_dist.io import processes
+from pavdm_dist.io.local_disk import check_place
 from pavdm_dist.io.lockfile import Seen, read_lock
 from pavdm_dist.io.metadata import read_sidecar, sidecar_path
 from pavdm_dist.io.parts import LOCK_NAME, PARTS_SUFFIX, holds_work, parts_folder
@@ -112,6 +114,22 @@ class Tree:
         """What is said of a shot without saying where its files are, for who need not know."""
         return text.replace(f"{self.folder(id)}/", "").replace(f"{self.root}/", "")
 
+    def check_writable(self, traces: bool) -> None:
+        """Refuses a folder where what a run is asked for cannot be written; changes nothing.
+
+        What is only looked at is left out in such a case: logs, the list of failed shots. Of a store nothing is known
+        until it is written.
+
+        Args:
+            traces: whether they are asked for.
+
+        Raises:
+            ConfigError: naming what is in the way.
+        """
+        if not is_remote(self.root):
+            for name in ("farm.json", "manifests/any.jsonl", f"shots/any/{VIDEO}", *["traces/any.json"] * traces):
+                check_place(Path(self.path(name)), "out")
+
     # --- what is asked for -----------------------------------------------------------------------------------
 
     def manifest(self, name: str) -> str:
@@ -179,13 +197,15 @@ class Tree:
     def scan(self) -> dict[str, frozenset[str]]:
         """Names of the files of every shot that has any, by id: one listing, whatever the number of shots."""
         folder = self.path("shots")
+        alike: dict[frozenset[str], frozenset[str]] = {}  # most shots have the same names: one set is all of theirs
         if is_remote(folder):
             fs, inner = filesystem(folder)
             found: dict[str, set[str]] = {}
             for path in fs.find(inner) if fs.exists(inner) else ():
                 id, _, rest = str(path)[len(inner.rstrip("/")) + 1 :].partition("/")
                 found.setdefault(id, set()).add(rest.partition("/")[0])
-            return {id: frozenset(names) for id, names in found.items()}
+            whole = ((id, frozenset(names)) for id, names in found.items())
+            return {id: alike.setdefault(names, names) for id, names in whole}
         if not os.path.isdir(folder):
             return {}
         with os.scandir(folder) as entries:
@@ -193,7 +213,8 @@ class Tree:
         there = {}
         for id in ids:
             with suppress(FileNotFoundError):
-                there[id] = frozenset(os.listdir(f"{folder}/{id}"))
+                names = frozenset(os.listdir(f"{folder}/{id}"))
+                there[id] = alike.setdefault(names, names)
         return there
 
     def state(self, id: str, names: frozenset[str] | None = None) -> State:

@@ -74,6 +74,11 @@ class OutputLock:
             clear_locks([output], field)
         return cls(path, mine)
 
+    @property
+    def token(self) -> str:
+        """What tells this lock from all others, before and after it."""
+        return self._lease.token
+
     def check(self) -> None:
         """Says whether the output is still this process' to write; cheap.
 
@@ -96,7 +101,7 @@ class _Lease:
     """A lock as the thread that renews it and the owner see it."""
 
     def __init__(self, path: str, mine: Owner) -> None:
-        self.path, self.over, self.lost = path, threading.Event(), False
+        self.path, self.token, self.over, self.lost = path, mine.token, threading.Event(), False
         self._mine, self._beats = mine, 0
         self._renewed = self._known = processes.now()
         self.turn = threading.RLock()  # a finaliser may run within
@@ -139,7 +144,7 @@ class _Lease:
                 return False
 
     def is_mine(self, found: Seen | None) -> bool:
-        return found is not None and found.owner is not None and found.owner.token == self._mine.token
+        return found is not None and found.owner is not None and found.owner.token == self.token
 
     def _look(self) -> bool:
         """Whether the lock is still this process'; once it is not, it never is again."""
@@ -198,7 +203,10 @@ def clear_locks(outputs: Sequence[str | Path], field: str = OUTPUT) -> None:
 
 
 class Watch:
-    """Locks of others, looked at now and then by who has other things to do meanwhile; one thread at a time."""
+    """Locks of others, looked at now and then by who has other things to do meanwhile; one thread at a time.
+
+    What was seen of a lock is kept until its video is looked at again, or forgotten.
+    """
 
     def __init__(self) -> None:
         self._watched: dict[str, tuple[Seen, float]] = {}
@@ -225,6 +233,10 @@ class Watch:
                 return False
         _take_away(output, found)
         return True
+
+    def forget(self, output: str | Path) -> None:
+        """A video that will not be looked at any more; from any thread that does not look at it."""
+        self._watched.pop(str(output), None)
 
 
 def _await_silence(watched: dict[str | Path, Seen], field: str) -> None:

@@ -1,4 +1,4 @@
-"""What somebody may have meant who names a model that is not there."""
+"""What somebody may have meant who names a model that is not there. Hidden folders are nobody's models."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 import os
 from pathlib import Path
 
+from pavdm_dist.io.folders import without_hidden
 from pavdm_dist.io.shipped import shipped_models
 
 
@@ -17,7 +18,7 @@ def near_name(place: str) -> str:
         return ""
     missing, *rest = path.relative_to(there).parts
     try:
-        names = [entry.name for entry in os.scandir(there) if entry.is_dir()]
+        names = [entry.name for entry in os.scandir(there) if entry.is_dir() and not entry.name.startswith(".")]
     except OSError:
         names = []
     if len(path.parts) == 1:
@@ -32,7 +33,7 @@ def near_name(place: str) -> str:
 def model_near(folder: Path) -> str:
     """``; did you mean ...?`` with a model folder inside or around a folder that is none; empty where there is none."""
     # A run of training has its model in it, the hub's cache a snapshot; and a component lies in a model.
-    found = [*sorted(folder.glob("*/model_index.json")), *sorted(folder.glob("snapshots/*/model_index.json"))]
-    above = folder.parent / "model_index.json"
-    found += [above] if os.path.isfile(above) else []
-    return f"; did you mean {found[0].parent}?" if found else ""
+    inside = (file.parent for where in ("*", "snapshots/*") for file in folder.glob(f"{where}/model_index.json"))
+    found = sorted(without_hidden(inside), key=lambda place: len(place.parts))
+    found += [folder.parent] if os.path.isfile(folder.parent / "model_index.json") else []
+    return f"; did you mean {found[0]}?" if found else ""

@@ -28,7 +28,6 @@ from pavdm_dist.train.run_folder import (
     check_free,
     guard_for,
     owned,
-    owner_of,
     target_of,
 )
 from pavdm_dist.train.train_settings import TrainConfig
@@ -77,10 +76,10 @@ def launch_ray(config: TrainConfig, provider: Provider) -> None:
     membership = connect(wanted.ray_address, log_to_driver=True)
     try:
         _wait_for_room(config)
-        with owned(run):  # by this process, which outlives its workers
+        with owned(run) as mine:  # by this process, which outlives its workers
             try:
                 with _without_noise():
-                    told = _heeding(lambda: _fit(config, provider, run), run)
+                    told = _heeding(lambda: _fit(config, provider, run, mine.token), run, mine.token)
             finally:
                 membership.leave()
     finally:
@@ -93,8 +92,8 @@ def launch_ray(config: TrainConfig, provider: Provider) -> None:
         raise EngineError(f"stopped by {told.name}, {where}; run again to go on")
 
 
-def _heeding(work: Callable[[], None], run: Path) -> signal.Signals | None:
-    """Does the work in another thread, while this one hears signals and asks those who train in a folder to end.
+def _heeding(work: Callable[[], None], run: Path, owner: str) -> signal.Signals | None:
+    """Does the work in another thread, while this one hears signals and asks those who train for an owner to end.
 
     In the main thread Ray Train would take Ctrl-C for itself, and end its workers in the middle of a step.
 
@@ -118,7 +117,7 @@ def _heeding(work: Callable[[], None], run: Path) -> signal.Signals | None:
             raise KeyboardInterrupt("not waited for what was to be saved; run again to go on from the last checkpoint")
         logger.info("stopping: the workers end after their step, save and export")
         try:
-            ask_to_stop(run)
+            ask_to_stop(run, owner)
         except OSError as error:
             raise EngineError(
                 f"run_dir={run}: the workers cannot be asked to stop: {error}; run again to go on"
@@ -155,7 +154,7 @@ def _wait_for_room(config: TrainConfig) -> None:
     remove_placement_group(group)  # Ray Train takes its own
 
 
-def _fit(config: TrainConfig, provider: Provider, run: Path) -> None:
+def _fit(config: TrainConfig, provider: Provider, run: Path, owner: str) -> None:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -192,7 +191,7 @@ def _fit(config: TrainConfig, provider: Provider, run: Path) -> None:
             "config": _anywhere(config, run),
             "provider": provider,
             "deadline": time.time() + config.max_seconds,
-            "owner": owner_of(run),
+            "owner": owner,
         },
         torch_config=Config(backend=backend, timeout_s=int(wanted.timeout_seconds), told=ray.put(handed_on())),
         scaling_config=ScalingConfig(
@@ -281,5 +280,5 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     guard = guard_for(config.run_dir, settings["owner"])
     if (fault := guard()) is not None:  # now, and not when the first checkpoint is to be written
         raise ConfigError(f"{fault}; the machine that started the run and all workers must share this folder")
-    asked = partial(asked_to_stop, config.run_dir)
+    asked = partial(asked_to_stop, config.run_dir, settings["owner"])
     train_slice(replace(config, max_seconds=left), settings["provider"], ray.train.report, guard, asked)

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,22 @@ from pavdm_dist.train.train_settings import TrainConfig
 FIELD = "run_dir"
 CHECKPOINTS = "checkpoints"
 _TOKEN = ".seen-by-all-"
-_STOP = ".pavdm-stop"
+# Behind it comes the token of the owner who wrote it: one that stood still, and wakes when another has taken its run
+# over, asks nobody of that one's.
+_STOP = ".pavdm-stop-"
 # Another process may have the lock in its hands for an instant, and puts it back.
 _PATIENCE_S = 1.0
 
 # Says what keeps this process from writing into the folder; None where nothing.
 Guard = Callable[[], str | None]
+
+
+@dataclass(frozen=True)
+class Owned:
+    """A run's folder, as its owner has it; ``token`` tells the owner from all before and after."""
+
+    guard: Guard
+    token: str
 
 
 def target_of(config: TrainConfig) -> Path:
@@ -47,7 +58,7 @@ def check_free(run_dir: str | Path) -> None:
 
 
 @contextmanager
-def owned(run_dir: str | Path) -> Iterator[Guard]:
+def owned(run_dir: str | Path) -> Iterator[Owned]:
     """Makes the folder and keeps other runs out of it while the block runs; for one process of a run.
 
     Raises:
@@ -71,12 +82,12 @@ def owned(run_dir: str | Path) -> Iterator[Guard]:
 
     try:
         clear_unfinished(Path(run_dir) / CHECKPOINTS)
-        for left in (*Path(run_dir).glob(f"{_TOKEN}*"), Path(run_dir) / _STOP):
+        for left in (*Path(run_dir).glob(f"{_TOKEN}*"), *Path(run_dir).glob(f"{_STOP}*")):
             left.unlink(missing_ok=True)
-        yield guard
+        yield Owned(guard, lock.token)
     finally:
         with suppress(OSError):  # the next owner clears it, too
-            (Path(run_dir) / _STOP).unlink()
+            _stop_of(run_dir, lock.token).unlink()
         lock.release()
         if is_new:
             with suppress(OSError):  # there is something in it, as there should be
@@ -98,7 +109,7 @@ def guard_for(run_dir: str | Path, owner: str | None) -> Guard:
 
     Args:
         run_dir: which.
-        owner: what :func:`owner_of` said to the owner.
+        owner: its token.
     """
 
     def guard() -> str | None:
@@ -118,18 +129,26 @@ def guard_for(run_dir: str | Path, owner: str | None) -> Guard:
     return guard
 
 
-def ask_to_stop(run_dir: str | Path) -> None:
-    """Asks the processes that train in a folder to end after their step; for its owner.
+def ask_to_stop(run_dir: str | Path, owner: str) -> None:
+    """Asks the processes that train in a folder for this owner to end after their step.
+
+    Args:
+        run_dir: which.
+        owner: its token.
 
     Raises:
         OSError: nothing can be written there.
     """
-    (Path(run_dir) / _STOP).touch()
+    _stop_of(run_dir, owner).touch()
 
 
-def asked_to_stop(run_dir: str | Path) -> bool:
-    """Whether its owner has asked those who train in it to end; not where that cannot be seen in this moment."""
-    return os.path.exists(Path(run_dir) / _STOP)
+def asked_to_stop(run_dir: str | Path, owner: str) -> bool:
+    """Whether this owner has asked those who train for it to end; not where that cannot be seen in this moment."""
+    return os.path.exists(_stop_of(run_dir, owner))
+
+
+def _stop_of(run_dir: str | Path, owner: str) -> Path:
+    return Path(run_dir) / f"{_STOP}{owner}"
 
 
 @contextmanager
@@ -144,7 +163,7 @@ def owned_together(run_dir: str | Path, world: World) -> Iterator[Guard]:
     with ExitStack() as stack:
         if world.first:
             try:
-                guard = stack.enter_context(owned(run_dir))
+                guard = stack.enter_context(owned(run_dir)).guard
             except ConfigError as error:
                 fault = str(error)
         if faults := world.faults(fault):
