@@ -233,7 +233,7 @@ def test_state_and_snapshots_are_accounted_for() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_training_equals_plain_torch_and_shards_its_bytes() -> None:
-    found = report("training.py", "--quick")
+    found = report("zero.py", "--quick")
     check_machine(found)
     assert found["zero_stage"].keys() == {"0", "1", "2", "3"} and found["parameters"] > 35e6
     for stage, part in found["zero_stage"].items():

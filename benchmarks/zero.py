@@ -1,6 +1,6 @@
 """Training under DeepSpeed ZeRO beside plain torch and DistributedDataParallel, two processes on one machine.
 
-    python benchmarks/training.py [--quick] [--json] [--rounds N] [--batch N]
+    python benchmarks/zero.py [--quick] [--json] [--rounds N] [--batch N]
 
 First, at a tiny size, 20 steps of every stage against one process of plain torch: largest difference of a loss, and
 the share of the optimizer's bytes that a process holds. Then step times at about 37 million parameters (bucket size
