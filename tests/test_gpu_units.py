@@ -7,15 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import tiny_checkpoint, tiny_model, tiny_stream
-from test_links import _groups_by_hand, linked, sampled  # noqa: F401 - a fixture for every test here
+from linked import alone, linked, sampled, staged
 from wan_models import tiny_wan
 
 from pavdm_dist.engine.events import Shift
-from pavdm_dist.engine.gpu_links import HostStagedLink
 from pavdm_dist.engine.loop import Links
 from pavdm_dist.engine.rehearsal import rehearsal, rehearse
 from pavdm_dist.engine.stage import Stage
-from pavdm_dist.engine.transport import LocalLink, TorchLink
 from pavdm_dist.method.schedule import Mode
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.models.compiling import Compiler
@@ -38,10 +36,6 @@ def on_gpu(build: type, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
     model = build()
     convert(model, dtype, CUDA, model.keeps_float32)
     return model
-
-
-def alone() -> Links:
-    return Links(None, None, LocalLink())
 
 
 def chunks_of(stages: list[Stage], links: list[Links], stream: Stream) -> list[torch.Tensor]:
@@ -71,12 +65,8 @@ def test_no_unit_waits_for_the_device(mode: Mode) -> None:
 def test_two_stages_on_one_card_give_the_bits_of_one(mode: Mode) -> None:
     model, stream = on_gpu(tiny_model), long_stream(mode, 2)
     expected = chunks_of([Stage(model, (0, 4), CUDA, torch.bfloat16)], [alone()], stream)
-
-    def through_host(group: object, peer: int) -> HostStagedLink:
-        return HostStagedLink(TorchLink(group, peer, torch.device("cpu"), timeout_s=20, pinned=True), CUDA)
-
     stages = [Stage(model, blocks, CUDA, torch.bfloat16) for blocks in ((0, 2), (2, 4))]
-    found = chunks_of(stages, linked(2, through_host), stream)
+    found = chunks_of(stages, linked(2, staged(CUDA)), stream)
     assert len(found) == len(expected) and all(map(torch.equal, found, expected))
     assert all(latents.device.type == "cpu" and not latents.is_pinned() for latents in found)
 
@@ -98,16 +88,7 @@ def test_compiled_units_on_any_cut(build: type, mode: Mode) -> None:
             found = rehearse(stage, prepared, compiled=True)
             assert found.relative_error is not None and found.relative_error < 0.1
         versions = compiler.num_versions
-        links = (
-            linked(
-                len(cuts),
-                lambda group, peer: HostStagedLink(
-                    TorchLink(group, peer, torch.device("cpu"), timeout_s=20, pinned=True), CUDA
-                ),
-            )
-            if len(cuts) > 1
-            else [alone()]
-        )
+        links = linked(len(cuts), staged(CUDA)) if len(cuts) > 1 else [alone()]
         results.append(chunks_of(stages, links, stream))
         assert compiler.num_versions == versions
     assert all(map(torch.equal, *results))
