@@ -91,7 +91,7 @@ CASES = {
         "wan2.1-t2v-1.3b", "renoise", 5.0,
     ),
 }  # fmt: skip
-QUICK = Case("tiny", WindowPlan(6, 3, 5, 1), (4, 6), 24, 7.0)
+QUICK = Case("tiny", WindowPlan(6, 3, 5, 1), (4, 6), 24, 7.0, codec="embedded")
 
 
 def random_backbone(case: Case, device: torch.device) -> Backbone:
