@@ -79,6 +79,12 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
 
 
+def test_no_script_has_the_name_of_a_module_of_the_tests() -> None:
+    """Scripts have both folders on their path, and mypy takes two modules of a name for one."""
+    scripts, modules = ({path.stem for path in folder.glob("*.py")} for folder in (FOLDER, FOLDER.parent / "tests"))
+    assert scripts and not scripts & modules
+
+
 @pytest.mark.usefixtures("scripts")
 def test_straightforward_loop_and_its_single_savings_give_the_package_s_latents() -> None:
     from single_process import measure
