@@ -149,7 +149,8 @@ def test_the_codec_is_trained_on_the_device(tmp_path: Path, device: torch.device
 
 @pytest.mark.slow
 def test_the_shipped_model_is_judged_on_the_device(device: torch.device) -> None:
-    found = quality(EMBEDDED, SHIPPED, QualityConfig(prompts=2, stills=32, video_seconds=1), device.type)
+    settings = QualityConfig(prompts=2, stills=32, video_seconds=1, max_seconds=3600)  # on any machine, all of it
+    found = quality(EMBEDDED, SHIPPED, settings, device.type)
     assert found["1 digit"]["stills"] > 0.7 and found["2 digits"]["stills"] > 0.4
     assert all(values["videos"] == 2 for values in found.values())
 

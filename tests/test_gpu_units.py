@@ -81,7 +81,7 @@ def test_compiled_units_on_any_cut(build: Callable[[], Backbone], mode: Mode, de
         results.append(chunks_of(stages, links, stream))
         assert compiler.num_versions == versions
     assert all(map(torch.equal, *results))
-    assert CHOICES.chosen, "a kernel of attention was measured for every shape"
+    assert CHOICES.chosen or device.type == "cpu", "a kernel of attention was measured for every shape"
     for one, other in zip(results[0], uncompiled, strict=True):
         assert float((one - other).norm() / other.norm()) < 0.2
 
