@@ -212,7 +212,7 @@ class _Watch(logging.Handler):
 
 def _streams(mode: Mode) -> list[Stream]:
     displaced = Displaced(RESYNC, exact_growing=False)
-    settings = {"mode": mode, "displaced": displaced, "num_chunks": CHUNKS}
+    settings: dict[str, Any] = {"mode": mode, "displaced": displaced, "num_chunks": CHUNKS}
     return [tiny_stream(0, 1, 3.0, **settings), tiny_stream(1, 2, 1.0, start="clip", **settings)]
 
 

@@ -42,7 +42,7 @@ SETTINGS = EvalConfig(groups="folder", digits="on")
 END = 10.0
 # Files whose lines say what a measured value is; what a video cost is not kept but computed anew.
 _MEASURES = (
-    *(f"evaluate/{name}.py" for name in ("drift", "features", "made", "motion", "pixels", "scenes", "video")),
+    *(f"evaluate/{name}.py" for name in ("drift", "features", "made", "measured", "motion", "pixel_meter", "scenes")),
     *(f"digits/{name}.py" for name in ("handwriting", "judge", "law", "prompts", "scores", "settings", "world")),
     *(f"io/{name}.py" for name in ("decoders", "picture", "reader")),
 )
@@ -264,7 +264,7 @@ def _by_digits(videos: Sequence[Measured]) -> list[dict[str, Any]]:
             if found:
                 worst = min(found)
                 mean = statistics.fmean(value for value, _ in found)
-                row = {"group": group, "digits": count, "videos": len(found), "identity": mean}
+                row: dict[str, Any] = {"group": group, "digits": count, "videos": len(found), "identity": mean}
                 rows.append(row | {"worst": worst[0], "worst_prompt": worst[1]})
     return rows
 

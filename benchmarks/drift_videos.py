@@ -260,7 +260,7 @@ def reference_identity(job: Job) -> dict[str, Any]:
         "world": world,
         "codec": _codec_identity() if job.variant.name == "codec" else None,
     }
-    return json.loads(json.dumps(identity))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(identity))
 
 
 @cache

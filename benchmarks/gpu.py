@@ -25,6 +25,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from common import machine, machine_line, parser
 from gpu_sampling import Runner, decoded, staged, units, whole
 from gpu_shapes import CASES, QUICK, TINY, Case
 
+from pavdm_dist.method.schedule import Mode
 from pavdm_dist.models.stdit3 import STDiT3Config
 
 PARTS = ("units", "sampling", "staged", "decode", "training", "ray")
@@ -94,28 +96,36 @@ def calls(args: Any, case: Case, device: torch.device) -> list[tuple[str, str, C
     # Compiled on a GPU; torch's kernels for a CPU take a minute to build, and --quick has none.
     compiles = [False] if args.eager or device.type == "cpu" else [True] if args.compiled else [False, True]
     modes = [mode for mode in case.modes if args.mode in (None, mode)]
-    width = case.plan.window_chunks
+    last, width, short = compiles[-1], case.plan.window_chunks, min(latents, 8 * case.plan.latent_chunk_size)
+
+    # Models are made when it is their turn.
+    def of_units(compiled: bool, mode: Mode, size: int) -> dict[str, Any]:
+        return units(runner(compiled), mode, size, peak)
+
+    def of_a_video(mode: Mode) -> dict[str, Any]:
+        return whole(runner(last), mode, latents, 1 if mode == "window" else width, peak)
+
+    def of_two_stages(mode: Mode) -> dict[str, Any]:
+        return staged(runner(last), mode, short, 1)
+
+    def of_ray() -> dict[str, float]:
+        return _on_ray(runner(False), latents)
+
     made: list[tuple[str, str, Callable[[], Any]]] = []
     for mode in modes:
         for size in [1] if mode == "window" else sorted({1, 3, width}):
             for compiled in compiles:
-                made.append(("units", f"{mode} {size} {_word(compiled)}",
-                             lambda m=mode, s=size, c=compiled: units(runner(c), m, s, peak)))  # fmt: skip
-    last = compiles[-1]
-    for mode in modes:
-        size = 1 if mode == "window" else width
-        made.append(("sampling", mode, lambda m=mode, s=size: whole(runner(last), m, latents, s, peak)))
-    short = min(latents, 8 * case.plan.latent_chunk_size)
-    for mode in modes:
-        made.append(("staged", mode, lambda m=mode: staged(runner(last), m, short, 1)))
+                made.append(("units", f"{mode} {size} {_word(compiled)}", partial(of_units, compiled, mode, size)))
+    made += [("sampling", mode, partial(of_a_video, mode)) for mode in modes]
+    made += [("staged", mode, partial(of_two_stages, mode)) for mode in modes]
     if case.codec is not None:
-        made.append(("decode", case.codec, lambda: decoded(case, device, 5)))
+        made.append(("decode", case.codec, partial(decoded, case, device, 5)))
     for compiled in compiles:
         for recompute in args.recompute or ("every:1", "none"):
-            made.append(("training", f"recompute={recompute} {_word(compiled)}",
-                         lambda c=compiled, r=recompute: _training(args, c, r)))  # fmt: skip
+            measured = f"recompute={recompute} {_word(compiled)}"
+            made.append(("training", measured, partial(_training, args, compiled, recompute)))
     if device.type == "cuda" and _has_ray() and case.name == "stdit3-xl":
-        made.append(("ray", "window", lambda: _on_ray(runner(False), latents)))
+        made.append(("ray", "window", of_ray))
     # Plain and compiled units take turns by model, not by size: loading one takes a second.
     made.sort(key=lambda entry: (PARTS.index(entry[0]), entry[1].endswith("compiled")))
     return [entry for entry in made if args.part in (None, entry[0])]
@@ -140,7 +150,7 @@ def _on_ray(runner: Runner, latents: int) -> dict[str, float]:
     case, model = runner.case, runner.model
     stream = case.stream(model, "window", latents // case.plan.latent_chunk_size)
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, torch.bfloat16)  # type: ignore[attr-defined]
+        model.save_pretrained(folder, torch.bfloat16)
         blocks, began = [(0, model.spec.num_blocks)], time.perf_counter()
         options = EngineOptions(1, gpus_per_stage=1, dtype="bfloat16")
         prepared = rehearsal(model, stream.plan, stream.latent_shape, stream.info)

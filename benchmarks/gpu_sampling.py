@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import statistics
-import threading
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_kernels import kernels_of
 from gpu_shapes import Case, random_backbone
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import linked
+
 from pavdm_dist.engine.events import Shift
 from pavdm_dist.engine.feed import EpochFeed
-from pavdm_dist.engine.gpu_links import HostStagedLink
 from pavdm_dist.engine.loop import Links, StageLoop
 from pavdm_dist.engine.order import LogEntry, is_active, join_of
 from pavdm_dist.engine.rehearsal import rehearsal, rehearse
 from pavdm_dist.engine.spans import RunReport
 from pavdm_dist.engine.stage import Stage
-from pavdm_dist.engine.transport import Link, LocalLink, TorchLink, warm_up
 from pavdm_dist.method.schedule import Mode
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.models.base import Backbone
 from pavdm_dist.models.compiling import keep_on_disk
 
+LINK_TIMEOUT_S = 300
 EPOCHS = 2  # of four rows each, in which units of a full window are timed: a shift ends in them
 
 
@@ -77,10 +81,6 @@ def run(
     return report
 
 
-def alone() -> Links:
-    return Links(None, None, LocalLink())
-
-
 def units(runner: Runner, mode: Mode, chunks_per_unit: int, peak: float) -> dict[str, Any]:
     """Micro-batches of a full window: seconds by what they hold, launches and waits of a unit, share of the peak."""
     case, model = runner.case, runner.model
@@ -88,7 +88,7 @@ def units(runner: Runner, mode: Mode, chunks_per_unit: int, peak: float) -> dict
     stage, rehearsed = runner.stage(stream)
     # The first run is for kernels to be loaded, and shows what the second must compute again.
     told = [list[Any](), list[Any]()]
-    reports = [run(stage, alone(), stream, EPOCHS, events.append) for events in told]
+    reports = [run(stage, linked.alone(), stream, EPOCHS, events.append) for events in told]
     report, shifts = reports[1], [_held(events) for events in told]
     seconds, flop = defaultdict[int, list[float]](list), dict[int, float]()
     for span in report.trace:
@@ -118,7 +118,7 @@ def _held(events: list[Any]) -> list[torch.Tensor]:
 def _profiled(stage: Stage, stream: Stream) -> dict[str, Any]:
     """Kernels' time and launches of one unit, and waits for the device in all of a run, whose ends wait a few times."""
     reports = list[RunReport]()
-    return kernels_of(lambda: reports.append(run(stage, alone(), stream, 1)), lambda: reports[0].units)
+    return kernels_of(lambda: reports.append(run(stage, linked.alone(), stream, 1)), lambda: reports[0].units)
 
 
 def whole(runner: Runner, mode: Mode, latents: int, chunks_per_unit: int, peak: float) -> dict[str, Any]:
@@ -126,10 +126,10 @@ def whole(runner: Runner, mode: Mode, latents: int, chunks_per_unit: int, peak: 
     case, model = runner.case, runner.model
     stream = case.stream(model, mode, -(-latents // case.plan.latent_chunk_size), chunks_per_unit)
     stage, _ = runner.stage(stream)
-    run(stage, alone(), stream, 2)
+    run(stage, linked.alone(), stream, 2)
     _settle(runner.device)
     began = time.perf_counter()
-    run(stage, alone(), stream, None)
+    run(stage, linked.alone(), stream, None)
     _settle(runner.device)
     seconds = time.perf_counter() - began
     flop = 0.0
@@ -143,50 +143,23 @@ def whole(runner: Runner, mode: Mode, latents: int, chunks_per_unit: int, peak: 
 
 def staged(runner: Runner, mode: Mode, latents: int, chunks_per_unit: int) -> dict[str, Any]:
     """Two stages on this one device over gloo, whose messages pass through main memory; equal bits are checked."""
-    import torch.distributed as dist
-
     case, model, middle = runner.case, runner.model, runner.model.spec.num_blocks // 2
     stream = case.stream(model, mode, -(-latents // case.plan.latent_chunk_size), chunks_per_unit)
     one, _ = runner.stage(stream)
-    expected = list[Any]()
-    run(one, alone(), stream, None, lambda event: expected.append(event))
+    expected, found = list[Any](), list[Any]()
+    run(one, linked.alone(), stream, None, expected.append)
     stages = [runner.stage(stream, blocks)[0] for blocks in ((0, middle), (middle, model.spec.num_blocks))]
-    # A process has one place in torch.distributed's world; here every thread has groups of its own.
-    before, dist.isend, dist.irecv = (
-        (dist.isend, dist.irecv),
-        lambda tensor, peer, group: group.send([tensor], peer, 0),
-        lambda tensor, peer, group: group.recv([tensor], peer, 0),
-    )
-    found, errors, store = list[Any](), list[BaseException](), dist.HashStore()
+    links = linked.linked(2, linked.staged(runner.device, LINK_TIMEOUT_S), timedelta(seconds=LINK_TIMEOUT_S))
 
     def loop(rank: int) -> None:
-        try:
-            links = []
-            for name in ("forward", "back"):
-                group = dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, 2)
-                link = TorchLink(group, 1 - rank, torch.device("cpu"), pinned=runner.device.type == "cuda")
-                warm_up(link, 1, sender=(rank == 0) == (name == "forward"))
-                links.append(HostStagedLink(link, runner.device))
-            forward, back = links
-            ends: tuple[Link | None, Link | None] = (None, forward) if rank == 0 else (forward, None)
-            run(stages[rank], Links(*ends, back), stream, None, found.append if rank else lambda event: None)
-        except BaseException as error:
-            errors.append(error)
+        run(stages[rank], links[rank], stream, None, found.append if rank else lambda event: None)
 
     began = time.perf_counter()
-    threads = [threading.Thread(target=loop, args=(rank,)) for rank in range(2)]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        dist.isend, dist.irecv = before
-    if errors:
-        raise errors[0]
+    linked.in_threads(2, loop, None)
     _settle(runner.device)
+    seconds = time.perf_counter() - began
     pairs = zip(_clean(expected), _clean(found), strict=True)
-    return {"seconds": time.perf_counter() - began, "same_bits": all(torch.equal(a, b) for a, b in pairs)}
+    return {"seconds": seconds, "same_bits": all(torch.equal(a, b) for a, b in pairs)}
 
 
 def _clean(events: list[Any]) -> list[torch.Tensor]:

@@ -91,7 +91,7 @@ CASES = {
         "wan2.1-t2v-1.3b", "renoise", 5.0,
     ),
 }  # fmt: skip
-QUICK = Case("tiny", WindowPlan(6, 3, 5, 1), (4, 6), 24, 7.0)
+QUICK = Case("tiny", WindowPlan(6, 3, 5, 1), (4, 6), 24, 7.0, codec="embedded")
 
 
 def random_backbone(case: Case, device: torch.device) -> Backbone:
@@ -106,7 +106,7 @@ def random_backbone(case: Case, device: torch.device) -> Backbone:
         else:
             folder = shipped_models()["wan2.1-t2v-1.3b" if case.name == "rolling" else case.name]
             model = _wan(load_config(folder / "transformer"))
-    convert(model, torch.bfloat16, device, model.keeps_float32)  # type: ignore[arg-type]
+    convert(model, torch.bfloat16, device, model.keeps_float32)
     return model
 
 

@@ -29,7 +29,7 @@ def training(
     windows: int,
 ) -> dict[str, Any]:
     """Seconds of a step on windows of random latents, and of its phases, where each is waited for; kernels' time."""
-    from pavdm_dist.train.batch import Batch
+    from pavdm_dist.train.batch import Batch, Batches
     from pavdm_dist.train.export import Parts
     from pavdm_dist.train.model import Text
     from pavdm_dist.train.ranks import join_world
@@ -44,10 +44,10 @@ def training(
 
     class Random:
         channels = config.in_channels
-        held_out = None
 
         def __init__(self) -> None:
             self.identity: dict[str, Any] = {}
+            self.held_out: Batches | None = None
 
         def batch(self, step: int, rank: int, size: int) -> Batch:
             return Batch(x, target, levels(), given, [False] * windows, 5, None, info, names)

@@ -49,7 +49,7 @@ from pavdm_dist.request.video_request import VideoRequest
 from pavdm_dist.values.rates import as_rate
 
 PROMPT, FPS, SIDE, CHUNK, GROUP = "a red three drifting up", 24, 16, 8, 6
-SAMPLING = {
+SAMPLING: dict[str, Any] = {
     "height": SIDE, "width": SIDE, "num_inference_steps": 3, "window_chunks": 3, "latent_chunk_size": CHUNK,
     "guidance_scale": 1.0,
 }  # fmt: skip

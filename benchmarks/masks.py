@@ -16,6 +16,7 @@ import torch
 from common import machine, machine_line, parser
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.digits.batches import INFO
 from pavdm_dist.digits.world import render, sample_scene, scene_prompt
 from pavdm_dist.train.loss import noised, velocity_loss
@@ -49,7 +50,10 @@ def main() -> None:
 def losses(name: str, clips: int, windows: int) -> dict[str, float]:
     """Mean loss under both masks."""
     opened, objective = Checkpoint.open(name), Objective(shift_scale=0.4, prompt_dropout=0.0)
-    model = TextToVideo(opened.backbone, opened.text_encoder).eval()
+    encoder = opened.text_encoder
+    if not isinstance(encoder, WordTextEncoder):
+        raise SystemExit(f"{name}: its text encoder is a pretrained one; give models that were trained on the digits")
+    model = TextToVideo(opened.backbone, encoder).eval()
     found: dict[str, list[float]] = {"full": [], "causal": []}
     chunk = objective.latent_chunk_size
     for number in range(clips):

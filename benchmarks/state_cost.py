@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,9 +88,9 @@ def run(model: str, chunks: int, folder: Path) -> dict[str, float]:
 
 
 @contextmanager
-def timed() -> Iterator[Counter[str]]:
+def timed() -> Iterator[defaultdict[str, float]]:
     """Seconds by name; what happens inside another timed function counts there only."""
-    seconds: Counter[str] = Counter()
+    seconds = defaultdict[str, float](float)
     inside: set[int] = set()  # threads
 
     def wrapped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

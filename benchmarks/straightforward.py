@@ -104,6 +104,7 @@ class StraightforwardLoop:
         tokens = None if self._savings.text else model.project_text(text.unsqueeze(0))
         for index in range(model.spec.num_blocks):
             block = (model.temporal_blocks if index % 2 else model.spatial_blocks)[index // 2]
+            assert isinstance(block, STDiT3Block) and isinstance(block.cross_attn, CrossAttention)
             key, value = self._text_pair(block.cross_attn, index, branch, text, tokens)
             hidden = self._block(block, hidden, modulation, key, value)
         start.hidden = hidden

@@ -27,6 +27,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 import pytest
 import torch
+from devices_under_test import asks_for_gpus, chosen
 
 sys.dont_write_bytecode = False
 torch.set_num_threads(1)
@@ -38,8 +39,20 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Tests compare bits of CPUs; without `-m gpu` a GPU is not seen, so that no default takes it."""
-    if config.option.markexpr != "gpu":
+    if not asks_for_gpus(config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
+        raise pytest.UsageError("-m gpu: torch sees no GPU here; without it these tests run on the CPU")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"device under test: {chosen(config.option.markexpr)}"
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    """What tests marked `gpu` look at: a GPU with `-m gpu`, the CPU in every other run."""
+    return chosen(pytestconfig.option.markexpr)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -48,7 +61,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     Not by xdist's own groups: version 3.8 writes them into a field that pytest 9 has no more, and says nothing.
     """
-    from xdist.scheduler import LoadFileScheduling
+    from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:

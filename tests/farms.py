@@ -78,7 +78,7 @@ def finished_tree(folder: Path, shots: Iterable[dict[str, Any]], model: Path | s
     for number, shot in enumerate(made):
         Path(tree.folder(shot.id)).mkdir(parents=True)
         export_to_video(frames, tree.output(shot.id), 24)
-        facts = {"num_frames": 9, "fps": 24.0, "height": 32, "width": 48, "device": "cpu", "threads": 1}
+        facts: dict[str, Any] = {"num_frames": 9, "fps": 24.0, "height": 32, "width": 48, "device": "cpu", "threads": 1}
         Sidecar({"num_stages": 2}, shot.prompt, None, 100 + number, **facts, chunk_seconds=[0.5, 0.25]).write(
             tree.output(shot.id)
         )

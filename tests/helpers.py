@@ -19,7 +19,7 @@ from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.schedule import Mode, WindowPlan
 from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.method.window import CleanChunk
-from pavdm_dist.models.base import FrameInfo
+from pavdm_dist.models.base import Backbone, FrameInfo
 from pavdm_dist.models.stdit3 import STDiT3, STDiT3Config
 
 TINY = STDiT3Config(
@@ -102,7 +102,7 @@ def hear_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def reference_chunks(model: STDiT3, stream: Stream) -> list[CleanChunk]:
+def reference_chunks(model: Backbone, stream: Stream) -> list[CleanChunk]:
     """The stream's chunks from the in-process sampler."""
     return list(sample(stream.window(), StreamDenoiser(model, stream), stream.guidance_scale))
 

@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers import tiny_checkpoint
 
 from pavdm_dist.digits.settings import FPS, SIZE
@@ -75,6 +77,12 @@ def check_long_run(found: dict[str, Any], chunks: int) -> None:
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scripts importable by name, as they are for each other."""
     monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def test_no_script_has_the_name_of_a_module_of_the_tests() -> None:
+    """Scripts have both folders on their path, and mypy takes two modules of a name for one."""
+    scripts, modules = ({path.stem for path in folder.glob("*.py")} for folder in (FOLDER, FOLDER.parent / "tests"))
+    assert scripts and not scripts & modules
 
 
 @pytest.mark.usefixtures("scripts")
@@ -233,7 +241,7 @@ def test_state_and_snapshots_are_accounted_for() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_training_equals_plain_torch_and_shards_its_bytes() -> None:
-    found = report("training.py", "--quick")
+    found = report("zero.py", "--quick")
     check_machine(found)
     assert found["zero_stage"].keys() == {"0", "1", "2", "3"} and found["parameters"] > 35e6
     for stage, part in found["zero_stage"].items():
@@ -250,18 +258,70 @@ def test_masks_compares_models_on_the_same_windows() -> None:
     assert 0.05 < found["models"]["embedded"]["full"] < 1 and 0.05 < found["models"]["embedded"]["causal"] < 1
 
 
-@pytest.mark.timeout(120)
-@pytest.mark.slow
-def test_the_gpu_measurement_runs_where_there_is_none() -> None:
-    found = report("gpu.py", "--quick", "--latents", "10")
+def check_gpu(found: dict[str, Any]) -> None:
     check_machine(found)
-    assert found["sampling"]["window"]["pflop"] > found["sampling"]["causal"]["pflop"] > 0, "the context is kept"
+    assert found["skipped"] == found["failed"] == []
     for part in (*found["units"].values(), *found["sampling"].values(), *found["training"].values()):
         assert 0 < part["share_of_peak"] < 1
     assert set(found["units"]["causal 3 plain"]["by_chunks"]) == {"1", "3"}, (
         "a clean chunk, and all noisy ones together"
     )
-    assert all(part["same_bits"] for part in found["staged"].values()) and not found["skipped"]
+    assert all(part["same_bits"] for part in found["staged"].values())
+    assert all(
+        part["phases"].keys() == {"forward", "backward", "step", "update"} for part in found["training"].values()
+    )
+    assert found["decode"]["embedded"]["seconds_a_chunk"] > 0
+
+
+@pytest.mark.usefixtures("scripts")
+def test_every_part_of_the_gpu_measurement_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At its smallest, in this process; ``ray`` alone needs a GPU."""
+    import gpu
+
+    words = ["--quick", "--json", "--latents", "5", "--mode", "causal", "--steps", "1", "--recompute", "none"]
+    monkeypatch.setattr(gpu, "STARTED", time.perf_counter())
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *words])
+    gpu.main()
+    found = json.loads(capsys.readouterr().out)
+    check_gpu(found)
+    assert {part for part in gpu.PARTS if part in found} == {*gpu.PARTS} - {"ray"}
+    assert gpu.text(found).count("\n") == sum(len(found[part]) for part in gpu.PARTS if part in found)
+
+
+@pytest.mark.usefixtures("scripts")
+def test_what_fails_or_does_not_fit_on_a_gpu_is_named_and_ends_no_other_part(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gpu
+
+    def fails(*given: object) -> dict[str, Any]:
+        raise AttributeError("'Shift' object has no attribute 'chunk'")
+
+    def is_too_large(*given: object) -> dict[str, Any]:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(gpu, "STARTED", time.perf_counter())
+    for part, stand_in in (("staged", fails), ("whole", is_too_large), ("units", lambda *given: {"seconds": 1.0})):
+        monkeypatch.setattr(gpu, part, stand_in)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick", "--json", "--mode", "window"])
+    made = gpu.calls
+    monkeypatch.setattr(gpu, "calls", lambda *given: made(*given)[:3])
+    with pytest.raises(SystemExit, match=r"^1$"):
+        gpu.main()
+    found = json.loads(capsys.readouterr().out)
+    assert found["failed"] == ["staged window: AttributeError: 'Shift' object has no attribute 'chunk'"]
+    assert found["skipped"] == ["sampling window: out of memory"]
+    assert found["units"] == {"window 1 plain": {"seconds": 1.0}}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.slow
+def test_the_gpu_measurement_runs_where_there_is_none() -> None:
+    found = report("gpu.py", "--quick", "--latents", "10")
+    check_gpu(found)
+    assert found["sampling"]["window"]["pflop"] > found["sampling"]["causal"]["pflop"] > 0, "the context is kept"
     late = report("gpu.py", "--quick", "--part", "units", "--mode", "window", "--minutes", "0")
     assert late["skipped"] == ["units window 1 plain: no time left"] and "units" not in late
 

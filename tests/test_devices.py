@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -261,3 +264,34 @@ def test_a_staged_link_carries_what_it_is_given() -> None:
     (found,) = link.receive(header, layout)
     link.close()
     assert torch.equal(found, sent) and link.bytes_sent == layout.num_bytes
+
+
+@pytest.mark.parametrize("told", ["gpu", "gpu and not slow", "gpu and slow", " gpu "])
+def test_only_tests_for_gpus_see_them_and_none_runs_without(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from conftest import pytest_configure
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        pytest.UsageError, match=r"^-m gpu: torch sees no GPU here; without it these tests run on the CPU"
+    ):
+        pytest_configure(asked(told))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    pytest_configure(asked(told))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+@pytest.mark.parametrize(
+    "told", ["not slow", "", "slow", "not slow and not gpu", "gpu or slow", "gpu and slow or not slow"]
+)
+def test_all_other_runs_hide_gpus(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from conftest import pytest_configure
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    pytest_configure(asked(told))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def asked(markexpr: str) -> Any:
+    """A configuration of pytest with this ``-m``."""
+    return SimpleNamespace(option=SimpleNamespace(markexpr=markexpr))

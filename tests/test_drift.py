@@ -52,6 +52,12 @@ def report(modules: dict[str, ModuleType]) -> ModuleType:
     return modules["drift_report"]
 
 
+def test_kept_measures_are_known_by_code_that_is_there(report: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = report._version()
+    monkeypatch.setattr(report, "_MEASURES", report._MEASURES[1:])
+    assert report._version() != version
+
+
 def test_all_methods_have_the_same_prompts_and_noise(videos: ModuleType, tmp_path: Path) -> None:
     ways = videos.variants_of(["real", "pavdm", "fifo"], ["few:num_inference_steps=12"], [], ["guidance_scale=2"])
     jobs = videos.jobs_of(tmp_path, ways, 3, 2, 240, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -12,116 +11,29 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import reference_chunks, tiny_model, tiny_stream
+from linked import BY_HAND, CPU, alone, entries, groups, in_threads, linked, sampled, staged
 
 from pavdm_dist.engine.events import EpochDone, Shift
-from pavdm_dist.engine.feed import EpochFeed
-from pavdm_dist.engine.gpu_links import HostStagedLink, NcclLink
-from pavdm_dist.engine.loop import Links, StageLoop
+from pavdm_dist.engine.gpu_links import NcclLink
 from pavdm_dist.engine.messages import ACTIVATION, HEADER_BYTES, Header, Layout
-from pavdm_dist.engine.order import LogEntry, is_active, join_of
-from pavdm_dist.engine.spans import RunReport
 from pavdm_dist.engine.stage import Stage
-from pavdm_dist.engine.transport import Buffer, Buffers, Link, LocalLink, TorchLink, warm_up
+from pavdm_dist.engine.transport import Buffer, Buffers, Link, TorchLink, warm_up
 from pavdm_dist.errors import EngineError
 from pavdm_dist.method.schedule import Mode
-from pavdm_dist.method.stream import Stream
-
-CPU = torch.device("cpu")
-WAIT = timedelta(seconds=20)
-
-
-@pytest.fixture(autouse=True)
-def _groups_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process has one place in torch.distributed's world; here every thread has groups of its own."""
-    monkeypatch.setattr(dist, "isend", lambda tensor, peer, group: group.send([tensor], peer, 0))
-    monkeypatch.setattr(dist, "irecv", lambda tensor, peer, group: group.recv([tensor], peer, 0))
-
-
-def groups(world: int, name: str, store: dist.HashStore, wait: timedelta = WAIT) -> list[Any]:
-    """One of gloo, as every rank sees it."""
-    made: list[Any] = [None] * world
-
-    def join(rank: int) -> None:
-        made[rank] = dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, world, wait)
-
-    in_threads([lambda rank=rank: join(rank) for rank in range(world)])
-    return made
-
-
-def in_threads(calls: list[Callable[[], None]]) -> None:
-    errors = list[BaseException]()
-
-    def run(call: Callable[[], None]) -> None:
-        try:
-            call()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    if errors:
-        raise errors[0]
 
 
 def plain(group: Any, peer: int) -> Link:
-    return TorchLink(group, peer, CPU, timeout_s=20)
+    return TorchLink(group, peer, CPU, timeout_s=20, calls=BY_HAND)
 
 
 def late(group: Any, peer: int) -> Link:
     """The link of GPUs, over what this machine has: receives are posted behind a unit, headers compared by tensors."""
-    return NcclLink(group, peer, CPU, timeout_s=20)
-
-
-def staged(group: Any, peer: int) -> Link:
-    return HostStagedLink(TorchLink(group, peer, CPU, timeout_s=20), CPU)
-
-
-def linked(world: int, kind: Callable[[Any, int], Link], wait: timedelta = WAIT) -> list[Links]:
-    store = dist.HashStore()
-    forward, back = (groups(world, name, store, wait) for name in ("forward", "back"))
-    return [
-        Links(
-            kind(forward[rank], rank - 1) if rank else None,
-            kind(forward[rank], rank + 1) if rank < world - 1 else None,
-            kind(back[rank], world - 1 if rank == 0 else 0) if rank in (0, world - 1) else None,
-        )
-        for rank in range(world)
-    ]
-
-
-def entries(streams: list[Stream]) -> list[LogEntry]:
-    """All of them at once, until the last one ends."""
-    joins = [join_of(stream, 0) for stream in streams]
-    ends = next(epoch for epoch in range(1000) if not any(is_active(join, epoch) for join in joins))
-    return [LogEntry(tuple(joins)), *[LogEntry()] * (ends - 1)]
-
-
-def sampled(stages: list[Stage], links: list[Links], streams: list[Stream]) -> tuple[list[Any], list[RunReport]]:
-    """What the last stage tells, and all reports."""
-    told, reports = list[Any](), list[RunReport]()
-    log = entries(streams)
-
-    def loop(rank: int) -> None:
-        feed = EpochFeed()
-        for epoch, entry in enumerate(log):
-            feed.seal(epoch, entry)
-        feed.stop(len(log))
-        tell = told.append if stages[rank].last else lambda event: None
-        reports.append(StageLoop(stages[rank], links[rank], feed, 1, tell, trace=True).run())
-
-    for stage in stages:
-        for stream in streams:
-            stage.prepare(stream)
-    in_threads([lambda rank=rank: loop(rank) for rank in range(len(stages))])
-    return told, reports
+    return NcclLink(group, peer, CPU, timeout_s=20, calls=BY_HAND)
 
 
 @pytest.mark.parametrize(
     ("kind", "mode"),
-    [(plain, "causal"), (late, "window"), (late, "causal"), (late, "displaced"), (staged, "window")],
+    [(plain, "causal"), (late, "window"), (late, "causal"), (late, "displaced"), (staged(CPU), "window")],
 )
 def test_any_link_gives_the_same_bits(kind: Callable[[Any, int], Link], mode: Mode) -> None:
     model = tiny_model()
@@ -155,7 +67,7 @@ def test_calls_and_blocks_over_links_that_post_late(rows: dict) -> None:
 
 def test_one_stage_sends_to_itself() -> None:
     model, stream = tiny_model(), tiny_stream()
-    told, _ = sampled([Stage(model, (0, 4))], [Links(None, None, LocalLink())], [stream])
+    told, _ = sampled([Stage(model, (0, 4))], [alone()], [stream])
     found = [clean.latents for event in told if isinstance(event, Shift) for clean in event.clean]
     assert all(torch.equal(a, b.latents) for a, b in zip(found, reference_chunks(model, stream), strict=True))
 
@@ -170,8 +82,8 @@ def header(order: int) -> Header:
 @pytest.mark.parametrize("announced", [True, False])
 def test_a_message_that_is_another_is_noticed_on_the_device(announced: bool) -> None:
     ends = groups(2, "pair", dist.HashStore())
-    sender, receiver = NcclLink(ends[0], 1, CPU), NcclLink(ends[1], 0, CPU)
-    in_threads([lambda: warm_up(sender, 1, sender=True), lambda: warm_up(receiver, 1, sender=False)])
+    sender, receiver = NcclLink(ends[0], 1, CPU, calls=BY_HAND), NcclLink(ends[1], 0, CPU, calls=BY_HAND)
+    in_threads(2, lambda rank: warm_up((sender, receiver)[rank], 1, sender=rank == 0))
     assert sender.bytes_sent == 0 and receiver.verdict() is None
     payload = torch.randn(2, 3)
     for sent, expected, differs in ((5, 5, False), (6, 7, True), (8, 8, False)):

@@ -16,7 +16,7 @@ from pavdm_dist.models.skyreels_v2 import SkyReelsV2, SkyReelsV2Config
 from pavdm_dist.models.text_cache import TextRun
 from pavdm_dist.models.wan import Wan, WanConfig
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "text_dim": 12, "freq_dim": 32,
     "ffn_dim": 40, "num_layers": 3, "text_len": 6,
 }  # fmt: skip

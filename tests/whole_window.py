@@ -18,6 +18,7 @@ from pavdm_dist.models.layers import rotate, sinusoid
 from pavdm_dist.models.loading import convert, load_module
 from pavdm_dist.models.saving import save_module
 from pavdm_dist.models.source import Source, load_config
+from pavdm_dist.models.text_cache import TextRun
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class WholeWindow(nn.Module):
         return Activation(tokens.contiguous(), self.modulate(F.silu(time)).unflatten(-1, (6, -1)), time)
 
     def block(self, index: int, activation: Activation, context: BlockContext) -> Activation:
-        block, x, frame = self.blocks[index], activation.hidden, context.grid.tokens_per_frame
+        block, x, frame = self._block(index), activation.hidden, context.grid.tokens_per_frame
         parts = (activation.modulation + block.table).to(x.dtype).unsqueeze(3).unbind(dim=2)
         q, k, v = self._heads(block.qkv(F.layer_norm(x, x.shape[-1:]) * (1 + parts[0]) + parts[1]), 3)
         first = context.first_frame * frame
@@ -155,11 +156,22 @@ class WholeWindow(nn.Module):
         x = x + parts[5] * block.mlp(F.layer_norm(x, x.shape[-1:]) * (1 + parts[3]) + parts[4])
         return Activation(x.contiguous(), activation.modulation, activation.time)
 
-    def _read(self, index: int, x: Tensor, run: Any, context: BlockContext) -> Tensor:
-        block = self.blocks[index]
-        k, v = context.text_cache.pair(run.key, index, lambda: self._heads(block.text_kv(run.tokens)[:, None], 2))
+    def _read(self, index: int, x: Tensor, run: TextRun, context: BlockContext) -> Tensor:
+        block = self._block(index)
+
+        def made() -> tuple[Tensor, Tensor]:
+            keys, values = self._heads(block.text_kv(run.tokens)[:, None], 2)
+            return keys, values
+
+        assert context.text_cache is not None and run.key is not None
+        k, v = context.text_cache.pair(run.key, index, made)
         (q,) = self._heads(block.text_q(x), 1)
         return x + rearrange(F.scaled_dot_product_attention(q, k, v), "b n (f s) d -> b f s (n d)", f=x.shape[1])
+
+    def _block(self, index: int) -> Block:
+        block = self.blocks[index]
+        assert isinstance(block, Block)
+        return block
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         return rearrange(x, "b f s (p n d) -> p b n (f s) d", p=parts, n=self.config.heads).unbind(0)

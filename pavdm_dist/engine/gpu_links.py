@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.engine.messages import Header, Layout, Message, stamps_of
-from pavdm_dist.engine.transport import OUTSTANDING, Link, TorchLink
+from pavdm_dist.engine.transport import OUTSTANDING, Link, PointToPoint, TorchLink
 from pavdm_dist.models.devices import to_device
 
 
@@ -24,9 +24,15 @@ class NcclLink(TorchLink):
     posts_late = True
 
     def __init__(
-        self, group: Any, peer: int, device: torch.device, outstanding: int = OUTSTANDING, timeout_s: float = 300
+        self,
+        group: Any,
+        peer: int,
+        device: torch.device,
+        outstanding: int = OUTSTANDING,
+        timeout_s: float = 300,
+        calls: PointToPoint | None = None,
     ) -> None:
-        super().__init__(group, peer, device, outstanding, timeout_s)
+        super().__init__(group, peer, device, outstanding, timeout_s, calls=calls)
         self._stamps: dict[Header, Tensor] = {}
         self._differ: Tensor | None = None
 

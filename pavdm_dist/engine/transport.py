@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -146,6 +146,17 @@ class Buffers:
             self._free.pop(min(range(len(self._free)), key=lambda place: self._free[place].num_bytes))
 
 
+class PointToPoint(NamedTuple):
+    """What begins a message and gives its handle: called as torch.distributed's functions of these names are.
+
+    A process has one rank in torch.distributed's world. Where both ends of a link are threads of one process, over
+    groups that are in no such world, a link is given calls that take these.
+    """
+
+    isend: Callable[..., Any]
+    irecv: Callable[..., Any]
+
+
 class TorchLink:
     """A link over a torch.distributed process group of gloo, which carries what is in main memory.
 
@@ -156,6 +167,7 @@ class TorchLink:
         outstanding: buffers in flight at most, 2 or more.
         timeout_s: longest wait for one message, in seconds.
         pinned: buffers are in pinned memory, because stages compute on GPUs.
+        calls: what begins messages; None = torch.distributed's own.
     """
 
     posts_late = False
@@ -168,11 +180,14 @@ class TorchLink:
         outstanding: int = OUTSTANDING,
         timeout_s: float = 300,
         pinned: bool = False,
+        calls: PointToPoint | None = None,
     ) -> None:
-        import torch.distributed as dist
+        if calls is None:
+            import torch.distributed as dist
 
+            calls = PointToPoint(dist.isend, dist.irecv)
         self.bytes_sent = 0
-        self._isend, self._irecv = dist.isend, dist.irecv
+        self._calls = calls
         self._group, self._peer, self._device = group, peer, device
         self._outstanding, self._timeout = outstanding, timedelta(seconds=timeout_s)
         self._sent: deque[tuple[Any, Buffer]] = deque()
@@ -186,7 +201,7 @@ class TorchLink:
     def post(self, layout: Layout) -> None:
         """Posts a receive of exactly the planned size."""
         buffer = self._buffers.take(layout.num_bytes)
-        work = self._begun(self._irecv, buffer.message(layout))
+        work = self._begun(self._calls.irecv, buffer.message(layout))
         self._posted.append((work, buffer))
 
     def receive(self, expected: Header, layout: Layout) -> list[Tensor]:
@@ -219,7 +234,7 @@ class TorchLink:
         buffer = self._buffers.take(layout.num_bytes)
         message = buffer.message(layout)
         self._fill(message, header, tensors)
-        work = self._begun(self._isend, message)
+        work = self._begun(self._calls.isend, message)
         self._sent.append((work, buffer))
         self.bytes_sent += layout.num_bytes
 

@@ -1,6 +1,6 @@
 """Training under DeepSpeed ZeRO beside plain torch and DistributedDataParallel, two processes on one machine.
 
-    python benchmarks/training.py [--quick] [--json] [--rounds N] [--batch N]
+    python benchmarks/zero.py [--quick] [--json] [--rounds N] [--batch N]
 
 First, at a tiny size, 20 steps of every stage against one process of plain torch: largest difference of a loss, and
 the share of the optimizer's bytes that a process holds. Then step times at about 37 million parameters (bucket size
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pavdm_dist.digits.settings import VOCABULARY
 from pavdm_dist.models.base import FrameInfo
-from pavdm_dist.train.batch import Batch
+from pavdm_dist.train.batch import Batch, Batches
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.loss import velocity_loss
 from pavdm_dist.train.model import Text, build
@@ -57,7 +58,7 @@ class RandomBatches:
 
     def __init__(self, frames: int, size: int, batch: int = 2) -> None:
         self.identity: dict[str, Any] = {}
-        self.held_out = None
+        self.held_out: Batches | None = None
         generator = torch.Generator().manual_seed(0)
         shape = (batch, CHANNELS, frames, size, size)
         self._pairs = [torch.randn(2, *shape, generator=generator) for _ in range(4)]
@@ -163,6 +164,10 @@ def parity(folder: str, world: World) -> dict[int, dict[str, float]]:
     return found
 
 
+def _step(trainer: Trainer, number: int) -> dict[str, float]:
+    return trainer.train_step()
+
+
 def throughput(folder: str, world: World, rounds: int, steps: int, batch: int) -> dict[str, Any]:
     """Seconds per step of all kinds, taking turns."""
     batches, large = RandomBatches(10, 16, batch), [*LARGE, f"data.batch_size={batch}"]
@@ -172,7 +177,7 @@ def throughput(folder: str, world: World, rounds: int, steps: int, batch: int) -
     kinds: dict[str, Callable[[int], Any]] = {"ddp": lambda number: plain(number, phases["ddp"])}
     for stage in STAGES:
         trainer = trainer_of(stage, f"{folder}/large{stage}", large, batches, world)
-        kinds[str(stage)] = lambda number, trainer=trainer: trainer.train_step()
+        kinds[str(stage)] = partial(_step, trainer)
         calls = ((trainer.engine, "forward"), (trainer.engine, "backward"), (trainer.engine, "step"))
         for phase, (owner, name) in zip(PHASES, (*calls, (trainer.average, "update")), strict=True):
             timed(owner, name, phase, phases[str(stage)])
