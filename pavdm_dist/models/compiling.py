@@ -18,7 +18,7 @@ class Compiler:
     """Versions of functions, made at their first call and kept.
 
     For sampling a version has fixed sizes and is found by them, so that a call checks one version's conditions and
-    nothing is compiled twice. In training, where sizes vary, there is one version of a function: compiled for the first
+    nothing is compiled twice. In training, where sizes vary, there is one version of each kind: compiled for the first
     size and, when that changes, once more for all.
 
     Args:
@@ -29,10 +29,17 @@ class Compiler:
         self.backend = backend
         self._versions: dict[Hashable, Callable[..., Any]] = {}
 
-    def of(self, function: Callable[..., Any], *shape: Hashable) -> Callable[..., Any]:
-        """The version of ``function`` for a shape: all that its tensors' sizes and types follow from."""
+    def of(self, function: Callable[..., Any], kind: Hashable, *shape: Hashable) -> Callable[..., Any]:
+        """The version of ``function`` for a kind of call and a shape.
+
+        Args:
+            function: of tensors.
+            kind: what it does otherwise in some calls than in others: which tensors are there, which sizes are 1. All
+                that is left open without it is compiled again and again, until torch gives up.
+            shape: all that its tensors' sizes and types follow from.
+        """
         trained = torch.is_grad_enabled()
-        key = (function, trained, *(() if trained else shape), torch.is_inference_mode_enabled())
+        key = (function, trained, kind, *(() if trained else shape), torch.is_inference_mode_enabled())
         if key not in self._versions:
             sizes = None if trained else False
             self._versions[key] = torch.compile(_alone(function), fullgraph=True, dynamic=sizes, backend=self.backend)

@@ -66,7 +66,7 @@ class STDiT3Block(nn.Module):
             mask: over the frames that ``context.attend`` mixes, True where attention is allowed.
         """
         texts = self.cross_attn.read(index, context)
-        version = self._versions(x, texts, context)
+        version = self._versions(x, texts, context, mask)
         rotation = rope(x.shape[1], context.first_frame) if self.temporal else None
         if not self.temporal or (context.memory is None and context.attend is attention):
             return version(_whole)(self, x, modulation, texts, rotation, mask)
@@ -97,15 +97,19 @@ class STDiT3Block(nn.Module):
         v, k, q = projected.pop(), projected.pop(), projected.pop()
         return context.attend(q, turn(k, first), v, attn_mask=mask)
 
-    def _versions(self, x: Tensor, texts: Sequence[Words], context: BlockContext) -> Versions:
+    def _versions(self, x: Tensor, texts: Sequence[Words], context: BlockContext, mask: Tensor | None) -> Versions:
         """How the functions of this call are run."""
         compiler = self.compiler
         if compiler is None or not context.steady:
             return _as_it_is
-        for words in texts if not torch.is_grad_enabled() else ():
+        for words in texts:
             any_length(words.keys, 2), any_length(words.values, 2)
-        shape = (self.temporal, x.shape, x.dtype, x.device, tuple((words.start, words.stop) for words in texts))
-        return lambda function, *more: compiler.of(function, *shape, *more)
+            if words.mask is not None:
+                any_length(words.mask, 3)
+        given = tuple((words.mask is None, words.keys.shape[2] == 1) for words in texts)
+        kind = (self.temporal, mask is None, x.shape[0] == 1, x.shape[1] == 1, given)
+        shape = (x.shape, x.dtype, x.device, tuple((words.start, words.stop) for words in texts))
+        return lambda function, *more: compiler.of(function, kind, *shape, *more)
 
 
 def _as_it_is(function: Callable[..., Any], *_: object) -> Callable[..., Any]:

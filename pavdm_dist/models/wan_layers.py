@@ -134,11 +134,12 @@ def _versions(
     """How the functions of this call are run."""
     if compiler is None or not context.steady:
         return lambda function, *_: function
-    for words in texts if not torch.is_grad_enabled() else ():
+    for words in texts:
         for part in (words.keys, words.values):
             any_length(part, 2)
+    kind = (x.shape[0] == 1, x.shape[1] == 1, tuple(words.keys.shape[2] == 1 for words in texts))
     shape = (x.shape, x.dtype, x.device, tuple((words.start, words.stop) for words in texts))
-    return lambda function, *more: compiler.of(function, *shape, *more)
+    return lambda function, *more: compiler.of(function, kind, *shape, *more)
 
 
 def modulate(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
