@@ -209,6 +209,24 @@ def test_gradients_are_added_up_in_float32_where_asked(stage: int, tmp_path: Pat
     assert found["float32"] == pytest.approx(found["exact"], rel=0.05)
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_are_clipped_as_deepspeed_would(stage: int, tmp_path: Path, clips: LatentClips) -> None:
+    """Its norm and its clipping are replaced, but where it keeps moments in main memory, by whatever setting."""
+    found = {}
+    for name, more in (
+        ("ours", []),
+        ("its own", ["zero.offload=optimizer"]),
+        ("its own, by an old name", ["deepspeed.zero_optimization.cpu_offload=true"]),
+    ):
+        trainer = trainer_of(tmp_path / name, clips, f"zero.stage={stage}", "optimizer.grad_clip=0.05", *more)
+        lines = [trainer.train_step() for _ in range(3)]
+        found[name] = [[line["loss"], line["grad_norm"]] for line in lines]
+        assert all(line["grad_norm"] > 0.05 for line in lines)
+        trainer.engine.destroy()
+    for name in found:
+        assert found[name] == [pytest.approx(one, rel=1e-5) for one in found["ours"]]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -217,6 +235,10 @@ def test_gradients_are_added_up_in_float32_where_asked(stage: int, tmp_path: Pat
         (
             ["zero.recompute=budget:4", "sequence_parallel=2"],
             r"zero\.recompute=budget:4 with sequence_parallel=2: .* use every:N",
+        ),
+        (
+            ["zero.recompute=budget:4", "zero.stage=3"],
+            r"zero\.recompute=budget:4 with zero\.stage=3 on 2 processes: .* use every:N, or zero\.stage=2",
         ),
         (
             [

@@ -107,6 +107,11 @@ def check_settings(config: TrainConfig, size: int) -> None:
             f"zero.recompute={z.recompute} with sequence_parallel={config.sequence_parallel}: processes that share a"
             " window must compute the same blocks again; use every:N"
         )
+    if Recompute.parse(z.recompute).budget is not None and z.stage == 3 and size > 1:
+        raise ConfigError(
+            f"zero.recompute={z.recompute} with zero.stage=3 on {size} processes: each would choose by its own"
+            " texts' lengths, and wait for weights that the others do not ask for; use every:N, or zero.stage=2"
+        )
     if z.gradients == "float32" and z.precision != "bfloat16":
         raise ConfigError(
             f"zero.gradients=float32 with zero.precision={z.precision}: gradients have that type already; use auto"

@@ -99,8 +99,7 @@ class ZeroEngine:
         for name, value in model.named_buffers():
             value.data = tables[name].to(value.device)
         self.module, self.optimizer = self._engine.module, self._engine.optimizer
-        offloaded = "offload_optimizer" in settings["zero_optimization"]
-        if self._stage in (1, 2) and not offloaded:
+        if self._stage in (1, 2) and getattr(self.optimizer, "cpu_offload", None) is False:
             _clip_without_waiting(self.optimizer)
 
     def forward(self, *inputs: Any) -> Any:
@@ -170,10 +169,11 @@ class ZeroEngine:
 
 
 def _clip_without_waiting(optimizer: Any) -> None:
-    """Replaces two methods of DeepSpeed's optimizer of stages 1 and 2.
+    """Replaces two methods of DeepSpeed's optimizer of stages 1 and 2, where moments lie on the device.
 
     On a GPU its own launch three kernels for every gradient, in float64, and wait for the norm between the backward
-    pass and the step: a sixth of a step of a model of a thousand tensors. The norm is rounded elsewhere, and no more.
+    pass and the step: a sixth of a step of a model of a thousand tensors. In other types than bfloat16 it still waits,
+    to leave out a step whose norm is no number. The norm is rounded elsewhere, and no more.
     """
     optimizer.scaled_global_norm = partial(_norm_of_gradients, optimizer)
     optimizer.unscale_and_clip_grads = partial(_clip, optimizer)
@@ -183,8 +183,9 @@ def _norm_of_gradients(optimizer: Any, norm_type: float = 2) -> Tensor:
     """L2 norm of all gradients over all processes, each of which holds those of its own part."""
     assert norm_type == 2 and optimizer.loss_scale == 1
     parts = [part for group in optimizer.averaged_gradients.values() for part in group or ()]
-    norms = torch._foreach_norm(parts, dtype=torch.float32)
-    total = torch.stack(norms).square().sum() if norms else torch.zeros((), device=optimizer.device)
+    total = torch.zeros((), device=optimizer.device)
+    if parts:
+        total += torch.stack(torch._foreach_norm(parts, dtype=torch.float32)).square().sum()
     torch.distributed.all_reduce(total, group=optimizer.dp_process_group)
     return total.sqrt()
 
