@@ -130,5 +130,7 @@ def step_flop(model: Backbone, batch: Batch, trains_all: bool) -> float:
     """
     samples, _, frames, *cells = batch.x.shape
     read = None if batch.window is None else batch.window.window_frames
-    costs = model.costs(model.grid(frames, *cells), model.spec.text_len, read)
+    lengths = batch.text.lengths  # no text that is read is longer, but where one is dropped or nobody knows
+    text = model.spec.text_len if lengths is None or any(batch.dropped) else max(lengths)
+    costs = model.costs(model.grid(frames, *cells), text, read)
     return samples * costs.stage(0, len(costs.blocks)) * (3.0 if trains_all else 2.0)
