@@ -24,6 +24,7 @@ import pytest
 import torch
 from forked import forking
 from helpers import reference_chunks, tiny_checkpoint, tiny_model, tiny_stream
+from previews import light_frames
 
 from pavdm_dist.cluster import room
 from pavdm_dist.engine import restart
@@ -256,7 +257,7 @@ def test_a_node_that_comes_while_it_is_waited_for_is_taken(beside: Beside) -> No
 
 def _engine(model: Path, stages: int, **options: Any) -> RayEngine:
     chosen = EngineOptions(stages, restart_backoff_s=0.1, **options)
-    return RayEngine(str(model / "transformer"), CUTS[stages], chosen, str(model / "vae"), CUTS.__getitem__)
+    return RayEngine(str(model / "transformer"), CUTS[stages], chosen, light_frames(model), CUTS.__getitem__)
 
 
 def _outlives_a_node(model: Path, stages: int, comes_back: bool, options: dict[str, Any], left: int) -> None:

@@ -13,8 +13,8 @@ import psutil
 import pytest
 import torch
 from helpers import reference_chunks, tiny_checkpoint, tiny_model, tiny_stream, until_gone
+from previews import light_frames
 
-from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.engine import actors
 from pavdm_dist.engine.actors import DecodeActor
 from pavdm_dist.engine.events import Finished, Place
@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _engine(model: Path, stages: int, decoder: bool = True, **options: object) -> RayEngine:
     chosen = EngineOptions(stages, restart_backoff_s=0.1, **options)  # type: ignore[arg-type]
-    codec = str(model / "vae") if decoder else None
+    codec = light_frames(model) if decoder else None
     return RayEngine(str(model / "transformer"), CUTS[stages], chosen, codec, CUTS.__getitem__)
 
 
@@ -55,7 +55,7 @@ def _streams(mode: Mode) -> list[Stream]:
 
 
 def _check(model: Path, finished: list[Finished], streams: list[Stream], frames: bool = True) -> None:
-    codec = WanCodec.from_pretrained(model / "vae")
+    codec = light_frames(model).load()
     for stream in streams:
         expected, decoder = reference_chunks(tiny_model(), stream), codec.decoder()
         mine = [f for f in finished if f.stream == stream.id]

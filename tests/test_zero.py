@@ -19,7 +19,7 @@ from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.zero_settings import engine_settings
 from pavdm_dist.values.merging import load_config
 
-STEPS = 20
+STEPS = 10
 SETTINGS = [
     *TINY,
     "data.batch_size=4",
@@ -140,7 +140,7 @@ def test_accumulation_clipping_precision_and_sharded_building(tmp_path: Path, cl
 
 # Chunks of five frames divide among neither two nor four processes.
 ODD = ["objective.latent_chunk_size=5", "objective.text_share=0.5", "model.num_heads=4", "data.still_share=0.2"]
-SHARED_STEPS = 8
+SHARED_STEPS = 4
 
 
 @pytest.fixture(scope="module")
