@@ -16,13 +16,14 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-
-pytest.importorskip("sklearn")
+from needs import needs
 
 from pavdm_dist.commands.signals import ENDING, Stopped
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.evaluate.drift import drift_of
 from pavdm_dist.evaluate.measured import Measured, measure
+
+needs("draws handwritten digits", "sklearn")
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 

@@ -72,17 +72,18 @@ def _start(folder: str, environment: dict[str, str]) -> None:
 
     os.environ.clear()  # that of whoever was the first to fork
     os.environ.update(environment, RAY_TMPDIR=folder)
-    # Hardly a worker of these nodes computes anything, and every node that comes starts some.
+    # Hardly a worker of these nodes computes anything.
     os.environ.pop("RAY_preload_python_modules", None)
     torch.set_num_threads(1)
     # A dead node is told by its silence: by default after a quarter of a minute and more. Here it takes half a minute,
-    # in which a gang is to be made anew without it.
-    silence = {
+    # in which a gang is to be made anew without it. Every node that comes would start workers for all of its CPUs.
+    settings = {
+        "enable_worker_prestart": False,
         "health_check_initial_delay_ms": 1000,
         "health_check_period_ms": 500,
         "health_check_failure_threshold": 60,
     }
-    _cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": silence})
+    _cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": settings})
     ray.init(address=_cluster.address, log_to_driver=False, logging_level="ERROR")
 
 
