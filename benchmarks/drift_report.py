@@ -42,7 +42,7 @@ SETTINGS = EvalConfig(groups="folder", digits="on")
 END = 10.0
 # Files whose lines say what a measured value is; what a video cost is not kept but computed anew.
 _MEASURES = (
-    *(f"evaluate/{name}.py" for name in ("drift", "features", "made", "motion", "pixels", "scenes", "video")),
+    *(f"evaluate/{name}.py" for name in ("drift", "features", "made", "measured", "motion", "pixel_meter", "scenes")),
     *(f"digits/{name}.py" for name in ("handwriting", "judge", "law", "prompts", "scores", "settings", "world")),
     *(f"io/{name}.py" for name in ("decoders", "picture", "reader")),
 )

@@ -163,7 +163,7 @@ def test_on_stages_a_prompt_file_renders_each_line_as_alone_in_this_process(
     prompts.write_text("a red three drifting up\n\na blue seven\na three\n")
     settings = {"num_frames": 23, "save_latents": True, "chunks_per_segment": 2}
     together = _render(
-        model, tmp_path / "all", prompt=None, prompts=str(prompts), num_stages=2, streams=3, seed=7, **settings
+        model, tmp_path / "all", prompt=None, prompts=str(prompts), num_stages=1, streams=3, seed=7, **settings
     )
     assert [Path(video["output"]).name for video in together] == [
         "0000-a-red-three-drifting-up-s7.mp4",
