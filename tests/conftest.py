@@ -58,6 +58,7 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Under ``pytest -n N`` a file's tests share a process, and so its fixtures; all tests on Ray share one cluster.
+    All files that fork programs share the server that forks them, whose imports take seconds.
 
     Not by xdist's own groups: version 3.8 writes them into a field that pytest 9 has no more, and says nothing.
     """
@@ -67,7 +68,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
             test = nodeid.removeprefix(f"{file}::").partition("[")[0]
-            return "on Ray" if test in _on_ray(config.rootpath / file) else file
+            if test in _on_ray(config.rootpath / file):
+                return "on Ray"
+            return "forking" if _forks(config.rootpath / file) else file
 
     return Scheduling(config, log)
 
@@ -75,25 +78,28 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first, so that no process has it before it when the others are through.
 
-    Those on Ray, which share a process, then files that start processes of their own.
+    Those on Ray, which share a process, then those that fork, which share one too, then files that start processes of
+    their own.
     """
 
     def place(item: pytest.Item) -> int:
         if item.name.partition("[")[0] in _on_ray(item.path):
             return 0
-        return 1 if _imports(item.path) & {"forked", "subprocess", "training"} else 2
+        if _forks(item.path):
+            return 1
+        return 2 if "subprocess" in _imports(item.path) else 3
 
     items.sort(key=place)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    """Looks for garbage take a fifteenth of the tests' time with Python's own thresholds: nearly all objects stay."""
+    """Looks for garbage take a fifteenth of the tests' time with Python's own thresholds: nearly all objects stay, so
+    that what importing left behind is not looked for either."""
     gc.disable()
     try:
         return (yield)
     finally:
-        gc.collect()
         gc.freeze()
         gc.set_threshold(10_000, 10, 10)
         gc.enable()
@@ -114,6 +120,11 @@ def _imports(file: Path) -> frozenset[str | None]:
         elif isinstance(node, ast.ImportFrom):
             found.add(node.module)
     return frozenset(found)
+
+
+def _forks(file: Path) -> bool:
+    """Whether a file forks programs, or trains, which needs the same imports."""
+    return bool(_imports(file) & {"forked", "training", "test_zero"})
 
 
 @cache

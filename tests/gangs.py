@@ -22,6 +22,7 @@ from pavdm_dist.method.microbatches import Displaced
 from pavdm_dist.method.schedule import Mode
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import CleanChunk
+from pavdm_dist.models.stdit3 import STDiT3
 
 MODES: tuple[Mode, ...] = ("window", "causal", "displaced")
 CUTS = {1: [(0, 4)], 2: [(0, 1), (1, 4)], 3: [(0, 2), (2, 3), (3, 4)]}
@@ -54,6 +55,12 @@ class MeanDecoder:
         self.decode(latents)
 
 
+@cache
+def _model() -> STDiT3:
+    """Of all gangs: stages only read it."""
+    return tiny_model()
+
+
 class Watched(LocalGang):
     """A gang that counts its events, and can be told what is to go wrong at which of them.
 
@@ -82,7 +89,7 @@ class Watched(LocalGang):
         loses_decoder: Sequence[int] = (),
         spoils: int | None = None,
     ) -> None:
-        self.parts = [Stage(tiny_model(), blocks) for blocks in CUTS[stages]]
+        self.parts = [Stage(_model(), blocks) for blocks in CUTS[stages]]
         super().__init__(self.parts, MeanCodec())  # type: ignore[arg-type]
         self.told = 0
         self.sealed: list[LogEntry] = []

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
-import pytest
+from needs import needs
 
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.shot import Shot
@@ -23,9 +23,7 @@ from pavdm_dist.serve.front import Front
 from pavdm_dist.serve.front_desk import FrontDesk
 from pavdm_dist.serve.settings import HttpConfig, ServeConfig
 
-for name in ("fastapi", "multipart", "prometheus_client", "websockets"):
-    pytest.importorskip(name, reason="needs pavdm-dist[serve]")
-uvicorn = pytest.importorskip("uvicorn", reason="needs pavdm-dist[serve]")
+needs("needs pavdm-dist[serve]", "fastapi", "multipart", "prometheus_client", "uvicorn", "websockets")
 
 
 # Asks servers. A busy machine keeps an answer, and what it waits for on a disk, longer than the five seconds that are
@@ -99,6 +97,8 @@ def settings(model: Path | str, **values: Any) -> ServeConfig:
 @contextmanager
 def served(config: ServeConfig, out: Path, token: str | None = None) -> Iterator[Served]:
     """A server on the loopback, ended in order behind the block."""
+    import uvicorn
+
     from pavdm_dist.serve.app import make_app
 
     desk = GatedDesk(config, Kinds(config), Tree(str(out)))

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from needs import needs
 from safetensors.torch import load_file
 
 from pavdm_dist.digits import clip_vae, codec_run, codec_training
 from pavdm_dist.digits.codec_training import CodecTrainer, CodecTraining
 from pavdm_dist.errors import CheckpointError, ConfigError
 
-pytest.importorskip("sklearn")
+needs("draws handwritten digits", "sklearn")
 
 TINY = CodecTraining(
     z_dim=4,

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from needs import needs
 from training import TINY, tiny_codec, write_clips
 
 from pavdm_dist.checkpoint import Checkpoint
@@ -32,7 +33,7 @@ from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.zero import ZeroEngine
 from pavdm_dist.values.merging import load_config
 
-pytest.importorskip("sklearn")
+needs("draws handwritten digits", "sklearn")
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "train"
 LARGE = DigitWorld(128, 5.25, 3, 1.0, speeds=(16.0, 36.0, 72.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -143,6 +144,11 @@ def in_process(stream: Stream) -> tuple[list[CleanChunk], frozenset[int]]:
     return chunks, denoiser.batches.exact_rows
 
 
+@cache
+def adaptive_in_process() -> list[list[CleanChunk]]:
+    return [in_process(stream)[0] for stream in adaptive_streams()]
+
+
 def test_adaptive_resync_follows_the_change_of_keys() -> None:
     stream = adaptive_streams()[0]
     _, rows = in_process(stream)
@@ -166,8 +172,8 @@ def test_adaptive_resync_is_the_same_on_any_number_of_stages(cuts: list[tuple[in
     engine = LocalEngine([Stage(model, blocks) for blocks in cuts])
     for number, clean in engine.run(adaptive_streams(), in_flight):
         chunks.setdefault(number, []).append(clean)
-    for stream in adaptive_streams():
-        for clean, expected in zip(chunks[stream.id], in_process(stream)[0], strict=True):
+    for number, sampled in enumerate(adaptive_in_process()):
+        for clean, expected in zip(chunks[number], sampled, strict=True):
             assert torch.equal(clean.latents, expected.latents)
 
 

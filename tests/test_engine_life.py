@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import reference_chunks, tiny_checkpoint, tiny_model, tiny_stream
+from previews import light_frames
 
 from pavdm_dist.engine.events import Failed, Finished
 from pavdm_dist.engine.options import EngineOptions
@@ -50,7 +51,7 @@ def engine(staged: PAVDMPipeline) -> RayEngine:
 
 
 def _engine(model: Path, decoder: bool = True, **options: object) -> RayEngine:
-    chosen, codec = EngineOptions(1, **options), str(model / "vae") if decoder else None  # type: ignore[arg-type]
+    chosen, codec = EngineOptions(1, **options), light_frames(model) if decoder else None  # type: ignore[arg-type]
     return RayEngine(str(model / "transformer"), [(0, 4)], chosen, codec)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 from helpers import tiny_checkpoint
+from previews import light_frames
 
 from pavdm_dist.cluster.environment import handed_on, take_on
 from pavdm_dist.data.workers import workers
@@ -49,7 +50,7 @@ def test_actors_get_the_drivers_environment_and_keep_its_secret(
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
     monkeypatch.setenv("https_proxy", "http://user:word@proxy:3128")
     monkeypatch.setenv("SOME_OTHER", "1")
-    with RayEngine(str(model / "transformer"), [(0, 2), (2, 4)], EngineOptions(2), str(model / "vae")) as engine:
+    with RayEngine(str(model / "transformer"), [(0, 2), (2, 4)], EngineOptions(2), light_frames(model)) as engine:
         assert engine._gang._decoding is not None
         for actor in (*engine._gang._stages, engine._gang._decoding.actor):
             seen = _seen(actor)

@@ -10,6 +10,7 @@ import psutil
 import pytest
 from farms import farm_config, latents_of, packets_of, run_farm, some_shots, stops_at_chunk, write_manifest
 from helpers import tiny_checkpoint
+from previews import tiny_decoder
 
 from pavdm_dist.farm.pool import Pool
 from pavdm_dist.farm.traces import shot_times
@@ -38,7 +39,8 @@ def test_two_renderers_give_the_bits_of_one_process_though_one_dies(
     shots[1] |= {"size": "32x48", "overrides": {"mode": "window", "guidance_scale": 3.0}, "num_frames": 37}
     shots[3] |= {"overrides": {"num_inference_steps": 9}, "num_frames": 60}
     manifest = write_manifest(tmp_path / "m.jsonl", shots)
-    config = farm_config(model, {"renderers": 2}, num_stages=1, streams=2, max_restarts=0)
+    frames = {"preview_decoder": str(tiny_decoder(model))}
+    config = farm_config(model, {"renderers": 2}, num_stages=1, streams=2, max_restarts=0, **frames)
     out, killed = tmp_path / "out", list[int]()
 
     def kill() -> None:
@@ -53,7 +55,7 @@ def test_two_renderers_give_the_bits_of_one_process_though_one_dies(
     report = run_farm(config, manifest, out)
     killer.join()
     assert killed and (report["done"], report["failed"], report["left"]) == (5, 0, 0)
-    run_farm(farm_config(model), manifest, tmp_path / "alone")
+    run_farm(farm_config(model, **frames), manifest, tmp_path / "alone")
     assert latents_of(out) == latents_of(tmp_path / "alone")
     for shot in shots:
         one, other = (folder / f"shots/{shot['id']}/video.mp4" for folder in (out, tmp_path / "alone"))

@@ -9,7 +9,6 @@ import re
 import shutil
 import stat
 import subprocess
-import sys
 import threading
 from fractions import Fraction
 from functools import partial
@@ -21,6 +20,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from forked import Program
 from helpers import tiny_checkpoint, tiny_model, tiny_stream
 from safetensors.torch import load_file, save_file
 
@@ -41,13 +41,15 @@ from pavdm_dist.io.metadata import is_complete
 from pavdm_dist.train import save_writing
 
 pytestmark = pytest.mark.timeout(180)
-MOUNTS = ["unshare", "--mount"]
 # Renders with a small disk and a read-only one in the place of two videos' parts, and again once both have room.
 ON_SMALL_DISKS = """
-import subprocess, sys
+import ctypes, subprocess, sys
 from pavdm_dist.cli import main
 
-full, read_only, *words = sys.argv[1:]
+printed, full, read_only, *words = sys.argv[1:]
+sys.stdout = open(printed, "w")
+assert ctypes.CDLL(None).unshare(0x00020000) == 0, "no mounts of its own"
+subprocess.run(["mount", "--make-rprivate", "/"], check=True)
 def mount(folder, options):
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], check=True)
 mount(full, "size=36k")
@@ -62,7 +64,9 @@ print(first, main(words))
 def can_mount(tmp: str) -> bool:
     if shutil.which("unshare") is None:
         return False
-    return subprocess.run([*MOUNTS, "mount", "-t", "tmpfs", "none", tmp], capture_output=True).returncode == 0
+    return (
+        subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "none", tmp], capture_output=True).returncode == 0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +101,11 @@ def test_full_and_read_only_disks_and_values_out_of_range_end_their_own_videos(m
         f"{name}={getattr(chosen, name)}"
         for name in ("model", "prompts", "output", "num_frames", "guidance_scale", "chunks_per_segment")
     ]
-    run = [*MOUNTS, sys.executable, "-c", ON_SMALL_DISKS, *map(str, parts), "sample", *words]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=150)
-    assert done.stdout == "103 101\n" and "Traceback" not in done.stderr, done.stderr
-    said, again = (line for line in done.stderr.splitlines() if line.startswith("pavdm: "))
+    printed = tmp_path / "printed"
+    run = Program(["-c", ON_SMALL_DISKS, *map(str, (printed, *parts)), "sample", *words])
+    errors, _ = run.communicate(timeout=150)
+    assert printed.read_text() == "103 101\n" and "Traceback" not in errors, errors
+    said, again = (line for line in errors.splitlines() if line.startswith("pavdm: "))
     assert said.startswith("pavdm: 3 of 5 videos failed, the others are complete: "), said
     full, read_only, range_ = said.partition("complete: ")[2].split("; ")
     assert re.search(rf"{names[0]}\.mp4: cannot be written: .*No space left on device", full)

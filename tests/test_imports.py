@@ -32,8 +32,10 @@ def loaded_after(code: str) -> set[str]:
     [
         ("import pavdm_dist", (*HEAVY, "torch", "omegaconf")),
         ("import pavdm_dist.method.schedule", (*HEAVY, "torch", "omegaconf", "numpy")),
-        ("import pavdm_dist.method.sampler, pavdm_dist.method.window, pavdm_dist.models", (*HEAVY, "omegaconf")),
-        ("import pavdm_dist.engine", (*HEAVY, "omegaconf")),
+        (
+            "import pavdm_dist.method.sampler, pavdm_dist.method.window, pavdm_dist.models, pavdm_dist.engine",
+            (*HEAVY, "omegaconf"),
+        ),
         ("import pavdm_dist.config", (*HEAVY, "torch", "omegaconf", "numpy")),
         ("import pavdm_dist.values.merging", (*HEAVY, "torch")),
         ("import pavdm_dist.commands.train", HEAVY),

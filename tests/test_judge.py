@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from needs import needs
 
 from pavdm_dist.digits import handwriting, world
 from pavdm_dist.digits.judge import Judge, torus_centre
@@ -18,7 +19,7 @@ from pavdm_dist.digits.settings import SHIPPED
 from pavdm_dist.digits.world import COLOURS, DIRECTIONS, FPS, SPEEDS, Digit, Scene
 from pavdm_dist.errors import ConfigError
 
-pytest.importorskip("sklearn")
+needs("draws handwritten digits", "sklearn")
 
 
 @pytest.fixture(scope="module")

@@ -39,12 +39,12 @@ def test_any_link_gives_the_same_bits(kind: Callable[[Any, int], Link], mode: Mo
     model = tiny_model()
     streams = [tiny_stream(0, seed=1, mode=mode), tiny_stream(1, seed=2, guidance_scale=1.0, num_chunks=2, mode=mode)]
     streams[0] = replace(streams[0], chunks_per_unit=1 if mode == "window" else 2)
+    in_process = [reference_chunks(model, stream) for stream in streams]
     for cuts in ([(0, 1), (1, 4)], [(0, 2), (2, 3), (3, 4)]):
         told, reports = sampled([Stage(model, blocks) for blocks in cuts], linked(len(cuts), kind), streams)
-        for stream in streams:
+        for stream, expected in zip(streams, in_process, strict=True):
             shifts = [event for event in told if isinstance(event, Shift) and event.stream == stream.id]
             found = [clean.latents for event in shifts for clean in event.clean]
-            expected = reference_chunks(model, stream)
             assert len(found) == len(expected)
             assert all(torch.equal(one, other.latents) for one, other in zip(found, expected, strict=True))
         assert [event.epoch for event in told if isinstance(event, EpochDone)] == list(range(len(entries(streams))))

@@ -25,6 +25,7 @@ import torch
 from farm_kills import ACTOR, BOTH, Nodes, Plan, Trial, node_of
 from forked import forking
 from helpers import reference_chunks, tiny_checkpoint, tiny_model, tiny_stream
+from previews import light_frames
 
 from pavdm_dist.cluster import room
 from pavdm_dist.codecs.catalog import RGB, FrameMaker
@@ -74,17 +75,18 @@ def _start(folder: str, environment: dict[str, str]) -> None:
 
     os.environ.clear()  # that of whoever was the first to fork
     os.environ.update(environment, RAY_TMPDIR=folder)
-    # Hardly a worker of these nodes computes anything, and every node that comes starts some.
+    # Hardly a worker of these nodes computes anything.
     os.environ.pop("RAY_preload_python_modules", None)
     torch.set_num_threads(1)
     # A dead node is told by its silence: by default after a quarter of a minute and more. Here it takes half a minute,
-    # in which a gang is to be made anew without it.
-    silence = {
+    # in which a gang is to be made anew without it. Every node that comes would start workers for all of its CPUs.
+    settings = {
+        "enable_worker_prestart": False,
         "health_check_initial_delay_ms": 1000,
         "health_check_period_ms": 500,
         "health_check_failure_threshold": 60,
     }
-    _cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": silence})
+    _cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": settings})
     ray.init(address=_cluster.address, log_to_driver=False, logging_level="ERROR")
 
 
@@ -259,7 +261,7 @@ def test_a_node_that_comes_while_it_is_waited_for_is_taken(beside: Beside) -> No
 
 def _engine(model: Path, stages: int, **options: Any) -> RayEngine:
     chosen = EngineOptions(stages, restart_backoff_s=0.1, **options)
-    return RayEngine(str(model / "transformer"), CUTS[stages], chosen, str(model / "vae"), CUTS.__getitem__)
+    return RayEngine(str(model / "transformer"), CUTS[stages], chosen, light_frames(model), CUTS.__getitem__)
 
 
 def _outlives_a_node(model: Path, stages: int, comes_back: bool, options: dict[str, Any], left: int) -> None:

@@ -17,6 +17,7 @@ import torch
 from forked import Program
 from helpers import tiny_checkpoint
 from PIL import Image
+from previews import tiny_decoder
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.plan import plan_report
@@ -63,8 +64,8 @@ def _render(model: Path, output: Path, overwrite: bool = False, **settings: obje
 def displaced(ray_cluster: None, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``2.mp4``, made by two stages in mode displaced, and ``trace.json``: what they did when."""
     folder = tmp_path_factory.mktemp("displaced")
-    settings = {"num_frames": 23, "num_stages": 2, "mode": "displaced", "trace": str(folder / "trace.json")}
-    _render(model, folder / "2.mp4", **settings)
+    settings = {"num_frames": 23, "num_stages": 2, "mode": "displaced", "preview_decoder": str(tiny_decoder(model))}
+    _render(model, folder / "2.mp4", trace=str(folder / "trace.json"), **settings)
     return folder
 
 
@@ -162,7 +163,7 @@ def test_on_stages_a_prompt_file_renders_each_line_as_alone_in_this_process(
     prompts.write_text("a red three drifting up\n\na blue seven\na three\n")
     settings = {"num_frames": 23, "save_latents": True, "chunks_per_segment": 2}
     together = _render(
-        model, tmp_path / "all", prompt=None, prompts=str(prompts), num_stages=2, streams=3, seed=7, **settings
+        model, tmp_path / "all", prompt=None, prompts=str(prompts), num_stages=1, streams=3, seed=7, **settings
     )
     assert [Path(video["output"]).name for video in together] == [
         "0000-a-red-three-drifting-up-s7.mp4",
@@ -356,6 +357,7 @@ def test_checkpoints_that_do_not_fit_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stages", [0, 1])
 def test_ctrl_c_leaves_playable_segments_and_says_where(model: Path, tmp_path: Path, stages: int) -> None:
     words = [PROMPT, f"model={model}", "num_frames=200000", f"num_stages={stages}", "output=v.mp4"]
+    words += [f"preview_decoder={tiny_decoder(model)}"] if stages else []
     process = Program(["-m", "pavdm_dist", "sample", *words, "chunks_per_segment=2"], folder=tmp_path)
     parts = tmp_path / "v.mp4.parts"
     deadline = time.monotonic() + 60

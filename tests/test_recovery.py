@@ -13,8 +13,8 @@ import psutil
 import pytest
 import torch
 from helpers import reference_chunks, tiny_checkpoint, tiny_model, tiny_stream, until_gone
+from previews import light_frames
 
-from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.engine import actors
 from pavdm_dist.engine.actors import DecodeActor
 from pavdm_dist.engine.events import Finished, Place
@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _engine(model: Path, stages: int, decoder: bool = True, **options: object) -> RayEngine:
     chosen = EngineOptions(stages, restart_backoff_s=0.1, **options)  # type: ignore[arg-type]
-    codec = str(model / "vae") if decoder else None
+    codec = light_frames(model) if decoder else None
     return RayEngine(str(model / "transformer"), CUTS[stages], chosen, codec, CUTS.__getitem__)
 
 
@@ -55,7 +55,7 @@ def _streams(mode: Mode) -> list[Stream]:
 
 
 def _check(model: Path, finished: list[Finished], streams: list[Stream], frames: bool = True) -> None:
-    codec = WanCodec.from_pretrained(model / "vae")
+    codec = light_frames(model).load()
     for stream in streams:
         expected, decoder = reference_chunks(tiny_model(), stream), codec.decoder()
         mine = [f for f in finished if f.stream == stream.id]
@@ -168,19 +168,19 @@ def test_fewer_stages_go_on_where_there_is_no_room_for_as_many(ray_cluster: None
 
 
 def test_the_budget_is_spent_in_words(ray_cluster: None, model: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with _engine(model, 2, decoder=False, max_restarts=1) as engine:
+    with _engine(model, 1, decoder=False, max_restarts=1) as engine:
         # As if nothing were finished between the losses, where a node kills whatever is put on it.
         engine._restarts.went_on = lambda: None  # type: ignore[method-assign]
         struck, killed, losses = 0, time.monotonic(), list[EngineError]()
         try:
             for _ in engine.run([tiny_stream(0, num_chunks=4000)]):
                 if engine.generation == struck + 1:
-                    os.kill(_place(engine, 1).pid, signal.SIGKILL)
+                    os.kill(_place(engine, 0).pid, signal.SIGKILL)
                     struck, killed = struck + 1, time.monotonic()
         except EngineError as error:
             losses.append(error)
             assert time.monotonic() - killed < 60
-    assert re.match(r"stage 1 of 2 \(node .*, pid \d+\) died: .*; max_restarts=1 is spent", str(losses[0]))
+    assert re.match(r"stage 0 of 1 \(node .*, pid \d+\) died: .*; max_restarts=1 is spent", str(losses[0]))
     assert struck == 2 and "the log of what was lost" in caplog.text and "restart 1 of 1 in" in caplog.text
 
 

@@ -147,9 +147,7 @@ def test_a_video_goes_on_on_stages_and_by_its_folder_alone(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     output = tmp_path / "v.mp4"
-    process = _started(model, output, 5)
-    process.kill()
-    process.communicate(timeout=60)
+    interrupted(model, output, monkeypatch, 5, **{**SETTINGS, "save_latents": True})
     monkeypatch.chdir(tmp_path)
     assert cli.main(["sample", "--resume", f"{output}.parts", "num_stages=1"]) == 0
     assert "goes on at chunk" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import av
 import httpx2 as httpx
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_checkpoint
+from needs import needs
 from serving import Served, ask, served, settings, storm
 
 from pavdm_dist.commands.progress import ChunkProgress
@@ -37,9 +38,10 @@ from pavdm_dist.serve.refusals import Refusal
 from pavdm_dist.serve.run import _listen
 from pavdm_dist.serve.settings import asks_for_token, is_loopback, validate_serve
 
-openai = pytest.importorskip("openai", reason="needs OpenAI's client")
-connect = pytest.importorskip("websockets.sync.client", reason="needs pavdm-dist[serve]").connect
-parser = pytest.importorskip("prometheus_client.parser", reason="needs pavdm-dist[serve]")
+if TYPE_CHECKING:
+    import openai
+
+needs("needs OpenAI's client", "openai")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,8 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
 
 def client_of(server: Served, token: str = "none") -> openai.OpenAI:
+    import openai
+
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=token, max_retries=0)
 
 
@@ -83,6 +87,8 @@ def message(answer: httpx.Response) -> str:
 
 
 def test_openais_client_makes_polls_fetches_lists_and_deletes_a_video(server: Served, tmp_path: Path) -> None:
+    import openai
+
     client = client_of(server)
     video = client.videos.create(prompt="a red three", seconds="1", size="48x32", extra_body={"seed": 7})
     assert (video.object, video.prompt, video.seconds, video.size) == ("video", "a red three", "1", "48x32")
@@ -115,6 +121,7 @@ def test_openais_client_makes_polls_fetches_lists_and_deletes_a_video(server: Se
 
 
 def test_a_video_begins_with_a_picture_that_is_sent_along(server: Served) -> None:
+    import openai
     from PIL import Image
 
     picture = io.BytesIO()
@@ -171,6 +178,8 @@ def test_the_first_frames_are_watched_while_the_rest_is_sampled(server: Served) 
 
 
 def test_a_socket_gives_the_same_bytes_with_what_a_browser_must_know(server: Served) -> None:
+    from websockets.sync.client import connect
+
     id = post(server, prompt="a blue seven", seconds=1).json()["id"]
     texts, data = [], b""
     with connect(f"{server.url.replace('http', 'ws')}/v1/videos/{id}/live") as sock:
@@ -190,6 +199,8 @@ def test_a_socket_gives_the_same_bytes_with_what_a_browser_must_know(server: Ser
 
 
 def test_a_viewer_that_goes_is_let_go_of_while_its_video_waits(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    from websockets.sync.client import connect
+
     asked: list[str] = []
     is_over = server.desk.is_over
 
@@ -495,6 +506,8 @@ def test_pages_of_others_and_names_of_others_are_kept_out(server: Served) -> Non
 
 
 def test_a_full_queue_says_when_to_come_again(model: Path, tmp_path: Path) -> None:
+    import openai
+
     with served(settings(model, http={"max_queue": 2}), tmp_path) as server:
         server.desk.hold(1)
         kept = [post(server, prompt="a red three", seconds=1).json()["id"] for _ in range(2)]
@@ -510,6 +523,9 @@ def test_a_full_queue_says_when_to_come_again(model: Path, tmp_path: Path) -> No
 
 
 def test_a_token_is_asked_for(model: Path, tmp_path: Path) -> None:
+    import openai
+    from websockets.sync.client import connect
+
     with served(settings(model), tmp_path, token="s3cret-of-this-test") as server:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Cookie": "pavdm_token=wrong"}):
             answer = ask.get(f"{server.url}/v1/videos", headers=headers)
@@ -585,6 +601,8 @@ def test_none_is_lost_when_many_come_at_once_and_nothing_of_them_is_kept(server:
 
 
 def test_metrics_and_health(server: Served) -> None:
+    from prometheus_client import parser
+
     server.wait(post(server, prompt="a", seconds=0.5).json()["id"])
     health = ask.get(f"{server.url}/health")
     assert health.status_code == 200 and health.json()["status"] == "ok" and health.json()["queued"] == 0

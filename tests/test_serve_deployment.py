@@ -13,13 +13,14 @@ import httpx2 as httpx
 import pytest
 import yaml
 from helpers import tiny_checkpoint
-from serving import uvicorn
+from needs import needs
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.serve.deployment import application, build, checked
 from pavdm_dist.serve.tokens import TOKEN
 
+needs("needs pavdm-dist[serve]", "fastapi", "multipart", "prometheus_client", "uvicorn", "websockets")
 MANIFEST = Path(__file__).parent.parent / "cluster" / "kuberay" / "rayservice.yaml"
 
 
@@ -62,6 +63,8 @@ def test_a_replica_without_the_token_opens_nothing(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_application_renders_from_its_start_up_to_its_shutdown(tmp_path: Path) -> None:
+    import uvicorn
+
     model, out = tiny_checkpoint(tmp_path / "model"), str(tmp_path / "out")
     server = uvicorn.Server(
         uvicorn.Config(build(out, [f"model={model}"]), log_config=None, access_log=False, lifespan="on")

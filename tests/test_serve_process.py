@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +14,8 @@ from pathlib import Path
 import httpx2 as httpx
 import psutil
 import pytest
-from helpers import hear_signals, tiny_checkpoint
+from forked import Program
+from helpers import tiny_checkpoint
 from serving import storm
 
 from pavdm_dist.farm.tree import Tree
@@ -24,32 +23,23 @@ from pavdm_dist.serve.tokens import TOKEN
 
 
 @contextmanager
-def process(*words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def process(*words: str, **environment: str) -> Iterator[tuple[Program, str]]:
     """A server in a process of its own, and its address; ended if a test leaves it."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "pavdm_dist", "serve", "http.port=0", *words],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=hear_signals,
-        env={**{name: value for name, value in os.environ.items() if name != TOKEN}, **environment},
-    ) as started:
-        try:
-            assert started.stderr is not None
-            said = ""
-            while (address := re.search(r"listening on (\S+)", said)) is None:
-                line = started.stderr.readline()
-                assert line, said
-                said += line
-            yield started, address[1]
-        finally:
-            if started.poll() is None:
-                started.kill()
+    inherited = {name: value for name, value in os.environ.items() if name != TOKEN}
+    started = Program(["-m", "pavdm_dist", "serve", "http.port=0", *words], {**inherited, **environment})
+    try:
+        addresses = (re.search(r"listening on (\S+)", line) for line in started.lines())
+        address = next(filter(None, addresses), None)
+        assert address is not None, started.communicate(timeout=1)
+        yield started, address[1]
+    finally:
+        started.kill()
 
 
-def left(started: subprocess.Popen[str], number: int = signal.SIGTERM) -> str:
-    """What a server says after a signal; it must end with status 0."""
+def left(started: Program, number: int = signal.SIGTERM) -> str:
+    """All that a server says, to its end by a signal; its status must be 0."""
     started.send_signal(number)
-    said = started.communicate(timeout=60)[1]
+    said, _ = started.communicate(timeout=60)
     assert started.returncode == 0 and "Traceback" not in said, said
     return said
 

@@ -187,7 +187,9 @@ def test_a_dropped_prompt_is_the_null_text_and_padding_is_not_read(tmp_path: Pat
     torch.testing.assert_close(dropped[:1], null, atol=1e-5, rtol=1e-4)
 
 
-def test_clips_are_cached_in_slices_and_are_what_the_codec_encodes(tmp_path: Path, codec: Path) -> None:
+def test_clips_are_cached_in_slices_and_are_what_the_codec_encodes(
+    tmp_path: Path, codec: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert not cache_clips(codec, tmp_path / "c", 33, 3, max_seconds=-1)
     assert cache_clips(codec, tmp_path / "c", 32, 3, max_seconds=60)
     clips = LatentClips(tmp_path / "c")
@@ -199,6 +201,8 @@ def test_clips_are_cached_in_slices_and_are_what_the_codec_encodes(tmp_path: Pat
     part, prompts = clips.batch(np.random.default_rng(1), 4, 1, 2)
     again, _ = clips.batch(np.random.default_rng(1), 4, 1, 2)
     assert part.shape == (4, 4, 2, 8, 8) and len(prompts) == 4 and torch.equal(part, again)
+    monkeypatch.setattr("pavdm_dist.digits.cache._whole_clip_encoder", lambda *_: pytest.fail("nothing is missing"))
+    assert cache_clips(codec, tmp_path / "c", 32, 3, max_seconds=60)
     with pytest.raises(ConfigError, match="num_latents"):
         cache_clips(codec, tmp_path / "c", 32, 5, max_seconds=60)
 

@@ -7,13 +7,14 @@ import time
 
 import numpy as np
 import pytest
+from needs import needs
 
 from pavdm_dist.digits import handwriting, settings, world
 from pavdm_dist.digits.settings import COLOURS, DIRECTIONS, FPS, NUMBERS, SIZE, SPEEDS
 from pavdm_dist.digits.world import Digit, Scene
 from pavdm_dist.errors import ConfigError
 
-pytest.importorskip("sklearn")
+needs("draws handwritten digits", "sklearn")
 
 
 def scenes(count: int, split: handwriting.Split = "train", num_digits: int | None = None) -> list[Scene]:

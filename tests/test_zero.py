@@ -19,7 +19,7 @@ from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.zero_settings import engine_settings
 from pavdm_dist.values.merging import load_config
 
-STEPS = 20
+STEPS, FEW = 10, 3
 SETTINGS = [
     *TINY,
     "data.batch_size=4",
@@ -97,16 +97,16 @@ def test_each_process_holds_its_share(stages: list[dict[str, Any]], plain: dict[
 def test_accumulation_clipping_precision_and_sharded_building(tmp_path: Path, clips: Path) -> None:
     bite = ["optimizer.accumulation=2", "optimizer.grad_clip=0.05"]
     cases: dict[str, Any] = {
-        "parts0": {"settings": ["zero.stage=0", *bite], "steps": 5},
-        "parts1": {"settings": ["zero.stage=1", *bite], "steps": 5},
-        "parts2": {"settings": ["zero.stage=2", *bite], "steps": 5},
-        "parts3": {"settings": ["zero.stage=3", SHARD_ALL, *bite], "steps": 5},
-        "init": {"settings": ["zero.stage=3", SHARD_ALL, "zero.init=true"], "steps": 5},
-        "bf16": {"settings": ["zero.stage=1", "zero.precision=bfloat16"], "steps": 5},
-        "bf16_3": {"settings": ["zero.stage=3", SHARD_ALL, "zero.precision=bfloat16"], "steps": 5},
-        "autocast": {"settings": ["zero.stage=2", "zero.precision=autocast"], "steps": 5},
-        "offload2": {"settings": ["zero.stage=2", "zero.offload=optimizer"], "steps": 5},
-        "offload3": {"settings": ["zero.stage=3", SHARD_ALL, "zero.offload=all"], "steps": 5},
+        "parts0": {"settings": ["zero.stage=0", *bite], "steps": FEW},
+        "parts1": {"settings": ["zero.stage=1", *bite], "steps": FEW},
+        "parts2": {"settings": ["zero.stage=2", *bite], "steps": FEW},
+        "parts3": {"settings": ["zero.stage=3", SHARD_ALL, *bite], "steps": FEW},
+        "init": {"settings": ["zero.stage=3", SHARD_ALL, "zero.init=true"], "steps": FEW},
+        "bf16": {"settings": ["zero.stage=1", "zero.precision=bfloat16"], "steps": FEW},
+        "bf16_3": {"settings": ["zero.stage=3", SHARD_ALL, "zero.precision=bfloat16"], "steps": FEW},
+        "autocast": {"settings": ["zero.stage=2", "zero.precision=autocast"], "steps": FEW},
+        "offload2": {"settings": ["zero.stage=2", "zero.offload=optimizer"], "steps": FEW},
+        "offload3": {"settings": ["zero.stage=3", SHARD_ALL, "zero.offload=all"], "steps": FEW},
         "theirs": {
             "settings": [
                 "zero.stage=2",
@@ -115,14 +115,14 @@ def test_accumulation_clipping_precision_and_sharded_building(tmp_path: Path, cl
                 "deepspeed.optimizer={type: AdamW, params: {torch_adam: true, lr: 0.001, betas: [0.9, 0.99], "
                 "weight_decay: 0.01}}",
             ],
-            "steps": 5,
+            "steps": FEW,
         },
     }
     found, _ = run(tmp_path, clips, cases)
     cached = LatentClips(clips)
-    clipped = plain_torch(cached, [*SETTINGS, *bite], 5)
+    clipped = plain_torch(cached, [*SETTINGS, *bite], FEW)
     assert max(clipped["grad_norm"]) > 0.05
-    usual = plain_torch(cached, SETTINGS, 5)
+    usual = plain_torch(cached, SETTINGS, FEW)
     for name in ("parts0", "parts1", "parts2", "parts3"):
         assert found[name]["loss"] == pytest.approx(clipped["loss"], abs=1e-5)
         assert apart(found[name]["weights"], clipped["weights"]) < 1e-4
@@ -140,7 +140,7 @@ def test_accumulation_clipping_precision_and_sharded_building(tmp_path: Path, cl
 
 # Chunks of five frames divide among neither two nor four processes.
 ODD = ["objective.latent_chunk_size=5", "objective.text_share=0.5", "model.num_heads=4", "data.still_share=0.2"]
-SHARED_STEPS = 8
+SHARED_STEPS = 4
 
 
 @pytest.fixture(scope="module")

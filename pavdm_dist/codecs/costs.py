@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -20,7 +22,7 @@ from pavdm_dist.codecs.pixels import to_uint8
 from pavdm_dist.codecs.tiles import Tiles
 from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.codecs.wan_config import read_wan_config
-from pavdm_dist.models.source import Source
+from pavdm_dist.models.source import Source, load_config
 
 # Latents after which the cache has its full size: the first one fills none of the temporal upsampling's.
 _SETTLED = 3
@@ -32,7 +34,7 @@ def decode_flop(source: str | Path | Source, latent_height: int, latent_width: i
     Two per multiply-add. Of Wan's layouts convolutions only: good to about a quarter, enough to balance stages.
     """
     if is_opensora(source):
-        return _counted_flop(source, latent_height, latent_width)
+        return _counted_flop(Source.of(source), _told(source), latent_height, latent_width)
     config = read_wan_config(source)
     base = config.decoder_base_dim or config.base_dim
     widths = [base * factor for factor in [config.dim_mult[-1], *reversed(config.dim_mult)]]
@@ -53,7 +55,13 @@ def decode_flop(source: str | Path | Source, latent_height: int, latent_width: i
     return 2 * (total + 27 * places * frames * widths[-1] * config.out_channels)
 
 
-def _counted_flop(source: str | Path | Source, latent_height: int, latent_width: int) -> float:
+def _told(source: str | Path | Source) -> str:
+    """All that costs are counted from: what was counted is kept for as long as it says the same."""
+    return json.dumps(load_config(source), sort_keys=True)
+
+
+@lru_cache
+def _counted_flop(source: Source, told: str, latent_height: int, latent_width: int) -> float:
     """By letting Open-Sora's decoder work on shapes alone; takes seconds once, to import diffusers."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -117,7 +125,6 @@ class DecodeMemory:
     frames: int
 
 
-@torch.no_grad()
 def decode_memory(
     source: str | Path | Source,
     latent_height: int,
@@ -141,10 +148,16 @@ def decode_memory(
         ConfigError: a tile that is no multiple of four latent cells.
     """
     if is_opensora(source):
-        return _group_memory(source, latent_height, latent_width, dtype, tile)
+        return _group_memory(Source.of(source), _told(source), latent_height, latent_width, dtype, tile)
     tiles = None if tile is None else Tiles.of(tile, read_wan_config(source).spec.spatial_stride)
     if tiles is not None and tiles.needed(latent_height, latent_width):
         return _tiled_memory(source, (latent_height, latent_width), dtype, tiles, in_main_memory)
+    return _whole_memory(Source.of(source), _told(source), latent_height, latent_width, dtype)
+
+
+@lru_cache
+@torch.no_grad()
+def _whole_memory(source: Source, told: str, latent_height: int, latent_width: int, dtype: torch.dtype) -> DecodeMemory:
     codec = WanCodec.on_meta(source, dtype)
     weights = sum(value.numel() for value in codec.vae.state_dict().values()) * dtype.itemsize
     decoder, latent = codec.decoder(), (1, codec.spec.latent_channels, 1, latent_height, latent_width)
@@ -177,8 +190,10 @@ def _tiled_memory(
     return DecodeMemory(one.weights, kept, int(working), int(cell * prod(cells)))
 
 
+@lru_cache
+@torch.no_grad()
 def _group_memory(
-    source: str | Path | Source, latent_height: int, latent_width: int, dtype: torch.dtype, tile: int | None
+    source: Source, told: str, latent_height: int, latent_width: int, dtype: torch.dtype, tile: int | None
 ) -> DecodeMemory:
     """Of Open-Sora's codec: nothing is kept, a whole group is at work."""
     codec = OpenSoraCodec.on_meta(source, dtype, tile)

@@ -106,12 +106,13 @@ def cache_clips(
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     _check_identity(path, codec_folder, num_latents, world)
+    targets = [path / f"clips-{shard:05d}.safetensors" for shard in range(-(-clips // SHARD_CLIPS))]
+    missing = [(shard, target) for shard, target in enumerate(targets) if not target.exists()]
+    if not missing:
+        return True  # as in all slices of a run but its first: the codec, which takes seconds to load, is not needed
     encode = _whole_clip_encoder(codec_folder, world, torch.device(device))
     started = time.monotonic()
-    for shard in range(-(-clips // SHARD_CLIPS)):
-        target = path / f"clips-{shard:05d}.safetensors"
-        if target.exists():
-            continue
+    for shard, target in missing:
         if time.monotonic() - started > max_seconds:
             return False
         cache_shard(encode, target, shard, num_latents, world)
