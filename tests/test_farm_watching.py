@@ -222,7 +222,7 @@ def test_where_nothing_can_be_written_is_said_before_a_worker_is_taken(
     traced = ["num_stages=1", "farm.trace=true"]
     cases: list[tuple[str, str, list[str], str]] = [
         ("one", "", [], r"out=\S+/one: is a file; name a folder"),
-        ("two/shots", "", [], r"out=\S+/two/shots/any/video.mp4: \S+/two/shots is a file, not a folder"),
+        ("two/shots", "", [], r"out=\S+/two/shots/~/video.mp4: \S+/two/shots is a file, not a folder"),
         ("three/manifests", "", [], r"out=\S+: \S+/three/manifests is a file, not a folder"),
         ("", "four/farm.json", [], r"out=\S+/four/farm.json is a folder"),
         ("five/traces", "", traced, r"out=\S+: \S+/five/traces is a file, not a folder"),

@@ -71,7 +71,7 @@ def test_whoever_answers_is_told_of(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     assert said == [
         ("pavdm_dist.models.x", "stage 0 of 2: slow", 0, 5),
         ("pavdm_dist.codecs.x", "the decode actor: a", "decoder", 2),
-        ("pavdm_dist.codecs.x", "the decode actor: b", "decoder", None),
+        ("pavdm_dist.codecs.x", "the decode actor: b", "decoder", lines.OVER),
     ]
     listener.listen(lambda: pytest.fail("asked again at once"))
 

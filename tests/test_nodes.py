@@ -348,7 +348,7 @@ def test_a_few_shots_outlive_an_actor_a_node_and_the_farm(
     nodes = Nodes(address, pid, lambda processes: beside(_goes, list(processes)))
     strikes = [(1, ACTOR), (3, BOTH)]
     # One after another, so that whole shots are left at each strike.
-    plan = Plan(6, strikes, stages=1, streams=1, renderers=1, notices=True, eights=(12, 20), preview=RGB)
+    plan = Plan(6, strikes, stages=1, streams=1, renderers=1, notices=True, eights=(12, 20), preview=RGB, limit_s=150)
     trial = Trial(model, tmp_path, plan, nodes)
     trial.run()
     assert trial.statuses == [-9, 101] and len(trial.struck) == 2, (trial.statuses, trial.struck)

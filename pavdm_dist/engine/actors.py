@@ -73,8 +73,8 @@ class StageActor:
         dtype: str = "auto",
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        take_on(environment or {})
         self._lines = Lines.of_process()
+        take_on(environment or {})
         self._threads = threads
         torch.set_num_threads(threads)
         source = Source.of(source)
@@ -244,8 +244,8 @@ class DecodeActor:
         environment: Mapping[str, str] | None = None,
         trace: bool = False,
     ) -> None:
-        take_on(environment or {})
         self._lines = Lines.of_process()
+        take_on(environment or {})
         self._threads = threads
         torch.set_num_threads(threads)
         self._device = choose_device(device)

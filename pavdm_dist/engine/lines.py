@@ -19,6 +19,8 @@ from typing import Any
 KEPT, ASK_S = 200, 5.0
 # How long the last lines of a gang that ends are waited for.
 ANSWER_S = 0.5
+# Number of videos that are over, which no video has.
+OVER = -1
 
 _VIDEO: ContextVar[int | None] = ContextVar("pavdm_video", default=None)
 _PACKAGE = "pavdm_dist"
@@ -134,6 +136,8 @@ class Listener:
 def tell(lines: Iterable[Line], speaker: Speaker) -> None:
     """Logs lines of an actor here, with whose they are."""
     for line in lines:
-        video = None if line.video is None else speaker.video(line.video)
+        # Of one that is over by now: a line of no video would be taken for one of all.
+        video = speaker.video(line.video) if line.video is not None else None
+        video = OVER if video is None and line.video is not None else video
         logger = logging.getLogger(line.logger)
         logger.log(line.level, "%s: %s", speaker.name, line.text, extra={"stage": speaker.stage, "video": video})

@@ -209,8 +209,15 @@ class RayGang:
         if not ray.is_initialized():
             return
         # Where the cluster itself is gone nothing can be given back, and nothing needs to be.
-        with suppress(ray.exceptions.RayError, OSError):
-            self._lines.finish(self._speakers())
+        try:
+            with suppress(ray.exceptions.RayError, OSError):
+                self._lines.finish(self._speakers())
+        finally:  # also where whoever waits there is told to stop
+            self._give_back()
+
+    def _give_back(self) -> None:
+        import ray
+
         for actor in (*self._stages, *([self._decoding.actor] if self._decoding else [])):
             with suppress(ray.exceptions.RayError, OSError):
                 ray.kill(actor)

@@ -7,8 +7,9 @@ import json
 import sqlite3
 from collections.abc import Callable, Container, Iterator
 from contextlib import closing
+from tempfile import gettempdir
 
-from pavdm_dist.errors import ConfigError, PAVDMError
+from pavdm_dist.errors import ConfigError, MediaError, PAVDMError
 from pavdm_dist.farm.formats import Line, read_lines
 from pavdm_dist.farm.shot import Shot, id_of, make_shot
 
@@ -66,6 +67,8 @@ def read_shots(path: str, growing: Container[str] | None = None) -> Iterator[tup
                 found = _shot(line, ids)
             except ManifestError as error:
                 found = error
+            except sqlite3.Error as error:
+                raise MediaError(f"{path}: its ids find no room in {gettempdir()} ({error}); set TMPDIR") from error
             if growing is None or line.ended or (isinstance(found, Shot) and found.id in growing):
                 yield line.number, found
 

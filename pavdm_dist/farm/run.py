@@ -82,7 +82,11 @@ def run_command(
             named = None if manifest is None else hide_secrets(manifest)
             tree.write_settings({"settings": to_dict(config), "manifest": named, "versions": versions()})
         except OSError as error:  # a full disk, a share that went away
-            raise MediaError(f"out={out}: {error.filename or out}: {error.strerror or error}") from error
+            if error.errno is None:  # what libraries say of other things
+                raise
+            place = str(error.filename or out)
+            what = f"out={out}: {place}" if place.startswith(str(out)) else place
+            raise MediaError(f"{what}: {error.strerror or error}") from error
         say = "%d shots: %d to render, %d complete, %d failed before"
         logger.info(say, len(found.left) + found.done + found.failed, len(found.left), found.done, found.failed)
         with _logged(tree) as log:

@@ -127,7 +127,7 @@ class Tree:
             ConfigError: naming what is in the way.
         """
         if not is_remote(self.root):
-            for name in ("farm.json", "manifests/any.jsonl", f"shots/any/{VIDEO}", *["traces/any.json"] * traces):
+            for name in ("farm.json", "manifests/~.jsonl", f"shots/~/{VIDEO}", *["traces/~.json"] * traces):
                 check_place(Path(self.path(name)), "out")
 
     # --- what is asked for -----------------------------------------------------------------------------------
