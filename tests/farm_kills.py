@@ -209,14 +209,26 @@ class Trial:
 @contextmanager
 def cluster_of_nodes(nodes: int, cpus: int) -> Iterator[Nodes]:
     """One whose own node computes nothing; another node comes for each that is killed."""
+    with process_beside(_start, _stop, nodes, cpus) as pool:
+        address, pid = pool.submit(_facts).result(120)
+        yield Nodes(address, pid, lambda above: pool.submit(_replace, list(above)).result(60))
+
+
+@contextmanager
+def process_beside(start: Callable[..., None], stop: Callable[[], None], *more: Any) -> Iterator[ProcessPoolExecutor]:
+    """A pool of one process that holds a cluster.
+
+    Args:
+        start: called there first, with a folder for the cluster, the environment and ``more``.
+        stop: called there last.
+    """
     # A folder of its own: in the usual one clusters leave their address, for whoever starts Ray next.
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
-        pool = ProcessPoolExecutor(1, forking(), _start, (folder, dict(os.environ), nodes, cpus))
-        address, pid = pool.submit(_facts).result(120)
-        process = psutil.Process(pid)
+        pool = ProcessPoolExecutor(1, forking(), start, (folder, dict(os.environ), *more))
+        process = psutil.Process(pool.submit(os.getpid).result(120))
         try:
-            yield Nodes(address, pid, lambda above: pool.submit(_replace, list(above)).result(60))
-            pool.submit(_stop).result(60)
+            yield pool
+            pool.submit(stop).result(60)
         finally:  # also where it hangs
             for left in (*process.children(recursive=True), process):
                 with suppress(psutil.NoSuchProcess):

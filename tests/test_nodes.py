@@ -9,21 +9,18 @@ import logging
 import os
 import re
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
-from farm_kills import ACTOR, BOTH, Nodes, Plan, Trial, node_of
-from forked import forking
+from farm_kills import ACTOR, BOTH, Nodes, Plan, Trial, node_of, process_beside
 from helpers import reference_chunks, tiny_checkpoint, tiny_model, tiny_stream
 from previews import light_frames
 
@@ -46,18 +43,8 @@ Beside = Callable[..., Any]
 @pytest.fixture(scope="module")
 def beside() -> Iterator[Beside]:
     """Runs a function in a process that holds a cluster whose only node, the driver's, has no CPUs to give."""
-    # A folder of its own: in the usual one clusters leave their address, for whoever starts Ray next.
-    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
-        pool = ProcessPoolExecutor(1, forking(), _start, (folder, dict(os.environ)))
-        process = psutil.Process(pool.submit(os.getpid).result(120))
-        try:
-            yield lambda function, *arguments: pool.submit(function, *arguments).result(150)
-            pool.submit(_stop).result(60)
-        finally:  # also where it hangs
-            for left in (*process.children(recursive=True), process):
-                with suppress(psutil.NoSuchProcess):
-                    left.kill()
-            pool.shutdown()
+    with process_beside(_start, _stop) as pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result(150)
 
 
 @pytest.fixture(scope="module")
