@@ -136,8 +136,8 @@ class Listener:
 def tell(lines: Iterable[Line], speaker: Speaker) -> None:
     """Logs lines of an actor here, with whose they are."""
     for line in lines:
-        # Of one that is over by now: a line of no video would be taken for one of all.
-        video = speaker.video(line.video) if line.video is not None else None
-        video = OVER if video is None and line.video is not None else video
+        video = line.video
+        if video is not None and (video := speaker.video(video)) is None:
+            video = OVER  # a line of no video would be taken for one of all
         logger = logging.getLogger(line.logger)
         logger.log(line.level, "%s: %s", speaker.name, line.text, extra={"stage": speaker.stage, "video": video})

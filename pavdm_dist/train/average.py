@@ -54,9 +54,9 @@ class Average:
     def _paired(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
         """The averaged parts and views of the masters; looked up once where these stay in place, which takes a host as
         long as a GPU takes to average them."""
-        trained = [parameter for _, parameter in _trained(module)]
-        pairs = [self.parts[name][1] for name, _ in _trained(module)], [local_part(one)[1] for one in trained]
-        if all(stays(parameter) for parameter in trained):
+        trained = list(_trained(module))
+        pairs = [self.parts[name][1] for name, _ in trained], [local_part(parameter)[1] for _, parameter in trained]
+        if all(stays(parameter) for _, parameter in trained):
             self._pairs = pairs
         return pairs
 

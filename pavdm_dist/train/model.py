@@ -55,23 +55,21 @@ class Text:
 
     def part(self, rows: slice) -> Text:
         """Some of the samples."""
-        embeddings, mask = (value if value is None else value[rows] for value in self._tensors)
-        return Text(self.prompts[rows], embeddings, mask, self.lengths and self.lengths[rows])
+        cut = self._each(lambda value: value[rows])
+        return replace(cut, prompts=self.prompts[rows], lengths=self.lengths and self.lengths[rows])
 
     def to(self, device: torch.device) -> Text:
         """On another device."""
-        moved = (value if value is None else value.to(device, non_blocking=True) for value in self._tensors)
-        embeddings, mask = moved
-        return Text(self.prompts, embeddings, mask, self.lengths)
+        return self._each(lambda value: value.to(device, non_blocking=True))
 
     def pinned(self) -> Text:
         """In memory that a GPU reads by itself."""
-        embeddings, mask = (value if value is None else value.pin_memory() for value in self._tensors)
-        return Text(self.prompts, embeddings, mask, self.lengths)
+        return self._each(Tensor.pin_memory)
 
-    @property
-    def _tensors(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.embeddings, self.mask
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Text:
+        """With its tensors changed, where it has some."""
+        embeddings, mask = (value if value is None else change(value) for value in (self.embeddings, self.mask))
+        return replace(self, embeddings=embeddings, mask=mask)
 
 
 class TextToVideo(nn.Module):
