@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.engine.events import AtWork
-from pavdm_dist.engine.inline import InlineEngine
+from pavdm_dist.engine.in_process import InProcess
 from pavdm_dist.engine.kept import Engines, OnFailed, OnGrown
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError, PAVDMError
@@ -26,17 +26,7 @@ from pavdm_dist.method.sampler import StepCallback
 from pavdm_dist.method.schedule import PlanRow
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import Window
-from pavdm_dist.models.catalog import load_backbone
-from pavdm_dist.models.devices import (
-    DTYPES,
-    check_dtype,
-    choose_device,
-    choose_dtype,
-    device_model,
-    idle_gpus,
-    idle_on_stages,
-    named_dtype,
-)
+from pavdm_dist.models.devices import device_model, idle_gpus, idle_on_stages, named_dtype
 from pavdm_dist.models.source import Adapter
 from pavdm_dist.planning.forecast import useful_stages
 from pavdm_dist.planning.partition import layer_split
@@ -47,6 +37,9 @@ from pavdm_dist.request.sampling import SamplingParams
 from pavdm_dist.request.texts import prepare_texts
 from pavdm_dist.request.video_request import VideoRequest
 from pavdm_dist.values.arguments import check_names
+
+if TYPE_CHECKING:
+    from pavdm_dist.engine.ray_engine import RayEngine
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +100,7 @@ class PAVDMPipeline:
         num_stages = num_stages or (engine.num_stages if engine is not None else 0)
         self.checkpoint, self.num_stages, self.threads_per_stage = checkpoint, num_stages, threads_per_stage
         self.engine: EngineOptions | None = None
+        self._computes: InProcess | EngineOptions
         self.resyncs: dict[int, tuple[int, ...]] = {}
         self.relative_error: float | None = None
         self.kernels: dict[str, str] = {}
@@ -191,20 +185,19 @@ class PAVDMPipeline:
         """Settles where what is computed, and refuses what cannot be; nothing is loaded yet."""
         self.close()
         self._wanted = dtype, device
+        transformer = self.checkpoint.transformer
         if self._options is None:
-            self._place = choose_device(device)
-            self._weights = choose_dtype(dtype, self._place, self.checkpoint.transformer)
-            self.device_name = device_model(self._place)
-            shared = self._decoder in ("auto", "shared")
-            self._codec_place = self._place if shared else choose_device(self._decoder, "decoder")
-            check_dtype("decoder_dtype", self._decoder_dtype, self._codec_place)
-            if str(self._codec_place) != self.checkpoint.codec_device:
-                self.checkpoint = replace(self.checkpoint, codec_device=str(self._codec_place))
-            self._tell(idle_gpus(on_stages=False) if self._place.type == "cpu" else "")
+            here = InProcess.chosen(
+                transformer, device, dtype, self._decoder, self._decoder_dtype, self.threads_per_stage
+            )
+            self._computes, self._weights, self.device_name = here, here.dtype, device_model(here.device)
+            if str(here.decoder_device) != self.checkpoint.codec_device:
+                self.checkpoint = replace(self.checkpoint, codec_device=str(here.decoder_device))
+            self._tell(idle_gpus(on_stages=False) if here.device.type == "cpu" else "")
             return
-        self.engine = self._options.on(str(device), str(dtype).removeprefix("torch."))
+        self.engine = self._computes = self._options.on(str(device), str(dtype).removeprefix("torch."))
         self.device_name = self.engine.device
-        self._weights = named_dtype(self.engine.dtype, torch.device(self.engine.device), self.checkpoint.transformer)
+        self._weights = named_dtype(self.engine.dtype, torch.device(self.engine.device), transformer)
         self._tell(idle_gpus(on_stages=True) if self.engine.device == "cpu" else "")
 
     def _tell(self, idle: str) -> None:
@@ -335,30 +328,14 @@ class PAVDMPipeline:
                 raise error
             on_failed(video, error)
 
-        if self.engine is None:
+        if isinstance(self._computes, InProcess):
             on_step = None if callback_on_step_end is None else partial(self._step_callback, callback_on_step_end)
-            finished = self._engines.inline(self._load).run(built, on_grown, failed, on_step)
+            load = partial(self._computes.load, self.checkpoint.transformer, self._frames)
+            finished = self._engines.inline(load).run(built, on_grown, failed, on_step)
         elif callback_on_step_end is not None:
             raise ConfigError("callback_on_step_end needs num_stages=0: steps end on the stages, not here")
         else:
-            from pavdm_dist.engine.placement import gpus_of_cluster
-
-            engine = self._engines.on_stages(
-                self.checkpoint.transformer,
-                self.engine,
-                self._frames,
-                partial(layer_split, self.checkpoint, params),
-                rehearsed(params, self.checkpoint) if self.engine.rehearses else None,
-            )
-            self.device_name = ", ".join(engine.devices)
-            self.relative_error, self.kernels = engine.relative_error, engine.kernels
-            if self.engine.device == "cpu" and (gpus := gpus_of_cluster()):
-                self._tell(idle_on_stages(gpus, "the cluster"))
-            if len(engine.blocks) > (useful := useful_stages(params, streams)):
-                logger.warning(
-                    "num_stages=%d: with streams=%d and mode=%s at most %d are useful, the others will idle",
-                    len(engine.blocks), streams, params.mode, useful,
-                )  # fmt: skip
+            engine = self._stages(self._computes, params, streams)
             finished = self._engines.run(engine, built, streams, on_grown, failed)
         for chunk in finished:
             shown = running.chunk(chunk)
@@ -367,6 +344,28 @@ class PAVDMPipeline:
             if chunk.resyncs:
                 self.resyncs[chunk.stream] = chunk.resyncs
             yield shown
+
+    def _stages(self, options: EngineOptions, params: SamplingParams, streams: int) -> RayEngine:
+        """The engine of stages for a run, that of the run before where it fits; says what it leaves idle."""
+        from pavdm_dist.engine.placement import gpus_of_cluster
+
+        engine = self._engines.on_stages(
+            self.checkpoint.transformer,
+            options,
+            self._frames,
+            partial(layer_split, self.checkpoint, params),
+            rehearsed(params, self.checkpoint) if options.rehearses else None,
+        )
+        self.device_name = ", ".join(engine.devices)
+        self.relative_error, self.kernels = engine.relative_error, engine.kernels
+        if options.device == "cpu" and (gpus := gpus_of_cluster()):
+            self._tell(idle_on_stages(gpus, "the cluster"))
+        if len(engine.blocks) > (useful := useful_stages(params, streams)):
+            logger.warning(
+                "num_stages=%d: with streams=%d and mode=%s at most %d are useful, the others will idle",
+                len(engine.blocks), streams, params.mode, useful,
+            )  # fmt: skip
+        return engine
 
     def stop(self, video: int) -> None:
         """Lets an endless video of the running :meth:`iter_chunks` end: what is in flight is finished."""
@@ -419,12 +418,7 @@ class PAVDMPipeline:
     def computed_on(self) -> dict[str, str | int]:
         """What bits depend on of where they are computed: the types of devices that sample and decode, and of a decoder
         on CPUs its intra-op threads. The number of stages is none of it."""
-        if self.engine is None:
-            device, decoder, threads = self._place.type, self._codec_place.type, self.threads_per_stage
-        else:
-            device, decoder, threads = self.engine.device, self.engine.decoder_device, self.engine.decoder_threads
-        found: dict[str, str | int] = {"device": device, "decoder_device": decoder}
-        return found | ({"decoder_threads": threads} if decoder == "cpu" else {})
+        return self._computes.computed_on
 
     @property
     def preview_identity(self) -> str | None:
@@ -445,11 +439,6 @@ class PAVDMPipeline:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _load(self) -> InlineEngine:
-        model = load_backbone(self.checkpoint.transformer, None, self._weights, self._place)
-        codec = self._frames.load(self._codec_place, DTYPES[self._decoder_dtype])
-        return InlineEngine(model, codec, self._place, self.threads_per_stage, codec_device=self._codec_place)
 
     def _step_callback(self, on_step: Callable[..., Any], stream: Stream) -> StepCallback:
         levels = stream.schedule.levels

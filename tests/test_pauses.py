@@ -12,6 +12,7 @@ from threaded import Threads, futures_for_references
 
 from pavdm_dist.engine import blame, decoding, ray_gang
 from pavdm_dist.engine.blame import control_results, stage_actors
+from pavdm_dist.engine.crew import Crew
 from pavdm_dist.engine.decoding import Decoding
 from pavdm_dist.engine.events import DecoderLost, GangLost, Place
 from pavdm_dist.engine.lines import Listener
@@ -37,11 +38,12 @@ def gang_of(time: Time, decoder: Decoding | None = None) -> RayGang:
     gang = RayGang.__new__(RayGang)
     gang._options = EngineOptions(1, link_timeout_s=LIMIT_S)
     stage = Threads(SimpleNamespace(where=lambda: None, said=list))
-    gang._stages, gang._places, gang._lines = [stage], [Place("10.0.0.1", 11)], Listener()
-    gang._loops, gang._taking, gang._taking_left = [Future[Any]()], Future[Any](), {}
+    gang._crew = Crew("", [(0, 1)], gang._options, None)
+    gang._crew.stages, gang._crew.places, gang._crew.decoding = [stage], [Place("10.0.0.1", 11)], decoder
+    gang._crew.loops, gang._taking, gang._taking_left, gang._lines = [Future[Any]()], Future[Any](), {}, Listener()
     gang._events, gang._told, gang._left, gang._preparing = deque(), deque(), {}, {}
     gang._sealed, gang._done, gang._moved, gang._last = 0, -1, time.now, None
-    gang._decoding, gang._pauses = decoder, Pauses(LIMIT_S, ray_gang.FREEZE_MARGIN_S, lambda: time.now)
+    gang._pauses = Pauses(LIMIT_S, ray_gang.FREEZE_MARGIN_S, lambda: time.now)
     return gang
 
 

@@ -168,6 +168,13 @@ class EngineOptions:
         return self.threads_per_decoder or self.threads_per_stage
 
     @property
+    def computed_on(self) -> dict[str, str | int]:
+        """What bits depend on of where they are computed: the types of devices that sample and decode, and of a decoder
+        on CPUs its intra-op threads. The number of stages is none of it."""
+        found: dict[str, str | int] = {"device": self.device, "decoder_device": self.decoder_device}
+        return found | ({"decoder_threads": self.decoder_threads} if self.decoder_device == "cpu" else {})
+
+    @property
     def decoder_slows_last_stage(self) -> bool:
         """Whether decoding takes the last stage's time: it computes on the same GPU, or has no CPUs of its own beside a
         stage on CPUs."""

@@ -14,16 +14,14 @@ from typing import Any
 
 from torch import Tensor
 
-from pavdm_dist.cluster.environment import handed_on
 from pavdm_dist.cluster.room import is_gone
 from pavdm_dist.codecs.catalog import FrameMaker
-from pavdm_dist.engine.blame import DECODER, Actor, control_results, frozen, lost, stage_actors, video_error
-from pavdm_dist.engine.decoding import Decoding
-from pavdm_dist.engine.events import EpochDone, Event, Left, Place, Prepared, Shift
-from pavdm_dist.engine.lines import Listener, Speaker
+from pavdm_dist.engine.blame import control_results, frozen, lost, video_error
+from pavdm_dist.engine.crew import Crew
+from pavdm_dist.engine.events import EpochDone, Event, Left, Prepared, Shift
+from pavdm_dist.engine.lines import Listener
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.order import LogEntry, Unit
-from pavdm_dist.engine.placement import Placement, place
 from pavdm_dist.engine.spans import DecodeSpan, RunReport
 from pavdm_dist.engine.watchdog import Pauses
 from pavdm_dist.method.stream import Stream
@@ -71,19 +69,9 @@ class RayGang:
         stream: Stream | None = None,
         kernels: Mapping[str, str] | None = None,
     ) -> None:
-        self.relative_error: float | None = None
-        self.kernels: dict[str, str] = dict(kernels or {})
         self.decoded: list[DecodeSpan] = []
-        self._rehearsal = stream
-        self._options, self._blocks, self._generation = options, list(blocks), generation
-        self._codec = codec
-        self._stages: list[Any] = []
-        self._loops: list[Any] = []
-        self._places: list[Place] = []
-        self._placement: Placement | None = None
-        self._environment = handed_on()
-        self._decoding: Decoding | None = None
-        self.keep, self.frames_per_latent = 0, 1
+        self._options = options
+        self._crew = Crew(source, blocks, options, codec)
         self._preparing: dict[int, tuple[list[Any], float]] = {}
         self._events: deque[Event] = deque()
         # What the last stage told; of streams with cached context other stages' parts, asked for once there is one.
@@ -95,75 +83,86 @@ class RayGang:
         self._pauses = Pauses(options.link_timeout_s, FREEZE_MARGIN_S)
         self._lines = Listener()
         try:
-            self._placement = place(options, given_up)
-            self._start(source, given_up, self._placement)
+            self._crew.bring_up(generation, given_up, stream, kernels or {})
         except BaseException:
             self.close()
             raise
+        self._taking = self._crew.stages[-1].take.remote()
 
     @property
     def devices(self) -> list[str]:
         """Models of what the stages compute on."""
-        return sorted({place.device for place in self._places})
+        return sorted({place.device for place in self._crew.places})
 
     @property
-    def _actors(self) -> list[Actor]:
-        """The stages, for people."""
-        return stage_actors(len(self._stages), self._places)
+    def relative_error(self) -> float | None:
+        return self._crew.relative_error
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        return self._crew.kernels
+
+    @property
+    def keep(self) -> int:
+        return self._crew.keep
+
+    @property
+    def frames_per_latent(self) -> int:
+        return self._crew.frames_per_latent
 
     @property
     def decodes(self) -> bool:
-        return self._decoding is not None
+        return self._crew.decoding is not None
 
     def prepare(self, stream: Stream, warm: Tensor | None) -> None:
         import ray
 
-        if self._decoding is not None:
-            self._decoding.open(stream.id, warm)
+        if self._crew.decoding is not None:
+            self._crew.decoding.open(stream.id, warm)
         if stream.is_sampled:
             self._events.append(Prepared(stream.id))
             return
         if stream.plan.context == "cached" and not self._taking_left:
-            self._taking_left = {rank: stage.take.remote() for rank, stage in enumerate(self._stages[:-1])}
+            self._taking_left = {rank: stage.take.remote() for rank, stage in enumerate(self._crew.stages[:-1])}
         try:
             shared = ray.put(stream)
         except ray.exceptions.RayError as error:
-            raise lost(self._loops, self._places, error) from error
-        self._preparing[stream.id] = [stage.prepare.remote(shared) for stage in self._stages], time.monotonic()
+            raise lost(self._crew.loops, self._crew.places, error) from error
+        self._preparing[stream.id] = [stage.prepare.remote(shared) for stage in self._crew.stages], time.monotonic()
 
     def seal(self, epoch: int, entry: LogEntry) -> None:
         if self._done == self._sealed:
             self._moved = time.monotonic()  # nothing was to be done so far
         self._sealed = epoch
-        for stage in self._stages:
+        for stage in self._crew.stages:
             stage.seal.remote(epoch, entry)
 
     def renew_decoder(self, warm: Mapping[int, Tensor | None]) -> None:
         import ray
         from ray.util.placement_group import placement_group_table
 
-        assert self._decoding is not None and self._placement is not None
+        assert self._crew.decoding is not None and self._crew.placement is not None
         try:
-            table = placement_group_table(self._placement.group)
-            node = table["bundles_to_node_id"].get(self._placement.decoder, "")
+            table = placement_group_table(self._crew.placement.group)
+            node = table["bundles_to_node_id"].get(self._crew.placement.decoder, "")
             gone = table["state"] != "CREATED" or is_gone(node, self._options.ray_address)
         except ray.exceptions.RayError as error:
-            raise lost(self._loops, self._places, error) from error
+            raise lost(self._crew.loops, self._crew.places, error) from error
         if gone:  # where Ray counts it still, another actor would wait there for as long as one may take to come up
             cause = "its node was removed"
-            raise self._decoding.gone(cause)
-        ray.kill(self._decoding.actor)
-        self._decoding = self._new_decoder(self._placement)
+            raise self._crew.decoding.gone(cause)
+        ray.kill(self._crew.decoding.actor)
+        self._crew.decoding = self._crew.new_decoder(self._crew.placement)
         for stream, latents in warm.items():
-            self._decoding.open(stream, latents)
+            self._crew.decoding.open(stream, latents)
 
     def decode(self, stream: int, clean: CleanChunk) -> None:
-        assert self._decoding is not None
-        self._decoding.decode(stream, clean)
+        assert self._crew.decoding is not None
+        self._crew.decoding.decode(stream, clean)
 
     def forget(self, stream: int) -> None:
-        if self._decoding is not None:
-            self._decoding.forget(stream)
+        if self._crew.decoding is not None:
+            self._crew.decoding.forget(stream)
 
     def poll(self, timeout: float) -> list[Event]:
         import ray
@@ -172,7 +171,7 @@ class RayGang:
             try:
                 self._collect(timeout)
             except ray.exceptions.RayError as error:
-                raise lost(self._loops, self._places, error) from error
+                raise lost(self._crew.loops, self._crew.places, error) from error
         events = list(self._events)
         self._events.clear()
         return events
@@ -181,7 +180,7 @@ class RayGang:
         """The unit that each stage has finished last; None of one that did not answer at once. Any thread may ask."""
         import ray
 
-        asked = [stage.progress.remote() for stage in list(self._stages)]
+        asked = [stage.progress.remote() for stage in list(self._crew.stages)]
         answered = set(ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)[0]) if asked else set()
 
         def told(ref: Any) -> Unit | None:
@@ -196,10 +195,10 @@ class RayGang:
 
     def finish(self) -> list[RunReport]:
         """Lets the loops end after the last sealed epoch and returns every stage's report, in stage order."""
-        for stage in self._stages:
+        for stage in self._crew.stages:
             stage.stop.remote(self._sealed + 1)
-        reports = control_results(self._loops, self._options.link_timeout_s, self._actors, "end")
-        self.decoded = [] if self._decoding is None or not self._options.trace else self._decoding.spans()
+        reports = control_results(self._crew.loops, self._options.link_timeout_s, self._crew.actors, "end")
+        self.decoded = [] if self._crew.decoding is None or not self._options.trace else self._crew.decoding.spans()
         return reports
 
     def close(self) -> None:
@@ -211,117 +210,30 @@ class RayGang:
         # Where the cluster itself is gone nothing can be given back, and nothing needs to be.
         try:
             with suppress(ray.exceptions.RayError, OSError):
-                self._lines.finish(self._speakers())
+                self._lines.finish(self._crew.speakers())
         finally:  # also where whoever waits there is told to stop
-            self._give_back()
-
-    def _give_back(self) -> None:
-        import ray
-
-        for actor in (*self._stages, *([self._decoding.actor] if self._decoding else [])):
-            with suppress(ray.exceptions.RayError, OSError):
-                ray.kill(actor)
-        self._stages, self._loops, self._decoding = [], [], None
-        if self._placement is not None:
-            from ray.util.placement_group import remove_placement_group
-
-            with suppress(ray.exceptions.RayError, OSError):
-                remove_placement_group(self._placement.group)
-            self._placement = None
-
-    def _start(self, source: Source | str, given_up: Callable[[], bool], placement: Placement) -> None:
-        from pavdm_dist.engine.actors import CONCURRENT_CALLS, StageActor
-
-        options, world = self._options, len(self._blocks)
-        settings = (options.device, options.threads_per_stage, options.compiled, options.dtype, self._environment)
-        for rank, (bundle, blocks) in enumerate(zip(placement.stages, self._blocks, strict=True)):
-            resources = (placement.group, bundle, options.cpus_per_stage, options.stage_gpus(rank))
-            make = self._actor(StageActor, *resources, max_concurrency=CONCURRENT_CALLS)
-            self._stages.append(make.remote(source, blocks, *settings))
-        if self._codec is not None:
-            self._decoding = self._new_decoder(placement)
-        limit = options.start_timeout_s
-        self._places = control_results(
-            [stage.where.remote() for stage in self._stages], limit, self._actors, "come up", given_up
-        )
-        self._rehearse(given_up)
-        host, port = self._places[0].node, 0
-        if world > 1:
-            opened = [self._stages[0].open_store.remote(host)]
-            (port,) = control_results(opened, limit, self._actors[:1], "open its store", given_up)
-        link = (options.transport, options.link_timeout_s)
-        connects = [
-            stage.connect.remote(rank, world, host, port, self._generation, *link)
-            for rank, stage in enumerate(self._stages)
-        ]
-        control_results(connects, limit, self._actors, "connect to its neighbours", given_up)
-        if self._decoding is not None:  # a broken codec is said before anything is sampled
-            decoder = [Actor(DECODER)]
-            (found,) = control_results([self._decoding.facts], limit, decoder, "come up", given_up)
-            self.keep, self.frames_per_latent, _ = found
-        self._loops = [stage.run.remote(options.trace) for stage in self._stages]
-        self._taking = self._stages[-1].take.remote()
-        logger.info("stages up: %d, blocks %s", world, self._blocks)
-
-    def _rehearse(self, given_up: Callable[[], bool]) -> None:
-        """All stages at once, before any of them is linked; what each chose by measuring, all use."""
-        if self._rehearsal is None:
-            return
-        import ray
-
-        shared, limit = ray.put(self._rehearsal), self._options.start_timeout_s
-        self._use_kernels(given_up)
-        calls = [stage.rehearse.remote(shared) for stage in self._stages]
-        for found in control_results(calls, limit, self._actors, "rehearse", given_up):
-            self.kernels = {**found.kernels, **self.kernels}  # of two the earlier stage's
-            if found.relative_error is not None:
-                self.relative_error = max(found.relative_error, self.relative_error or 0.0)
-        self._use_kernels(given_up)
-        logger.info("rehearsed, relative error of compiled blocks %s, kernels %s", self.relative_error, self.kernels)
-
-    def _use_kernels(self, given_up: Callable[[], bool]) -> None:
-        if self.kernels:
-            told = [stage.use_kernels.remote(self.kernels) for stage in self._stages]
-            control_results(told, self._options.start_timeout_s, self._actors, "take kernels over", given_up)
-
-    def _actor(self, cls: type, group: Any, bundle: int, cpus: float, gpus: float, **more: Any) -> Any:
-        import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
-        resources = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "scheduling_strategy": strategy}
-        return ray.remote(**resources, **more)(cls)
-
-    def _new_decoder(self, placement: Placement) -> Decoding:
-        from pavdm_dist.engine.actors import DecodeActor
-
-        options = self._options
-        resources = (placement.group, placement.decoder, options.cpus_per_decoder, options.decoder_gpus)
-        make = self._actor(DecodeActor, *resources, concurrency_groups={"control": 1})
-        settings = (options.decoder_threads, options.decoder_device, options.decoder_dtype, self._environment)
-        actor = make.remote(self._codec, *settings, options.trace)
-        return Decoding(actor, options.link_timeout_s, options.start_timeout_s, options.trace)
+            self._crew.disband()
 
     def _collect(self, timeout: float) -> None:
         """Waits for the first of: the last stage's events, a stage's having taken a stream in, frames, a loop's end."""
         import ray
 
         prepares = [ref for refs, _ in self._preparing.values() for ref in refs]
-        watched = [self._taking, *self._taking_left.values(), *self._loops, *prepares]
-        watched += self._decoding.awaited if self._decoding else []
+        watched = [self._taking, *self._taking_left.values(), *self._crew.loops, *prepares]
+        watched += self._crew.decoding.awaited if self._crew.decoding else []
         ray.wait(watched, timeout=timeout)
         ready, _ = ray.wait(watched, num_returns=len(watched), timeout=0)
         if self._pauses.stood_still():
             self._excuse()
-        if any(loop in ready for loop in self._loops):
-            raise lost(self._loops, self._places)
+        if any(loop in ready for loop in self._crew.loops):
+            raise lost(self._crew.loops, self._crew.places)
         for stream, (refs, _) in list(self._preparing.items()):
             if all(ref in ready for ref in refs):
                 del self._preparing[stream]
                 self._events.append(self._prepared(stream, refs))
         if self._taking in ready:
             events, last = ray.get(self._taking)
-            self._taking = self._stages[-1].take.remote()
+            self._taking = self._crew.stages[-1].take.remote()
             self._done = max([self._done, *(event.epoch for event in events if isinstance(event, EpochDone))])
             if last != self._last:
                 self._last, self._moved = last, time.monotonic()
@@ -330,24 +242,16 @@ class RayGang:
             if taking in ready:
                 for event in ray.get(taking)[0]:
                     self._left.setdefault((event.stream, event.row), []).append(event)
-                self._taking_left[rank] = self._stages[rank].take.remote()
+                self._taking_left[rank] = self._crew.stages[rank].take.remote()
         self._complete()
-        if self._decoding is not None:
-            self._events.extend(self._decoding.collect())
-        self._lines.listen(self._speakers)
+        if self._crew.decoding is not None:
+            self._events.extend(self._crew.decoding.collect())
+        self._lines.listen(self._crew.speakers)
         self._check_silence()
-
-    def _speakers(self) -> list[Speaker]:
-        """Whose lines are told here."""
-        stages = [
-            Speaker(f"stage {rank} of {len(self._stages)}", rank, stage.said.remote)
-            for rank, stage in enumerate(self._stages)
-        ]
-        return stages if self._decoding is None else [*stages, self._decoding.speaker]
 
     def _complete(self) -> None:
         """Passes on what the last stage told, in its order, once other stages' parts of it are there."""
-        others = len(self._stages) - 1
+        others = len(self._crew.stages) - 1
         while self._told:
             event = self._told[0]
             if isinstance(event, Shift) and event.snapshot.left and others:
@@ -372,8 +276,8 @@ class RayGang:
         """Silence up to now is nobody's: this process stood still."""
         self._moved = now = time.monotonic()
         self._preparing = {stream: (refs, now) for stream, (refs, _) in self._preparing.items()}
-        if self._decoding is not None:
-            self._decoding.excuse()
+        if self._crew.decoding is not None:
+            self._crew.decoding.excuse()
 
     def _check_silence(self) -> None:
         """Notices what neither an ended loop nor a link's timeout tells: stages that stand still."""
@@ -383,4 +287,4 @@ class RayGang:
             waiting["a stage did not take a video in"] = min(since for _, since in self._preparing.values())
         for what, since in waiting.items():
             if now - since > limit + FREEZE_MARGIN_S:
-                raise frozen(self._stages, self._places, f"{what} for {now - since:.0f} s", limit)
+                raise frozen(self._crew.stages, self._crew.places, f"{what} for {now - since:.0f} s", limit)
