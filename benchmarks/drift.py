@@ -26,7 +26,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common import machine, parser
-from drift_report import measure_all, result_of, table, write_all
+from drift_measured import measure_all
+from drift_report import result_of, table, write_all
 from drift_videos import METHODS, REFERENCES, Job, Outcome, is_there, jobs_of, make_all, missing, tell, variants_of
 
 from pavdm_dist.commands.signals import Signals, Stopped, signal_of

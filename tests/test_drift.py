@@ -31,7 +31,7 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 @pytest.fixture(scope="module")
 def modules() -> Iterator[dict[str, ModuleType]]:
     """The benchmark's files by name. Its folder has names that tests have too: it is on the path only here."""
-    names = ("drift_videos", "drift_report", "drift")
+    names = ("drift_videos", "drift_measured", "drift_report", "drift")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         for name in (*names, "common"):
@@ -48,15 +48,21 @@ def videos(modules: dict[str, ModuleType]) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
+def measures(modules: dict[str, ModuleType]) -> ModuleType:
+    """``benchmarks/drift_measured.py``."""
+    return modules["drift_measured"]
+
+
+@pytest.fixture(scope="module")
 def report(modules: dict[str, ModuleType]) -> ModuleType:
     """``benchmarks/drift_report.py``."""
     return modules["drift_report"]
 
 
-def test_kept_measures_are_known_by_code_that_is_there(report: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    version = report._version()
-    monkeypatch.setattr(report, "_MEASURES", report._MEASURES[1:])
-    assert report._version() != version
+def test_kept_measures_are_known_by_code_that_is_there(measures: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = measures._version()
+    monkeypatch.setattr(measures, "_MEASURES", measures._MEASURES[1:])
+    assert measures._version() != version
 
 
 def test_all_methods_have_the_same_prompts_and_noise(videos: ModuleType, tmp_path: Path) -> None:
@@ -112,7 +118,7 @@ def test_what_cannot_be_made_is_refused_before_anything_is(videos: ModuleType, t
             videos.missing(jobs)
 
 
-def measured(job: Any, digit: list[float], error: list[float]) -> Measured:
+def made_up(job: Any, digit: list[float], error: list[float]) -> Measured:
     """A minute of it in six chunks."""
     times = [10.0 * i for i in range(6)]
     chunks: dict[str, list[float | None]] = {"digit": list(digit), "trajectory_error": list(error)}
@@ -128,7 +134,7 @@ def test_ends_and_pairs_are_what_they_say(videos: ModuleType, report: ModuleType
     falls = {"pavdm": 0.0, "replacement": 0.1}
     errors = [0.5 + i for i in range(6)]
     found = [
-        measured(job, [1 - falls[job.variant.name] * i - 0.01 * job.number for i in range(6)], errors) for job in jobs
+        made_up(job, [1 - falls[job.variant.name] * i - 0.01 * job.number for i in range(6)], errors) for job in jobs
     ]
     result = report.result_of(found, jobs)
     rows = {row["group"]: row for row in result["groups"]}
@@ -151,14 +157,14 @@ def test_ends_and_pairs_are_what_they_say(videos: ModuleType, report: ModuleType
     assert half["paired"][0]["pairs"] == 1, "those that are there are compared"
 
 
-def test_what_was_measured_once_is_read_again(videos: ModuleType, report: ModuleType, tmp_path: Path) -> None:
+def test_what_was_measured_once_is_read_again(videos: ModuleType, measures: ModuleType, tmp_path: Path) -> None:
     (job,) = videos.jobs_of(tmp_path, videos.variants_of(["pavdm"], [], [], []), 1, 1, 1440, None)
-    one = measured(job, [1.0] * 6, [0.1] * 6)
-    report._keep(tmp_path / "a" / "one.json", "key", one)
-    assert report._read(tmp_path / "a" / "one.json", "key") == one
-    assert report._read(tmp_path / "a" / "one.json", "other code") is None
+    one = made_up(job, [1.0] * 6, [0.1] * 6)
+    measures._keep(tmp_path / "a" / "one.json", "key", one)
+    assert measures._read(tmp_path / "a" / "one.json", "key") == one
+    assert measures._read(tmp_path / "a" / "one.json", "other code") is None
     (tmp_path / "torn.json").write_text('{"key"')
-    assert report._read(tmp_path / "torn.json", "key") is None
+    assert measures._read(tmp_path / "torn.json", "key") is None
 
 
 def reference(videos: ModuleType, work: Path, name: str = "real", **changed: Any) -> Any:
@@ -200,33 +206,35 @@ def test_a_reference_of_another_codec_or_of_none_that_is_known(videos: ModuleTyp
 @pytest.fixture
 def measures_in_process(report: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads for processes, and no judge, whose training takes longer than all tests here."""
-    without = replace(report.SETTINGS, features="off", motion="off", scenes="off", digits="off")
-    monkeypatch.setattr(report, "SETTINGS", without)
-    monkeypatch.setattr(report, "ProcessPoolExecutor", lambda workers, *_, **__: ThreadPoolExecutor(workers))
+    without = replace(measures.SETTINGS, features="off", motion="off", scenes="off", digits="off")
+    monkeypatch.setattr(measures, "SETTINGS", without)
+    monkeypatch.setattr(measures, "ProcessPoolExecutor", lambda workers, *_, **__: ThreadPoolExecutor(workers))
 
 
 @pytest.mark.usefixtures("measures_in_process")
-def test_a_video_that_cannot_be_measured_costs_no_other(videos: ModuleType, report: ModuleType, tmp_path: Path) -> None:
-    jobs = videos.jobs_of(tmp_path, videos.variants_of(["real"], [], [], []), 2, 1, 24, 1)
-    for job in jobs:
-        videos._refer(job)
-    Path(jobs[0].path).write_bytes(b"no video")
-    found, failed = report.measure_all(tmp_path, jobs, 1)
-    assert [one.video for one in found] == [jobs[1].path]
-    assert list(failed) == [jobs[0].path] and "p0000-s0.mp4 is not a video" in failed[jobs[0].path]
-    assert report._kept_at(tmp_path, jobs[1]).exists() and not report._kept_at(tmp_path, jobs[0]).exists()
-    Path(jobs[1].path).write_bytes(b"is not read again")
-    assert report.measure_all(tmp_path, jobs[1:], 1) == (found, {})
-
-
-@pytest.mark.usefixtures("measures_in_process")
-def test_what_was_measured_before_a_signal_is_kept(
-    videos: ModuleType, report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_video_that_cannot_be_measured_costs_no_other(
+    videos: ModuleType, measures: ModuleType, tmp_path: Path
 ) -> None:
     jobs = videos.jobs_of(tmp_path, videos.variants_of(["real"], [], [], []), 2, 1, 24, 1)
     for job in jobs:
         videos._refer(job)
-    keep, kept = report._keep, []
+    Path(jobs[0].path).write_bytes(b"no video")
+    found, failed = measures.measure_all(tmp_path, jobs, 1)
+    assert [one.video for one in found] == [jobs[1].path]
+    assert list(failed) == [jobs[0].path] and "p0000-s0.mp4 is not a video" in failed[jobs[0].path]
+    assert measures._kept_at(tmp_path, jobs[1]).exists() and not measures._kept_at(tmp_path, jobs[0]).exists()
+    Path(jobs[1].path).write_bytes(b"is not read again")
+    assert measures.measure_all(tmp_path, jobs[1:], 1) == (found, {})
+
+
+@pytest.mark.usefixtures("measures_in_process")
+def test_what_was_measured_before_a_signal_is_kept(
+    videos: ModuleType, measures: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = videos.jobs_of(tmp_path, videos.variants_of(["real"], [], [], []), 2, 1, 24, 1)
+    for job in jobs:
+        videos._refer(job)
+    keep, kept = measures._keep, []
 
     def until_the_second(*values: Any) -> None:
         if kept:
@@ -234,23 +242,23 @@ def test_what_was_measured_before_a_signal_is_kept(
         keep(*values)
         kept.append(values[0])
 
-    monkeypatch.setattr(report, "_keep", until_the_second)
-    monkeypatch.setattr(report.multiprocessing, "active_children", list)
+    monkeypatch.setattr(measures, "_keep", until_the_second)
+    monkeypatch.setattr(measures.multiprocessing, "active_children", list)
     with pytest.raises(Stopped, match="1 of 2 videos are measured") as stop:
-        report.measure_all(tmp_path, jobs, 1)
+        measures.measure_all(tmp_path, jobs, 1)
     assert stop.value.number == signal.SIGTERM
-    assert [path for path in (report._kept_at(tmp_path, job) for job in jobs) if path.exists()] == kept
+    assert [path for path in (measures._kept_at(tmp_path, job) for job in jobs) if path.exists()] == kept
 
 
 def test_what_it_cost_is_computed_anew(
-    videos: ModuleType, report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    videos: ModuleType, measures: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (job,) = videos.jobs_of(tmp_path, videos.variants_of(["pavdm"], [], [], []), 1, 1, 1440, None)
-    monkeypatch.setattr(report, "cost_of", lambda _: {"calls_per_s": 1.0})
-    one = replace(measured(job, [1.0] * 6, [0.1] * 6), whole={"loop_score": 0.5, "calls_per_s": 1.0})
-    report._keep(tmp_path / "one.json", "key", one)
-    monkeypatch.setattr(report, "cost_of", lambda _: {"calls_per_s": 2.0})
-    assert report._read(tmp_path / "one.json", "key").whole == {"loop_score": 0.5, "calls_per_s": 2.0}
+    monkeypatch.setattr(measures, "cost_of", lambda _: {"calls_per_s": 1.0})
+    one = replace(made_up(job, [1.0] * 6, [0.1] * 6), whole={"loop_score": 0.5, "calls_per_s": 1.0})
+    measures._keep(tmp_path / "one.json", "key", one)
+    monkeypatch.setattr(measures, "cost_of", lambda _: {"calls_per_s": 2.0})
+    assert measures._read(tmp_path / "one.json", "key").whole == {"loop_score": 0.5, "calls_per_s": 2.0}
 
 
 @pytest.mark.parametrize("words", ["--prompts 0", "--seeds 0", "--seconds 0", "--seconds nan", "--shown -1"])
@@ -333,7 +341,9 @@ def test_a_process_that_is_told_to_stop_says_so(
     assert capsys.readouterr().err == f"{job.path}: stopped: nothing was finished\n"
 
 
-def test_pavdm_is_ahead_of_replacement(videos: ModuleType, report: ModuleType, tmp_path: Path) -> None:
+def test_pavdm_is_ahead_of_replacement(
+    videos: ModuleType, report: ModuleType, measures: ModuleType, tmp_path: Path
+) -> None:
     """The shipped model, which was trained for PA-VDM's levels; one held-out prompt over the border of two blocks.
 
     Twelve steps without guidance keep it short: over 4.5 seconds the nine is one in all of the frames, and in 0.21.
@@ -343,7 +353,7 @@ def test_pavdm_is_ahead_of_replacement(videos: ModuleType, report: ModuleType, t
     for job in videos.missing(jobs):
         videos._sample(job)
     assert all(videos.is_there(job) for job in jobs)
-    settings = replace(report.SETTINGS, features="off", motion="off", scenes="off")
+    settings = replace(measures.SETTINGS, features="off", motion="off", scenes="off")
     found = [measure(job.path, settings) for job in jobs]
     rows = {row["group"]: row for row in report.result_of(found, jobs)["groups"]}
     assert rows["pavdm"]["cpu_s_per_s"] > 0 and rows["pavdm"]["latents_per_s"] > 0
