@@ -13,7 +13,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
 from drift_videos import Job, is_there
 
@@ -100,7 +102,7 @@ def _measured(path: str) -> Measured | str:
 
 
 def _kept_at(work: Path, job: Job) -> Path:
-    return work / "measured" / job.variant.name / f"{Path(job.path).stem}.json"
+    return work / "measured" / job.variant.name / f"{Path(job.path).stem}.npz"
 
 
 def _version() -> str:
@@ -126,22 +128,25 @@ def _key(job: Job, code: str) -> str:
 def _keep(file: Path, key: str, measured: Measured) -> None:
     cost = cost_of(sidecar_of(measured.video))
     whole = {name: value for name, value in measured.whole.items() if name not in cost}
+    values = json.dumps(replace(measured, whole=whole).as_json())
+    features = {} if measured.features is None else {"features": measured.features.astype(np.float32)}
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(file, "w") as written:
-        json.dump({"key": key, "measured": replace(measured, whole=whole).as_json()}, written)
+    with atomic_write(file, "wb") as written:
+        np.savez(written, key=np.array(key), measured=np.array(values), **features)
 
 
 def _read(file: Path, key: str) -> Measured | None:
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
+        with np.load(file, allow_pickle=False) as content:
+            if str(content["key"]) != key:
+                return None
+            values = json.loads(str(content["measured"]))
+            features = content["features"].astype(np.float64) if "features" in content else None
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
-    if not isinstance(content, dict) or content.get("key") != key:
-        return None
-    values = content["measured"]
     drift = {
         name: Drift(**{field: one[field] for field in Drift.__dataclass_fields__})
         for name, one in values["drift"].items()
     }
     whole = values["whole"] | cost_of(sidecar_of(values["video"]))
-    return Measured(**{**values, "drift": drift, "whole": whole})
+    return Measured(**{**values, "drift": drift, "whole": whole, "features": features})

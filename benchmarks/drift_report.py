@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from pavdm_dist.digits.prompts import parse_prompt
 from pavdm_dist.evaluate.command import write_report
 from pavdm_dist.evaluate.drift import mean_interval
+from pavdm_dist.evaluate.features import frechet_distance
 from pavdm_dist.evaluate.measured import Measured
 from pavdm_dist.evaluate.page import MOMENTS, moments, page, side_by_side
 from pavdm_dist.evaluate.plots import overview, plots
@@ -160,10 +161,24 @@ def _group_row(
         row |= {f"{name}_slope": slope.get("slope"), f"{name}_low": slope.get("low"), f"{name}_high": slope.get("high")}
     row["motion"] = motion
     row["motion_over_real"] = motion / real if motion is not None and real else None
+    row["frechet_distance_eff"] = None if group == "real" else _distance(own, videos)
     for name in ("dynamic_degree", "calls_per_s", "latents_per_s"):
         row[name] = _mean([video.whole.get(name) for video in own])
     row["cpu_s_per_s"] = _mean([_cpu(video) for video in own])
     return row
+
+
+def _distance(own: Sequence[Measured], videos: Sequence[Measured]) -> float | None:
+    """Frechet distance of all half seconds of a group to all those of the real scenes of the same prompts."""
+    prompts = {video.prompt for video in own}
+    real = [video.features for video in videos if video.group == "real" and video.prompt in prompts]
+    found, reference = (
+        [features for features in features_of if features is not None]
+        for features_of in ([video.features for video in own], real)
+    )
+    if not found or not reference:
+        return None
+    return frechet_distance(np.concatenate(found), np.concatenate(reference))
 
 
 def _cpu(video: Measured) -> float | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from needs import needs
@@ -21,6 +22,7 @@ from needs import needs
 from pavdm_dist.commands.signals import ENDING, Stopped
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.evaluate.drift import drift_of
+from pavdm_dist.evaluate.features import frechet_distance
 from pavdm_dist.evaluate.measured import Measured, measure
 
 needs("draws handwritten digits", "sklearn")
@@ -160,11 +162,31 @@ def test_ends_and_pairs_are_what_they_say(videos: ModuleType, report: ModuleType
 def test_what_was_measured_once_is_read_again(videos: ModuleType, measures: ModuleType, tmp_path: Path) -> None:
     (job,) = videos.jobs_of(tmp_path, videos.variants_of(["pavdm"], [], [], []), 1, 1, 1440, None)
     one = made_up(job, [1.0] * 6, [0.1] * 6)
-    measures._keep(tmp_path / "a" / "one.json", "key", one)
-    assert measures._read(tmp_path / "a" / "one.json", "key") == one
-    assert measures._read(tmp_path / "a" / "one.json", "other code") is None
-    (tmp_path / "torn.json").write_text('{"key"')
-    assert measures._read(tmp_path / "torn.json", "key") is None
+    file = tmp_path / "a" / "one.npz"
+    measures._keep(file, "key", one)
+    assert measures._read(file, "key") == one
+    assert measures._read(file, "other code") is None
+    features = np.random.default_rng(0).normal(size=(120, 8))
+    measures._keep(file, "key", replace(one, features=features))
+    assert measures._read(file, "key").features == pytest.approx(features, rel=1e-6)
+    for length in (0, 10, file.stat().st_size - 10):
+        (tmp_path / "torn.npz").write_bytes(file.read_bytes()[:length])
+        assert measures._read(tmp_path / "torn.npz", "key") is None
+
+
+def test_the_distance_to_real_scenes_is_over_all_videos_of_a_group(
+    videos: ModuleType, report: ModuleType, tmp_path: Path
+) -> None:
+    jobs = videos.jobs_of(tmp_path, videos.variants_of(["real", "pavdm"], [], [], []), 2, 1, 1440, None)
+    rng = np.random.default_rng(0)
+    features = {job: rng.normal(job.variant.name == "pavdm", 1, size=(40, 6)) for job in jobs}
+    found = [replace(made_up(job, [1.0] * 6, [0.1] * 6), features=features[job]) for job in jobs]
+    rows = {row["group"]: row for row in report.result_of(found, jobs)["groups"]}
+    real, made = (
+        np.concatenate([own for job, own in features.items() if job.variant.name == name]) for name in ("real", "pavdm")
+    )
+    assert rows["pavdm"]["frechet_distance_eff"] == pytest.approx(frechet_distance(made, real)) and len(made) == 80
+    assert rows["real"]["frechet_distance_eff"] is None
 
 
 def reference(videos: ModuleType, work: Path, name: str = "real", **changed: Any) -> Any:
@@ -256,9 +278,9 @@ def test_what_it_cost_is_computed_anew(
     (job,) = videos.jobs_of(tmp_path, videos.variants_of(["pavdm"], [], [], []), 1, 1, 1440, None)
     monkeypatch.setattr(measures, "cost_of", lambda _: {"calls_per_s": 1.0})
     one = replace(made_up(job, [1.0] * 6, [0.1] * 6), whole={"loop_score": 0.5, "calls_per_s": 1.0})
-    measures._keep(tmp_path / "one.json", "key", one)
+    measures._keep(tmp_path / "one.npz", "key", one)
     monkeypatch.setattr(measures, "cost_of", lambda _: {"calls_per_s": 2.0})
-    assert measures._read(tmp_path / "one.json", "key").whole == {"loop_score": 0.5, "calls_per_s": 2.0}
+    assert measures._read(tmp_path / "one.npz", "key").whole == {"loop_score": 0.5, "calls_per_s": 2.0}
 
 
 @pytest.mark.parametrize("words", ["--prompts 0", "--seeds 0", "--seconds 0", "--seconds nan", "--shown -1"])

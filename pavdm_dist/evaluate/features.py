@@ -86,8 +86,9 @@ def subject_consistency(features: Floats, start: Floats | None = None) -> Floats
 def frechet_distance(one: Floats, other: Floats) -> float:
     """Squared Frechet distance of Gaussians fitted to two sets ``[n, d]`` of features, n at least 2."""
     apart = float(((one.mean(0) - other.mean(0)) ** 2).sum())
-    # tr(sqrt(A B)) is the sum of the singular values of X Y^T, where A = X^T X and B = Y^T Y: no d-by-d matrix is made.
-    left, right = _scaled(one), _scaled(other)
+    # tr(sqrt(A B)) is the sum of the singular values of X Y^T, where A = X^T X and B = Y^T Y. X and Y stand for their
+    # triangular factors, which have the same products and no more rows than a feature has numbers, nor than pictures.
+    left, right = np.linalg.qr(_scaled(one), "r"), np.linalg.qr(_scaled(other), "r")
     shared = float(np.linalg.svd(left @ right.T, compute_uv=False).sum())
     return apart + float((left**2).sum() + (right**2).sum()) - 2 * shared
 
