@@ -129,10 +129,10 @@ def _keep(file: Path, key: str, measured: Measured) -> None:
     cost = cost_of(sidecar_of(measured.video))
     whole = {name: value for name, value in measured.whole.items() if name not in cost}
     values = json.dumps(replace(measured, whole=whole).as_json())
-    features = {} if measured.features is None else {"features": measured.features.astype(np.float32)}
+    features = np.empty(0) if measured.features is None else measured.features
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(file, "wb") as written:
-        np.savez(written, key=np.array(key), measured=np.array(values), **features)
+        np.savez(written, key=np.array(key), measured=np.array(values), features=features.astype(np.float32))
 
 
 def _read(file: Path, key: str) -> Measured | None:
@@ -141,7 +141,7 @@ def _read(file: Path, key: str) -> Measured | None:
             if str(content["key"]) != key:
                 return None
             values = json.loads(str(content["measured"]))
-            features = content["features"].astype(np.float64) if "features" in content else None
+            features = content["features"].astype(np.float64)
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
     drift = {
@@ -149,4 +149,4 @@ def _read(file: Path, key: str) -> Measured | None:
         for name, one in values["drift"].items()
     }
     whole = values["whole"] | cost_of(sidecar_of(values["video"]))
-    return Measured(**{**values, "drift": drift, "whole": whole, "features": features})
+    return Measured(**{**values, "drift": drift, "whole": whole, "features": features if features.size else None})

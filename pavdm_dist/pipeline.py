@@ -39,6 +39,7 @@ from pavdm_dist.request.video_request import VideoRequest
 from pavdm_dist.values.arguments import check_names
 
 if TYPE_CHECKING:
+    from pavdm_dist.engine.inline import InlineEngine
     from pavdm_dist.engine.ray_engine import RayEngine
 
 logger = logging.getLogger(__name__)
@@ -330,8 +331,7 @@ class PAVDMPipeline:
 
         if isinstance(self._computes, InProcess):
             on_step = None if callback_on_step_end is None else partial(self._step_callback, callback_on_step_end)
-            load = partial(self._computes.load, self.checkpoint.transformer, self._frames)
-            finished = self._engines.inline(load).run(built, on_grown, failed, on_step)
+            finished = self._engines.inline(self._load).run(built, on_grown, failed, on_step)
         elif callback_on_step_end is not None:
             raise ConfigError("callback_on_step_end needs num_stages=0: steps end on the stages, not here")
         else:
@@ -439,6 +439,10 @@ class PAVDMPipeline:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _load(self) -> InlineEngine:
+        assert isinstance(self._computes, InProcess)
+        return self._computes.load(self.checkpoint.transformer, self._frames)
 
     def _step_callback(self, on_step: Callable[..., Any], stream: Stream) -> StepCallback:
         levels = stream.schedule.levels

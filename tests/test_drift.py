@@ -226,7 +226,7 @@ def test_a_reference_of_another_codec_or_of_none_that_is_known(videos: ModuleTyp
 
 
 @pytest.fixture
-def measures_in_process(report: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def measures_in_process(measures: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads for processes, and no judge, whose training takes longer than all tests here."""
     without = replace(measures.SETTINGS, features="off", motion="off", scenes="off", digits="off")
     monkeypatch.setattr(measures, "SETTINGS", without)

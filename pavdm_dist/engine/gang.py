@@ -24,8 +24,11 @@ class Gang(Protocol):
         frames_per_latent: of the decoder, in the middle of a video.
     """
 
-    keep: int
-    frames_per_latent: int
+    @property
+    def keep(self) -> int: ...
+
+    @property
+    def frames_per_latent(self) -> int: ...
 
     @property
     def decodes(self) -> bool: ...

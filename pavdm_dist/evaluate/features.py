@@ -88,7 +88,7 @@ def frechet_distance(one: Floats, other: Floats) -> float:
     apart = float(((one.mean(0) - other.mean(0)) ** 2).sum())
     # tr(sqrt(A B)) is the sum of the singular values of X Y^T, where A = X^T X and B = Y^T Y. X and Y stand for their
     # triangular factors, which have the same products and no more rows than a feature has numbers, nor than pictures.
-    left, right = np.linalg.qr(_scaled(one), "r"), np.linalg.qr(_scaled(other), "r")
+    left, right = np.linalg.qr(_scaled(one)).R, np.linalg.qr(_scaled(other)).R
     shared = float(np.linalg.svd(left @ right.T, compute_uv=False).sum())
     return apart + float((left**2).sum() + (right**2).sum()) - 2 * shared
 
