@@ -441,7 +441,7 @@ def test_a_marker_drains_the_farm(model: Path, tmp_path: Path) -> None:
 def test_bad_input_is_one_sentence_before_anything_is_written(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
+    out, devices = tmp_path / "out", ["cluster.devices=2"]
     cases = [
         ([{"prompt": "a", "overrides": {"model": "x"}}], [], r"line 1: overrides: model is not a shot's to change"),
         ([{"prompt": "a", "overrides": {"mode": "sideways"}}], [], r"line 1: overrides: mode=sideways: must be"),
@@ -452,6 +452,8 @@ def test_bad_input_is_one_sentence_before_anything_is_written(
         ([{"prompt": "a", "video": "none.mp4"}], [], r"line 1: video=\S+none.mp4: no such file"),
         ([{"prompt": "a"}], ["prompt=b"], r"prompt=b: is a shot's own; write it into the manifest"),
         ([{"prompt": "a"}], ["farm.renderers=2"], r"farm.renderers=2: without stages this process is the only one"),
+        ([{"prompt": "a"}], [*devices, "cluster.chart=a.png"], r"cluster.chart=a.png: .* pavdm plan draws one"),
+        ([{"prompt": "a"}], [*devices, "cluster.videos=3"], r"cluster.videos=3: the manifest says how many; leave"),
         ([{"prompt": "a"}], ["farm.trace=true"], r"farm.trace=true: without stages there is nothing to trace"),
         ([{"prompt": "a"}], ["farm.rederers=2"], r"farm: no such key 'rederers', did you mean renderers"),
     ]  # fmt: skip

@@ -64,6 +64,12 @@ def validate_farm(config: FarmConfig) -> None:
     validate_sample(config, needs_prompt=False)
     if config.streams > 1 and not config.num_stages:
         raise ConfigError(f"streams={config.streams}: without stages videos are made one after another; set num_stages")
+    if config.cluster.chart is not None:
+        raise ConfigError(
+            f"cluster.chart={config.cluster.chart}: shots of every kind have a plan of their own; pavdm plan draws one"
+        )
+    if config.cluster.videos != defaults.cluster.videos:
+        raise ConfigError(f"cluster.videos={config.cluster.videos}: the manifest says how many; leave it out")
     if config.farm.plan and config.cluster.devices is None:
         raise ConfigError("farm.plan=true: the planner needs to know of devices; set cluster.devices=N")
     if config.farm.plan and (config.farm.renderers is not None or config.layers_per_stage is not None):
