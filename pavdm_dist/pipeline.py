@@ -183,23 +183,23 @@ class PAVDMPipeline:
         return self
 
     def _use(self, dtype: str | torch.dtype, device: str | torch.device) -> None:
-        """Settles where what is computed, and refuses what cannot be; nothing is loaded yet."""
-        self.close()
-        self._wanted = dtype, device
+        """Settles where what is computed, and refuses what cannot be, which changes nothing; nothing is loaded yet."""
         transformer = self.checkpoint.transformer
+        computes: InProcess | EngineOptions
         if self._options is None:
-            here = InProcess.chosen(
+            computes = InProcess.chosen(
                 transformer, device, dtype, self._decoder, self._decoder_dtype, self.threads_per_stage
             )
-            self._computes, self._weights, self.device_name = here, here.dtype, device_model(here.device)
-            if str(here.decoder_device) != self.checkpoint.codec_device:
-                self.checkpoint = replace(self.checkpoint, codec_device=str(here.decoder_device))
-            self._tell(idle_gpus(on_stages=False) if here.device.type == "cpu" else "")
-            return
-        self.engine = self._computes = self._options.on(str(device), str(dtype).removeprefix("torch."))
-        self.device_name = self.engine.device
-        self._weights = named_dtype(self.engine.dtype, torch.device(self.engine.device), transformer)
-        self._tell(idle_gpus(on_stages=True) if self.engine.device == "cpu" else "")
+            weights, name, on_stages = computes.dtype, device_model(computes.device), False
+            if str(computes.decoder_device) != self.checkpoint.codec_device:
+                self.checkpoint = replace(self.checkpoint, codec_device=str(computes.decoder_device))
+        else:
+            computes = self._options.on(str(device), str(dtype).removeprefix("torch."))
+            weights = named_dtype(computes.dtype, torch.device(computes.device), transformer)
+            self.engine, name, on_stages = computes, computes.device, True
+        self.close()
+        self._wanted, self._computes, self._weights, self.device_name = (dtype, device), computes, weights, name
+        self._tell(idle_gpus(on_stages) if computes.computed_on["device"] == "cpu" else "")
 
     def _tell(self, idle: str) -> None:
         """Says once what device=auto leaves idle."""

@@ -90,6 +90,14 @@ def test_this_process_samples_in_the_type_it_is_told(model: Path) -> None:
     assert pipeline.to("cpu") is pipeline
 
 
+@pytest.mark.parametrize("num_stages", [0, 2])
+def test_what_was_refused_is_not_kept(model: Path, num_stages: int) -> None:
+    pipeline = PAVDMPipeline(Checkpoint.open(model), num_stages, device="cpu")
+    with pytest.raises(ConfigError, match="device=cuda:99: "):
+        pipeline.to("cuda:99")
+    assert pipeline.to(torch.bfloat16).dtype_name == "bfloat16" and pipeline.computed_on["device"] == "cpu"
+
+
 def test_the_codec_has_a_type_of_its_own(model: Path) -> None:
     checkpoint = Checkpoint.open(model)
     pipelines = [PAVDMPipeline(checkpoint, device="cpu", decoder_dtype=name) for name in ("float32", "bfloat16")]

@@ -174,19 +174,32 @@ def test_what_was_measured_once_is_read_again(videos: ModuleType, measures: Modu
         assert measures._read(tmp_path / "torn.npz", "key") is None
 
 
-def test_the_distance_to_real_scenes_is_over_all_videos_of_a_group(
+def test_the_distance_to_real_scenes_is_over_what_both_have(
     videos: ModuleType, report: ModuleType, tmp_path: Path
 ) -> None:
-    jobs = videos.jobs_of(tmp_path, videos.variants_of(["real", "pavdm"], [], [], []), 2, 1, 1440, None)
-    rng = np.random.default_rng(0)
-    features = {job: rng.normal(job.variant.name == "pavdm", 1, size=(40, 6)) for job in jobs}
-    found = [replace(made_up(job, [1.0] * 6, [0.1] * 6), features=features[job]) for job in jobs]
-    rows = {row["group"]: row for row in report.result_of(found, jobs)["groups"]}
-    real, made = (
-        np.concatenate([own for job, own in features.items() if job.variant.name == name]) for name in ("real", "pavdm")
-    )
-    assert rows["pavdm"]["frechet_distance_eff"] == pytest.approx(frechet_distance(made, real)) and len(made) == 80
-    assert rows["real"]["frechet_distance_eff"] is None
+    jobs = videos.jobs_of(tmp_path, videos.variants_of(["real", "codec", "pavdm"], [], [], []), 3, 1, 1440, None)
+    rng, found, lasts = np.random.default_rng(0), {}, {"real": 40, "codec": 9, "pavdm": 40}
+    for job in jobs:
+        features = rng.normal(job.variant.name == "pavdm", 1, size=(lasts[job.variant.name], 6))
+        video = made_up(job, [1.0] * 6, [0.1] * 6)
+        found[job.variant.name, job.number] = replace(
+            video, prompt=f"a red {('one', 'two', 'three')[job.number]} drifting up", features=features
+        )
+    # One made video is without features, and the scene of another could not be measured.
+    found["pavdm", 0] = replace(found["pavdm", 0], features=None)
+    del found["real", 1]
+    rows = {row["group"]: row for row in report.result_of(list(found.values()), jobs)["groups"]}
+    expected = {
+        "pavdm": frechet_distance(found["pavdm", 2].features, found["real", 2].features),
+        "codec": frechet_distance(
+            np.concatenate([found["codec", number].features for number in (0, 2)]),
+            np.concatenate([found["real", number].features[:9] for number in (0, 2)]),
+        ),
+        "real": None,
+    }
+    assert {name: row["frechet_distance_eff"] for name, row in rows.items()} == pytest.approx(expected)
+    short = [replace(video, features=video.features[:1]) for video in (found["real", 2], found["pavdm", 2])]
+    assert [row["frechet_distance_eff"] for row in report.result_of(short, jobs)["groups"]] == [None, None]
 
 
 def reference(videos: ModuleType, work: Path, name: str = "real", **changed: Any) -> Any:

@@ -200,7 +200,7 @@ def test_a_stage_that_freezes_alone_is_noticed(ray_cluster: None, model: Path) -
         run = engine.run([tiny_stream(0, num_chunks=4000)])
         next(run)
         with (
-            _stopped(engine._gang._crew.places[0].pid),
+            _stopped(engine._gang._cast.places[0].pid),
             pytest.raises(EngineError, match=r"stage 0 of 1 .* does not answer"),
         ):
             list(run)
@@ -214,8 +214,8 @@ def test_a_decoder_that_ends_is_noticed(ray_cluster: None, model: Path, fate: st
     with _engine(model, link_timeout_s=2, max_restarts=0) as engine:
         run = engine.run([tiny_stream(0, num_chunks=4000)])
         next(run)
-        assert engine._gang._crew.decoding is not None and engine._gang._crew.decoding.place is not None
-        pid = engine._gang._crew.decoding.place.pid
+        assert engine._gang._cast.decoding is not None and engine._gang._cast.decoding.place is not None
+        pid = engine._gang._cast.decoding.place.pid
         if fate == "dies":
             os.kill(pid, signal.SIGKILL)
             with pytest.raises(EngineError, match=r"the decode actor \(.*\) died: .* \(1 times in a row\)"):

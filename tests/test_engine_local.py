@@ -41,7 +41,7 @@ def sampled_in(mode: Mode) -> tuple[list[Stream], list[list[CleanChunk]]]:
 
 
 # Every number of stages and of streams in flight in each mode; with -m slow all pairs of them.
-PAIRS = ((1, 2), (2, 3), (3, 1), (4, 2))
+PAIRS = ((1, 2), (2, 1), (3, 2), (4, 1), (4, 3))
 
 
 @pytest.mark.parametrize(

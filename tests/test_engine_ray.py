@@ -257,7 +257,7 @@ def test_a_killed_stage_ends_the_run_quickly(ray_cluster: None, folder: Path, vi
     with RayEngine(str(folder), _cut(2), EngineOptions(2, max_restarts=0)) as engine:
         import ray
 
-        pid = ray.get(engine._gang._crew.stages[victim].where.remote()).pid
+        pid = ray.get(engine._gang._cast.stages[victim].where.remote()).pid
         run = engine.run([stream])
         next(run)
         os.kill(pid, signal.SIGKILL)
@@ -274,7 +274,7 @@ def test_a_frozen_stage_is_noticed_by_its_peer(ray_cluster: None, folder: Path) 
     with RayEngine(str(folder), _cut(2), EngineOptions(2, link_timeout_s=3, max_restarts=0)) as engine:
         import ray
 
-        pid = ray.get(engine._gang._crew.stages[1].where.remote()).pid
+        pid = ray.get(engine._gang._cast.stages[1].where.remote()).pid
         run = engine.run([stream])
         next(run)
         os.kill(pid, signal.SIGSTOP)
@@ -307,7 +307,7 @@ def test_what_actors_log_is_told_with_their_stage(
 
     engine = gang(2)
     engine._gang._lines = lines.Listener()  # that of an earlier test has asked a moment ago
-    stages = list(engine._gang._crew.stages)
+    stages = list(engine._gang._cast.stages)
     ray.get([stage.__ray_call__.remote(say) for stage in stages])
     places = [ray.get(stage.where.remote()).pid for stage in stages]
     with caplog.at_level(logging.INFO, "pavdm_dist"):

@@ -51,15 +51,15 @@ def test_actors_get_the_drivers_environment_and_keep_its_secret(
     monkeypatch.setenv("https_proxy", "http://user:word@proxy:3128")
     monkeypatch.setenv("SOME_OTHER", "1")
     with RayEngine(str(model / "transformer"), [(0, 2), (2, 4)], EngineOptions(2), light_frames(model)) as engine:
-        assert engine._gang._crew.decoding is not None
-        for actor in (*engine._gang._crew.stages, engine._gang._crew.decoding.actor):
+        assert engine._gang._cast.decoding is not None
+        for actor in (*engine._gang._cast.stages, engine._gang._cast.decoding.actor):
             seen = _seen(actor)
             assert seen["cache"] == str(tmp_path / "hub") and seen["token"] == SECRET
             assert seen["NCCL_DEBUG"] == "WARN" and seen["https_proxy"] and "SOME_OTHER" not in seen
-        first, node = engine._gang._crew.stages[0], ray.util.get_node_ip_address()
+        first, node = engine._gang._cast.stages[0], ray.util.get_node_ip_address()
         interface = _seen(first)["GLOO_SOCKET_IFNAME"]
         assert node in [entry.address for entry in psutil.net_if_addrs()[interface]]
-        sockets = psutil.Process(engine._gang._crew.places[0].pid).net_connections("tcp")
+        sockets = psutil.Process(engine._gang._cast.places[0].pid).net_connections("tcp")
         listening = [socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN]
         # One port is Ray's own; the others are the rendezvous store's and gloo's.
         assert listening.count(node) >= len(listening) - 1 >= 2, listening

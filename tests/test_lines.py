@@ -103,7 +103,7 @@ def test_a_gang_listens_while_it_is_polled_and_once_more_at_its_end(monkeypatch:
     monkeypatch.setattr(ray, "kill", lambda _: None)
     gang, told = gang_of(Time(monkeypatch)), list[str]()
     said = iter([[Line(logging.WARNING, "pavdm_dist.x", text, None)] for text in ("first", "last")])
-    gang._crew.stages = [Threads(SimpleNamespace(where=lambda: None, said=lambda: next(said)))]
+    gang._cast.stages = [Threads(SimpleNamespace(where=lambda: None, said=lambda: next(said)))]
     monkeypatch.setattr(lines, "tell", lambda found, speaker: told.extend(f"{speaker.name}: {x.text}" for x in found))
     while not told:
         gang.poll(0.01)

@@ -267,14 +267,14 @@ def _outlives_a_node(model: Path, stages: int, comes_back: bool, options: dict[s
     limits = {"node_wait_s": 60 if comes_back else 1, "backlog_bytes": 1, **options}
     restart.SETTLING_S = 60.0  # a busy machine takes its time to end what was lost
     with _nodes(2, 1) as nodes, _engine(model, stages, **limits) as engine, ThreadPoolExecutor() as pool:
-        assert engine._gang._crew.placement is not None and engine._gang._crew.decoding is not None
-        *_, last, decoder = _nodes_of(engine._gang._crew.placement)
+        assert engine._gang._cast.placement is not None and engine._gang._cast.decoding is not None
+        *_, last, decoder = _nodes_of(engine._gang._cast.placement)
         assert decoder == nodes[1].node_id and (last == decoder) == (not options)
-        placed, make = list[Placement](), engine._gang._crew.new_decoder
-        engine._gang._crew.new_decoder = lambda place: placed.append(place) or make(place)  # type: ignore[method-assign,func-returns-value]
+        placed, make = list[Placement](), engine._gang._cast._new_decoder
+        engine._gang._cast._new_decoder = lambda place: placed.append(place) or make(place)  # type: ignore[method-assign,func-returns-value]
         consumer = pool.submit(consume, engine)
         assert started.wait(60)
-        process, waiting = _decoder(engine).pid, engine._gang._crew.decoding
+        process, waiting = _decoder(engine).pid, engine._gang._cast.decoding
         _until(lambda: bool(waiting.awaited))
         _cluster.remove_node(nodes[1], allow_graceful=False)  # its processes are killed
         os.kill(process, signal.SIGKILL)  # what is stopped does not end with its node
@@ -283,15 +283,15 @@ def _outlives_a_node(model: Path, stages: int, comes_back: bool, options: dict[s
             _cluster.add_node(num_cpus=1)
         consumer.result()
         # One loss, one restart, and no other decoder before: what Ray still counts is not placed on.
-        found = engine.generation, len(engine._gang._crew.places), len(placed)
+        found = engine.generation, len(engine._gang._cast.places), len(placed)
         assert found == (2, left, 0), found  # said: this runs in a process beside
     expected = reference_chunks(tiny_model(), stream)
     assert all(torch.equal(mine, clean.latents) for mine, clean in zip(latents, expected, strict=True))
 
 
 def _decoder(engine: RayEngine) -> Place:
-    assert engine._gang._crew.decoding is not None and engine._gang._crew.decoding.place is not None
-    return engine._gang._crew.decoding.place
+    assert engine._gang._cast.decoding is not None and engine._gang._cast.decoding.place is not None
+    return engine._gang._cast.decoding.place
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from threaded import Threads, futures_for_references
 
 from pavdm_dist.engine import blame, decoding, ray_gang
 from pavdm_dist.engine.blame import control_results, stage_actors
-from pavdm_dist.engine.crew import Crew
+from pavdm_dist.engine.cast import Cast
 from pavdm_dist.engine.decoding import Decoding
 from pavdm_dist.engine.events import DecoderLost, GangLost, Place
 from pavdm_dist.engine.lines import Listener
@@ -38,9 +38,9 @@ def gang_of(time: Time, decoder: Decoding | None = None) -> RayGang:
     gang = RayGang.__new__(RayGang)
     gang._options = EngineOptions(1, link_timeout_s=LIMIT_S)
     stage = Threads(SimpleNamespace(where=lambda: None, said=list))
-    gang._crew = Crew("", [(0, 1)], gang._options, None)
-    gang._crew.stages, gang._crew.places, gang._crew.decoding = [stage], [Place("10.0.0.1", 11)], decoder
-    gang._crew.loops, gang._taking, gang._taking_left, gang._lines = [Future[Any]()], Future[Any](), {}, Listener()
+    gang._cast = Cast("", [(0, 1)], gang._options, None)
+    gang._cast.stages, gang._cast.places, gang._cast.decoding = [stage], [Place("10.0.0.1", 11)], decoder
+    gang._cast.loops, gang._taking, gang._taking_left, gang._lines = [Future[Any]()], Future[Any](), {}, Listener()
     gang._events, gang._told, gang._left, gang._preparing = deque(), deque(), {}, {}
     gang._sealed, gang._done, gang._moved, gang._last = 0, -1, time.now, None
     gang._pauses = Pauses(LIMIT_S, ray_gang.FREEZE_MARGIN_S, lambda: time.now)

@@ -43,9 +43,9 @@ def _engine(model: Path, stages: int, decoder: bool = True, **options: object) -
 
 def _place(engine: RayEngine, victim: int | str) -> Place:
     if isinstance(victim, int):
-        return engine._gang._crew.places[victim]
-    assert engine._gang._crew.decoding is not None and engine._gang._crew.decoding.place is not None
-    return engine._gang._crew.decoding.place
+        return engine._gang._cast.places[victim]
+    assert engine._gang._cast.decoding is not None and engine._gang._cast.decoding.place is not None
+    return engine._gang._cast.decoding.place
 
 
 def _streams(mode: Mode) -> list[Stream]:
@@ -162,7 +162,7 @@ def test_fewer_stages_go_on_where_there_is_no_room_for_as_many(ray_cluster: None
             os.kill(_place(engine, 0).pid, signal.SIGKILL)
 
         finished = _run(engine, streams, {5: strike})
-        assert ray.get(others[0].is_here.remote()) and engine.generation == 2 and len(engine._gang._crew.places) == 1
+        assert ray.get(others[0].is_here.remote()) and engine.generation == 2 and len(engine._gang._cast.places) == 1
         ray.kill(others[0])
     _check(model, finished, streams, frames=False)
 

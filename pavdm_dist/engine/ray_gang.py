@@ -5,7 +5,6 @@ Knows streams only as far as it hands them on; what becomes of them is the drive
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor
 from pavdm_dist.cluster.room import is_gone
 from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.blame import control_results, frozen, lost, video_error
-from pavdm_dist.engine.crew import Crew
+from pavdm_dist.engine.cast import Cast
 from pavdm_dist.engine.events import EpochDone, Event, Left, Prepared, Shift
 from pavdm_dist.engine.lines import Listener
 from pavdm_dist.engine.options import EngineOptions
@@ -27,8 +26,6 @@ from pavdm_dist.engine.watchdog import Pauses
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import CleanChunk
 from pavdm_dist.models.source import Source
-
-logger = logging.getLogger(__name__)
 
 # How long stages may take to say what they did last.
 ANSWER_S = 0.5
@@ -71,7 +68,7 @@ class RayGang:
     ) -> None:
         self.decoded: list[DecodeSpan] = []
         self._options = options
-        self._crew = Crew(source, blocks, options, codec)
+        self._cast = Cast(source, blocks, options, codec)
         self._preparing: dict[int, tuple[list[Any], float]] = {}
         self._events: deque[Event] = deque()
         # What the last stage told; of streams with cached context other stages' parts, asked for once there is one.
@@ -83,86 +80,85 @@ class RayGang:
         self._pauses = Pauses(options.link_timeout_s, FREEZE_MARGIN_S)
         self._lines = Listener()
         try:
-            self._crew.bring_up(generation, given_up, stream, kernels or {})
+            self._cast.bring_up(generation, given_up, stream, kernels or {})
+            self._taking = self._cast.stages[-1].take.remote()
         except BaseException:
             self.close()
             raise
-        self._taking = self._crew.stages[-1].take.remote()
 
     @property
     def devices(self) -> list[str]:
         """Models of what the stages compute on."""
-        return sorted({place.device for place in self._crew.places})
+        return sorted({place.device for place in self._cast.places})
 
     @property
     def relative_error(self) -> float | None:
-        return self._crew.relative_error
+        return self._cast.relative_error
 
     @property
     def kernels(self) -> dict[str, str]:
-        return self._crew.kernels
+        return self._cast.kernels
 
     @property
     def keep(self) -> int:
-        return self._crew.keep
+        return self._cast.keep
 
     @property
     def frames_per_latent(self) -> int:
-        return self._crew.frames_per_latent
+        return self._cast.frames_per_latent
 
     @property
     def decodes(self) -> bool:
-        return self._crew.decoding is not None
+        return self._cast.decoding is not None
 
     def prepare(self, stream: Stream, warm: Tensor | None) -> None:
         import ray
 
-        if self._crew.decoding is not None:
-            self._crew.decoding.open(stream.id, warm)
+        if self._cast.decoding is not None:
+            self._cast.decoding.open(stream.id, warm)
         if stream.is_sampled:
             self._events.append(Prepared(stream.id))
             return
         if stream.plan.context == "cached" and not self._taking_left:
-            self._taking_left = {rank: stage.take.remote() for rank, stage in enumerate(self._crew.stages[:-1])}
+            self._taking_left = {rank: stage.take.remote() for rank, stage in enumerate(self._cast.stages[:-1])}
         try:
             shared = ray.put(stream)
         except ray.exceptions.RayError as error:
-            raise lost(self._crew.loops, self._crew.places, error) from error
-        self._preparing[stream.id] = [stage.prepare.remote(shared) for stage in self._crew.stages], time.monotonic()
+            raise lost(self._cast.loops, self._cast.places, error) from error
+        self._preparing[stream.id] = [stage.prepare.remote(shared) for stage in self._cast.stages], time.monotonic()
 
     def seal(self, epoch: int, entry: LogEntry) -> None:
         if self._done == self._sealed:
             self._moved = time.monotonic()  # nothing was to be done so far
         self._sealed = epoch
-        for stage in self._crew.stages:
+        for stage in self._cast.stages:
             stage.seal.remote(epoch, entry)
 
     def renew_decoder(self, warm: Mapping[int, Tensor | None]) -> None:
         import ray
         from ray.util.placement_group import placement_group_table
 
-        assert self._crew.decoding is not None and self._crew.placement is not None
+        assert self._cast.decoding is not None and self._cast.placement is not None
         try:
-            table = placement_group_table(self._crew.placement.group)
-            node = table["bundles_to_node_id"].get(self._crew.placement.decoder, "")
+            table = placement_group_table(self._cast.placement.group)
+            node = table["bundles_to_node_id"].get(self._cast.placement.decoder, "")
             gone = table["state"] != "CREATED" or is_gone(node, self._options.ray_address)
         except ray.exceptions.RayError as error:
-            raise lost(self._crew.loops, self._crew.places, error) from error
+            raise lost(self._cast.loops, self._cast.places, error) from error
         if gone:  # where Ray counts it still, another actor would wait there for as long as one may take to come up
             cause = "its node was removed"
-            raise self._crew.decoding.gone(cause)
-        ray.kill(self._crew.decoding.actor)
-        self._crew.decoding = self._crew.new_decoder(self._crew.placement)
+            raise self._cast.decoding.gone(cause)
+        decoding = self._cast.renew_decoder()
         for stream, latents in warm.items():
-            self._crew.decoding.open(stream, latents)
+            decoding.open(stream, latents)
 
     def decode(self, stream: int, clean: CleanChunk) -> None:
-        assert self._crew.decoding is not None
-        self._crew.decoding.decode(stream, clean)
+        assert self._cast.decoding is not None
+        self._cast.decoding.decode(stream, clean)
 
     def forget(self, stream: int) -> None:
-        if self._crew.decoding is not None:
-            self._crew.decoding.forget(stream)
+        if self._cast.decoding is not None:
+            self._cast.decoding.forget(stream)
 
     def poll(self, timeout: float) -> list[Event]:
         import ray
@@ -171,7 +167,7 @@ class RayGang:
             try:
                 self._collect(timeout)
             except ray.exceptions.RayError as error:
-                raise lost(self._crew.loops, self._crew.places, error) from error
+                raise lost(self._cast.loops, self._cast.places, error) from error
         events = list(self._events)
         self._events.clear()
         return events
@@ -180,7 +176,7 @@ class RayGang:
         """The unit that each stage has finished last; None of one that did not answer at once. Any thread may ask."""
         import ray
 
-        asked = [stage.progress.remote() for stage in list(self._crew.stages)]
+        asked = [stage.progress.remote() for stage in list(self._cast.stages)]
         answered = set(ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)[0]) if asked else set()
 
         def told(ref: Any) -> Unit | None:
@@ -195,10 +191,10 @@ class RayGang:
 
     def finish(self) -> list[RunReport]:
         """Lets the loops end after the last sealed epoch and returns every stage's report, in stage order."""
-        for stage in self._crew.stages:
+        for stage in self._cast.stages:
             stage.stop.remote(self._sealed + 1)
-        reports = control_results(self._crew.loops, self._options.link_timeout_s, self._crew.actors, "end")
-        self.decoded = [] if self._crew.decoding is None or not self._options.trace else self._crew.decoding.spans()
+        reports = control_results(self._cast.loops, self._options.link_timeout_s, self._cast.actors, "end")
+        self.decoded = [] if self._cast.decoding is None or not self._options.trace else self._cast.decoding.spans()
         return reports
 
     def close(self) -> None:
@@ -210,30 +206,30 @@ class RayGang:
         # Where the cluster itself is gone nothing can be given back, and nothing needs to be.
         try:
             with suppress(ray.exceptions.RayError, OSError):
-                self._lines.finish(self._crew.speakers())
+                self._lines.finish(self._cast.speakers())
         finally:  # also where whoever waits there is told to stop
-            self._crew.disband()
+            self._cast.disband()
 
     def _collect(self, timeout: float) -> None:
         """Waits for the first of: the last stage's events, a stage's having taken a stream in, frames, a loop's end."""
         import ray
 
         prepares = [ref for refs, _ in self._preparing.values() for ref in refs]
-        watched = [self._taking, *self._taking_left.values(), *self._crew.loops, *prepares]
-        watched += self._crew.decoding.awaited if self._crew.decoding else []
+        watched = [self._taking, *self._taking_left.values(), *self._cast.loops, *prepares]
+        watched += self._cast.decoding.awaited if self._cast.decoding else []
         ray.wait(watched, timeout=timeout)
         ready, _ = ray.wait(watched, num_returns=len(watched), timeout=0)
         if self._pauses.stood_still():
             self._excuse()
-        if any(loop in ready for loop in self._crew.loops):
-            raise lost(self._crew.loops, self._crew.places)
+        if any(loop in ready for loop in self._cast.loops):
+            raise lost(self._cast.loops, self._cast.places)
         for stream, (refs, _) in list(self._preparing.items()):
             if all(ref in ready for ref in refs):
                 del self._preparing[stream]
                 self._events.append(self._prepared(stream, refs))
         if self._taking in ready:
             events, last = ray.get(self._taking)
-            self._taking = self._crew.stages[-1].take.remote()
+            self._taking = self._cast.stages[-1].take.remote()
             self._done = max([self._done, *(event.epoch for event in events if isinstance(event, EpochDone))])
             if last != self._last:
                 self._last, self._moved = last, time.monotonic()
@@ -242,16 +238,16 @@ class RayGang:
             if taking in ready:
                 for event in ray.get(taking)[0]:
                     self._left.setdefault((event.stream, event.row), []).append(event)
-                self._taking_left[rank] = self._crew.stages[rank].take.remote()
+                self._taking_left[rank] = self._cast.stages[rank].take.remote()
         self._complete()
-        if self._crew.decoding is not None:
-            self._events.extend(self._crew.decoding.collect())
-        self._lines.listen(self._crew.speakers)
+        if self._cast.decoding is not None:
+            self._events.extend(self._cast.decoding.collect())
+        self._lines.listen(self._cast.speakers)
         self._check_silence()
 
     def _complete(self) -> None:
         """Passes on what the last stage told, in its order, once other stages' parts of it are there."""
-        others = len(self._crew.stages) - 1
+        others = len(self._cast.stages) - 1
         while self._told:
             event = self._told[0]
             if isinstance(event, Shift) and event.snapshot.left and others:
@@ -276,8 +272,8 @@ class RayGang:
         """Silence up to now is nobody's: this process stood still."""
         self._moved = now = time.monotonic()
         self._preparing = {stream: (refs, now) for stream, (refs, _) in self._preparing.items()}
-        if self._crew.decoding is not None:
-            self._crew.decoding.excuse()
+        if self._cast.decoding is not None:
+            self._cast.decoding.excuse()
 
     def _check_silence(self) -> None:
         """Notices what neither an ended loop nor a link's timeout tells: stages that stand still."""
@@ -287,4 +283,4 @@ class RayGang:
             waiting["a stage did not take a video in"] = min(since for _, since in self._preparing.values())
         for what, since in waiting.items():
             if now - since > limit + FREEZE_MARGIN_S:
-                raise frozen(self._crew.stages, self._crew.places, f"{what} for {now - since:.0f} s", limit)
+                raise frozen(self._cast.stages, self._cast.places, f"{what} for {now - since:.0f} s", limit)

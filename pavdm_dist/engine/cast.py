@@ -21,7 +21,7 @@ from pavdm_dist.models.source import Source
 logger = logging.getLogger(__name__)
 
 
-class Crew:
+class Cast:
     """P stage actors and a decode actor; nobody is there before :meth:`bring_up`.
 
     Args:
@@ -65,10 +65,10 @@ class Crew:
         """All of them, up to where units can come. After an error :meth:`disband` gives back what is there.
 
         Args:
-            generation: stamped on every message; higher than that of any crew before.
+            generation: stamped on every message; higher than that of any cast before.
             given_up: asked while actors come up; true ends that.
             rehearsal: what stages run before they are linked (:mod:`pavdm_dist.engine.rehearsal`); None = nothing.
-            kernels: that an earlier crew chose, so that bits stay what they were.
+            kernels: that an earlier cast chose, so that bits stay what they were.
 
         Raises:
             EngineError: not enough resources, or an actor did not come up within ``start_timeout_s``.
@@ -84,7 +84,7 @@ class Crew:
             make = _actor(StageActor, *resources, max_concurrency=CONCURRENT_CALLS)
             self.stages.append(make.remote(self._source, blocks, *settings))
         if self._codec is not None:
-            self.decoding = self.new_decoder(placement)
+            self.decoding = self._new_decoder(placement)
         limit = options.start_timeout_s
         self.places = control_results(
             [stage.where.remote() for stage in self.stages], limit, self.actors, "come up", given_up
@@ -120,16 +120,14 @@ class Crew:
         ]
         return stages if self.decoding is None else [*stages, self.decoding.speaker]
 
-    def new_decoder(self, placement: Placement) -> Decoding:
-        """Another decode actor where the crew is; the caller lets go of the one before."""
-        from pavdm_dist.engine.actors import DecodeActor
+    def renew_decoder(self) -> Decoding:
+        """Another decode actor in the place of the one there was."""
+        import ray
 
-        options = self._options
-        resources = (placement.group, placement.decoder, options.cpus_per_decoder, options.decoder_gpus)
-        make = _actor(DecodeActor, *resources, concurrency_groups={"control": 1})
-        settings = (options.decoder_threads, options.decoder_device, options.decoder_dtype, self._environment)
-        actor = make.remote(self._codec, *settings, options.trace)
-        return Decoding(actor, options.link_timeout_s, options.start_timeout_s, options.trace)
+        assert self.decoding is not None and self.placement is not None
+        ray.kill(self.decoding.actor)
+        self.decoding = self._new_decoder(self.placement)
+        return self.decoding
 
     def disband(self) -> None:
         """Ends all actors and gives their resources back, as far as the cluster is there; safe to call twice."""
@@ -145,6 +143,16 @@ class Crew:
             with suppress(ray.exceptions.RayError, OSError):
                 remove_placement_group(self.placement.group)
             self.placement = None
+
+    def _new_decoder(self, placement: Placement) -> Decoding:
+        from pavdm_dist.engine.actors import DecodeActor
+
+        options = self._options
+        resources = (placement.group, placement.decoder, options.cpus_per_decoder, options.decoder_gpus)
+        make = _actor(DecodeActor, *resources, concurrency_groups={"control": 1})
+        settings = (options.decoder_threads, options.decoder_device, options.decoder_dtype, self._environment)
+        actor = make.remote(self._codec, *settings, options.trace)
+        return Decoding(actor, options.link_timeout_s, options.start_timeout_s, options.trace)
 
     def _rehearse(self, rehearsal: Stream, given_up: Callable[[], bool]) -> None:
         """All stages at once, before any of them is linked; what each chose by measuring, all use."""
