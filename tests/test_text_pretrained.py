@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from pavdm_dist import cli
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.codecs import pretrained_text, text
+from pavdm_dist.codecs import newest, pretrained_text
 from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder, TextOptions
 from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.errors import CheckpointError, ConfigError
@@ -127,8 +127,7 @@ def test_what_was_said_of_prompts_is_forgotten_in_time(
     umt5: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A manifest has hundreds of thousands of them."""
-    monkeypatch.setattr(pretrained_text, "_REMEMBERED", 3)
-    monkeypatch.setattr(text, "REMEMBERED", 3)
+    monkeypatch.setattr(newest, "REMEMBERED", 3)
     large, small = encoder(umt5, tmp_path, max_length=6), WordTextEncoder(["a", "red"], text_dim=8)
     for number in (*range(5), 4, 4):
         large.check(f"a red three drifting up and the blue {number}", 512)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+REMEMBERED = 4096
+
 
 class Newest:
-    """The newest so many texts of those that were met. Any thread may ask.
+    """The newest ``REMEMBERED`` texts of those that were met. Any thread may ask."""
 
-    Args:
-        most: how many are remembered.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self) -> None:
         self._met: OrderedDict[str, None] = OrderedDict()
 
     def __len__(self) -> int:
@@ -24,6 +21,6 @@ class Newest:
         if text in self._met:
             return False
         self._met[text] = None
-        if len(self._met) > self._most:
+        if len(self._met) > REMEMBERED:
             self._met.popitem(last=False)
         return True

@@ -39,8 +39,6 @@ from pavdm_dist.values.fields import TextDevice, TextDtype
 
 PRETRAINED = ("UMT5EncoderModel", "T5EncoderModel", "UMT5ForConditionalGeneration", "T5ForConditionalGeneration")
 _SHOWN = 120
-# Prompts that are not cut into tokens again to see whether all of them is read.
-_REMEMBERED = 4096
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +105,7 @@ class PretrainedTextEncoder:
         self.text_dim = int(config["d_model"])
         # Open-Sora's T5 has met lower-case captions only.
         self._lower = not str((config.get("architectures") or [""])[0]).startswith("UMT5")
-        self._checked = Newest(_REMEMBERED)
+        self._checked = Newest()  # prompts that are not cut into tokens again to see whether all of them is read
         self.encoded = 0
         self._is_told = False  # that the cache cannot be written
 

@@ -50,8 +50,6 @@ def split_words(prompt: str) -> list[str]:
 
 # Prompts whose tokens are kept in training: some 30 MB of them.
 _KNOWN_PROMPTS = 32_768
-# Prompts of which it is remembered that something was said of them.
-REMEMBERED = 4096
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ class WordTextEncoder(nn.Module):
             "max_length": max_length,
         }
         self._index = {word: position for position, word in enumerate((*_SPECIAL, *words))}
-        self._warned = Newest(REMEMBERED)
+        self._warned = Newest()
         self._collated: dict[str, list[int]] = {}
         self.embedding = nn.Embedding(len(self._index), text_dim)
         self.layers = nn.ModuleList(_Layer(text_dim, num_heads) for _ in range(depth))

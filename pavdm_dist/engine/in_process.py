@@ -8,6 +8,7 @@ import torch
 
 from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.inline import InlineEngine
+from pavdm_dist.engine.options import bits_depend_on
 from pavdm_dist.models.catalog import load_backbone
 from pavdm_dist.models.devices import DTYPES, check_dtype, choose_device, choose_dtype
 from pavdm_dist.models.source import Source
@@ -61,9 +62,8 @@ class InProcess:
 
     @property
     def computed_on(self) -> dict[str, str | int]:
-        """As :attr:`EngineOptions.computed_on <pavdm_dist.engine.options.EngineOptions.computed_on>`."""
-        found: dict[str, str | int] = {"device": self.device.type, "decoder_device": self.decoder_device.type}
-        return found | ({"decoder_threads": self.threads} if self.decoder_device.type == "cpu" else {})
+        """As :func:`~pavdm_dist.engine.options.bits_depend_on`."""
+        return bits_depend_on(self.device.type, self.decoder_device.type, self.threads)
 
     def load(self, source: Source, frames: FrameMaker) -> InlineEngine:
         """The engine, with the whole backbone and what makes frames.

@@ -169,10 +169,8 @@ class EngineOptions:
 
     @property
     def computed_on(self) -> dict[str, str | int]:
-        """What bits depend on of where they are computed: the types of devices that sample and decode, and of a decoder
-        on CPUs its intra-op threads. The number of stages is none of it."""
-        found: dict[str, str | int] = {"device": self.device, "decoder_device": self.decoder_device}
-        return found | ({"decoder_threads": self.decoder_threads} if self.decoder_device == "cpu" else {})
+        """As :func:`bits_depend_on`; the number of stages is none of it."""
+        return bits_depend_on(self.device, self.decoder_device, self.decoder_threads)
 
     @property
     def decoder_slows_last_stage(self) -> bool:
@@ -219,3 +217,10 @@ class EngineOptions:
             raise ConfigError(f"gpus_per_decoder={own:g}: is of decoder=cuda, not of decoder={self.decoder}")
         if self.cpus_per_decoder and self.decoder == "shared":
             raise ConfigError(f"cpus_per_decoder={self.cpus_per_decoder:g}: decoder=shared has none of its own")
+
+
+def bits_depend_on(device: str, decoder_device: str, decoder_threads: int) -> dict[str, str | int]:
+    """What bits depend on of where they are computed: the types of devices that sample and decode, and of a decoder on
+    CPUs its intra-op threads."""
+    found: dict[str, str | int] = {"device": device, "decoder_device": decoder_device}
+    return found | ({"decoder_threads": decoder_threads} if decoder_device == "cpu" else {})
