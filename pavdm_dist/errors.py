@@ -64,3 +64,8 @@ class EngineError(PAVDMError, RuntimeError):
 
 class ResourcesError(EngineError):
     """The cluster does not have, or not have free, what was asked for."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says of an error, as a part of a sentence: its first line with words, else the error's name."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()

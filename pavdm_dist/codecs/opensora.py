@@ -21,7 +21,7 @@ from pavdm_dist.codecs.base import CodecSpec
 from pavdm_dist.codecs.opensora_temporal import TemporalConfig, TemporalVAE
 from pavdm_dist.codecs.pixels import check_frames, from_uint8, to_finite_uint8
 from pavdm_dist.codecs.tiles import Tiles
-from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.errors import CheckpointError, ConfigError, first_line
 from pavdm_dist.models.loading import load_module, read_tensors
 from pavdm_dist.models.saving import save_module
 from pavdm_dist.models.source import Source, load_config
@@ -298,7 +298,7 @@ def _on_meta(config: OpenSoraConfig, source: object) -> OpenSoraModules:
     except (CheckpointError, ConfigError):
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(f"{source}/config.json describes no working Open-Sora VAE: {reason}") from error
 
 

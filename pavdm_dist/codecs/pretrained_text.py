@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pavdm_dist.cluster.starting import imports_from
 from pavdm_dist.codecs.newest import Newest
-from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.errors import CheckpointError, ConfigError, first_line
 from pavdm_dist.io.checksums import ends_digest
 from pavdm_dist.io.folders import without_hidden
 from pavdm_dist.io.local_disk import cache_folder
@@ -320,7 +320,7 @@ class PretrainedTextEncoder:
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library's own, which is no class of its
-            raise CheckpointError(f"{file} is no tokenizer: {str(error).splitlines()[0]}") from error
+            raise CheckpointError(f"{file} is no tokenizer: {first_line(error)}") from error
         tokenizer.no_truncation()
         return True, tokenizer
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pavdm_dist.codecs.pixels import check_frames, from_uint8, to_finite_uint8
 from pavdm_dist.codecs.tiles import Tiles
 from pavdm_dist.codecs.wan_config import read_wan_config, wan_config
-from pavdm_dist.errors import CheckpointError, VideoError
+from pavdm_dist.errors import CheckpointError, VideoError, first_line
 from pavdm_dist.models.loading import load_module, read_tensors
 from pavdm_dist.models.saving import save_module
 from pavdm_dist.models.source import Source, load_config
@@ -300,5 +300,5 @@ def _without_weights(source: str | Path | Source) -> nn.Module:
             given = {key: value for key, value in config.items() if value is not None and key in known}
             return AutoencoderKLWan.from_config(given)
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(f"{source}/config.json describes no working AutoencoderKLWan: {reason}") from error

@@ -15,7 +15,7 @@ from multiprocessing.connection import wait as wait_for_end
 from typing import Any
 
 from pavdm_dist.cluster.starting import importing_alike
-from pavdm_dist.errors import ConfigError, EngineError
+from pavdm_dist.errors import ConfigError, EngineError, first_line
 
 # Tasks under way per worker: one that runs and one that waits, so that none is idle.
 _AHEAD = 2
@@ -151,7 +151,7 @@ def _ray(address: str, cpus: int, gpu: bool) -> Iterator[Run]:
                 for reference in pending:
                     ray.cancel(reference)
                 pending.clear()
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
                 raise WorkerDied(f"ray_address={address!r}: {reason}; run again to go on") from error
 
     try:
@@ -165,7 +165,7 @@ def _ray(address: str, cpus: int, gpu: bool) -> Iterator[Run]:
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayError as error:
-        raise EngineError(f"ray_address={address!r}: {str(error).splitlines()[0]}; run again to go on") from error
+        raise EngineError(f"ray_address={address!r}: {first_line(error)}; run again to go on") from error
     finally:
         for reference in pending:
             ray.cancel(reference)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.engine.stage import Stage
-from pavdm_dist.errors import EngineError
+from pavdm_dist.errors import EngineError, first_line
 from pavdm_dist.method.denoiser import memories_of, unit_context
 from pavdm_dist.method.levels import NoiseSchedule
 from pavdm_dist.method.microbatches import WHOLE
@@ -105,7 +105,7 @@ def _checked(stage: Stage, stream: Stream) -> float:
         with CHOICES.measured():
             errors = _run(stage, stream, compiled=True)
     except TorchDynamoException as error:  # no compiler on the machine, above all
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise EngineError(f"blocks could not be compiled ({reason}); use compile=false") from error
     for block, found in errors.items():
         if not found < _LIMITS[stage.dtype]:

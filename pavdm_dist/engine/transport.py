@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.engine.messages import HEADER_BYTES, WARM_UP, Header, Layout, Message, check_payload
-from pavdm_dist.errors import EngineError
+from pavdm_dist.errors import EngineError, first_line
 
 # Sends to one neighbour that may be under way before the sender waits.
 OUTSTANDING = 4
@@ -255,13 +255,13 @@ class TorchLink:
         try:
             return call(message.data, self._peer, group=self._group)
         except RuntimeError as error:  # a connection that is closed already
-            raise EngineError(f"rank {self._peer} is gone: {str(error).splitlines()[0]}") from error
+            raise EngineError(f"rank {self._peer} is gone: {first_line(error)}") from error
 
     def _wait(self, work: Any, what: str) -> None:
         try:
             self._until_done(work)
         except RuntimeError as error:  # torch.distributed has no finer type for a closed or silent peer
-            raise EngineError(f"{what}: {str(error).splitlines()[0]}") from error
+            raise EngineError(f"{what}: {first_line(error)}") from error
 
     def _until_done(self, work: Any) -> None:
         work.wait(self._timeout)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.errors import CheckpointError, ConfigError, first_line
 from pavdm_dist.evaluate.network_kinds import Kind, Shape, middle, resized
 from pavdm_dist.io.checksums import ends_digest
 from pavdm_dist.models.source import Source, load_config
@@ -99,7 +99,7 @@ def open_network(field: str, given: str, kind: Kind, device: torch.device, dtype
     try:
         return Network(kind, model, shape.image_size, device, dtype, about)
     except RuntimeError as error:  # no room on a GPU
-        raise ConfigError(f"{field}={given}: cannot be put on device={device}: {_first_line(error)}") from error
+        raise ConfigError(f"{field}={given}: cannot be put on device={device}: {first_line(error)}") from error
 
 
 def _shape(config: dict[str, Any], kind: Kind) -> Shape:
@@ -125,7 +125,7 @@ def _loaded(transformers: Any, folder: Path, kind: Kind, dtype: torch.dtype) -> 
         with _quiet(transformers.utils.logging):
             model, told = kind.load(transformers, str(folder), options | {"output_loading_info": True})
     except Exception as error:  # whatever the library raises belongs to the folder
-        raise CheckpointError(f"cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"cannot be loaded: {first_line(error)}") from error
     if missing := sorted(told["missing_keys"]):
         # The library would fill them with noise.
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -148,7 +148,3 @@ def _quiet(log: Any) -> Iterator[None]:
         log.set_verbosity(level)
         if bars:
             log.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.errors import ConfigError, MediaError, first_line
 from pavdm_dist.io.storage import open_read
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def read_image(source: Any, height: int, width: int) -> np.ndarray:
             with open_read(source) as file, Image.open(file) as opened:
                 picture = _rgb(ImageOps.exif_transpose(opened), f"image={source}")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise MediaError(f"image={source}: is no readable picture: {str(error).splitlines()[0]}") from error
+            raise MediaError(f"image={source}: is no readable picture: {first_line(error)}") from error
     elif isinstance(source, Image.Image):
         picture = _rgb(ImageOps.exif_transpose(source), "image")
     else:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from pavdm_dist.errors import ConfigError
+from pavdm_dist.errors import ConfigError, first_line
 from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.models.loading import stored_dtype
 from pavdm_dist.models.source import Source
@@ -38,7 +38,7 @@ def choose_device(device: str | torch.device, field: str = "device") -> torch.de
         try:
             torch.empty(1, device=chosen)
         except (RuntimeError, AssertionError) as error:  # a driver that does not fit, a broken or a full GPU
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise ConfigError(f"{field}={device}: the GPU cannot be used ({reason}); use {field}=cpu") from error
     return chosen
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pavdm_dist.errors import CheckpointError
+from pavdm_dist.errors import CheckpointError, first_line
 from pavdm_dist.io.folders import without_hidden
 from pavdm_dist.models.original_names import diffusers_names
 
@@ -73,8 +73,7 @@ def _unpickled(file: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(
-            f"{file} is not read: it is damaged, or holds more than tensors, which could run code"
-            f" ({str(error).strip().splitlines()[0]})"
+            f"{file} is not read: it is damaged, or holds more than tensors, which could run code ({first_line(error)})"
         ) from error
 
 

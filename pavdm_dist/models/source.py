@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pavdm_dist import __version__
-from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.errors import CheckpointError, ConfigError, first_line
 from pavdm_dist.io.shipped import shipped_models
 from pavdm_dist.models.hub import hub_errors
 from pavdm_dist.models.nearby import near_name
@@ -75,7 +75,7 @@ class Source:
         try:  # at once: without a network the hub's library tries for half a minute
             validate_repo_id(name)
         except HFValidationError as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise CheckpointError(
                 f"{field}={name!r} is no folder here and no hub id: {reason}{near_name(name)}"
             ) from error

@@ -31,7 +31,7 @@ from yaml import (
     safe_load,
 )
 
-from pavdm_dist.errors import ConfigError
+from pavdm_dist.errors import ConfigError, first_line
 from pavdm_dist.redaction import hide_in_urls, is_redacted
 from pavdm_dist.values.fields import check_fields, expected, members, read, show
 
@@ -74,7 +74,7 @@ def settings_of(content: bytes, where: object) -> dict[Any, Any]:
     try:
         values = read_yaml(content)
     except NO_YAML as error:
-        raise ConfigError(f"{where}: not readable as YAML ({_first_line(error)})") from error
+        raise ConfigError(f"{where}: not readable as YAML ({first_line(error)})") from error
     if not isinstance(values, dict | None):
         raise ConfigError(f"{where}: must hold `key: value` lines, not {show(values)}")
     return values or {}
@@ -93,7 +93,7 @@ def merged(cls: type[T], values: Mapping[Any, Any], where: object, overrides: Se
     try:
         result = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
+        raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
     assert isinstance(result, cls)
     check_fields(result)
     for name, value in _texts(dataclasses.asdict(typing.cast(Any, result))):
@@ -297,7 +297,3 @@ def _as_meant(name: str, value: Any) -> Any:
     text = _HALVES.sub(lambda found: found[0].encode("utf-16", "surrogatepass").decode("utf-16"), value)
     is_path = text.startswith("~/") and name.rpartition(".")[2] not in _PROMPTS
     return os.path.expanduser(text) if is_path else text
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
