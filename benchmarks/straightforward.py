@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import chunk_noise
 from pavdm_dist.models.attention import attention
-from pavdm_dist.models.layers import NORM_EPS, CrossAttention, rotate
+from pavdm_dist.models.layers import NORM_EPS, CrossAttention, turned
 from pavdm_dist.models.stdit3 import STDiT3
 from pavdm_dist.models.stdit3_block import STDiT3Block
 
@@ -134,7 +134,7 @@ class StraightforwardLoop:
         q, k = attn.q_norm(q), attn.k_norm(k)
         if block.temporal:
             rotary = self._model.rope(x.shape[1])
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            q, k = turned(q, *rotary), turned(k, *rotary)
         return attn.proj(rearrange(self._attend(q, k, v), f"{places} -> b f s (n d)"))
 
     def _cross_attention(self, cross: CrossAttention, x: Tensor, key: Tensor, value: Tensor) -> Tensor:

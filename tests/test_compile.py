@@ -184,6 +184,16 @@ def test_attention_of_its_own_is_torchs() -> None:
     assert shape_of(q, k[..., :8, :]) == "2x3x5x8 reading 8, float32"
 
 
+def test_kernels_do_not_pad(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs alone they would: tests/test_gpu_units.py looks there at what went wrong then."""
+    told = dict[str, object]()
+    monkeypatch.setattr(torch, "compile", lambda function, **given: told.update(given) or function)
+    Compiler().of(stdit3_block._enter, "kind")
+    assert told["options"] == {"comprehensive_padding": False}
+    Compiler("eager").of(stdit3_block._enter, "kind")
+    assert told["options"] is None
+
+
 def test_what_is_compiled_is_kept_in_this_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")

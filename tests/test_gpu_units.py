@@ -19,9 +19,12 @@ from pavdm_dist.engine.rehearsal import rehearsal, rehearse
 from pavdm_dist.engine.stage import Stage
 from pavdm_dist.method.schedule import Mode
 from pavdm_dist.method.stream import Stream
+from pavdm_dist.models import stdit3_block
 from pavdm_dist.models.base import Backbone
 from pavdm_dist.models.compiling import Compiler
 from pavdm_dist.models.kernels import CHOICES
+from pavdm_dist.models.layers import RotaryTable
+from pavdm_dist.models.stdit3_block import STDiT3Block
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.request.video_request import VideoRequest
 
@@ -84,6 +87,21 @@ def test_compiled_units_on_any_cut(build: Callable[[], Backbone], mode: Mode, de
     assert CHOICES.chosen or device.type == "cpu", "a kernel of attention was measured for every shape"
     for one, other in zip(results[0], uncompiled, strict=True):
         assert float((one - other).norm() / other.norm()) < 0.2
+
+
+@pytest.mark.slow  # torch makes its kernels
+@pytest.mark.parametrize("frames", [5, 30, 35])
+def test_queries_and_keys_of_large_windows(frames: int, device: torch.device) -> None:
+    """By themselves: attention to random keys is a mean of nearly all values, whichever they are."""
+    torch.manual_seed(0)
+    block = STDiT3Block(1152, 16, 4.0, True, temporal=True).to(device, torch.bfloat16).eval()
+    rotation = RotaryTable(72).to(device)(frames)
+    x, modulation = (torch.randn(1, frames, *more, 1152).to(device, torch.bfloat16) for more in ((64,), (6,)))
+    with torch.inference_mode():
+        expected = stdit3_block._enter(block, x, modulation, rotation)
+        found = Compiler().of(stdit3_block._enter, "temporal", frames)(block, x, modulation, rotation)
+    for one, other in zip(found, expected, strict=True):
+        assert float((one.float() - other.float()).norm() / other.float().norm()) < 0.01
 
 
 @pytest.mark.slow  # tests/test_beside.py has it on the CPU

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pavdm_dist.models.attention import attention
 from pavdm_dist.models.base import Activation, BackboneSpec, BlockContext, Costs, FrameInfo, Grid
-from pavdm_dist.models.layers import rotate, sinusoid
+from pavdm_dist.models.layers import sinusoid, turned
 from pavdm_dist.models.loading import convert, load_module
 from pavdm_dist.models.saving import save_module
 from pavdm_dist.models.source import Source, load_config
@@ -137,7 +137,7 @@ class WholeWindow(nn.Module):
             """By the frame and by the place in it, each a pair of the head's four."""
             places = torch.arange(place, place + tensor.shape[-2], device=tensor.device)
             angles = torch.stack([places // frame, places % frame], dim=-1).float().repeat(1, tensor.shape[-1] // 4)
-            return rotate(tensor, angles.cos(), angles.sin()).type_as(tensor)
+            return turned(tensor, angles.cos(), angles.sin())
 
         q = turn(q, first)
         if context.memory is None:

@@ -14,6 +14,12 @@ from torch import Tensor
 from pavdm_dist.io.local_disk import cache_folder
 
 
+# Torch 2.11 pads the strides of large tensors on GPUs, and then reads one that is a view of another by strides which the
+# other was not written by: of queries and keys of 30 latent frames some were others', and some behind the end of memory.
+# Seen in the kernels it makes. Nothing here gains by padding.
+_OPTIONS = {"comprehensive_padding": False}
+
+
 class Compiler:
     """Versions of functions, made at their first call and kept.
 
@@ -27,6 +33,7 @@ class Compiler:
 
     def __init__(self, backend: str = "inductor") -> None:
         self.backend = backend
+        self._options = _OPTIONS if backend == "inductor" else None
         self._versions: dict[Hashable, Callable[..., Any]] = {}
 
     def of(self, function: Callable[..., Any], kind: Hashable, *shape: Hashable) -> Callable[..., Any]:
@@ -42,7 +49,9 @@ class Compiler:
         key = (function, trained, kind, *(() if trained else shape), torch.is_inference_mode_enabled())
         if key not in self._versions:
             sizes = None if trained else False
-            self._versions[key] = torch.compile(_alone(function), fullgraph=True, dynamic=sizes, backend=self.backend)
+            self._versions[key] = torch.compile(
+                _alone(function), fullgraph=True, dynamic=sizes, backend=self.backend, options=self._options
+            )
         return self._versions[key]
 
     @property

@@ -94,14 +94,16 @@ class RotaryTable(nn.Module):
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As :func:`rotate`, in the type of ``x``."""
-    return rotate(x, cos, sin).type_as(x)
+    """Rotates the pairs (0, 1), (2, 3), ... of ``x [..., tokens, head_dim]`` by their token's angles, in its own type.
 
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (0, 1), (2, 3), ... of ``x [..., frames, head_dim]`` by the frame's angles."""
+    Args:
+        x: queries or keys.
+        cos, sin: ``[tokens, head_dim / 2]``, float32, which products are computed in.
+    """
     even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+    parts = even * cos - odd * sin, even * sin + odd * cos
+    # Rounded before they are put together: compiled, it is one pass with the norm before it, and half the bytes.
+    return torch.stack([part.type_as(x) for part in parts], dim=-1).flatten(-2)
 
 
 class RMSNorm(nn.Module):
