@@ -57,7 +57,9 @@ class Runner:
 
     def stage(self, stream: Stream, blocks: tuple[int, int] | None = None) -> tuple[Stage, dict[str, Any]]:
         """A stage that has rehearsed, and what that took and found."""
-        stage = Stage(self.model, blocks or (0, self.model.spec.num_blocks), self.device, torch.bfloat16)
+        own = blocks or (0, self.model.spec.num_blocks)
+        graphs = self.compiled and self.device.type == "cuda"  # as the actors of users' runs
+        stage = Stage(self.model, own, self.device, torch.bfloat16, graphs)
         more = {"mode": stream.mode, "displaced": stream.displaced, "chunks_per_unit": stream.chunks_per_unit}
         found = rehearse(
             stage, rehearsal(self.model, stream.plan, stream.latent_shape, stream.info, **more), self.compiled

@@ -83,7 +83,8 @@ class StageActor:
         if compiled:
             keep_on_disk()
             model.compile_repeated_blocks()
-        self._stage, self._compiled = Stage(model, blocks, device, kind), compiled
+        self._stage = Stage(model, blocks, device, kind, graphs=compiled and device == "cuda")
+        self._compiled = compiled
         self._feed = EpochFeed()
         self._events: queue.SimpleQueue[Event | Left] = queue.SimpleQueue()
         self._loop: StageLoop | None = None

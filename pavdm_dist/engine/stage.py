@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pavdm_dist.engine.graphs import Graphs
 from pavdm_dist.engine.messages import Layout
 from pavdm_dist.engine.order import Unit
 from pavdm_dist.engine.readback import Copies, Readback
@@ -100,6 +101,7 @@ class Stage:
         blocks: the range.
         device: where it computes.
         dtype: what the model was loaded as, and what travels between stages; latents are float32 always.
+        graphs: micro-batches of full windows run as CUDA graphs where they can (:mod:`pavdm_dist.engine.graphs`).
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Stage:
         blocks: tuple[int, int],
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        graphs: bool = False,
     ) -> None:
         self.model, self.blocks, self.device = model, blocks, torch.device(device)
         self.first = blocks[0] == 0
@@ -121,6 +124,7 @@ class Stage:
         self._memories: dict[int, list[Memory | None]] = {}
         self._levels: dict[tuple[int, int], Tensor] = {}
         self._readback = Readback(self.device)
+        self._graphs = Graphs(self._run_blocks) if graphs else None
 
     def prepare(self, stream: Stream) -> None:
         """Takes a stream in before its first unit; computes nothing with the model."""
@@ -152,6 +156,8 @@ class Stage:
             self._texts.release(stream, self._streams.pop(stream).conditioning.texts)
         for table in (self._windows, self._inputs, self._velocities, self._memories):
             table.pop(stream, None)
+        if self._graphs is not None:
+            self._graphs.leave(stream)
 
     def stop(self, stream: int, plan: WindowPlan) -> None:
         """Gives an endless stream its end: ``plan`` is its own up to the row that comes next."""
@@ -193,9 +199,10 @@ class Stage:
         if incoming is None:
             assert levels is not None
             incoming = self.model.embed(self._input(unit, stream, row), levels, stream.info)
-        activation = incoming
-        for index in range(*self.blocks):
-            activation = self.model.block(index, activation, context)
+        if self._graphs is None:
+            activation = self._run_blocks(incoming, context)
+        else:
+            activation = self._graphs.run(unit.stream, unit.branch, incoming, context)
         if not self.last or unit.context:
             self._forget(unit)
             return None if self.last else activation
@@ -236,6 +243,11 @@ class Stage:
         channels, height, width = stream.latent_shape
         back = stream.batches.returned(stream.plan.row(row - 1), chunk)
         return Layout(((1, channels, len(back) * stream.plan.latent_chunk_size, height, width),), torch.float32)
+
+    def _run_blocks(self, activation: Activation, context: BlockContext) -> Activation:
+        for index in range(*self.blocks):
+            activation = self.model.block(index, activation, context)
+        return activation
 
     def _context(self, stream: Stream, row: PlanRow, unit: Unit) -> BlockContext:
         memory = self._memories[unit.stream][unit.branch]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pavdm_dist.models.kernels import fused_attention
+from pavdm_dist.models.kernels import CHOICES, fused_attention
 
 
 class Attention(Protocol):
@@ -43,7 +43,12 @@ def attention(
 
 
 def fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    """Torch's attention, ``[b, heads, n, d]`` each; where it is compiled for sampling, an operation of its own."""
-    if attn_mask is None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+    """Torch's attention, ``[b, heads, n, d]`` each; in sampling by the kernel that was chosen, if any, and where it is
+    compiled an operation of its own."""
+    if torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask)
+    if not torch.compiler.is_compiling():
+        return CHOICES.attend(query, key, value, attn_mask)
+    if attn_mask is None:
         return fused_attention(query, key, value).transpose(1, 2)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask)

@@ -49,6 +49,9 @@ class CleanMemory:
         keys, values = (torch.cat(part, dim=-2) for part in zip(*pairs, strict=True))
         return turn(keys, 0), values
 
+    def mask(self, first: int, tokens: int, chunk: int, device: torch.device) -> None:
+        """None: noisy chunks do not read each other."""
+
     @property
     def num_bytes(self) -> int:
         """Of all that is kept."""

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from pavdm_dist.io.local_disk import cache_folder
 
-
-# Torch 2.11 pads the strides of large tensors on GPUs, and then reads one that is a view of another by strides which the
-# other was not written by: of queries and keys of 30 latent frames some were others', and some behind the end of memory.
-# Seen in the kernels it makes. Nothing here gains by padding.
-_OPTIONS = {"comprehensive_padding": False}
+# Torch 2.11 pads the strides of large tensors on GPUs, and then reads what is a view of another by strides that the
+# other was not written by. Of queries and keys of 30 latent frames some were others', and some what lies behind a
+# tensor's end, as the kernels that it makes show. Nothing here gains by padding.
+_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"comprehensive_padding": False}
 
 
 class Compiler:

@@ -1,8 +1,9 @@
-"""Attention inside compiled functions: one operation of its own, whose fused kernel is chosen by shape.
+"""Attention of runs with compiled blocks: its fused kernel is chosen by shape.
 
-To torch's compiler it is one call, whichever kernel runs and however many keys there are; so neither is a reason to
-compile again. On a GPU several kernels can do it and none is always the fastest. Which one runs changes the last bits,
-so the choice is measured once, told to all stages and recorded, and depends on shapes alone.
+Inside compiled functions it is an operation of its own: to torch's compiler one call, whichever kernel runs and however
+many keys there are; so neither is a reason to compile again. On a GPU several kernels can do it and none is always the
+fastest. Which one runs changes the last bits, so the choice is measured once, told to all stages and recorded, and
+depends on shapes alone.
 """
 
 from __future__ import annotations
@@ -59,48 +60,50 @@ class Choices:
         """Takes over what was measured elsewhere, in place of all there is."""
         self.chosen = dict(chosen)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """``[b, heads, n, d]`` each -> the shape of ``q``, by the kernel of the shape."""
-        if not q.is_cuda:
-            return F.scaled_dot_product_attention(q, k, v)
-        shape = shape_of(q, k)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``[b, heads, n, d]`` each -> the shape of ``q``, by the kernel of the shape; ``mask [n, m]`` or broadcast to
+        ``[b, heads, n, m]``, True where a key is read."""
+        if not q.is_cuda or not (self.chosen or self.measuring):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        shape = shape_of(q, k, mask is not None)
         if shape not in self.chosen and self.measuring:
-            found = _fastest(q, k, v)
+            found = _fastest(q, k, v, mask)
             if found is not None:
                 self.chosen[shape] = found
         name = self.chosen.get(shape)
         if name is None:
-            return F.scaled_dot_product_attention(q, k, v)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         with sdpa_kernel([CANDIDATES[name]]):
-            return F.scaled_dot_product_attention(q, k, v)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def shape_of(q: Tensor, k: Tensor) -> str:
-    """What a kernel is chosen by: sizes and type; lengths of what is read count up to the next power of two, so that
-    texts of any length have a kernel."""
+def shape_of(q: Tensor, k: Tensor, masked: bool = False) -> str:
+    """What a kernel is chosen by: sizes, type, whether there is a mask. Lengths of what is read count up to the next
+    power of two, so that texts of any length have a kernel."""
     batch, heads, tokens, width = q.shape
     read = 1 << max(0, k.shape[-2] - 1).bit_length()
-    return f"{batch}x{heads}x{tokens}x{width} reading {read}, {str(q.dtype).removeprefix('torch.')}"
+    what = f"{'masked ' if masked else ''}{str(q.dtype).removeprefix('torch.')}"
+    return f"{batch}x{heads}x{tokens}x{width} reading {read}, {what}"
 
 
-def _fastest(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def _fastest(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
     """The kernel with the shortest median time; None where none of them takes the shape."""
     seconds: dict[str, float] = {}
     for name, backend in CANDIDATES.items():
         try:
-            seconds[name] = _time(q, k, v, backend)
+            seconds[name] = _time(q, k, v, mask, backend)
         except RuntimeError:  # not for this shape, type or device
             continue
     return min(seconds, key=seconds.__getitem__) if seconds else None
 
 
-def _time(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> float:
+def _time(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: SDPBackend) -> float:
     marks = []
     with sdpa_kernel([backend]):
         for _ in range(_WARM + _REPEATS):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            F.scaled_dot_product_attention(q, k, v)
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             end.record()
             marks.append((begin, end))
     torch.cuda.synchronize(q.device)

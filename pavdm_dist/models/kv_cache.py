@@ -46,10 +46,24 @@ class Memory(Protocol):
             frame_tokens: tokens that a latent frame has among these, always the same in one block.
         """
 
+    def mask(self, first: int, tokens: int, chunk: int, device: torch.device) -> Tensor | None:
+        """How the chunks of a micro-batch may read at once, each what it would if it came alone.
+
+        Args:
+            first: place of the first token in the window.
+            tokens: of the micro-batch.
+            chunk: tokens of a chunk.
+            device: of the mask.
+
+        Returns:
+            Over all that :meth:`attend` returns, ``[tokens, read]``, True where a token may read another; None where
+            what a chunk reads is only there in its turn.
+        """
+
 
 def read_in_turn(
     memory: Memory,
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    attend: Callable[..., Tensor],
     block: int,
     projected: list[Tensor],
     first: int,
@@ -59,12 +73,13 @@ def read_in_turn(
 ) -> Tensor:
     """Attention of a micro-batch over what its memory has for it: at once, or chunk by chunk.
 
-    Of several chunks each leaves its pair and reads before the next one does, as if it came alone; only what is no
-    attention over frames is computed for all together.
+    Of several chunks each reads as if it came alone. Where the memory has a mask for that, and a frame is one token,
+    they read together: a mask over few tokens costs less than a call for each. Else each leaves its pair and reads
+    before the next one does; only what is no attention over frames is computed for all together.
 
     Args:
         memory: asked for keys and values.
-        attend: softmax attention.
+        attend: softmax attention, of queries, keys, values and a mask, if any.
         block: which.
         projected: queries turned to their places, keys that are not, values, ``[..., tokens, head_dim]`` each. They are
             taken off the list, so that they are gone as soon as they were read.
@@ -80,6 +95,10 @@ def read_in_turn(
     if chunk is None:
         k, v = memory.attend(block, k, v, first, turn, frame_tokens)
         return attend(q, k, v)
+    together = memory.mask(first, q.shape[-2], chunk, q.device) if frame_tokens == 1 else None
+    if together is not None:
+        k, v = memory.attend(block, k, v, first, turn)
+        return attend(q, k, v, together)
     parts = []
     for start, queries in enumerate(q.split(chunk, dim=-2)):
         own = slice(start * chunk, start * chunk + queries.shape[-2])
@@ -101,9 +120,18 @@ class ChunkMemory:
     def __init__(self, frames: int) -> None:
         self._frames = frames
         self._pairs: dict[int, Pair] = {}
+        self._masks: dict[tuple[int, int, int, torch.device], Tensor] = {}
 
     def begin(self, window: tuple[int, ...], chunk: int | None) -> None:
         """Places alone say what is read."""
+
+    def mask(self, first: int, tokens: int, chunk: int, device: torch.device) -> Tensor:
+        """True for a token's own chunk and all places before it."""
+        key = (first, tokens, chunk, device)
+        if key not in self._masks:
+            own = first + torch.arange(tokens, device=device) // chunk * chunk
+            self._masks[key] = torch.arange(first + tokens, device=device) < (own + chunk)[:, None]
+        return self._masks[key]
 
     def attend(self, block: int, keys: Tensor, values: Tensor, first: int, turn: Turn, frame_tokens: int = 1) -> Pair:
         if block not in self._pairs:
@@ -191,6 +219,9 @@ class DisplacedMemory:
             self._changed = self._changed + (keys - before).square().sum().double()
             self._size = self._size + before.square().sum().double()
         return bank.write(keys, values, first, turn)
+
+    def mask(self, first: int, tokens: int, chunk: int, device: torch.device) -> None:
+        """None: noisier chunks are read as they were, until they come themselves."""
 
     def take_change(self) -> float:
         """Relative L2 by which the probe's keys changed from row to row since the last call; 0 if nothing was run."""

@@ -42,6 +42,10 @@ class TextCache:
             pairs[block] = make()
         return pairs[block]
 
+    def held(self, key: str) -> dict[int, tuple[Tensor, Tensor]]:
+        """All pairs of one text, by block; whoever keeps them has them when the text is dropped."""
+        return self._pairs.get(key, {})
+
     def drop(self, key: str) -> None:
         """Forgets everything computed for one text; unknown keys are ignored."""
         self._pairs.pop(key, None)

@@ -1,0 +1,129 @@
+"""Micro-batches that are run again by a graph: the tensors that it was captured with must be those that are meant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import reference_chunks, tiny_model, tiny_stream
+from linked import alone, sampled
+from wan_models import tiny_wan
+
+from pavdm_dist.engine import graphs
+from pavdm_dist.engine.events import Shift
+from pavdm_dist.engine.local import LocalEngine
+from pavdm_dist.engine.stage import Stage
+from pavdm_dist.method.schedule import Mode
+from pavdm_dist.method.stream import Stream
+from pavdm_dist.models.base import Backbone
+
+Call = Callable[[], None]
+
+
+class Repeated:
+    """A capture without a GPU: it computes again what it was given, with the objects that it was given."""
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+
+    def __call__(self, call: Call) -> Call:
+        self.captured += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            call()
+
+        return replay
+
+
+@pytest.fixture
+def capture(monkeypatch: pytest.MonkeyPatch) -> Repeated:
+    made = Repeated()
+    monkeypatch.setattr(graphs, "Capture", lambda: made)
+    return made
+
+
+def chunks(model: Backbone, streams: list[Stream], cuts: list[tuple[int, int]]) -> list[list[torch.Tensor]]:
+    stages = [Stage(model, blocks, graphs=True) for blocks in cuts]
+    found: list[list[torch.Tensor]] = [[] for _ in streams]
+    for number, clean in LocalEngine(stages).run(streams):
+        found[number].append(clean.latents)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mode", "together", "replays"),
+    [("window", 1, True), ("causal", 1, True), ("causal", 2, True), ("displaced", 1, False)],
+)
+@pytest.mark.parametrize("cuts", [[(0, 4)], [(0, 1), (1, 4)]])
+def test_a_graph_gives_the_bits_of_its_kernels(
+    capture: Repeated, mode: Mode, together: int, replays: bool, cuts: list[tuple[int, int]]
+) -> None:
+    model = tiny_model()
+    streams = [
+        replace(tiny_stream(number, seed=number, mode=mode, num_chunks=6), chunks_per_unit=together)
+        for number in range(2)
+    ]
+    found = chunks(model, streams, cuts)
+    for stream, own in zip(streams, found, strict=True):
+        expected = [chunk.latents for chunk in reference_chunks(model, stream)]
+        assert len(own) == len(expected) and all(map(torch.equal, own, expected))
+    assert (capture.captured > 0) == replays and capture.replayed > 2 * capture.captured * replays - 1
+
+
+def test_a_place_has_one_graph_and_a_stream_takes_its_own_along(capture: Repeated) -> None:
+    model, stream = tiny_model(), tiny_stream(mode="causal", num_chunks=9)
+    stage = Stage(model, (0, 4), graphs=True)
+    assert stage._graphs is not None
+    held = stage._graphs._slots
+    most = 0
+    for _ in LocalEngine([stage]).run([stream]):
+        most = max(most, len(held.get(stream.id, {})))
+    assert most == 2 * 4, "two branches; three places of the window, and the clean chunk's"
+    assert not held, "nothing is kept of a stream that has ended"
+
+
+def test_where_a_graph_cannot_be_made_kernels_are_launched_as_before(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(call: Call) -> Call:
+        tried.append(call)
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate much")
+
+    tried = list[Call]()
+    monkeypatch.setattr(graphs, "Capture", lambda: fails)
+    model, stream = tiny_model(), tiny_stream(num_chunks=6)
+    expected = [chunk.latents for chunk in reference_chunks(model, stream)]
+    assert all(map(torch.equal, chunks(model, [stream], [(0, 4)])[0], expected))
+    assert len(tried) == 1 and "no CUDA graphs from here on" in caplog.text and "out of memory." in caplog.text
+
+
+@pytest.mark.parametrize("build", [tiny_model, tiny_wan])
+def test_large_micro_batches_have_none(
+    capture: Repeated, build: Callable[[], Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, stream = build(), tiny_stream(num_chunks=6)
+    blocks = [(0, model.spec.num_blocks)]
+    chunks(model, [stream], blocks)
+    before = capture.captured
+    monkeypatch.setattr(graphs, "LARGEST", 100)
+    chunks(model, [stream], blocks)
+    assert before and capture.captured == before
+
+
+@pytest.mark.gpu
+@pytest.mark.slow  # tests above have it on the CPU
+@pytest.mark.parametrize("mode", ["window", "causal"])
+def test_graphs_of_a_gpu(mode: Mode, device: torch.device) -> None:
+    model = tiny_model().to(device)
+    stream = replace(tiny_stream(mode=mode, num_chunks=6), chunks_per_unit=1 if mode == "window" else 2)
+    if device.type == "cpu":
+        pytest.skip("there are none on CPUs")
+    found: list[list[Any]] = []
+    for used in (False, True):
+        told, _ = sampled([Stage(model, (0, 4), device, graphs=used)], [alone()], [stream])
+        found.append([clean.latents for event in told if isinstance(event, Shift) for clean in event.clean])
+    assert len(found[0]) == len(found[1]) and all(map(torch.equal, *found))
