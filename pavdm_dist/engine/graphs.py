@@ -115,21 +115,28 @@ class Capture:
     def __init__(self) -> None:
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
+        self._anchor: Call | None = None
 
     def __call__(self, call: Call) -> Call:
         """Notes what a call launches, which reads and writes tensors that stay; nothing of it is computed now."""
         if self._stream is None:  # one for all: on each stream the libraries have working memory of their own
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            # Torch gives a pool up with its last graph, and fails when it is asked for again: streams end, this stays.
+            nothing = torch.zeros(1, device="cuda")
+            self._anchor = self._graph(self._stream, nothing.zero_)
+        return self._graph(self._stream, call)
+
+    def _graph(self, own: torch.cuda.Stream, call: Callable[[], object]) -> Call:
         graph, outer = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        self._stream.wait_stream(outer)
-        with torch.cuda.stream(self._stream):
+        own.wait_stream(outer)
+        with torch.cuda.stream(own):
             # Other threads, which decode and send, may go on with what is not allowed here meanwhile.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 call()
             finally:
                 graph.capture_end()
-        outer.wait_stream(self._stream)
+        outer.wait_stream(own)
         return graph.replay
 
 
