@@ -79,6 +79,15 @@ class _Messages:
     latents: tuple[Header, Layout] | None
 
 
+@dataclass(frozen=True)
+class _Ahead:
+    """An epoch that comes next, with what its units send and receive; None where that is only known at its beginning,
+    because something else than new streams changes there."""
+
+    epoch: Epoch
+    messages: list[_Messages] | None
+
+
 class StageLoop:
     """Runs a stage until its feed stops.
 
@@ -107,7 +116,7 @@ class StageLoop:
     ) -> None:
         self._stage, self._links, self._feed, self._generation = stage, links, feed, generation
         self._tell, self._trace = tell, trace
-        self._ahead: Epoch | None = None
+        self._ahead: _Ahead | None = None
         self._posted_until = 0
         self._awaited: deque[_Awaited] = deque()
         self._teller, self._readback = Teller(stage.device, feed.break_off), Readback(stage.device)
@@ -118,8 +127,8 @@ class StageLoop:
         """Blocks until the feed stops; raises what the stage or a link raises."""
         report, clock = RunReport(time.time() - time.monotonic()), Clock(self._stage.device)
         marks = list[tuple[Unit, Any, Any, Any]]()
-        while (epoch := self._ahead or self._feed.next(block=True)) is not None:
-            self._ahead = None
+        while (ahead := self._ahead or self._prepared(self._feed.next(block=True))) is not None:
+            self._ahead, epoch = None, ahead.epoch
             for stream in epoch.entry.leaves:
                 self._leave(stream)
             for stream, plan in epoch.entry.stops.items():
@@ -127,11 +136,12 @@ class StageLoop:
             for stream, changes in epoch.entry.prompts.items():
                 for new in changes:
                     self._stage.change(stream, new)
-            self._stage.begin(epoch.units)
-            messages = [self._messages(unit) for unit in epoch.units]
+            messages = ahead.messages
+            if messages is None:
+                messages = self._begun(epoch)
             self._announce(messages)
             for position, own in enumerate(messages):
-                times = self._run_unit(own, messages[position + 1 : position + 2] or self._first_of_next(), clock)
+                times = self._run_unit(own, messages[position + 1 : position + 2], clock)
                 report.units += 1
                 if self._trace:
                     marks.append((own.unit, *times))
@@ -152,10 +162,26 @@ class StageLoop:
         for awaited in self._awaited:
             awaited.wanted = awaited.wanted and awaited.header.stream != stream
 
-    def _first_of_next(self) -> list[_Messages]:
-        """Messages of the first unit of the next epoch where that is already sealed."""
-        self._ahead = self._ahead or self._feed.next(block=False)
-        return [] if self._ahead is None else [self._messages(unit) for unit in self._ahead.units[:1]]
+    def _look_ahead(self) -> None:
+        """Gets ready for the next epoch where that is already sealed: called where a message is waited for anyway."""
+        self._ahead = self._ahead or self._prepared(self._feed.next(block=False))
+
+    def _prepared(self, epoch: Epoch | None) -> _Ahead | None:
+        if epoch is None:
+            return None
+        entry = epoch.entry
+        return _Ahead(epoch, None if entry.leaves or entry.stops or entry.prompts else self._begun(epoch))
+
+    def _begun(self, epoch: Epoch) -> list[_Messages]:
+        self._stage.begin(epoch.units)
+        return [self._messages(unit) for unit in epoch.units]
+
+    def _next(self) -> list[_Messages]:
+        """Messages of the first unit of the next epoch, where that is already sealed."""
+        self._look_ahead()
+        if self._ahead is None:
+            return []
+        return (self._ahead.messages or [self._messages(unit) for unit in self._ahead.epoch.units[:1]])[:1]
 
     def _messages(self, unit: Unit) -> _Messages:
         layout, latents = self._stage.activation_layout(unit), None
@@ -177,7 +203,7 @@ class StageLoop:
         unit, upstream = own.unit, self._links.upstream
         late = upstream is not None and upstream.posts_late
         ready = clock.mark()
-        incoming = self._receive(own, [] if late else following)
+        incoming = self._receive(own, following, late)
         start = clock.mark()
         back = self._feedback() if self._stage.first and own.latents is not None else None
         if back is not None and not back.posts_late:
@@ -187,7 +213,7 @@ class StageLoop:
         if back is not None and back.posts_late:
             self._await(back, own)
         if late:
-            self._post(following)
+            self._post(following or self._next())
         end = clock.mark()
         self._send(own, result)
         self._teller.then(partial(self._finished, unit, partial(clock.between, start, end)))
@@ -210,11 +236,14 @@ class StageLoop:
                 self._links.upstream.post(own.activation[1])
                 self._posted_until = own.unit.order + 1
 
-    def _receive(self, own: _Messages, following: Sequence[_Messages]) -> Activation | None:
+    def _receive(self, own: _Messages, following: Sequence[_Messages], late: bool) -> Activation | None:
         unit, upstream = own.unit, self._links.upstream
         if upstream is not None:
-            self._post([own, *following])
+            self._post([own] if late else [own, *(following or self._next())])
+            self._look_ahead()
             return Activation(*upstream.receive(*own.activation))
+        if unit.fed:
+            self._look_ahead()
         for chunk in unit.fed:
             awaited, latents = self._take_back()
             while not awaited.wanted:

@@ -122,7 +122,8 @@ class Stage:
         self._inputs: dict[int, dict[int, Tensor]] = {}
         self._velocities: dict[int, list[Tensor]] = {}
         self._memories: dict[int, list[Memory | None]] = {}
-        self._levels: dict[tuple[int, int], Tensor] = {}
+        self._levels: dict[tuple[int, int], Tensor] = {}  # of the epoch that was begun last
+        self._before: dict[tuple[int, int], Tensor] = {}  # of the one before
         self._readback = Readback(self.device)
         self._graphs = Graphs(self._run_blocks) if graphs else None
 
@@ -141,13 +142,15 @@ class Stage:
         self._streams[stream.id] = stream
 
     def begin(self, units: Sequence[Unit]) -> None:
-        """An epoch's units come next: what they read that follows from the order alone is put on the device at once."""
+        """An epoch's units come next, or after the one that is under way: what they read that follows from the order
+        alone is put on the device at once."""
         if not (self.first or self.last):
             return
         rows = {(unit.stream, unit.row): None for unit in units if unit.stream in self._streams}
         parts = [self._row_levels(*row) for row in rows]
         if parts:
             uploaded = to_device(torch.cat(parts, dim=1), self.device)
+            self._before = self._levels
             self._levels = dict(zip(rows, uploaded.split([part.shape[1] for part in parts], dim=1), strict=True))
 
     def leave(self, stream: int) -> None:
@@ -156,6 +159,9 @@ class Stage:
             self._texts.release(stream, self._streams.pop(stream).conditioning.texts)
         for table in (self._windows, self._inputs, self._velocities, self._memories):
             table.pop(stream, None)
+        for levels in (self._levels, self._before):
+            for row in [key for key in levels if key[0] == stream]:
+                del levels[row]
         if self._graphs is not None:
             self._graphs.leave(stream)
 
@@ -255,7 +261,7 @@ class Stage:
 
     def _unit_levels(self, stream: Stream, row: PlanRow, unit: Unit) -> Tensor:
         size, slots = stream.plan.latent_chunk_size, stream.batches.slots(row, unit.chunk)
-        levels = self._levels.get((stream.id, row.index))
+        levels = self._levels.get((stream.id, row.index), self._before.get((stream.id, row.index)))
         if levels is None:
             levels = to_device(self._row_levels(stream.id, row.index), self.device)
         return levels[:, slots.start * size : slots.stop * size]
