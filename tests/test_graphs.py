@@ -18,7 +18,8 @@ from pavdm_dist.engine.local import LocalEngine
 from pavdm_dist.engine.stage import Stage
 from pavdm_dist.method.schedule import Mode
 from pavdm_dist.method.stream import Stream
-from pavdm_dist.models.base import Backbone
+from pavdm_dist.models.base import Backbone, Grid
+from pavdm_dist.models.wan_layers import RotaryGrid
 
 Call = Callable[[], None]
 
@@ -131,3 +132,14 @@ def test_graphs_of_a_gpu(mode: Mode, device: torch.device, caplog: pytest.LogCap
             found.append([clean.latents for event in told if isinstance(event, Shift) for clean in event.clean])
         assert len(found[0]) == len(found[1]) and all(map(torch.equal, *found))
     assert not caplog.records, "a graph that cannot be made is warned of"
+
+
+def test_rotary_angles_stay_where_a_graph_reads_them() -> None:
+    small, cpu = Grid(3, 2, 4, 4, 8), torch.device("cpu")
+    rope = RotaryGrid(12)
+    given = rope.angles(8, 16, small, cpu)
+    rope.angles(0, 400, small, cpu)
+    again = rope.angles(8, 16, small, cpu)
+    assert [part.data_ptr() for part in again] == [part.data_ptr() for part in given]
+    longer = RotaryGrid(12).angles(8, 400, small, cpu)
+    assert all(torch.equal(one, other[:16]) for one, other in zip(again, longer, strict=True))

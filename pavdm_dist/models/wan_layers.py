@@ -28,6 +28,8 @@ _TABLE_FRAMES = 8
 class RotaryGrid:
     """Rotary angles over latent frame, row and column, each its part of a head's pairs; made when needed, never sent.
 
+    What it has given stays where it is: a CUDA graph goes on reading it there.
+
     Args:
         head_dim: of attention.
     """
@@ -35,7 +37,7 @@ class RotaryGrid:
     def __init__(self, head_dim: int) -> None:
         side = 2 * (head_dim // 6)
         self._dims = (head_dim - 2 * side, side, side)
-        self._tables: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[int, int, torch.device], list[tuple[Tensor, Tensor]]] = {}
 
     def turn(self, x: Tensor, first: int, grid: Grid) -> Tensor:
         """Queries or keys ``[..., tokens, head_dim]`` turned to their places, in their own type.
@@ -55,11 +57,12 @@ class RotaryGrid:
 
     def _table(self, grid: Grid, frames: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[tokens, head_dim / 2]`` of at least so many frames from place 0 on."""
-        key = (grid.height, grid.width, device)
-        table = self._tables.get(key)
-        if table is None or len(table[0]) < frames * grid.tokens_per_frame:
-            table = self._tables[key] = self._made(-(-frames // _TABLE_FRAMES) * _TABLE_FRAMES, grid, device)
-        return table
+        tables = self._tables.setdefault((grid.height, grid.width, device), [])
+        for table in tables:
+            if len(table[0]) >= frames * grid.tokens_per_frame:
+                return table
+        tables.append(self._made(-(-frames // _TABLE_FRAMES) * _TABLE_FRAMES, grid, device))
+        return tables[-1]
 
     def _made(self, frames: int, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
         from diffusers.models.embeddings import get_1d_rotary_pos_embed
