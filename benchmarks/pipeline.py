@@ -168,6 +168,9 @@ def _figures(bench: Bench, case: tuple[Mode, int], traces: Traces, single: Trace
         "makespan_over_simulated_p1": _makespan(single) / priced_single.makespan,
         "waiting_beyond_simulated": max(0.0, waited - (1 - priced.utilisation)),
         "control_ms_per_hop": 1000 * statistics.median(_control(traces)),
+        # A stage that sends activations and one that sends small latents have nothing in common: of both together the
+        # median is the shortest of the one or the longest of the other.
+        **{f"control_ms_stage_{rank}": 1000 * statistics.median(_control([own])) for rank, own in enumerate(traces)},
     }
 
 
