@@ -75,7 +75,7 @@ class PAVDMPipeline:
         resyncs: by video of the last run, rows that adaptive re-sync of mode displaced has made exact, where it has.
         device_name: model of what samples, once it does.
         relative_error: of compiled blocks against plain ones, once they were compared; None where none are compiled.
-        kernels: of attention in compiled blocks, by shape.
+        kernels: of attention where blocks are compiled, by shape.
 
     Raises:
         CheckpointError: a model without weights.

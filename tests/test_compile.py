@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -12,6 +13,7 @@ from typing import get_args
 import pytest
 import torch
 from helpers import TINY, reference_chunks, tiny_model, tiny_stream
+from linked import linked, sampled, staged
 from staircase import LONG, video
 from torch._dynamo.utils import counters
 from wan_models import SKYREELS, WAN, tiny_wan
@@ -28,7 +30,7 @@ from pavdm_dist.method.stream import Stream
 from pavdm_dist.models import compiling, stdit3_block
 from pavdm_dist.models.base import Backbone, FrameInfo
 from pavdm_dist.models.compiling import Compiler
-from pavdm_dist.models.kernels import fused_attention, shape_of
+from pavdm_dist.models.kernels import CHOICES, fused_attention, shape_of
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.recompute import Recompute, recompute_blocks
 from pavdm_dist.train.train_settings import TrainConfig
@@ -60,10 +62,18 @@ def rehearsal_of(model: Backbone, stream: Stream) -> Stream:
     return rehearsal(model, stream.plan, stream.latent_shape, stream.info, **more)
 
 
+class Again(graphs.Capture):
+    def make_ready(self) -> None:
+        """There is nothing to load."""
+
+    def __call__(self, call: Callable[[], None]) -> Callable[[], None]:
+        return call
+
+
 @pytest.fixture(autouse=True)
 def graphs_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is captured is computed again."""
-    monkeypatch.setattr(graphs, "Capture", lambda: lambda call: call)
+    monkeypatch.setattr(graphs, "Capture", Again)
 
 
 def check(kind: str, backend: str, streams: list[Stream], versions: int) -> None:
@@ -100,6 +110,34 @@ def check(kind: str, backend: str, streams: list[Stream], versions: int) -> None
 def test_a_rehearsal_compiles_all_that_a_run_needs(kind: str, mode: Mode) -> None:
     streams = [tiny_stream(number, seed=number, mode=mode, num_chunks=5) for number in range(2)]
     check(kind, "eager", streams, VERSIONS[kind, mode])
+
+
+@pytest.mark.parametrize("mode", ["window", "causal"])
+def test_what_comes_by_a_link_is_what_was_rehearsed(mode: Mode) -> None:
+    _, compiled, compiler = models("stdit3", "eager")
+    stream, before = tiny_stream(mode=mode, num_chunks=5), counters["stats"]["unique_graphs"]
+    stages = [Stage(compiled, own, graphs=True) for own in ((0, 1), (1, compiled.spec.num_blocks))]
+    for stage in stages:
+        rehearse(stage, rehearsal_of(compiled, stream), compiled=True)
+    made = counters["stats"]["unique_graphs"] - before
+    assert made == compiler.num_versions
+    sampled(stages, linked(2, staged(torch.device("cpu"))), [stream])
+    assert counters["stats"]["unique_graphs"] - before == made, "nothing is compiled while links are in use"
+
+
+def test_a_run_has_the_kernels_of_its_own_shapes() -> None:
+    """Whatever other runs have measured on that device."""
+    _, compiled, _ = models("stdit3", "eager")
+    stream = tiny_stream()
+    stage = Stage(compiled, (0, compiled.spec.num_blocks))
+    rehearse(stage, rehearsal_of(compiled, stream), compiled=True)
+    own = next(iter(CHOICES.met))
+    CHOICES.use({own: "flash", "2x3x5x8 reading 16, float32": "cudnn"})
+    try:
+        assert rehearse(stage, rehearsal_of(compiled, stream), compiled=True).kernels == {own: "flash"}
+        assert CHOICES.chosen == {own: "flash"}
+    finally:
+        CHOICES.use({})
 
 
 OTHERWISE_CUT = {

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from captures import Failing, Repeated
 from helpers import reference_chunks, tiny_model, tiny_stream
 from linked import alone, sampled
 from wan_models import tiny_wan
@@ -20,24 +21,6 @@ from pavdm_dist.method.schedule import Mode
 from pavdm_dist.method.stream import Stream
 from pavdm_dist.models.base import Backbone, Grid
 from pavdm_dist.models.wan_layers import RotaryGrid
-
-Call = Callable[[], None]
-
-
-class Repeated:
-    """A capture without a GPU: it computes again what it was given, with the objects that it was given."""
-
-    def __init__(self) -> None:
-        self.captured = self.replayed = 0
-
-    def __call__(self, call: Call) -> Call:
-        self.captured += 1
-
-        def replay() -> None:
-            self.replayed += 1
-            call()
-
-        return replay
 
 
 @pytest.fixture
@@ -75,6 +58,24 @@ def test_a_graph_gives_the_bits_of_its_kernels(
     assert (capture.captured > 0) == replays and capture.replayed > 2 * capture.captured * replays - 1
 
 
+@pytest.mark.parametrize("mode", ["window", "causal"])
+@pytest.mark.parametrize("build", [tiny_model, tiny_wan])
+def test_what_a_graph_reads_stays_when_other_videos_come(
+    capture: Repeated, build: Callable[[], Backbone], mode: Mode
+) -> None:
+    """Of a larger window beside a smaller one: tables of more places, more room."""
+    model = build()
+    streams = [tiny_stream(mode=mode, num_chunks=8), tiny_stream(1, mode=mode, num_chunks=12, window_chunks=6)]
+    stage = Stage(model, (0, model.spec.num_blocks), graphs=True)
+    found: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+    for number, clean in LocalEngine([stage]).run(streams, 2):
+        found[number].append(clean.latents)
+    for stream in streams:
+        expected = [chunk.latents for chunk in reference_chunks(model, stream)]
+        assert len(found[stream.id]) == len(expected) and all(map(torch.equal, found[stream.id], expected))
+    assert capture.replayed > capture.captured > 0
+
+
 def test_a_place_has_one_graph_and_a_stream_takes_its_own_along(capture: Repeated) -> None:
     model, stream = tiny_model(), tiny_stream(mode="causal", num_chunks=9)
     stage = Stage(model, (0, 4), graphs=True)
@@ -87,19 +88,21 @@ def test_a_place_has_one_graph_and_a_stream_takes_its_own_along(capture: Repeate
     assert not held, "nothing is kept of a stream that has ended"
 
 
+@pytest.mark.parametrize("at", ["ready", "capture", "replay"])
 def test_where_a_graph_cannot_be_made_kernels_are_launched_as_before(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at: str
 ) -> None:
-    def fails(call: Call) -> Call:
-        tried.append(call)
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate much")
-
-    tried = list[Call]()
-    monkeypatch.setattr(graphs, "Capture", lambda: fails)
+    failing = Failing(at)
+    monkeypatch.setattr(graphs, "Capture", lambda: failing)
     model, stream = tiny_model(), tiny_stream(num_chunks=6)
+    stage = Stage(model, (0, 4), graphs=True)
+    stage.make_ready()
+    found = [clean.latents for _, clean in LocalEngine([stage]).run([stream])]
     expected = [chunk.latents for chunk in reference_chunks(model, stream)]
-    assert all(map(torch.equal, chunks(model, [stream], [(0, 4)])[0], expected))
-    assert len(tried) == 1 and "no CUDA graphs from here on" in caplog.text and "out of memory." in caplog.text
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+    assert failing.captured == (at != "ready") and failing.closed, "it is not tried again"
+    assert caplog.text.count("no CUDA graphs from here on") == 1 and "out of memory." in caplog.text
+    assert stage._graphs is not None and not stage._graphs._buffers, "and their memory is given up"
 
 
 @pytest.mark.parametrize("build", [tiny_model, tiny_wan])

@@ -21,7 +21,7 @@ from pavdm_dist.models.kv_cache import ChunkMemory
 logger = logging.getLogger(__name__)
 
 # Of a micro-batch's tokens, bytes. Above, kernels take longer than their launches, and what a graph keeps for what is
-# between its blocks, a dozen times as much, is missed elsewhere.
+# between its blocks, many times as much, is missed elsewhere.
 LARGEST = 64 * 2**20
 
 Blocks = Callable[[Activation, BlockContext], Activation]
@@ -30,30 +30,37 @@ Call = Callable[[], None]
 
 @dataclass
 class _Slot:
-    """A place of a stream's windows: which text it has, and its graph once that was run twice."""
+    """A place of a stream's windows: which text it has, and from the second time on its graph."""
 
     text: str
     replay: Call | None = None
 
 
 class Graphs:
-    """Runs a stage's blocks; from the third time on that a micro-batch has a place and a text, by a graph.
+    """Runs a stage's blocks; from the second time on that a micro-batch has a place and a text, by a graph.
 
     A graph reads the very tensors that it was captured with. So there are graphs only where these stay what they are
-    from row to row: the texts' keys and values, which a slot's graph keeps alive, and in mode causal what chunks leave
-    for each other, which lies at a place of its own (:class:`~pavdm_dist.models.kv_cache.ChunkMemory`). The first run
-    makes both.
+    from row to row: the texts' keys and values, which a slot's graph keeps alive, rotary angles, which are never given
+    up, and in mode causal what chunks leave for each other, which lies at a place of its own
+    (:class:`~pavdm_dist.models.kv_cache.ChunkMemory`). The first run makes them all.
 
     Args:
         blocks: runs them one kernel after the other; changes nothing of an activation but its tokens.
         capture: notes what a call does, and returns what does it.
     """
 
-    def __init__(self, blocks: Blocks, capture: Callable[[Call], Call] | None = None) -> None:
+    def __init__(self, blocks: Blocks, capture: Capture | None = None) -> None:
         self._blocks, self._capture = blocks, capture or Capture()
         self._slots: dict[int, dict[tuple[int, int, int], _Slot]] = {}
         self._buffers: dict[tuple[torch.Size, ...], tuple[Activation, Tensor]] = {}
         self._works = True
+
+    def make_ready(self) -> None:
+        """Loads what the first capture needs, before any link is used."""
+        try:
+            self._capture.make_ready()
+        except RuntimeError as error:
+            self._give_up(error)
 
     def run(self, stream: int, branch: int, activation: Activation, context: BlockContext) -> Activation:
         """All blocks of the stage on a micro-batch of a stream and guidance branch."""
@@ -65,45 +72,55 @@ class Graphs:
         if slot is None or slot.text != text:
             slots[place] = _Slot(text)
             return self._blocks(activation, context)
-        given, out = self._buffers_for(activation)
-        for kept, new in zip(_tensors(given), _tensors(activation), strict=True):
-            kept.copy_(new)
-        if slot.replay is None:
-            slot.replay = self._captured(given, out, context)
-            if slot.replay is None:
+        if slot.replay is not None:
+            out = self._given(activation)
+            slot.replay()
+        else:
+            try:  # a graph's first run may ask for memory, too
+                out = self._given(activation)
+                slot.replay = self._captured(context, activation)
+                slot.replay()
+            except RuntimeError as error:  # of memory, above all
+                self._give_up(error)
                 return self._blocks(activation, context)
-        slot.replay()
         # The next graph writes there again, maybe before this one's result has been sent.
         return Activation(out.clone(), activation.modulation, activation.time)
 
     def leave(self, stream: int) -> None:
         """Forgets a stream's graphs."""
         self._slots.pop(stream, None)
+        if not self._slots:
+            self._buffers.clear()
+
+    def _give_up(self, error: RuntimeError) -> None:
+        """With all memory that graphs had."""
+        logger.warning("no CUDA graphs from here on, kernels are launched one by one: %s", first_line(error))
+        self._works = False
+        self._slots.clear()
+        self._buffers.clear()
+        self._capture.close()
+
+    def _given(self, activation: Activation) -> Tensor:
+        """Puts an input where all graphs of its size find it; returns where they leave the result."""
+        given, out = self._buffers_for(activation)
+        for kept, new in zip(_tensors(given), _tensors(activation), strict=True):
+            kept.copy_(new)
+        return out
 
     def _buffers_for(self, activation: Activation) -> tuple[Activation, Tensor]:
-        """Where all graphs of a size find their input and leave their result."""
         sizes = tuple(tensor.shape for tensor in _tensors(activation))
         if sizes not in self._buffers:
             own = Activation(*(torch.empty_like(tensor) for tensor in _tensors(activation)))
             self._buffers[sizes] = own, torch.empty_like(activation.hidden)
         return self._buffers[sizes]
 
-    def _captured(self, given: Activation, out: Tensor, context: BlockContext) -> Call | None:
-        """What runs the blocks again; None where that cannot be, and is not tried again."""
+    def _captured(self, context: BlockContext, activation: Activation) -> Call:
+        given, out = self._buffers_for(activation)
+        replay = self._capture(lambda: _copy(self._blocks(given, context).hidden, out))
+        assert context.text_cache is not None
+        texts = [context.text_cache.held(str(run.key)) for run in context.text]
 
-        def call() -> None:
-            out.copy_(self._blocks(given, context).hidden)
-
-        try:
-            replay = self._capture(call)
-        except RuntimeError as error:  # of memory, above all
-            logger.warning("no CUDA graphs from here on, kernels are launched one by one: %s", first_line(error))
-            self._works = False
-            self._slots.clear()
-            return None
-        texts = context.text_cache and [context.text_cache.held(str(run.key)) for run in context.text]
-
-        def run_again(kept: Any = (texts, context.memory)) -> None:
+        def run_again(kept: Any = (texts, context.memory, given, out)) -> None:
             replay()
 
         return run_again
@@ -117,16 +134,27 @@ class Capture:
         self._stream: torch.cuda.Stream | None = None
         self._anchor: Call | None = None
 
+    def make_ready(self) -> None:
+        """What all captures share."""
+        if self._stream is not None:
+            return
+        # One stream for all: on each the libraries have working memory of their own.
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        # Torch gives a pool up with its last graph, and fails when it is asked for again: streams end, this stays.
+        nothing = torch.zeros(2, device="cuda")
+        self._anchor = self._graph(self._stream, lambda: _copy(nothing[:1], nothing[1:]))
+
     def __call__(self, call: Call) -> Call:
         """Notes what a call launches, which reads and writes tensors that stay; nothing of it is computed now."""
-        if self._stream is None:  # one for all: on each stream the libraries have working memory of their own
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-            # Torch gives a pool up with its last graph, and fails when it is asked for again: streams end, this stays.
-            nothing = torch.zeros(1, device="cuda")
-            self._anchor = self._graph(self._stream, nothing.zero_)
+        self.make_ready()
+        assert self._stream is not None
         return self._graph(self._stream, call)
 
-    def _graph(self, own: torch.cuda.Stream, call: Callable[[], object]) -> Call:
+    def close(self) -> None:
+        """Gives the shared memory up."""
+        self._anchor = self._pool = self._stream = None
+
+    def _graph(self, own: torch.cuda.Stream, call: Call) -> Call:
         graph, outer = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         own.wait_stream(outer)
         with torch.cuda.stream(own):
@@ -138,6 +166,10 @@ class Capture:
                 graph.capture_end()
         outer.wait_stream(own)
         return graph.replay
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    target.copy_(source)
 
 
 def _stays(activation: Activation, context: BlockContext) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pavdm_dist.engine.clock import Clock
@@ -123,6 +124,7 @@ class StageLoop:
         self.last: Unit | None = None
         self.units, self.busy_s = 0, 0.0
 
+    @torch.inference_mode()  # so that what comes by a link is what compiled blocks were rehearsed on
     def run(self) -> RunReport:
         """Blocks until the feed stops; raises what the stage or a link raises."""
         report, clock = RunReport(time.time() - time.monotonic()), Clock(self._stage.device)

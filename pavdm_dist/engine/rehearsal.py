@@ -84,12 +84,14 @@ def rehearse(stage: Stage, stream: Stream, compiled: bool) -> Rehearsed:
         EngineError: compiled blocks compute something else than plain ones.
     """
     began, error = time.monotonic(), None
+    stage.make_ready()
     if not compiled:
         _run(stage, stream, compiled=False)
     else:
         CHOICES.use({**kept_choices(stage.device), **CHOICES.chosen})
         error = _checked(stage, stream)
         keep_choices(stage.device)
+        CHOICES.forget_others()
     return Rehearsed(error, dict(CHOICES.chosen), time.monotonic() - began)
 
 

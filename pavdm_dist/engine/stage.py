@@ -141,6 +141,11 @@ class Stage:
         self._memories[stream.id] = memories_of(stream, self.model, range(*self.blocks), self.device)
         self._streams[stream.id] = stream
 
+    def make_ready(self) -> None:
+        """Before any link is used: what is loaded at its first use otherwise."""
+        if self._graphs is not None:
+            self._graphs.make_ready()
+
     def begin(self, units: Sequence[Unit]) -> None:
         """An epoch's units come next, or after the one that is under way: what they read that follows from the order
         alone is put on the device at once."""

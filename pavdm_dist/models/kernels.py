@@ -41,20 +41,26 @@ class Choices:
     Attributes:
         chosen: name of the kernel by :func:`shape_of`; where a shape has none, torch chooses.
         measuring: shapes without a kernel are timed when they are met.
+        met: those that were, since measuring began.
     """
 
     def __init__(self) -> None:
         self.chosen: dict[str, str] = {}
         self.measuring = False
+        self.met: set[str] = set()
 
     @contextmanager
-    def measured(self) -> Iterator[dict[str, str]]:
-        """Shapes that are met meanwhile are timed, on GPUs; gives all that is chosen by then."""
-        self.measuring = True
+    def measured(self) -> Iterator[None]:
+        """Shapes that are met meanwhile are timed, on GPUs."""
+        self.measuring, self.met = True, set()
         try:
-            yield self.chosen
+            yield
         finally:
             self.measuring = False
+
+    def forget_others(self) -> None:
+        """Keeps what was met alone: a run's bits depend on its own shapes, not on what other runs have measured."""
+        self.chosen = {shape: name for shape, name in self.chosen.items() if shape in self.met}
 
     def use(self, chosen: Mapping[str, str]) -> None:
         """Takes over what was measured elsewhere, in place of all there is."""
@@ -63,17 +69,19 @@ class Choices:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """``[b, heads, n, d]`` each -> the shape of ``q``, by the kernel of the shape; ``mask [n, m]`` or broadcast to
         ``[b, heads, n, m]``, True where a key is read."""
-        if not q.is_cuda or not (self.chosen or self.measuring):
+        if not (self.measuring or (self.chosen and q.is_cuda)):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         shape = shape_of(q, k, mask is not None)
-        if shape not in self.chosen and self.measuring:
-            found = _fastest(q, k, v, mask)
-            if found is not None:
+        if self.measuring:
+            self.met.add(shape)
+            if q.is_cuda and shape not in self.chosen and (found := _fastest(q, k, v, mask)) is not None:
                 self.chosen[shape] = found
         name = self.chosen.get(shape)
-        if name is None:
+        if name is None or not q.is_cuda:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        with sdpa_kernel([CANDIDATES[name]]):
+        # The others behind it, for a tensor of this shape that lies in memory as this kernel does not read it.
+        others = [kernel for other, kernel in CANDIDATES.items() if other != name]
+        with sdpa_kernel([CANDIDATES[name], *others, SDPBackend.MATH], set_priority=True):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
