@@ -74,9 +74,9 @@ def read_in_turn(
     """Attention of a micro-batch over what its memory has for it: at once, or chunk by chunk.
 
     Of several chunks each reads as if it came alone. Where the memory has a mask for that, and a frame is one token,
-    they read together: a mask over few tokens costs less than a call for each (values that are no numbers go through
-    it, though, so that a video that fails may be told of at a cleaner chunk). Else each leaves its pair and reads before
-    the next one does; only what is no attention over frames is computed for all together.
+    they read together: a mask over few tokens costs less than a call for each. (Values that are no numbers go through
+    it, though: a video that fails may be told of at a cleaner chunk.) Else each leaves its pair and reads before the
+    next one does; only what is no attention over frames is computed for all together.
 
     Args:
         memory: asked for keys and values.
