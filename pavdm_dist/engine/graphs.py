@@ -30,10 +30,11 @@ Call = Callable[[], None]
 
 @dataclass
 class _Slot:
-    """A place of a stream's windows: which text it has, and from the second time on its graph."""
+    """A place of a stream's windows: which text it has, and from the second time on its graph, with what that reads."""
 
     text: str
     replay: Call | None = None
+    read: Any = None
 
 
 class Graphs:
@@ -78,8 +79,7 @@ class Graphs:
         else:
             try:  # a graph's first run may ask for memory, too
                 out = self._given(activation)
-                slot.replay = self._captured(context, activation)
-                slot.replay()
+                self._capture_in(slot, activation, context)
             except RuntimeError as error:  # of memory, above all
                 self._give_up(error)
                 return self._blocks(activation, context)
@@ -114,16 +114,14 @@ class Graphs:
             self._buffers[sizes] = own, torch.empty_like(activation.hidden)
         return self._buffers[sizes]
 
-    def _captured(self, context: BlockContext, activation: Activation) -> Call:
+    def _capture_in(self, slot: _Slot, activation: Activation, context: BlockContext) -> None:
+        """Makes the slot's graph and runs it."""
         given, out = self._buffers_for(activation)
         replay = self._capture(lambda: _copy(self._blocks(given, context).hidden, out))
         assert context.text_cache is not None
         texts = [context.text_cache.held(str(run.key)) for run in context.text]
-
-        def run_again(kept: Any = (texts, context.memory, given, out)) -> None:
-            replay()
-
-        return run_again
+        slot.replay, slot.read = replay, (texts, context.memory, given, out)
+        replay()
 
 
 class Capture:
