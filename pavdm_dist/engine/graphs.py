@@ -47,11 +47,10 @@ class Graphs:
 
     Args:
         blocks: runs them one kernel after the other; changes nothing of an activation but its tokens.
-        capture: notes what a call does, and returns what does it.
     """
 
-    def __init__(self, blocks: Blocks, capture: Capture | None = None) -> None:
-        self._blocks, self._capture = blocks, capture or Capture()
+    def __init__(self, blocks: Blocks) -> None:
+        self._blocks, self._capture = blocks, Capture()
         self._slots: dict[int, dict[tuple[int, int, int], _Slot]] = {}
         self._buffers: dict[tuple[torch.Size, ...], tuple[Activation, Tensor]] = {}
         self._works = True
@@ -74,12 +73,12 @@ class Graphs:
             slots[place] = _Slot(text)
             return self._blocks(activation, context)
         if slot.replay is not None:
-            out = self._given(activation)
+            _, out = self._filled(activation)
             slot.replay()
         else:
             try:  # a graph's first run may ask for memory, too
-                out = self._given(activation)
-                self._capture_in(slot, activation, context)
+                given, out = self._filled(activation)
+                self._capture_in(slot, given, out, context)
             except RuntimeError as error:  # of memory, above all
                 self._give_up(error)
                 return self._blocks(activation, context)
@@ -100,23 +99,19 @@ class Graphs:
         self._buffers.clear()
         self._capture.close()
 
-    def _given(self, activation: Activation) -> Tensor:
-        """Puts an input where all graphs of its size find it; returns where they leave the result."""
-        given, out = self._buffers_for(activation)
-        for kept, new in zip(_tensors(given), _tensors(activation), strict=True):
-            kept.copy_(new)
-        return out
-
-    def _buffers_for(self, activation: Activation) -> tuple[Activation, Tensor]:
+    def _filled(self, activation: Activation) -> tuple[Activation, Tensor]:
+        """Where all graphs of a size find their input, which is put there, and where they leave their result."""
         sizes = tuple(tensor.shape for tensor in _tensors(activation))
         if sizes not in self._buffers:
             own = Activation(*(torch.empty_like(tensor) for tensor in _tensors(activation)))
             self._buffers[sizes] = own, torch.empty_like(activation.hidden)
-        return self._buffers[sizes]
+        given, out = self._buffers[sizes]
+        for kept, new in zip(_tensors(given), _tensors(activation), strict=True):
+            kept.copy_(new)
+        return given, out
 
-    def _capture_in(self, slot: _Slot, activation: Activation, context: BlockContext) -> None:
+    def _capture_in(self, slot: _Slot, given: Activation, out: Tensor, context: BlockContext) -> None:
         """Makes the slot's graph and runs it."""
-        given, out = self._buffers_for(activation)
         replay = self._capture(lambda: _copy(self._blocks(given, context).hidden, out))
         assert context.text_cache is not None
         texts = [context.text_cache.held(str(run.key)) for run in context.text]

@@ -42,6 +42,16 @@ def attention(
     return fused(q, k, v, attn_mask).unflatten(0, query.shape[:-3])
 
 
+def chunk_mask(first: int, tokens: int, chunk: int, device: torch.device) -> Tensor:
+    """The chunk-causal mask of tokens from place ``first`` on, where a chunk begins, over all places up to their last.
+
+    Returns:
+        ``[tokens, first + tokens]``, True where a token (row) may read a place: of its own chunk or of one before.
+    """
+    of = torch.arange(first + tokens, device=device) // chunk
+    return of[first:, None] >= of[None, :]
+
+
 def fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
     """Torch's attention, ``[b, heads, n, d]`` each; in sampling by the kernel that was chosen, if any, and where it is
     compiled an operation of its own."""

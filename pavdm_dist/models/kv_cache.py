@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pavdm_dist.models.attention import chunk_mask
+
 Pair = tuple[Tensor, Tensor]
 # Keys ``[..., tokens, head_dim]`` and the place of their first token in the window -> keys turned to their places.
 Turn = Callable[[Tensor, int], Tensor]
@@ -130,8 +132,7 @@ class ChunkMemory:
         """True for a token's own chunk and all places before it."""
         key = (first, tokens, chunk, device)
         if key not in self._masks:
-            own = first + torch.arange(tokens, device=device) // chunk * chunk
-            self._masks[key] = torch.arange(first + tokens, device=device) < (own + chunk)[:, None]
+            self._masks[key] = chunk_mask(*key)
         return self._masks[key]
 
     def attend(self, block: int, keys: Tensor, values: Tensor, first: int, turn: Turn, frame_tokens: int = 1) -> Pair:

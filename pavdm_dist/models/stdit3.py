@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.models.attention import chunk_mask
 from pavdm_dist.models.base import (
     Activation,
     BackboneSpec,
@@ -318,5 +319,4 @@ def _chunk_causal_mask(context: BlockContext, device: torch.device) -> Tensor | 
     cleaner ones."""
     if context.chunk_causal is None:
         return None
-    chunk = torch.arange(context.window_frames or context.grid.frames, device=device) // context.chunk_causal
-    return chunk[:, None] >= chunk[None, :]
+    return chunk_mask(0, context.window_frames or context.grid.frames, context.chunk_causal, device)
