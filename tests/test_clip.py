@@ -91,7 +91,7 @@ def test_all_of_the_film_comes_in_front_when_it_is_asked_for(checkpoint: Checkpo
 def test_what_is_lost_of_a_film_is_said(
     checkpoint: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    times = [42 * i + 9000 * (i >= 30) for i in range(110)]
+    times = [42 * i + 9000 * (i >= 85) for i in range(110)]
     path = write_video(tmp_path / "tall.mkv", numbered(80, 64, 32).repeat(2, axis=0)[:110], 24, times)
     with caplog.at_level(logging.WARNING):
         open_film(config(path), params(checkpoint), checkpoint)

@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pavdm_dist.codecs.pixels import check_frames, from_uint8, to_finite_uint8
+from pavdm_dist.codecs.taps import drop_empty_taps
 from pavdm_dist.codecs.tiles import Tiles
 from pavdm_dist.codecs.wan_config import read_wan_config, wan_config
 from pavdm_dist.errors import CheckpointError, VideoError, first_line
@@ -77,6 +78,9 @@ class WanCodec:
     ) -> WanCodec:
         """Loads ``config.json`` and safetensors weights of any precision.
 
+        Convolutions whose weights for earlier frames are all zero compute frame by frame (``codecs/taps.py``), which
+        is the same up to rounding.
+
         Args:
             source: component folder, hub id, or :class:`~pavdm_dist.models.source.Source`.
             device: where the codec runs.
@@ -88,6 +92,7 @@ class WanCodec:
         """
         vae = _without_weights(source)
         load_module(vae, source, dtype=dtype, device=device)
+        drop_empty_taps(vae)
         return cls(vae, tile)
 
     @classmethod

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from pavdm_dist.codecs.catalog import encoder_identity
 from pavdm_dist.codecs.wan import WanCodec
@@ -137,7 +137,6 @@ def _whole_clip_encoder(codec_folder: str | Path, world: DigitWorld, device: tor
     codec = WanCodec.from_pretrained(codec_folder, device)
     about = (codec.vae.config[name] for name in ("latents_mean", "latents_std"))
     mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1, 1) for values in about)
-    _drop_empty_taps(codec.vae)
     painter = None if device.type == "cpu" else Painter(world, device)
 
     @torch.no_grad()
@@ -155,18 +154,6 @@ def _whole_clip_encoder(codec_folder: str | Path, world: DigitWorld, device: tor
         return torch.cat([encode(painter.paint(group, [0] * len(group), num_frames)[0]) for group in groups])
 
     return encode_scenes
-
-
-def _drop_empty_taps(vae: nn.Module) -> None:
-    """Replaces 3x3x3 convolutions that only look at the current frame by 3x3 ones: a third of the work."""
-    from pavdm_dist.digits.clip_vae import FrameConv
-
-    for module in list(vae.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Conv3d) and child.kernel_size == (3, 3, 3) and not child.weight[:, :, :2].any():
-                conv = FrameConv(child.in_channels, child.out_channels).to(child.weight.device)
-                conv.load_state_dict({"weight": child.weight[:, :, 2], "bias": child.bias})
-                setattr(module, name, conv)
 
 
 def _check_identity(path: Path, codec_folder: str | Path, num_latents: int, world: DigitWorld) -> None:
