@@ -146,6 +146,16 @@ def test_what_a_device_cannot_do_is_one_sentence(model: Path, tmp_path: Path, mo
         check_dtype("dtype", "bfloat16", torch.device("cuda"))
 
 
+def test_a_cpu_without_bfloat16_is_told_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    said = "dtype=bfloat16: this CPU has no instructions for bfloat16; float32 is many times as fast here"
+    for has, told in ((True, []), (False, [said])):
+        monkeypatch.setattr(devices, "computes_bfloat16", lambda device, has=has: has)
+        caplog.clear()
+        check_dtype("dtype", "bfloat16", torch.device("cpu"))
+        check_dtype("dtype", "float32", torch.device("cpu"))
+        assert [record.getMessage() for record in caplog.records] == told
+
+
 @pytest.mark.parametrize(
     ("chosen", "sentence"),
     [

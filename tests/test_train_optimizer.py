@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
+from pavdm_dist.train import optimizer as module
 from pavdm_dist.train.optimizer import MuonAdamW, orthogonalise
 
 
-def test_orthogonalise_levels_the_singular_values_of_wide_and_tall_matrices() -> None:
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_orthogonalise_levels_the_singular_values_of_wide_and_tall_matrices(
+    has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "computes_bfloat16", lambda device: has_bfloat16)
     generator = torch.Generator().manual_seed(0)
     for shape in ((3, 16, 48), (2, 48, 16), (1, 32, 32)):
         matrices = torch.randn(shape, generator=generator)
@@ -19,6 +25,8 @@ def test_orthogonalise_levels_the_singular_values_of_wide_and_tall_matrices() ->
     expected = left @ right
     product = (orthogonalise(left @ torch.diag_embed(spectrum) @ right) * expected).sum() / 16
     assert 0.7 < product < 1.2, "same singular vectors"
+    rounded = orthogonalise(expected)
+    assert torch.equal(rounded, rounded.bfloat16().float()) == has_bfloat16
 
 
 def test_the_rest_follows_torchs_adamw() -> None:

@@ -18,6 +18,7 @@ from pavdm_dist.digits.clip_vae import decode_clip, encode_clip, foreground_psnr
 from pavdm_dist.digits.codec_training import STATE, CodecTrainer, CodecTraining, network, read_run_state
 from pavdm_dist.digits.settings import SHIPPED, DigitWorld
 from pavdm_dist.errors import CheckpointError
+from pavdm_dist.models.devices import tell_of_slow_bfloat16
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -69,6 +70,8 @@ def train_codec(
     """
     run = Path(run_dir)
     run.mkdir(parents=True, exist_ok=True)
+    if config.bfloat16:
+        tell_of_slow_bfloat16("codec.bfloat16=true", torch.device(device))
     trainer = CodecTrainer(config, world, device)
     if (run / STATE).exists():
         trainer.load(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from pavdm_dist.models.source import Source
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # What the system shows of NVIDIA's GPUs, and what hides them from torch.
 _GPU_FILES, _HIDDEN = "/dev/nvidia[0-9]*", ("", "-1")
+
+logger = logging.getLogger(__name__)
 
 
 def choose_device(device: str | torch.device, field: str = "device") -> torch.device:
@@ -110,7 +113,7 @@ def device_model(device: torch.device) -> str:
 
 
 def check_dtype(field: str, name: str, device: torch.device) -> None:
-    """Refuses a type, the value of a setting, that a device of this process cannot compute in.
+    """Refuses a type, the value of a setting, that a device of this process cannot compute in; warns of a slow one.
 
     Raises:
         ConfigError: naming the field.
@@ -121,6 +124,22 @@ def check_dtype(field: str, name: str, device: torch.device) -> None:
         raise ConfigError(
             f"{field}=bfloat16: {torch.cuda.get_device_name(device)} cannot compute in it; use float16 or float32"
         )
+    if name == "bfloat16":
+        tell_of_slow_bfloat16(f"{field}={name}", device)
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device of this process has instructions for products in bfloat16; without, torch emulates them."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # What torch itself asks before it gives a product of a CPU to oneDNN; its own loops take one number at a time.
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def tell_of_slow_bfloat16(setting: str, device: torch.device) -> None:
+    """Warns where bfloat16, which ``setting`` asks for, is emulated."""
+    if device.type == "cpu" and not computes_bfloat16(device):
+        logger.warning("%s: this CPU has no instructions for bfloat16; float32 is many times as fast here", setting)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pavdm_dist.models.devices import computes_bfloat16
+
 # Coefficients of the quintic iteration that lifts small singular values fastest (Jordan et al.).
 QUINTIC = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -97,10 +99,14 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Nearly the orthogonal factor of each of ``[n, rows, columns]``: singular values end between 0.7 and 1.2."""
+    """Nearly the orthogonal factor of each of ``[n, rows, columns]``: singular values end between 0.7 and 1.2.
+
+    In bfloat16, which is enough (Jordan et al.), where the device has it.
+    """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
-    x = (x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)).bfloat16()
+    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    x = x.bfloat16() if computes_bfloat16(x.device) else x.float()
     a, b, c = QUINTIC
     for _ in range(ITERATIONS):
         gram = x @ x.mT

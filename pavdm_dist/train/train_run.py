@@ -17,6 +17,7 @@ import torch
 
 from pavdm_dist.errors import EngineError, PAVDMError
 from pavdm_dist.io.storage import disk_errors
+from pavdm_dist.models.devices import tell_of_slow_bfloat16
 from pavdm_dist.train.batch import Batches
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.export import Parts, check_target
@@ -64,6 +65,8 @@ def train_slice(
     end = time.monotonic() + config.max_seconds
     world = join_world(config.launch.timeout_seconds)
     check_settings(config, world.size)
+    if world.first and config.zero.precision != "float32":
+        tell_of_slow_bfloat16(f"zero.precision={config.zero.precision}", world.device)
     with nullcontext(guard) if guard is not None else owned_together(config.run_dir, world) as guard:
         check_shared(config, world)
         try:
