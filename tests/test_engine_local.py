@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache
 from itertools import combinations, pairwise, product
+from typing import Any
 
 import pytest
 import torch
 from helpers import TINY, reference_chunks, tiny_model, tiny_stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from pavdm_dist.engine.local import LocalEngine
 from pavdm_dist.engine.messages import ACTIVATION, Header, Layout, Message
@@ -69,8 +72,30 @@ def test_finished_streams_leave_nothing_behind(mode: Mode) -> None:
     list(LocalEngine(stages).run([tiny_stream(0, mode=mode), tiny_stream(1, seed=1, mode=mode)], 2))
     for stage in stages:
         tables = (stage._streams, stage._windows, stage._inputs, stage._velocities, stage._memories)
-        assert not any(tables)
+        assert not any([*tables, stage._levels])
         assert not stage._texts._raw and not stage._texts._tokens and not stage._texts.cache._pairs
+
+
+@pytest.mark.parametrize("mode", ["window", "causal", "displaced"])
+def test_a_row_s_levels_are_put_on_the_device_once(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages, looked_up, held = [Stage(tiny_model(), blocks) for blocks in CUTS[3]], Counter[tuple[int, int, int]](), []
+    row_levels, run = Stage._row_levels, Stage.run
+
+    def counted(stage: Stage, stream: int, row: int) -> Tensor:
+        looked_up[stages.index(stage), stream, row] += 1
+        return row_levels(stage, stream, row)
+
+    def watched(stage: Stage, *args: Any) -> Any:
+        held.append(len(stage._levels))
+        return run(stage, *args)
+
+    monkeypatch.setattr(Stage, "_row_levels", counted)
+    monkeypatch.setattr(Stage, "run", watched)
+    streams = [tiny_stream(0, mode=mode, num_chunks=12), tiny_stream(1, seed=1, mode=mode)]
+    list(LocalEngine(stages).run(streams, 2))
+    rows = {(stream.id, row) for stream in streams for row in range(stream.plan.num_rows)}
+    assert looked_up == Counter((stage, *row) for stage in (0, 2) for row in rows), "the middle stage reads none"
+    assert max(held) <= 2 * ROWS_PER_EPOCH < len(rows), "rows that have ended are forgotten"
 
 
 def test_a_prompt_is_forgotten_with_its_last_chunk() -> None:

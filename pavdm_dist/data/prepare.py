@@ -242,10 +242,21 @@ def _encode(job: Job, index: dict[str, Any], run: Run, ahead: bool) -> None:
 def _tell_of_idle_gpus(config: PrepareConfig) -> None:
     """What a cluster has is not asked for; there tasks ask for what they compute on."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count and config.encode and config.device == "cpu" and config.ray_address is None:
+    if not config.encode or config.ray_address is not None:
+        return
+    if count and config.device == "cpu":
         logger.warning(
             "%d GPUs of this machine stay idle: device=cpu encodes videos on CPUs; device=cuda encodes them on GPUs, in"
             " turns between the processes (CUDA_VISIBLE_DEVICES= says that CPUs are meant)",
+            count,
+        )
+    elif config.device == "cuda" and config.processes < count:
+        logger.warning(
+            "%d of %d GPUs of this machine stay idle: processes=%d use one each; processes=%d use all"
+            " (CUDA_VISIBLE_DEVICES=0 says that one is meant)",
+            count - config.processes,
+            count,
+            config.processes,
             count,
         )
 

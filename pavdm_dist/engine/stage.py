@@ -122,8 +122,7 @@ class Stage:
         self._inputs: dict[int, dict[int, Tensor]] = {}
         self._velocities: dict[int, list[Tensor]] = {}
         self._memories: dict[int, list[Memory | None]] = {}
-        self._levels: dict[tuple[int, int], Tensor] = {}  # of the epoch that was begun last
-        self._before: dict[tuple[int, int], Tensor] = {}  # of the one before
+        self._levels: dict[tuple[int, int], Tensor] = {}  # of rows that come, or are under way
         self._readback = Readback(self.device)
         self._graphs = Graphs(self._run_blocks) if graphs else None
 
@@ -155,8 +154,7 @@ class Stage:
         parts = [self._row_levels(*row) for row in rows]
         if parts:
             uploaded = to_device(torch.cat(parts, dim=1), self.device)
-            self._before = self._levels
-            self._levels = dict(zip(rows, uploaded.split([part.shape[1] for part in parts], dim=1), strict=True))
+            self._levels.update(zip(rows, uploaded.split([part.shape[1] for part in parts], dim=1), strict=True))
 
     def leave(self, stream: int) -> None:
         """Forgets all that is held of a stream; harmless where it has ended by itself or never came."""
@@ -164,9 +162,8 @@ class Stage:
             self._texts.release(stream, self._streams.pop(stream).conditioning.texts)
         for table in (self._windows, self._inputs, self._velocities, self._memories):
             table.pop(stream, None)
-        for levels in (self._levels, self._before):
-            for row in [key for key in levels if key[0] == stream]:
-                del levels[row]
+        for row in [key for key in self._levels if key[0] == stream]:
+            del self._levels[row]
         if self._graphs is not None:
             self._graphs.leave(stream)
 
@@ -266,7 +263,9 @@ class Stage:
 
     def _unit_levels(self, stream: Stream, row: PlanRow, unit: Unit) -> Tensor:
         size, slots = stream.plan.latent_chunk_size, stream.batches.slots(row, unit.chunk)
-        levels = self._levels.get((stream.id, row.index), self._before.get((stream.id, row.index)))
+        ended = unit.closes and stream.batches.ends_row(row, unit.chunk)
+        known = self._levels.pop if ended else self._levels.get
+        levels = known((stream.id, row.index), None)
         if levels is None:
             levels = to_device(self._row_levels(stream.id, row.index), self.device)
         return levels[:, slots.start * size : slots.stop * size]
