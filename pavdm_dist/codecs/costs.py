@@ -31,7 +31,8 @@ _SETTLED = 3
 def decode_flop(source: str | Path | Source, latent_height: int, latent_width: int) -> float:
     """FLOP of decoding one latent (four frames), from ``config.json`` alone.
 
-    Two per multiply-add. Of Wan's layouts convolutions only: good to about a quarter, enough to balance stages.
+    Two per multiply-add. Of Wan's layouts convolutions only: good to about a quarter, enough to balance stages. Weights
+    that are zero, which only the files know of, count as others (:mod:`pavdm_dist.codecs.taps`).
     """
     if is_opensora(source):
         return _counted_flop(Source.of(source), _told(source), latent_height, latent_width)
