@@ -5,6 +5,7 @@ The first stage embeds latents, the last one guides, takes the step to the next 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -162,8 +163,7 @@ class Stage:
             self._texts.release(stream, self._streams.pop(stream).conditioning.texts)
         for table in (self._windows, self._inputs, self._velocities, self._memories):
             table.pop(stream, None)
-        for row in [key for key in self._levels if key[0] == stream]:
-            del self._levels[row]
+        self._forget_levels(stream)
         if self._graphs is not None:
             self._graphs.leave(stream)
 
@@ -263,12 +263,17 @@ class Stage:
 
     def _unit_levels(self, stream: Stream, row: PlanRow, unit: Unit) -> Tensor:
         size, slots = stream.plan.latent_chunk_size, stream.batches.slots(row, unit.chunk)
-        ended = unit.closes and stream.batches.ends_row(row, unit.chunk)
-        known = self._levels.pop if ended else self._levels.get
-        levels = known((stream.id, row.index), None)
+        levels = self._levels.get((stream.id, row.index))
         if levels is None:
             levels = to_device(self._row_levels(stream.id, row.index), self.device)
+        if unit.closes and stream.batches.ends_row(row, unit.chunk):
+            self._forget_levels(stream.id, row.index)
         return levels[:, slots.start * size : slots.stop * size]
+
+    def _forget_levels(self, stream: int, last: float = math.inf) -> None:
+        """Those of a stream's rows up to the last one that has ended."""
+        for key in [(owner, row) for owner, row in self._levels if owner == stream and row <= last]:
+            del self._levels[key]
 
     def _row_levels(self, stream_id: int, index: int) -> Tensor:
         """``[1, F]``, in main memory."""
