@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from pavdm_dist.cluster.starting import imports_from
 from pavdm_dist.codecs.encode_texts import encode_texts
 from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder
+from pavdm_dist.models import devices
 from pavdm_dist.models.devices import DTYPES
 
 Cached = list[list[str]]
@@ -103,6 +104,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Asked:
     """Commands and orders of the processes that encode from now on, none of which is started.
 
     A text is one row that holds a third of its length, in the type that was asked for, and has a token for each word.
+    CPUs are quick in every type, so that what is logged is the same everywhere.
     """
     seen: Asked = []
 
@@ -120,4 +122,5 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Asked:
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(PretrainedTextEncoder, "_token_ends", ends)
+    monkeypatch.setattr(devices, "computes_bfloat16", lambda device: True)
     return seen

@@ -15,7 +15,9 @@ from pavdm_dist import cli
 from pavdm_dist.codecs import pretrained_text
 from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder, TextOptions
 from pavdm_dist.errors import CheckpointError
+from pavdm_dist.models import devices
 from pavdm_dist.models.source import Source
+from pavdm_dist.values.fields import TextDtype
 
 
 @pytest.fixture
@@ -42,6 +44,18 @@ def test_the_process_imports_from_here_only_where_this_one_does(
         monkeypatch.syspath_prepend("")
     encoder(model, tmp_path / "cache").encode("a red three")
     assert started[0][0][1:] == [*([] if imports else ["-P"]), "-m", "pavdm_dist.codecs.encode_texts"]
+
+
+@pytest.mark.parametrize(("dtype", "told"), [("bfloat16", True), ("float32", False)])
+def test_an_encoder_whose_type_the_cpu_emulates_is_told_of(
+    model: Path, tmp_path: Path, started: Asked, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    dtype: TextDtype, told: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(devices, "computes_bfloat16", lambda device: False)
+    options = TextOptions("cpu", dtype, str(tmp_path / "cache"))
+    with caplog.at_level(logging.WARNING):
+        PretrainedTextEncoder(Source.of(model), 16, options).encode("a red three")
+    assert ("text_dtype=bfloat16: this CPU has no instructions for bfloat16" in caplog.text) == told
 
 
 @pytest.mark.parametrize("base", ["relative", None])

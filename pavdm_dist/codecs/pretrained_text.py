@@ -22,6 +22,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -34,6 +35,7 @@ from pavdm_dist.io.folders import without_hidden
 from pavdm_dist.io.local_disk import cache_folder
 from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import atomic_write
+from pavdm_dist.models.devices import tell_of_slow_bfloat16
 from pavdm_dist.models.source import Source, load_config
 from pavdm_dist.values.fields import TextDevice, TextDtype
 
@@ -282,6 +284,9 @@ class PretrainedTextEncoder:
 
     def _run(self, texts: list[str]) -> list[Tensor]:
         """What a process that ends with it makes of some texts, in order."""
+        on_cpu = self.options.device == "cpu" or (self.options.device == "auto" and not torch.cuda.is_available())
+        if on_cpu and self.options.dtype == "bfloat16":  # said here, as what that process says is kept for errors
+            tell_of_slow_bfloat16("text_dtype=bfloat16", torch.device("cpu"))
         with tempfile.TemporaryDirectory(prefix="pavdm-text-") as folder:
             order = {
                 "encoder": str(self._encoder.folder()),

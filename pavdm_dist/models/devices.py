@@ -129,7 +129,7 @@ def check_dtype(field: str, name: str, device: torch.device) -> None:
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether a device of this process has instructions for products in bfloat16; without, torch emulates them."""
+    """Whether a device of this process is as quick in bfloat16 as in float32; without, torch emulates its products."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # What torch itself asks before it gives a product of a CPU to oneDNN; its own loops take one number at a time.
@@ -139,7 +139,10 @@ def computes_bfloat16(device: torch.device) -> bool:
 def tell_of_slow_bfloat16(setting: str, device: torch.device) -> None:
     """Warns where bfloat16, which ``setting`` asks for, is emulated."""
     if device.type == "cpu" and not computes_bfloat16(device):
-        logger.warning("%s: this CPU has no instructions for bfloat16; float32 is many times as fast here", setting)
+        logger.warning(
+            "%s: this CPU has no instructions for bfloat16; float32 is many times as fast here, in twice the memory",
+            setting,
+        )
 
 
 @contextmanager
