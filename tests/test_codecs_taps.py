@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,21 +12,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pavdm_dist.codecs.costs import decode_flop, decode_memory
 from pavdm_dist.codecs.receptive import encoder_receptive_latents
 from pavdm_dist.codecs.taps import CurrentFrameConv
 from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.digits.clip_vae import build_vae, public_vae
+from pavdm_dist.errors import CheckpointError
 from pavdm_dist.io.shipped import shipped_models
 
 
 @pytest.fixture(scope="module")
 def plain() -> WanCodec:
-    """Has all taps, those of earlier frames zero but in one convolution."""
+    """In diffusers' own modules, with zeros for earlier frames."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        vae = public_vae(build_vae(4, 8, (1, 2, 2)))
-        vae.decoder.up_blocks[0].resnets[0].conv1.weight[:, :, :2].normal_(std=0.05)
-    return WanCodec(vae)
+        return WanCodec(public_vae(build_vae(4, 8, (1, 2, 2))))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def folder(plain: WanCodec, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def current(module: nn.Module) -> list[str]:
+def shortened(module: nn.Module) -> list[str]:
     return [name for name, child in module.named_modules() if isinstance(child, CurrentFrameConv)]
 
 
@@ -43,12 +45,19 @@ def raw(codec: WanCodec, latents: Tensor) -> Tensor:
     return torch.cat([decoder.step(latent) for latent in latents[None].split(1, dim=2)], dim=2)
 
 
+def counted_flop(codec: WanCodec, latent: Tensor) -> int:
+    decoder = codec.decoder()
+    for _ in range(2):
+        decoder.step(latent)
+    with FlopCounterMode(display=False) as counter:
+        decoder.step(latent)
+    return counter.get_total_flops()
+
+
 def test_pixels_and_latents_are_those_of_all_taps(plain: WanCodec, folder: Path) -> None:
     codec = WanCodec.from_pretrained(folder)
-    convolutions = [name for name, child in plain.vae.named_modules() if getattr(child, "kernel_size", ()) == (3, 3, 3)]
-    kept = "decoder.up_blocks.0.resnets.0.conv1"
-    assert set(convolutions) - set(current(codec.vae)) == {kept}
-    assert not current(plain.vae), "a codec that was handed over is not changed"
+    spatial = [name for name, child in plain.vae.named_modules() if getattr(child, "kernel_size", ()) == (3, 3, 3)]
+    assert shortened(codec.vae) == spatial
     latents = torch.randn(4, 7, 3, 2, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = raw(plain, latents)
@@ -59,30 +68,45 @@ def test_pixels_and_latents_are_those_of_all_taps(plain: WanCodec, folder: Path)
 
 
 def test_it_is_saved_as_it_was_loaded(folder: Path, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKLWan
+
     WanCodec.from_pretrained(folder).save_pretrained(tmp_path)
     before, after = (load_file(next(path.glob("*.safetensors"))) for path in (folder, tmp_path))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+    assert not shortened(AutoencoderKLWan.from_pretrained(tmp_path)), "anybody can read it"
+    assert shortened(WanCodec.from_pretrained(tmp_path, dtype=torch.bfloat16).vae)
 
 
-def test_half_precision_and_a_move_take_the_shortened_kernels_along(folder: Path) -> None:
-    codec = WanCodec.from_pretrained(folder, dtype=torch.bfloat16)
-    codec.vae.float()
-    for module in codec.vae.modules():
-        if isinstance(module, CurrentFrameConv):
-            assert module.current.dtype == torch.float32
-            assert torch.equal(module.current, module.weight[:, :, -1])
+def test_what_the_files_say_of_it_must_be_true(plain: WanCodec, folder: Path, tmp_path: Path) -> None:
+    unmarked = tmp_path / "unmarked"
+    shutil.copytree(folder, unmarked)
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("_current_frame_only") is True
+    (unmarked / "config.json").write_text(json.dumps(config))
+    assert not shortened(WanCodec.from_pretrained(unmarked).vae), "its bits stay what they were"
+    with torch.random.fork_rng():
+        vae = public_vae(build_vae(4, 8, (1, 2, 2)))
+        vae.decoder.up_blocks[0].resnets[0].conv1.weight[0, 0, 1] = 0.1
+    WanCodec(vae).save_pretrained(tmp_path / "wrong")
+    told = (
+        r"_current_frame_only=true, but decoder\.up_blocks\.0\.resnets\.0\.conv1 has weights for earlier frames; take"
+    )
+    with pytest.raises(CheckpointError, match=told):
+        WanCodec.from_pretrained(tmp_path / "wrong")
 
 
-def test_the_shipped_codec_does_less_and_remembers_less() -> None:
+def test_costs_are_those_of_what_is_computed(folder: Path) -> None:
+    codec = WanCodec.from_pretrained(folder)
+    assert decode_flop(folder, 4, 4) == pytest.approx(counted_flop(codec, torch.zeros(1, 4, 1, 4, 4)), rel=0.25)
+    assert decode_memory(folder, 4, 4).weights == sum(value.nbytes for value in codec.vae.parameters())
+
+
+def test_the_shipped_codec_does_less_and_is_warmed_on_less() -> None:
     codec = WanCodec.from_pretrained(shipped_models()["embedded"] / "vae")
-    assert len(current(codec.vae.decoder)) == 18
-    assert len(current(codec.vae.encoder)) == 12
+    assert len(shortened(codec.vae.decoder)) == 18
+    assert len(shortened(codec.vae.encoder)) == 12
     assert codec.receptive_latents() == 4  # 29 with the taps of zero
     assert encoder_receptive_latents(codec) == 3
-    decoder, latent = codec.decoder(), torch.zeros(1, 16, 1, 8, 8)
-    decoder.warm(latent[0])
-    decoder.step(latent)
-    with FlopCounterMode(display=False) as counter:
-        decoder.step(latent)
-    assert counter.get_total_flops() < 1.7e9  # 3.1e9 with them
+    assert counted_flop(codec, torch.zeros(1, 16, 1, 8, 8)) < 1.7e9  # 3.1e9 with them

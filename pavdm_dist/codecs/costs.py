@@ -31,8 +31,7 @@ _SETTLED = 3
 def decode_flop(source: str | Path | Source, latent_height: int, latent_width: int) -> float:
     """FLOP of decoding one latent (four frames), from ``config.json`` alone.
 
-    Two per multiply-add. Of Wan's layouts convolutions only: good to about a quarter, enough to balance stages. Weights
-    that are zero, which only the files know of, count as others (:mod:`pavdm_dist.codecs.taps`).
+    Two per multiply-add. Of Wan's layouts convolutions only: good to about a quarter, enough to balance stages.
     """
     if is_opensora(source):
         return _counted_flop(Source.of(source), _told(source), latent_height, latent_width)
@@ -41,19 +40,19 @@ def decode_flop(source: str | Path | Source, latent_height: int, latent_width: i
     widths = [base * factor for factor in [config.dim_mult[-1], *reversed(config.dim_mult)]]
     doubles = list(reversed(config.temperal_downsample))
     places, frames = latent_height * latent_width, 1
-    total = 27.0 * places * (config.z_dim * widths[0] + 4 * widths[0] ** 2)
+    total = float(config.taps) * places * (config.z_dim * widths[0] + 4 * widths[0] ** 2)
     for level, (before, width) in enumerate(pairwise(widths)):
         if level and not config.is_residual:
             before //= 2  # the plain layout halves the channels with the resolution
         convolutions = before * width + (2 * config.num_res_blocks + 1) * width**2
-        total += 27 * places * frames * convolutions
+        total += config.taps * places * frames * convolutions
         if level < len(doubles):
             if doubles[level]:
                 total += 3 * places * frames * 2 * width**2
                 frames *= 2
             places *= 4
             total += 9 * places * frames * width**2 / (1 if config.is_residual else 2)
-    return 2 * (total + 27 * places * frames * widths[-1] * config.out_channels)
+    return 2 * (total + config.taps * places * frames * widths[-1] * config.out_channels)
 
 
 def _told(source: str | Path | Source) -> str:
@@ -160,7 +159,7 @@ def decode_memory(
 @torch.no_grad()
 def _whole_memory(source: Source, told: str, latent_height: int, latent_width: int, dtype: torch.dtype) -> DecodeMemory:
     codec = WanCodec.on_meta(source, dtype)
-    weights = sum(value.numel() for value in codec.vae.state_dict().values()) * dtype.itemsize
+    weights = sum(value.numel() for value in codec.vae.parameters()) * dtype.itemsize
     decoder, latent = codec.decoder(), (1, codec.spec.latent_channels, 1, latent_height, latent_width)
     with Allocated() as allocated:
         for _ in range(_SETTLED):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pavdm_dist.codecs.pixels import check_frames, from_uint8, to_finite_uint8
 from pavdm_dist.codecs.taps import drop_empty_taps
 from pavdm_dist.codecs.tiles import Tiles
-from pavdm_dist.codecs.wan_config import read_wan_config, wan_config
+from pavdm_dist.codecs.wan_config import CURRENT_FRAME_ONLY, read_wan_config, wan_config
 from pavdm_dist.errors import CheckpointError, VideoError, first_line
 from pavdm_dist.models.loading import load_module, read_tensors
 from pavdm_dist.models.saving import save_module
@@ -78,8 +78,8 @@ class WanCodec:
     ) -> WanCodec:
         """Loads ``config.json`` and safetensors weights of any precision.
 
-        Convolutions whose weights for earlier frames are all zero compute frame by frame (``codecs/taps.py``), which
-        is the same up to rounding.
+        Convolutions that look at the current frame only, as ``config.json`` says, compute frame by frame
+        (:mod:`pavdm_dist.codecs.taps`).
 
         Args:
             source: component folder, hub id, or :class:`~pavdm_dist.models.source.Source`.
@@ -88,12 +88,12 @@ class WanCodec:
             tile: see above.
 
         Raises:
-            CheckpointError: no such folder, not a Wan autoencoder, or a tensor missing or of the wrong size.
+            CheckpointError: no such folder, not a Wan autoencoder, a tensor missing or of the wrong size, or one that
+                looks at earlier frames against what ``config.json`` says.
         """
         vae = _without_weights(source)
         load_module(vae, source, dtype=dtype, device=device)
-        drop_empty_taps(vae)
-        return cls(vae, tile)
+        return cls(_shortened(vae), tile)
 
     @classmethod
     def on_meta(cls, source: str | Path | Source, dtype: torch.dtype = torch.float32) -> WanCodec:
@@ -102,13 +102,12 @@ class WanCodec:
         Raises:
             CheckpointError: missing, or not a Wan autoencoder's configuration.
         """
-        vae = _without_weights(source)
         # Not diffusers' own `to`, which warns of types that some other models keep.
-        return cls(nn.Module.to(vae, dtype))
+        return cls(_shortened(nn.Module.to(_without_weights(source), dtype)))
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes what :meth:`from_pretrained` and diffusers' own loader read; ``dtype``: precision on disk."""
-        config = {key: value for key, value in dict(self.vae.config).items() if not key.startswith("_")}
+        config = {k: v for k, v in dict(self.vae.config).items() if not k.startswith("_") or k == CURRENT_FRAME_ONLY}
         save_module(self.vae, folder, {"_class_name": "AutoencoderKLWan", **config}, dtype)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
@@ -292,6 +291,13 @@ class WanChunkDecoder:
         return [latent.contiguous() for latent in moved.unsqueeze(0).split(1, dim=2)]
 
 
+def _shortened(vae: Any) -> nn.Module:
+    """An autoencoder whose convolutions do no more than its configuration asks for."""
+    if vae.config.get(CURRENT_FRAME_ONLY):
+        drop_empty_taps(vae)
+    return vae
+
+
 def _without_weights(source: str | Path | Source) -> nn.Module:
     """The autoencoder that ``config.json`` describes, on device ``meta``."""
     read_wan_config(source)
@@ -301,7 +307,7 @@ def _without_weights(source: str | Path | Source) -> nn.Module:
     try:
         with torch.device("meta"):
             # What is null is left out, the class has its own values for that; so are names that it does not know.
-            known = signature(AutoencoderKLWan.__init__).parameters
+            known = {*signature(AutoencoderKLWan.__init__).parameters, CURRENT_FRAME_ONLY}
             given = {key: value for key, value in config.items() if value is not None and key in known}
             return AutoencoderKLWan.from_config(given)
     except Exception as error:

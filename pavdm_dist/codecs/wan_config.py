@@ -14,6 +14,8 @@ from pavdm_dist.values.fields import Within, made
 
 # Frames per latent that AutoencoderKLWan's encoder is written for.
 TEMPORAL_STRIDE = 4
+# Says that the 3x3x3 kernels are zero for earlier frames; diffusers ignores entries with an underscore.
+CURRENT_FRAME_ONLY = "_current_frame_only"
 
 _Width = Annotated[int, Within(1, 8192)]
 _Factor = Annotated[int, Within(1, 64)]
@@ -24,6 +26,8 @@ _Deviation = Annotated[float, Within(1e-6, 1e6)]
 @dataclass(frozen=True)
 class WanVAEConfig:
     """Shape of the autoencoder; names and defaults are diffusers', the statistics must be given.
+
+    Ours is ``_current_frame_only``: the 3x3x3 kernels are zero for earlier frames (:mod:`pavdm_dist.codecs.taps`).
 
     Raises:
         CheckpointError: entries that contradict one another, or no autoencoder that can be streamed here.
@@ -44,6 +48,7 @@ class WanVAEConfig:
     out_channels: _Width = 3
     patch_size: Annotated[int, Within(1, 64)] | None = None
     _class_name: str = "AutoencoderKLWan"
+    _current_frame_only: bool = False
 
     def __post_init__(self) -> None:
         if self._class_name != "AutoencoderKLWan":
@@ -68,6 +73,11 @@ class WanVAEConfig:
                 raise CheckpointError(
                     f"{key}={getattr(self, key)}: patch_size={self.patch_size or 'null'} makes {pixels} of a pixel's 3"
                 )
+
+    @property
+    def taps(self) -> int:
+        """Weights of a kernel for an input and an output channel, where the public layout has 3x3x3."""
+        return 9 if self._current_frame_only else 27
 
     @property
     def spec(self) -> CodecSpec:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from pavdm_dist.codecs.wan_config import CURRENT_FRAME_ONLY
 from pavdm_dist.digits.handwriting import Split
 from pavdm_dist.digits.painting import Painter
 from pavdm_dist.digits.settings import GLYPH_CELLS, SHIPPED, DigitWorld
@@ -91,7 +92,7 @@ def public_vae(vae: AutoencoderKLWan) -> AutoencoderKLWan:
     for name, module in vae.named_modules():
         if isinstance(module, FrameConv):
             tensors[f"{name}.weight"] = F.pad(module.weight.detach()[:, :, None], (0, 0, 0, 0, 2, 0))
-    public = AutoencoderKLWan.from_config(vae.config)
+    public = AutoencoderKLWan.from_config({**vae.config, CURRENT_FRAME_ONLY: True})
     public.load_state_dict(tensors)
     return public.eval().requires_grad_(False)
 
