@@ -34,7 +34,7 @@ SETTINGS = EvalConfig(groups="folder", digits="on")
 _MEASURES = (
     *(f"evaluate/{name}.py" for name in ("drift", "features", "made", "measured", "motion", "pixel_meter", "scenes")),
     *(f"digits/{name}.py" for name in ("handwriting", "judge", "law", "prompts", "scores", "settings", "world")),
-    *(f"io/{name}.py" for name in ("decoders", "picture", "reader")),
+    *(f"io/{name}.py" for name in ("colour", "decoders", "picture", "reader")),
 )
 # Libraries that read, measure and judge; some may be lacking.
 _LIBRARIES = (
@@ -77,7 +77,10 @@ def measure_all(work: Path, jobs: Sequence[Job], workers: int) -> tuple[list[Mea
                         print(measured, file=sys.stderr, flush=True)
                         failed[job.path] = measured
                         continue
-                    _keep(_kept_at(work, job), _key(job, code), measured)
+                    try:
+                        _keep(_kept_at(work, job), _key(job, code), measured)
+                    except OSError as error:  # it counts in this report, and is taken again for the next
+                        print(f"{job.path}: its measures are not kept: {error}", file=sys.stderr, flush=True)
                     found[job.path] = measured
             except KeyboardInterrupt as stop:
                 pool.shutdown(wait=False, cancel_futures=True)

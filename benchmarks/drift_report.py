@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from drift_measured import SETTINGS
 from drift_videos import Job, cost_path
 from PIL import Image, ImageDraw
 
 from pavdm_dist.digits.prompts import parse_prompt
 from pavdm_dist.evaluate.command import write_report
-from pavdm_dist.evaluate.drift import mean_interval
+from pavdm_dist.evaluate.drift import mean_interval, ratio_interval
 from pavdm_dist.evaluate.features import frechet_distance
 from pavdm_dist.evaluate.measured import Measured
 from pavdm_dist.evaluate.page import MOMENTS, moments, page, side_by_side
@@ -40,7 +39,7 @@ def result_of(videos: Sequence[Measured], jobs: Sequence[Job]) -> dict[str, Any]
         prompts and seeds), ``digits`` (identity by how many were asked), ``summary`` and ``whole`` as ``pavdm eval``
         has them.
     """
-    rows = summary(videos, SETTINGS.resamples, SETTINGS.seed)
+    rows = summary(videos)
     ends = [row for group, own in by_group(videos).items() for row in _ends(group, own)]
     named = {job.path: job for job in jobs}
     return {
@@ -54,14 +53,15 @@ def result_of(videos: Sequence[Measured], jobs: Sequence[Job]) -> dict[str, Any]
 
 
 def mean_of(video: Measured, name: str, wanted: Callable[[float], bool] = lambda _: True) -> float | None:
-    """Mean of a measure over a video's chunks that begin at wanted seconds; None where there was nothing to measure."""
-    pairs = zip(video.times, video.chunks.get(name, ()), strict=False)
-    values = [value for time, value in pairs if value is not None and wanted(time)]
-    return statistics.fmean(values) if values else None
+    """Mean of a measure over chunks that begin at wanted seconds, each by its frames; None where there are none."""
+    rows = zip(video.times, video.lengths, video.chunks.get(name, ()), strict=False)
+    known = [(value, length) for time, length, value in rows if value is not None and wanted(time)]
+    return statistics.fmean(*zip(*known, strict=True)) if known else None
 
 
 def _ends(group: str, videos: Sequence[Measured]) -> list[dict[str, Any]]:
-    """First and last ten seconds, and the first against what follows; the ratio's 95 % interval is over videos."""
+    """First and last ten seconds, and the first one against what follows, of chunks that begin there; the ratio's 95 %
+    interval is over videos."""
     rows = []
     for name in dict.fromkeys(name for video in videos for name in video.chunks):
         pairs = []
@@ -75,27 +75,11 @@ def _ends(group: str, videos: Sequence[Measured]) -> list[dict[str, Any]]:
         later = _mean([mean_of(video, name, lambda time: time >= 1) for video in videos])
         row: dict[str, Any] = {"group": group, "measure": name, "first_second": begin, "later": later}
         if pairs:
-            row |= _ratio(np.array(pairs))
+            ratio, low, high = ratio_interval(pairs)
+            first, last = np.mean(pairs, axis=0)
+            row |= {"first_10s": float(first), "last_10s": float(last), "ratio": ratio, "low": low, "high": high}
         rows.append(row)
     return rows
-
-
-def _ratio(pairs: np.ndarray) -> dict[str, float | None]:
-    """Last over first, of means over videos; the interval draws videos."""
-    first, last = pairs.mean(0)
-    drawn = np.random.default_rng(SETTINGS.seed).integers(len(pairs), size=(SETTINGS.resamples, len(pairs)))
-    sums = pairs[drawn].sum(1)
-    known = sums[:, 0] != 0
-    low = high = None
-    if len(pairs) > 1 and known.all():
-        low, high = (float(value) for value in np.quantile(sums[:, 1] / sums[:, 0], [0.025, 0.975]))
-    return {
-        "first_10s": float(first),
-        "last_10s": float(last),
-        "ratio": float(last / first) if first else None,
-        "low": low,
-        "high": high,
-    }
 
 
 def _paired(videos: Sequence[Measured], named: Mapping[str, Job]) -> list[dict[str, Any]]:
@@ -115,7 +99,7 @@ def _paired(videos: Sequence[Measured], named: Mapping[str, Job]) -> list[dict[s
                 if one is not None and other is not None:
                     gaps.append(one - other)
             if gaps:
-                low, high = mean_interval(sorted(gaps), SETTINGS.resamples, SETTINGS.seed)
+                low, high = mean_interval(gaps)
                 row = {"group": group, "measure": name, "pairs": len(gaps), "minus_pavdm": statistics.fmean(gaps)}
                 rows.append(row | {"low": low, "high": high})
     return rows
@@ -128,10 +112,13 @@ def _by_digits(videos: Sequence[Measured]) -> list[dict[str, Any]]:
             asked = [video for video in own if len(parse_prompt(video.prompt or "")) == count]
             found = [(value, video.prompt) for video in asked if (value := mean_of(video, "digit")) is not None]
             if found:
-                worst = min(found)
+                of_prompt: dict[str | None, list[float]] = {}
+                for value, prompt in found:
+                    of_prompt.setdefault(prompt, []).append(value)
+                worst, prompt = min((statistics.fmean(values), prompt) for prompt, values in of_prompt.items())
                 mean = statistics.fmean(value for value, _ in found)
                 row: dict[str, Any] = {"group": group, "digits": count, "videos": len(found), "identity": mean}
-                rows.append(row | {"worst": worst[0], "worst_prompt": worst[1]})
+                rows.append(row | {"worst": worst, "worst_prompt": prompt})
     return rows
 
 
@@ -207,7 +194,8 @@ def table(result: Mapping[str, Any]) -> str:
     for row in result["paired"]:
         if row["measure"] in ("digit", "trajectory_error", "law_error"):
             what = f"{row['group']} minus pavdm, {row['measure']}, {row['pairs']} pairs"
-            lines.append(f"{what}: {row['minus_pavdm']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})")
+            interval = "" if row["low"] is None else f" ({row['low']:+.4f} to {row['high']:+.4f})"
+            lines.append(f"{what}: {row['minus_pavdm']:+.4f}{interval}")
     for row in result["digits"]:
         what = f"{row['group']}, prompts of {row['digits']}: identity {row['identity']:.3f}"
         lines.append(f"{what}, worst {row['worst']:.3f} ({row['worst_prompt']})")
@@ -232,7 +220,7 @@ def write_all(
         drawn[f"frames-{number:02d}"] = sheet(title, own)
     inside = {name: png for name, png in drawn.items() if not name.startswith(("frames-", "drift"))}
     text = page(videos, failed, result["summary"], inside, shown)
-    write_report(folder, report, text, drawn)
+    write_report(folder, report, text, drawn, overwrite=True)
     with atomic_write(folder / "drift.json", "w") as file:
         json.dump(dict(result), file, indent=1)
 

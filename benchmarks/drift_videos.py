@@ -11,6 +11,7 @@ import multiprocessing
 import queue
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -353,6 +354,9 @@ def _made(job: Job) -> Outcome:
         (_refer if job.variant.is_reference else _sample)(job)
     except (PAVDMError, OSError) as error:
         return Outcome(job, error=f"{job.path}: {error}")
+    except Exception as error:  # of torch or a library: one video must not end the rendering of the others
+        traceback.print_exc()
+        return Outcome(job, error=f"{job.path}: {type(error).__name__}: {error}")
     return Outcome(job, time.monotonic() - started)
 
 

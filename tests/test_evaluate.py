@@ -11,18 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from videos import numbered, write_video
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.cli import main
 from pavdm_dist.digits.world import NUMBERS, render, sample_scene, scene_prompt
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.evaluate.command import _videos
-from pavdm_dist.evaluate.drift import Drift, drift_of
+from pavdm_dist.evaluate.drift import Drift
 from pavdm_dist.evaluate.features import FeatureMeter, frechet_distance, subject_consistency
 from pavdm_dist.evaluate.made import cost_of, group_of
 from pavdm_dist.evaluate.measured import Measured, measure
 from pavdm_dist.evaluate.motion import MotionMeter
-from pavdm_dist.evaluate.page import page, side_by_side
+from pavdm_dist.evaluate.page import moments, page, side_by_side
 from pavdm_dist.evaluate.pixel_meter import PixelMeter
 from pavdm_dist.evaluate.plots import _curves, plots
 from pavdm_dist.evaluate.report import _summarised, summary
@@ -54,41 +55,6 @@ def metered(frames: Frames, chunk: int = 8, fps: float = 8.0) -> PixelMeter:
     for number, frame in enumerate(frames):
         meter.add(frame, number % chunk == 0)
     return meter
-
-
-# --- drift -----------------------------------------------------------------------------------------------
-
-
-def test_a_line_is_found_and_its_ends() -> None:
-    times = [float(i) for i in range(60)]
-    drift = drift_of(times, [1 + 0.5 * time / 60 for time in times], 500, 0)
-    assert drift is not None and drift.slope == pytest.approx(0.5) and drift.low == pytest.approx(0.5)
-    assert drift.first == pytest.approx(1 + 0.5 * 4 / 60) and drift.last == pytest.approx(1 + 0.5 * 55 / 60)
-    assert drift.between_ends == pytest.approx(0.5 * 51 / 60) and not drift.holds
-    assert (drift.minimum, drift.minimum_at) == (1.0, 0.0)
-
-
-def test_an_interval_holds_the_truth_as_often_as_it_says() -> None:
-    """Of 200 series without drift, white and with memory, the 95 % interval holds zero in most."""
-    times = [float(i) for i in range(60)]
-    for memory, least in ((0.0, 0.9), (0.4, 0.8)):
-        held = 0
-        for seed in range(200):
-            noise = np.random.default_rng(seed).normal(size=60)
-            for i in range(1, 60):
-                noise[i] += memory * noise[i - 1]
-            drift = drift_of(times, noise.tolist(), 200, seed)
-            assert drift is not None
-            held += bool(drift.holds)
-        assert least <= held / 200 <= 0.99
-
-
-def test_what_was_not_measured_is_left_out() -> None:
-    assert drift_of([0.0, 1.0], [None, None], 100, 0) is None
-    drift = drift_of([0.0, 1.0, 2.0], [None, 3.0, None], 100, 0)
-    assert drift is not None and (drift.mean, drift.slope, drift.holds) == (3.0, None, None)
-    short = drift_of([0.0, 60.0], [1.0, 2.0], 100, 0)
-    assert short is not None and short.slope == pytest.approx(1) and short.low is None
 
 
 # --- pixels ----------------------------------------------------------------------------------------------
@@ -153,6 +119,15 @@ def test_motion_is_as_fast_as_it_is(pixels: int, dynamic: float) -> None:
     assert meter.dynamic_degree() == dynamic
     for speed in meter.per_chunk():
         assert speed == pytest.approx(pixels / 128 * 8, rel=0.25, abs=0.01)
+
+
+@pytest.mark.parametrize(("fps", "pixels", "dynamic"), [(10, 4, 0), (4, 9, 1), (25, 1, 0), (25, 4, 1), (24, 3, 1)])
+def test_dynamic_degree_is_of_steps_of_whole_frames(fps: float, pixels: int, dynamic: int) -> None:
+    """VBench compares frames round(fps / 8) apart, and asks for six pixels a step whatever the rate."""
+    meter = MotionMeter(fps)
+    for frame in moving(25, pixels, 256):
+        meter.add(frame, not meter._fast)
+    assert meter.dynamic_degree() == dynamic
 
 
 def test_two_frames_that_are_one_do_not_move() -> None:
@@ -242,6 +217,16 @@ def test_chunks_are_those_of_the_sidecar(digits: tuple[Path, str], tmp_path: Pat
     assert measure(str(path), EvalConfig(motion="off", scenes="off", features="off")).times == [0, 1, 2]
 
 
+def test_chunks_begin_where_the_file_says(tmp_path: Path) -> None:
+    times = [*range(0, 2000, 42), *range(2000, 10000, 500)]
+    path = write_video(tmp_path / "varying.mkv", numbered(80, 32, 32)[: len(times)], 24, [5000 + at for at in times])
+    found = measure(str(path), EvalConfig(motion="off", scenes="off", features="off", chunk_seconds=1.0))
+    starts = np.cumsum([0, *found.lengths])[:-1]
+    assert found.times == pytest.approx([times[start] / 1000 for start in starts], abs=0.002)
+    assert sum(found.lengths) == len(times)
+    assert [round(time) for time, _ in moments(str(path))] == [1], "of its own seconds, from its first frame on"
+
+
 def test_a_report_goes_on_past_bad_files(
     digits: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -266,7 +251,9 @@ def test_a_report_goes_on_past_bad_files(
     assert page.count("data:image/png;base64,") >= len(report["videos"][0]["drift"]) + 1 and "no film" not in page
     assert not re.search(r'(src|href)="(?!data:)', page), "nothing is fetched"
     assert main(words) == 2 and "exists already" in capsys.readouterr().err
+    (tmp_path / "out" / ".DS_Store").touch()
     assert main([*words, "--overwrite"]) == 102
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["plots", "report.html", "report.json"]
 
 
 @pytest.mark.parametrize(
@@ -344,9 +331,9 @@ def test_the_same_prompt_of_every_group_stands_together(digits: tuple[Path, str]
     }
     drawn = plots([one, other])
     assert "quality_over_cost" in drawn and "quality_over_cost" not in plots([one, one])
-    text = page([one, other], [], summary([one, other], 100, 0), drawn, 0)
+    text = page([one, other], [], summary([one, other]), drawn, 0)
     assert "1 more are measured and not shown" in text and "<figure>" not in text
-    rows = page([one, other], [], summary([one, other], 100, 0), {}, 1).split("<figure>")[1].split("</figure>")[0]
+    rows = page([one, other], [], summary([one, other]), {}, 1).split("<figure>")[1].split("</figure>")[0]
     assert rows.count("<img") == 2 and rows.index(">unknown<") < rows.index(">replacement<"), "at one second"
 
 
@@ -355,7 +342,9 @@ def test_curves_meet_by_time() -> None:
 
     def video(step: float, count: int) -> Measured:
         times = [step * i for i in range(count)]
-        return Measured("v", None, 1, 1, 24, 1, 1, "pavdm", times, {"x": [time or None for time in times]}, {}, {})
+        return Measured(
+            "v", None, 1, 1, 24, 1, 1, "pavdm", times, [24] * count, {"x": [time or None for time in times]}, {}, {}
+        )
 
     times, rows = _curves([video(1, 4), video(1 / 3, 12)], "x")
     assert times[-1] == pytest.approx(11 / 3)
@@ -365,7 +354,7 @@ def test_curves_meet_by_time() -> None:
 
 def test_the_only_slope_gives_the_interval() -> None:
     one = Drift(1, None, None, None, 1, 1, 1, 0)
-    found = _summarised([one, replace(one, slope=2.0, low=1.0, high=3.0)], 100, 0)
+    found = _summarised([one, replace(one, slope=2.0, low=1.0, high=3.0)])
     assert (found["slope"], found["low"], found["high"], found["hold"]) == (2.0, 1.0, 3.0, "0 of 1")
 
 

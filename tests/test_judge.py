@@ -14,7 +14,7 @@ from pavdm_dist.digits import handwriting, world
 from pavdm_dist.digits.judge import Judge, torus_centre
 from pavdm_dist.digits.law import Motion, bouncing, drifting, stretches
 from pavdm_dist.digits.prompts import AskedDigit, parse_prompt
-from pavdm_dist.digits.scores import ChunkScore, displacements, line_errors, score_chunks, summarise
+from pavdm_dist.digits.scores import ChunkScore, displacements, line_errors, score_chunk, score_chunks, summarise
 from pavdm_dist.digits.settings import SHIPPED
 from pavdm_dist.digits.world import COLOURS, DIRECTIONS, FPS, SPEEDS, Digit, Scene
 from pavdm_dist.errors import ConfigError
@@ -83,7 +83,18 @@ def test_real_videos_are_read_right(judge: Judge) -> None:
     assert means["speed_ratio"] == pytest.approx(1, abs=0.1)
     assert means["trajectory_error"] is not None and means["trajectory_error"] < 0.2
     assert means["law_error"] is not None and means["law_error"] < 0.15 and means["bounce"] == 1
+    assert means["followed"] is not None and 0.8 < means["followed"] < 1, "some are behind others"
     assert means["frozen"] == means["empty"] == means["duplicated"] == 0
+
+
+@pytest.mark.parametrize("fps", [1, 5, 15, 25, 30])
+def test_speed_is_right_at_every_rate(judge: Judge, fps: int) -> None:
+    image = int(handwriting.clear_images("heldout")[3][0])
+    velocity = (0.0, SPEEDS[""] * FPS / fps)  # as the world's clock goes
+    digit = Digit(3, image, "cyan", "drifting", "to the right", "", (30.0, 50.0), velocity)
+    scene = Scene((digit,), (20, 20, 20), (0, 0))
+    score = score_chunk(judge, world.render(scene, 0, 20), None, parse_prompt(world.scene_prompt(scene)), fps)
+    assert score.direction == 1 and score.speed_ratio == pytest.approx(1, abs=0.03) and score.followed == 1
 
 
 def test_every_speed_and_direction_is_measured(judge: Judge) -> None:
@@ -143,6 +154,7 @@ def test_frozen_empty_and_repeated_stretches_are_found(judge: Judge) -> None:
     assert one(judge, gap, asked).empty
     dark = one(judge, np.full_like(frames[:20], 25), asked)
     assert (dark.digit, dark.colour, dark.count, dark.speed_ratio, dark.direction) == (0, 0, 0, None, None)
+    assert dark.followed == 0
 
 
 def test_a_digit_that_jumps_leaves_its_path(judge: Judge) -> None:
@@ -233,7 +245,7 @@ def test_line_errors_are_those_of_least_squares() -> None:
 
 
 def test_summaries_leave_out_what_could_not_be_judged() -> None:
-    score = ChunkScore(1.0, 1.0, 1.0, 0.5, None, None, None, None, False, False, True)
+    score = ChunkScore(1.0, 1.0, 1.0, 0.5, None, None, None, None, 0.0, False, False, True)
     means = summarise([score, replace(score, digit=None, colour=0.0, duplicated=False)])
     assert (means["digit"], means["colour"], means["direction"], means["duplicated"]) == (1.0, 0.5, None, 0.5)
 

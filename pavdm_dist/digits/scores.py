@@ -40,6 +40,8 @@ class ChunkScore:
         bounce: share of bouncing digits that go as the law says: to within a pixel on one straight way that the
             frame's borders reflect, at the prompted speed to within a fifth, 10 degrees or more from the axes (the
             world's are 20 from them).
+        followed: share of the digits' stretches of about 20 frames that show enough of their way for ``law_error`` and
+            ``bounce``, which say nothing of the others.
         frozen: the prompted speed would have moved the picture, which stays the same.
         empty: a frame without any ink.
         duplicated: the same frames as the chunk before.
@@ -53,6 +55,7 @@ class ChunkScore:
     trajectory_error: float | None
     law_error: float | None
     bounce: float | None
+    followed: float
     frozen: bool
     empty: bool
     duplicated: bool
@@ -101,10 +104,13 @@ def score_chunk(
     right = reading.numbers == np.array([digit.number for digit in asked])
     ratios, directions, errors = [], list[float](), []
     law_errors, bounces = list[float](), list[float]()
+    span = max(1, round(SPAN * fps))
+    followed = 0
     for column, digit in enumerate(asked):
         path = reading.centres[:, column]
-        moves = displacements(path, round(SPAN * fps), judge.world.size)
+        moves = displacements(path, span, judge.world.size)
         motions = _motions(reading, column, digit, judge.world.size)
+        followed += len(motions)
         # Where a digit turns round, half a second's way ends nearer than it is long: the law knows the turn.
         speeds = [math.hypot(*motion.velocity) * fps / digit.speed for motion in motions]
         if motions:
@@ -113,7 +119,7 @@ def score_chunk(
             ratios.append(float(np.median(speeds)))
             bounces.append(float(np.mean([_bounces(*one) for one in zip(motions, speeds, strict=True)])))
         elif len(moves):
-            ratios.append(float(np.median(np.linalg.norm(moves, axis=1))) / SPAN / digit.speed)
+            ratios.append(float(np.median(np.linalg.norm(moves, axis=1))) / (span / fps) / digit.speed)
         if len(moves) and digit.angle is not None:
             went = math.atan2(*moves.mean(0))
             directions.append(abs(math.remainder(went - digit.angle, 2 * math.pi)) <= SECTOR)
@@ -131,6 +137,7 @@ def score_chunk(
         trajectory_error=float(np.median(errors)) if errors else None,
         law_error=_mean(law_errors),
         bounce=_mean(bounces),
+        followed=followed / (len(asked) * len(list(stretches(len(frames))))),
         frozen=moves_at_all and bool(_difference(frames[1:], frames[:-1]) < STILL),
         empty=bool((shown == 0).any()),
         duplicated=before is not None and bool(_difference(frames, before) < STILL),

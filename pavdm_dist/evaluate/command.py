@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,20 +15,23 @@ from pavdm_dist.errors import ConfigError, FailedVideosError, PAVDMError
 from pavdm_dist.evaluate.measured import Measured, features_of, measure
 from pavdm_dist.evaluate.official import open_official
 from pavdm_dist.evaluate.page import page
-from pavdm_dist.evaluate.plots import plots
+from pavdm_dist.evaluate.plots import check_matplotlib, plots
 from pavdm_dist.evaluate.report import summary, whole_rows
 from pavdm_dist.evaluate.settings import EvalConfig
 from pavdm_dist.io.folders import check_no_link, files_in, passed_over, whole_folder
-from pavdm_dist.io.storage import disk_errors, is_remote
+from pavdm_dist.io.storage import discard, disk_errors, is_remote, stage
 
 logger = logging.getLogger(__name__)
 
 _SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".gif")
-REPORT = "report.json"
+_REPORT, _PAGE, _PLOTS = "report.json", "report.html", "plots"
+# What is in the folder of a report, with what `benchmarks/drift.py` adds; and what systems leave in folders.
+_OWN = (_REPORT, _PAGE, _PLOTS, "drift.json")
+_LEFT_BY_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
-def eval_report(config: EvalConfig, overwrite: bool) -> tuple[dict[str, Any], FailedVideosError | None]:
-    """Measures every video.
+def eval_report(config: EvalConfig, overwrite: bool) -> tuple[dict[str, Any], PAVDMError | KeyboardInterrupt | None]:
+    """Measures every video. What was measured is not lost: not by Ctrl-C, nor by a report that cannot be written.
 
     Args:
         config: settings.
@@ -35,10 +40,11 @@ def eval_report(config: EvalConfig, overwrite: bool) -> tuple[dict[str, Any], Fa
     Returns:
         ``videos`` (as :meth:`~pavdm_dist.evaluate.measured.Measured.as_json`), ``failed``, ``whole``, ``summary`` and,
         by their settings, the user's ``networks`` where some are named;
-        and what the command is to end with where some could not be measured.
+        and what the command is to end with: where some could not be measured, it was interrupted, or the report could
+        not be written in the end.
 
     Raises:
-        ConfigError: no video is named, a setting asks for what is not installed, or the report cannot be written.
+        ConfigError: no video is named, a setting asks for what is not installed, or there can be no report.
         CheckpointError: what is named as a network is none.
         MediaError: a reference is no video.
     """
@@ -46,6 +52,7 @@ def eval_report(config: EvalConfig, overwrite: bool) -> tuple[dict[str, Any], Fa
     if config.groups == "folder":
         _tell_of_equal_names(paths)
     if config.output is not None:
+        check_matplotlib()
         check_new_report(Path(config.output), overwrite)
     if config.reference and config.features == "off":
         raise ConfigError("reference: features=off takes none to compare with it; leave one of them out")
@@ -53,16 +60,23 @@ def eval_report(config: EvalConfig, overwrite: bool) -> tuple[dict[str, Any], Fa
     reference = features_of(_videos(config.reference)) if config.reference else None
     measured: list[Measured] = []
     failed: list[dict[str, str]] = []
+    stopped: KeyboardInterrupt | None = None
     for path in paths:
         try:
-            measured.append(measure(path, config, reference, official))
+            # Features take a megabyte for every minute, and are in what they were compared with.
+            measured.append(replace(measure(path, config, reference, official), features=None))
+        except KeyboardInterrupt as interrupt:
+            left = len(paths) - len(measured) - len(failed)
+            stopped = interrupt
+            stopped.args = (f"{left} of {len(paths)} videos are not measured",)
+            break
         except PAVDMError as error:
             logger.warning("not measured: %s", error)
             failed.append({"video": path, "error": str(error)})
         except Exception as error:  # of a decoder or detector: one file must not end the measuring of thousands
             logger.exception("not measured: %s", path)
             failed.append({"video": path, "error": f"{path}: {type(error).__name__}: {error}"})
-    rows = summary(measured, config.resamples, config.seed)
+    rows = summary(measured)
     report: dict[str, Any] = {
         "videos": [video.as_json() for video in measured],
         "failed": failed,
@@ -73,7 +87,13 @@ def eval_report(config: EvalConfig, overwrite: bool) -> tuple[dict[str, Any], Fa
         report["networks"] = {own.field: own.network.about for own in official}
     if config.output is not None and measured:
         drawn = plots(measured)
-        write_report(Path(config.output), report, page(measured, failed, rows, drawn, config.shown), drawn)
+        text = page(measured, failed, rows, drawn, config.shown)
+        try:
+            write_report(Path(config.output), report, text, drawn, overwrite)
+        except ConfigError as error:
+            return report, error
+    if stopped is not None:
+        return report, stopped
     if not failed:
         return report, None
     first = f"{failed[0]['error']}"
@@ -105,7 +125,8 @@ def _videos(words: Sequence[str]) -> list[str]:
         if passed:
             logger.info("videos=%s: %s", word, passed)
         found += own
-    return list(dict.fromkeys(found))
+    # By whatever names: a video that counted twice would make its group look surer than it is.
+    return list({path if is_remote(path) else os.path.realpath(path): path for path in reversed(found)}.values())[::-1]
 
 
 def _tell_of_equal_names(paths: Sequence[str]) -> None:
@@ -117,30 +138,48 @@ def _tell_of_equal_names(paths: Sequence[str]) -> None:
 
 
 def check_new_report(folder: Path, overwrite: bool) -> None:
-    """Refuses a folder that is no earlier report, or is one that may not be replaced.
+    """Refuses a folder that cannot be made, is no earlier report and nothing else, or is one that may not be replaced.
 
     Raises:
         ConfigError: naming it.
     """
     check_no_link(folder, "output")
-    if folder.exists() and not overwrite:
-        raise ConfigError(f"output={folder}: exists already; --overwrite replaces an earlier report")
-    if folder.exists() and not (folder / REPORT).exists():
-        raise ConfigError(f"output={folder}: holds no report that could be replaced; name another")
+    try:
+        discard(stage(folder))  # whether there is a place for it
+        if not folder.exists():
+            return
+        if not overwrite:
+            raise ConfigError(f"output={folder}: exists already; --overwrite replaces an earlier report")
+        if not (folder / _REPORT).is_file():
+            raise ConfigError(f"output={folder}: holds no report that could be replaced; name another")
+        foreign = [file for file in sorted(folder.iterdir()) if file.name not in _OWN]
+        drawn = folder / _PLOTS
+        foreign += [file for file in sorted(drawn.iterdir()) if file.suffix != ".png"] if drawn.is_dir() else []
+    except OSError as error:
+        raise ConfigError(f"output={folder}: cannot be written ({error.strerror or error})") from error
+    for file in foreign:
+        if file.name not in _LEFT_BY_SYSTEMS and not file.name.startswith("._"):
+            raise ConfigError(
+                f"output={folder}: holds {file.relative_to(folder)}, which is no part of a report and would be gone;"
+                " name another"
+            )
 
 
-def write_report(folder: Path, report: dict[str, Any], text: str, drawn: dict[str, bytes]) -> None:
+def write_report(folder: Path, report: dict[str, Any], text: str, drawn: dict[str, bytes], overwrite: bool) -> None:
     """Writes ``report.json``, ``report.html`` and plots, all or nothing.
 
     Raises:
-        ConfigError: they cannot be written.
+        ConfigError: they cannot be written, or something has come to be there that they must not replace.
     """
     try:
         with whole_folder(folder) as partial, disk_errors():
-            (partial / REPORT).write_text(json.dumps(report, indent=1))
-            (partial / "report.html").write_text(text)
-            (partial / "plots").mkdir()
+            (partial / _REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
+            # Names of files may hold what is no text.
+            (partial / _PAGE).write_text(text, encoding="utf-8", errors="backslashreplace")
+            (partial / _PLOTS).mkdir()
             for name, png in drawn.items():
-                (partial / "plots" / f"{name}.png").write_bytes(png)
+                (partial / _PLOTS / f"{name}.png").write_bytes(png)
+            if folder.exists():
+                check_new_report(folder, overwrite)
     except OSError as error:
         raise ConfigError(f"output={folder}: cannot be written ({error.strerror or error})") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,7 +29,7 @@ from pavdm_dist.io.reader import open_video
 Floats = NDArray[np.float64]
 T = TypeVar("T")
 _DIGIT_MEASURES = (
-    "digit", "colour", "count", "speed_ratio", "direction", "trajectory_error", "law_error", "bounce",
+    "digit", "colour", "count", "speed_ratio", "direction", "trajectory_error", "law_error", "bounce", "followed",
 )  # fmt: skip
 
 
@@ -42,6 +43,7 @@ class Measured:
         seconds, frames, fps, height, width: of the file.
         group: what it is compared as; see :func:`~pavdm_dist.evaluate.made.group_of`.
         times: where each chunk begins, seconds.
+        lengths: frames of each chunk.
         chunks: every measure by chunk.
         drift: what each measure did over time.
         whole: measures of the video as a whole, and what it cost.
@@ -57,6 +59,7 @@ class Measured:
     width: int
     group: str
     times: list[float]
+    lengths: list[int]
     chunks: dict[str, list[float | None]]
     drift: dict[str, Drift]
     whole: dict[str, float | None]
@@ -94,31 +97,33 @@ def measure(
     with open_video(path) as reader:
         fps = float(reader.rate)
         digits = _digits(path, prompt, sidecar, config)
-        lengths = chunk_lengths(sidecar, fps, config.chunk_seconds)
+        planned = chunk_lengths(sidecar, fps, config.chunk_seconds)
         meters = _Meters(fps, config, digits, official)
         size: tuple[int, ...] | None = None
-        starts: list[int] = []
+        starts, times = list[int](), list[float]()
         border = frames = 0
-        for _, frame in reader.frames():
+        for at, frame in reader.frames():
             picture = reader.picture(frame, None)
             if size is not None and picture.shape != size:
                 raise MediaError(f"{path}: the size of its pictures changes at frame {frames}")
             size = picture.shape
             if new := frames == border:
-                border += next(lengths)
+                border += next(planned)
                 starts.append(frames)
+                times.append(float(at))
             meters.add(picture, new)
             frames += 1
     if frames < 2 or size is None:
         raise MediaError(f"{path}: has {frames} frame, at least 2 are needed")
     chunks, whole, features = meters.found(reference)
-    times = [start / fps for start in starts]
-    drifts = {name: drift_of(times, values, config.resamples, config.seed) for name, values in chunks.items()}
+    times = [time - times[0] for time in times]
+    lengths = [after - start for start, after in pairwise([*starts, frames])]
+    drifts = {name: drift_of(times, values, config.resamples, config.seed, lengths) for name, values in chunks.items()}
     known = {name: drift for name, drift in drifts.items() if drift is not None}
     group = group_of(path, sidecar, config.groups)
     whole |= cost_of(sidecar)
     return Measured(
-        path, prompt, frames / fps, frames, fps, size[0], size[1], group, times, chunks, known, whole, features
+        path, prompt, frames / fps, frames, fps, size[0], size[1], group, times, lengths, chunks, known, whole, features
     )
 
 
@@ -254,7 +259,7 @@ def _digits(
         asked = parse_prompt(prompt)
         with open_video(path) as reader:
             _, first = next(reader.frames())
-            size = reader.shown_size(first)
+            size = reader.picture(first, None).shape[:2]
         if size != (SIZE, SIZE):
             raise ConfigError(f"it has {size[0]}x{size[1]} pixels, the judge reads {SIZE}x{SIZE}")
         _judge()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pavdm_dist.errors import ConfigError
 
-# VBench looks at so many frames a second, ...
+# VBench looks at about so many frames a second, whole frames apart, ...
 _RATE = 8
 # ... at the fastest share of pixels, and asks for so many pixels a step at a short side of 256.
 _FASTEST, _PIXELS, _SIDE = 0.05, 6.0, 256
@@ -32,9 +32,9 @@ class MotionMeter:
             raise ConfigError("motion=on needs OpenCV: pip install 'pavdm-dist[metrics]'") from None
         cv2.setNumThreads(1)
         self._cv2: Any = cv2
-        self._every = fps / _RATE if fps > _RATE else 1.0
+        self._every = max(1, round(fps / _RATE))
         self._rate = fps / self._every
-        self._count = self._taken = 0
+        self._count = 0
         self._before: NDArray[np.uint8] | None = None
         self._fast: list[list[float]] = []
         self._threshold = math.inf
@@ -43,14 +43,12 @@ class MotionMeter:
         """One frame ``[H, W, 3]``; ``new_chunk`` where a chunk begins with it."""
         if new_chunk:
             self._fast.append([])
-        if self._count >= self._taken * self._every:
+        if self._count % self._every == 0:
             grey = self._small(frame)
             if self._before is not None:
                 self._fast[-1].append(self._fastest(self._before, grey))
             self._before = grey
-            self._taken += 1
-            side = min(grey.shape)
-            self._threshold = _PIXELS * (side / _SIDE) * max(1.0, _RATE / self._rate)
+            self._threshold = _PIXELS * (min(grey.shape) / _SIDE)
         self._count += 1
 
     def per_chunk(self) -> list[float | None]:

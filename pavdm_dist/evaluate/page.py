@@ -32,10 +32,15 @@ def moments(path: str) -> list[tuple[float, bytes]]:
         half = float(1 / reader.rate) * 1.5
         last: tuple[float, Any] | None = None
         frames = ((float(time), frame) for time, frame in reader.frames())
-        for time, frame in frames:
+        began = None
+        for at, frame in frames:
+            began = at if began is None else began
+            time = at - began
             last = (time, frame)
-            if wanted and time >= wanted[0]:
+            if time >= wanted[0]:
                 found.append((wanted.pop(0), _png(Image, reader.picture(frame, None))))
+            if not wanted:
+                break
         if wanted and last is not None and last[0] >= wanted[0] - half:
             found.append((wanted[0], _png(Image, reader.picture(last[1], None))))
     return found

@@ -27,6 +27,7 @@ def plots(videos: Sequence[Measured]) -> dict[str, bytes]:
     Raises:
         ConfigError: matplotlib is not installed.
     """
+    check_matplotlib()
     names = list(dict.fromkeys(name for video in videos for name in video.drift))
     drawn = {name: overview(videos, [name], columns=1) for name in names}
     quality = next((name for name in _QUALITY if name in names), None)
@@ -54,7 +55,9 @@ def overview(videos: Sequence[Measured], names: Sequence[str], columns: int = 2)
             if not len(times):
                 continue
             style = {"color": f"C{number % _COLOURS}", "linestyle": "-" if number < _COLOURS else "--"}
-            (line,) = axes.plot(times, np.nanmean(curves, 0), label=f"{group} ({len(curves)})", linewidth=1.3, **style)
+            (line,) = axes.plot(
+                times, np.nanmean(curves, 0), label=_plain(f"{group} ({len(curves)})"), linewidth=1.3, **style
+            )
             handles.setdefault(group, line)
             if len(curves) > 1:
                 low, high = np.nanquantile(curves, [0.1, 0.9], axis=0)
@@ -83,7 +86,7 @@ def _quality_over_cost(points: Sequence[tuple[str, float, float]], quality: str)
     for number, (group, cost, reached) in enumerate(points):
         # Hollow and of many shapes: groups of equal cost and quality lie on each other.
         style = {"color": f"C{number % _COLOURS}", "marker": _MARKERS[number % len(_MARKERS)]}
-        axes.plot(cost, reached, linestyle="", fillstyle="none", markersize=9, label=group, **style)
+        axes.plot(cost, reached, linestyle="", fillstyle="none", markersize=9, label=_plain(group), **style)
     axes.set_xlabel("latent evaluations per second of video, guidance and context included", fontsize=8)
     axes.set_title(f"{quality}: {ABOUT.get(quality, '')}", fontsize=8, loc="left")
     axes.grid(alpha=0.3)
@@ -91,15 +94,29 @@ def _quality_over_cost(points: Sequence[tuple[str, float, float]], quality: str)
     return _png(figure)
 
 
-def _figure(width: float, height: float) -> Any:
+def check_matplotlib() -> None:
+    """Raises:
+    ConfigError: matplotlib is not installed.
+    """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
     except ImportError:
         raise ConfigError("output=: plots need matplotlib: pip install 'pavdm-dist[metrics]'") from None
+
+
+def _figure(width: float, height: float) -> Any:
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _plain(text: str) -> str:
+    """As matplotlib shows it letter by letter: between two dollars would be a formula, what is no letter ends it."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
 def _png(figure: Any) -> bytes:
@@ -111,9 +128,9 @@ def _png(figure: Any) -> bytes:
 def _curves(videos: Sequence[Measured], name: str) -> tuple[Any, Any]:
     """Times, and a row of values for every video at them: its own between its first and last chunk, else NaN.
 
-    The times are those of the video with the most chunks; others may have chunks of other lengths.
+    The times are those of the video that lasts longest; others may have chunks of other lengths.
     """
-    times = np.array(max((video.times for video in videos), key=len, default=[]))
+    times = np.array(max((video.times for video in videos), key=lambda own: own[-1], default=[]))
     rows = np.full((len(videos), len(times)), np.nan)
     for row, video in zip(rows, videos, strict=True):
         pairs = zip(video.times, video.chunks[name], strict=True)

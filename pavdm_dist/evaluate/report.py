@@ -32,6 +32,7 @@ ABOUT = {
     "trajectory_error": "distance from a straight path over 9 frames, px",
     "law_error": "distance from the nearest path of the world's law, reflections included, px",
     "bounce": "share of bouncing digits that keep to the law, their speed and a diagonal way",
+    "followed": "share of digits that are seen long enough for law_error and bounce",
 }
 
 
@@ -43,16 +44,16 @@ def by_group(videos: Sequence[Measured]) -> dict[str, list[Measured]]:
     return groups
 
 
-def summary(videos: Sequence[Measured], resamples: int, seed: int) -> list[dict[str, Any]]:
+def summary(videos: Sequence[Measured]) -> list[dict[str, Any]]:
     """A row for every group and measure: means over videos, the slope with an interval, how many videos hold.
 
-    The interval is over videos where there are several, else that of the one video's own slope.
+    The interval is over videos where there are several (None without SciPy), else that of the one video's own slope.
     """
     rows = []
     for group, own in by_group(videos).items():
         for name in dict.fromkeys(name for video in own for name in video.drift):
             found = [video.drift[name] for video in own if name in video.drift]
-            rows.append({"group": group, "measure": name, **_summarised(found, resamples, seed)})
+            rows.append({"group": group, "measure": name, **_summarised(found)})
     return rows
 
 
@@ -68,12 +69,12 @@ def whole_rows(videos: Sequence[Measured]) -> list[dict[str, Any]]:
     return rows
 
 
-def _summarised(found: Sequence[Drift], resamples: int, seed: int) -> dict[str, Any]:
+def _summarised(found: Sequence[Drift]) -> dict[str, Any]:
     sloping = [drift for drift in found if drift.slope is not None]
     slopes = [drift.slope for drift in sloping if drift.slope is not None]
     low = high = None
     if len(slopes) > 1:
-        low, high = mean_interval(slopes, resamples, seed)
+        low, high = mean_interval(slopes)
     elif sloping:
         low, high = sloping[0].low, sloping[0].high
     held = [drift.holds for drift in found if drift.holds is not None]

@@ -1,0 +1,121 @@
+"""The report of ``pavdm eval``: replaces reports alone, loses nothing that was measured, shows names as they are."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pavdm_dist.cli import main
+from pavdm_dist.commands.signals import Stopped
+from pavdm_dist.evaluate import command
+from pavdm_dist.evaluate.command import _videos
+from pavdm_dist.evaluate.measured import Measured
+from pavdm_dist.io.video import export_to_video
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    frames = np.random.default_rng(0).integers(0, 256, (48, 16, 16, 3), dtype=np.uint8)
+    path = tmp_path_factory.mktemp("film") / "film.mp4"
+    export_to_video(frames, str(path), 24)
+    return path
+
+
+_OFF = [f"{name}=off" for name in ("motion", "scenes", "features", "digits")]
+
+
+@pytest.mark.parametrize("foreign", ["film.mp4", "plots/notes.txt", "plots.txt"])
+def test_what_is_no_part_of_a_report_is_never_replaced(
+    foreign: str, film: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["eval", str(film), *_OFF, f"output={out}"]
+    assert main(words) == 0
+    (out / foreign).write_bytes(film.read_bytes())
+    assert main([*words, "--overwrite"]) == 2
+    assert f"output={out}: holds {foreign}, which is no part of a report and would be gone" in capsys.readouterr().err
+    assert (out / foreign).read_bytes() == film.read_bytes()
+
+
+def test_a_folder_that_comes_while_it_measures_stays(
+    film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, drawn = tmp_path / "out", command.plots
+
+    def meanwhile(videos: list[Measured]) -> dict[str, bytes]:
+        out.mkdir()
+        (out / "thesis.txt").write_text("a year of work")
+        return drawn(videos)
+
+    monkeypatch.setattr(command, "plots", meanwhile)
+    assert main(["eval", str(film), *_OFF, f"output={out}", "--json"]) == 2
+    captured = capsys.readouterr()
+    assert f"output={out}: exists already" in captured.err
+    assert json.loads(captured.out)["videos"], "what was measured is said all the same"
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "thesis.txt"]
+
+
+def test_ctrl_c_leaves_what_was_measured(
+    film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = command.measure
+
+    def interrupted(path: str, *args: Any) -> Measured:
+        if path.endswith("b.mp4"):
+            raise Stopped(signal.SIGTERM)
+        return measured(path, *args)
+
+    monkeypatch.setattr(command, "measure", interrupted)
+    for name in "abc":
+        (tmp_path / f"{name}.mp4").write_bytes(film.read_bytes())
+    assert main(["eval", str(tmp_path), *_OFF, f"output={tmp_path / 'out'}", "--json"]) == 128 + signal.SIGTERM
+    captured = capsys.readouterr()
+    assert "interrupted: 2 of 3 videos are not measured" in captured.err
+    report = json.loads(captured.out)
+    assert len(report["videos"]) == 1 and json.loads((tmp_path / "out" / "report.json").read_text()) == report
+
+
+def test_where_no_report_can_be_written_is_said_before_anything_is_measured(
+    film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "measure", lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    assert main(["eval", str(film), f"output={tmp_path / 'file' / 'out'}"]) == 2
+    assert re.search(r"output=\S+out: cannot be written \(Not a directory\)", capsys.readouterr().err)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["eval", str(film), f"output={tmp_path / 'out'}"]) == 2
+    assert "plots need matplotlib: pip install 'pavdm-dist[metrics]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["cost_$5_to_$10", "a$_{b$", os.fsdecode(b"\xff"), "<b> &", "ü"])
+def test_names_are_shown_as_they_are(name: str, film: Path, tmp_path: Path) -> None:
+    (tmp_path / "in" / name).mkdir(parents=True)
+    for video in "ab":
+        (tmp_path / "in" / name / f"{video}.mp4").write_bytes(film.read_bytes())
+    said = {"versions": {}, "prompt": "a \ud800 film"}
+    (tmp_path / "in" / name / "a.json").write_text(json.dumps(said))
+    words = ["eval", str(tmp_path / "in"), "groups=folder", *_OFF, f"output={tmp_path / 'out'}", "--json"]
+    assert main(words) == 0 and main(words[:-2]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {video["group"] for video in report["videos"]} == {name}
+    shown = html.escape(name).encode("utf-8", "backslashreplace").decode()
+    assert f">{shown}</th>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_video_counts_once_by_whatever_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.mp4", "b.mp4"):
+        Path(name).touch()
+    Path("link.mp4").symlink_to("a.mp4")
+    assert _videos(["a.mp4", "./a.mp4", str(tmp_path / "b.mp4"), "link.mp4", "b.mp4"]) == [
+        "a.mp4", str(tmp_path / "b.mp4"),
+    ]  # fmt: skip
