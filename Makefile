@@ -7,13 +7,11 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-PROMPT := a red three drifting up and to the left, a blue seven bouncing
-
 .PHONY: demo test test-text types tests
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.core
-	$(BIN)/pavdm sample "$(PROMPT)" seconds=60 num_stages=2 output=demo.mp4 --overwrite
+	$(BIN)/pavdm sample configs/sample/demo.yaml --overwrite
 
 test: $(VENV)/.dev
 	$(BIN)/ruff check .
