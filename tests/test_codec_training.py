@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +193,26 @@ def test_the_export_is_a_diffusers_vae_with_measured_statistics(tmp_path: Path) 
     normalised = (means - mean) / std
     assert normalised.mean(dim=(0, 2, 3, 4)).abs().max() < 0.3
     assert ((normalised.std(dim=(0, 2, 3, 4)) - 1).abs() < 0.3).all()
+
+
+def test_a_full_disk_leaves_no_half_codec_and_no_half_state(tmp_path: Path) -> None:
+    """Really full, of files of a megabyte."""
+    trainer = CodecTrainer(TINY)
+    trainer.save(tmp_path)
+    kept = (tmp_path / codec_training.STATE).read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            trainer.save(tmp_path)
+        with pytest.raises(Exception, match=r"File too large|I/?O error|os error 27"):
+            codec_run.export_codec(tmp_path, tmp_path / "vae", clips=8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    assert (tmp_path / codec_training.STATE).read_bytes() == kept
+    assert [path.name for path in tmp_path.iterdir()] == [codec_training.STATE]
 
 
 def test_exporting_needs_a_run(tmp_path: Path) -> None:

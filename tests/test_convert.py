@@ -92,8 +92,11 @@ def test_nothing_of_others_is_changed_or_removed(
     assert re.search(r"output=\S+link: is a link to out; name the folder itself", capsys.readouterr().err)
     monkeypatch.chdir(tmp_path / "out")
     (tmp_path / "out" / "mark").touch()
+    assert main([*words, "output=."]) == 2
+    assert "output=.: holds mark, which is no part of the model and would be gone" in capsys.readouterr().err
+    (tmp_path / "out" / "mark").rename(tmp_path / "out" / ".DS_Store")
     assert main([*words, "output=."]) == 0
-    assert not (tmp_path / "out" / "mark").exists() and Checkpoint.open(tmp_path / "out")
+    assert not (tmp_path / "out" / ".DS_Store").exists() and Checkpoint.open(tmp_path / "out")
     assert main([*words, f"output={base / 'new'}"]) == 0, "in the base"
     assert not list(base.rglob("*.tmp")) and not (base / "new" / "new").exists()
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "link", tmp_path / "out"])
@@ -156,6 +159,7 @@ def test_other_files_are_refused(
 def test_settings_that_are_missing_are_named(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "weights.safetensors"
     save_file(original_names(tiny_wan(seed=7).state_dict()), file)
+    (empty := tmp_path / "empty").mkdir()
     for words, message in (
         ([], "source: must be given"),
         ([str(file)], "base: must be given"),
@@ -163,7 +167,9 @@ def test_settings_that_are_missing_are_named(base: Path, tmp_path: Path, capsys:
         ([str(file), f"base={tmp_path / 'gone'}", "output=x"], r"base=.*gone: no such folder"),
         ([str(tmp_path / "gone.pt"), f"base={base}", "output=x"], "gone.pt: no such file"),
         ([str(file), f"base={base}", "weights=ema", "output=x"], "weights=ema: .* holds one set of tensors"),
-        ([str(file), f"base={base}", f"output={tmp_path}", "--overwrite"], "holds no model that could be replaced"),
+        ([str(file), f"base={base}", f"output={tmp_path}", "--overwrite"], r"holds source=\S+, which is read"),
+        ([str(file), f"base={base}", f"output={base}", "--overwrite"], r"is base=\S+, which is read; name another"),
+        ([str(file), f"base={base}", f"output={empty}", "--overwrite"], "holds no model that could be replaced"),
     ):
         assert main(["convert", *words]) == 2
         captured = capsys.readouterr()

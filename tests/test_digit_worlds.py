@@ -68,6 +68,16 @@ def test_the_recipe_for_a_gpu_describes_these_worlds() -> None:
 def test_what_cannot_be_drawn_or_read_is_refused_before_anything_is_started(tmp_path: Path) -> None:
     for word, message in (
         ("world.size=100", r"world.size=100: must be a multiple of 8"),
+        ("objective.window_chunks=7", r"window_chunks=7 does not divide"),
+        ("objective.mixture=[{share: 0}]", r"objective.mixture\[0\].share=0.*: must be above 0"),
+        ("model.hidden_size=161", r"model: hidden_size=161 must be an even multiple of num_heads=5"),
+        ("model.depth=0", r"model.depth=0: must be 1 or more"),
+        ("data.num_latents=3", r"data.num_latents=3: a window has at least objective.latent_chunk_size=5"),
+        ("data.clips=0", r"data.clips=0: must be 1 or more"),
+        ("codec.batch_size=0", r"codec.batch_size=0: must be 1 or more"),
+        ("validation.every_steps=5", r"validation.every_steps=5: no clips are held out"),
+        ("sampling={nonsense: 3}", r"sampling.nonsense"),
+        ("sampling={guidance_scale: high}", r"sampling.guidance_scale"),
         ("world.most_digits=3", r"model.model_max_length=24: .*most_digits=3 have up to 32 words and commas; use 32"),
     ):
         words = [word, f"run_dir={tmp_path / 'run'}", "world.digit_weights=[]"]

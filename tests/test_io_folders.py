@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pavdm_dist.io.folders import whole_folder
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.io.folders import check_only, touches, whole_folder
 
 
 def fill(folder: Path, content: str) -> None:
-    with whole_folder(folder) as staged:
+    with whole_folder(folder, replaces=True) as staged:
         (staged / "file").write_text(content)
 
 
@@ -24,7 +25,7 @@ def test_a_folder_is_the_new_one_or_the_old_one(tmp_path: Path, monkeypatch: pyt
     fill(folder, "one")
     fill(folder, "two")
     assert names(folder.parent) == ["model"] and (folder / "file").read_text() == "two"
-    with pytest.raises(OSError, match="full"), whole_folder(folder):
+    with pytest.raises(OSError, match="full"), whole_folder(folder, replaces=True):
         raise OSError("full")
     moves, replace = [0], os.replace
 
@@ -45,3 +46,32 @@ def test_a_path_without_a_name_is_the_folder_it_means(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path / "here")
     fill(Path("."), "one")
     assert names(tmp_path) == ["here"] and (tmp_path / "here" / "file").read_text() == "one"
+
+
+def test_what_came_meanwhile_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "thesis").touch()
+    with pytest.raises(OSError, match="not empty"), whole_folder(folder, replaces=False):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "thesis"]
+
+
+@pytest.mark.parametrize(
+    ("target", "relation"), [("a", "is"), (".", "holds"), ("a/b", "lies in"), ("c", ""), ("link", "is")]
+)
+def test_how_two_folders_touch(target: str, relation: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("a")
+    assert touches(tmp_path / target, tmp_path / "a") == relation
+
+
+def test_more_than_what_is_replaced_is_named(tmp_path: Path) -> None:
+    for name in ("a", ".DS_Store", "._a"):
+        (tmp_path / name).touch()
+    check_only(tmp_path, {"a", "not there"}, "output", "a model")
+    (tmp_path / "plots").mkdir()
+    with pytest.raises(ConfigError, match=rf"output={tmp_path}: holds plots, which is no part of a model and would be"):
+        check_only(tmp_path, {"a"}, "output", "a model")
+    (tmp_path / "plots" / "b").touch()
+    with pytest.raises(ConfigError, match="holds plots/b, which"):
+        check_only(tmp_path, (), "output", "a model", "plots")

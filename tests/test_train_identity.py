@@ -15,6 +15,7 @@ from pavdm_dist.digits.batches import DigitBatches
 from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.train.identity import check_same, identity_of
+from pavdm_dist.train.model import levels_met
 from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.values.merging import load_config
 
@@ -106,3 +107,54 @@ def test_digits_do_not_go_on_with_video(clips: LatentClips) -> None:
         check_same("run", digits, video)
     with pytest.raises(ConfigError, match=r"trained with world\.\w+=None, this run has"):
         check_same("run", video, digits)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("data.clips=8", r"data\.clips=\d+, this run has 8"),
+        ("data.still_steps=7", r"data\.still_steps=\d+, this run has 7"),
+        ("data.still_share=0.75", r"data\.still_share=[\d.]+, this run has 0\.75"),
+        ("data.still_batch_size=48", r"data\.still_batch_size=\d+, this run has 48"),
+        ("zero.precision=bfloat16", r"zero\.precision=float32 or autocast, this run has bfloat16"),
+    ],
+)
+def test_other_digits_or_another_type_of_weights_is_refused(clips: LatentClips, word: str, said: str) -> None:
+    began, now = identity(clips), identity(clips, word)
+    with pytest.raises(ConfigError, match=f"run was trained with {said}$"):
+        check_same("run", began, now)
+    part, name = word.partition("=")[0].split(".")
+    del began[part][name]  # as older checkpoints are
+    check_same("run", began, now)
+    check_same("run", identity(clips), identity(clips, "zero.precision=autocast"))
+
+
+@pytest.mark.parametrize(("name", "stage"), [("muon", 0), ("adamw", 0), ("adamw", 1)])
+def test_settings_of_the_optimizer_are_those_of_the_run_that_goes_on(
+    name: str, stage: int, clips: LatentClips, tmp_path: Path
+) -> None:
+    words = [*TINY, f"run_dir={tmp_path}", f"optimizer.name={name}", f"zero.stage={stage}", "optimizer.total_steps=1"]
+    first = start(load_config(TrainConfig, None, words), clips)
+    first.train_step()
+    first.save()
+    more = ["optimizer.weight_decay=0.5", "optimizer.betas=[0.5, 0.6]"]
+    more += ["optimizer.matrix_ratio=3"] * (name == "muon")
+    second = start(load_config(TrainConfig, None, [*words, *more]), clips)
+    assert second.step == 1
+    groups = second.engine.optimizer.param_groups
+    assert all((group["weight_decay"], tuple(group["betas"])) == (0.5, (0.5, 0.6)) for group in groups)
+    assert [group["ratio"] for group in groups if group.get("ratio")] == [3.0] * (name == "muon")
+
+
+@pytest.mark.parametrize(
+    ("words", "support"),
+    [
+        ([], "staircase-trained"),
+        (["objective.pattern=random"], "mixed-trained"),
+        (["objective.method=replacement"], "mixed-trained"),
+        (["objective.method=replacement-noise"], "accepts"),
+        (["objective.mixture=[{method: replacement}, {method: pavdm}]"], "staircase-trained"),
+    ],
+)
+def test_a_model_says_what_levels_its_windows_had(words: list[str], support: str) -> None:
+    assert levels_met(load_config(TrainConfig, None, [*TINY, *words])) == support

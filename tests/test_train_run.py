@@ -22,7 +22,7 @@ from pavdm_dist.digits.cache import LatentClips, cache_clips
 from pavdm_dist.digits.provider import WORLD_PROMPTS, digit_data
 from pavdm_dist.digits.settings import VOCABULARY, WORLD_SETTINGS, DigitWorld
 from pavdm_dist.digits.world import render, sample_scene
-from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.errors import CheckpointError, ConfigError, EngineError
 from pavdm_dist.io.shipped import EMBEDDED
 from pavdm_dist.train.average import Average
 from pavdm_dist.train.export import Parts, check_target
@@ -243,11 +243,11 @@ def test_a_folder_that_is_no_export_is_never_replaced(tmp_path: Path, codec: Pat
     for target, message in ((tmp_path / "models", "holds other and no model"), (codec / "config.json", "is a file")):
         with pytest.raises(ConfigError, match=f"export={target}: .*{message}"):
             train_slice(settings(tmp_path, f"export={target}"), digit_data)
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(EngineError, match=f"{message}.*; the checkpoint is kept, run again to export it"):
             start(settings(tmp_path), clips, codec).export(target)
     assert (tmp_path / "models" / "other").is_dir()
     (tmp_path / "link").symlink_to(tmp_path / "models")
-    with pytest.raises(ConfigError, match=f"export={tmp_path / 'link'}: is a link to .*models; name the folder itself"):
+    with pytest.raises(EngineError, match=f"export={tmp_path / 'link'}: is a link to .*models; name the folder itself"):
         start(settings(tmp_path), clips, codec).export(tmp_path / "link")
 
 
@@ -263,10 +263,20 @@ def test_an_export_never_replaces_what_the_run_reads(tmp_path: Path, codec: Path
         ("model.pretrained", base, base / "lora", "lies in"),
         ("data.model", base, base, "is"),
         ("codec.folder", base / "vae", base, "holds"),
+        ("data.folder", base, base, "is"),
+        ("data.text_cache", base, base, "is"),
+        ("run_dir", base / "run", base, "holds"),
+        ("run_dir", base, base, "is"),
     ):
+        place = f"[{place}]" if field == "data.folder" else place
         config = settings(tmp_path, f"{field}={place}", f"export={target}")
         with pytest.raises(ConfigError, match=rf"export={target}: {relation} {field}={base}"):
             train_slice(config, digit_data)
+    assert (base / "model_index.json").read_bytes() == index
+    (base / "notes").touch()
+    with pytest.raises(ConfigError, match=r"base: holds notes, which is no part of the model and would be gone; name"):
+        train_slice(settings(tmp_path, f"export={base}"), digit_data)
+    (base / "notes").unlink()
     # Where the run's own folder holds the base, and no export is named.
     run_dir.mkdir()
     base.rename(run_dir / "model")
@@ -278,8 +288,10 @@ def test_an_export_never_replaces_what_the_run_reads(tmp_path: Path, codec: Path
 
 def test_an_export_replaces_its_own_kind_alone(tmp_path: Path, codec: Path, clips: LatentClips) -> None:
     start(settings(tmp_path / "first"), clips, codec).export(tmp_path / "whole")
-    (tmp_path / "lora").mkdir()
-    (tmp_path / "lora/pytorch_lora_weights.safetensors").touch()
+    for name, header in (("lora", {"steps": "3"}), ("published", {"format": "pt"}), ("loras", {"steps": "3"})):
+        (tmp_path / name).mkdir()
+        save_file({"a": torch.zeros(1)}, tmp_path / name / "pytorch_lora_weights.safetensors", header)
+    (tmp_path / "loras" / "other.safetensors").touch()
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/model_index.json").write_text('{"_class_name": "WanPipeline"}')
     whole = settings(tmp_path)
@@ -288,8 +300,10 @@ def test_an_export_replaces_its_own_kind_alone(tmp_path: Path, codec: Path, clip
         (low, "whole", "holds a whole model, this run makes a LoRA"),
         (whole, "lora", "holds a LoRA, this run makes a whole model"),
         (whole, "foreign", "holds a model that no training run has written"),
+        (low, "published", "holds a LoRA that no training run has written"),
+        (low, "loras", r"holds other\.safetensors, which is no part of the LoRA and would be gone"),
     ):
-        with pytest.raises(ConfigError, match=f"export={tmp_path / name}: {message}; name a new folder"):
+        with pytest.raises(ConfigError, match=f"export={tmp_path / name}: {message}; name a"):
             check_target(config, tmp_path / name)
     check_target(whole, tmp_path / "whole")
     check_target(low, tmp_path / "lora")
@@ -303,12 +317,15 @@ def test_an_export_removes_nothing_but_its_own(tmp_path: Path, codec: Path, clip
         (run_dir / backup / "weights").touch()
     (run_dir / ".model.0123abcd.tmp" / "model").mkdir(parents=True)  # left by a kill
     (run_dir / "model" / "mark").touch()
+    with pytest.raises(EngineError, match=r"model: holds mark, .*would be gone; name another; the checkpoint is kept"):
+        trainer.export(run_dir / "model")
+    (run_dir / "model" / "mark").rename(run_dir / "model" / ".DS_Store")
     trainer.export(run_dir / "model")
     assert sorted(path.name for path in run_dir.iterdir() if "model" in path.name) == [
         "model", "model.old", "model.partial",
     ]  # fmt: skip
     assert (run_dir / "model.old" / "weights").exists() and (run_dir / "model.partial" / "weights").exists()
-    assert not (run_dir / "model" / "mark").exists() and Checkpoint.open(run_dir / "model")
+    assert not (run_dir / "model" / ".DS_Store").exists() and Checkpoint.open(run_dir / "model")
 
 
 def test_a_sheet_never_ends_a_run(

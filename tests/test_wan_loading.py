@@ -245,10 +245,12 @@ def test_lora_is_added_to_the_weights_of_any_stage(write: Callable, scale: float
                 assert value.is_meta or torch.equal(value, all_of_it.state_dict()[name])
 
 
-def test_peft_strengths_by_module(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pattern", ["ffn.net.0.proj", r"^blocks\.\d+\.ffn.*", r"blocks\.[0-9]\.ffn\..*proj"])
+def test_peft_strengths_by_module(pattern: str, tmp_path: Path) -> None:
     model, pairs = tiny_wan(), low_rank(tiny_wan())
+    pairs = {name: pair for name, pair in pairs.items() if "ffn" not in name or name.endswith("ffn.net.0.proj")}
     model.save_pretrained(tmp_path)
-    as_peft(pairs, tmp_path, use_rslora=True, alpha_pattern={"ffn.net.0.proj": 8.0})
+    as_peft(pairs, tmp_path, use_rslora=True, alpha_pattern={pattern: 8.0})
     found = load_backbone(Source(str(tmp_path), adapters=(Adapter(Source(str(tmp_path))),))).state_dict()
     for name, (down, up) in pairs.items():
         strength = (8.0 if "ffn" in name else ALPHA) / RANK**0.5

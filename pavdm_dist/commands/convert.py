@@ -15,11 +15,12 @@ from torch import Tensor
 
 from pavdm_dist.commands.convert_parts import Component, check_fit, published_file
 from pavdm_dist.errors import CheckpointError, ConfigError
-from pavdm_dist.io.folders import check_no_link, whole_folder
+from pavdm_dist.io.folders import check_no_link, touches, whole_folder
+from pavdm_dist.io.shipped import shipped_models
 from pavdm_dist.io.storage import disk_errors
 from pavdm_dist.models.base import Backbone
 from pavdm_dist.models.catalog import backbone_shape
-from pavdm_dist.models.components import INDEX, copy_components
+from pavdm_dist.models.components import INDEX, check_only_model, copy_components
 from pavdm_dist.models.devices import DTYPES
 from pavdm_dist.models.loading import as_stored, check_stored, has_weights
 from pavdm_dist.models.published import read_published
@@ -61,7 +62,8 @@ def convert_command(config: ConvertConfig, overwrite: bool) -> dict[str, Any]:
         ``output``, ``tensors``, ``bytes``.
 
     Raises:
-        ConfigError: a setting is missing, or the folder is a link, or it cannot be written.
+        ConfigError: a setting is missing, or the folder is a link, holds more than a model or what is read, or it
+            cannot be written.
         CheckpointError: the file cannot be read, or its tensors are not those of the base's transformer; a component
             is not where it is said to be.
     """
@@ -73,8 +75,16 @@ def convert_command(config: ConvertConfig, overwrite: bool) -> dict[str, Any]:
     check_no_link(folder, "output")
     if os.path.lexists(folder) and not overwrite:
         raise ConfigError(f"output={folder}: exists already; --overwrite replaces it")
-    if os.path.lexists(folder) and not (folder / INDEX).exists():
+    for name in ("source", "base", "vae", "text_encoder", "tokenizer"):
+        place = getattr(config, name)
+        path = None if place is None else shipped_models().get(place, Path(os.path.expanduser(place)))
+        relation = touches(folder, path) if path is not None and os.path.lexists(path) else ""
+        if relation in ("is", "holds"):
+            raise ConfigError(f"output={folder}: {relation} {name}={place}, which is read; name another")
+    if os.path.lexists(folder) and not (folder / INDEX).is_file():
         raise ConfigError(f"output={folder}: holds no model that could be replaced; name another")
+    if os.path.lexists(folder):
+        check_only_model(folder, config.base, "output")
     base = Source.of(config.base, config.revision, field="base")
     shape = backbone_shape(base.part("transformer"))
     components = _components(config, base)
@@ -83,7 +93,7 @@ def convert_command(config: ConvertConfig, overwrite: bool) -> dict[str, Any]:
     stored = {name: as_stored(value) for name, value in tensors.items()}
     check_stored(shape.state_dict(), stored, config.source, shape.optional_tensors)
     try:
-        with whole_folder(folder) as partial, disk_errors():
+        with whole_folder(folder, replaces=overwrite) as partial, disk_errors():
             copy_components(base, partial, [component.name for component in components])
             for component in components:
                 component.write(partial)
@@ -130,6 +140,7 @@ def _write(
     converted = {name: value.to(kind(name, value)).contiguous() for name, value in tensors.items()}
     save_tensors(converted, folder / "transformer", values)
     index = read_object(base.file(INDEX), CheckpointError)
+    index.pop("training", None)  # these weights come from elsewhere
     index["transformer"] = ["diffusers", values.get("_class_name")]
     for component in components:
         if component.name in index and component.name != "tokenizer":

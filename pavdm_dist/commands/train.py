@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pavdm_dist.checkpoint import SamplingDefaults
 from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.digits.provider import digit_data, world_of
+from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.train.batch import Batches
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.launch import launch
+from pavdm_dist.train.model import shape_of
 from pavdm_dist.train.prepared import data_model, video_data
 from pavdm_dist.train.ranks import World, launched_size
 from pavdm_dist.train.train_settings import TrainConfig
+from pavdm_dist.train.validation import Validation
+from pavdm_dist.values.fields import made
 
 
 def train_command(config: TrainConfig, words: Sequence[str]) -> None:
@@ -50,8 +55,22 @@ def training_data(config: TrainConfig, world: World, end: float) -> tuple[Batche
 
 
 def _check_data(config: TrainConfig) -> None:
-    """What a run on digits could not draw, or no text encoder would read, is refused before a process is started."""
+    """What would be refused only when data are there and the model is built, or when it is exported, which may be hours
+    later, is refused before a process is started."""
+    kinds = config.objective.kinds()
+    made(SamplingDefaults, config.sampling, "sampling", prefix="sampling.", error=ConfigError)
+    if config.model.pretrained is None:
+        try:
+            shape_of(config, config.codec.z_dim)
+        except CheckpointError as error:
+            raise ConfigError(f"model: {error}") from error
     if not config.data.folder:
         world_of(config)
+        chunk = max(kind.latent_chunk_size for _, kind in kinds)
+        if config.data.num_latents < chunk:
+            raise ConfigError(
+                f"data.num_latents={config.data.num_latents}: a window has at least objective.latent_chunk_size={chunk}"
+            )
+        Validation.check(config.validation, held_out=False)
     if TextOptions.of(config.data).given:
         data_model(config)

@@ -27,6 +27,8 @@ def info_of(world: DigitWorld) -> FrameInfo:
 
 
 INFO = info_of(SHIPPED)
+# Settings of the single frames.
+_DRAWN = ("still_steps", "still_share", "still_batch_size")
 
 
 class DigitBatches:
@@ -47,7 +49,10 @@ class DigitBatches:
         self.kinds = [(share, kind.at_size(world.size, world.size)) for share, kind in objective.kinds()]
         self.channels = clips.latents.shape[1]
         # With those that a world's settings leave out where they are the shipped one's.
-        self.identity = {"world": {**world.settings, **world.later}}
+        self.identity = {
+            "world": {**world.settings, **world.later},
+            "data": {name: getattr(data, name) for name in ("clips", *_DRAWN)},
+        }
         self.held_out: Batches | None = None
 
     def batch(self, step: int, rank: int, size: int) -> Batch:

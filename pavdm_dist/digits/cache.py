@@ -20,7 +20,7 @@ from pavdm_dist.digits.painting import Painter
 from pavdm_dist.digits.settings import SHIPPED, SIZE, DigitWorld
 from pavdm_dist.digits.world import Scene, render, sample_scene, scene_prompt
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.io.storage import atomic_path
+from pavdm_dist.io.storage import atomic_path, atomic_write
 from pavdm_dist.models.devices import to_device
 
 logger = logging.getLogger(__name__)
@@ -160,7 +160,8 @@ def _check_identity(path: Path, codec_folder: str | Path, num_latents: int, worl
     identity = {"world": world.settings, "num_latents": num_latents, "encoder": encoder_identity(codec_folder)}
     file = path / "identity.json"
     if not file.exists():
-        file.write_text(json.dumps(identity))
+        with atomic_write(file, "w") as written:
+            json.dump(identity, written)
         return
     found = json.loads(file.read_text())
     for name, value in json.loads(json.dumps(identity)).items():

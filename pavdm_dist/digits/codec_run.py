@@ -18,6 +18,7 @@ from pavdm_dist.digits.clip_vae import decode_clip, encode_clip, foreground_psnr
 from pavdm_dist.digits.codec_training import STATE, CodecTrainer, CodecTraining, network, read_run_state
 from pavdm_dist.digits.settings import SHIPPED, DigitWorld
 from pavdm_dist.errors import CheckpointError
+from pavdm_dist.io.folders import whole_folder
 from pavdm_dist.models.devices import tell_of_slow_bfloat16
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def load_codec(run_dir: str | Path) -> AutoencoderKLWan:
 
 @torch.no_grad()
 def export_codec(run_dir: str | Path, folder: str | Path, clips: int = 128, world: DigitWorld = SHIPPED) -> None:
-    """Write the averaged codec to ``folder`` (config.json and fp16 safetensors).
+    """Write the averaged codec to ``folder`` (config.json and fp16 safetensors), which appears whole or not at all.
 
     ``latents_mean`` and ``latents_std`` are measured per channel on ``clips`` training clips of 17 frames,
     posterior means, so that normalised latents have mean 0 and deviation 1.
@@ -142,4 +143,5 @@ def export_codec(run_dir: str | Path, folder: str | Path, clips: int = 128, worl
         means.append(encode_clip(vae, x).chunk(2, dim=1)[0])
     latents = rearrange(torch.cat(means), "b c t h w -> c (b t h w)")
     public.register_to_config(latents_mean=latents.mean(1).tolist(), latents_std=latents.std(1).tolist())
-    public.half().save_pretrained(folder)
+    with whole_folder(folder, replaces=True) as partial:
+        public.half().save_pretrained(partial)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
 import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from pavdm_dist.digits.clip_vae import (
 from pavdm_dist.digits.painting import Painter
 from pavdm_dist.digits.settings import SHIPPED, DigitWorld
 from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.io.storage import atomic_write
 from pavdm_dist.train.optimizer import MuonAdamW
 
 if TYPE_CHECKING:
@@ -242,9 +243,10 @@ class CodecTrainer:
             "elapsed": self.elapsed,
             "frozen": self.frozen,
         }
-        part = run_dir / f"{STATE}.part"
-        torch.save(state, part)
-        os.replace(part, run_dir / STATE)
+        content = io.BytesIO()  # torch says of a full disk what nobody could tell from a fault of its own
+        torch.save(state, content)
+        with atomic_write(run_dir / STATE, "wb") as file:
+            file.write(content.getbuffer())
 
     def load(self, run_dir: Path) -> None:
         """Continue from :meth:`save`.

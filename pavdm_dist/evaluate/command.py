@@ -18,16 +18,15 @@ from pavdm_dist.evaluate.page import page
 from pavdm_dist.evaluate.plots import check_matplotlib, plots
 from pavdm_dist.evaluate.report import summary, whole_rows
 from pavdm_dist.evaluate.settings import EvalConfig
-from pavdm_dist.io.folders import check_no_link, files_in, passed_over, whole_folder
+from pavdm_dist.io.folders import check_no_link, check_only, files_in, passed_over, whole_folder
 from pavdm_dist.io.storage import discard, disk_errors, is_remote, stage
 
 logger = logging.getLogger(__name__)
 
 _SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".gif")
 _REPORT, _PAGE, _PLOTS = "report.json", "report.html", "plots"
-# What is in the folder of a report, with what `benchmarks/drift.py` adds; and what systems leave in folders.
+# What is in the folder of a report, with what `benchmarks/drift.py` adds.
 _OWN = (_REPORT, _PAGE, _PLOTS, "drift.json")
-_LEFT_BY_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 def eval_report(config: EvalConfig, overwrite: bool) -> tuple[dict[str, Any], PAVDMError | KeyboardInterrupt | None]:
@@ -152,17 +151,12 @@ def check_new_report(folder: Path, overwrite: bool) -> None:
             raise ConfigError(f"output={folder}: exists already; --overwrite replaces an earlier report")
         if not (folder / _REPORT).is_file():
             raise ConfigError(f"output={folder}: holds no report that could be replaced; name another")
-        foreign = [file for file in sorted(folder.iterdir()) if file.name not in _OWN]
-        drawn = folder / _PLOTS
-        foreign += [file for file in sorted(drawn.iterdir()) if file.suffix != ".png"] if drawn.is_dir() else []
+        check_only(folder, _OWN, "output", "a report")
+        if (drawn := folder / _PLOTS).is_dir():
+            pictures = {file.name for file in drawn.iterdir() if file.suffix == ".png"}
+            check_only(folder, pictures, "output", "a report", _PLOTS)
     except OSError as error:
         raise ConfigError(f"output={folder}: cannot be written ({error.strerror or error})") from error
-    for file in foreign:
-        if file.name not in _LEFT_BY_SYSTEMS and not file.name.startswith("._"):
-            raise ConfigError(
-                f"output={folder}: holds {file.relative_to(folder)}, which is no part of a report and would be gone;"
-                " name another"
-            )
 
 
 def write_report(folder: Path, report: dict[str, Any], text: str, drawn: dict[str, bytes], overwrite: bool) -> None:
@@ -172,7 +166,7 @@ def write_report(folder: Path, report: dict[str, Any], text: str, drawn: dict[st
         ConfigError: they cannot be written, or something has come to be there that they must not replace.
     """
     try:
-        with whole_folder(folder) as partial, disk_errors():
+        with whole_folder(folder, replaces=overwrite) as partial, disk_errors():
             (partial / _REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
             # Names of files may hold what is no text.
             (partial / _PAGE).write_text(text, encoding="utf-8", errors="backslashreplace")

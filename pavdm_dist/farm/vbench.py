@@ -78,7 +78,7 @@ def export_vbench(out: str, target: str, form: Form = "standard", by_dimension: 
     named = {_name(sample, form, number): sample for number, sample in enumerate(samples)}
     if len(named) < len(samples):
         raise ConfigError(f"{out}: prompts that differ behind {_PROMPT_CHARACTERS} characters only; use --custom")
-    with whole_folder(target) as folder:
+    with whole_folder(target, replaces=False) as folder:
         for name, sample in named.items():
             place = folder / name
             place.parent.mkdir(parents=True, exist_ok=True)

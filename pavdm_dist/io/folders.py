@@ -6,7 +6,7 @@ And what in folders of others is theirs: not what machines leave there.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,8 @@ _FOREIGN = (
     "recycler", "recycled", "system volume information", "network trash folder", "temporary items", "lost+found",
     "__macosx",
 )  # fmt: skip
+# Files that they put into any folder that somebody looks at.
+_LEFT_BY_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 def check_no_link(path: str | Path, field: str) -> None:
@@ -34,6 +36,37 @@ def check_no_link(path: str | Path, field: str) -> None:
     """
     if os.path.islink(path):
         raise ConfigError(f"{field}={path}: is a link to {os.readlink(path)}; name the folder itself")
+
+
+def check_only(folder: Path, known: Container[str], field: str, what: str, inside: str = "") -> None:
+    """Refuses to replace a folder that holds more than what would take its place: the rest would be gone.
+
+    Args:
+        folder: that is there.
+        known: names of what is replaced; what systems leave in folders is nobody's.
+        field: the setting that names it.
+        what: the folder is taken for.
+        inside: look into this folder in it instead.
+
+    Raises:
+        ConfigError: naming what it holds besides.
+    """
+    for file in sorted((folder / inside).iterdir()):
+        if file.name not in known and file.name not in _LEFT_BY_SYSTEMS and not file.name.startswith("._"):
+            found = file.relative_to(folder)
+            raise ConfigError(
+                f"{field}={folder}: holds {found}, which is no part of {what} and would be gone; name another"
+            )
+
+
+def touches(target: Path, place: Path) -> str:
+    """How a folder that is to be replaced touches another place, links followed in both; empty where it does not."""
+    target, place = (Path(os.path.realpath(path)) for path in (target, place))
+    if target == place:
+        return "is"
+    if target in place.parents:
+        return "holds"
+    return "lies in" if place in target.parents else ""
 
 
 def files_in(folder: str, suffixes: Sequence[str], field: str, hidden: list[str]) -> Iterator[Path]:
@@ -76,14 +109,15 @@ def without_hidden(files: Iterable[Path]) -> list[Path]:
 
 
 @contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
+def whole_folder(path: str | Path, *, replaces: bool) -> Iterator[Path]:
     """A new, empty folder to write to; when the block ends well, ``path`` becomes it, and an earlier one there is gone.
 
     When the block raises, nothing is left and an earlier folder stays as it was. What is on its way has hidden names
     that nobody else has: ``path.old`` and ``path.partial`` are as good names as any for somebody's own folder.
 
     Args:
-        path: a folder or nothing, as long as the block runs; whether it may be replaced is for the caller to say.
+        path: a folder or nothing.
+        replaces: a folder there; else one that is not empty, also where it has come meanwhile, is an OSError.
 
     Raises:
         OSError: it cannot be made, or not replaced.
@@ -93,7 +127,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     try:
         staged.mkdir()
         yield staged
-        if folder.exists():
+        if folder.exists() and replaces:
             _exchange(folder, staged)
         else:
             os.replace(staged, folder)

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from pavdm_dist.errors import CheckpointError
+from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.io.folders import check_only
 from pavdm_dist.io.storage import same_path
 from pavdm_dist.models.source import Source
 from pavdm_dist.values.fields import read_object
@@ -38,6 +39,19 @@ def copy_components(base: Source, folder: Path, replaced: Iterable[str] = ()) ->
         is_component = isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
         if is_component and name not in left_out:
             shutil.copytree(base.part(name).folder(), folder / name, copy_function=link_or_copy)
+
+
+def check_only_model(folder: Path, base: str | Path | None, field: str) -> None:
+    """Refuses to replace a model folder that holds more than the model, and what came with the ``base`` it was made of.
+
+    Raises:
+        ConfigError: naming it; or the index cannot be read.
+    """
+    index = read_object(folder / INDEX, ConfigError)
+    known = {INDEX, *(name for name, value in index.items() if isinstance(value, list))}
+    if base is not None and os.path.isdir(base):
+        known.update(os.listdir(base))
+    check_only(folder, known, field, "the model")
 
 
 def link_or_copy(source: str, target: str) -> str:

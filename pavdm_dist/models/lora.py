@@ -44,7 +44,8 @@ class _Settings:
 
     def strength(self, module: str, rank: int) -> float:
         """What the product of a module's two matrices is multiplied by."""
-        named = (alpha for name, alpha in self.alpha_pattern.items() if module == name or module.endswith(f".{name}"))
+        # As peft reads them: expressions that a module's name, or its end, matches.
+        named = (alpha for name, alpha in self.alpha_pattern.items() if re.match(rf"(.*\.)?({name})$", module))
         alpha = next(named, self.lora_alpha)
         return 1.0 if alpha is None else alpha / (rank**0.5 if self.use_rslora else rank)
 
@@ -71,6 +72,14 @@ class Changes:
         if strange or missing:
             what = f"tensor {strange[0]} is no part of a LoRA" if strange else f"lacks tensor {missing[0]}"
             raise CheckpointError(f"lora={source}: {what}")
+        for name in sorted(needed):
+            if tensors[name].ndim != 2:
+                raise CheckpointError(f"lora={source}: {name} has the shape {list(tensors[name].shape)}, no matrix")
+        try:
+            for name in self._settings.alpha_pattern:
+                re.compile(name)
+        except re.error as error:
+            raise CheckpointError(f"lora={source}: alpha_pattern {name!r} is no expression: {error}") from error
 
     def check(self, expected: Mapping[str, Tensor]) -> None:
         """Refuses what does not fit a model's tensors, of the whole model, by name and shape.
@@ -147,6 +156,8 @@ def _settings(source: Source, header: Mapping[str, str]) -> _Settings:
             values = json_value(header[METADATA])
         except ValueError as error:
             raise CheckpointError(f"lora={source}: {METADATA} is not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise CheckpointError(f"lora={source}: {METADATA} is no JSON object")
         values = {key.removeprefix("transformer."): value for key, value in values.items()}
     return made(_Settings, values, f"lora={source}", ignore_unknown=True, error=CheckpointError)
 

@@ -17,17 +17,17 @@ from torch import Tensor
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.errors import CheckpointError, ConfigError
-from pavdm_dist.io.folders import check_no_link, whole_folder
+from pavdm_dist.io.folders import check_no_link, check_only, touches, whole_folder
 from pavdm_dist.io.shipped import shipped_models
 from pavdm_dist.io.storage import remove_staged
 from pavdm_dist.models.base import FrameInfo
-from pavdm_dist.models.components import INDEX, copy_components
+from pavdm_dist.models.components import INDEX, check_only_model, copy_components
 from pavdm_dist.models.devices import DTYPES
 from pavdm_dist.models.known import ONE_LEVEL, PER_FRAME
 from pavdm_dist.models.lora import FILES
 from pavdm_dist.models.source import Source, load_config
 from pavdm_dist.models.stdit3 import STDiT3
-from pavdm_dist.train.lora_training import save_lora
+from pavdm_dist.train.lora_training import is_own_lora, save_lora
 from pavdm_dist.train.model import filled
 from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.values.fields import read_object
@@ -67,20 +67,19 @@ def check_target(config: TrainConfig, folder: Path) -> None:
     """Refuses to replace what is no earlier export of such a run, or what the run reads.
 
     Raises:
-        ConfigError: a file, a link, a folder that holds something else, or one that is, holds or lies in a model or
-            a codec that the settings name.
+        ConfigError: a file, a link, a folder that holds something else or more, or one that is, holds or lies in what
+            the settings name, but for the run's own folder, in which it may lie.
     """
     check_no_link(folder, "export")
     if folder.is_file():
         raise ConfigError(f"export={folder}: is a file; name a new folder, or one that holds an exported model")
-    target = Path(os.path.realpath(folder))
     for field_name, place in _read_places(config):
-        relation = _relation(target, place)
-        if relation:
-            raise ConfigError(f"export={folder}: {relation} {field_name}={place}, which this run reads; name another")
+        relation = touches(folder, place)
+        if relation and not (field_name == "run_dir" and relation == "lies in"):  # as it does by default
+            raise ConfigError(f"export={folder}: {relation} {field_name}={place}, which this run needs; name another")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    is_model, is_lora = (folder / INDEX).exists(), (folder / FILES[0]).exists()
+    is_model, is_lora = (folder / INDEX).is_file(), (folder / FILES[0]).is_file()
     found = next(folder.iterdir()).name
     if not is_model and not is_lora:
         raise ConfigError(f"export={folder}: holds {found} and no model; name a new folder")
@@ -88,30 +87,29 @@ def check_target(config: TrainConfig, folder: Path) -> None:
         raise ConfigError(f"export={folder}: holds a whole model, this run makes a LoRA; name a new folder")
     if not config.model.lora.rank and not is_model:
         raise ConfigError(f"export={folder}: holds a LoRA, this run makes a whole model; name a new folder")
-    if is_model and "training" not in read_object(folder / INDEX, ConfigError):
-        raise ConfigError(f"export={folder}: holds a model that no training run has written; name a new folder")
+    kind = "model" if is_model else "LoRA"
+    if not ("training" in read_object(folder / INDEX, ConfigError) if is_model else is_own_lora(folder / FILES[0])):
+        raise ConfigError(f"export={folder}: holds a {kind} that no training run has written; name a new folder")
+    if is_model:
+        check_only_model(folder, config.model.pretrained or config.data.model, "export")
+    else:
+        check_only(folder, FILES[:1], "export", "the LoRA")
 
 
 def _read_places(config: TrainConfig) -> Iterator[tuple[str, Path]]:
-    """Folders on this machine that a run reads, by setting, links followed."""
+    """Folders on this machine that a run reads or writes, by setting."""
     named = [
         ("model.pretrained", config.model.pretrained),
         ("data.model", config.data.model),
         ("codec.folder", config.codec.folder),
+        ("data.text_cache", config.data.text_cache),
+        *(("data.folder", place) for place in config.data.folder),
     ]
     for name, place in named:
         path = None if place is None else shipped_models().get(place, Path(os.path.expanduser(place)))
         if path is not None and path.is_dir():
             yield name, Path(os.path.realpath(path))
-
-
-def _relation(target: Path, place: Path) -> str:
-    """How a folder that is to be replaced touches one that is read; empty where it does not."""
-    if target == place:
-        return "is"
-    if target in place.parents:
-        return "holds"
-    return "lies in" if place in target.parents else ""
+    yield "run_dir", Path(os.path.realpath(config.run_dir))
 
 
 def export_model(
@@ -132,7 +130,7 @@ def export_model(
         OSError: it cannot be written.
     """
     check_target(config, folder)
-    with whole_folder(folder) as partial:
+    with whole_folder(folder, replaces=True) as partial:
         if config.model.lora.rank:
             backbone = {name.removeprefix("transformer."): value for name, value in weights.items()}
             save_lora(backbone, config.model.lora, partial, DTYPES[config.export_dtype], step)

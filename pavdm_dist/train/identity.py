@@ -21,6 +21,9 @@ def identity_of(config: TrainConfig, batches: Batches) -> dict[str, Any]:
     No paths: folders may move, and are written differently by launchers.
     """
     found = {**batches.identity, **_of_settings(config)}
+    found["data"] |= batches.identity.get("data", {})
+    # The optimizer's own copy of the weights differs, and DeepSpeed's files with it.
+    found["zero"] = {"precision": "bfloat16" if config.zero.precision == "bfloat16" else "float32 or autocast"}
     shape: Any = shape_of(config, batches.channels)
     found["model"] |= {"shape": asdict(shape.config)}
     return found
@@ -46,7 +49,7 @@ def check_same(root: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) ->
         # The oldest checkpoints say where the model lay, and not which it was.
         theirs = {**theirs, "model": {**theirs["model"], "from": ours["model"]["from"]}}
     for part, values in ours.items():
-        known = theirs.get(part)
+        known = theirs.get(part, {} if part == "zero" else None)
         for name, value in values.items():
             if known is None:
                 found = older.get(part, {}).get(name)

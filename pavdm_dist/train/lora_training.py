@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -98,6 +99,15 @@ def save_lora(
     header = {"format": "pt", "steps": str(steps), METADATA: json.dumps({_PREFIX + k: v for k, v in about.items()})}
     tensors = {_PREFIX + name: value.to("cpu", dtype).contiguous() for name, value in changes.items()}
     save_file(tensors, folder / FILES[0], header)
+
+
+def is_own_lora(file: Path) -> bool:
+    """Whether a file is one that :func:`save_lora` has written."""
+    try:
+        with safe_open(file, framework="pt") as reader:
+            return "steps" in (reader.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def _alpha(config: LowRankConfig) -> float:

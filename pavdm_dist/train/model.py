@@ -16,7 +16,7 @@ from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.io.checksums import ends_digest
-from pavdm_dist.models.base import Backbone, FrameInfo, WindowSlice
+from pavdm_dist.models.base import Backbone, FrameInfo, LevelSupport, WindowSlice
 from pavdm_dist.models.devices import to_device
 from pavdm_dist.models.layers import RotaryTable
 from pavdm_dist.models.loading import check_tensors, read_tensors, weight_files
@@ -163,6 +163,14 @@ class TextToVideo(nn.Module):
         return tokens, places < to_device(torch.tensor(reads), tokens.device)[:, None]
 
 
+def levels_met(config: TrainConfig) -> LevelSupport:
+    """How a run's windows bring different noise levels together."""
+    kinds = [kind for _, kind in config.objective.kinds()]
+    if any(kind.method == "pavdm" and kind.pattern != "random" for kind in kinds):
+        return "staircase-trained"
+    return "accepts" if all(kind.method == "replacement-noise" for kind in kinds) else "mixed-trained"
+
+
 def shape_of(config: TrainConfig, channels: int) -> Backbone:
     """The backbone's shape, on the meta device: the pretrained model's, else the config's.
 
@@ -170,7 +178,7 @@ def shape_of(config: TrainConfig, channels: int) -> Backbone:
         CheckpointError: ``model.pretrained`` is no model.
         ConfigError: the data's latents have other channels.
     """
-    m, causal = config.model, config.objective.causal_share > 0
+    m, causal, levels = config.model, config.objective.causal_share > 0, levels_met(config)
     if m.pretrained is None:
         shape = STDiT3Config(
             depth=m.depth,
@@ -181,7 +189,7 @@ def shape_of(config: TrainConfig, channels: int) -> Backbone:
             caption_channels=m.caption_channels,
             model_max_length=m.model_max_length,
             pred_sigma=False,
-            level_support="staircase-trained",
+            level_support=levels,
             causal_trained=causal,
         )
         with torch.device("meta"):
@@ -195,7 +203,7 @@ def shape_of(config: TrainConfig, channels: int) -> Backbone:
     if m.lora.rank:
         return model  # what its weights met stays as it is
     causal = model.spec.causal_trained or causal
-    return _made(model, replace(model.config, level_support="staircase-trained", causal_trained=causal), "meta")
+    return _made(model, replace(model.config, level_support=levels, causal_trained=causal), "meta")
 
 
 def described(config: TrainConfig) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from pavdm_dist.train.model import TextToVideo, build
 from pavdm_dist.train.optimizer import MuonAdamW
 from pavdm_dist.train.ranks import World
 from pavdm_dist.train.recompute import Recompute, recompute_blocks
-from pavdm_dist.train.train_settings import TrainConfig
+from pavdm_dist.train.train_settings import OptimizerConfig, TrainConfig
 from pavdm_dist.train.zero import ZeroEngine, gathered, loading_universal, sharded_building
 from pavdm_dist.train.zero_settings import engine_settings, pinning
 
@@ -51,6 +52,16 @@ def start_engine(
     model.to(world.device)
     optimizer = None if config.optimizer.name == "deepspeed" else _optimizer(model, config)
     return ZeroEngine(model, optimizer, settings, waits=world.device.type == "cpu")
+
+
+def keep_settings(config: OptimizerConfig, groups: Iterable[dict[str, Any]]) -> None:
+    """Gives groups that a checkpoint has brought back what this run asks for, as its rate is: DeepSpeed's own
+    optimizers keep theirs."""
+    for group in groups if config.name != "deepspeed" else ():
+        group["weight_decay"] = config.weight_decay
+        group["betas"] = tuple(config.betas)
+        if group.get("ratio"):
+            group["ratio"] = config.matrix_ratio
 
 
 def _optimizer(model: TextToVideo, config: TrainConfig) -> torch.optim.Optimizer:

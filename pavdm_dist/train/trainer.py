@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pavdm_dist.errors import EngineError
+from pavdm_dist.errors import ConfigError, EngineError
 from pavdm_dist.io.storage import disk_errors
 from pavdm_dist.train import save_reading as saves
 from pavdm_dist.train import save_writing as saving
@@ -33,7 +33,7 @@ from pavdm_dist.train.ranks import World, join_world
 from pavdm_dist.train.run_folder import CHECKPOINTS, Guard
 from pavdm_dist.train.run_log import Records
 from pavdm_dist.train.sequence import join_sequence
-from pavdm_dist.train.start import start_engine
+from pavdm_dist.train.start import keep_settings, start_engine
 from pavdm_dist.train.steps import Loaded, Pending, advance, load, refuse, settle
 from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.validation import Validation
@@ -100,6 +100,7 @@ class Trainer:
             self.average = Average(self.engine.module, config.optimizer.ema_decay, home)
             if found is not None:
                 self.step = self.saved = saves.load(self.engine, self.average, folder, found, self.world)
+                keep_settings(config.optimizer, self.engine.optimizer.param_groups)
                 logger.info("going on at step %d", self.step)
 
     def run(self, end: float) -> bool:
@@ -249,9 +250,11 @@ class Trainer:
                 with disk_errors():
                     export_model(self.config, weights, self.batches.channels, self.parts, folder, self.step)
             except OSError as error:
-                fault = f"export={folder}: cannot be written: {error.strerror or error}"
+                fault = f"export={folder}: cannot be written: {error.strerror or error}; make room"
+            except ConfigError as error:  # what has come to be there since the run began
+                fault = str(error)
         if faults := self.world.faults(fault):
-            raise EngineError(f"{faults[0]}; the checkpoint is kept, make room and run again to export it")
+            raise EngineError(f"{faults[0]}; the checkpoint is kept, run again to export it")
 
     def sheet(self) -> None:
         """Draws a contact sheet of sampled videos with the averaged weights; every process must call it."""

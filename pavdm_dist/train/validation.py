@@ -38,14 +38,23 @@ class Validation:
         Raises:
             ConfigError: no clips are held out.
         """
-        if not config.every_steps:
+        cls.check(config, batches.held_out is not None)
+        if not config.every_steps or batches.held_out is None:
             return None
-        if batches.held_out is None:
+        return cls(batches.held_out, config.batches, world, sequence)
+
+    @staticmethod
+    def check(config: ValidationConfig, held_out: bool) -> None:
+        """Refuses what is to be looked at and is not there.
+
+        Raises:
+            ConfigError: no clips are held out.
+        """
+        if config.every_steps and not held_out:
             raise ConfigError(
                 f"validation.every_steps={config.every_steps}: no clips are held out; with data.folder"
                 " validation.clips=N leaves N of each bucket out of training"
             )
-        return cls(batches.held_out, config.batches, world, sequence)
 
     @torch.no_grad()
     def line(self, engine: ZeroEngine) -> dict[str, Any]:
