@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.cli import main
 from pavdm_dist.codecs.opensora import OpenSoraCodec, OpenSoraConfig, OpenSoraModules
+from pavdm_dist.errors import CheckpointError
+from pavdm_dist.models.source import Source
 
 PROMPT = "a red three"
 
@@ -78,6 +80,22 @@ def test_a_tokenizer_among_the_files_of_its_encoder(parts: Path, tmp_path: Path)
     assert encoder == {"config.json", "tokenizer_config.json", "pytorch_model-00001-of-00001.bin"}
     assert json.loads((model / "model_index.json").read_text())["text_encoder"][1] == "T5EncoderModel"
     assert Checkpoint.open(model).text_encoder.max_length == tiny_model().spec.text_len
+
+
+def test_a_tokenizer_that_the_hub_does_not_deliver_is_not_lacking(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = Source.find
+
+    def broken(source: Source, name: str) -> Path | None:
+        if name == "spiece.model":
+            raise CheckpointError("the hub does not answer")
+        return find(source, name)
+
+    monkeypatch.setattr(Source, "find", broken)
+    words = [f"base={parts / 'base'}", f"vae={parts / 'vae'}", f"text_encoder={parts / 't5'}"]
+    assert main(["convert", str(parts / "stdit"), *words, f"output={tmp_path / 'model'}"]) == 2
+    assert "the hub does not answer" in capsys.readouterr().err and not (tmp_path / "model").exists()
 
 
 def test_a_model_gives_one_of_its_components(parts: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -115,8 +114,8 @@ def _components(config: ConvertConfig, base: Source) -> list[Component]:
     found = [Component.of(name, place) for name, place in named.items() if place]
     # Publishers put a tokenizer beside its encoder, or among the encoder's files.
     if config.text_encoder and not config.tokenizer:
-        with suppress(CheckpointError):
-            found.append(Component.of("tokenizer", config.text_encoder))
+        beside = Component.in_place("tokenizer", config.text_encoder)
+        found += [] if beside is None else [beside]
     return found
 
 

@@ -42,9 +42,18 @@ class Component:
         """What a user names: a folder or hub id that is the component, or has it as a model has.
 
         Raises:
-            CheckpointError: neither.
+            CheckpointError: neither, or the hub does not deliver.
             ConfigError: it is named in a way that nothing is.
         """
+        component = cls.in_place(name, place)
+        if component is None:
+            missing = Source.of(place, field=name).missing((_TOKENIZER if name == "tokenizer" else _CONFIG)[0])
+            raise CheckpointError(f"{name}={place}: {missing}")
+        return component
+
+    @classmethod
+    def in_place(cls, name: str, place: str) -> Component | None:
+        """As :meth:`of`; None where it is neither."""
         found = Source.of(place, field=name)
         marks = _TOKENIZER if name == "tokenizer" else _CONFIG
         if any(found.find(f"{name}/{mark}") is not None for mark in marks):
@@ -52,7 +61,7 @@ class Component:
         elif any(found.find(mark) is not None for mark in marks):
             source = found
         else:
-            raise CheckpointError(f"{name}={place}: {found.missing(marks[0])}")
+            return None
         if name == "tokenizer":
             return cls(name, source, _TOKENIZER_FILES)
         # Repositories may hold the same weights several times; what could run code is only taken where nothing else is.
