@@ -26,6 +26,10 @@ class MediaError(ConfigError):
     """A video or latents file is missing, unreadable or unfit for its use."""
 
 
+class UnreachableError(MediaError):
+    """A video could not be read now: its storage did not answer, which says nothing of the video."""
+
+
 class TraceError(MediaError):
     """When what was computed cannot be kept, which was only to be looked at; the videos are as they are without."""
 

@@ -8,6 +8,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import tiny_checkpoint
@@ -20,7 +21,7 @@ from pavdm_dist.data import work as work_module
 from pavdm_dist.data.clips import Scan
 from pavdm_dist.data.index import read_sources
 from pavdm_dist.data.prepare import PrepareConfig, prepare_command
-from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.errors import ConfigError, EngineError, MediaError, UnreachableError
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,37 @@ def test_strict_ends_with_the_first_corrupt_file_and_keeps_what_was_seen(config:
     assert prepare_command(replace(strict, strict=False))["frames_read"] == 0, "the look at the videos is kept"
     with pytest.raises(ConfigError, match="2 of 8 videos cannot be read"):
         prepare_command(strict)
+
+
+def test_a_video_that_cannot_be_reached_ends_the_run_and_is_in_the_next(
+    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = replace(config, output=str(tmp_path / "set"), encode=False)
+    with monkeypatch.context() as away:
+        scan = work_module.scan_video
+
+        def timed_out(place: str, *args: Any, **more: Any) -> Scan:
+            if place.endswith("b.mp4"):
+                raise UnreachableError(f"{place} cannot be read now: timed out")
+            return scan(place, *args, **more)
+
+        away.setattr(work_module, "scan_video", timed_out)
+        with pytest.raises(EngineError, match=r"b\.mp4 cannot be read now: timed out; run again to go on"):
+            prepare_command(wanted)
+    assert not (tmp_path / "set" / "index.json").exists()
+    skipped = {entry["video"] for entry in prepare_command(wanted)["skipped"]}
+    assert not any(name.endswith("b.mp4") for name in skipped)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{"])
+@pytest.mark.parametrize("name", ["settings.json", "sizes.json"])
+def test_damaged_settings_are_one_sentence(name: str, content: str, config: PrepareConfig, tmp_path: Path) -> None:
+    wanted = replace(config, output=str(tmp_path / "set"), encode=False, strict=True)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        prepare_command(wanted)
+    (tmp_path / "set" / name).write_text(content)
+    with pytest.raises(ConfigError, match=rf"set: {name}, which says what was begun there, is missing or damaged: "):
+        prepare_command(wanted)
 
 
 def test_missing_videos_and_impossible_captions_are_skipped_by_name(

@@ -75,6 +75,18 @@ def test_a_video_that_was_mended_is_new(tmp_path: Path, model: Path) -> None:
         assert "\n" not in str(raised.value)
 
 
+def test_videos_that_have_moved_since_are_told_of(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b"):
+        write_video(tmp_path / "v" / f"{name}.mp4", numbered(20)).with_suffix(".txt").write_text("a three")
+    first = PrepareConfig([str(tmp_path / "v")], str(tmp_path / "p"), str(model), ["32x48x3@24"], encode=False)
+    prepare_command(first)
+    (tmp_path / "v").rename(tmp_path / "w")
+    prepare_command(replace(first, source=[str(tmp_path / "w")], output=str(tmp_path / "q"), besides=[first.output]))
+    assert f"besides={first.output}: none of its 2 videos is among these; where they have moved since" in caplog.text
+
+
 def test_several_sets_are_one(grown: tuple[PrepareConfig, PrepareConfig], model: Path) -> None:
     sets = [CachedClips(config.output) for config in grown]
     clips = SeveralClips(sets)

@@ -13,6 +13,7 @@ from av.video.reformatter import VideoReformatter
 
 from pavdm_dist.commands import clip
 from pavdm_dist.data import prepare
+from pavdm_dist.data.clips import scan_video
 from pavdm_dist.errors import MediaError
 from pavdm_dist.io import colour, decoders
 from pavdm_dist.io.picture import Orientation, kept_share, orientation, picture, remarks
@@ -206,6 +207,20 @@ def test_a_matrix_that_nothing_can_convert_is_named() -> None:
         picture(frame, None, Fraction(1), VideoReformatter())
     frame.colorspace = 3  # reserved: says nothing
     assert picture(frame, (32, 32), Fraction(1), VideoReformatter()).mean() == pytest.approx(130, abs=2)
+
+
+def test_films_of_the_reserved_matrix_are_looked_at_for_cuts(tmp_path: Path) -> None:
+    frames = np.concatenate([np.full((20, SIDE, SIDE, 3), grey, np.uint8) for grey in (20, 220)])
+    path = tmp_path / "a.webm"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libvpx-vp9", rate=24)
+        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
+        stream.codec_context.colorspace = 3
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    found = scan_video(str(path), True)
+    assert len(found.times) == 40 and found.cuts == [20] and found.fault is None
 
 
 @pytest.mark.parametrize(

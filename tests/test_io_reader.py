@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import IO, Any
 
 import av
 import numpy as np
 import pytest
 from videos import numbered, numbers, write_video
 
-from pavdm_dist.errors import MediaError
+from pavdm_dist.errors import MediaError, UnreachableError
+from pavdm_dist.io import reader
 from pavdm_dist.io.reader import _Source, open_video
 from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.io.video import probe, read_clip
@@ -177,3 +182,47 @@ def test_places_that_no_file_has_are_no_exception(tmp_path: Path) -> None:
     with open(path, "rb") as file:
         source = _Source(file)
         assert (source.seek(-5), source.seek(3), source.tell(), source.name) == (-1, 3, 3, str(path))
+
+
+class Failing:
+    """A file whose storage stops answering behind so many bytes."""
+
+    def __init__(self, file: IO[bytes], works: int, number: int) -> None:
+        self._file, self._works, self._number = file, works, number
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def _fail(self) -> None:
+        if self._file.tell() >= self._works:
+            raise OSError(self._number, "said")
+
+    def read(self, size: int = -1) -> bytes:
+        self._fail()
+        return self._file.read(min(size, 4096))
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._fail()
+        return self._file.seek(offset, whence)
+
+
+@pytest.mark.parametrize("works", [0, 30_000])
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ETIMEDOUT, UnreachableError), (errno.EIO, UnreachableError), (errno.EINVAL, MediaError)]
+)
+def test_storage_that_does_not_answer_says_nothing_of_the_film(
+    number: int, kind: type, works: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_video(tmp_path / "a.mkv", np.random.default_rng(0).integers(0, 256, (48, 64, 64, 3), np.uint8))
+    assert path.stat().st_size > 60_000
+
+    @contextmanager
+    def opened(path: Path) -> Iterator[Failing]:
+        with open(path, "rb") as file:
+            yield Failing(file, works, number)
+
+    monkeypatch.setattr(reader, "open_read", opened)
+    with pytest.raises(MediaError) as raised, open_video(path) as film:
+        list(film.frames())
+    assert type(raised.value) is kind
+    assert ("a.mkv cannot be read now: " in str(raised.value)) == (kind is UnreachableError)

@@ -24,10 +24,8 @@ from pavdm_dist.data.cuts import CutFinder
 from pavdm_dist.errors import MediaError
 from pavdm_dist.io.picture import remarks
 from pavdm_dist.io.reader import VideoReader, open_video
-from pavdm_dist.io.shots import last_shown_for, longest_wait, shown_at
+from pavdm_dist.io.shots import SEEK_EARLIER, last_shown_for, longest_wait, shown_at
 
-# Seconds before a clip that a reader jumps to, one after the other: in transport streams a jump lands late.
-_SEEK_EARLIER = (0, 1, 4)
 _SMALL = (32, 32)
 
 
@@ -202,7 +200,7 @@ def read_frames(location: str, clip: ClipRef, bucket: Bucket, num_frames: int) -
     Raises:
         MediaError: missing or unreadable, or no longer the video that was scanned.
     """
-    for earlier in _SEEK_EARLIER if clip.first else ():
+    for earlier in (0, *SEEK_EARLIER) if clip.first else ():
         # No index, no timestamps, or an open group of pictures: the way from the beginning is always right.
         with suppress(MediaError):
             return _read(location, clip, bucket, num_frames, clip.start - earlier)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,10 +17,12 @@ from pavdm_dist.data.shards import INDEX, SETTINGS, SIZES, VERSION, clips_file, 
 from pavdm_dist.data.work import Job, read_scan
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.storage import remove
-from pavdm_dist.values.fields import json_value
+from pavdm_dist.values.fields import json_value, read_object
 
 # Reasons for skipping a video that another file or another caption takes away.
 _MENDED = ("unreadable", "caption")
+
+logger = logging.getLogger(__name__)
 
 
 def settle(job: Job, encode: bool, output: str, sources: Sources) -> None:
@@ -58,9 +61,9 @@ def settle(job: Job, encode: bool, output: str, sources: Sources) -> None:
         write_json(job.output / SIZES, _sizes(sources))
         write_json(path, wanted)
         return
-    before, now = json.loads((job.output / SIZES).read_text(encoding="utf-8")), _sizes(sources)
+    before, now = _own(job.output / SIZES, output), _sizes(sources)
     # What sets of older versions do not say.
-    found = {"damaged": "skip", **json.loads(path.read_text(encoding="utf-8"))}
+    found = {"damaged": "skip", **_own(path, output)}
     if job.text is not None:
         found.setdefault("text_dtype", TextOptions.dtype)
     for name in (*wanted, *(found.keys() - wanted.keys())):
@@ -92,6 +95,17 @@ def settle(job: Job, encode: bool, output: str, sources: Sources) -> None:
         write_json(job.output / SIZES, {name: size or before[name] for name, size in now.items()})
 
 
+def _own(path: Path, output: str) -> dict[str, Any]:
+    """One of the files that say what a folder was made with."""
+    try:
+        return read_object(path, ConfigError)
+    except (ConfigError, OSError) as error:
+        raise ConfigError(
+            f"output={output}: {path.name}, which says what was begun there, is missing or damaged: {error}; name"
+            " another output, or delete that folder"
+        ) from error
+
+
 def without(sources: Sources, folders: Sequence[str]) -> Sources:
     """The sources without the videos of other data sets, which are complete.
 
@@ -103,17 +117,25 @@ def without(sources: Sources, folders: Sequence[str]) -> Sources:
     if not folders:
         return sources
     known: set[str] = set()
+    here = {os.path.realpath(locate(sources.root, video.path)) for video in sources.videos}
     for folder in folders:
         index = read_index(folder)
         try:
             names = set(json_value((Path(folder) / SIZES).read_bytes()))
             names -= {entry["video"] for entry in index["skipped"] if entry["skipped"] in _MENDED}
-            known |= {os.path.realpath(locate(index["root"], name)) for name in names}
+            own = {os.path.realpath(locate(index["root"], name)) for name in names}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"besides={folder}: {SIZES} or {INDEX}, which say what is in there, cannot be read:"
                 f" {type(error).__name__}: {error}"
             ) from error
+        if own and own.isdisjoint(here):
+            logger.warning(
+                "besides=%s: none of its %d videos is among these; where they have moved since (they lay in %s), clips"
+                " of both sets are the same",
+                folder, len(own), index["root"],
+            )  # fmt: skip
+        known |= own
     videos = [video for video in sources.videos if os.path.realpath(locate(sources.root, video.path)) not in known]
     if not videos:
         raise ConfigError(f"besides={', '.join(folders)}: all {len(sources.videos)} videos are in there, none is new")

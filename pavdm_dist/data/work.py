@@ -26,7 +26,7 @@ from pavdm_dist.data.index import SourceVideo, locate
 from pavdm_dist.data.readers import NOTES, forget, left_behind, reading, survived
 from pavdm_dist.data.shards import SETTINGS, ClipList, clips_file, shard_file, write_json, write_shard
 from pavdm_dist.data.workers import worker_number
-from pavdm_dist.errors import ConfigError, EngineError, MediaError
+from pavdm_dist.errors import ConfigError, EngineError, MediaError, UnreachableError
 from pavdm_dist.models.devices import intra_op_threads
 
 logger = logging.getLogger(__name__)
@@ -222,6 +222,10 @@ def _scan(job: Job, video: SourceVideo) -> dict[str, Any]:
             place = locate(job.root, video.path)
             cut = {"cut": True} if job.damaged == "cut" else {}
             scan = scan_video(place, job.scene_cuts, **cut)
+    except UnreachableError as error:  # listing it as damaged would leave it out for good
+        raise EngineError(
+            f"{error}; run again to go on: where that ends every run, prepare another folder without it"
+        ) from error
     except MediaError as error:
         return {**entry, "skipped": "unreadable", "reason": str(error)}
     except ConfigError:

@@ -127,6 +127,14 @@ def picture(frame: Any, size: tuple[int, int] | None, aspect: Fraction, reformat
     return lies.applied(scaled[top : top + height, left : left + width])
 
 
+def known_matrix(frame: Any) -> Any:
+    """A decoded frame, which nothing converts where its matrix is the reserved one: some writers of VP9 mean that they
+    do not know."""
+    if frame.colorspace == _RESERVED:
+        frame.colorspace = _UNSPECIFIED
+    return frame
+
+
 def remarks(frame: Any) -> tuple[str, ...]:
     """What a frame says of its pictures that a user should know of, since they are not taken as they are."""
     found = {
@@ -154,10 +162,8 @@ def _rgb(frame: Any, reformatter: Any, height: int | None = None, width: int | N
     other = colour.needs_conversion(transfer, primaries)
     layout = ("rgba64le" if alpha else "rgb48le") if other else ("rgba" if alpha else "rgb24")
     scaled: dict[str, Any] = {"interpolation": "BICUBIC", "height": height, "width": width} if height else {}
-    if frame.colorspace == _RESERVED:  # some writers of VP9 mean that they do not know
-        frame.colorspace = _UNSPECIFIED
     try:
-        pixels = reformatter.reformat(frame, format=layout, **scaled).to_ndarray()
+        pixels = reformatter.reformat(known_matrix(frame), format=layout, **scaled).to_ndarray()
     except (av.FFmpegError, ValueError) as error:
         raise MediaError(
             f"its colours cannot be read: pixels {frame.format.name}, matrix {frame.colorspace}, range"

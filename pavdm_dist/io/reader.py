@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import re
 from collections import deque
@@ -14,13 +15,22 @@ from typing import IO, Any
 
 import numpy as np
 
-from pavdm_dist.errors import MediaError
+from pavdm_dist.errors import MediaError, UnreachableError
 from pavdm_dist.io import picture as pictures
 from pavdm_dist.io.decoders import decoder_of
 from pavdm_dist.io.storage import exists, is_remote, open_read
 
 # FFmpeg plays any text file as an animated terminal.
 _NOT_VIDEO = ("tty",)
+# What a file's storage says when it is not there, slow, or asked for too much at once.
+_PASSING = {
+    getattr(errno, f"E{name}")
+    for name in (
+        "AGAIN", "CONNABORTED", "CONNREFUSED", "CONNRESET", "HOSTDOWN", "HOSTUNREACH", "IO", "MFILE", "NETDOWN",
+        "NETRESET", "NETUNREACH", "NFILE", "NOLINK", "NOTCONN", "REMOTEIO", "SHUTDOWN", "STALE", "TIMEDOUT",
+    )
+    if hasattr(errno, f"E{name}")
+}  # fmt: skip
 # Here a time may be where a frame lies in the file, which with B-frames is not when it is shown.
 _IN_FILE_ORDER = ("avi", "asf")
 # How writers of Matroska say how long one stream is.
@@ -177,7 +187,7 @@ class VideoReader:
                 for frame in () if damaged else self._decoder.decode(packet):
                     damaged = damaged or frame.is_corrupt
                     if not damaged:
-                        yield frame
+                        yield pictures.known_matrix(frame)
                 if damaged:
                     raise MediaError(f"{self.path} is corrupt or truncated {seen}")
         except av.FFmpegError as error:
@@ -216,19 +226,37 @@ class VideoReader:
 
 
 class _Source:
-    """A file for PyAV, which prints a traceback where a damaged film sends it to a place that no file has."""
+    """A file for PyAV, which prints a traceback where a damaged film sends it to a place that no file has.
+
+    Attributes:
+        trouble: what its storage said last that may pass.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
+        self.trouble: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
+    def read(self, size: int = -1) -> bytes:
+        with self._heard():
+            return self._file.read(size)
+
     def seek(self, offset: int, whence: int = 0) -> int:
         try:
-            return self._file.seek(offset, whence)
+            with self._heard():
+                return self._file.seek(offset, whence)
         except (OSError, ValueError, OverflowError):
             return -1
+
+    @contextmanager
+    def _heard(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.trouble = error if error.errno in _PASSING else self.trouble
+            raise
 
 
 def _all_of(packets: Iterator[Any]) -> Iterator[Any]:
@@ -242,21 +270,29 @@ def open_video(path: str | Path) -> Iterator[VideoReader]:
     """A film, local or remote.
 
     Raises:
+        UnreachableError: its storage does not answer.
         MediaError: missing, not a video, audio only, or in a codec that this FFmpeg cannot decode.
     """
     import av
 
+    source: _Source | None = None
     try:
         if not exists(path) or (not is_remote(path) and not Path(path).is_file()):
             raise MediaError(f"{path}: no such file")
         with open_read(path) as file:
+            source = _Source(file)
             try:
-                container: Any = av.open(_Source(file), metadata_errors="replace")
+                container: Any = av.open(source, metadata_errors="replace")
             except (av.FFmpegError, OSError) as error:
                 raise MediaError(f"{path} is not a video, or it is truncated: {error.strerror}") from error
             with container:
                 yield VideoReader(path, container, _video_stream(path, container))
-    except OSError as error:
+    except (MediaError, OSError) as error:
+        trouble = error if isinstance(error, OSError) and error.errno in _PASSING else source and source.trouble
+        if trouble is not None and not isinstance(error, UnreachableError):
+            raise UnreachableError(f"{path} cannot be read now: {trouble}") from error
+        if isinstance(error, MediaError):
+            raise
         raise MediaError(f"{path} cannot be read: {error}") from error
 
 
