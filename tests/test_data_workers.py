@@ -63,3 +63,41 @@ def test_a_dead_worker_is_reported() -> None:
         workers(2, None, cpus=1, gpu=False) as run,
     ):
         list(run(os._exit, [(1,)]))
+
+
+def _for_an_hour(folder: str, name: str) -> int:
+    note = Path(folder, name)
+    note.touch()
+    try:
+        for _ in range(36_000):
+            time.sleep(0.1)
+    finally:
+        note.unlink()
+    return 0
+
+
+def _given(task: tuple[str, ...]) -> int:
+    if len(task) == 2:
+        return _for_an_hour(*task)
+    if task[0] == "fault":
+        time.sleep(1)  # the others have begun
+        raise ConfigError("a fault of one task")
+    return 0
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("first", "kind"), [("interrupt", KeyboardInterrupt), ("fault", ConfigError)])
+def test_the_end_of_a_run_waits_for_no_task(first: str, kind: type[BaseException], tmp_path: Path) -> None:
+    """Two run and two wait for a process; what they have begun they leave as for any error."""
+
+    def run_all() -> None:
+        tasks = [(first,), *[(str(tmp_path), str(number)) for number in range(4)]]
+        with workers(2, None, cpus=1, gpu=False) as run:
+            for _ in run(_given, [(task,) for task in tasks]):
+                while len(list(tmp_path.iterdir())) < 2:
+                    time.sleep(0.05)
+                raise KeyboardInterrupt
+
+    with pytest.raises(kind):
+        run_all()
+    assert not list(tmp_path.iterdir())

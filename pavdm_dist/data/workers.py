@@ -29,7 +29,8 @@ Run = Callable[[Function, Iterable[Task]], Iterator[int]]
 def workers(processes: int, ray_address: str | None, cpus: int, gpu: bool) -> Iterator[Run]:
     """A function that calls ``function(*task)`` for every task and yields the results as they are ready.
 
-    ``function`` must be importable by name. What it raises ends the run; tasks that were not begun are dropped.
+    ``function`` must be importable by name. What it raises ends the run, and so does an interrupt; tasks that were not
+    begun are dropped, those under way are ended where they are: a task may take hours.
 
     Args:
         processes: how many tasks at a time; 1 = in this process, one after the other.
@@ -49,6 +50,9 @@ def workers(processes: int, ray_address: str | None, cpus: int, gpu: bool) -> It
         pool = _Pool(processes)
         try:
             yield pool.run
+        except BaseException:
+            pool.end_tasks()
+            raise
         finally:
             pool.close()
 
@@ -75,7 +79,9 @@ class _Pool:
         try:
             while True:
                 with importing_alike():  # each new task may start a process
-                    pending |= {self._pool.submit(function, *task) for task in islice(waiting, most - len(pending))}
+                    pending |= {
+                        self._pool.submit(_called, function, *task) for task in islice(waiting, most - len(pending))
+                    }
                 if not pending:
                     return
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -83,6 +89,11 @@ class _Pool:
         except BrokenProcessPool as error:
             self.close()
             raise WorkerDied("a worker process died, perhaps for lack of memory; run again to go on") from error
+
+    def end_tasks(self) -> None:
+        """Ends what is under way; :meth:`close` waits for that."""
+        for process in multiprocessing.active_children() if self._pool is not None else ():
+            process.terminate()  # it leaves its task as for any error, and begins none
 
     def close(self) -> None:
         pool, self._pool = self._pool, None
@@ -98,12 +109,29 @@ def worker_number() -> int:
     return _number
 
 
+_is_ended = False
+
+
+def _called(function: Function, *task: Any) -> int:
+    if _is_ended:
+        raise InterruptedError("the run is over")
+    return function(*task)
+
+
 def _begin(counter: Any) -> None:
     """Sets a worker process up."""
     global _number
     with counter.get_lock():
         _number, counter.value = counter.value, counter.value + 1
+    signal.signal(signal.SIGTERM, _end)
     follow_parent()
+
+
+def _end(*_: object) -> None:
+    """Leaves the task under way; the process itself goes when its pool is closed."""
+    global _is_ended
+    _is_ended = True
+    raise KeyboardInterrupt
 
 
 def follow_parent() -> None:
