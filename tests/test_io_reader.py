@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -226,3 +226,25 @@ def test_storage_that_does_not_answer_says_nothing_of_the_film(
         list(film.frames())
     assert type(raised.value) is kind
     assert ("a.mkv cannot be read now: " in str(raised.value)) == (kind is UnreachableError)
+
+
+def test_what_lies_before_a_fault_depends_on_no_threads(tmp_path: Path) -> None:
+    """AV1's decoder holds back more frames the more threads it has, and has one for every core."""
+    whole, torn = tmp_path / "a.mp4", tmp_path / "torn.mp4"
+    frames = np.random.default_rng(0).integers(0, 256, (48, 64, 64, 3), np.uint8)
+    with av.open(str(whole), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libsvtav1", rate=RATE, options={"preset": "12"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    content = whole.read_bytes()
+    torn.write_bytes(content[: len(content) * 6 // 10])
+    counts = []
+    for threads in (1, 2, 4):
+        with suppress(MediaError), open_video(torn) as film:
+            film._decoder.thread_count = threads
+            counts.append(0)
+            for _ in film.frames():
+                counts[-1] += 1
+    assert 10 < counts[0] < 48 and len(set(counts)) == 1

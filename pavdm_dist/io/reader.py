@@ -189,9 +189,22 @@ class VideoReader:
                     if not damaged:
                         yield pictures.known_matrix(frame)
                 if damaged:
+                    yield from self._held_back()
                     raise MediaError(f"{self.path} is corrupt or truncated {seen}")
         except av.FFmpegError as error:
+            yield from self._held_back()
             raise MediaError(f"{self.path} is corrupt or truncated {seen}: {error.strerror}") from error
+
+    def _held_back(self) -> Iterator[Any]:
+        """Whole frames before a fault that are still in the decoder: how many depends on its threads."""
+        import av
+
+        with suppress(av.FFmpegError):
+            for frame in self._decoder.decode(None):
+                if frame.is_corrupt:
+                    return
+                frame.time_base = self._stream.time_base  # which PyAV takes from a packet
+                yield pictures.known_matrix(frame)
 
     def _time(self, frame: Any, seen: _Seen) -> Fraction | None:
         """When a frame is shown, as far as the file says."""
