@@ -250,11 +250,12 @@ class Trainer:
                 with disk_errors():
                     export_model(self.config, weights, self.batches.channels, self.parts, folder, self.step)
             except OSError as error:
-                fault = f"export={folder}: cannot be written: {error.strerror or error}; make room"
+                reason = f"export={folder}: cannot be written: {error.strerror or error}"
+                fault = f"{reason}; the checkpoint is kept, make room and run again to export it"
             except ConfigError as error:  # what has come to be there since the run began
-                fault = str(error)
+                fault = f"{error}; the checkpoint is kept, run again to export it"
         if faults := self.world.faults(fault):
-            raise EngineError(f"{faults[0]}; the checkpoint is kept, run again to export it")
+            raise EngineError(faults[0])
 
     def sheet(self) -> None:
         """Draws a contact sheet of sampled videos with the averaged weights; every process must call it."""
