@@ -80,18 +80,21 @@ def _given(task: tuple[str, ...]) -> int:
     if len(task) == 2:
         return _for_an_hour(*task)
     if task[0] == "fault":
-        time.sleep(1)  # the others have begun
+        time.sleep(float(task[2]))  # the other process is there already, or is not
         raise ConfigError("a fault of one task")
     return 0
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize(("first", "kind"), [("interrupt", KeyboardInterrupt), ("fault", ConfigError)])
-def test_the_end_of_a_run_waits_for_no_task(first: str, kind: type[BaseException], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("first", "kind"),
+    [(("interrupt",), KeyboardInterrupt)] + [(("fault", "after", at), ConfigError) for at in ("0", "0.5", "3")],
+)
+def test_the_end_of_a_run_waits_for_no_task(first: tuple[str, ...], kind: type[BaseException], tmp_path: Path) -> None:
     """Two run and two wait for a process; what they have begun they leave as for any error."""
 
     def run_all() -> None:
-        tasks = [(first,), *[(str(tmp_path), str(number)) for number in range(4)]]
+        tasks = [first, *[(str(tmp_path), str(number)) for number in range(4)]]
         with workers(2, None, cpus=1, gpu=False) as run:
             for _ in run(_given, [(task,) for task in tasks]):
                 while len(list(tmp_path.iterdir())) < 2:

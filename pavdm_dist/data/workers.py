@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing.connection import wait as wait_for_end
 from typing import Any
@@ -67,13 +67,17 @@ class _Pool:
     def __init__(self, processes: int) -> None:
         self._processes = processes
         self._pool: ProcessPoolExecutor | None = None
+        # spawn: forking a process that holds threads (torch, FFmpeg) can lock up.
+        self._context = multiprocessing.get_context("spawn")
+        self._started: Any = None
+        self._over: Any = None
 
     def run(self, function: Function, tasks: Iterable[Task]) -> Iterator[int]:
         if self._pool is None:
-            # spawn: forking a process that holds threads (torch, FFmpeg) can lock up.
-            context = multiprocessing.get_context("spawn")
             with importing_alike():  # the process that keeps its semaphores
-                self._pool = ProcessPoolExecutor(self._processes, context, _begin, (context.Value("i", 0),))
+                self._started, self._over = self._context.SimpleQueue(), self._context.Value("b", 0)
+                given = (self._context.Value("i", 0), self._started, self._over)
+                self._pool = ProcessPoolExecutor(self._processes, self._context, _begin, given)
         waiting, most = iter(tasks), _AHEAD * self._processes
         pending: set[Future[int]] = set()
         try:
@@ -92,8 +96,13 @@ class _Pool:
 
     def end_tasks(self) -> None:
         """Ends what is under way; :meth:`close` waits for that."""
-        for process in multiprocessing.active_children() if self._pool is not None else ():
-            process.terminate()  # it leaves its task as for any error, and begins none
+        if self._pool is None:
+            return
+        # In this order: a process tells its number before it asks whether it may begin.
+        self._over.value = 1
+        while not self._started.empty():
+            with suppress(ProcessLookupError):
+                os.kill(self._started.get(), signal.SIGTERM)  # it leaves its task as for any error
 
     def close(self) -> None:
         pool, self._pool = self._pool, None
@@ -109,29 +118,36 @@ def worker_number() -> int:
     return _number
 
 
-_is_ended = False
+_is_busy = False
+_is_over: Any = None
 
 
 def _called(function: Function, *task: Any) -> int:
-    if _is_ended:
-        raise InterruptedError("the run is over")
-    return function(*task)
+    global _is_busy
+    _is_busy = True
+    try:
+        if _is_over.value:
+            raise InterruptedError("the run is over")
+        return function(*task)
+    finally:
+        _is_busy = False
 
 
-def _begin(counter: Any) -> None:
+def _begin(counter: Any, started: Any, over: Any) -> None:
     """Sets a worker process up."""
-    global _number
+    global _number, _is_over
+    _is_over = over
     with counter.get_lock():
         _number, counter.value = counter.value, counter.value + 1
     signal.signal(signal.SIGTERM, _end)
+    started.put(os.getpid())
     follow_parent()
 
 
 def _end(*_: object) -> None:
-    """Leaves the task under way; the process itself goes when its pool is closed."""
-    global _is_ended
-    _is_ended = True
-    raise KeyboardInterrupt
+    """Leaves the task under way; one that waits for a task goes when its pool is closed."""
+    if _is_busy:
+        raise KeyboardInterrupt
 
 
 def follow_parent() -> None:
