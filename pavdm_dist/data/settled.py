@@ -117,7 +117,7 @@ def without(sources: Sources, folders: Sequence[str]) -> Sources:
     if not folders:
         return sources
     known: set[str] = set()
-    here = {os.path.realpath(locate(sources.root, video.path)) for video in sources.videos}
+    here = [os.path.realpath(locate(sources.root, video.path)) for video in sources.videos]
     for folder in folders:
         index = read_index(folder)
         try:
@@ -136,7 +136,7 @@ def without(sources: Sources, folders: Sequence[str]) -> Sources:
                 folder, len(own), index["root"],
             )  # fmt: skip
         known |= own
-    videos = [video for video in sources.videos if os.path.realpath(locate(sources.root, video.path)) not in known]
+    videos = [video for video, place in zip(sources.videos, here, strict=True) if place not in known]
     if not videos:
         raise ConfigError(f"besides={', '.join(folders)}: all {len(sources.videos)} videos are in there, none is new")
     return replace(sources, videos=videos)

@@ -27,7 +27,6 @@ def plots(videos: Sequence[Measured]) -> dict[str, bytes]:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    check_matplotlib()
     names = list(dict.fromkeys(name for video in videos for name in video.drift))
     drawn = {name: overview(videos, [name], columns=1) for name in names}
     quality = next((name for name in _QUALITY if name in names), None)
