@@ -15,7 +15,7 @@ from torch import Tensor
 from pavdm_dist.commands.convert_parts import Component, check_fit, published_file
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.io.folders import check_no_link, touches, whole_folder
-from pavdm_dist.io.shipped import shipped_models
+from pavdm_dist.io.shipped import place_of
 from pavdm_dist.io.storage import disk_errors
 from pavdm_dist.models.base import Backbone
 from pavdm_dist.models.catalog import backbone_shape
@@ -76,7 +76,7 @@ def convert_command(config: ConvertConfig, overwrite: bool) -> dict[str, Any]:
         raise ConfigError(f"output={folder}: exists already; --overwrite replaces it")
     for name in ("source", "base", "vae", "text_encoder", "tokenizer"):
         place = getattr(config, name)
-        path = None if place is None else shipped_models().get(place, Path(os.path.expanduser(place)))
+        path = None if place is None else place_of(place)
         relation = touches(folder, path) if path is not None and os.path.lexists(path) else ""
         if relation in ("is", "holds"):
             raise ConfigError(f"output={folder}: {relation} {name}={place}, which is read; name another")

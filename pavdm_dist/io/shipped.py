@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 # The small model that ships inside the package.
@@ -19,3 +20,8 @@ def shipped_models() -> dict[str, Path]:
     """Model folders by name: ``embedded``, with weights, and those of ``configs/model``, shapes to plan with."""
     shapes = {folder.name: folder for folder in sorted((configs_root() / "model").glob("*/"))}
     return {"embedded": EMBEDDED, **shapes}
+
+
+def place_of(name: str) -> Path:
+    """Where on this machine what a setting names would lie: the folder of a shipped model, else a path."""
+    return shipped_models().get(name, Path(os.path.expanduser(name)))

@@ -18,7 +18,7 @@ from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.io.folders import check_no_link, check_only, touches, whole_folder
-from pavdm_dist.io.shipped import shipped_models
+from pavdm_dist.io.shipped import place_of
 from pavdm_dist.io.storage import remove_staged
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.components import INDEX, check_only_model, copy_components
@@ -106,7 +106,7 @@ def _read_places(config: TrainConfig) -> Iterator[tuple[str, Path]]:
         *(("data.folder", place) for place in config.data.folder),
     ]
     for name, place in named:
-        path = None if place is None else shipped_models().get(place, Path(os.path.expanduser(place)))
+        path = None if place is None else place_of(place)
         if path is not None and path.is_dir():
             yield name, Path(os.path.realpath(path))
     yield "run_dir", Path(os.path.realpath(config.run_dir))
