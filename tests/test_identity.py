@@ -114,6 +114,28 @@ def test_a_complete_video_is_left_alone_on_another_kind_of_device(model: Path, t
     assert output.stat().st_mtime_ns == stamp
 
 
+def test_a_complete_video_is_left_alone_where_what_was_left_to_the_machine_differs(model: Path, tmp_path: Path) -> None:
+    """Made on a GPU, asked for again on a CPU; the values that a command names are still asked of it."""
+    output = tmp_path / "v.mp4"
+    render(model, output)
+    path = Path(sidecar_path(output))
+    sidecar = read_sidecar(output)
+    identity = sidecar["identity"]
+    of_gpu = {"dtype": "bfloat16", "compile": True, "sampling": identity["sampling"] | {"chunks_per_unit": 3}}
+    assert all(identity[name] != value for name, value in of_gpu.items())
+    path.write_text(json.dumps(sidecar | {"identity": identity | of_gpu}))
+    stamp = output.stat().st_mtime_ns
+    render(model, output)
+    assert output.stat().st_mtime_ns == stamp
+    for named, said in (
+        ({"dtype": "float32"}, r'dtype="bfloat16" \(now "float32"\)'),
+        ({"compile": "false"}, r"compile=true \(now false\)"),
+        ({"chunks_per_unit": 1}, r"sampling.chunks_per_unit=3 \(now 1\)"),
+    ):
+        with pytest.raises(ConfigError, match=rf"was made with {said}, and its sidecar"):
+            render(model, output, **named)
+
+
 def test_a_preview_is_known_by_what_its_file_holds(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,7 @@ from pavdm_dist.request.video_request import VideoRequest
 from pavdm_dist.values.merging import to_yaml
 
 # Of an identity, what a begun video needs to go on to the same bits. A complete one is what it is: an upgrade, or
-# another machine for the rest, is no reason to refuse a whole batch.
+# another machine for the rest, is no reason to refuse a whole batch. Nor is what was left to the machine, see `_asked`.
 _TO_GO_ON = frozenset({"versions", "device", "decoder_device", "decoder_threads"})
 
 logger = logging.getLogger(__name__)
@@ -218,7 +218,8 @@ class Videos:
         identity = sidecar.get("identity") if isinstance(sidecar, Mapping) else None
         if not isinstance(identity, Mapping):  # somebody else's file, or of a version that kept no record
             return False
-        different = changes(_asked(identity), _asked(self._origin.identity(video.request)))
+        before, now = (_asked(facts, self.config) for facts in (identity, self._origin.identity(video.request)))
+        different = changes(before, now)
         if different or not exists(video.output):
             what = f"was made with {different}" if different else "is gone, its sidecar is not"
             raise ConfigError(
@@ -268,8 +269,14 @@ class Videos:
         return Origin(self.config, self.params, self.pipeline, self.weights)
 
 
-def _asked(identity: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in identity.items() if name not in _TO_GO_ON}
+def _asked(identity: Mapping[str, Any], config: SampleConfig) -> dict[str, Any]:
+    """Of an identity, what a command asks of a video that is complete."""
+    left = {name for name, value in (("dtype", config.dtype), ("compile", config.compile)) if value == "auto"}
+    asked = {name: value for name, value in identity.items() if name not in _TO_GO_ON | left}
+    sampling = asked.get("sampling")
+    if config.chunks_per_unit is None and isinstance(sampling, Mapping):
+        asked["sampling"] = {name: value for name, value in sampling.items() if name != "chunks_per_unit"}
+    return asked
 
 
 def _own_settings(config: SampleConfig, video: Video, params: SamplingParams) -> SampleConfig:
