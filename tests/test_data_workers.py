@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pavdm_dist.data.workers import worker_number, workers
+from pavdm_dist.data.workers import WorkerDied, worker_number, workers
 from pavdm_dist.errors import ConfigError, EngineError
 
 
@@ -104,3 +104,23 @@ def test_the_end_of_a_run_waits_for_no_task(first: tuple[str, ...], kind: type[B
     with pytest.raises(kind):
         run_all()
     assert not list(tmp_path.iterdir())
+
+
+def _ended_or_for_an_hour(folder: str, name: str) -> int:
+    if name != "ended":
+        return _for_an_hour(folder, name)
+    while len(list(Path(folder).iterdir())) < 2:
+        time.sleep(0.05)
+    os._exit(1)
+
+
+@pytest.mark.timeout(120)
+def test_readers_on_ray_have_left_when_the_death_of_one_is_told(ray_cluster: None, tmp_path: Path) -> None:
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a cluster's workers do not import tests
+    tasks = [(str(tmp_path), name) for name in ("ended", "one", "two")]
+    with workers(1, "auto", cpus=1, gpu=False) as run:
+        with pytest.raises(WorkerDied, match=r"ray_address='auto': .*run again to go on"):
+            list(run(_ended_or_for_an_hour, tasks))
+        assert not list(tmp_path.iterdir())

@@ -19,6 +19,8 @@ from pavdm_dist.errors import ConfigError, EngineError, first_line
 
 # Tasks under way per worker: one that runs and one that waits, so that none is idle.
 _AHEAD = 2
+# Tasks of a cluster that were told to leave have so long for it, before their neighbour's death is looked into.
+_LEAVING_S = 60.0
 
 Function = Callable[..., int]
 Task = tuple[Any, ...]  # the arguments of one call
@@ -192,9 +194,12 @@ def _ray(address: str, cpus: int, gpu: bool) -> Iterator[Run]:
             try:
                 yield from ray.get(done)
             except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-                for reference in pending:
+                ended = list(pending)
+                for reference in ended:
                     ray.cancel(reference)
                 pending.clear()
+                if ended:  # what they are in the middle of is not what ended their neighbour
+                    ray.wait(ended, num_returns=len(ended), timeout=_LEAVING_S)
                 reason = first_line(error)
                 raise WorkerDied(f"ray_address={address!r}: {reason}; run again to go on") from error
 
