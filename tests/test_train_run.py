@@ -208,10 +208,11 @@ def test_clips_are_cached_in_slices_and_are_what_the_codec_encodes(
 
 
 def test_command_trains_and_exports_a_model_that_opens(tmp_path: Path, codec: Path) -> None:
-    config = settings(tmp_path, f"codec.folder={codec}", "optimizer.total_steps=2", "max_seconds=100")
+    most = "objective.mixture=[{share: 1}, {share: 3, window_chunks: 2, num_inference_steps: 4}]"
+    config = settings(tmp_path, f"codec.folder={codec}", "optimizer.total_steps=2", "max_seconds=100", most)
     train_slice(config, digit_data)
     opened = Checkpoint.open(tmp_path / "run/model")
-    assert opened.defaults.window_chunks == 3 and opened.defaults.num_inference_steps == 6
+    assert opened.defaults.window_chunks == 2 and opened.defaults.num_inference_steps == 4
     assert opened.text_encoder.unknown_words("a red three") == []
     index = json.loads((tmp_path / "run/model/model_index.json").read_text())
     shipped = json.loads((EMBEDDED / "model_index.json").read_text())

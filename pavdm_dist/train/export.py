@@ -168,8 +168,10 @@ def _write_model(
 
 
 def _sampling(config: TrainConfig, parts: Parts) -> dict[str, Any]:
-    """Defaults for sampling: as was trained, with what the model trained from says of guidance and prompts."""
-    o, kept = config.objective, dict[str, Any](guidance_scale=GUIDANCE)
+    """Defaults for sampling: as was trained (most, in a mixture), with what the model trained from says of guidance and
+    prompts."""
+    _, o = max(config.objective.kinds(), key=lambda kind: kind[0])
+    kept = dict[str, Any](guidance_scale=GUIDANCE)
     if config.model.pretrained is not None:
         defaults = Checkpoint.open(config.model.pretrained).defaults
         kept = {"guidance_scale": defaults.guidance_scale}
