@@ -15,6 +15,7 @@ from wan_models import WAN, trainable_folder
 
 from pavdm_dist import cli
 from pavdm_dist.digits.cache import LatentClips
+from pavdm_dist.errors import ConfigError
 from pavdm_dist.train.dry_run import forecast
 from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.zero import whole_shape
@@ -82,6 +83,15 @@ def test_a_dry_run_tells_of_the_bucket_that_needs_most(monkeypatch: pytest.Monke
     assert many["memory_gib"][kept] == pytest.approx(5 * plain["memory_gib"][kept], rel=0.01)
     assert many["tflop_per_step"] > 2 * plain["tflop_per_step"]
     assert told("data.batch_sizes={32x48x8@24: 400}") == plain, "a bucket without clips gives no batch"
+    index["buckets"].append({"bucket": "32x32x1@24", "clips": 5})
+    pictures = "data.batch_sizes={64x64x8@24: 1, 32x32x8@24: 1, 32x32x1@24: %d}"
+    told("sequence_parallel=2", "model.num_heads=2", pictures % 2)
+    for size, nearest in ((1, "2"), (3, "2 or 4")):
+        with pytest.raises(
+            ConfigError,
+            match=rf"batch_sizes.32x32x1@24={size} with sequence_parallel=2: pictures .* 2 processes: use {nearest}$",
+        ):
+            told("sequence_parallel=2", "model.num_heads=2", pictures % size)
 
 
 def test_a_dry_run_knows_what_is_kept_for_the_backward_pass(tmp_path: Path, clips: LatentClips) -> None:

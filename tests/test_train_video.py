@@ -20,6 +20,7 @@ from pavdm_dist.errors import ConfigError
 from pavdm_dist.train.batch import Batch
 from pavdm_dist.train.objective import Objective
 from pavdm_dist.train.prepared import VideoBatches, video_data
+from pavdm_dist.train.ranks import World
 from pavdm_dist.train.train_run import train_slice
 from pavdm_dist.train.train_settings import DataConfig, TrainConfig
 from pavdm_dist.train.trainer import Trainer
@@ -209,6 +210,17 @@ def test_data_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         video_data(load_config(TrainConfig, None, settings(folder, model, tmp_path, *more)))
+
+
+def test_pictures_that_do_not_divide_among_the_processes_of_a_window_are_refused_at_the_start(
+    folder: Path, model: Path, tmp_path: Path
+) -> None:
+    words = settings(folder, model, tmp_path, "sequence_parallel=2", "data.batch_size=3", "data.prefetch=0")
+    config = load_config(TrainConfig, None, words)
+    with pytest.raises(ConfigError, match=r"32x32x1@24=3 with sequence_parallel=2: pictures .* use 2 or 4"):
+        video_data(config, World(0, 2))
+    config.data.batch_sizes = {"32x32x1@24": 4}
+    video_data(config, World(0, 2))
 
 
 def test_cached_text_and_latents_train_in_bfloat16(folder: Path, model: Path, tmp_path: Path) -> None:

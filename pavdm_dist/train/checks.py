@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from pavdm_dist.data.buckets import Bucket
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.train.recompute import Recompute
 from pavdm_dist.train.run_log import check_trackers
@@ -149,6 +151,29 @@ def check_settings(config: TrainConfig, size: int) -> None:
             legal = " or ".join(str(number) for number in (below, above) if number > 0)
             raise ConfigError(f"{name}={value} does not divide among {among}: use {legal}")
     engine_settings(config, size)
+
+
+def check_pictures(config: TrainConfig, size: int, buckets: Iterable[Bucket]) -> None:
+    """Refuses batches of pictures, which the processes of a window share out, that do not divide among all.
+
+    Args:
+        config: settings that :func:`check_settings` has passed.
+        size: how many processes there are.
+        buckets: those with clips; one of a single latent frame holds pictures.
+
+    Raises:
+        ConfigError: naming the field, its value and the nearest legal ones.
+    """
+    unit = size * config.optimizer.accumulation
+    parts = f" x {config.optimizer.accumulation} accumulated parts" if config.optimizer.accumulation > 1 else ""
+    for name in (str(bucket) for bucket in buckets if bucket.num_latents == 1):
+        value = config.data.batch_sizes.get(name, config.data.batch_size)
+        if value % unit:
+            legal = " or ".join(str(number) for number in (value - value % unit, value - value % unit + unit) if number)
+            raise ConfigError(
+                f"data.batch_sizes.{name}={value} with sequence_parallel={config.sequence_parallel}: pictures"
+                f" cannot be cut in frames, and so many do not divide among {size} processes{parts}: use {legal}"
+            )
 
 
 def _counts_of_old_run(config: TrainConfig, sizes: dict[str, int], size: int) -> str:

@@ -13,7 +13,7 @@ from pavdm_dist.data.buckets import Bucket
 from pavdm_dist.data.shards import read_index
 from pavdm_dist.models.base import Backbone, BlockContext, FrameInfo
 from pavdm_dist.models.text_cache import TextRun
-from pavdm_dist.train.checks import check_settings
+from pavdm_dist.train.checks import check_pictures, check_settings
 from pavdm_dist.train.lora_training import add_lora
 from pavdm_dist.train.model import shape_of
 from pavdm_dist.train.prepared import data_model
@@ -38,7 +38,7 @@ def forecast(config: TrainConfig, processes: int) -> dict[str, Any]:
         ConfigError, CheckpointError: as the run would.
     """
     check_settings(config, processes)
-    channels, batches = _batches(config)
+    channels, batches = _batches(config, processes)
     model = shape_of(config, channels)
     per_token = _bytes_per_token(model, torch.float32 if config.zero.precision == "float32" else torch.bfloat16)
     looks = [_activations(model, config, batch.own(config, processes), per_token) for batch in batches]
@@ -78,7 +78,7 @@ class _Batch:
         return replace(self, frames=-(-self.frames // group), samples=samples)
 
 
-def _batches(config: TrainConfig) -> tuple[int, list[_Batch]]:
+def _batches(config: TrainConfig, processes: int) -> tuple[int, list[_Batch]]:
     """Channels of the latents, and every kind of batch: of the buckets that hold clips, or of digits."""
     d, m = config.data, config.model
     longest = max(kind.window_latents for _, kind in config.objective.kinds())
@@ -94,6 +94,7 @@ def _batches(config: TrainConfig) -> tuple[int, list[_Batch]]:
     entries = [entry for folder in d.folder for entry in read_index(folder)["buckets"]]
     # As training does: a bucket without clips gives no batch.
     found = [Bucket.parse(entry["bucket"]) for entry in entries if entry["clips"]]
+    check_pictures(config, processes, found)
     return spec.latent_channels, [
         _Batch(
             min(longest, bucket.num_latents),

@@ -20,6 +20,7 @@ from pavdm_dist.data.shards import pad_texts
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.train.batch import Batch, Batches, draw_kind, draw_prompts
+from pavdm_dist.train.checks import check_pictures
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.loss import noised
 from pavdm_dist.train.model import Text, shape_of
@@ -209,6 +210,8 @@ def video_data(config: TrainConfig, world: World | None = None) -> tuple[VideoBa
             for folder in d.folder
         ]
     )
+    with_clips = [bucket for bucket, count in zip(clips.buckets, clips.counts, strict=True) if count]
+    check_pictures(config, 1 if world is None else world.size, with_clips)
     if m.pretrained is not None:
         for bucket in clips.buckets:
             Checkpoint.open(m.pretrained).check_size(bucket.height, bucket.width)
