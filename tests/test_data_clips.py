@@ -35,7 +35,7 @@ def test_cuts_are_found_where_they_are(tmp_path: Path) -> None:
     path = write_video(tmp_path / "shots.mp4", shots([20, 2, 30, 40, 1]))
     scan = scan_video(str(path), scene_cuts=True)
     assert scan.cuts == [20, 22, 52, 92]
-    assert (scan.height, scan.width, len(scan.times), scan.end) == (64, 96, 93, Fraction(93, 24))
+    assert (scan.sizes, len(scan.times), scan.end) == ([(0, 64, 96)], 93, Fraction(93, 24))
 
 
 def test_no_clip_crosses_a_cut_and_no_frame_is_in_two(tmp_path: Path) -> None:
@@ -283,10 +283,30 @@ def test_no_clip_is_made_of_a_frame_that_stands_still(tmp_path: Path, frames_bef
 def test_a_last_frame_that_is_shown_for_long_is_not_held(tmp_path: Path) -> None:
     path = write_video(tmp_path / "credits.mp4", numbered(20), 24)
     scan = scan_video(str(path), scene_cuts=False)
-    held = Scan(scan.height, scan.width, scan.times, scan.end + 60, scan.cuts)
+    held = Scan(scan.sizes, scan.times, scan.end + 60, scan.cuts)
     buckets = parse_buckets(["64x96x3@24"], 24, SPEC)
     plans = [plan_clips("v", "", one, buckets, SPEC, upscale=False) for one in (held, scan)]
     assert plans[0] == plans[1] and len(plans[0][0]) == 2
+
+
+def test_every_scene_has_the_buckets_of_its_own_size(tmp_path: Path) -> None:
+    """As calls record themselves, small until the network is known; nothing is enlarged, and no clip has two sizes."""
+    parts = [write_video(tmp_path / f"{n}.h264", numbered(30, 64 * n, 96 * n, 30 * (n - 1)), 25) for n in (1, 2)]
+    path = tmp_path / "call.h264"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    scan = scan_video(str(path), scene_cuts=False)
+    assert scan.sizes == [(0, 64, 96), (30, 128, 192)] and scan.cuts == [30] and len(scan.times) == 60
+    assert [scan.size(frame) for frame in (0, 29, 30, 59)] == [(64, 96)] * 2 + [(128, 192)] * 2
+    large, both = ["128x192x3@25"], ["128x192x3@25", "64x96x3@25"]
+    for names, wanted in (
+        (large, [(0, 30), (0, 39), (0, 48)]),
+        (both, [(1, 0), (1, 9), (1, 18), (0, 30), (0, 39), (0, 48)]),
+    ):
+        shapes = parse_buckets(names, 25, SPEC)
+        clips, short = plan_clips("v", "", scan, shapes, SPEC, upscale=False)
+        assert [(bucket, clip.first) for bucket, clip in clips] == wanted and short == (names is large)
+        for bucket, clip in clips:
+            assert numbers(read(path, shapes[bucket], clip)) == list(range(clip.first, clip.first + 9))
 
 
 def test_a_slow_bucket_takes_what_a_fast_one_leaves(tmp_path: Path) -> None:

@@ -34,21 +34,25 @@ class Scan:
     """What one look over a video found.
 
     Attributes:
-        height, width: as shown, in pixels (upright, square pixels).
+        sizes: ``(first, height, width)``: from this frame on, pictures are shown so large, in pixels (upright, square
+            pixels); rising, the first one is of frame 0. What a call or a stream recorded may change in the middle.
         times: of every frame, in seconds.
         end: when the last frame stops being shown.
-        cuts: frames that begin a new scene, rising, without frame 0.
+        cuts: frames that begin a new scene, rising, without frame 0; those that begin a new size are among them.
         remarks: see :func:`~pavdm_dist.io.picture.remarks`; of the first frame.
         fault: what is wrong behind the last frame; None = nothing.
     """
 
-    height: int
-    width: int
+    sizes: list[tuple[int, int, int]]
     times: list[Fraction]
     end: Fraction
     cuts: list[int]
     remarks: tuple[str, ...] = ()
     fault: str | None = None
+
+    def size(self, frame: int) -> tuple[int, int]:
+        """Height and width of a frame as shown."""
+        return self.sizes[bisect_right(self.sizes, frame, key=lambda size: size[0]) - 1][1:]
 
     def shots(self, rate: Fraction) -> tuple[list[int], list[Fraction]]:
         """The frames behind the last one of each shot of a clip at ``rate``, rising, and when these last frames end.
@@ -119,6 +123,7 @@ def scan_video(location: str, scene_cuts: bool, cut: bool = False) -> Scan:
     """
     finder = CutFinder() if scene_cuts else None
     times: list[Fraction] = []
+    sizes: list[tuple[int, int, int]] = []
     fault = None
     with open_video(location) as reader:
         try:
@@ -126,8 +131,10 @@ def scan_video(location: str, scene_cuts: bool, cut: bool = False) -> Scan:
                 if not times:
                     # Colours that cannot be read are found here, not in the middle of a shard.
                     reader.picture(frame, _SMALL)
-                    height, width = reader.shown_size(frame)
                     said = remarks(frame)
+                shown = reader.shown_size(frame)
+                if not sizes or shown != sizes[-1][1:]:
+                    sizes.append((len(times), *shown))
                 times.append(time)
                 end = time + reader.shown_for(frame)
                 if finder is not None:
@@ -136,7 +143,8 @@ def scan_video(location: str, scene_cuts: bool, cut: bool = False) -> Scan:
             if not (cut and times):
                 raise
             fault = str(error)
-    return Scan(height, width, times, end, finder.cuts() if finder is not None else [], said, fault)
+    cuts = {*(finder.cuts() if finder is not None else ()), *(first for first, _, _ in sizes[1:])}
+    return Scan(sizes, times, end, sorted(cuts), said, fault)
 
 
 def plan_clips(
@@ -149,16 +157,17 @@ def plan_clips(
         scan: of the video.
         buckets: shapes that clips may have.
         spec: of the codec.
-        upscale: whether buckets larger than the video are allowed.
+        upscale: whether buckets larger than a scene are allowed.
 
     Returns:
         (position of the bucket, clip) in order of time, and the number of scenes that gave no clip.
     """
-    order = order_buckets(buckets, scan.height, scan.width, upscale, spec)
-    shots = {rate: scan.shots(rate) for rate in {buckets[i].rate for i in order}}
+    orders = {(h, w): order_buckets(buckets, h, w, upscale, spec) for _, h, w in scan.sizes}
+    shots = {rate: scan.shots(rate) for rate in {buckets[i].rate for order in orders.values() for i in order}}
     clips: list[tuple[int, ClipRef]] = []
     short = 0
     for begin, behind in pairwise([0, *scan.cuts, len(scan.times)]):
+        order = orders[scan.size(begin)]
         first, before = begin, len(clips)
         while first < behind:
             for chosen in order:
@@ -169,7 +178,8 @@ def plan_clips(
                 if (frames - Fraction(1, 2)) / bucket.rate <= shot_end - scan.times[first]:
                     break
             else:
-                first = min((behinds[bisect_right(behinds, first)] for behinds, _ in shots.values()), default=behind)
+                ends = (shots[buckets[i].rate][0] for i in order)
+                first = min((behinds[bisect_right(behinds, first)] for behinds in ends), default=behind)
                 continue
             start = scan.times[first]
             ahead = ((scan.times[i], i) for i in range(first, shot_behind))

@@ -241,16 +241,17 @@ def _scan(job: Job, video: SourceVideo) -> dict[str, Any]:
     listed = [{"bucket": bucket, **clip.as_json()} for bucket, clip in clips]
     entry = {**entry, "frames": len(scan.times), "short_scenes": short, "clips": listed}
     if clips:
-        kept = min(job.buckets[bucket].kept(scan.height, scan.width) for bucket, _ in clips)
+        kept = min(job.buckets[bucket].kept(*scan.size(clip.first)) for bucket, clip in clips)
         if scan.fault is not None:
             logger.warning("%s; the clips before are taken", scan.fault)
         more = {"cropped": kept < _LEAST_KEPT, "damaged": scan.fault is not None, "caption cut": is_cut}
         return {**entry, "remarks": [*scan.remarks, *(name for name, holds in more.items() if holds)]}
     if scan.fault is not None:
         return {**entry, "skipped": "unreadable", "reason": scan.fault}
-    size = f"{scan.height}x{scan.width}"
-    if not job.upscale and all(b.height > scan.height or b.width > scan.width for b in job.buckets):
+    small = all(b.height > height or b.width > width for b in job.buckets for _, height, width in scan.sizes)
+    if small and not job.upscale:
         least = smallest(job.buckets)
+        size = "x".join(map(str, max((height, width) for _, height, width in scan.sizes)))
         reason = f"{size} is smaller than every bucket (smallest {least}); upscale=true enlarges it"
         return {**entry, "skipped": "small", "reason": reason}
     shortest = min(job.buckets, key=lambda bucket: bucket.seconds(spec))
