@@ -2,7 +2,7 @@
 
     python benchmarks/drift.py --work FOLDER [--methods NAME ...] [--models NAME=FOLDER ...] [--variants NAME:key=value,... ...]
                                [--prompts N] [--seeds N] [--digits N] [--seconds S] [--guidance-scale G]
-                               [--workers N] [--minutes M] [--no-report] [--output FOLDER] [--shown N] [--quick] [--json]
+                               [--steps T] [--workers N] [--minutes M] [--no-report] [--output FOLDER] [--shown N] [--quick] [--json]
 
 Methods: pavdm, causal and displaced (its modes), replacement, replacement-noise, fifo, autoregressive; real (the scenes
 as the world draws them) and codec (those, encoded and decoded). Variants are further ways, by the settings that
@@ -47,6 +47,7 @@ def main() -> None:
     options.add_argument("--digits", type=int, choices=(1, 2), help="digits in every prompt (one or two at random)")
     options.add_argument("--seconds", type=float, help="length of each video (60; 6 with --quick)")
     options.add_argument("--guidance-scale", type=float, help="of every method (the model's own)")
+    options.add_argument("--steps", type=int, help="num_inference_steps of every method (the model's own)")
     options.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one per core)")
     options.add_argument("--minutes", type=float, help="no video is begun that would end later")
     options.add_argument("--no-report", action="store_true", help="only render")
@@ -81,7 +82,8 @@ def _compared(args: argparse.Namespace) -> list[str]:
         KeyboardInterrupt: a signal; what was made and measured is kept.
     """
     frames = round(args.seconds * FPS)
-    common = [] if args.guidance_scale is None else [f"guidance_scale={args.guidance_scale}"]
+    given = {"guidance_scale": args.guidance_scale, "num_inference_steps": args.steps}
+    common = [f"{name}={value}" for name, value in given.items() if value is not None]
     variants = variants_of(args.methods, args.variants, args.models, common)
     jobs = jobs_of(args.work, variants, args.prompts, args.seeds, frames, args.digits)
     if args.output is not None:

@@ -318,6 +318,33 @@ def handlers() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("handlers")
+def test_what_every_method_is_given_a_variant_may_say_otherwise(
+    modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(modules["drift"], "make_all", lambda jobs, *_: made.extend(jobs) or [])
+    words = ["--work", str(tmp_path), "--methods", "pavdm", "fifo", "--variants", "more:num_inference_steps=30"]
+    words += [
+        "--steps",
+        "12",
+        "--guidance-scale",
+        "2",
+        "--seconds",
+        "3",
+        "--prompts",
+        "1",
+        "--seeds",
+        "1",
+        "--no-report",
+    ]
+    monkeypatch.setattr(sys, "argv", ["drift.py", *words])
+    modules["drift"].main()
+    configs = {job.variant.name: modules["drift_videos"].config_of(job) for job in made}
+    given = {name: (one.num_inference_steps, one.guidance_scale) for name, one in configs.items()}
+    assert given == {"pavdm": (12, 2), "fifo": (12, 2), "more": (30, 2)}
+
+
+@pytest.mark.usefixtures("handlers")
 def test_a_signal_before_all_were_started_is_a_sentence(
     modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
