@@ -39,6 +39,16 @@ def test_every_step_exact_is_mode_window() -> None:
         assert not torch.equal(a.latents, c.latents)
 
 
+@pytest.mark.parametrize("displaced", [NEVER, Displaced(1), Displaced()])
+def test_a_single_chunk_without_context_sees_itself_alone(displaced: Displaced) -> None:
+    """No window has a chunk in common with the one before."""
+    model = tiny_model()
+    alone = tiny_stream(num_chunks=3, window_chunks=1, context_chunks=0)
+    found = reference_chunks(model, replace(alone, mode="displaced", displaced=displaced))
+    for one, other in zip(reference_chunks(model, alone), found, strict=True):
+        torch.testing.assert_close(one.latents, other.latents, atol=1e-5, rtol=1e-5)
+
+
 def run_parts(
     model: STDiT3, stream: Stream, row: PlanRow, parts: list[int], memory: Memory | None, x: Tensor
 ) -> Tensor:

@@ -203,7 +203,9 @@ class DisplacedMemory:
         self._is_whole = False
 
     def begin(self, window: tuple[int, ...], chunk: int | None) -> None:
-        if self._window and (gone := self._window.index(window[0])):
+        if window[0] not in self._window:  # the first one, or a single chunk without context that has made way
+            self._banks.clear()
+        elif gone := self._window.index(window[0]):
             for bank in self._banks.values():
                 bank.leave(gone * self._chunk_frames)
         self._window, self._is_whole = window, chunk is None
