@@ -217,7 +217,7 @@ class Flight:
         return {index: self._clean[index] for index in again} if set(again) <= self._clean.keys() else {}
 
     def _point(self, snapshot: WindowSnapshot) -> ResumePoint:
-        return ResumePoint(snapshot, self._tail, resyncs=self.resyncs, prompts=self.prompts)
+        return ResumePoint(snapshot, self._tail, resyncs=self.resyncs, prompts=self.prompts, plan=self.stream.plan)
 
     def _behind(self, before: Tensor | None, clean: CleanChunk) -> Tensor | None:
         """What a decoder must have seen behind ``clean``, which follows ``before``."""

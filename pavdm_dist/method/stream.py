@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.levels import NoiseSchedule
 from pavdm_dist.method.microbatches import Displaced, MicroBatches
 from pavdm_dist.method.recovery import Recovery
@@ -87,6 +88,8 @@ class ResumePoint:
         resyncs: of mode displaced, all rows that adaptive re-sync has made exact up to here, for the record.
         prompts: ``(first chunk, prompt)`` of what was changed while the video ran, in the order in which it was.
         left_bytes: of the snapshot's keys and values, those that came since the point before; for :attr:`num_bytes`.
+        plan: that was followed; of an endless video that was told to end, the one that ends. None where a file holds
+            the point, beside settings that are compared.
     """
 
     snapshot: WindowSnapshot
@@ -95,6 +98,30 @@ class ResumePoint:
     resyncs: tuple[int, ...] = ()
     prompts: tuple[tuple[int, str], ...] = ()
     left_bytes: int = 0
+    plan: WindowPlan | None = None
+
+    def follow(self, plan: WindowPlan) -> WindowPlan:
+        """The plan that a video goes on with, asked for as ``plan``: an endless one that was told to end still ends.
+
+        Raises:
+            ConfigError: other rows lead to where this is.
+        """
+        before, row = self.plan, self.snapshot.row
+        if before is None or before == plan:
+            return plan
+        changed = [name for name in vars(plan) if name != "num_chunks" and getattr(plan, name) != getattr(before, name)]
+        if changed:
+            said = ", ".join(f"{name}={getattr(before, name)} (now {getattr(plan, name)})" for name in changed)
+            raise ConfigError(f"resume: the video was begun with {said}; give the same again, or begin anew")
+        if plan.num_chunks is None:
+            return before
+        if plan.is_over(row) or before.is_over(row) or _in_flight(plan, row) != _in_flight(before, row):
+            length = "without an end" if before.num_chunks is None else f"of {before.num_chunks} chunks"
+            raise ConfigError(
+                f"resume: this is row {row} of a video {length}, where one of {plan.num_chunks} has other chunks in"
+                " flight, or is over; give num_frames as it was, or go on from an earlier chunk"
+            )
+        return plan
 
     @property
     def num_bytes(self) -> int:
@@ -102,6 +129,12 @@ class ResumePoint:
         it; clean latents are those of chunks that were given out."""
         held = [*self.snapshot.latents.values(), *([] if self.warm is None else [self.warm])]
         return self.left_bytes + sum(tensor.nbytes for tensor in held)
+
+
+def _in_flight(plan: WindowPlan, n: int) -> set[int]:
+    """Noisy chunks of row ``n`` that rows before it have moved."""
+    row = plan.row(n)
+    return {*row.chunks} - {*row.born}
 
 
 @dataclass(frozen=True, eq=False)

@@ -49,6 +49,12 @@ def build_stream(
         image = _image_latents(request, params, checkpoint)
         conditioning = conditioning_of(request, params, checkpoint)
     latent_shape = (checkpoint.codec_spec.latent_channels, height, width)
+    for latents in request.resume.snapshot.latents.values() if request.resume else ():
+        if latents.shape != (wanted := (latent_shape[0], params.latent_chunk_size, height, width)):
+            raise ConfigError(
+                f"resume: its latents are {list(latents.shape)}, those of height={params.height} width={params.width}"
+                f" are {list(wanted)}; give the size as it was, or begin anew"
+            )
     return Stream(
         id=stream_id,
         plan=plan,

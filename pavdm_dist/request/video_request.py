@@ -63,12 +63,14 @@ def plan_of(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoin
     """A request's plan; endless where it is.
 
     Raises:
-        ConfigError: ``num_frames`` is below 1.
+        ConfigError: ``num_frames`` is below 1, or the resume point is of another plan.
     """
-    if request.num_frames is None:
-        return params.plan(None)
-    spec = checkpoint.codec_spec
-    return params.plan(spec.chunks_for_frames(request.num_frames, params.latent_chunk_size, params.warm))
+    chunks = None
+    if request.num_frames is not None:
+        spec = checkpoint.codec_spec
+        chunks = spec.chunks_for_frames(request.num_frames, params.latent_chunk_size, params.warm)
+    plan = params.plan(chunks)
+    return plan if request.resume is None else request.resume.follow(plan)
 
 
 def frames_left(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> int | None:

@@ -1,0 +1,69 @@
+"""Where a video goes on from: the end that it was told, and settings under which a point means nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_checkpoint
+
+from pavdm_dist import PAVDMPipeline, VideoRequest
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.request.outputs import VideoChunk
+
+PROMPT = "a red three"
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> PAVDMPipeline:
+    return PAVDMPipeline.from_pretrained(tiny_checkpoint(tmp_path_factory.mktemp("model")), device="cpu")
+
+
+def chunks(pipeline: PAVDMPipeline, frames: int | None, stop: int | None = None, **more: Any) -> list[VideoChunk]:
+    resume, params = more.pop("resume", None), pipeline.params(guidance_scale=1.0, **more)
+    found = []
+    for chunk in pipeline.iter_chunks([VideoRequest(PROMPT, 0, frames, resume=resume)], params):
+        found.append(chunk)
+        if chunk.index == stop:
+            pipeline.stop(0)
+        assert len(found) < 20, "it has no end"
+    return found
+
+
+def test_an_endless_video_that_was_told_to_end_ends_from_every_point(pipeline: PAVDMPipeline) -> None:
+    whole = chunks(pipeline, None, stop=2)
+    assert [chunk.last for chunk in whole] == [False] * (len(whole) - 1) + [True] and len(whole) > 4
+    for number, chunk in enumerate(whole[3:], 4):  # the point of chunk 2 is of before
+        rest = chunks(pipeline, None, resume=chunk.resume)
+        assert [one.index for one in rest] == list(range(number, len(whole)))
+        assert all(torch.equal(one.latents, whole[one.index].latents) for one in rest)
+        assert not rest or rest[-1].last
+
+
+def test_a_video_becomes_longer_from_a_point_before_its_end_was_seen_and_from_no_other(pipeline: PAVDMPipeline) -> None:
+    whole, short = chunks(pipeline, 61), chunks(pipeline, 37)
+    seen = 3  # behind chunk 2, chunk 5 would be born
+    for chunk in short[:seen]:
+        rest = chunks(pipeline, 61, resume=chunk.resume)
+        assert all(torch.equal(one.latents, whole[one.index].latents) for one in rest) and rest[-1].index == 7
+    for chunk in short[seen:]:
+        with pytest.raises(ConfigError, match=r"of a video of 5 chunks, where one of 8 has other chunks in flight"):
+            chunks(pipeline, 61, resume=chunk.resume)
+    with pytest.raises(ConfigError, match=r"of a video of 8 chunks, where one of 1 has other chunks"):
+        chunks(pipeline, 1, resume=whole[-2].resume)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"window_chunks": 6}, r"was begun with window_chunks=3 \(now 6\)"),
+        ({"num_inference_steps": 12}, r"was begun with num_inference_steps=6 \(now 12\)"),
+        ({"latent_chunk_size": 1}, r"was begun with latent_chunk_size=2 \(now 1\)"),
+        ({"height": 64}, r"its latents are \[\d+, 2, \d+, \d+\], those of height=64"),
+    ],
+)
+def test_other_settings_are_refused(pipeline: PAVDMPipeline, changed: dict[str, int], said: str) -> None:
+    point = chunks(pipeline, 37)[1].resume
+    with pytest.raises(ConfigError, match=rf"resume: .*{said}"):
+        chunks(pipeline, 37, resume=point, **changed)
