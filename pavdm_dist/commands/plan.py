@@ -22,7 +22,7 @@ from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.models.devices import DTYPES
 from pavdm_dist.planning import planner
-from pavdm_dist.planning.forecast import pipeline_utilisation, useful_stages
+from pavdm_dist.planning.forecast import calls_of, pipeline_utilisation, useful_stages
 from pavdm_dist.planning.memory import kept_for_recovery
 from pavdm_dist.planning.partition import layer_split
 from pavdm_dist.request.sampling import SamplingParams
@@ -65,19 +65,20 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
     split = [(0, checkpoint.shape.spec.num_blocks)]
     if config.num_stages:
         split = layer_split(checkpoint, params, engine_options(config))
+    work = calls_of(params, plan)
     utilisation = pipeline_utilisation(params, plan, max(config.num_stages, 1), config.streams)
     cluster = config.cluster if isinstance(config, PlanConfig) and config.cluster.devices is not None else None
     return {
         "chunks": chunks,
         "num_frames": frames,
         "seconds": round(frames / params.fps, 3),
-        "model_calls": plan.num_calls,
+        "model_calls": work.calls,
         "guidance_branches": branches,
-        "latent_evaluations": plan.latent_evaluations,
-        "latent_evaluations_per_new_latent": round(plan.latent_evaluations / (chunks * size), 3),
+        "latent_evaluations": work.latents,
+        "latent_evaluations_per_new_latent": round(work.latents / (chunks * size), 3),
         **({"plain_plan": plain} if (plain := plain_cost(params, plan, checkpoint)) else {}),
-        "first_chunk_after_calls": plan.first_chunk_after_calls,
-        "calls_per_chunk": _calls_per_chunk(plan, params),
+        "first_chunk_after_calls": work.first,
+        "calls_per_chunk": round(work.per_chunk, 3),
         "window_latents": params.span * size,
         "levels": [round(level, 6) for level in reversed(params.schedule.levels)],
         "layer_split": [list(blocks) for blocks in split],
@@ -106,11 +107,6 @@ def _recovery_report(config: SampleConfig, checkpoint: Checkpoint, params: Sampl
 def _dtype(config: SampleConfig, checkpoint: Checkpoint) -> torch.dtype:
     """Of weights as they are stored, which GPUs hold."""
     return checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
-
-
-def _calls_per_chunk(plan: WindowPlan, params: SamplingParams) -> float:
-    calls = plan.steps_per_shift * params.calls_per_row
-    return calls if plan.block_chunks == 1 else round(calls / plan.block_chunks, 3)
 
 
 def _cluster_report(

@@ -8,9 +8,10 @@ beside the stages takes finished chunks one after another.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 
@@ -83,6 +84,46 @@ def rows_of(
         rows.append(RowShape(held, needs, finishes, len(row.emits)))
         before, earlier = parts, before
     return rows
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What the model is called for, of one guidance branch.
+
+    Attributes:
+        calls: micro-batches, those of single chunks and of clean ones included.
+        latents: latent frames that they hold together.
+        first: calls until the first chunk is clean.
+        per_chunk: calls of full windows for each new chunk.
+    """
+
+    calls: int
+    latents: int
+    first: int
+    per_chunk: float
+
+
+def calls_of(params: SamplingParams, plan: WindowPlan) -> Calls:
+    """The calls of a whole video; without those that adaptive re-sync would join, which nobody knows beforehand."""
+    batches = MicroBatches(plan, params.mode, 0, params.displaced, chunks_per_unit=params.chunks_per_unit)
+    calls = chunks = first = 0
+    for row in plan.rows():
+        for part, _ in batches.parts(row.index):
+            calls, chunks = calls + 1, chunks + len(batches.held(row, part))
+            if not first and row.emits and row.emits[0] in batches.moved(row, part):
+                first = calls
+    return Calls(calls, chunks * plan.latent_chunk_size, first, _per_chunk(batches))
+
+
+def _per_chunk(batches: MicroBatches) -> float:
+    plan, every = batches.plan, batches.displaced.resync_every_steps
+    endless = replace(batches, plan=replace(plan, num_chunks=None))
+    step = plan.steps_per_shift
+    # Rows are alike from shift to shift, but for exact ones among stale ones.
+    alike = math.lcm(step, every) if batches.mode == "displaced" and every else step
+    begin = step * (plan.window_chunks + plan.joint_context) + batches.displaced.exact_steps
+    begin, count = -(-begin // step) * step, min(alike, -(-plan.num_rows // step) * step)
+    return sum(len(endless.parts(n)) for n in range(begin, begin + count)) * step / (count * plan.block_chunks)
 
 
 def _held(batches: MicroBatches, row: PlanRow, parts: Sequence[int]) -> tuple[int, ...]:
