@@ -20,13 +20,18 @@ from pavdm_dist.values.fields import (
     ChunkLatents,
     ContextChunks,
     ContextNoise,
+    FrameCount,
     FrameRate,
     Guidance,
     Side,
+    StageCount,
     Steps,
     TextDevice,
     TextDtype,
+    Threads,
+    TileSide,
     TimeShift,
+    UnitChunks,
     WindowChunks,
     Within,
     check_fields,
@@ -35,13 +40,12 @@ from pavdm_dist.values.timed import first_prompt, timed
 
 DEFAULT_SECONDS = 5.0
 
-# A torch thread pool, a cluster or a wait beyond these is a slip of the finger.
+# A cluster or a wait beyond these is a slip of the finger.
 _Count = Annotated[int, Within(0, 1024, above=True)]
 _Share = Annotated[float, Within(0, 1024)]
 _Positive = Annotated[float, Within(0, above=True)]
 _Wait = Annotated[float, Within(0, 1_000_000, above=True)]
 _Rate = Annotated[float, Within(0, 1_000_000, above=True)]
-_Frames = Annotated[int, Within(0, 10**12, above=True)]
 _Seconds = Annotated[float, Within(0, 10**9, above=True)]
 
 
@@ -90,7 +94,7 @@ class SampleConfig:
     prompt_suffix: str | None = None  # said behind every prompt but the negative one
     prompts: str | None = None  # file, one prompt a line; line i gets seed + i
     seed: Annotated[int, Within(0, 2**63 - 1)] = 0
-    num_frames: _Frames | None = None  # new frames; or
+    num_frames: FrameCount | None = None  # new frames; or
     seconds: _Seconds | None = None  # the same in seconds; 5 when neither is given
     height: Side | None = None
     width: Side | None = None
@@ -121,10 +125,10 @@ class SampleConfig:
     mode: Literal["window", "causal", "displaced"] = "window"  # which chunks see each other; see README
     allow_untrained_causal: bool = False  # mode=causal although the weights never met its mask
     displaced: DisplacedConfig = field(default_factory=DisplacedConfig)  # of mode=displaced
-    num_stages: Annotated[int, Within(0, 1024)] = 0  # 0 = in this process, without Ray
+    num_stages: StageCount = 0  # 0 = in this process, without Ray
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: this process' GPU if there is one; stages: gpus_per_stage
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of weights; auto: as stored, float32 on CPUs
-    threads_per_stage: _Count = 1
+    threads_per_stage: Threads = 1
     streams: _Count = 1  # videos in flight
     layers_per_stage: list[Annotated[int, Within(1)]] | None = None  # blocks of each stage; None = balanced by cost
     balance: Literal["estimated", "measured"] = "estimated"  # cost by FLOP, or timed once here and kept
@@ -133,17 +137,17 @@ class SampleConfig:
         "auto"  # blocks of stages (torch.compile); auto: on GPUs; other last bits
     )
     # of mode=causal, displaced: noisy chunks that are computed together; null = 1, on GPUs what suits; other last bits
-    chunks_per_unit: Annotated[int, Within(1, 10_000)] | None = None
+    chunks_per_unit: UnitChunks | None = None
     cpus_per_stage: _Share = 1.0  # Ray's logical CPUs
     gpus_per_stage: _Share = 0.0  # 1, or with backend=gloo a share; device=cuda means 1
     decoder: Literal["auto", "cpu", "cuda", "shared"] = "auto"  # auto: cpu beside stages, else what samples; see README
     decoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    decoder_tile: Annotated[int, Within(1, 16_384)] | None = None  # pixels a side: large frames in blended tiles
+    decoder_tile: TileSide | None = None  # pixels a side: large frames in blended tiles
     preview_decoder: str | None = None  # instead of the codec: rgb, or the file of a tiny decoder (TAEHV)
     text_device: TextDevice = "auto"  # of a pretrained text encoder, in a process of its own
     text_dtype: TextDtype = "bfloat16"
     text_cache: str | None = None  # folder of what it has encoded; null = this user's
-    threads_per_decoder: _Count | None = None  # None = threads_per_stage
+    threads_per_decoder: Threads | None = None  # None = threads_per_stage
     cpus_per_decoder: _Share = 0.0  # 0 = it shares the last stage's
     gpus_per_decoder: Annotated[float, Within(0, 1, above=True)] = 1.0  # of decoder=cuda
     ray_address: str | None = None  # None = RAY_ADDRESS, or a Ray of this process' own

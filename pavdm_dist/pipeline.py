@@ -37,6 +37,7 @@ from pavdm_dist.request.sampling import SamplingParams
 from pavdm_dist.request.texts import prepare_texts
 from pavdm_dist.request.video_request import VideoRequest
 from pavdm_dist.values.arguments import check_names
+from pavdm_dist.values.fields import StageCount, Threads, TileSide, checked_arguments, show
 
 if TYPE_CHECKING:
     from pavdm_dist.engine.inline import InlineEngine
@@ -48,6 +49,7 @@ _FROM_PRETRAINED = (
     "model", "num_stages", "threads_per_stage", "engine", "torch_dtype", "device", "revision", "lora", "text",
     "decoder_tile", "preview_decoder", "recovery",
 )  # fmt: skip
+_COUNTS = {"num_stages": StageCount, "threads_per_stage": Threads, "decoder_tile": TileSide}
 
 
 class PAVDMPipeline:
@@ -97,6 +99,8 @@ class PAVDMPipeline:
         preview_decoder: str | None = None,
         recovery: Recovers = "keys",
     ) -> None:
+        counts = {"num_stages": num_stages, "threads_per_stage": threads_per_stage, "decoder_tile": decoder_tile}
+        num_stages, threads_per_stage, decoder_tile = checked_arguments(_COUNTS, counts).values()
         checkpoint.require_weights()
         num_stages = num_stages or (engine.num_stages if engine is not None else 0)
         self.checkpoint, self.num_stages, self.threads_per_stage = checkpoint, num_stages, threads_per_stage
@@ -158,6 +162,8 @@ class PAVDMPipeline:
             ConfigError: an argument that is none, a device that is not there, or a type it cannot compute in.
         """
         check_names(unknown, _FROM_PRETRAINED, "from_pretrained")
+        if isinstance(lora, str) or not all(isinstance(one, Adapter) for one in lora):
+            raise ConfigError(f"lora={show(lora)}: must be a list of pavdm_dist.models.source.Adapter")
         checkpoint = Checkpoint.open(model, revision, lora)
         return cls(
             checkpoint if text is None else replace(checkpoint, text=text),
@@ -171,9 +177,14 @@ class PAVDMPipeline:
             recovery=recovery,
         )
 
-    def to(self, *targets: str | torch.device | torch.dtype) -> PAVDMPipeline:
+    def to(
+        self,
+        *targets: str | torch.device | torch.dtype,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> PAVDMPipeline:
         """Another device, another type, or both, from the next call on; returns itself, as diffusers' pipelines do."""
-        dtype, device = self._wanted
+        dtype, device = dtype or self._wanted[0], device or self._wanted[1]
         for target in targets:
             if isinstance(target, torch.dtype):
                 dtype = target

@@ -104,17 +104,86 @@ def test_one_generator_in_a_loop_makes_another_video_each_time(pipeline: PAVDMPi
         ({"seed": 1.0}, "seed=1.0: must be a whole number"),
         ({"generator": 3}, "generator: must be a torch.Generator, or a list of them; seed takes a number"),
         ({"generator": [torch.Generator()] * 2}, "generator: 2 generators for 1 videos"),
-        ({"prompt": None}, "prompt=None: give a text"),
+        ({"prompt": None}, "prompt=null: give a text"),
+        ({"prompt": 5}, "prompt=5: give a text"),
         ({"prompt": []}, "give a text, or a list of them"),
         ({"prompt": [7]}, "prompt=7: must be text, one for each video"),
         ({"prompt": "a\0b"}, "prompt 'a\\x00b' is not text: a file can hold neither NUL nor half a character"),
         ({"negative_prompt": ["a seven"]}, "negative_prompt=['a seven']: must be text"),
+        ({"num_frames": None}, "num_frames=None: a whole video needs a number; iter_chunks() takes endless ones"),
+        ({"num_frames": 5.0}, "num_frames=5.0: must be a whole number"),
+        ({"num_frames": "5"}, "num_frames=5: must be a whole number"),
+        ({"num_frames": 0}, "num_frames=0: must be above 0"),
+        ({"num_videos_per_prompt": 0}, "num_videos_per_prompt=0: must be 1 to 1,000,000"),
+        ({"num_videos_per_prompt": 1.5}, "num_videos_per_prompt=1.5: must be a whole number"),
+        ({"guidance_scale": "3"}, "guidance_scale=3: must be a number"),
+        ({"guidance_scale": -3.0}, "guidance_scale=-3.0: must be 0 or more"),
+        ({"guidance_scale": float("inf")}, "guidance_scale=inf: must be a finite number"),
+        ({"context_noise": 2.0}, "context_noise=2.0: must be 0 to 0.9"),
+        ({"context_noise": True}, "context_noise=True: must be a number"),
+        ({"fps": 0}, "fps=0: must be above 0"),
+        ({"fps": float("inf")}, "fps=inf: must be a finite number"),
+        ({"time_shift": 0}, "time_shift=0: must be above 0"),
+        ({"height": 32.5}, "height=32.5: must be a whole number"),
+        ({"chunks_per_unit": "2"}, "chunks_per_unit=2: must be a whole number"),
+        ({"anchor_chunks": "1"}, "anchor_chunks=1: must be a whole number"),
+        ({"prompt_suffix": 5}, "prompt_suffix=5: must be text"),
+        ({"video": "x.mp4"}, "video=x.mp4: must be frames, uint8 [t, height, width, 3]"),
+        ({"video": [np.zeros((2, 3)), np.zeros((4, 5))]}, ": must be frames, uint8 [t, height, width, 3]"),
     ],
 )
 def test_values_that_cannot_be_are_named(pipeline: PAVDMPipeline, arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as raised:
         pipeline(**{"prompt": PROMPT, "num_frames": 5, **arguments})
     assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        (((-3, "blue"),), "prompt_schedule[0]=(-3, 'blue'): must begin behind chunk 0"),
+        (((0, "blue"),), "prompt_schedule[0]=(0, 'blue'): must begin behind chunk 0"),
+        (((1, "blue"), (1, "red")), "prompt_schedule[1]=(1, 'red'): must begin behind chunk 1"),
+        ((("1", "blue"),), "prompt_schedule[0][0]=1: must be a whole number"),
+        (((1, 5),), "prompt_schedule[0][1]=5: must be text"),
+        ((5,), "prompt_schedule[0]=5: must be a list of 2"),
+    ],
+)
+def test_a_prompt_schedule_rises_from_chunk_1(schedule: Any, said: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        VideoRequest(PROMPT, 0, 21, prompt_schedule=schedule)
+    assert said in str(raised.value) and "an entry is (first chunk, prompt), and they rise" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"threads_per_stage": 0}, "threads_per_stage=0: must be above 0"),
+        ({"num_stages": "2"}, "num_stages=2: must be a whole number"),
+        ({"num_stages": 1.5}, "num_stages=1.5: must be a whole number"),
+        ({"decoder_tile": "16"}, "decoder_tile=16: must be a whole number"),
+        ({"lora": "x"}, "lora=x: must be a list of pavdm_dist.models.source.Adapter"),
+        ({"device": "mps"}, "device=mps: must be auto, cpu or cuda"),
+        ({"device": "meta"}, "device=meta: must be auto, cpu or cuda"),
+        ({"device": "cpu:3"}, "device=cpu:3: must be auto, cpu or cuda"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_is_refused(model: Path, arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        PAVDMPipeline.from_pretrained(model, **arguments)
+    assert said in str(raised.value)
+
+
+def test_numbers_of_numpy_are_numbers(pipeline: PAVDMPipeline) -> None:
+    one = pipeline(PROMPT, num_frames=np.int64(5), num_inference_steps=np.int32(3), guidance_scale=np.float32(2))
+    other = pipeline(PROMPT, num_frames=5, num_inference_steps=3, guidance_scale=2)
+    np.testing.assert_array_equal(one.frames[0], other.frames[0])
+
+
+def test_a_device_and_a_type_have_names(model: Path) -> None:
+    pipeline = PAVDMPipeline.from_pretrained(model, device="cpu")
+    assert pipeline.to(device="cpu", dtype=torch.bfloat16) is pipeline and pipeline.dtype_name == "bfloat16"
+    assert pipeline.to(torch.float32).to(device="cpu").dtype_name == "float32"
 
 
 def test_a_blank_negative_prompt_is_none(pipeline: PAVDMPipeline) -> None:

@@ -102,7 +102,7 @@ def test_causal_needs_a_checkpoint_that_was_trained_for_it(model: Path, tmp_path
     extra = read_sidecar(tmp_path / "together.mp4")["extra"]
     assert (extra["sampling"]["chunks_per_unit"], extra["tier"]) == (2, "same mathematics")
     with pytest.raises(ConfigError, match=r"was made with sampling.chunks_per_unit=2 \(now 1\)"):
-        _render(model, tmp_path / "together.mp4", **settings)
+        _render(model, tmp_path / "together.mp4", chunks_per_unit=1, **settings)
 
 
 @pytest.mark.timeout(120)

@@ -11,13 +11,15 @@ from pavdm_dist.method.baselines import CONTINUES, block_chunks, settings_of
 from pavdm_dist.method.microbatches import Displaced, check_chunks_per_unit, check_displaced
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.planning.chart import check_chart, draw_chart
-from pavdm_dist.planning.simulator import Machine, Result, bars, of_trace, simulate
+from pavdm_dist.planning.simulator import MAX_STAGES, Machine, Result, bars, of_trace, simulate
 from pavdm_dist.values.fields import Steps, WindowChunks, Within
 
 # W where nothing is said.
 _WINDOW = 6
 # Some 50,000 a second.
 MAX_UNITS = 2_000_000
+_Wait = Annotated[float, Within(0, 1_000_000)]  # seconds
+_Time = Annotated[float, Within(0, 1_000_000, above=True)]
 
 
 @dataclass
@@ -39,13 +41,13 @@ class SimulateConfig:
     mode: Literal["window", "causal", "displaced"] = "window"
     chunks_per_unit: Annotated[int, Within(1, 10_000)] = 1  # of mode=causal, displaced: noisy chunks of a unit
     displaced: DisplacedConfig = field(default_factory=DisplacedConfig)  # of mode=displaced
-    num_stages: int = 2
+    num_stages: Annotated[int, Within(1, MAX_STAGES)] = 2
     unit_cost: bool = False  # every unit costs 1 on every stage, whatever it holds
-    stage_seconds: list[float] | None = None  # of one chunk through each stage; None = 1 through all, evenly
-    link_latency_s: float = 0.0
-    link_chunk_s: float = 0.0  # time one chunk's hidden states occupy a link
-    outstanding: int = 2  # sends under way before a stage waits
-    decode_seconds: float = 0.0  # of a finished chunk, in a decoder beside the stages; 0 = without one
+    stage_seconds: list[_Time] | None = None  # of one chunk through each stage; None = 1 through all, evenly
+    link_latency_s: _Wait = 0.0
+    link_chunk_s: _Wait = 0.0  # time one chunk's hidden states occupy a link
+    outstanding: Annotated[int, Within(1)] = 2  # sends under way before a stage waits
+    decode_seconds: _Wait = 0.0  # of a finished chunk, in a decoder beside the stages; 0 = without one
     chart: str | None = None  # .png of what every stage did when
     trace: str | None = None  # of a real run (pavdm sample ... trace=FILE): sum that up and draw it instead
 
@@ -68,7 +70,7 @@ def simulate_report(config: SimulateConfig) -> dict[str, Any]:
     stages = config.num_stages
     if config.stage_seconds is not None and len(config.stage_seconds) != stages:
         raise ConfigError(f"stage_seconds={config.stage_seconds}: needs num_stages={stages} entries")
-    seconds = config.stage_seconds or [1 / max(stages, 1)] * stages
+    seconds = config.stage_seconds or [1 / stages] * stages
     machine = Machine(
         tuple(seconds),
         config.unit_cost,

@@ -58,8 +58,9 @@ def read_trace(path: str | Path) -> list[list[Span]]:
     Raises:
         ConfigError: no such file, no trace, or one of another version.
     """
+    content = _content(path)
     try:
-        return [[_span(**entry) for entry in spans] for spans in _content(path)["stages"]]
+        return [[_span(**entry) for entry in spans] for spans in content["stages"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"trace={path}: is damaged ({error})") from error
 
@@ -70,8 +71,9 @@ def read_decoder(path: str | Path) -> list[DecodeSpan]:
     Raises:
         ConfigError: as :func:`read_trace`.
     """
+    content = _content(path)
     try:
-        spans = [DecodeSpan(int(a), int(b), float(c), float(d)) for a, b, c, d in _content(path).get("decoder", ())]
+        spans = [DecodeSpan(int(a), int(b), float(c), float(d)) for a, b, c, d in content.get("decoder", ())]
         if not all(0 <= span.start <= span.end < math.inf for span in spans):
             raise ValueError("times of the decoder")
     except (TypeError, ValueError) as error:

@@ -35,6 +35,8 @@ def choose_device(device: str | torch.device, field: str = "device") -> torch.de
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"{field}={device}: must be auto, cpu or cuda") from error
+    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cpu" and chosen.index):
+        raise ConfigError(f"{field}={device}: must be auto, cpu or cuda")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"{field}={device}: this process sees {torch.cuda.device_count()} GPUs; use {field}=cpu")
     if chosen.type == "cuda":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -16,8 +16,10 @@ from pavdm_dist.request.sampling import SamplingParams
 from pavdm_dist.request.texts import first_and_later
 from pavdm_dist.request.video_request import VideoRequest
 from pavdm_dist.values.arguments import seeds_of
+from pavdm_dist.values.fields import FrameCount, Within, checked_arguments, show
 
 Prompt = str | Mapping[str, str]
+_COUNTS = {"num_frames": FrameCount, "num_videos_per_prompt": Annotated[int, Within(1, 1_000_000)]}
 # A whole video in memory larger than this is refused: long videos are streamed.
 MAX_RESULT_BYTES = 4 * 2**30
 
@@ -49,9 +51,13 @@ def requests_of_call(
         ConfigError: no prompt, impossible arguments, or a result that would not fit in memory.
         MediaError: the picture cannot be read.
     """
-    prompts = [prompt] if isinstance(prompt, str | Mapping) else list(prompt or ())
+    counts = checked_arguments(_COUNTS, {"num_frames": num_frames, "num_videos_per_prompt": num_videos_per_prompt})
+    if None in counts.values():
+        raise ConfigError(f"num_frames={num_frames}: a whole video needs a number; iter_chunks() takes endless ones")
+    num_frames, num_videos_per_prompt = counts["num_frames"], counts["num_videos_per_prompt"]
+    prompts = [prompt] if isinstance(prompt, str | Mapping) else list(prompt) if isinstance(prompt, Sequence) else []
     if not prompts:
-        raise ConfigError(f"prompt={prompt}: give a text, or a list of them")
+        raise ConfigError(f"prompt={show(prompt)}: give a text, or a list of them")
     words = [first_and_later(one, params, checkpoint) for one in prompts]
     total = len(prompts) * num_videos_per_prompt
     size = total * num_frames * params.height * params.width * 3 * 4
@@ -61,10 +67,17 @@ def requests_of_call(
             "`pavdm sample`, which write as they go"
         )
     seeds = seeds_of(generator, seed, total)
-    clip = None if video is None else torch.as_tensor(np.asarray(video))
+    clip = None if video is None else _frames(video)
     picture = None if image is None else torch.from_numpy(read_image(image, params.height, params.width))
     requests = []
     for i in range(total):
         text, schedule = words[i // num_videos_per_prompt]
         requests.append(VideoRequest(text, seeds[i], num_frames, negative_prompt, schedule, clip, picture))
     return requests
+
+
+def _frames(video: Any) -> Tensor:
+    try:
+        return torch.as_tensor(np.asarray(video))
+    except (TypeError, ValueError) as error:  # a path, pictures of several sizes
+        raise ConfigError(f"video={show(video)}: must be frames, uint8 [t, height, width, 3]") from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from functools import cache
+from typing import Any, get_args, get_type_hints
 
 from pavdm_dist.checkpoint import Checkpoint, SamplingDefaults
 from pavdm_dist.errors import ConfigError
@@ -21,6 +22,19 @@ from pavdm_dist.method.schedule import Context, End, Mode, Start, WindowPlan
 from pavdm_dist.method.window import Step
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.values.arguments import check_names
+from pavdm_dist.values.fields import (
+    ChunkLatents,
+    ContextChunks,
+    ContextNoise,
+    FrameRate,
+    Guidance,
+    Side,
+    Steps,
+    TimeShift,
+    UnitChunks,
+    WindowChunks,
+    checked_arguments,
+)
 from pavdm_dist.values.rates import as_rate
 
 logger = logging.getLogger(__name__)
@@ -49,29 +63,29 @@ class SamplingParams:
             number gives the same up to rounding.
     """
 
-    num_inference_steps: int
-    window_chunks: int
-    latent_chunk_size: int
-    context_chunks: int
+    num_inference_steps: Steps
+    window_chunks: WindowChunks
+    latent_chunk_size: ChunkLatents
+    context_chunks: ContextChunks
     start: Start
     end: End
-    guidance_scale: float
-    time_shift: float
-    height: int
-    width: int
-    fps: float
+    guidance_scale: Guidance
+    time_shift: TimeShift
+    height: Side
+    width: Side
+    fps: FrameRate
     mode: Mode = "window"
     displaced: Displaced = field(default_factory=Displaced)
-    context_noise: float = 0.0
+    context_noise: ContextNoise = 0.0
     prompt_suffix: str = ""
     step: Step = "euler"
     context: Context = "joint"
-    anchor_chunks: int = 0
+    anchor_chunks: ContextChunks = 0
     levels: tuple[float, ...] | None = None
-    partitions: int = 1
+    partitions: WindowChunks = 1
     lookahead: bool = False
     method: Method = "pavdm"
-    chunks_per_unit: int = 1
+    chunks_per_unit: UnitChunks = 1
 
     @classmethod
     def resolve(cls, checkpoint: Checkpoint, allow_untrained_causal: bool = False, **chosen: Any) -> SamplingParams:
@@ -86,6 +100,7 @@ class SamplingParams:
             ConfigError: an impossible combination, naming the nearest legal values, or a name that is no field.
         """
         check_names(chosen, cls.__dataclass_fields__, "sampling")
+        chosen = checked_arguments(_kinds(), chosen)
         defaults = checkpoint.defaults
         own: dict[str, Any] = {"start": "noise", "end": "drain", "mode": "window", "method": "pavdm"}
         own |= {"partitions": 1, "lookahead": False, "chunks_per_unit": 1}
@@ -212,6 +227,13 @@ def tier(params: SamplingParams, compiled: bool) -> str:
     if params.mode == "displaced" and params.displaced.resync_every_steps != 1:
         return "approximate"
     return "same mathematics" if compiled or params.chunks_per_unit > 1 else "same bits"
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    """What settings may be; a dataclass, and words with sentences of their own, are checked where they are read."""
+    hints = get_type_hints(SamplingParams, include_extras=True)
+    return {name: kind for name, kind in hints.items() if name not in ("mode", "method", "displaced")}
 
 
 def _check_step(params: SamplingParams, defaults: SamplingDefaults) -> None:

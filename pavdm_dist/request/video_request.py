@@ -14,7 +14,10 @@ from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.request.sampling import SamplingParams
 from pavdm_dist.values.arguments import checked_seed
-from pavdm_dist.values.fields import show
+from pavdm_dist.values.fields import FrameCount, checked_arguments, fault, show
+
+_KINDS = {"num_frames": FrameCount}
+_CHANGE = tuple[int, str]
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class VideoRequest:
         params: settings of this video, where they are not those of the run.
 
     Raises:
-        ConfigError: a prompt that is no text, or a seed that is no whole number from 0 on.
+        ConfigError: a prompt that is no text, a seed that is no whole number from 0 on, frames that are no whole number
+            above 0, or a prompt schedule that does not rise from chunk 1 on.
     """
 
     prompt: str
@@ -54,9 +58,21 @@ class VideoRequest:
             if not isinstance(text, str) and (name == "prompt" or text is not None):
                 raise ConfigError(f"{name}={show(text)}: must be text, one for each video")
         object.__setattr__(self, "seed", checked_seed(self.seed))
+        object.__setattr__(self, "num_frames", checked_arguments(_KINDS, {"num_frames": self.num_frames})["num_frames"])
+        self._check_schedule()
         # What forms and other programs send where nothing was written.
         if self.negative_prompt is not None and not self.negative_prompt.strip():
             object.__setattr__(self, "negative_prompt", None)
+
+    def _check_schedule(self) -> None:
+        before = 0
+        for number, entry in enumerate(self.prompt_schedule):
+            found = fault(_CHANGE, f"prompt_schedule[{number}]", entry)
+            if found is None and entry[0] <= before:
+                found = f"prompt_schedule[{number}]={show(entry)}: must begin behind chunk {before}"
+            if found is not None:
+                raise ConfigError(f"{found}; an entry is (first chunk, prompt), and they rise")
+            before = entry[0]
 
 
 def plan_of(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> WindowPlan:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -57,6 +58,11 @@ Guidance = Annotated[float, Within(0)]
 TimeShift = Annotated[float, Within(0, above=True)]
 Side = Annotated[int, Within(0, 16_384, above=True)]  # what H.264 can hold
 FrameRate = Annotated[float, Rate(0, 1000, above=True)]
+FrameCount = Annotated[int, Within(0, 10**12, above=True)]
+UnitChunks = Annotated[int, Within(1, 10_000)]
+StageCount = Annotated[int, Within(0, 1024)]
+Threads = Annotated[int, Within(0, 1024, above=True)]
+TileSide = Annotated[int, Within(1, 16_384)]
 # Of a pretrained text encoder, in the settings of all verbs that may start one.
 TextDevice = Literal["auto", "cpu", "cuda"]
 TextDtype = Literal["bfloat16", "float32"]
@@ -116,6 +122,32 @@ def check_fields(config: Any) -> None:
     found = fault(type(config), "", config)
     if found is not None:
         raise ConfigError(found)
+
+
+def checked_arguments(kinds: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call as plain values; those that are None, and those of no kind here, as they are.
+
+    Args:
+        kinds: what is legal, by name.
+        given: numbers of numpy, and fractions, are numbers like others.
+
+    Raises:
+        ConfigError: naming the argument, its value and what is legal.
+    """
+    values = dict(given)
+    for name, value in given.items():
+        if value is not None and name in kinds:
+            values[name] = read(kinds[name], _number(value))
+            found = fault(kinds[name], name, values[name])
+            if found is not None:
+                raise ConfigError(found)
+    return values
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def read_object(path: Path, error: type[PAVDMError]) -> dict[str, Any]:
