@@ -38,8 +38,11 @@ def sample(arguments: argparse.Namespace) -> None:
     elif arguments.dry_run:
         from pavdm_dist.commands.plan import plan_report
 
-        for config in configs:
-            print_report(plan_report(config), arguments.json)
+        reports = [plan_report(config) for config in configs]
+        if arguments.json and arguments.resume is not None:
+            reports = [{"videos": reports}]
+        for report in reports:
+            print_report(report, arguments.json)
     else:
         from pavdm_dist.commands.progress import PROGRESS
         from pavdm_dist.commands.sample import render_command

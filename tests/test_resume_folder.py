@@ -71,6 +71,8 @@ def test_a_folder_says_which_videos_are_finished(
     assert (there / "cut/0000-a-red-three-s0.mp4.parts").exists(), "that video only"
 
     monkeypatch.chdir(tmp_path / "copy")
+    assert cli.main(["sample", "--resume", ".", "--json", "--dry-run"]) == 0
+    assert [plan["num_frames"] for plan in json.loads(capsys.readouterr().out)["videos"]] == [21, 21]
     assert cli.main(["sample", "--resume", ".", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)["videos"]
     assert [Path(v["output"]).name for v in made] == ["0000-a-red-three-s0.mp4", "0001-a-blue-seven-s1.mp4"]
