@@ -54,7 +54,8 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
         frames = spec.frames_in_chunk(size, first=not params.warm) + (chunks - 1) * spec.frames_in_chunk(size, False)
     plan = params.plan(chunks)
     schedule = [change.from_chunk for change in config.prompt_schedule]
-    check_schedule(schedule or [chunk for chunk, _ in timed_prompts(config.timed_prompts, params, checkpoint)], plan)
+    schedule = schedule or [chunk for chunk, _ in timed_prompts(config.timed_prompts, params, checkpoint)]
+    check_schedule(schedule, plan, params, checkpoint)
     if plan.num_rows > MAX_ROWS:
         most = max(1, MAX_ROWS // plan.steps_per_shift * plan.block_chunks - params.window_chunks)
         raise ConfigError(

@@ -43,9 +43,13 @@ def timed_prompts(
     Raises:
         ConfigError: see :func:`~pavdm_dist.values.timed.chunk_schedule`.
     """
+    return chunk_schedule(prompts, params.fps, *_chunk_frames(params, checkpoint))
+
+
+def _chunk_frames(params: SamplingParams, checkpoint: Checkpoint) -> tuple[int, int]:
+    """Frames of the first chunk, and of every other."""
     spec, size = checkpoint.codec_spec, params.latent_chunk_size
-    frames = (spec.frames_in_chunk(size, first=not params.warm), spec.frames_in_chunk(size, first=False))
-    return chunk_schedule(prompts, params.fps, *frames)
+    return spec.frames_in_chunk(size, first=not params.warm), spec.frames_in_chunk(size, first=False)
 
 
 def first_and_later(
@@ -71,7 +75,8 @@ def check_prompts(request: VideoRequest, params: SamplingParams, checkpoint: Che
         ConfigError: a prompt has too many tokens, or characters that no file can hold; one begins behind the video's
             end; a negative prompt without guidance.
     """
-    check_schedule([start for start, _ in request.prompt_schedule], plan_of(request, params, checkpoint))
+    starts = [start for start, _ in request.prompt_schedule]
+    check_schedule(starts, plan_of(request, params, checkpoint), params, checkpoint)
     if request.negative_prompt is not None and params.guidance_scale == 1:
         raise ConfigError(
             f"negative_prompt={request.negative_prompt!r}: guidance_scale=1 uses none; set another, or drop the prompt"
@@ -80,12 +85,14 @@ def check_prompts(request: VideoRequest, params: SamplingParams, checkpoint: Che
         _check_text(prompt, checkpoint)
 
 
-def check_schedule(starts: Sequence[int], plan: WindowPlan) -> None:
+def check_schedule(starts: Sequence[int], plan: WindowPlan, params: SamplingParams, checkpoint: Checkpoint) -> None:
     """Refuses prompts that no chunk of a video would follow.
 
     Args:
         starts: first chunk of each prompt after the first one.
         plan: of the video; with ``end="cut"`` the chunks that are discarded count, they have a say in the last frames.
+        params: of the video.
+        checkpoint: the model.
 
     Raises:
         ConfigError: naming the first of them.
@@ -94,9 +101,11 @@ def check_schedule(starts: Sequence[int], plan: WindowPlan) -> None:
         if plan.num_chunks is not None and start >= plan.num_born:
             last = plan.num_born - 1
             legal = f"use {last} or less" if last else "one chunk has one prompt"
+            first, other = _chunk_frames(params, checkpoint)
+            begins = (first + (start - 1) * other) / params.fps
             raise ConfigError(
-                f"prompt_schedule[{number}].from_chunk={start}: the video has chunks 0 to {last}, none would follow"
-                f" this prompt; {legal}, or make the video longer"
+                f"prompt_schedule[{number}].from_chunk={start}, which begins at {begins:.4g} s: the video has chunks"
+                f" 0 to {last}, none would follow this prompt; {legal}, or make the video longer"
             )
 
 
