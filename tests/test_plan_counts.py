@@ -10,10 +10,13 @@ import torch
 from helpers import tiny_checkpoint
 
 from pavdm_dist import PAVDMPipeline, VideoRequest
+from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.plan import plan_report
 from pavdm_dist.commands.resolve import sampling_params
 from pavdm_dist.config import DisplacedConfig, PlanConfig
+from pavdm_dist.method.microbatches import MicroBatches
 from pavdm_dist.models.stdit3 import STDiT3
+from pavdm_dist.planning.forecast import calls_of
 
 CAUSAL = {"mode": "causal", "allow_untrained_causal": True}
 
@@ -66,3 +69,27 @@ def test_what_is_planned_is_what_is_called(
     assert report["latent_evaluations"] == sum(seen)
     assert 0 < report["first_chunk_after_calls"] <= first  # it is given out where the row ends
     assert report["calls_per_chunk"] == calls_per_chunk
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 7, 40])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {**CAUSAL, "chunks_per_unit": 2},
+        {"mode": "displaced"},
+        {"context": "cached", "context_chunks": 4, "anchor_chunks": 1},
+        {"window_chunks": 6, "partitions": 3, "lookahead": True},
+        {"method": "replacement", "context_chunks": 2},
+    ],
+)
+def test_shifts_that_are_alike_are_counted_once(settings: dict[str, Any], chunks: int, model: Path) -> None:
+    words: dict[str, Any] = {"num_inference_steps": 6, "window_chunks": 3, "latent_chunk_size": 2, **settings}
+    config = PlanConfig(model=str(model), **words)
+    params = sampling_params(config, Checkpoint.open(model))
+    plan = params.plan(chunks)
+    batches = MicroBatches(plan, params.mode, 0, params.displaced, chunks_per_unit=params.chunks_per_unit)
+    parts = [(row, part) for row in plan.rows() for part, _ in batches.parts(row.index)]
+    latents = sum(len(batches.held(row, part)) for row, part in parts) * plan.latent_chunk_size
+    found = calls_of(params, plan)
+    assert (found.calls, found.latents) == (len(parts), latents)

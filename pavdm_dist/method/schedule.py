@@ -177,7 +177,7 @@ class WindowPlan:
     @property
     def latent_evaluations(self) -> int:
         """Latent frames over all calls of one branch, context included (METHOD of cost: paper App. B)."""
-        return sum(self._seen(row, steps) for row, steps in self._shifts(self.num_rows)) * self.latent_chunk_size
+        return sum(self._seen(row, steps) for row, steps in self.shifts(self.num_rows)) * self.latent_chunk_size
 
     def chunk(self, index: int) -> Chunk:
         """The life of chunk ``index``.
@@ -245,6 +245,18 @@ class WindowPlan:
         """Whether the window moves after row ``n``: its front chunk, if it is old enough, is clean then."""
         return (n + 1) % self.steps_per_shift == 0
 
+    def shifts(self, end: int) -> Iterator[tuple[PlanRow, int]]:
+        """First rows of the shifts before row ``end``, one for all in the middle that are alike, and how many rows each
+        stands for."""
+        step, grown = self.steps_per_shift, self.window_chunks + self.joint_context
+        shifts = end // step
+        alike = max(1, shifts - grown - self.window_chunks)
+        at = 0
+        while at < shifts:
+            count = alike if at == grown else 1
+            yield self.row(at * step), count * step
+            at += count
+
     def is_over(self, n: int) -> bool:
         """Whether row ``n`` is past the last one; never, while the plan is endless."""
         return self.num_chunks is not None and n >= self.num_rows
@@ -264,7 +276,7 @@ class WindowPlan:
     def _calls_before(self, n: int) -> int:
         if not self.is_partitioned:
             return n
-        return sum(len(self.calls(row)) * steps for row, steps in self._shifts(n))
+        return sum(len(self.calls(row)) * steps for row, steps in self.shifts(n))
 
     def _seen(self, row: PlanRow, steps: int) -> int:
         """Chunks that are seen by all calls of so many rows like ``row``, whole shifts."""
@@ -273,18 +285,6 @@ class WindowPlan:
         # With a cache a clean chunk has one call in all of a shift.
         alone = steps if self.context == "joint" else steps // self.steps_per_shift
         return steps * len(row.chunks) + alone * len(row.context)
-
-    def _shifts(self, end: int) -> Iterator[tuple[PlanRow, int]]:
-        """First rows of the shifts before row ``end``, one for all in the middle that are alike, and how many rows each
-        stands for."""
-        step, grown = self.steps_per_shift, self.window_chunks + self.joint_context
-        shifts = end // step
-        alike = max(1, shifts - grown - self.window_chunks)
-        at = 0
-        while at < shifts:
-            count = alike if at == grown else 1
-            yield self.row(at * step), count * step
-            at += count
 
     def _chunks_or_fail(self) -> int:
         if self.num_chunks is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -106,13 +106,20 @@ class Calls:
 def calls_of(params: SamplingParams, plan: WindowPlan) -> Calls:
     """The calls of a whole video; without those that adaptive re-sync would join, which nobody knows beforehand."""
     batches = MicroBatches(plan, params.mode, 0, params.displaced, chunks_per_unit=params.chunks_per_unit)
-    calls = chunks = first = 0
-    for row in plan.rows():
-        for part, _ in batches.parts(row.index):
-            calls, chunks = calls + 1, chunks + len(batches.held(row, part))
-            if not first and row.emits and row.emits[0] in batches.moved(row, part):
-                first = calls
+    step, calls, chunks, first = plan.steps_per_shift, 0, 0, 0
+    # Which rows of mode displaced are exact goes by their numbers.
+    shifts = ((n, step) for n in range(0, plan.num_rows, step)) if params.mode == "displaced" else _shifts(plan)
+    for begin, rows in shifts:
+        for row in map(plan.row, range(begin, begin + step)):
+            for part, _ in batches.parts(row.index):
+                calls, chunks = calls + rows // step, chunks + rows // step * len(batches.held(row, part))
+                if not first and row.emits and row.emits[0] in batches.moved(row, part):
+                    first = calls
     return Calls(calls, chunks * plan.latent_chunk_size, first, _per_chunk(batches))
+
+
+def _shifts(plan: WindowPlan) -> Iterator[tuple[int, int]]:
+    return ((row.index, rows) for row, rows in plan.shifts(plan.num_rows))
 
 
 def _per_chunk(batches: MicroBatches) -> float:
