@@ -129,7 +129,7 @@ class Intake:
             if shot.id not in self._known:
                 frames[shot.id] = self._kinds.frames(shot)
             if SIDECAR in there.get(shot.id, ()):
-                self._check_unchanged(shot)
+                check_unchanged(shot, self._tree, self._kinds)
 
         if self._manifest is not None:
             self._tree.keep(self._name, self._as_taken(checked(self._manifest, check, growing)))
@@ -185,18 +185,6 @@ class Intake:
         except (ConfigError, OSError) as error:  # the shot is complete all the same
             logger.warning("%s: what is left of its parts cannot be removed: %s", output, error)
 
-    def _check_unchanged(self, shot: Shot) -> None:
-        """Refuses a complete shot that is asked for otherwise than it was made."""
-        sidecar = self._tree.sidecar(shot.id)
-        if sidecar is None:
-            raise ConfigError(f"id={shot.id}: {self._tree.folder(shot.id)}/{SIDECAR} is none of this program's")
-        other = _differences(sidecar, self._kinds.asked(shot))
-        if other:
-            raise ConfigError(
-                f"id={shot.id} is complete with {' and '.join(other)}; give what is changed another id, or remove"
-                f" {self._tree.folder(shot.id)}"
-            )
-
     def _seen(self) -> object:
         """What changes when the manifest does."""
         path = self._manifest
@@ -211,6 +199,29 @@ class Intake:
             return found.st_size, found.st_mtime_ns, found.st_ino
         except (OSError, ConfigError):
             return None
+
+
+def check_unchanged(shot: Shot, tree: Tree, kinds: Kinds) -> None:
+    """Refuses a complete shot that is asked for otherwise than it was made.
+
+    Args:
+        shot: one that has a sidecar.
+        tree: where it lies.
+        kinds: what is asked of it besides.
+
+    Raises:
+        ConfigError: naming what it was made with; or its sidecar is none of this program's, or damaged.
+        CheckpointError: as :meth:`~pavdm_dist.farm.kinds.Kinds.asked`.
+    """
+    sidecar = tree.sidecar(shot.id)
+    if sidecar is None:
+        raise ConfigError(f"id={shot.id}: {tree.folder(shot.id)}/{SIDECAR} is none of this program's, or damaged")
+    other = _differences(sidecar, kinds.asked(shot))
+    if other:
+        raise ConfigError(
+            f"id={shot.id} is complete with {' and '.join(other)}; give what is changed another id, or remove"
+            f" {tree.folder(shot.id)}"
+        )
 
 
 def _differences(sidecar: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
