@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.shot import FIELDS
 from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import join, open_read
-from pavdm_dist.values.fields import json_value, show
+from pavdm_dist.values.fields import show
 
 # A line longer than this is none of a manifest.
 MOST_CHARACTERS = 2**20
@@ -126,7 +127,10 @@ def _json(file: _Lines) -> Iterator[Line]:
             yield Line(number, None, f"is longer than {MOST_CHARACTERS} characters")
         elif text.strip():
             try:
-                values = json_value(text)
+                values = _json_value(text)
+            except ConfigError as error:
+                yield Line(number, None, str(error))
+                continue
             except ValueError as error:
                 yield Line(number, None, f"is not valid JSON: {error}")
                 continue
@@ -134,6 +138,29 @@ def _json(file: _Lines) -> Iterator[Line]:
                 yield _named(number, values)
             else:
                 yield Line(number, None, f"must hold names and values, not {show(values)}")
+
+
+def _json_value(text: str) -> Any:
+    """What JSON says.
+
+    Raises:
+        ConfigError: a name that says two things.
+        ValueError: as :func:`~pavdm_dist.values.fields.json_value`.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_names_and_values)
+    except RecursionError as reason:
+        raise ValueError("it is nested too deeply") from reason
+
+
+def _names_and_values(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found and found[name] != value:
+            one, other = f"{show(name)}={show(found[name])}", f"{show(name)}={show(value)}"
+            raise ConfigError(f"{one} and {other}: is said twice; give one of them")
+        found[name] = value
+    return found
 
 
 def _of_text(file: _Lines) -> Iterator[Line]:
@@ -146,7 +173,8 @@ def _of_text(file: _Lines) -> Iterator[Line]:
             continue
         prompt, bars, clip = text.partition("||")
         values = {"prompt": prompt.strip()}
-        yield Line(number, values | _reference(clip.strip()) if bars and clip.strip() else values)
+        clip = clip.strip()
+        yield Line(number, values | {_field_of(clip): clip} if bars and clip else values)
 
 
 def _of_csv(file: _Lines) -> Iterator[Line]:
@@ -160,6 +188,10 @@ def _of_tsv(file: _Lines) -> Iterator[Line]:
 def _table(file: _Lines, delimiter: str) -> Iterator[Line]:
     reader = csv.DictReader(file, delimiter=delimiter, strict=True)
     try:
+        names = [name.strip() for name in reader.fieldnames or ()]
+        if (twice := next((name for name in names if name and names.count(name) > 1), None)) is not None:
+            yield Line(reader.line_num, None, f"{show(twice)}: is the name of several columns; give one of them")
+            return
         for row in reader:
             number = reader.line_num
             if None in row or None in row.values():
@@ -168,6 +200,8 @@ def _table(file: _Lines, delimiter: str) -> Iterator[Line]:
             values = {str(name).strip(): text for name, text in row.items() if text.strip()}
             try:
                 yield _named(number, {name: _number(name, text) for name, text in values.items()})
+            except ConfigError as error:
+                yield Line(number, None, f"overrides: {error}")
             except ValueError as error:
                 yield Line(number, None, f"overrides is not valid JSON: {error}")
     except csv.Error as error:  # what follows cannot be told apart any more
@@ -177,7 +211,7 @@ def _table(file: _Lines, delimiter: str) -> Iterator[Line]:
 def _number(name: str, text: str) -> Any:
     """A cell as its column means it; what is no number stays text, which the check then names."""
     if name == "overrides":
-        return json_value(text)
+        return _json_value(text)
     if name == "tags":
         return [tag.strip() for tag in text.split(";") if tag.strip()]
     if name in ("seed", "num_frames", "priority", "width", "height", "num_inference_steps"):
@@ -202,11 +236,18 @@ def _named(number: int, values: Mapping[str, Any]) -> Line:
         method, url = values.pop("method", "POST"), values.pop("url", "/v1/videos")
         if method != "POST" or not str(url).endswith("/videos"):
             return Line(number, None, f"{show(method)} {show(url)}: must be POST /v1/videos")
-        values |= dict(values.pop("body"))
+        body = {name: value for name, value in values.pop("body").items() if value is not None}
+        for name, value in body.items():
+            if name not in _FACTS and values.get(name) not in (None, value):
+                return Line(number, None, _twice(name, values[name], f"body.{name}", value))
+        values |= body
         if isinstance(values.get("seconds"), str):
             values["seconds"] = _number("seconds", values["seconds"])
         if isinstance(reference := values.pop("input_reference", None), str):
-            values |= _reference(reference)
+            field = _field_of(reference)
+            if values.get(field) not in (None, reference):
+                return Line(number, None, _twice(field, values[field], "input_reference", reference))
+            values[field] = reference
     known: dict[str, Any] = {}
     overrides = values.pop("overrides", None)
     overrides = {} if overrides is None else overrides
@@ -227,8 +268,12 @@ def _named(number: int, values: Mapping[str, Any]) -> Line:
         else:
             known[own] = value
     for name in ("path", "ref"):
-        if isinstance(values.get(name), str):
-            known |= _reference(values[name])
+        if isinstance(path := values.get(name), str):
+            field = _field_of(path)
+            if known.get(field, path) != path:
+                other = "path" if values.get(field) is None else field
+                return Line(number, None, _twice(other, known[field], name, path))
+            known[field] = path
     sides = [name for name in ("width", "height") if values.get(name) is not None]
     if len(sides) == 1:
         return Line(number, None, f"{sides[0]}={show(values[sides[0]])}: give width and height, or size=WIDTHxHEIGHT")
@@ -248,9 +293,9 @@ def _twice(one: str, value: Any, other: str, further: Any) -> str:
     return f"{one}={show(value)} and {other}={show(further)}: are names of the same; give one of them"
 
 
-def _reference(path: str) -> dict[str, str]:
-    """A clip or a picture, by its name."""
-    return {"image" if PurePath(path).suffix.lower() in _PICTURES else "video": path}
+def _field_of(path: str) -> str:
+    """Whether it is a clip or a picture that a shot begins with, by its name."""
+    return "image" if PurePath(path).suffix.lower() in _PICTURES else "video"
 
 
 def _with_paths(values: dict[str, Any], folder: str) -> dict[str, Any]:
