@@ -17,7 +17,7 @@ from pavdm_dist import cli
 from pavdm_dist.engine.order import Unit
 from pavdm_dist.engine.spans import RunReport, Span
 from pavdm_dist.engine.trace import write_trace
-from pavdm_dist.errors import ConfigError
+from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.farm.report import _pictures, write_report
 from pavdm_dist.farm.status import status_report
 from pavdm_dist.farm.traces import keep_shots, shot_times, trace_path
@@ -152,6 +152,36 @@ def test_status_and_report_take_sidecars_of_others_for_what_they_are(tmp_path: P
     assert tree.sidecar("a") is not None and tree.sidecar("b") is None is tree.sidecar("c")
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"chunk_seconds": [None, 0.5]},
+        {"chunk_seconds": [0.5, "long"]},
+        {"chunk_seconds": [-1.0]},
+        {"chunk_seconds": [float("inf")]},
+        {"chunk_seconds": {"0": 0.5}},
+        {"chunk_seconds": "0.5"},
+        {"num_frames": float("inf")},
+        {"num_frames": 10**400},
+        {"config": [2]},
+        {"versions": 3},
+    ],
+    ids=str,
+)
+def test_a_damaged_sidecar_is_told_of_and_left_out_of_the_report(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, changed: dict[str, Any]
+) -> None:
+    tree = finished_tree(tmp_path, [{"id": id, "prompt": THREE} for id in "abc"])
+    sidecars = [Path(tree.folder(id), "video.json") for id in "abc"]
+    for path, facts in zip(sidecars, (changed, {"config": {"num_stages": "two"}, "chunk_seconds": None}), strict=False):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+    assert write_report(str(tmp_path))["complete"] == 2
+    (said,) = caplog.messages
+    assert said == f"{sidecars[0]}: is none of this program's, or damaged; left out"
+    page = (tmp_path / "index.html").read_text()
+    assert "shots/a/" not in page and "shots/b/" in page and "shots/c/" in page
+
+
 def test_vbench_finds_prompts_and_numbers_in_names_and_nothing_else(tmp_path: Path) -> None:
     shots = [{"id": f"{name}{i}", "prompt": prompt} for i in range(2) for name, prompt in (("t", THREE), ("s", SEVEN))]
     tree = finished_tree(tmp_path / "farm", shots)
@@ -180,6 +210,43 @@ def test_prompts_that_are_no_names_become_numbers_which_is_said(
     assert sorted(path.name for path in (tmp_path / "v").iterdir()) == ["00000.mp4", "00001.mp4"]
     assert json.loads((tmp_path / "v.prompts.json").read_text()) == {"00000.mp4": "ä" * 130, "00001.mp4": THREE}
     assert tree.sidecar("a") is not None
+
+
+def test_what_cannot_be_made_for_vbench_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    tags = ["dimension:" + "x" * 300]
+    good = finished_tree(tmp_path / "good", [{"id": "a", "prompt": THREE, "tags": ["dimension:Camera"]}])
+    finished_tree(tmp_path / "long", [{"id": "a", "prompt": THREE, "tags": tags}])
+    cases = [
+        ("good", tmp_path / "file/x", r"out=\S+/file/x: cannot be made \(\S+: Not a directory\)"),
+        (
+            "good",
+            Path("/proc/nope/x"),
+            r"out=/proc/nope/x: cannot be made \(/proc/nope\S*: No such file or directory\)",
+        ),
+        ("good", tmp_path / ("y" * 300), r"out=\S+/y+: cannot be made \(\S+: File name too long\)"),
+        (
+            "long",
+            tmp_path / "v",
+            r"id=a: tag dimension:x+\.\.\.: 300 bytes are too long for the name of a folder; use at",
+        ),
+    ]
+    for farm, out, said in cases:
+        words = ["export", "vbench", str(tmp_path / farm), "--out", str(out), "--dimensions"]
+        assert cli.main(words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.match(f"pavdm: {said}", line), line
+    Path(good.output("a")).unlink()
+    with pytest.raises(MediaError, match=r"out=\S+/v: cannot be made \(\S+/a/video.mp4: No such file or directory\)"):
+        export_vbench(good.root, str(tmp_path / "v"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "good", "long"]
+
+
+def test_a_dimension_that_is_named_twice_is_one(tmp_path: Path) -> None:
+    finished_tree(tmp_path / "farm", [{"id": "a", "prompt": THREE, "tags": ["dimension:x", "dimension:x"]}])
+    report = export_vbench(str(tmp_path / "farm"), str(tmp_path / "v"), by_dimension=True)
+    assert (report["videos"], report["samples"]) == (1, [1, 1])
+    assert [path.name for path in (tmp_path / "v/x").iterdir()] == [f"{THREE}-0.mp4"]
 
 
 def test_vbench2_has_a_folder_for_each_dimension_and_cuts_prompts(tmp_path: Path) -> None:

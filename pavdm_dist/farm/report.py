@@ -14,7 +14,7 @@ from typing import Any
 from pavdm_dist.errors import MediaError
 from pavdm_dist.farm.status import Standing, standings, status_report
 from pavdm_dist.farm.traces import StageTimes, shot_times
-from pavdm_dist.farm.tree import VIDEO, Tree
+from pavdm_dist.farm.tree import SIDECAR, VIDEO, Tree
 from pavdm_dist.io.storage import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,8 @@ def write_report(out: str) -> dict[str, Any]:
     for one in standings(tree):
         if one.sidecar is not None and len(cards) < SHOWN:
             cards.append(_card(tree, one, one.sidecar, times.get(one.shot.id, [])))
+        elif one.sidecar is None and one.state.standing == "done":
+            logger.warning("%s/%s: is none of this program's, or damaged; left out", tree.folder(one.shot.id), SIDECAR)
         elif one.state.standing == "failed" and len(failed) < SHOWN:
             failed.append(one)
         elif one.state.standing in ("running", "begun") and len(unfinished) < SHOWN:
@@ -206,8 +208,8 @@ def _stages(tree: Tree) -> list[dict[str, Any]]:
     for one in standings(tree):
         if one.sidecar is None:
             continue
-        config = one.sidecar.get("config") or {}
-        key = str(one.sidecar.get("device")), int(config.get("num_stages") or 0)
+        stages = (one.sidecar.get("config") or {}).get("num_stages")
+        key = str(one.sidecar.get("device")), stages if type(stages) is int else 0
         took = sum(one.sidecar.get("chunk_seconds") or ())
         entry = found.setdefault(key, [0, 0.0, 0.0])
         entry[0] += 1

@@ -6,7 +6,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -22,7 +21,8 @@ from pavdm_dist.values.merging import merged
 
 logger = logging.getLogger(__name__)
 
-# The rate is that of the newest so many seconds in which something was finished.
+# The rate is that of so many seconds up to now; of a farm that has ended, or has long finished nothing, up to the
+# newest shot's end.
 RECENT_S = 1800.0
 # Shots that a status tells of one by one.
 LISTED = 50
@@ -36,6 +36,24 @@ class Standing:
     state: State
     seconds: float
     sidecar: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Spell:
+    """A time in which a shot was rendered.
+
+    Attributes:
+        begin, end: seconds since 1970; ``end`` is later.
+        seconds: of video that came of it.
+    """
+
+    begin: float
+    end: float
+    seconds: float
+
+    def within(self, start: float, end: float) -> float:
+        """Of its seconds of video those that came in this time, as if they had come evenly."""
+        return self.seconds * max(0.0, min(self.end, end) - max(self.begin, start)) / (self.end - self.begin)
 
 
 def standings(tree: Tree, with_sidecars: bool = True) -> Iterator[Standing]:
@@ -64,10 +82,15 @@ def settings_of_run(tree: Tree, overrides: Collection[str] = ()) -> FarmConfig:
     path = tree.path("farm.json")
     try:
         with open_read(path) as file:
-            content = json_value(file.read())
-        return merged(FarmConfig, content["settings"], path, list(overrides))
+            text = file.read()
     except OSError as error:
         raise ConfigError(f"{tree.root}: is no folder of a farm: {path}: {error.strerror or error}") from error
+    try:
+        content = json_value(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: is damaged, not valid JSON: {error}; `pavdm farm run` writes it anew") from error
+    try:
+        return merged(FarmConfig, content["settings"], path, list(overrides))
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: holds no settings") from error
 
@@ -89,24 +112,26 @@ def status_report(out: str, now: float | None = None) -> dict[str, Any]:
     failures: list[dict[str, Any]] = []
     left: float | None = 0.0
     playable = 0.0
-    finished: list[tuple[float, float]] = []
+    finished: list[_Spell] = []
+    growing: list[float] = []
     for one in standings(tree):
         standing = one.state.standing
         counts[standing] += 1
         playable += one.seconds
         if one.sidecar is not None:
-            with suppress(ValueError):  # of a video that was brought here: it says nothing of how fast it goes
-                finished.append((datetime.fromisoformat(str(one.sidecar.get("created"))).timestamp(), one.seconds))
+            spell = _spell(one.sidecar, one.seconds)
+            finished += [] if spell is None else [spell]
         elif standing in ("queued", "running", "begun"):
             wanted = _seconds(kinds, one.shot)
             left = None if wanted is None or left is None else left + max(0.0, wanted - one.seconds)
+            growing += [one.seconds] if standing == "running" else []
             if standing == "running" and len(running) < LISTED:
                 made = f"{one.seconds:.1f}" + ("" if wanted is None else f"/{wanted:.1f}")
                 running.append({"id": one.shot.id, "seconds": made, "by": one.state.by})
         elif one.state.failure is not None and len(failures) < LISTED:
             failure = one.state.failure
             failures.append({"id": one.shot.id, "kind": failure.kind, "error": failure.error})
-    rate = _rate(finished, now)
+    rate = _rate(finished, growing, now)
     return {
         "shots": sum(counts.values()),
         **{name: counts[name] for name in ("done", "running", "begun", "queued", "failed", "skipped", "cancelled")},
@@ -155,11 +180,36 @@ def _seconds(kinds: Kinds | None, shot: Shot) -> float | None:
         return None
 
 
-def _rate(finished: list[tuple[float, float]], now: float) -> float | None:
-    """Seconds of video per minute, by what was finished in the newest time; None where nothing was."""
-    recent = sorted(one for one in finished if now - one[0] <= RECENT_S)
-    if len(recent) < 2:
+def _spell(sidecar: dict[str, Any], seconds: float) -> _Spell | None:
+    """When a complete shot was rendered, without the time that it lay unfinished with nobody at it; None of a video
+    that was brought here: it says nothing of how fast it goes."""
+    try:
+        end = datetime.fromisoformat(str(sidecar.get("created"))).timestamp()
+    except (ValueError, OverflowError):
         return None
-    # The first one says only when the count began.
-    span = max(now, recent[-1][0]) - recent[0][0]
-    return 60 * sum(seconds for _, seconds in recent[1:]) / max(span, 1.0)
+    took = sum(sidecar.get("chunk_seconds") or ())
+    return _Spell(end - took, end, seconds) if end - took < end else None
+
+
+def _rate(finished: list[_Spell], growing: list[float], now: float) -> float | None:
+    """Seconds of video per minute of all renderers together, lately; None where nothing was finished.
+
+    Of every shot counts what of it came in that time, also of those that are under way. So it makes no difference
+    whether shots end one by one or in waves, or how long one takes.
+
+    Args:
+        finished: of complete shots.
+        growing: seconds of video that there are of each shot under way.
+        now: seconds since 1970.
+    """
+    if not finished:
+        return None
+    newest = max(spell.end for spell in finished)
+    now = max(now, newest)  # clocks of several machines differ
+    until = now if growing and now - newest <= RECENT_S else newest
+    recent = [spell for spell in finished if spell.end > until - RECENT_S]
+    # When a shot under way was begun is in no file: it is taken to grow as those did that ended last.
+    pace = sum(spell.seconds for spell in recent) / sum(spell.end - spell.begin for spell in recent)
+    spells = [*recent, *(_Spell(now - seconds / pace, now, seconds) for seconds in growing if seconds)]
+    start = max(until - RECENT_S, min(spell.begin for spell in spells))
+    return 60 * sum(spell.within(start, until) for spell in spells) / (until - start)

@@ -41,6 +41,8 @@ from pavdm_dist.values.fields import json_value, made
 
 VIDEO, SIDECAR, FAILED = "video.mp4", "video.json", "failed.json"
 SKIP, CANCEL, DRAIN = "skip", "cancel", "drain"
+# Of frames, pixels or seconds in a sidecar, a number as large as this is damage.
+_MOST = 1e15
 _NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
 Standing = Literal["queued", "running", "begun", "done", "failed", "skipped", "cancelled"]
@@ -256,15 +258,24 @@ class Tree:
             return None
 
     def sidecar(self, id: str) -> dict[str, Any] | None:
-        """Of a complete shot; None where there is none, or none of this program's, with length, rate and size."""
+        """Of a complete shot, with length, rate, size and what its chunks took; None where there is none, or it is none
+        of this program's, or damaged."""
         try:
             found = read_sidecar(self.output(id))
         except (MediaError, OSError):
             return None
-        if not isinstance(found, dict) or "pavdm_dist" not in (found.get("versions") or {}):
+        if not isinstance(found, dict):
             return None
         facts: list[Any] = [found.get(name) for name in ("num_frames", "fps", "width", "height")]
-        return found if all(type(fact) in (int, float) and fact > 0 for fact in facts) else None
+        took = found.get("chunk_seconds") or []
+        is_whole = (
+            all(isinstance(found.get(name) or {}, dict) for name in ("versions", "config"))
+            and "pavdm_dist" in (found.get("versions") or {})
+            and all(_is_number(fact) and fact > 0 for fact in facts)
+            and isinstance(took, list)
+            and all(_is_number(seconds) and seconds >= 0 for seconds in took)
+        )
+        return found if is_whole else None
 
     def seconds_rendered(self, id: str) -> float:
         """Seconds of an unfinished shot's video that are closed and playable."""
@@ -316,6 +327,11 @@ class Tree:
     def drains(self) -> bool:
         """Whether all farms here are to end."""
         return exists(self.path(DRAIN))
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one that a record may hold; NaN is none."""
+    return type(value) in (int, float) and abs(value) < _MOST
 
 
 def _begun_with(shot: Shot, place: Callable[[str], str]) -> Shot:

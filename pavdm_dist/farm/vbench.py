@@ -17,13 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pavdm_dist.errors import ConfigError
+from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.status import standings
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.io.folders import whole_folder
 from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import atomic_write, local_copy
+from pavdm_dist.values.fields import show
 
 Form = Literal["standard", "custom", "vbench2"]
 
@@ -59,8 +60,9 @@ def export_vbench(out: str, target: str, form: Form = "standard", by_dimension: 
         no names, so that it is ``custom``.
 
     Raises:
-        ConfigError: nothing is finished, the folder exists, or two prompts are cut to the same name.
-        OSError: it cannot be written.
+        ConfigError: nothing is finished, the folder exists, a tag is no name of a folder, or two prompts are cut to the
+            same name.
+        MediaError: the folder, or what is beside it, cannot be written.
     """
     if is_remote(target):
         raise ConfigError(f"out={target}: must be a local folder, toolkits read no stores")
@@ -78,17 +80,23 @@ def export_vbench(out: str, target: str, form: Form = "standard", by_dimension: 
     named = {_name(sample, form, number): sample for number, sample in enumerate(samples)}
     if len(named) < len(samples):
         raise ConfigError(f"{out}: prompts that differ behind {_PROMPT_CHARACTERS} characters only; use --custom")
-    with whole_folder(target, replaces=False) as folder:
-        for name, sample in named.items():
-            place = folder / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            _link(tree.output(sample.shot.id), place)
-    facts = {name: {"id": s.shot.id, "prompt": s.shot.prompt, "seed": s.seed} for name, s in named.items()}
-    with atomic_write(beside["samples"], "w") as file:
-        json.dump(facts, file, indent=2, ensure_ascii=False)
+    about: dict[str, Any] = {
+        "samples": {name: {"id": s.shot.id, "prompt": s.shot.prompt, "seed": s.seed} for name, s in named.items()}
+    }
     if form == "custom":
-        with atomic_write(beside["prompts"], "w") as file:
-            json.dump({name: sample.shot.prompt for name, sample in named.items()}, file, indent=2, ensure_ascii=False)
+        about["prompts"] = {name: sample.shot.prompt for name, sample in named.items()}
+    try:
+        with whole_folder(target, replaces=False) as folder:
+            for name, sample in named.items():
+                place = folder / name
+                place.parent.mkdir(parents=True, exist_ok=True)
+                _link(tree.output(sample.shot.id), place)
+        for kind, facts in about.items():
+            with atomic_write(beside[kind], "w") as file:
+                json.dump(facts, file, indent=2, ensure_ascii=False)
+    except OSError as error:  # of a video that is gone, too
+        what = f"{error.filename}: " if error.filename else ""
+        raise MediaError(f"out={target}: cannot be made ({what}{error.strerror or error})") from error
     counts = Counter((sample.folder, sample.shot.prompt) for sample in samples)
     return {
         "out": target,
@@ -110,10 +118,15 @@ def _samples(tree: Tree, nested: bool) -> Iterator[_Sample]:
     for one in standings(tree):
         if one.sidecar is None:
             continue
-        tagged = [tag.removeprefix(DIMENSION) for tag in one.shot.tags if tag.startswith(DIMENSION)]
+        tagged = dict.fromkeys(tag.removeprefix(DIMENSION) for tag in one.shot.tags if tag.startswith(DIMENSION))
         for folder in tagged if nested else [""]:
             if nested and (not folder.strip(".") or "/" in folder):
-                raise ConfigError(f"id={one.shot.id}: tag {DIMENSION}{folder}: is no name of a folder")
+                raise ConfigError(f"id={one.shot.id}: tag {DIMENSION}{show(folder)}: is no name of a folder")
+            if len(os.fsencode(folder)) > _NAME_BYTES:
+                raise ConfigError(
+                    f"id={one.shot.id}: tag {DIMENSION}{show(folder)}: {len(os.fsencode(folder))} bytes are too long"
+                    f" for the name of a folder; use at most {_NAME_BYTES}"
+                )
             key = folder, one.shot.prompt
             yield _Sample(one.shot, folder, numbers[key], one.sidecar.get("seed"))
             numbers[key] += 1
