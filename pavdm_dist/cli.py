@@ -7,8 +7,11 @@ rendered or trained.
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from pavdm_dist import __version__
@@ -54,6 +57,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 all is done; 2 bad input, or the run as a whole ended; 100 + n: n videos failed (125: 25 or more), all others are
     complete; 128 + the number of the signal that ended it (130, 143).
     """
+    status = _status(argv)
+    if argv is None:
+        _leave(status)
+    return status
+
+
+def _leave(status: int) -> None:
+    """Ends the process here where a renderer's thread is still at work, as when it was told to end while one came up.
+
+    All is saved and said. The interpreter would take that thread down in the middle of reading weights, which ends the
+    process by SIGABRT; and to wait for it may take minutes.
+    """
+    crew = sys.modules.get("pavdm_dist.farm.crew")  # what was never imported has begun nothing
+    if crew is None or not crew.is_at_work():
+        return
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(status)
+
+
+def _status(argv: Sequence[str] | None) -> int:
+    """Runs the command line; see :func:`main`."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if arguments.verb is None:

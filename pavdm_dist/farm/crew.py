@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from pavdm_dist.errors import EngineError, PAVDMError, ResourcesError
 from pavdm_dist.farm.kinds import Kinds
@@ -15,8 +16,9 @@ from pavdm_dist.farm.renderer import Renderer
 
 logger = logging.getLogger(__name__)
 
-# Between two attempts to bring a renderer up, at most; and how long ending threads are waited for.
-LONGEST_WAIT_S, CLOSING_S = 60.0, 10.0
+# Between two attempts to bring a renderer up, at most; how long ending threads are waited for, and those that have no
+# shot, since they still come up.
+LONGEST_WAIT_S, CLOSING_S, COMING_UP_S = 60.0, 10.0, 1.0
 
 
 @dataclass(eq=False)
@@ -43,6 +45,22 @@ class Hand:
     over: bool = False
     error: PAVDMError | None = None
     thread: threading.Thread | None = None
+
+
+class _Thread(threading.Thread):
+    """Of a renderer. What it waits for may take minutes, and must not keep a process that is told to end."""
+
+    def __init__(self, work: Callable[[], None], name: str) -> None:
+        super().__init__(target=work, name=name, daemon=True)
+
+
+def is_at_work() -> bool:
+    """Whether a renderer's thread has not ended in this process.
+
+    An interpreter must not end then: it takes its threads down in the middle of what they compute, which ends the
+    process by SIGABRT whatever its status was to be.
+    """
+    return any(isinstance(thread, _Thread) for thread in threading.enumerate())
 
 
 class Crew:
@@ -152,7 +170,7 @@ class Crew:
     def _start(self) -> None:
         self._numbers += 1
         hand = Hand(self._make(f"renderer-{self._numbers}"))
-        hand.thread = threading.Thread(target=self._work, args=(hand,), name=hand.renderer.name, daemon=True)
+        hand.thread = _Thread(partial(self._work, hand), hand.renderer.name)
         with self._turn:
             self.hands.append(hand)
         logger.info("%s: coming up", hand.renderer.name, extra={"renderer": hand.renderer.name})
@@ -174,8 +192,9 @@ class Crew:
                 self._turn.notify_all()
 
     def join(self) -> None:
-        """Waits for renderers that have been told to end; one that is coming up has no shot, and is left alone."""
-        end = time.monotonic() + CLOSING_S
+        """Waits for renderers that have been told to end, and a moment for those that come up: these have no shot."""
+        now = time.monotonic()
         for hand in self.hands:
-            if hand.renderer.is_up and hand.thread is not None:
+            if hand.thread is not None:
+                end = now + (CLOSING_S if hand.renderer.is_up else COMING_UP_S)
                 hand.thread.join(max(0.0, end - time.monotonic()))
