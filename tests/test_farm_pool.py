@@ -525,6 +525,41 @@ def test_what_is_said_of_a_shot_may_fail_but_its_record_is_written(
     assert failure is not None and failure.error == "why"
 
 
+def test_a_failure_that_cannot_be_written_is_kept_and_written_later(tmp_path: Path) -> None:
+    pool, (one,) = _pool(tmp_path, poll_s=0.0)
+    pool._options.renderers = 1
+    tree, way = pool._tree, tmp_path / "shots"
+    pool.submit([_shot("a"), _shot("b"), _shot("c")])
+    way.touch()  # nothing can be written into a file
+    for id in ("a", "b"):
+        shot = pool.take(one)
+        assert shot is not None
+        pool.ended(one, shot, Ended("failed", "storage", "No space left on device"))
+        failure = pool.unwritten(id)
+        assert failure is not None and failure.error == "No space left on device"
+    pool.tick()
+    assert pool.unwritten("a") is not None and pool.ends["failed"] == 2
+    way.unlink()
+    tree.mark("b", "cancel")  # which wants no record any more
+    pool.tick()
+    assert pool.unwritten("a") is None and pool.unwritten("b") is None
+    state = tree.state("a")
+    assert state.failure is not None and state.failure.error == "No space left on device"
+    assert tree.state("b").standing == "cancelled"
+
+
+def test_a_failure_that_could_not_be_written_is_when_the_pool_is_closed(tmp_path: Path) -> None:
+    pool, (one,) = _pool(tmp_path)
+    pool.submit([_shot("a")])
+    shot = pool.take(one)
+    assert shot is not None
+    (tmp_path / "shots").touch()
+    pool.ended(one, shot, Ended("failed", "storage", "No space left on device"))
+    (tmp_path / "shots").unlink()
+    pool.close()
+    assert pool._tree.state("a").standing == "failed"
+
+
 def test_a_shot_with_which_a_renderer_was_lost_is_rendered_alone(tmp_path: Path) -> None:
     """Its neighbours may have been to blame, or it: next time that is known."""
     pool, (one, other) = _pool(tmp_path, streams=2, renderers=2)

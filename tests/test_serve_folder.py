@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -138,6 +139,31 @@ def test_the_commands_of_farms_read_a_servers_folder(config: ServeConfig, kinds:
     assert run_command(again, None, str(tmp_path), FarmProgress, [id])["done"] == 1
     write_report(str(tmp_path))
     assert front.get(id)["status"] == "completed"
+
+
+def test_a_video_whose_failure_cannot_be_written_has_failed(
+    config: ServeConfig, kinds: Kinds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with opened(config, kinds, str(tmp_path)) as front:
+        with monkeypatch.context() as patch:
+            patch.setattr(Tree, "fail", full)
+            # A manifest's shot: the server's own are looked at before they are taken.
+            front.desk.submit(Shot("a", "a", num_frames=9, image=str(tmp_path / "none.png")))
+            end = time.monotonic() + 30
+            while front.desk.unfinished:
+                assert time.monotonic() < end
+                time.sleep(0.02)
+            found = front.get("a")
+            assert found["status"] == "failed" and found["error"]["code"] == "input", found
+            assert "none.png" in found["error"]["message"] and front.desk.is_over("a")
+            assert front.desk.tree.state("a").failure is None
+        while front.desk.tree.state("a").standing != "failed":
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert front.get("a") == found
 
 
 def test_servers_on_one_folder_know_each_others_videos(config: ServeConfig, kinds: Kinds, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from pavdm_dist.farm.reached import Reached
 from pavdm_dist.farm.renderer import Renderer
 from pavdm_dist.farm.said import Said
 from pavdm_dist.farm.shot import Shot
-from pavdm_dist.farm.tree import CANCEL, Tree
+from pavdm_dist.farm.tree import CANCEL, Failure, Tree
 from pavdm_dist.farm.waiting import Entry, Waiting
 from pavdm_dist.io.lock import Watch
 from pavdm_dist.request.outputs import VideoChunk
@@ -139,6 +139,10 @@ class Pool:
             running = self._running.get(id)
         return None if running is None else running.hand.renderer.sight(id)
 
+    def unwritten(self, id: str) -> Failure | None:
+        """See :meth:`~pavdm_dist.farm.said.Said.unwritten`."""
+        return self._said.unwritten(id)
+
     def drain(self) -> None:
         """Lets every shot go on to its next chunk, saves all, and ends; after ``drain_s`` as :meth:`stop`."""
         with self._turn:
@@ -204,6 +208,7 @@ class Pool:
         if time.monotonic() - self._looked < self._options.poll_s:
             return  # markers may be in a store, and who counts the cluster's nodes has others to answer
         self._looked = time.monotonic()
+        self._said.sweep()
         if self._is_so(lambda: self._tree.drains):
             self.ended_by = "drain: marker found, all is saved"
             logger.info("%s/%s", self._tree.root, self.ended_by)
@@ -234,8 +239,10 @@ class Pool:
         """Ends all, and gives the cluster back. Safe to call twice."""
         self.stop()
         self._crew.join()
+        self._said.sweep()
         if self._membership is not None:
             self._membership.leave()
+            self._crew.join()  # what came up in the cluster ends with this process' part in it
 
     # --- the desk ----------------------------------------------------------------------------------------------
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 from pavdm_dist.farm.desk import Ended
 from pavdm_dist.farm.logs import ShotLog
 from pavdm_dist.farm.shot import Shot
-from pavdm_dist.farm.tree import Failure, Tree
+from pavdm_dist.farm.tree import CANCEL, Failure, Tree
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,27 @@ class Said:
 
     def __init__(self, tree: Tree, log: ShotLog) -> None:
         self._tree, self._log = tree, log
+        self._turn = threading.Lock()
+        self._unwritten: dict[str, Failure] = {}
+
+    def unwritten(self, id: str) -> Failure | None:
+        """Why a shot has failed whose record could not be written yet, so that its files do not say so."""
+        return self._unwritten.get(id)
+
+    def sweep(self) -> None:
+        """Tries again to write the records that could not be; of what was cancelled meanwhile none is wanted."""
+        with self._turn:
+            left = dict(self._unwritten)
+        for id, failure in left.items():
+            try:
+                if not self._tree.is_marked(id, CANCEL):
+                    self._tree.fail(id, failure)
+                if self._tree.is_marked(id, CANCEL):  # in this moment, and its files may be gone already
+                    self._tree.forget_failure(id)
+            except Exception:  # as in _fail, where it was told of; the others could not be written either
+                return
+            with self._turn:
+                del self._unwritten[id]
 
     def taken(self, renderer: str, shot: Shot) -> None:
         """What the renderer says from now on is of this shot, too."""
@@ -70,7 +92,9 @@ class Said:
         try:
             self._tree.fail(shot.id, failure)
         except Exception as error:  # stores that are away have errors of kinds of their own
-            logger.error("%s: its failure cannot be written: %s", shot.id, error)
+            logger.error("%s: its failure cannot be written yet: %s", shot.id, error)
+            with self._turn:
+                self._unwritten[shot.id] = failure
 
     @staticmethod
     def _tell(level: int, renderer: str, shot: Shot, text: str) -> None:

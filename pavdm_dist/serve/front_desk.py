@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import fields
 
@@ -20,13 +20,15 @@ from pavdm_dist.farm.logs import ShotLog
 from pavdm_dist.farm.pool import Pool
 from pavdm_dist.farm.settings import FarmConfig
 from pavdm_dist.farm.shot import Shot, is_id
-from pavdm_dist.farm.tree import CANCEL, Tree
+from pavdm_dist.farm.tree import CANCEL, State, Tree
 from pavdm_dist.io.metadata import versions
 from pavdm_dist.request.outputs import VideoChunk
 from pavdm_dist.serve.asked import created_at, manifest_name, manifests_of
+from pavdm_dist.serve.changes import Change, Changes
 from pavdm_dist.serve.progress import Followed, Progress
 from pavdm_dist.serve.refusals import Refusal, no_such_video
 from pavdm_dist.serve.removals import Removals
+from pavdm_dist.serve.request_fields import nearest_size
 from pavdm_dist.serve.settings import ServeConfig
 from pavdm_dist.values.merging import to_dict
 
@@ -38,6 +40,8 @@ _TICK_S, _TROUBLE_S = 1.0, 30.0
 _SWEEP_S = 10.0
 # A client that is to come again is told when the next video may be finished, within these bounds.
 _RETRY_LEAST_S, _RETRY_MOST_S = 1, 600
+# A picture that is asked for may have so many times the pixels of the server's own.
+_TIMES_ITS_OWN = 4
 
 
 class FrontDesk(Listener):
@@ -66,6 +70,7 @@ class FrontDesk(Listener):
         self.split = [] if pipeline.engine is None else pipeline.split(kinds.base.params)
         self._log = ShotLog()
         self._pool = Pool(kinds, tree, self, self._log, endless=True)
+        self._changes = Changes(tree, self._pool.set_prompt)
         self._turn = threading.RLock()
         self._removals, self._swept = Removals(tree), 0.0
         self._reserved = 0  # videos whose manifests are being written
@@ -153,7 +158,22 @@ class FrontDesk(Listener):
         seconds = self.kinds.seconds(shot)
         if seconds > self.config.http.max_seconds:
             raise ConfigError(f"seconds={seconds:g}: at most {self.config.http.max_seconds:g} (http.max_seconds)")
+        self._check_pixels(shot)
         self.kinds.check(shot)
+
+    def _check_pixels(self, shot: Shot) -> None:
+        params, base, most = self.kinds.kind_of(shot).params, self.kinds.base.params, self.config.http.max_pixels
+        if most is None:
+            most = _TIMES_ITS_OWN * base.height * base.width
+        pixels = params.height * params.width
+        if pixels > most:
+            checkpoint = self.kinds.checkpoint
+            units = [checkpoint.codec_spec.spatial_stride * side for side in checkpoint.shape.spec.patch[1:]]
+            height, width = nearest_size((params.height, params.width), most, units)
+            raise ConfigError(
+                f"size={params.width}x{params.height}: has {pixels} pixels, and may have {most} at most"
+                f" (http.max_pixels); nearest legal: size={width}x{height}"
+            )
 
     def check_room(self) -> None:
         """Refuses a video more where too many wait.
@@ -266,6 +286,7 @@ class FrontDesk(Listener):
         Raises:
             Refusal: 404; 409: it is not being rendered here.
             ConfigError: it has no such chunk, or the model cannot take the text.
+            OSError: it cannot be kept.
         """
         self.shot(id)
         try:
@@ -279,11 +300,22 @@ class FrontDesk(Listener):
             raise Refusal(
                 409, f"video {id} is not being rendered; its prompt can be changed while it is", "not_running"
             )
+        self._changes.take(id, from_chunk, text)
         self.counts.prompts += 1
+
+    def pending_prompts(self, id: str, came: Sequence[Change]) -> list[Change]:
+        """See :meth:`pavdm_dist.serve.changes.Changes.pending`."""
+        return self._changes.pending(id, came)
+
+    def state(self, id: str, names: frozenset[str] | None = None) -> State:
+        """What a video's files say, or will once what it failed by can be written. ``names`` as in ``Tree.state``."""
+        state = self.tree.state(id, names)
+        failure = self._pool.unwritten(id) if state.standing in ("queued", "begun") else None
+        return state if failure is None else State("failed", failure=failure)
 
     def is_over(self, id: str) -> bool:
         """Whether nothing more will come of a video, or of this server."""
-        return self.closing or self.tree.state(id).standing in ("done", "failed", "cancelled", "skipped")
+        return self.closing or self.state(id).standing in ("done", "failed", "cancelled", "skipped")
 
     @property
     def unfinished(self) -> int:
@@ -299,13 +331,17 @@ class FrontDesk(Listener):
     # --- what the pool tells -----------------------------------------------------------------------------------
 
     def begun(self, shot: Shot, chunk: int) -> None:
+        self._changes.begun(shot.id)
         self._followed.begun(shot.id, chunk)
 
     def grew(self, shot: Shot, chunk: VideoChunk) -> None:
         self._followed.grew(shot.id, chunk)
+        if chunk.resume is not None:
+            self._changes.grew(shot.id, chunk.resume.prompts)
 
     def ended(self, shot: Shot, ended: Ended) -> None:
         self._followed.ended(shot.id, ended)
+        self._changes.ended(shot.id, ended.how == "done")
         if self._removals.is_deleted(shot.id):  # it may have been complete in that moment
             self._clear(shot.id)
 

@@ -36,7 +36,7 @@ def record(desk: FrontDesk, shot: Shot, created_at: int, names: frozenset[str] |
     """
     if CANCEL in names if names is not None else desk.tree.is_marked(shot.id, CANCEL):
         return None
-    state = desk.tree.state(shot.id, names)
+    state = desk.state(shot.id, names)
     if state.standing == "cancelled":
         return None
     sidecar = desk.tree.sidecar(shot.id) if state.standing == "done" else None
@@ -91,12 +91,14 @@ def timeline(desk: FrontDesk, id: str) -> dict[str, Any]:
     shot = desk.shot(id)
     params, total = desk.kinds.kind_of(shot).params, desk.num_chunks(shot)
     plan, levels = params.plan(total), params.schedule.levels
-    state, progress = desk.tree.state(id), desk.progress(id)
+    state, progress = desk.state(id), desk.progress(id)
     sight = None if progress is None else desk.sight(id)
     row = _row(id, progress, sight, plan.num_rows)
     window: list[dict[str, Any]] = []
+    born = total
     if progress is not None and not plan.is_over(row):
         at = plan.row(row)
+        born = at.chunks[-1] + 1
         window = [
             {"chunk": chunk, "level": round(levels[left], 4)}
             for chunk, left in zip(at.chunks, at.steps_left, strict=True)
@@ -110,7 +112,7 @@ def timeline(desk: FrontDesk, id: str) -> dict[str, Any]:
         "window": window,
         "row": row,
         "rows": plan.num_rows,
-        "prompts": [[0, shot.prompt], *_changes(desk, id, state, progress)],
+        "prompts": [[0, shot.prompt], *_changes(desk, id, state, progress, range(born, total))],
         "seconds_per_chunk": None if progress is None or not progress.seconds else round(progress.seconds[-1], 3),
         "engine": "stages" if desk.split else "one process",
         "awaited": "" if sight is None else sight.at.awaited,
@@ -143,12 +145,16 @@ def _stages(desk: FrontDesk, id: str, sight: Sight | None) -> list[dict[str, Any
     return found
 
 
-def _changes(desk: FrontDesk, id: str, state: State, progress: Progress | None) -> list[list[Any]]:
-    """``[first chunk, text]`` of prompts that were changed on the way."""
+def _changes(desk: FrontDesk, id: str, state: State, progress: Progress | None, unborn: range) -> list[list[Any]]:
+    """``[first chunk, text]`` of prompts that were changed on the way, or are from a chunk on that is not born yet."""
     if state.standing == "done":
         extra = (desk.tree.sidecar(id) or {}).get("extra") or {}
         return [list(change) for change in extra.get("prompt_changes", ())]
-    return [] if progress is None else [list(change) for change in progress.prompts]
+    if progress is None:
+        return []
+    pending = desk.pending_prompts(id, progress.prompts) if unborn else []
+    coming = [(max(unborn.start, from_chunk), text) for from_chunk, text in pending]
+    return [list(change) for change in (*progress.prompts, *coming)]
 
 
 def _percent(desk: FrontDesk, shot: Shot, state: State, seconds: float) -> int:
