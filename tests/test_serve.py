@@ -141,6 +141,48 @@ def test_a_video_begins_with_a_picture_that_is_sent_along(server: Served) -> Non
             client_of(server).videos.create(prompt="a", input_reference=("a.png", io.BytesIO(content), "image/png"))
 
 
+def test_a_picture_of_very_many_pixels_is_refused_before_it_is_decoded(server: Served) -> None:
+    import time
+
+    from PIL import Image
+
+    picture = io.BytesIO()
+    Image.new("1", (9_000, 9_000)).save(picture, "png")  # 10 kB
+    began = time.process_time()
+    answer = ask.post(
+        f"{server.url}/v1/videos", data={"prompt": "a"}, files={"input_reference": ("a.png", picture.getvalue())}
+    )
+    assert answer.status_code == 400 and time.process_time() - began < 1.0
+    said = "input_reference: is 9000x9000, and may have 50 million pixels at most; scale it down"
+    assert message(answer) == said
+
+
+def test_players_ask_for_what_there_is_and_for_parts_of_it(server: Served) -> None:
+    id = post(server, prompt="a red three", num_frames=9, input_reference=None).json()["id"]
+    server.wait(id)
+    content = f"{server.url}/v1/videos/{id}/content"
+    whole = ask.get(content).content
+    head = ask.head(content)
+    assert head.status_code == 200 and head.headers["content-length"] == str(len(whole)) and not head.content
+    assert ask.get(content, headers={"range": "bytes=4-7"}).content == whole[4:8]
+    for range, status in (("bytes=a-b", 400), ("frames=1-2", 400), ("bytes", 400), ("bytes=99999999-", 416)):
+        answer = ask.get(content, headers={"range": range})
+        assert answer.status_code == status and answer.headers["content-range"] == f"bytes */{len(whole)}"
+        assert message(answer) == f"Range: {range}: must be bytes=FIRST-LAST within the {len(whole)} bytes of the video"
+    answer = ask.post(f"{server.url}/v1/videos", data={"prompt": "a", "input_reference": "a.png"})
+    assert answer.status_code == 400 and message(answer).startswith("input_reference: must be a file of a form")
+
+
+@pytest.mark.parametrize("size", ["16384x16384", "16384x8", "8x16384", "104x64"])
+def test_the_size_that_is_named_in_the_place_of_a_larger_one_may_be(server: Served, size: str) -> None:
+    said = message(post(server, prompt="a", num_frames=9, size=size))
+    nearest = said.rpartition("size=")[2]
+    width, height = map(int, nearest.split("x"))
+    assert 4000 <= width * height <= 6144, said
+    id = post(server, prompt="a", num_frames=9, size=nearest).json()["id"]
+    assert ask.delete(f"{server.url}/v1/videos/{id}").status_code == 200
+
+
 # --- live -----------------------------------------------------------------------------------------------------------
 
 
@@ -262,7 +304,10 @@ def test_a_prompt_is_changed_in_mid_video(server: Served) -> None:
             refused = ask.post(url, content=json.dumps(fields), headers={"content-type": "application/json"})
             assert refused.status_code == 400 and re.search(said, message(refused))
         told = ask.post(url, data={"prompt": "a blue seven"})
+        # No chunk has it yet; the next one that is born will, or the one behind it.
         assert told.status_code == 200
+        first, (coming, text) = told.json()["prompts"]
+        assert first == [0, "a red three"] and coming > 2 and text == "a blue seven"
         server.desk.let()
         server.wait(id)
     finally:
@@ -398,12 +443,17 @@ def test_on_stages_of_a_cluster_videos_are_the_same_bits(ray_cluster: None, mode
         ({"prompt": "a", "size": "720p"}, "must be WIDTHxHEIGHT"),
         ({"prompt": "a", "size": "50x32"}, "width=50"),
         ({"prompt": "a", "size": "99999x32"}, "99999|width"),
+        (
+            {"prompt": "a", "size": "16384x16384"},
+            r"^size=16384x16384: has 268435456 pixels, and may have 6144 at most \(http.max_pixels\); nearest legal:",
+        ),
         ({"prompt": "a", "seed": -1}, "seed=-1"),
         ({"prompt": "a", "num_inference_steps": 7}, "num_inference_steps"),
         ({"prompt": "a", "model": "sora-2"}, "this server has"),
         ({"prompt": "a", "quality": "hd"}, "no such field quality"),
         ({"prompt": "a", "id": "../../x"}, "no such field id"),
         ({"prompt": "a", "input_reference": "https://example.org/a.png"}, "must be a file of a form"),
+        ({"prompt": "a", "input_reference": 5}, "^input_reference: must be a file of a form"),
         ({"prompt": "a " * 1900}, "words|long"),
         ({"prompt": "a" * 4001}, "is 4001 characters long; at most 4000"),
         ({"prompt": "a", "negative_prompt": "a" * 4001}, "negative_prompt=.*at most 4000"),

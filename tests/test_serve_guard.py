@@ -60,6 +60,29 @@ def test_what_is_left_of_a_token_lets_nobody_in(tmp_path: Path, monkeypatch: pyt
     assert token_of(Tree(str(tmp_path))) == "x" * 16
 
 
+@pytest.mark.parametrize("token", ["pässwort-pässwort", "密码密码密码密码密码密码密码密码", "x" * 16 + "\ty"])
+def test_a_token_that_nobody_could_send_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+    place = next(place for place, one in enumerate(token, 1) if one in "ä密\t")
+    said = f": character {place} is none that a token may have: letters, digits and signs of ASCII"
+    monkeypatch.setenv(TOKEN, token)
+    with pytest.raises(ConfigError, match=f"^{TOKEN}{said}$"):
+        token_of(Tree(str(tmp_path)))
+    monkeypatch.delenv(TOKEN)
+    (tmp_path / TOKEN_FILE).write_text(token, encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"{TOKEN_FILE}{said}$"):
+        token_of(Tree(str(tmp_path)))
+    # All of ASCII that is printed may be.
+    monkeypatch.setenv(TOKEN, every := "".join(map(chr, range(33, 127))))
+    assert token_of(Tree(str(tmp_path))) == every
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+def test_the_scheme_of_a_token_may_be_written_in_any_case(scheme: str) -> None:
+    for token, status in (("x" * 20, 200), ("y" * 20, 401), ("bearer " + "x" * 20, 401)):
+        headers = [("authorization", f"{scheme} {token}")]
+        assert _asked("/v1/videos", headers, 0, token="x" * 20) == status
+
+
 def test_a_guard_takes_no_empty_token() -> None:
     for token in ("", " "):
         with pytest.raises(ValueError, match="would let everybody in"):
@@ -92,7 +115,7 @@ def test_a_length_of_thousands_of_digits_is_too_large() -> None:
     assert _asked("/v1/videos", [("content-length", "9" * 5000)], 0) == 413
 
 
-def _asked(path: str, headers: list[tuple[str, str]], size: int) -> int:
+def _asked(path: str, headers: list[tuple[str, str]], size: int, token: str | None = None) -> int:
     """The status that a request gets whose body of so many bytes is read to its end."""
     sent: list[MutableMapping[str, Any]] = []
     left = size
@@ -117,7 +140,7 @@ def _asked(path: str, headers: list[tuple[str, str]], size: int) -> int:
 
     raw = [(name.encode(), value.encode()) for name, value in headers]
     scope = {"type": "http", "path": path, "headers": [(b"host", b"localhost"), *raw], "query_string": b""}
-    asyncio.run(Guard(reads, None, loopback_only=True, max_body=3 * 2**20)(scope, receive, send))
+    asyncio.run(Guard(reads, token, loopback_only=True, max_body=3 * 2**20)(scope, receive, send))
     return int(sent[0]["status"])
 
 

@@ -36,6 +36,10 @@ class FrontThatWaits:
         self.decoding -= 1
         return {"prompt": fields["prompt"], "read": len(reference.read())}
 
+    def set_prompt(self, id: str, fields: dict[str, Any]) -> dict[str, Any]:
+        assert self.let.wait(20)
+        return fields
+
     def health(self) -> dict[str, Any]:
         return {"status": "ok"}
 
@@ -64,3 +68,9 @@ def test_references_are_decoded_one_at_a_time_and_those_that_wait_take_no_thread
     more: dict[str, Any] = {"data": {"prompt": "a"}, "files": files}
     answers = asyncio.run(_while_many(front, "POST", "/v1/videos", "/v1/videos/other", **more))
     assert [answer.json() for answer in answers] == [{"prompt": "a", "read": 7}] * MANY and front.most == 1
+
+
+def test_prompts_that_wait_for_a_text_encoder_take_no_threads_from_others() -> None:
+    asked = {"prompt": "a blue seven"}
+    told = _while_many(FrontThatWaits(), "POST", "/v1/videos/slow/prompt", "/v1/videos/other", json=asked)
+    assert [answer.json() for answer in asyncio.run(told)] == [asked] * MANY

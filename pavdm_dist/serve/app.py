@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping
+import os
+from collections.abc import AsyncIterator, Mapping, MutableMapping
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib import resources
@@ -16,7 +17,7 @@ from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request, Response, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
-from starlette.datastructures import UploadFile
+from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
 
 from pavdm_dist import __version__
@@ -24,12 +25,12 @@ from pavdm_dist.errors import PAVDMError
 from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import open_read
 from pavdm_dist.serve.front import Front
-from pavdm_dist.serve.guard import COOKIE, Guard, TooLarge
+from pavdm_dist.serve.guard import COOKIE, Guard, Receive, Scope, Send, TooLarge
 from pavdm_dist.serve.live import live
 from pavdm_dist.serve.metrics import exposition
 from pavdm_dist.serve.refusals import Refusal, error_body
 from pavdm_dist.serve.settings import is_loopback
-from pavdm_dist.values.fields import json_value
+from pavdm_dist.values.fields import json_value, show
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ _POLL_MS = 1000
 _MEDIA = "video/mp4"
 _LISTED = 100  # videos of one page of a list, at most
 _TEXT = 2**16  # bytes of a field of a form that is no file
+_ENCODING = 4  # changed prompts whose texts are encoded at a time
 
 
 def make_app(front: Front, token: str | None = None, lifespan: Any = None) -> Guard:
@@ -95,8 +97,8 @@ def _handle_errors(app: FastAPI) -> None:
 
 
 def _add_videos(app: FastAPI, front: Front) -> None:
-    # What waits for its turn to be decoded must not take threads from others.
-    decoding = CapacityLimiter(1)
+    # What waits for its turn to be decoded, or for a large text encoder, must not take threads from others.
+    decoding, encoding = CapacityLimiter(1), CapacityLimiter(_ENCODING)
 
     @app.post("/v1/videos")
     async def create(request: Request) -> Response:
@@ -124,8 +126,9 @@ def _add_videos(app: FastAPI, front: Front) -> None:
         front.desk.cancel(id)
         return JSONResponse({"id": id, "object": "video.deleted", "deleted": True})
 
+    @app.head("/v1/videos/{id}/content")
     @app.get("/v1/videos/{id}/content")
-    def content(id: str, variant: str = "video") -> Response:
+    def content(id: str, request: Request, variant: str = "video") -> Response:
         if variant != "video":
             raise Refusal(400, f"variant={variant[:40]!r}: there is video only")
         found = front.get(id)
@@ -134,16 +137,17 @@ def _add_videos(app: FastAPI, front: Front) -> None:
             raise Refusal(409, message, "not_completed")
         output, name = front.desk.tree.output(id), f"{id}.mp4"
         if not is_remote(output):
-            return FileResponse(output, media_type=_MEDIA, filename=name)
+            return _Film(output, media_type=_MEDIA, filename=name)
         headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-        return StreamingResponse(_read(output), media_type=_MEDIA, headers=headers)
+        whole = _read(output) if request.method == "GET" else iter(())
+        return StreamingResponse(whole, media_type=_MEDIA, headers=headers)
 
     @app.post("/v1/videos/{id}/prompt")
     async def prompt(id: str, request: Request) -> Response:
         async with _fields(request) as (fields, reference):
             if reference is not None or not set(fields) <= {"prompt", "from_chunk"}:
                 raise Refusal(400, "the fields are prompt and from_chunk")
-            return JSONResponse(await run_sync(front.set_prompt, id, fields))
+            return JSONResponse(await run_sync(front.set_prompt, id, fields, limiter=encoding))
 
     @app.get("/v1/models")
     def models() -> Response:
@@ -260,6 +264,7 @@ async def _fields(request: Request) -> AsyncIterator[tuple[dict[str, Any], Binar
                     reference = value.file
                 else:
                     fields[name] = value
+            _check_reference(fields)
             yield fields, reference
             return
     try:
@@ -268,9 +273,35 @@ async def _fields(request: Request) -> AsyncIterator[tuple[dict[str, Any], Binar
         raise Refusal(400, f"the body is neither a form nor JSON: {str(error)[:100]}") from error
     if not isinstance(fields, dict):
         raise Refusal(400, "the body must hold names and values")
-    if isinstance(fields.get("input_reference"), str | dict | list):
-        raise Refusal(400, "input_reference: must be a file of a form; this server fetches nothing")
+    _check_reference(fields)
     yield fields, None
+
+
+def _check_reference(fields: dict[str, Any]) -> None:
+    """Refuses what is given in the place of a file; null says that there is none."""
+    if fields.pop("input_reference", None) is not None:
+        raise Refusal(400, "input_reference: must be a file of a form; this server fetches nothing")
+
+
+class _Film(FileResponse):
+    """A video's file. A range that it does not have is refused in the form of every refusal."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refused = 0
+
+        async def told(message: MutableMapping[str, Any]) -> None:
+            nonlocal refused
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                refused = message["status"]
+            if not refused:
+                await send(message)
+
+        await super().__call__(scope, receive, told)
+        if refused:
+            asked, size = Headers(scope=scope).get("range", ""), os.path.getsize(self.path)
+            said = f"Range: {show(asked)}: must be bytes=FIRST-LAST within the {size} bytes of the video"
+            headers = {"Content-Range": f"bytes */{size}"}
+            await JSONResponse(error_body(refused, said), refused, headers)(scope, receive, send)
 
 
 def _read(path: str) -> Any:

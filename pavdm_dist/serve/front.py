@@ -20,7 +20,7 @@ from pavdm_dist.serve.front_desk import FrontDesk
 from pavdm_dist.serve.guard import is_same
 from pavdm_dist.serve.live import segments
 from pavdm_dist.serve.refusals import no_such_video
-from pavdm_dist.serve.request_fields import check_text, new_id, shot_of, suffix_of
+from pavdm_dist.serve.request_fields import check_picture, check_text, new_id, shot_of, suffix_of
 from pavdm_dist.values.fields import show
 
 # Times of requests that are kept in memory.
@@ -59,6 +59,8 @@ class Front:
         path = None
         if reference is not None:
             path = join(folder, f"input{suffix_of(reference.read(16))}")
+            reference.seek(0)
+            check_picture(reference)
             reference.seek(0)
         shot = shot_of(id, fields, self.desk.model, path)
         if path is None:

@@ -26,6 +26,9 @@ COOKIE = "pavdm_token"
 # Needed before a token can be: whether the server lives, and the page that asks for one.
 _OPEN = re.compile(r"/health|/|/page\.(js|css)|/login")
 
+# Of a token in a header, however it is written (RFC 7235).
+_SCHEME = re.compile("^bearer +", re.IGNORECASE)
+
 # Bytes of bodies: at the login, and of those that are read into memory; digits of a number of bytes that is none.
 _LOGIN, _IN_MEMORY, _DIGITS = 4 * 2**10, 2**20, 18
 
@@ -96,7 +99,7 @@ class Guard:
 
     def _may(self, scope: Scope, headers: dict[str, str]) -> bool:
         assert self._token is not None
-        given = [headers.get("authorization", "").removeprefix("Bearer ").strip()]
+        given = [_SCHEME.sub("", headers.get("authorization", "")).strip()]
         try:
             cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
         except CookieError:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, BinaryIO
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.shot import Shot, make_shot
@@ -20,6 +21,8 @@ FIELDS = ("prompt", "model", "seconds", "size", "negative_prompt", "num_frames",
 
 # What a text of a request may have. Encoders read some hundred words; what is kept, listed and logged must end.
 MOST_CHARACTERS = 4000
+# What a picture that is sent may have, in pixels: those of telephones have less. A small file may be of very many more.
+MOST_REFERENCE_PIXELS = 50_000_000
 
 
 def new_id() -> str:
@@ -93,6 +96,42 @@ def _number(name: str, value: Any) -> Any:
         return value
     # Above that a float is not the number that was written.
     return int(number) if _NUMBERS[name] is int and number.is_integer() and abs(number) < 2**53 else number
+
+
+def nearest_size(size: tuple[int, int], most: int, units: Sequence[int]) -> tuple[int, int]:
+    """The largest size of about the same shape with so few pixels.
+
+    Args:
+        size: height and width, with more than that.
+        most: pixels.
+        units: which sides must be multiples of.
+    """
+    share = math.sqrt(most / (size[0] * size[1]))
+    short = 0 if size[0] <= size[1] else 1
+    sides = [max(unit, int(side * share) // unit * unit) for side, unit in zip(size, units, strict=True)]
+    unit = units[1 - short]  # a short side that could not be shortened leaves less for the other
+    sides[1 - short] = max(unit, min(sides[1 - short], most // sides[short] // unit * unit))
+    return sides[0], sides[1]
+
+
+def check_picture(reference: BinaryIO) -> None:
+    """Refuses a picture that would take very much memory, by its first bytes; what is none is refused where it is read.
+
+    Raises:
+        ConfigError: with its size, and how large it may be.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(reference) as picture:
+            width, height = picture.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return
+    if width * height > MOST_REFERENCE_PIXELS:
+        most = MOST_REFERENCE_PIXELS // 1_000_000
+        raise ConfigError(
+            f"input_reference: is {width}x{height}, and may have {most} million pixels at most; scale it down"
+        )
 
 
 def suffix_of(start: bytes) -> str:

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # After the signal that ends it: how long answers that are under way may take.
 _GRACE_S = 10
+# Clients that wait to be connected.
+_BACKLOG = 2048
 
 
 def serve_command(config: ServeConfig, out: str, ready: Callable[[str], None] = lambda _: None) -> None:
@@ -37,11 +39,13 @@ def serve_command(config: ServeConfig, out: str, ready: Callable[[str], None] = 
         import uvicorn
 
         from pavdm_dist.serve.app import make_app
+        from pavdm_dist.serve.connections import bounded, most_connections
     except ImportError as error:
         raise PAVDMError(f"pavdm serve needs {error.name}: pip install 'pavdm-dist[serve]'") from error
 
     tree, http = tree_at(out), config.http
     token = token_of(tree) if asks_for_token(http) else None
+    most = most_connections()
     with _listen(http.host, http.port) as listening:
         desk = FrontDesk(config, Kinds(config), tree)
         try:
@@ -53,6 +57,8 @@ def serve_command(config: ServeConfig, out: str, ready: Callable[[str], None] = 
             server = uvicorn.Server(
                 uvicorn.Config(
                     make_app(Front(desk), token),
+                    http=bounded(most),
+                    backlog=min(_BACKLOG, most),  # as many are accepted before the first is looked at
                     log_config=None,
                     access_log=False,
                     server_header=False,
@@ -87,7 +93,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
-        listening.listen(2048)
+        listening.listen(_BACKLOG)
     except OSError as error:
         said = error.strerror or error
         raise ConfigError(f"http.host={host} http.port={port}: cannot be listened on: {said}") from error

@@ -21,6 +21,8 @@ class HttpConfig:
     auth: Literal["auto", "token", "none"] = "auto"
     max_queue: Annotated[int, Within(0, 1_000_000, above=True)] = 256  # unfinished videos; more are told to wait
     max_seconds: Annotated[float, Within(0, 1_000_000_000, above=True)] = 3600.0  # longest video of one request
+    # largest picture of one request, in pixels; null = four times that of the server's own settings
+    max_pixels: Annotated[int, Within(0, 1_000_000_000, above=True)] | None = None
     max_body_mib: Annotated[float, Within(0, 1_000_000, above=True)] = 64.0  # largest request
 
 

@@ -23,19 +23,31 @@ def given_token() -> str | None:
     """The environment's; None where it has none.
 
     Raises:
-        ConfigError: it is too short.
+        ConfigError: it is too short, or has characters that no header has.
     """
     token = os.environ.get(TOKEN, "").strip()
-    if token and len(token) < LEAST_CHARACTERS:
+    if not token:
+        return None
+    if len(token) < LEAST_CHARACTERS:
         raise ConfigError(f"{TOKEN}: has {len(token)} characters; at least {LEAST_CHARACTERS} are needed")
-    return token or None
+    _check_characters(TOKEN, token)
+    return token
+
+
+def _check_characters(where: str, token: str) -> None:
+    """Refuses a token that clients could not send: headers and cookies have these characters only."""
+    place = next((place for place, one in enumerate(token, 1) if not (one.isascii() and one.isprintable())), None)
+    if place is not None:
+        raise ConfigError(
+            f"{where}: character {place} is none that a token may have: letters, digits and signs of ASCII"
+        )
 
 
 def token_of(tree: Tree) -> str:
     """The environment's, or the one in ``serve.token`` of a server's folder, which is made there if need be.
 
     Raises:
-        ConfigError: too short a token, or a folder in a store, which is no place for one.
+        ConfigError: as :func:`given_token`, of the file, too; or a folder in a store, which is no place for one.
         OSError: the file cannot be written or read.
     """
     token = given_token()
@@ -53,5 +65,6 @@ def token_of(tree: Tree) -> str:
             f"{path}: has {len(token)} characters, and a token at least {LEAST_CHARACTERS}; remove the file, so that"
             " another one is made"
         )
+    _check_characters(path, token)
     logger.info("clients need the token in %s", path)
     return token
