@@ -101,7 +101,7 @@ class Driver:
         """Another prompt for a stream; others are left alone, and so is one that has been told it already."""
         flight = self._flights.get(stream)
         if flight is not None and new not in flight.told:
-            flight.told.append(new)
+            flight.told.add(new)
             flight.asked.append(new)
 
     # --- what happens --------------------------------------------------------------------------------------
@@ -184,7 +184,11 @@ class Driver:
             reported = {flight.id: flight.reported for flight, _ in active}
             if undecided([join for _, join in active], self._epoch, reported):
                 return
-            stops = {flight.id: self._stopped(flight, join) for flight, join in active if flight.stopping}
+            stops = {
+                flight.id: self._stopped(flight, join)
+                for flight, join in active
+                if flight.stopping and flight.batches.may_end(join.row_at(self._epoch))
+            }
             joins = self._join()
             if not (active or joins or self._leaves):
                 return

@@ -164,7 +164,8 @@ class InlineEngine:
             self._at = stream.id, window.row
             if on_step is not None:
                 on_step(row, window)
-            if stream.id in self._stopping and window.plan.num_chunks is None:
+            stopping = stream.id in self._stopping and window.plan.num_chunks is None
+            if stopping and denoise.batches.may_end(window.row):
                 window.plan = window.plan.stopped(window.row)
                 flight.stopped(window.plan)
                 denoise.batches = replace(denoise.batches, plan=window.plan)

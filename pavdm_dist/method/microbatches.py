@@ -221,6 +221,15 @@ class MicroBatches:
         """Whether a micro-batch is the row's last one."""
         return chunk == WHOLE or row.chunks[0 if self.plan.is_partitioned else -1] in self.moved(row, chunk)
 
+    def may_end(self, n: int) -> bool:
+        """Whether an endless stream can be told before row ``n`` to end and leave earlier rows what they were.
+
+        In mode displaced rows of a growing window may be exact where those of a draining one are not. Once nothing more
+        is born, the rest of the newest chunk's first shift is of a draining one, unless the window is full.
+        """
+        full = len(self.plan.row(n).chunks) == self.plan.window_chunks
+        return self.mode != "displaced" or full or n % self.plan.steps_per_shift == 0
+
     @property
     def adaptive(self) -> bool:
         """Whether rows become exact while the stream runs."""
