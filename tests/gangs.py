@@ -162,7 +162,7 @@ class Watched(LocalGang):
             for stage in self.parts
             for table in (stage._streams, stage._windows, stage._inputs, stage._velocities, stage._memories)
             for stream in table
-        }
+        } | {owner for stage in self.parts for owners in stage._texts._users.values() for owner in owners}
 
 
 def drive(

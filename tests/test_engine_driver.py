@@ -17,7 +17,7 @@ from pavdm_dist.engine.events import Failed, Finished, GangLost, Grown, Output
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.microbatches import Displaced
 from pavdm_dist.method.schedule import Mode
-from pavdm_dist.method.stream import Conditioning
+from pavdm_dist.method.stream import Conditioning, NewPrompt
 from pavdm_dist.method.window import CleanChunk
 
 
@@ -280,6 +280,67 @@ def test_an_endless_stream_ends_when_it_is_told_to(mode: Mode, end: str) -> None
         for output, reference in zip(finished, reference_chunks(tiny_model(), whole), strict=True):
             assert torch.equal(output.clean.latents, reference.latents)
         assert not gang.left_over
+
+
+@pytest.mark.parametrize("steps", [15, 21])  # no multiple of a shift is one of an epoch
+@pytest.mark.parametrize("exact", [Displaced(), Displaced(exact_growing=False, exact_draining=True)])
+def test_an_endless_stream_whose_end_would_change_earlier_rows_ends_a_little_later(
+    exact: Displaced, steps: int
+) -> None:
+    """Rows that are exact while the window grows and not while it drains, or the other way round."""
+    stream = tiny_stream(mode="displaced", displaced=exact, num_inference_steps=steps, guidance_scale=1.0)
+    stream, lengths = replace(stream, plan=replace(stream.plan, num_chunks=None)), set[int]()
+    for moment in range(6):
+        gang = Watched(2)
+        driver, finished = Driver(gang, 1), list[Finished]()
+        driver.submit(stream)
+        for _ in range(10_000):
+            if driver.idle:
+                break
+            finished += [output for output in driver.step(0.0) if isinstance(output, Finished)]
+            if gang.told >= moment:
+                driver.stop(0)
+        lengths.add(len(finished))
+        whole = replace(stream, plan=replace(stream.plan, num_chunks=len(finished)))
+        for output, reference in zip(finished, reference_chunks(tiny_model(), whole), strict=True):
+            assert torch.equal(output.clean.latents, reference.latents)
+        assert not gang.left_over
+    assert min(lengths) < 4, "some were told while the window grew"
+
+
+def test_texts_that_no_chunk_follows_any_more_are_forgotten() -> None:
+    """An endless video whose prompt is changed for every chunk, and twice for some."""
+    stream = tiny_stream(guidance_scale=3.0)
+    stream = replace(stream, plan=replace(stream.plan, num_chunks=None))
+    gang, held = Watched(2), list[tuple[int, ...]]()
+    driver, finished = Driver(gang, 1), list[Finished]()
+    driver.submit(stream)
+    generator = torch.Generator().manual_seed(0)
+    while len(finished) < 30:
+        for output in driver.step(0.0):
+            if not isinstance(output, Finished):
+                continue
+            finished.append(output)
+            for word in ("a", "b"):
+                text = torch.randn(
+                    3, stream.conditioning.texts[stream.conditioning.prompts[0][1]].shape[1], generator=generator
+                )
+                driver.set_prompt(0, NewPrompt(output.clean.index + 5, word, text))
+            flight = driver._flights[0]
+            held.append(
+                (
+                    len(flight.stream.conditioning.texts),
+                    len(flight.told),
+                    *(len(stage._streams[0].conditioning.texts) for stage in gang.parts),
+                    *(len(stage._texts._raw) for stage in gang.parts),
+                )
+            )
+    assert max(max(counts) for counts in held) <= 14, held[-1]
+    point = finished[20].resume
+    assert point is not None and len(point.prompts) > 20, "the record has them all"
+    driver.stop(0)
+    drive(driver, [])
+    assert not gang.left_over
 
 
 def test_grown_shifts_come_before_the_first_chunk() -> None:

@@ -10,6 +10,7 @@ from helpers import tiny_checkpoint
 
 from pavdm_dist import PAVDMPipeline, VideoRequest
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.request.outputs import VideoChunk
 
 PROMPT = "a red three"
@@ -48,7 +49,7 @@ def test_a_video_becomes_longer_from_a_point_before_its_end_was_seen_and_from_no
         rest = chunks(pipeline, 61, resume=chunk.resume)
         assert all(torch.equal(one.latents, whole[one.index].latents) for one in rest) and rest[-1].index == 7
     for chunk in short[seen:]:
-        with pytest.raises(ConfigError, match=r"of a video of 5 chunks, where one of 8 has other chunks in flight"):
+        with pytest.raises(ConfigError, match=r"of a video of 5 chunks, where one of 8 has other chunks"):
             chunks(pipeline, 61, resume=chunk.resume)
     with pytest.raises(ConfigError, match=r"of a video of 8 chunks, where one of 1 has other chunks"):
         chunks(pipeline, 1, resume=whole[-2].resume)
@@ -67,3 +68,17 @@ def test_other_settings_are_refused(pipeline: PAVDMPipeline, changed: dict[str, 
     point = chunks(pipeline, 37)[1].resume
     with pytest.raises(ConfigError, match=rf"resume: .*{said}"):
         chunks(pipeline, 37, resume=point, **changed)
+
+
+def test_rows_that_are_exact_by_the_length_of_a_video_are_asked_for(pipeline: PAVDMPipeline) -> None:
+    """With a shorter one, row 3 would have been of a window that drains."""
+    settings = {"mode": "displaced", "num_inference_steps": 9, "window_chunks": 3}
+    params = pipeline.params(guidance_scale=1.0, **settings)
+    grown: list[ResumePoint] = []
+    run = pipeline.iter_chunks([VideoRequest(PROMPT, 0, 61)], params, on_grown=lambda _, point: grown.append(point))
+    assert next(run).index == 0
+    run.close()  # type: ignore[attr-defined]
+    point = next(point for point in grown if point.snapshot.row == 3)
+    with pytest.raises(ConfigError, match=r"of a video of 8 chunks, where one of 2 has .* other exact rows behind it"):
+        chunks(pipeline, 13, resume=point, **settings)
+    assert [chunk.index for chunk in chunks(pipeline, 53, resume=point, **settings)] == list(range(7))

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class Flight:
         undecoded: clean chunks whose frames are still to come, oldest first, with their resume points.
         past: clean latents ``[C, n, h, w]`` right before the oldest of these, for a decoder that takes the stream over.
         stopping: an endless stream's end is asked for.
-        told: prompts that were asked for, whatever became of them.
+        told: prompts that were asked for, whatever became of them, as long as somebody might say them again.
         asked: those of them that the stages do not know yet.
         prompts: ``(first chunk, prompt)`` of those that it follows since it began.
     """
@@ -60,7 +61,7 @@ class Flight:
     join: Join | None = None
     reported: int = -1
     stopping: bool = False
-    told: list[NewPrompt] = field(default_factory=list)
+    told: WeakSet[NewPrompt] = field(default_factory=WeakSet)
     asked: list[NewPrompt] = field(default_factory=list)
     prompts: tuple[tuple[int, str], ...] = field(init=False)
     batches: MicroBatches = field(init=False)
@@ -194,7 +195,16 @@ class Flight:
             told.append(at)
             self.stream = self.stream.changed(at)
             self.prompts += ((at.from_chunk, at.prompt),)
+        if told:  # an endless video's texts are gigabytes in the end
+            read = self.stream.conditioning.since(self._oldest_read())
+            self.stream = replace(self.stream, conditioning=read)
         return tuple(told)
+
+    def _oldest_read(self) -> int:
+        """The first chunk whose text is read when another gang goes on from here."""
+        snapshot, stream = self._latest, self.stream
+        row, again = (stream.first_row, stream.replayed) if snapshot is None else (snapshot.row, snapshot.clean.keys())
+        return min([stream.plan.row(row).window[0], *again])
 
     def restarted(self) -> None:
         """For another gang: goes on at the last shift from which it goes on bit for bit, or at its beginning."""

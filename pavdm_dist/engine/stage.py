@@ -129,7 +129,6 @@ class Stage:
 
     def prepare(self, stream: Stream) -> None:
         """Takes a stream in before its first unit; computes nothing with the model."""
-        self._texts.add(stream.id, stream.conditioning.texts)
         if self.last:
             self._windows[stream.id] = stream.window(self.device)
             self._velocities[stream.id] = []
@@ -139,6 +138,7 @@ class Stage:
             again = {chunk: window.input(chunk, own_row(stream.plan, chunk)) for chunk in stream.replayed}
             self._inputs[stream.id] = again | {chunk: window.input(chunk, row) for chunk in row.window}
         self._memories[stream.id] = memories_of(stream, self.model, range(*self.blocks), self.device)
+        self._texts.add(stream.id, stream.conditioning.texts)  # last: what is refused before leaves none here
         self._streams[stream.id] = stream
 
     def make_ready(self) -> None:
@@ -175,8 +175,11 @@ class Stage:
 
     def change(self, stream: int, new: NewPrompt) -> None:
         """Gives a stream another prompt, for chunks that are not born yet."""
-        changed = self._streams[stream] = self._streams[stream].changed(new)
-        self._texts.add(stream, changed.conditioning.texts)
+        before, changed = self._streams[stream], self._streams[stream].changed(new)
+        read = changed.conditioning.since(new.oldest)
+        self._streams[stream] = replace(changed, conditioning=read)
+        self._texts.add(stream, read.texts)
+        self._texts.release(stream, before.conditioning.texts.keys() - read.texts.keys())
 
     def feed(self, stream: int, row: int, chunk: int, latents: Tensor) -> None:
         """First stage: latents ``[1, C, F, h, w]`` for ``row`` of a stream, which micro-batch ``chunk`` sent back.

@@ -82,8 +82,10 @@ class StreamDenoiser:
 
     def follow(self, stream: Stream) -> None:
         """Goes on with the same stream under other prompts."""
+        gone = self._stream.conditioning.texts.keys() - stream.conditioning.texts.keys()
         self._stream = stream
         self._texts.add(stream.id, stream.conditioning.texts)
+        self._texts.release(stream.id, gone)
 
     def newly_left(self) -> dict[str, Tensor]:
         """What clean chunks left since the last call, see :func:`~pavdm_dist.method.saved_keys.newly_left`; nothing

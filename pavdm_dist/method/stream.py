@@ -68,13 +68,18 @@ class Conditioning:
         kept = [entry for entry in self.prompts if entry[0] != from_chunk]
         return replace(self, texts={**self.texts, key: text}, prompts=tuple(sorted([*kept, (from_chunk, key)])))
 
+    def since(self, chunk: int) -> Conditioning:
+        """Without the texts that no chunk from ``chunk`` on follows."""
+        first = max((start for start, _ in self.prompts if start <= chunk), default=self.prompts[0][0])
+        prompts = tuple(entry for entry in self.prompts if entry[0] >= first)
+        keys = {key for _, key in prompts} | {self.null}
+        return replace(self, texts={key: text for key, text in self.texts.items() if key in keys}, prompts=prompts)
+
     def expired(self, row: PlanRow) -> set[str]:
-        """Prompts whose last chunk has left the window before ``row``."""
-        if len(self.prompts) == 1:
-            return set()
+        """Texts whose last chunk has left the window before ``row``, or that others have replaced."""
         alive = {self.key(chunk, branch=0) for chunk in row.window} | {self.null}
         alive |= {key for start, key in self.prompts if start >= row.window[0]}
-        return {key for _, key in self.prompts} - alive
+        return self.texts.keys() - alive
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,12 @@ class ResumePoint:
     left_bytes: int = 0
     plan: WindowPlan | None = None
 
-    def follow(self, plan: WindowPlan) -> WindowPlan:
+    def follow(self, plan: WindowPlan, displaced: Displaced | None = None) -> WindowPlan:
         """The plan that a video goes on with, asked for as ``plan``: an endless one that was told to end still ends.
+
+        Args:
+            plan: that is asked for.
+            displaced: of mode displaced, which rows are exact, also by how long the video is.
 
         Raises:
             ConfigError: other rows lead to where this is.
@@ -115,11 +124,13 @@ class ResumePoint:
             raise ConfigError(f"resume: the video was begun with {said}; give the same again, or begin anew")
         if plan.num_chunks is None:
             return before
-        if plan.is_over(row) or before.is_over(row) or _in_flight(plan, row) != _in_flight(before, row):
+        now, then = (_behind(one, row, displaced) for one in (plan, before))
+        if now is None or now != then:
             length = "without an end" if before.num_chunks is None else f"of {before.num_chunks} chunks"
             raise ConfigError(
                 f"resume: this is row {row} of a video {length}, where one of {plan.num_chunks} has other chunks in"
-                " flight, or is over; give num_frames as it was, or go on from an earlier chunk"
+                " flight, other exact rows behind it, or is over; give num_frames as it was, or go on from an earlier"
+                " chunk"
             )
         return plan
 
@@ -131,10 +142,14 @@ class ResumePoint:
         return self.left_bytes + sum(tensor.nbytes for tensor in held)
 
 
-def _in_flight(plan: WindowPlan, n: int) -> set[int]:
-    """Noisy chunks of row ``n`` that rows before it have moved."""
+def _behind(plan: WindowPlan, n: int, displaced: Displaced | None) -> tuple[set[int], list[int]] | None:
+    """Noisy chunks of row ``n`` that rows before it have moved, and the rows up to it that are exact; None of one past
+    the end."""
+    if plan.is_over(n):
+        return None
     row = plan.row(n)
-    return {*row.chunks} - {*row.born}
+    exact = [] if displaced is None else [at for at in range(n + 1) if displaced.is_exact(plan, at)]
+    return {*row.chunks} - {*row.born}, exact
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,11 +160,13 @@ class NewPrompt:
         from_chunk: the first chunk that follows it; where that is born already, the next one that is born.
         prompt: in words, for the record.
         text: encoded, ``[L, text_dim]``.
+        oldest: the first chunk that is still in the window when it comes into force.
     """
 
     from_chunk: int
     prompt: str
     text: Tensor = field(repr=False)
+    oldest: int = 0
 
     def at(self, plan: WindowPlan, row: int) -> NewPrompt | None:
         """As it is in force when it is told before ``row``; None where no chunk is left that could follow it."""
@@ -159,7 +176,7 @@ class NewPrompt:
         first = max(self.from_chunk, now.born[0] if now.born else now.chunks[-1] + 1)
         if plan.num_chunks is not None and first >= plan.num_born:
             return None
-        return replace(self, from_chunk=first)
+        return replace(self, from_chunk=first, oldest=now.window[0])
 
 
 @dataclass(frozen=True)

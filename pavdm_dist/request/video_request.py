@@ -86,7 +86,8 @@ def plan_of(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoin
         spec = checkpoint.codec_spec
         chunks = spec.chunks_for_frames(request.num_frames, params.latent_chunk_size, params.warm)
     plan = params.plan(chunks)
-    return plan if request.resume is None else request.resume.follow(plan)
+    displaced = params.displaced if params.mode == "displaced" else None
+    return plan if request.resume is None else request.resume.follow(plan, displaced)
 
 
 def frames_left(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> int | None:
