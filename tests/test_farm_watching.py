@@ -178,7 +178,7 @@ def test_a_store_that_is_away_has_errors_of_its_own(tmp_path: Path, caplog: pyte
             raise RuntimeError("SlowDown")
 
     Said(Away(str(tmp_path)), ShotLog()).ended("renderer-1", Shot("a", "a red three"), Ended("failed", "input"), 1)
-    assert "a: its failure cannot be written: SlowDown" in caplog.text
+    assert "a: its failure cannot be written yet: SlowDown" in caplog.text
     for write in (write_trace, keep_shots):
         with pytest.raises(TraceError, match=r"nowhere://x/t\.(shots\.)?json: cannot be written \(.*nowhere"):
             write("nowhere://x/t.json", {})  # type: ignore[operator]

@@ -71,7 +71,7 @@ def test_a_model_says_how_it_is_sampled(model: Path) -> None:
         ({"context": "joint"}, r"anchor_chunks=1: context=joint keeps none; set context=cached"),
         ({"context_chunks": 2}, r"context_chunks=2: with context=cached .* use 4 or more"),
         ({"start": "chunk"}, r"context=cached: start=chunk gives chunks that left no keys; set start=noise"),
-        ({"step": "heun"}, r"step='heun': must be euler or renoise"),
+        ({"step": "heun"}, r"step=heun: must be euler or renoise"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(model: Path, chosen: dict[str, Any], said: str) -> None:

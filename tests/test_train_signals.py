@@ -97,9 +97,12 @@ def test_a_signal_to_the_launcher_reaches_its_processes(
     def tell() -> None:
         try:
             appears(tmp_path / "ready")
-            for number in sent:
+            for count, number in enumerate(sent, 1):
                 signal.pthread_kill(main, number)
-                time.sleep(0.1)
+                if len(told) == len(sent):  # two that wait to be taken are one
+                    appears(tmp_path / "told", count)
+                else:
+                    time.sleep(0.1)
             appears(tmp_path / "told", len(told))
         finally:
             (tmp_path / "end").touch()

@@ -31,7 +31,6 @@ from pavdm_dist.values.fields import (
     Side,
     Steps,
     TimeShift,
-    UnitChunks,
     WindowChunks,
     checked_arguments,
 )
@@ -85,7 +84,7 @@ class SamplingParams:
     partitions: WindowChunks = 1
     lookahead: bool = False
     method: Method = "pavdm"
-    chunks_per_unit: UnitChunks = 1
+    chunks_per_unit: int = 1
 
     @classmethod
     def resolve(cls, checkpoint: Checkpoint, allow_untrained_causal: bool = False, **chosen: Any) -> SamplingParams:
