@@ -12,7 +12,7 @@ from pavdm_dist.method.microbatches import Displaced, check_chunks_per_unit, che
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.planning.chart import check_chart, draw_chart
 from pavdm_dist.planning.simulator import MAX_STAGES, Machine, Result, bars, of_trace, simulate
-from pavdm_dist.values.fields import Steps, WindowChunks, Within
+from pavdm_dist.values.fields import Steps, UnitChunks, WindowChunks, Within
 
 # W where nothing is said.
 _WINDOW = 6
@@ -39,7 +39,7 @@ class SimulateConfig:
     streams: Annotated[int, Within(1, 10_000)] = 1  # videos in flight
     # the pipeline
     mode: Literal["window", "causal", "displaced"] = "window"
-    chunks_per_unit: Annotated[int, Within(1, 10_000)] = 1  # of mode=causal, displaced: noisy chunks of a unit
+    chunks_per_unit: UnitChunks = 1  # of mode=causal, displaced: noisy chunks of a unit
     displaced: DisplacedConfig = field(default_factory=DisplacedConfig)  # of mode=displaced
     num_stages: Annotated[int, Within(1, MAX_STAGES)] = 2
     unit_cost: bool = False  # every unit costs 1 on every stage, whatever it holds

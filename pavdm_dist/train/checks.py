@@ -147,9 +147,7 @@ def check_settings(config: TrainConfig, size: int) -> None:
                     f"{name}={value} does not divide among {among}, and a run that is gone on with keeps it: use"
                     f" {counts} processes"
                 )
-            below, above = value - value % unit, value - value % unit + unit
-            legal = " or ".join(str(number) for number in (below, above) if number > 0)
-            raise ConfigError(f"{name}={value} does not divide among {among}: use {legal}")
+            raise ConfigError(f"{name}={value} does not divide among {among}: use {_nearest(value, unit)}")
     engine_settings(config, size)
 
 
@@ -169,11 +167,17 @@ def check_pictures(config: TrainConfig, size: int, buckets: Iterable[Bucket]) ->
     for name in (str(bucket) for bucket in buckets if bucket.num_latents == 1):
         value = config.data.batch_sizes.get(name, config.data.batch_size)
         if value % unit:
-            legal = " or ".join(str(number) for number in (value - value % unit, value - value % unit + unit) if number)
             raise ConfigError(
                 f"data.batch_sizes.{name}={value} with sequence_parallel={config.sequence_parallel}: pictures"
-                f" cannot be cut in frames, and so many do not divide among {size} processes{parts}: use {legal}"
+                f" cannot be cut in frames, and so many do not divide among {size} processes{parts}: use"
+                f" {_nearest(value, unit)}"
             )
+
+
+def _nearest(value: int, unit: int) -> str:
+    """The multiples of ``unit`` next to a value, those that are above 0."""
+    below = value - value % unit
+    return " or ".join(str(number) for number in (below, below + unit) if number > 0)
 
 
 def _counts_of_old_run(config: TrainConfig, sizes: dict[str, int], size: int) -> str:
