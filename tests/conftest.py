@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ast
+import faulthandler
 import gc
 import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -43,6 +45,46 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not torch.cuda.is_available():
         raise pytest.UsageError("-m gpu: torch sees no GPU here; without it these tests run on the CPU")
+    if hasattr(config, "workerinput"):
+        config.stash[_STACKS] = _stacks(config.workerinput).open("w")
+        faulthandler.enable(config.stash[_STACKS])
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _STACKS in config.stash:
+        faulthandler.disable()
+        config.stash[_STACKS].close()
+        _stacks(config.workerinput).unlink()  # type: ignore[attr-defined]
+
+
+# Where every thread was when a process of ``-n N`` ended, or shortly before a timeout ended it: what it says itself,
+# pytest-timeout's stacks too, goes nowhere.
+_STACKS = pytest.StashKey[TextIO]()
+
+
+def _stacks(worker: dict[str, str]) -> Path:
+    return Path(tempfile.gettempdir()) / f"stacks-{worker['testrunuid']}-{worker['workerid']}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    if _STACKS not in item.config.stash:
+        return (yield)
+    marker = item.get_closest_marker("timeout")
+    limit = marker.args[0] if marker else float(item.config.getini("timeout"))
+    faulthandler.dump_traceback_later(max(limit - 2, 1), file=item.config.stash[_STACKS])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(report: pytest.TestReport) -> None:
+    stacks = _stacks(report.node.workerinput)
+    if stacks.exists():
+        report.sections.append(("Where its threads were", stacks.read_text()))
+        stacks.unlink()
 
 
 def pytest_report_header(config: pytest.Config) -> str:
