@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.io.folders import VIDEO_SUFFIXES
 from pavdm_dist.method.baselines import block_chunks
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.values.fields import (
@@ -39,6 +40,8 @@ from pavdm_dist.values.fields import (
 from pavdm_dist.values.timed import first_prompt, timed
 
 DEFAULT_SECONDS = 5.0
+# Endings of files that somebody may want, and that are none of a folder.
+_OTHER_FILES = (*(suffix for suffix in VIDEO_SUFFIXES if suffix != ".mp4"), ".gif", ".png", ".webp", ".y4m")
 
 # A cluster or a wait beyond these is a slip of the finger.
 _Count = Annotated[int, Within(0, 1024, above=True)]
@@ -228,8 +231,7 @@ def validate_sample(config: SampleConfig, *, needs_prompt: bool = True) -> None:
         ConfigError: with the field, its value and what is legal.
     """
     check_fields(config)
-    if not config.output:
-        raise ConfigError("output: name an .mp4 file or a folder")
+    _check_output(config.output)
     if needs_prompt and config.streams > 1 and not config.num_stages:
         raise ConfigError(f"streams={config.streams}: without stages videos are made one after another; set num_stages")
     if config.num_frames is not None and config.seconds is not None:
@@ -243,6 +245,15 @@ def validate_sample(config: SampleConfig, *, needs_prompt: bool = True) -> None:
     _check_prompts(config, needs_prompt)
     _check_start(config, needs_clip=needs_prompt)
     _check_stages(config)
+
+
+def _check_output(output: str) -> None:
+    """Refuses what would become a folder though a file was meant."""
+    if not output:
+        raise ConfigError("output: name an .mp4 file or a folder")
+    name, suffix = os.path.splitext(output)
+    if suffix.lower() in _OTHER_FILES and not os.path.isdir(output):
+        raise ConfigError(f"output={output}: videos are written as .mp4; use output={name}.mp4, or name a folder")
 
 
 def frames_wanted(config: SampleConfig, fps: float) -> int:

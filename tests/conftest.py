@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Idle workers import torch before an actor asks for it: actors are ready seconds earlier.
 os.environ.setdefault("RAY_preload_python_modules", "torch")
-# Ray's workers are nice by 15: beside the other processes of `-n N` they got a thirtieth of a core, and timeouts passed.
+# Ray's workers are nice by 15: beside the other processes of `-n N` they got a thirtieth of a core, and time ran out.
 os.environ.setdefault("RAY_worker_niceness", "0")
 # Hundreds of processes are started here; each would compile the package anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

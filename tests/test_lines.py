@@ -76,6 +76,34 @@ def test_whoever_answers_is_told_of(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     listener.listen(lambda: pytest.fail("asked again at once"))
 
 
+def test_one_that_is_silent_holds_no_others_lines_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    futures_for_references(monkeypatch)
+    monkeypatch.setattr(lines, "ASK_S", 0.0)
+    frozen, asked = list[Future[Any]](), list[Future[Any]]()
+
+    def ask(of: list[Future[Any]]) -> Future[Any]:
+        of.append(Future())
+        return of[-1]
+
+    speakers = [Speaker("stage 0 of 2", 0, lambda: ask(frozen)), Speaker("stage 1 of 2", 1, lambda: ask(asked))]
+    listener = Listener()
+    with caplog.at_level(logging.INFO, "pavdm_dist"):
+        for text in ("first", "second"):
+            listener.listen(lambda: speakers)
+            asked[-1].set_result([Line(logging.INFO, "pavdm_dist.x", text, None)])
+        listener.listen(lambda: speakers)
+        frozen[-1].set_result([Line(logging.INFO, "pavdm_dist.x", "awake", None)])
+        listener.listen(lambda: speakers)
+    assert [record.getMessage() for record in caplog.records] == [
+        "stage 1 of 2: first",
+        "stage 1 of 2: second",
+        "stage 0 of 2: awake",
+    ]
+    assert len(frozen) == 2, "asked again only once it had answered"
+
+
 def test_lines_of_a_decoder_are_of_the_video_that_it_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     futures_for_references(monkeypatch)
     monkeypatch.setattr(actors, "_node", lambda: "10.0.0.7")

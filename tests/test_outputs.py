@@ -75,6 +75,8 @@ def mounts() -> list[str]:
         (["output=/dev/full/o.mp4"], "/dev/full is a file, not a folder"),
         (["output=o.mp4", "num_stages=1", "trace=/dev/full/t.json"], "trace=/dev/full/t.json: /dev/full is a file"),
         (["output="], "output: name an .mp4 file or a folder"),
+        (["output=o.mov"], "output=o.mov: videos are written as .mp4; use output=o.mp4, or name a folder"),
+        (["output=a.b/o.GIF"], "output=a.b/o.GIF: videos are written as .mp4; use output=a.b/o.mp4"),
         (
             ["output=o.mp4", "prompt_schedule=[{from_chunk: 9, prompt: a three}]"],
             "at 2.875 s: the video has chunks 0 to 7",

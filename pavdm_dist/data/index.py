@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.io.folders import files_in, passed_over
+from pavdm_dist.io.folders import VIDEO_SUFFIXES, files_in, passed_over
 from pavdm_dist.io.storage import is_remote
 from pavdm_dist.values.fields import json_value
 
@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 Captions = Literal["required", "stem", "skip"]
 
-VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
 INDEX_SUFFIXES = (".csv", ".jsonl")
 PATH_COLUMNS = ("path", "video", "video_path", "file")
 CAPTION_COLUMNS = ("caption", "text", "prompt")

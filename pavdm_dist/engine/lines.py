@@ -98,7 +98,7 @@ class Speaker:
 
 
 class Listener:
-    """Asks actors now and then what they logged; of one that does not answer nothing is told."""
+    """Asks actors now and then what they logged; of one that does not answer nothing is told, others' lines are."""
 
     def __init__(self) -> None:
         self._asked: list[tuple[Speaker, Any]] = []
@@ -108,9 +108,10 @@ class Listener:
         """To be called again and again; never waits."""
         if self._asked:
             self._hear(0.0)
-        elif time.monotonic() >= self._next:
+        if time.monotonic() >= self._next:
             self._next = time.monotonic() + ASK_S
-            self._asked = [(speaker, speaker.ask()) for speaker in speakers()]
+            silent = {speaker.stage for speaker, _ in self._asked}
+            self._asked += [(speaker, speaker.ask()) for speaker in speakers() if speaker.stage not in silent]
 
     def finish(self, speakers: Iterable[Speaker]) -> None:
         """What was logged last; waits a moment."""

@@ -18,12 +18,12 @@ from pavdm_dist.evaluate.page import page
 from pavdm_dist.evaluate.plots import check_matplotlib, plots
 from pavdm_dist.evaluate.report import summary, whole_rows
 from pavdm_dist.evaluate.settings import EvalConfig
-from pavdm_dist.io.folders import check_no_link, check_only, files_in, passed_over, whole_folder
+from pavdm_dist.io.folders import VIDEO_SUFFIXES, check_no_link, check_only, files_in, passed_over, whole_folder
 from pavdm_dist.io.storage import discard, disk_errors, is_remote, stage
 
 logger = logging.getLogger(__name__)
 
-_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".gif")
+_SUFFIXES = (*VIDEO_SUFFIXES, ".gif")
 _REPORT, _PAGE, _PLOTS = "report.json", "report.html", "plots"
 # What is in the folder of a report, with what `benchmarks/drift.py` adds.
 _OWN = (_REPORT, _PAGE, _PLOTS, "drift.json")

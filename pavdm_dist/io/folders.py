@@ -20,6 +20,9 @@ _FOREIGN = (
     "recycler", "recycled", "system volume information", "network trash folder", "temporary items", "lost+found",
     "__macosx",
 )  # fmt: skip
+# What files that hold a video are called; ``.gif`` is a picture to some.
+VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
+
 # Files that they put into any folder that somebody looks at.
 _LEFT_BY_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
