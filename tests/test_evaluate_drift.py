@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 import scipy.stats
 
+from pavdm_dist.evaluate import drift as drifts
 from pavdm_dist.evaluate.drift import drift_of, mean_interval, ratio_interval
 
 
@@ -33,6 +35,47 @@ def test_an_interval_holds_the_truth_as_often_as_it_says() -> None:
             assert drift is not None
             held += bool(drift.holds)
         assert least <= held / 200 <= 0.99
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.3, 12.345678, 0.999, 1 / 3, -1e-9])
+@pytest.mark.parametrize("count", [10, 20, 37, 60])
+@pytest.mark.parametrize("rounding", [0, 8])
+def test_what_never_changes_holds(value: float, count: int, rounding: int) -> None:
+    """Not by the sign of a rounding error, also where a chunk's mean is itself rounded."""
+    errors = np.random.default_rng(0).integers(0, rounding + 1, count) * np.finfo(float).eps
+    times, values = [float(i) for i in range(count)], (value * (1 + errors)).tolist()
+    drift = drift_of(times, values, 200, 0, [24] * (count - 1) + [3])
+    assert drift is not None and (drift.slope, drift.low, drift.high, drift.holds) == (0, 0, 0, True)
+    assert drift.mean == drift.first == drift.last == drift.minimum == values[0] and drift.between_ends == 0
+
+
+def test_the_least_change_that_is_one_counts() -> None:
+    times = [float(i) for i in range(20)]
+    drift = drift_of(times, [1 + 1e-12 * time for time in times], 200, 0)
+    assert drift is not None and drift.slope == pytest.approx(6e-11, rel=1e-3) and not drift.holds
+    short = drift_of(times[:2], [0.1, 0.1], 200, 0)
+    assert short is not None and (short.slope, short.low, short.holds) == (0, None, None)
+
+
+def test_the_bootstrap_draws_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = [float(i) for i in range(60)]
+    values = np.random.default_rng(1).normal(3, 0.2, 60).tolist()
+    at_once = drift_of(times, values, 2000, 5, [24] * 59 + [3])
+    for rows in (8, 64, 1999):
+        monkeypatch.setattr(drifts, "_AT_ONCE", rows * 60 + 1)
+        in_parts = drift_of(times, values, 2000, 5, [24] * 59 + [3])
+        assert at_once is not None and in_parts is not None
+        assert (in_parts.low, in_parts.high) == pytest.approx((at_once.low, at_once.high), rel=1e-12)
+
+
+def test_the_bootstrap_holds_no_more_for_longer_videos() -> None:
+    tracemalloc.start()
+    try:
+        values = np.random.default_rng(0).normal(size=7200).tolist()
+        drift_of([float(i) for i in range(7200)], values, 1000, 0)
+        assert tracemalloc.get_traced_memory()[1] < 48 * 2**20, "all at once would take 170 MiB"
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_was_not_measured_is_left_out() -> None:

@@ -16,6 +16,10 @@ END_SHARE = 0.15
 CONFIDENCE = 0.95
 # Fewer chunks say nothing of a slope's uncertainty.
 LEAST_CHUNKS = 8
+# Values that differ by no more than this, of the largest of them, are one: means of a chunk's frames are rounded.
+_RESOLUTION = 32 * float(np.finfo(np.float64).eps)
+# Values that the bootstrap holds at a time, however long the video is: eight megabytes an array.
+_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ def drift_of(
 
     The slope's interval comes from a bootstrap of residuals in blocks, since neighbouring chunks resemble each other:
     blocks are of cube root of n chunks, and may run over the end (circular), so that every chunk is drawn as often.
+    Of a measure that never changes, to rounding, slope and interval are exactly 0.
 
     Args:
         times: where each chunk begins, seconds.
@@ -76,16 +81,19 @@ def drift_of(
         return None
     at, found, weight = np.array(known, dtype=np.float64).T
     count = len(found)
+    if np.ptp(found) <= _RESOLUTION * np.abs(found).max():
+        # The slope would be that of rounding errors, and so would be whether its interval holds zero.
+        value, around = float(found[0]), 0.0 if count >= LEAST_CHUNKS else None
+        return Drift(value, 0.0 if count > 1 else None, around, around, value, value, value, float(at[0]))
     edge = max(1, round(END_SHARE * count))
-    low = high = slope = None
-    if count > 1:
-        minutes = at / 60
-        slope = _slope(minutes, found[None], weight)[0]
-        if count >= LEAST_CHUNKS:
-            low, high = _interval(minutes, found, weight, slope, resamples, seed)
+    low = high = None
+    minutes = at / 60
+    slope = float(_slope(minutes, found[None], weight)[0])
+    if count >= LEAST_CHUNKS:
+        low, high = _interval(minutes, found, weight, slope, resamples, seed)
     least = int(found.argmin())
     return Drift(
-        _mean(found, weight), None if slope is None else float(slope), low, high,
+        _mean(found, weight), slope, low, high,
         _mean(found[:edge], weight[:edge]), _mean(found[-edge:], weight[-edge:]), float(found[least]), float(at[least]),
     )  # fmt: skip
 
@@ -142,9 +150,13 @@ def _interval(x: Floats, y: Floats, weight: Floats, slope: float, resamples: int
     residuals = residuals * math.sqrt(count / (count - 2))
     block = max(1, round(count ** (1 / 3)))
     blocks = -(-count // block)
-    starts = np.random.default_rng(seed).integers(count, size=(resamples, blocks))
-    drawn = (starts[:, :, None] + np.arange(block)) % count
-    noise = residuals[drawn.reshape(resamples, -1)[:, :count]]
+    rng, at_once = np.random.default_rng(seed), max(1, _AT_ONCE // count)
+    slopes = list[Floats]()
+    for begin in range(0, resamples, at_once):
+        starts = rng.integers(count, size=(min(at_once, resamples - begin), blocks))
+        drawn = (starts[:, :, None] + np.arange(block)) % count
+        noise = residuals[drawn.reshape(len(starts), -1)[:, :count]]
+        slopes.append(_slope(x, noise, weight))
     edge = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(slope + _slope(x, noise, weight), [edge, 1 - edge])
+    low, high = np.quantile(slope + np.concatenate(slopes), [edge, 1 - edge])
     return float(low), float(high)
