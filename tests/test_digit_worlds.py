@@ -72,7 +72,9 @@ def test_what_cannot_be_drawn_or_read_is_refused_before_anything_is_started(tmp_
         ("objective.mixture=[{share: 0}]", r"objective.mixture\[0\].share=0.*: must be above 0"),
         ("model.hidden_size=161", r"model: hidden_size=161 must be an even multiple of num_heads=5"),
         ("model.depth=0", r"model.depth=0: must be 1 or more"),
-        ("data.num_latents=3", r"data.num_latents=3: a window has at least objective.latent_chunk_size=5"),
+        ("data.num_latents=3", r"latent_chunk_size=5: clips of digits \(data.num_latents\) have 3 latents; use chunks"),
+        ("objective.time_shift=0", r"objective.time_shift=0.0: must be a finite number above 0"),
+        ("objective={full_share: 1, growing_share: 0}", r"full_share=1.0 .* 7 chunks only, clips of digits .* 20 lat"),
         ("data.clips=0", r"data.clips=0: must be 1 or more"),
         ("codec.batch_size=0", r"codec.batch_size=0: must be 1 or more"),
         ("validation.every_steps=5", r"validation.every_steps=5: no clips are held out"),
@@ -80,7 +82,8 @@ def test_what_cannot_be_drawn_or_read_is_refused_before_anything_is_started(tmp_
         ("sampling={guidance_scale: high}", r"sampling.guidance_scale"),
         ("world.most_digits=3", r"model.model_max_length=24: .*most_digits=3 have up to 32 words and commas; use 32"),
     ):
-        words = [word, f"run_dir={tmp_path / 'run'}", "world.digit_weights=[]"]
+        length = ["data.num_latents=20"] * ("full_share" in word)
+        words = [word, *length, f"run_dir={tmp_path / 'run'}", "world.digit_weights=[]"]
         config = load_config(TrainConfig, CONFIGS / "embedded-gpu.yaml", words)
         with pytest.raises(ConfigError, match=message):
             train_command(config, [])

@@ -84,6 +84,8 @@ def test_a_dry_run_tells_of_the_bucket_that_needs_most(monkeypatch: pytest.Monke
     assert many["tflop_per_step"] > 2 * plain["tflop_per_step"]
     assert told("data.batch_sizes={32x48x8@24: 400}") == plain, "a bucket without clips gives no batch"
     index["buckets"].append({"bucket": "32x32x1@24", "clips": 5})
+    with pytest.raises(ConfigError, match=r"full_share=1\.0 .* 10 chunks only, clips of bucket 64x64x8@24 have 8"):
+        told("objective.full_share=1", "objective.growing_share=0", "objective.context_chunks=7")
     pictures = "data.batch_sizes={64x64x8@24: 1, 32x32x8@24: 1, 32x32x1@24: %d}"
     told("sequence_parallel=2", "model.num_heads=2", pictures % 2)
     for size, nearest in ((1, "2"), (3, "2 or 4")):

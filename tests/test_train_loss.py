@@ -17,7 +17,15 @@ from pavdm_dist.method.window import row_levels
 from pavdm_dist.request.sampling import SamplingParams
 from pavdm_dist.train.batch import draw_kind
 from pavdm_dist.train.loss import noised, velocity_loss
-from pavdm_dist.train.objective import Objective, TrainedMethod, TrainingWindow, draw_levels, draw_window, window_levels
+from pavdm_dist.train.objective import (
+    Objective,
+    TrainedMethod,
+    TrainingWindow,
+    WindowKind,
+    draw_levels,
+    draw_window,
+    window_levels,
+)
 from pavdm_dist.values.merging import load_config
 
 OFFICIAL = Objective()  # T = 30, W = 6, c = 5, one context chunk
@@ -215,7 +223,7 @@ def test_short_clips_train_the_ends_of_the_staircase(clip_chunks: int) -> None:
         for row in WindowPlan(30, 6, 5, 1, start, num_chunks=24).rows()  # type: ignore[arg-type]
     } | {(row.steps_left, len(row.context)) for row in WindowPlan(30, 6, 5, 1, "noise", num_chunks=1).rows()}
     assert {(window.row.steps_left, len(window.row.context)) for window in windows} <= sampled
-    with pytest.raises(ConfigError, match=r"full_share=1\.0 asks for windows of 7 chunks only, a clip has"):
+    with pytest.raises(ConfigError, match=r"full_share=1\.0 asks for windows of 7 chunks only, .* 35 latents or more"):
         draw_window(rng, replace(OFFICIAL, full_share=1.0, growing_share=0.0), clip_chunks)
 
 
@@ -293,6 +301,13 @@ def test_noised_context_has_the_level_that_is_told() -> None:
     [
         ({"method": "autoregressive"}, "window_chunks=6: method=autoregressive makes one chunk after another"),
         ({"method": "autoregressive", "window_chunks": 1}, r"together they must be 1"),
+        ({"window_chunks": 1}, r"growing_share=0\.45: .*=pavdm with window_chunks=1 do not drain; .* 2 or more"),
+        (
+            {"full_share": 0.5, "growing_share": 0.4, "mixture": [WindowKind(), WindowKind(window_chunks=1)]},
+            r"objective\.full_share=0\.5 and growing_share=0\.4: .* must be 1, or window_chunks 2 or more",
+        ),
+        ({"time_shift": -1.0}, r"^objective\.time_shift=-1\.0: must be a finite number above 0"),
+        ({"window_chunks": 7}, r"^objective\.window_chunks=7 does not divide"),
         ({"method": "replacement", "pattern": "random"}, "use objective.pattern=linear-shift"),
         ({"method": "replacement", "context_chunks": 0}, "goes on from clean chunks; use 1 or more"),
     ],
@@ -300,3 +315,25 @@ def test_noised_context_has_the_level_that_is_told() -> None:
 def test_windows_that_a_method_does_not_have_are_refused(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         Objective(**settings).kinds()
+
+
+@pytest.mark.parametrize("method", ["pavdm", "replacement", "autoregressive"])
+@pytest.mark.parametrize("context", [0, 1, 2])
+def test_clips_that_pass_the_check_hold_every_window_that_is_drawn(method: TrainedMethod, context: int) -> None:
+    for shares in ((1.0, 0.0), (0.5, 0.5), (0.0, 1.0)):
+        for window_chunks in (1,) if method == "autoregressive" else (1, 3):
+            objective = Objective(
+                6, window_chunks, 2, context, method=method, full_share=shares[0], growing_share=shares[1]
+            )
+            if method != "pavdm" and not context:
+                continue
+            objective.check()
+            for clip_chunks in range(7):
+                rng, drawn = np.random.default_rng(0), []
+                try:
+                    objective.check_clips("the test", 2 * clip_chunks)
+                except ConfigError:
+                    assert clip_chunks < (window_chunks + context if shares[0] == 1 else 1)
+                    continue
+                drawn = [draw_window(rng, objective, clip_chunks) for _ in range(40)]
+                assert all(window.num_chunks + window.offset <= clip_chunks for window in drawn)

@@ -200,6 +200,14 @@ def test_a_pretrained_model_is_finetuned(folder: Path, model: Path, tmp_path: Pa
             ["objective.latent_chunk_size=4"],
             r"latent_chunk_size=4: clips of bucket 32x32x3@12 have 3 latents",
         ),
+        (
+            ["objective.full_share=1", "objective.growing_share=0"],
+            r"full_share=1\.0 asks for windows of 4 chunks only, clips of bucket 32x32x3@12 have 3 .* 8 latents or",
+        ),
+        (
+            ["objective.mixture=[{latent_chunk_size: 1}, {latent_chunk_size: 4}]"],
+            r"latent_chunk_size=4: clips of bucket 32x32x3@12 have 3 latents; use chunks of at most 3, or longer clips",
+        ),
         (["model.caption_channels=48"], r"model\.caption_channels=48: the text encoder of .* gives"),
         (["data.model=embedded", "model.caption_channels=96"], r"was prepared with codec"),
         (["data.folder=nowhere"], "nowhere"),

@@ -66,11 +66,8 @@ def _check_data(config: TrainConfig) -> None:
             raise ConfigError(f"model: {error}") from error
     if not config.data.folder:
         world_of(config)
-        chunk = max(kind.latent_chunk_size for _, kind in kinds)
-        if config.data.num_latents < chunk:
-            raise ConfigError(
-                f"data.num_latents={config.data.num_latents}: a window has at least objective.latent_chunk_size={chunk}"
-            )
+        for _, kind in kinds:
+            kind.check_clips("digits (data.num_latents)", config.data.num_latents)
         Validation.check(config.validation, held_out=False)
     if TextOptions.of(config.data).given:
         data_model(config)

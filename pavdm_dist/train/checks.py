@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pavdm_dist.data.buckets import Bucket
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.train.objective import Objective
 from pavdm_dist.train.recompute import Recompute
 from pavdm_dist.train.run_log import check_trackers
 from pavdm_dist.train.save_reading import any_there
@@ -172,6 +173,22 @@ def check_pictures(config: TrainConfig, size: int, buckets: Iterable[Bucket]) ->
                 f" cannot be cut in frames, and so many do not divide among {size} processes{parts}: use"
                 f" {_nearest(value, unit)}"
             )
+
+
+def check_lengths(objective: Objective, buckets: Iterable[Bucket]) -> None:
+    """Refuses clips that some kind of the objective's windows cannot be drawn from; pictures have no windows.
+
+    Args:
+        objective: with its mixture.
+        buckets: those with clips.
+
+    Raises:
+        ConfigError: naming the field, its value and the nearest legal ones.
+    """
+    kinds = objective.kinds()
+    for bucket in buckets:
+        for _, kind in kinds if bucket.num_latents > 1 else ():
+            kind.check_clips(f"bucket {bucket}", bucket.num_latents)
 
 
 def _nearest(value: int, unit: int) -> str:

@@ -13,7 +13,7 @@ from pavdm_dist.data.buckets import Bucket
 from pavdm_dist.data.shards import read_index
 from pavdm_dist.models.base import Backbone, BlockContext, FrameInfo
 from pavdm_dist.models.text_cache import TextRun
-from pavdm_dist.train.checks import check_pictures, check_settings
+from pavdm_dist.train.checks import check_lengths, check_pictures, check_settings
 from pavdm_dist.train.lora_training import add_lora
 from pavdm_dist.train.model import shape_of
 from pavdm_dist.train.prepared import data_model
@@ -95,6 +95,7 @@ def _batches(config: TrainConfig, processes: int) -> tuple[int, list[_Batch]]:
     # As training does: a bucket without clips gives no batch.
     found = [Bucket.parse(entry["bucket"]) for entry in entries if entry["clips"]]
     check_pictures(config, processes, found)
+    check_lengths(config.objective, found)
     return spec.latent_channels, [
         _Batch(
             min(longest, bucket.num_latents),

@@ -126,8 +126,21 @@ class Objective:
         Raises:
             ConfigError: naming the field and the nearest legal values.
         """
-        settings_of(self.method, self.window_chunks, {"window_chunks": self.window_chunks})
-        self.plan("noise", 1)  # refuses what does not divide
+        try:
+            settings_of(self.method, self.window_chunks, {"window_chunks": self.window_chunks})
+            self.plan("noise", 1)  # refuses what does not divide
+            if self.time_shift is not None:
+                NoiseSchedule(self.num_inference_steps, self.time_shift)
+        except ConfigError as error:
+            raise ConfigError(f"objective.{error}") from error
+        drains = self.method != "autoregressive" and (self.method != "pavdm" or self.window_chunks > 1)
+        if not drains and self.full_share + self.growing_share < 1 - 1e-9:
+            more = "" if self.method == "autoregressive" else ", or window_chunks 2 or more"
+            raise ConfigError(
+                f"objective.full_share={self.full_share} and growing_share={self.growing_share}: windows of"
+                f" objective.method={self.method} with window_chunks={self.window_chunks} do not drain; together they"
+                f" must be 1{more}"
+            )
         if self.method == "pavdm":
             return
         if self.pattern != "linear-shift":
@@ -139,11 +152,33 @@ class Objective:
             raise ConfigError(
                 f"objective.context_chunks=0: objective.method={self.method} goes on from clean chunks; use 1 or more"
             )
-        if self.method == "autoregressive" and self.full_share + self.growing_share < 1 - 1e-9:
+
+    def check_clips(self, whose: str, num_latents: int) -> None:
+        """Refuses clips that are too short for every window that may be drawn.
+
+        Short clips train the ends of the staircase, as in the paper (App. E): where windows grow or drain, one chunk
+        is enough.
+
+        Args:
+            whose: the clips, for the message.
+            num_latents: latent frames of a clip.
+
+        Raises:
+            ConfigError: naming the field and the nearest legal values.
+        """
+        chunk, full = self.latent_chunk_size, self.full_share >= 1
+        if num_latents >= (self.window_latents if full else chunk):
+            return
+        if full:
             raise ConfigError(
-                f"objective.full_share={self.full_share} and growing_share={self.growing_share}: windows of"
-                " objective.method=autoregressive do not drain; together they must be 1"
+                f"objective.full_share={self.full_share} asks for windows of {self.window_latents // chunk} chunks"
+                f" only, clips of {whose} have {num_latents} latents: use {self.window_latents} latents or more, or"
+                " let windows grow and drain (objective.growing_share)"
             )
+        raise ConfigError(
+            f"objective.latent_chunk_size={chunk}: clips of {whose} have {num_latents} latents; use "
+            + (f"chunks of at most {num_latents}, or longer clips" if num_latents > 0 else "longer clips")
+        )
 
     def plan(self, start: Start, chunks: int) -> WindowPlan:
         """That of a video of so many chunks."""
@@ -204,15 +239,13 @@ def draw_window(rng: np.random.Generator, objective: Objective, clip_chunks: int
     Args:
         rng: the batch's generator.
         objective: shares of the kinds of windows.
-        clip_chunks: chunks in a training clip. Where a window would be longer, another is drawn: short clips train
-            the ends of the staircase, as in the paper (App. E).
+        clip_chunks: chunks in a training clip. Where a window would be longer, another is drawn.
 
     Raises:
-        ConfigError: no window fits into such a clip.
+        ConfigError: as :meth:`Objective.check_clips`.
     """
     o = objective
-    if clip_chunks < 1:
-        raise ConfigError(f"a clip of {clip_chunks} chunks: it must hold at least one chunk of {o.latent_chunk_size}")
+    o.check_clips(f"{clip_chunks} chunks", clip_chunks * o.latent_chunk_size)
     growth = o.num_inference_steps
     while True:
         draw, start = rng.random(), _start(o)
@@ -235,11 +268,6 @@ def draw_window(rng: np.random.Generator, objective: Objective, clip_chunks: int
         spare = clip_chunks - len(row.window)
         if spare >= 0:
             break
-        if o.full_share >= 1:
-            raise ConfigError(
-                f"objective.full_share={o.full_share} asks for windows of {len(row.window)} chunks only, a clip has "
-                f"{clip_chunks}: use longer clips or let windows grow and drain (objective.growing_share)"
-            )
         if clip_chunks < 1 + o.context_chunks:  # only the first chunk of a video fits
             plan = o.plan("noise", 1)
             row, start, spare = plan.row(int(rng.integers(growth))), "noise", 0

@@ -20,7 +20,7 @@ from pavdm_dist.data.shards import pad_texts
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.train.batch import Batch, Batches, draw_kind, draw_prompts
-from pavdm_dist.train.checks import check_pictures
+from pavdm_dist.train.checks import check_lengths, check_pictures
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.loss import noised
 from pavdm_dist.train.model import Text, shape_of
@@ -51,7 +51,7 @@ class VideoBatches:
         text_len: tokens of a text that the model reads; what is longer is cut, and said.
 
     Raises:
-        ConfigError: a batch size for a bucket that is not there, or clips that hold less than a chunk.
+        ConfigError: a batch size for a bucket that is not there, or clips that are too short for the objective.
     """
 
     def __init__(
@@ -79,13 +79,7 @@ class VideoBatches:
             [(share, kind.at_size(bucket.height, bucket.width)) for share, kind in objective.kinds()]
             for bucket in clips.buckets
         ]
-        for bucket, kinds in zip(clips.buckets, self._kinds, strict=True):
-            most = max(kind.latent_chunk_size for _, kind in kinds)
-            if 1 < bucket.num_latents < most:
-                raise ConfigError(
-                    f"objective.latent_chunk_size={most}: clips of bucket {bucket} have {bucket.num_latents} latents; "
-                    f"use chunks of at most {bucket.num_latents}, or longer clips"
-                )
+        check_lengths(objective, [b for b, count in zip(clips.buckets, clips.counts, strict=True) if count])
         self._ahead: Prefetch[Batch] | None = None
         self._next: tuple[int, int, int] | None = None
 
