@@ -104,9 +104,11 @@ def _compared(args: argparse.Namespace) -> list[str]:
     failed += unmeasured.values()
     result = {"machine": machine(), "seconds": frames / FPS, "failed": failed, **result_of(videos, jobs)}
     result["settings"] = {one.name: list(one.words) for one in variants}
-    if args.output is not None and videos:
-        write_all(args.output, result, videos, unmeasured, args.shown)
-    print(json.dumps(result) if args.json else table(result))
+    try:
+        if args.output is not None and videos:
+            write_all(args.output, result, videos, unmeasured, args.shown)
+    finally:  # a report that cannot be made, or is not waited for, costs no numbers
+        print(json.dumps(result) if args.json else table(result))
     return failed
 
 

@@ -18,7 +18,7 @@ from pavdm_dist.evaluate.command import write_report
 from pavdm_dist.evaluate.drift import mean_interval, ratio_interval
 from pavdm_dist.evaluate.features import frechet_distance
 from pavdm_dist.evaluate.measured import Measured
-from pavdm_dist.evaluate.page import MOMENTS, moments, page, side_by_side
+from pavdm_dist.evaluate.page import MOMENTS, page, pictures_of, side_by_side
 from pavdm_dist.evaluate.plots import overview, plots
 from pavdm_dist.evaluate.report import by_group, summary, whole_rows
 from pavdm_dist.io.storage import atomic_write
@@ -226,8 +226,8 @@ def write_all(
 
 
 def sheet(title: str, videos: Sequence[Measured]) -> bytes:
-    """Frames of one prompt, a row for every group and a column for every moment, as PNG."""
-    rows = [(video.group, moments(video.video)) for video in videos]
+    """Frames of one prompt, a row for every group and a column for every moment, as PNG; none of an unreadable one."""
+    rows = [(video.group, pictures_of(video.video)[0]) for video in videos]
     side = 64 * _ZOOM
     columns = [moment for moment in MOMENTS if any(moment in dict(frames) for _, frames in rows)]
     size = (_NAME + len(columns) * (side + 4), 2 * _LINE + len(rows) * (side + 4))

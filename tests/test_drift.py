@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
+import os
 import queue
 import signal
 import sys
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from needs import needs
+from PIL import Image
 
 from pavdm_dist.commands.signals import ENDING, Stopped
 from pavdm_dist.errors import ConfigError
@@ -342,6 +345,32 @@ def test_what_every_method_is_given_a_variant_may_say_otherwise(
     configs = {job.variant.name: modules["drift_videos"].config_of(job) for job in made}
     given = {name: (one.num_inference_steps, one.guidance_scale) for name, one in configs.items()}
     assert given == {"pavdm": (12, 2), "fifo": (12, 2), "more": (30, 2)}
+
+
+@pytest.mark.usefixtures("handlers", "measures_in_process")
+def test_a_report_that_is_not_waited_for_costs_no_numbers(
+    modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for job in modules["drift_videos"].jobs_of(
+        tmp_path / "w", modules["drift_videos"].variants_of(["real"], [], [], []), 1, 1, 24, None
+    ):
+        modules["drift_videos"]._refer(job)
+    monkeypatch.setattr(modules["drift_report"], "page", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    words = ["--work", str(tmp_path / "w"), "--methods", "real", "--prompts", "1", "--seeds", "1", "--seconds", "1"]
+    monkeypatch.setattr(sys, "argv", ["drift.py", *words, "--output", str(tmp_path / "out"), "--json"])
+    with pytest.raises(SystemExit) as ended:
+        modules["drift"].main()
+    captured = capsys.readouterr()
+    assert ended.value.code == 128 + signal.SIGINT and "the same command goes on" in captured.err
+    assert json.loads(captured.out)["groups"][0]["videos"] == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_sheet_does_without_a_video_that_is_gone(videos: ModuleType, report: ModuleType, tmp_path: Path) -> None:
+    jobs = videos.jobs_of(tmp_path, videos.variants_of(["real", "pavdm"], [], [], []), 1, 1, 48, None)
+    videos._refer(jobs[0])
+    png = report.sheet("a film", [made_up(job, [1.0] * 6, [0.1] * 6) for job in jobs])
+    with Image.open(io.BytesIO(png)) as drawn:
+        assert drawn.size[0] == report._NAME + 64 * report._ZOOM + 4, "the one moment of the one that is there"
 
 
 @pytest.mark.usefixtures("handlers")

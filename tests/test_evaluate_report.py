@@ -16,7 +16,9 @@ import pytest
 
 from pavdm_dist.cli import main
 from pavdm_dist.commands.signals import Stopped
+from pavdm_dist.errors import MediaError
 from pavdm_dist.evaluate import command
+from pavdm_dist.evaluate import page as page_module
 from pavdm_dist.evaluate.command import _videos
 from pavdm_dist.evaluate.measured import Measured
 from pavdm_dist.io.video import export_to_video
@@ -82,6 +84,73 @@ def test_ctrl_c_leaves_what_was_measured(
     assert "interrupted: 2 of 3 videos are not measured" in captured.err
     report = json.loads(captured.out)
     assert len(report["videos"]) == 1 and json.loads((tmp_path / "out" / "report.json").read_text()) == report
+
+
+def test_ctrl_c_while_the_page_is_made_leaves_what_was_measured(
+    film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A signal as the terminal sends it, amidst the frames that the page shows."""
+    monkeypatch.setattr(page_module, "moments", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    out = tmp_path / "out"
+    assert main(["eval", str(film), *_OFF, f"output={out}", "--json"]) == 128 + signal.SIGINT
+    captured = capsys.readouterr()
+    assert f"interrupted: output={out} was still being made" in captured.err
+    assert len(json.loads(captured.out)["videos"]) == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_second_ctrl_c_ends_the_report_and_loses_nothing(
+    film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "b.mp4").write_bytes(b"")
+    measured = command.measure
+
+    def interrupts(number: int, result: Any) -> Any:
+        if number:
+            raise Stopped(number)
+        return result
+
+    monkeypatch.setattr(
+        command, "measure", lambda path, *rest: interrupts(15 * path.endswith("b.mp4"), measured(str(film), *rest))
+    )
+    monkeypatch.setattr(command, "page", lambda *_: interrupts(signal.SIGINT, ""))
+    words = ["eval", str(film), str(tmp_path / "b.mp4"), *_OFF, f"output={tmp_path / 'out'}", "--json"]
+    assert main(words) == 128 + signal.SIGTERM
+    captured = capsys.readouterr()
+    assert "interrupted: 1 of 2 videos are not measured" in captured.err
+    assert len(json.loads(captured.out)["videos"]) == 1
+
+
+@pytest.mark.parametrize("part", ["plots", "page", "write_report"])
+def test_a_fault_while_the_report_is_made_is_told_after_what_was_measured(
+    part: str, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks(*_: object) -> None:
+        raise ZeroDivisionError("inside")
+
+    monkeypatch.setattr(command, part, breaks)
+    with pytest.raises(ZeroDivisionError) as fault:  # which ends a process with its traceback and status 1
+        main(["eval", str(film), *_OFF, f"output={tmp_path / 'out'}", "--json"])
+    assert fault.traceback[-1].name == "breaks"
+    assert len(json.loads(capsys.readouterr().out)["videos"]) == 1
+
+
+@pytest.mark.parametrize("fault", [ZeroDivisionError("inside"), MediaError("a.mp4: is gone")])
+def test_a_video_that_cannot_be_shown_costs_its_own_pictures(
+    fault: Exception, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = page_module.moments
+
+    def breaks(path: str) -> list[tuple[float, bytes]]:
+        if path.endswith("a.mp4"):
+            raise fault
+        return shown(path)
+
+    monkeypatch.setattr(page_module, "moments", breaks)
+    for name in "ab":
+        (tmp_path / f"{name}.mp4").write_bytes(film.read_bytes())
+    assert main(["eval", str(tmp_path), *_OFF, f"output={tmp_path / 'out'}"]) == 0
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert text.count('<img alt="at 1 s"') == 1 and str(fault) in text.split("Measured, and not shown")[1]
 
 
 def test_where_no_report_can_be_written_is_said_before_anything_is_measured(

@@ -11,9 +11,12 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pavdm_dist.errors import ConfigError, FailedVideosError, PAVDMError
 from pavdm_dist.evaluate.measured import Measured, features_of, measure
-from pavdm_dist.evaluate.official import open_official
+from pavdm_dist.evaluate.official import Official, open_official
 from pavdm_dist.evaluate.page import page
 from pavdm_dist.evaluate.plots import check_matplotlib, plots
 from pavdm_dist.evaluate.report import summary, whole_rows
@@ -29,8 +32,8 @@ _REPORT, _PAGE, _PLOTS = "report.json", "report.html", "plots"
 _OWN = (_REPORT, _PAGE, _PLOTS, "drift.json")
 
 
-def eval_report(config: EvalConfig, overwrite: bool) -> tuple[dict[str, Any], PAVDMError | KeyboardInterrupt | None]:
-    """Measures every video. What was measured is not lost: not by Ctrl-C, nor by a report that cannot be written.
+def eval_report(config: EvalConfig, overwrite: bool) -> tuple[dict[str, Any], Exception | KeyboardInterrupt | None]:
+    """Measures every video. What was measured is not lost: not by Ctrl-C, nor by a report that cannot be made.
 
     Args:
         config: settings.
@@ -39,8 +42,8 @@ def eval_report(config: EvalConfig, overwrite: bool) -> tuple[dict[str, Any], PA
     Returns:
         ``videos`` (as :meth:`~pavdm_dist.evaluate.measured.Measured.as_json`), ``failed``, ``whole``, ``summary`` and,
         by their settings, the user's ``networks`` where some are named;
-        and what the command is to end with: where some could not be measured, it was interrupted, or the report could
-        not be written in the end.
+        and what the command is to end with: where it was interrupted, the report could not be made in the end (an
+        error that is none of this package's is a fault of it, and has its traceback), or some could not be measured.
 
     Raises:
         ConfigError: no video is named, a setting asks for what is not installed, or there can be no report.
@@ -60,44 +63,69 @@ def eval_report(config: EvalConfig, overwrite: bool) -> tuple[dict[str, Any], PA
     measured: list[Measured] = []
     failed: list[dict[str, str]] = []
     stopped: KeyboardInterrupt | None = None
-    for path in paths:
-        try:
-            # Features take a megabyte for every minute, and are in what they were compared with.
-            measured.append(replace(measure(path, config, reference, official), features=None))
-        except KeyboardInterrupt as interrupt:
-            left = len(paths) - len(measured) - len(failed)
-            stopped = interrupt
-            stopped.args = (f"{left} of {len(paths)} videos are not measured",)
-            break
-        except PAVDMError as error:
-            logger.warning("not measured: %s", error)
-            failed.append({"video": path, "error": str(error)})
-        except Exception as error:  # of a decoder or detector: one file must not end the measuring of thousands
-            logger.exception("not measured: %s", path)
-            failed.append({"video": path, "error": f"{path}: {type(error).__name__}: {error}"})
-    rows = summary(measured)
+    try:
+        for path in paths:
+            _measure_one(path, config, reference, official, measured, failed)
+    except KeyboardInterrupt as interrupt:
+        left = len(paths) - len(measured) - len(failed)
+        stopped = interrupt
+        stopped.args = (f"{left} of {len(paths)} videos are not measured",)
     report: dict[str, Any] = {
         "videos": [video.as_json() for video in measured],
         "failed": failed,
         "whole": whole_rows(measured),
-        "summary": rows,
+        "summary": summary(measured),
     }
     if official:
         report["networks"] = {own.field: own.network.about for own in official}
+    unwritten = None
     if config.output is not None and measured:
-        drawn = plots(measured)
-        text = page(measured, failed, rows, drawn, config.shown)
-        try:
-            write_report(Path(config.output), report, text, drawn, overwrite)
-        except ConfigError as error:
-            return report, error
-    if stopped is not None:
-        return report, stopped
+        unwritten = _reported(Path(config.output), report, measured, config.shown, overwrite)
+    # Whoever ended the measuring may end the report, too: then it is said what is not measured.
+    ended = unwritten if isinstance(unwritten, Exception) else stopped or unwritten
+    if ended is not None:
+        return report, ended
     if not failed:
         return report, None
     first = f"{failed[0]['error']}"
     message = f"{len(failed)} of {len(paths)} videos could not be measured; the first: {first}"
     return report, FailedVideosError(message, len(failed))
+
+
+def _measure_one(
+    path: str,
+    config: EvalConfig,
+    reference: NDArray[np.float64] | None,
+    official: Sequence[Official],
+    measured: list[Measured],
+    failed: list[dict[str, str]],
+) -> None:
+    """Adds a video to ``measured``, or to ``failed`` where it cannot be."""
+    try:
+        # Features take a megabyte for every minute, and are in what they were compared with.
+        measured.append(replace(measure(path, config, reference, official), features=None))
+    except PAVDMError as error:
+        logger.warning("not measured: %s", error)
+        failed.append({"video": path, "error": str(error)})
+    except Exception as error:  # of a decoder or detector: one file must not end the measuring of thousands
+        logger.exception("not measured: %s", path)
+        failed.append({"video": path, "error": f"{path}: {type(error).__name__}: {error}"})
+
+
+def _reported(
+    folder: Path, report: dict[str, Any], measured: Sequence[Measured], shown: int, overwrite: bool
+) -> Exception | KeyboardInterrupt | None:
+    """Draws plots and page and writes them; what ended that, which must not cost what took hours to measure."""
+    try:
+        drawn = plots(measured)
+        text = page(measured, report["failed"], report["summary"], drawn, shown)
+        write_report(folder, report, text, drawn, overwrite)
+    except KeyboardInterrupt as interrupt:
+        interrupt.args = (f"output={folder} was still being made",)
+        return interrupt
+    except Exception as error:
+        return error
+    return None
 
 
 def for_people(report: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from pavdm_dist.errors import MediaError
 from pavdm_dist.evaluate.measured import Measured
 from pavdm_dist.evaluate.report import by_group, whole_rows
 from pavdm_dist.io.reader import open_video
+
+logger = logging.getLogger(__name__)
 
 # Seconds whose frames stand side by side, as far as a video has them.
 MOMENTS = (1.0, 15.0, 30.0, 45.0, 60.0)
@@ -44,6 +47,18 @@ def moments(path: str) -> list[tuple[float, bytes]]:
         if wanted and last is not None and last[0] >= wanted[0] - half:
             found.append((wanted[0], _png(Image, reader.picture(last[1], None))))
     return found
+
+
+def pictures_of(path: str) -> tuple[list[tuple[float, bytes]], str | None]:
+    """As :func:`moments`; of a video that cannot be shown none, and why: it costs no other's pictures."""
+    try:
+        return moments(path), None
+    except MediaError as error:
+        logger.warning("not shown: %s", error)
+        return [], str(error)
+    except Exception as error:  # of a decoder
+        logger.exception("not shown: %s", path)
+        return [], f"{path}: {type(error).__name__}: {error}"
 
 
 def _png(image: Any, picture: Any) -> bytes:
@@ -79,13 +94,13 @@ def page(
     takes = side_by_side(videos)
     names = dict.fromkeys(row["measure"] for row in rows)
     measures = {name: place for place, name in enumerate(names)}
+    unseen: list[Mapping[str, str]] = []
     for title, own in list(takes.items())[:shown]:
         lines = []
         for video in own:
-            try:
-                frames = moments(video.video)
-            except MediaError as error:
-                frames, failed = [], [*failed, {"video": video.video, "error": str(error)}]
+            frames, error = pictures_of(video.video)
+            if error is not None:
+                unseen.append({"video": video.video, "error": error})
             pictures = "".join(f"<td>{_picture(time, png)}</td>" for time, png in frames)
             name = f'<th title="{html.escape(video.video)}">{html.escape(video.group)}</th>'
             lines.append(f"<tr>{name}{pictures}</tr>")
@@ -99,6 +114,8 @@ def page(
         f"<p>{_LEGEND}</p>",
         _table(sorted(rows, key=lambda row: measures[row["measure"]])),
     ]
+    if unseen:
+        parts += ["<h2>Measured, and not shown</h2>", _table(unseen)]
     if failed:
         parts += ["<h2>Not measured</h2>", _table(failed)]
     return _PAGE.format(body="\n".join(parts))
