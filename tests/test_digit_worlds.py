@@ -11,6 +11,7 @@ import pytest
 import torch
 from needs import needs
 from training import TINY, tiny_codec, write_clips
+from wan_models import trainable_folder
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.train import dry_run_command, train_command, training_data
@@ -89,6 +90,16 @@ def test_what_cannot_be_drawn_or_read_is_refused_before_anything_is_started(tmp_
             train_command(config, [])
         with pytest.raises(ConfigError, match=message):
             dry_run_command(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_reads_a_frozen_encoders_texts_does_not_train_on_digits(tmp_path: Path) -> None:
+    model = trainable_folder(tmp_path / "model")
+    (model / "text_encoder" / "config.json").write_text('{"architectures": ["UMT5EncoderModel"], "d_model": 12}')
+    config = load_config(TrainConfig, None, [f"model.pretrained={model}", f"run_dir={tmp_path / 'run'}"])
+    for refuse in (lambda: train_command(config, []), lambda: dry_run_command(config)):
+        with pytest.raises(ConfigError, match=r"model\.pretrained=.*: reads texts that .*; name data\.folder$"):
+            refuse()
     assert not (tmp_path / "run").exists()
 
 

@@ -53,10 +53,13 @@ def world_of(config: TrainConfig) -> DigitWorld:
 
 
 def _check_words(pretrained: str, world: DigitWorld) -> None:
-    """Refuses a model that does not know the world's words, or reads fewer than its prompts have."""
+    """Refuses a model that reads no words, does not know the world's, or reads fewer than its prompts have."""
     encoder = Checkpoint.open(pretrained).text_encoder
     if not isinstance(encoder, WordTextEncoder):
-        return
+        raise ConfigError(
+            f"model.pretrained={pretrained}: reads texts that a frozen encoder makes, which the digit world has none"
+            " of; name data.folder"
+        )
     if encoder.max_length < world.longest_prompt:
         raise ConfigError(
             f"world.most_digits={world.most_digits}: prompts have up to {world.longest_prompt} words and commas,"
