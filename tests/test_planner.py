@@ -34,10 +34,12 @@ from pavdm_dist.request.video_request import VideoRequest
 SMALL = ClusterConfig(devices=8, tflops=0.02)
 
 
-def planned(cluster: ClusterConfig, chunks: int = 20, **chosen: object) -> tuple[Setup, list[Setup], str]:
+def planned(
+    cluster: ClusterConfig, chunks: int = 20, decoder: str | None = None, **chosen: object
+) -> tuple[Setup, list[Setup], str]:
     checkpoint = Checkpoint.open("embedded")
     params = SamplingParams.resolve(checkpoint, **chosen)
-    return choose(checkpoint, params, params.plan(chunks), cluster)
+    return choose(checkpoint, params, params.plan(chunks), cluster, decoder=decoder)
 
 
 def test_one_video_takes_stages() -> None:
@@ -54,6 +56,40 @@ def test_many_videos_take_replicas() -> None:
     best, _, why = planned(replace(SMALL, videos=16))
     assert (best.replicas, best.num_stages) == (8, 1)
     assert "plain replicas" in why
+
+
+def test_replicas_without_a_video_are_idle() -> None:
+    for devices, videos, share in ((2, 3, 3 / 4), (4, 5, 5 / 8), (4, 8, 1.0)):
+        best, _, _ = planned(replace(SMALL, devices=devices, videos=videos, tflops=0.02), mode="window")
+        if best.num_stages == 1:
+            assert best.utilisation == pytest.approx(share)
+
+
+def test_units_are_as_large_as_fits() -> None:
+    """Larger ones are faster where every block has an overhead, and need more memory."""
+    slow = replace(SMALL, devices=1, block_overhead_ms=1.0)
+    ample = planned(slow, mode="causal")[0]
+    assert ample.chunks_per_unit > 1
+    small = planned(replace(SMALL, devices=1), mode="causal")[0]
+    tight = replace(slow, memory_gib=(ample.peak_gib + small.peak_gib) / 2)
+    found = planned(tight, mode="causal")[0]
+    assert 1 <= found.chunks_per_unit < ample.chunks_per_unit and found.peak_gib <= tight.memory_gib
+    with pytest.raises(ConfigError, match=f"the leanest set-up on 1 devices needs {small.peak_gib:.3g} GiB"):
+        planned(replace(slow, memory_gib=0.9 * small.peak_gib), mode="causal")
+
+
+@pytest.mark.parametrize(
+    ("devices", "decoder", "why"),
+    [(1, None, "the model fits one device"), (2, "cuda", "one device samples and one decodes")],
+)
+def test_what_had_no_alternative_is_not_called_faster(devices: int, decoder: str | None, why: str) -> None:
+    assert planned(replace(SMALL, devices=devices), decoder=decoder)[2].startswith(why)
+
+
+def test_slow_links_are_no_gain() -> None:
+    """Sends that are waited for hold several videos up as they do one."""
+    best, setups, _ = planned(ClusterConfig(devices=3, videos=7), 36, "cuda", mode="causal")
+    assert best.num_stages == 1 and {setup.num_stages for setup in setups} == {1, 2}
 
 
 def test_a_model_that_does_not_fit_is_split() -> None:
@@ -186,9 +222,7 @@ def test_costs_are_those_of_the_rows() -> None:
 
 
 def decoded(cluster: ClusterConfig, decoder: str | None, **chosen: object) -> Setup:
-    checkpoint = Checkpoint.open("embedded")
-    params = SamplingParams.resolve(checkpoint, **chosen)
-    return choose(checkpoint, params, params.plan(20), cluster, decoder=decoder)[0]
+    return planned(cluster, decoder=decoder, **chosen)[0]
 
 
 def test_the_decoder_is_a_station() -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from plans import legal_plans, many
 
 from pavdm_dist.cli import main
+from pavdm_dist.commands import simulate as simulate_command
 from pavdm_dist.engine.order import Join, epochs
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.microbatches import WHOLE, Displaced, MicroBatches
@@ -242,12 +243,50 @@ def test_the_command_prints_one_object_and_draws(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["mode=window"],
+        ["mode=causal", "chunks_per_unit=3"],
+        ["mode=causal", "context=false", "videos=3"],
+        ["mode=displaced", "displaced.context_refresh=step"],
+        ["method=fifo"],
+        ["method=replacement"],
+    ],
+)
+def test_the_most_that_is_named_is_simulated(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulate_command, "MAX_UNITS", 20_000)
+    assert main(["simulate", *words, "chunks=500000"]) == 2
+    said = capsys.readouterr().err
+    most = int(said.split("use chunks=")[1].split(" ")[0])
+    assert main(["simulate", *words, f"chunks={most + 1}"]) == 2
+    capsys.readouterr()
+    assert main(["simulate", "--json", *words, f"chunks={most}"]) == 0
+    units = json.loads(capsys.readouterr().out)["units"] * 2
+    assert units <= 20_000
+    if "mode=displaced" not in words:  # whose exact rows have fewer
+        assert units > 20_000 * 0.9
+
+
+def test_where_one_chunk_is_too_much_videos_are_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulate_command, "MAX_UNITS", 2_000)
+    assert main(["simulate", "videos=100", "chunks=3"]) == 2
+    assert "use videos=16 or less with chunks=1" in capsys.readouterr().err
+    assert main(["simulate", "videos=16", "chunks=1"]) == 0
+    assert main(["simulate", "videos=17", "chunks=1"]) == 2
+
+
+@pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["mode=circular"], "mode=circular: must be window, causal or displaced"),
         (["num_stages=65"], "num_stages=65: must be 1 to 64"),
         (["num_stages=0"], "num_stages=0: must be 1 to 64"),
         (["stage_seconds=[1,2,3]"], "needs num_stages=2 entries"),
+        (["stage_seconds=[5,1]", "unit_cost=true"], "unit_cost=true: every unit costs 1, and stage_seconds=[5.0, 1.0]"),
         (["num_stages=10000000000"], "num_stages=10000000000: must be 1 to 64"),
         (["stage_seconds=[1,0]"], "stage_seconds[1]=0.0: must be above 0"),
         (["stage_seconds=[1e308,1e308]"], "stage_seconds[0]=1e+308: must be above 0 and at most 1,000,000"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
 from pavdm_dist.config import DisplacedConfig
+from pavdm_dist.engine.transport import OUTSTANDING
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.baselines import CONTINUES, block_chunks, settings_of
 from pavdm_dist.method.microbatches import Displaced, check_chunks_per_unit, check_displaced
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.planning.chart import check_chart, draw_chart
+from pavdm_dist.planning.forecast import most_units
 from pavdm_dist.planning.simulator import MAX_STAGES, Machine, Result, bars, of_trace, simulate
 from pavdm_dist.values.fields import Steps, UnitChunks, WindowChunks, Within
 
@@ -46,7 +49,7 @@ class SimulateConfig:
     stage_seconds: list[_Time] | None = None  # of one chunk through each stage; None = 1 through all, evenly
     link_latency_s: _Wait = 0.0
     link_chunk_s: _Wait = 0.0  # time one chunk's hidden states occupy a link
-    outstanding: Annotated[int, Within(1)] = 2  # sends under way before a stage waits
+    outstanding: Annotated[int, Within(1)] = OUTSTANDING  # sends under way before a stage waits
     decode_seconds: _Wait = 0.0  # of a finished chunk, in a decoder beside the stages; 0 = without one
     chart: str | None = None  # .png of what every stage did when
     trace: str | None = None  # of a real run (pavdm sample ... trace=FILE): sum that up and draw it instead
@@ -70,6 +73,10 @@ def simulate_report(config: SimulateConfig) -> dict[str, Any]:
     stages = config.num_stages
     if config.stage_seconds is not None and len(config.stage_seconds) != stages:
         raise ConfigError(f"stage_seconds={config.stage_seconds}: needs num_stages={stages} entries")
+    if config.stage_seconds is not None and config.unit_cost:
+        raise ConfigError(
+            f"unit_cost=true: every unit costs 1, and stage_seconds={config.stage_seconds} would not count; give one"
+        )
     seconds = config.stage_seconds or [1 / stages] * stages
     machine = Machine(
         tuple(seconds),
@@ -81,13 +88,6 @@ def simulate_report(config: SimulateConfig) -> dict[str, Any]:
     )
     plan = _plan(config)
     videos = config.streams if config.videos is None else config.videos
-    micro_batches = plan.num_calls if config.mode == "window" else plan.num_rows * plan.window_chunks
-    units = micro_batches * videos * config.branches * stages
-    if units > MAX_UNITS:
-        raise ConfigError(
-            f"chunks={config.chunks}: {units} units of {videos} video(s) are too many to simulate one by one; use"
-            f" chunks={max(1, config.chunks * MAX_UNITS // units)} or less, or fewer videos"
-        )
     displaced = Displaced(**asdict(config.displaced))
     check_displaced(config.mode, displaced)
     check_chunks_per_unit(config.mode, plan, config.chunks_per_unit)
@@ -96,6 +96,7 @@ def simulate_report(config: SimulateConfig) -> dict[str, Any]:
             f"displaced.adaptive={displaced.adaptive}: depends on what the model computes; give"
             " displaced.resync_every_steps as often as you expect it"
         )
+    _check_units(config, plan, displaced, videos)
     together = config.chunks_per_unit
     result = simulate([plan] * videos, config.mode, config.branches, config.streams, machine, displaced, together)
     settings: dict[str, Any] = {
@@ -106,6 +107,28 @@ def simulate_report(config: SimulateConfig) -> dict[str, Any]:
     if plan.is_partitioned:
         settings |= {"partitions": plan.partitions, "lookahead": plan.lookahead}
     return {**settings, **_report(result, config.chart)}
+
+
+def _check_units(config: SimulateConfig, plan: WindowPlan, displaced: Displaced, videos: int) -> None:
+    """Refuses what would take minutes, with the most that is simulated."""
+
+    def units(chunks: int) -> int:
+        """Of one video of so many chunks, on all stages."""
+        shorter = replace(plan, num_chunks=chunks)
+        micro_batches = most_units(shorter, config.mode, displaced, config.chunks_per_unit)
+        return micro_batches * config.branches * config.num_stages
+
+    wanted = units(config.chunks) * videos
+    if wanted <= MAX_UNITS:
+        return
+    most = bisect_right(range(1, config.chunks), MAX_UNITS, key=lambda chunks: units(chunks) * videos)
+    name = "streams" if config.videos is None else "videos"
+    use = f"chunks={most} or less, or fewer videos" if most else f"{name}={max(1, MAX_UNITS // units(1))} or less"
+    if not most and config.chunks > 1:
+        use += " with chunks=1"
+    raise ConfigError(
+        f"chunks={config.chunks}: {wanted} units of {videos} video(s) are too many to simulate one by one; use {use}"
+    )
 
 
 def _plan(config: SimulateConfig) -> WindowPlan:

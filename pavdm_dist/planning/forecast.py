@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 
+from pavdm_dist.engine.transport import OUTSTANDING
 from pavdm_dist.method.microbatches import Displaced, MicroBatches
 from pavdm_dist.method.sampler import num_branches
 from pavdm_dist.method.schedule import Mode, PlanRow, WindowPlan
@@ -46,16 +47,20 @@ class UnitTime:
         stages: on each stage.
         link: time it occupies the link between two stages.
         latency: from the end of a send to the receiver having it.
+        outstanding: sends a stage may have under way before it waits.
     """
 
     stages: Sequence[float]
     link: float = 0.0
     latency: float = 0.0
+    outstanding: int = OUTSTANDING
 
     @property
     def pace(self) -> float:
         """From one micro-batch to the next."""
-        return max(*self.stages, self.link if len(self.stages) > 1 else 0.0)
+        if len(self.stages) == 1:
+            return self.stages[0]
+        return max(*self.stages, self.link, (self.link + self.latency) / self.outstanding)
 
     @property
     def way(self) -> float:
@@ -116,6 +121,18 @@ def calls_of(params: SamplingParams, plan: WindowPlan) -> Calls:
                 if not first and row.emits and row.emits[0] in batches.moved(row, part):
                     first = calls
     return Calls(calls, chunks * plan.latent_chunk_size, first, _per_chunk(batches))
+
+
+def most_units(plan: WindowPlan, mode: Mode, displaced: Displaced | None = None, chunks_per_unit: int = 1) -> int:
+    """Micro-batches of one branch of a video; in mode displaced at most, as if no row but the first were exact."""
+    never = replace(
+        displaced or Displaced(), resync_every_steps=None, exact_steps=0, exact_growing=False, adaptive=None
+    )
+    batches = MicroBatches(plan, mode, 0, replace(never, exact_draining=False), chunks_per_unit=chunks_per_unit)
+    step = plan.steps_per_shift
+    return sum(
+        len(batches.parts(n)) * (rows // step) for begin, rows in _shifts(plan) for n in range(begin, begin + step)
+    )
 
 
 def _shifts(plan: WindowPlan) -> Iterator[tuple[int, int]]:

@@ -85,13 +85,14 @@ def _chosen(workload: Workload, cluster: ClusterConfig) -> tuple[Setup, list[Set
     limit = min((cluster.devices or 1) - workload.decoder_devices, MAX_STAGES, spec.num_blocks)
     sizes = {mode: _sizes(mode, workload, cluster) for mode in modes}
     setups = [
-        min((workload.setup(mode, stages, cluster, size) for size in sizes[mode]), key=lambda setup: setup.seconds)
+        [workload.setup(mode, stages, cluster, size) for size in sizes[mode]]
         for mode in modes
         for stages in range(1, limit + 1)
     ]
-    fitting = [setup for setup in setups if setup.peak_gib <= cluster.memory_gib]
+    fits = [[setup for setup in alike if setup.peak_gib <= cluster.memory_gib] for alike in setups]
+    fitting = [min(alike, key=lambda setup: setup.seconds) for alike in fits if alike]
     if not fitting:
-        least = min(setup.peak_gib for setup in setups)
+        least = min(setup.peak_gib for alike in setups for setup in alike)
         raise ConfigError(
             f"cluster.memory_gib={cluster.memory_gib:g}: the leanest set-up on {cluster.devices} devices needs"
             f" {least:.3g} GiB on one of them"
@@ -120,8 +121,12 @@ def _check(cluster: ClusterConfig) -> None:
 
 def _why(best: Setup, setups: list[Setup], cluster: ClusterConfig) -> str:
     if best.num_stages == 1:
-        if best.replicas == 1 and cluster.devices != 1:
-            return "one device does it as fast as several would"
+        if best.replicas == 1 and len({setup.num_stages for setup in setups}) > 1:
+            return "one stage does it as fast as several would"
+        if best.replicas == 1 and best.decoder_devices:
+            return "one device samples and one decodes; more stages would need more devices"
+        if best.devices == cluster.devices == 1:
+            return "the model fits one device"
         return "the model fits one device, so plain replicas do the most work: every pipeline idles at its ends"
     alone = [setup for setup in setups if setup.num_stages == 1]
     if not alone:

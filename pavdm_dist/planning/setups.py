@@ -42,7 +42,7 @@ class Setup:
             ``decoder=shared`` takes there.
         seconds: until all videos are sampled and decoded.
         seconds_per_video: from a video's admission to its last chunk, with its neighbours in flight.
-        utilisation: of the devices in use.
+        utilisation: of the stages of all replicas, 0..1; of what has no video left, too.
         device_hours: of all devices in use.
         decoder_devices: devices of a replica that only decode.
         decode_seconds: of a chunk on a decoder beside the stages; 0 without one.
@@ -130,7 +130,7 @@ class Workload:
             memory_gib=tuple(size / GIB for size in self.stage_bytes(mode, ranges, streams, together)),
             seconds=seconds,
             seconds_per_video=makespan(rows, self.branches, streams, streams, unit, decode),
-            utilisation=work(rows, self.branches, videos, unit) / (stages * seconds),
+            utilisation=work(rows, self.branches, cluster.videos, unit) / (replicas * stages * seconds),
             device_hours=replicas * devices * seconds / 3600,
             decoder_devices=self.decoder_devices,
             decode_seconds=decode,

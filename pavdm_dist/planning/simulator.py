@@ -12,6 +12,7 @@ from typing import Any
 
 from pavdm_dist.engine.order import Join, Unit, epochs
 from pavdm_dist.engine.trace import read_decoder, read_trace
+from pavdm_dist.engine.transport import OUTSTANDING
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.microbatches import WHOLE, Displaced, MicroBatches
 from pavdm_dist.method.schedule import Mode, WindowPlan
@@ -40,7 +41,7 @@ class Machine:
     unit_cost: bool = False
     link_latency_s: float = 0.0
     link_chunk_s: float = 0.0
-    outstanding: int = 2
+    outstanding: int = OUTSTANDING
     unit_seconds: Mapping[tuple[int, int], float] = field(default_factory=dict)
     decode_seconds: float = 0.0
 
