@@ -60,6 +60,7 @@ class CachedClips:
         buckets: shapes of clips; empty ones included, so that positions are those of the settings.
         counts: clips per bucket.
         identity: hash of the list of clips, wherever the folder lies.
+        root: folder that the videos lay in when they were prepared.
 
     Raises:
         ConfigError: not a complete data set, one without latents, or one of another codec or text encoder.
@@ -73,7 +74,7 @@ class CachedClips:
         if model is not None:
             _check_identities(folder, index["identities"], model)
         self.buckets, self.counts = _buckets(index)
-        self.identity = _identity(self._folder, index)
+        self.identity, self.root = _identity(self._folder, index), str(index["root"])
         self._shard_clips: int = index["shard_clips"]
 
     def videos(self, bucket: int) -> list[str]:
@@ -133,7 +134,7 @@ class PixelClips:
         for bucket in self.buckets:
             bucket.check(codec.spec)
         self._codec, self._text_encoder = codec, text_encoder
-        self._root: str = index["root"] if root is None else str(root)
+        self.root: str = index["root"] if root is None else str(root)
         self.identity = _identity(Path(folder), index)
         self._clips = [ClipList(clips_file(Path(folder), number)) for number in range(len(self.buckets))]
 
@@ -153,7 +154,7 @@ class PixelClips:
         shape = self.buckets[bucket]
         latents = []
         for clip in clips:
-            frames = read_frames(locate(self._root, clip.video), clip, shape, shape.num_frames(self._codec.spec))
+            frames = read_frames(locate(self.root, clip.video), clip, shape, shape.num_frames(self._codec.spec))
             latents.append(self._codec.encode(torch.from_numpy(frames)).float())
         text = mask = None
         if self._text_encoder is not None:

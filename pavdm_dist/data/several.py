@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -11,6 +12,7 @@ import torch
 
 from pavdm_dist.data.buckets import Bucket
 from pavdm_dist.data.dataset import CachedClips, Clips, PixelClips
+from pavdm_dist.data.index import locate
 from pavdm_dist.data.shards import pad_texts
 from pavdm_dist.errors import ConfigError
 
@@ -46,6 +48,7 @@ class SeveralClips:
         identities = [one.identity for one in sets]
         if len(set(identities)) < len(identities):
             raise ConfigError("data.folder: two of the folders hold the same clips; name each once")
+        self._roots = {one.identity: one.root for one in sets}
         self.counts = [sum(count for *_, count in parts) for parts in self._parts]
         self._begins = [[0, *accumulate(count for *_, count in parts)] for parts in self._parts]
         self.identity = (
@@ -55,6 +58,11 @@ class SeveralClips:
     def videos(self, bucket: int) -> list[tuple[str, str]]:
         """Of every clip of a bucket: which set's, and which video there."""
         return [(one.identity, name) for one, own, _ in self._parts[bucket] for name in one.videos(own)]
+
+    def place(self, video: tuple[str, str]) -> str:
+        """Where one of :meth:`videos` lies, behind all links: the same for a video that several sets hold."""
+        identity, name = video
+        return os.path.realpath(locate(self._roots[identity], name))
 
     def load(self, bucket: int, indices: Sequence[int]) -> Clips:
         """As the sets' own ``load``: clips by number, in the order asked for."""

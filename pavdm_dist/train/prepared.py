@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,8 @@ from pavdm_dist.train.train_settings import DataConfig, TrainConfig
 SHEET_PROMPTS = 4
 # Captions that are named when they are cut.
 CUT_SAID = 5
+# Of all clips; so many may be left out with held-out ones without a warning.
+LEFT_OUT_SHARE = 0.1
 
 logger = logging.getLogger(__name__)
 
@@ -212,14 +215,16 @@ def video_data(config: TrainConfig, world: World | None = None) -> tuple[VideoBa
     null_text = None
     if o.prompt_dropout and shape.null_text_tensor is None:
         null_text = _null_text(source, world)
-    used, held_out = _held_out(clips, config.validation.clips)
+    used, held_out, split = _held_out(clips, config.validation.clips)
+    if world is None or world.first:
+        _say_counts(clips, used, held_out)
     about = (config.seed, channels, null_text, shape.spec.text_len)
     batches = VideoBatches(used, o, d, *about)
     if held_out is not None:
         batches.held_out = VideoBatches(held_out, o, replace(d, prefetch=0), *about)
     batches.identity["data_set"] |= {
         "held_out": config.validation.clips,
-        "split": _split(clips, used, config.validation.clips),
+        "split": split,
         "codec": encoder_identity(source.vae),
         **({"text_dtype": source.text.dtype} if isinstance(source.text_encoder, PretrainedTextEncoder) else {}),
         "text_encoder": source.text_encoder.identity,
@@ -231,32 +236,59 @@ def video_data(config: TrainConfig, world: World | None = None) -> tuple[VideoBa
     return batches, Parts(source.vae.folder(), source.source, info, prompts, text=source.text)
 
 
-def _held_out(clips: SeveralClips, count: int) -> tuple[SeveralClips | SomeClips, SomeClips | None]:
-    """What is trained on, and the last clips of every bucket that has more than ``count``.
+def _held_out(clips: SeveralClips, count: int) -> tuple[SeveralClips | SomeClips, SomeClips | None, str]:
+    """What is trained on, the last clips of every bucket that has more than ``count``, and how both were told apart.
 
-    Nothing of a film that a held-out clip is of is trained on, in whichever bucket: clips of one film look alike.
+    Nothing of a film that a held-out clip is of is trained on, in whichever bucket and set: clips of one film look
+    alike. Older runs left out the held-out clips alone ("clips"), or took a film of two sets for two ("films"); what
+    is left out names the oldest of the three ("places") that leaves out as much, so that these runs go on.
     """
     if not count:
-        return clips, None
+        return clips, None, "clips"
     held = [range(whole - count if whole > count else whole, whole) for whole in clips.counts]
     if not any(held):
         most = max(clips.counts)
         raise ConfigError(f"validation.clips={count}: no bucket has more clips, the largest has {most}; use fewer")
     videos = [clips.videos(bucket) for bucket in range(len(clips.counts))]
-    films = {names[number] for names, some in zip(videos, held, strict=True) for number in some}
-    rest = [[number for number, film in enumerate(names) if film not in films] for names in videos]
+    places = {video: clips.place(video) for video in {video for names in videos for video in names}}
+    films = [[places[video] for video in names] for names in videos]
+    rest = _rest(films, held)
     if not any(rest):
+        several = len({film for names, some in zip(films, held, strict=True) for film in names[some.start :]})
         raise ConfigError(
-            f"validation.clips={count}: these clips are of all {len(films)} films, and of none of these is trained on;"
+            f"validation.clips={count}: these clips are of all {several} films, and of none of these is trained on;"
             " use fewer, or prepare more films"
         )
-    return SomeClips(clips, rest), SomeClips(clips, held)
+    if sum(map(len, rest)) == sum(clips.counts) - sum(map(len, held)):
+        split = "clips"
+    else:
+        split = "films" if rest == _rest(videos, held) else "places"
+    return SomeClips(clips, rest), SomeClips(clips, held), split
 
 
-def _split(clips: SeveralClips, used: SeveralClips | SomeClips, count: int) -> str:
-    """Whether more is left out than the held-out clips alone, which older runs have trained on."""
-    held = sum(count for whole in clips.counts if whole > count)
-    return "clips" if sum(used.counts) == sum(clips.counts) - held else "films"
+def _rest(films: Sequence[Sequence[Hashable]], held: Sequence[range]) -> list[list[int]]:
+    """Of each bucket, the clips of films that no held-out clip is of; ``films``: of every clip."""
+    out = {names[number] for names, some in zip(films, held, strict=True) for number in some}
+    return [[number for number, film in enumerate(names) if film not in out] for names in films]
+
+
+def _say_counts(clips: SeveralClips, used: SeveralClips | SomeClips, held_out: SomeClips | None) -> None:
+    """How many clips of each bucket are trained on; a warning where many are left out that are not looked at, either:
+    films are left out whole, and a long one may be nearly all there is."""
+    lost = 0
+    for number, bucket in enumerate(clips.buckets):
+        held = 0 if held_out is None else held_out.counts[number]
+        left = clips.counts[number] - used.counts[number] - held
+        lost += left
+        about = (bucket, used.counts[number], held, left)
+        logger.info("bucket %s: %d clips are trained on, %d held out, %d left out as of the same films", *about)
+    if lost > LEFT_OUT_SHARE * sum(clips.counts):
+        logger.warning(
+            "held-out clips leave out %d of %d other clips, all else of their films: prepare more films, or use a"
+            " smaller validation.clips",
+            lost,
+            lost + sum(used.counts),
+        )
 
 
 def _null_text(source: Checkpoint, world: World | None) -> Tensor:
