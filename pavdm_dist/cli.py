@@ -40,7 +40,7 @@ EXIT_FAILED_VIDEOS, MOST_COUNTED = 100, 25
 
 _EPILOG = """\
 Settings are dataclass defaults <- CONFIG.yaml <- key=value. `pavdm sample --print-config` shows all of them,
-`pavdm configs ls` lists the shipped files. Examples:
+`pavdm configs ls` lists the shipped files, which are found by these names wherever no file of that name is. Examples:
 
   pavdm sample "a red three drifting up and to the left" seconds=10 output=three.mp4
   pavdm plan configs/sample/opensora-240p.yaml chunks=22 num_stages=4 --json

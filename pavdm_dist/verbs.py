@@ -14,6 +14,7 @@ from pavdm_dist.commands.terminal import print_config, print_report, say
 from pavdm_dist.commands.words import is_override, run_config, sort_settings, sort_words
 from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.farm.verbs import export_report, farm_report, run_settings
+from pavdm_dist.io import shipped
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -141,7 +142,7 @@ def data(arguments: argparse.Namespace) -> None:
     if len(files) > 1:
         raise ConfigError(f"two config files, {files[0]} and {files[1]}: give one")
     sources = [word for word in arguments.words if word not in overrides and word not in files]
-    config = load_config(PrepareConfig, files[0] if files else None, overrides)
+    config = load_config(PrepareConfig, shipped.config_file(files[0]) if files else None, overrides)
     if sources:
         config.source = [*sources, *(config.source if any(word.startswith("source=") for word in overrides) else [])]
     if arguments.print_config:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.io import shipped
 
 if TYPE_CHECKING:
     from pavdm_dist.config import SampleConfig
@@ -38,7 +39,10 @@ def sort_settings(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def sort_words(words: Sequence[str]) -> tuple[str | None, str | None, list[str]]:
-    """Tell the prompt, the config file and the overrides apart by their form."""
+    """Tell the prompt, the config file and the overrides apart by their form.
+
+    The config file is one that is here or a shipped one (:func:`~pavdm_dist.io.shipped.config_file`).
+    """
     prompt: str | None = None
     config_file: str | None = None
     overrides = []
@@ -48,7 +52,7 @@ def sort_words(words: Sequence[str]) -> tuple[str | None, str | None, list[str]]
         elif word.endswith((".yaml", ".yml")):
             if config_file is not None:
                 raise ConfigError(f"two config files, {config_file} and {word}: give one")
-            config_file = word
+            config_file = shipped.config_file(word)
         elif prompt is not None:
             raise ConfigError(f"two prompts, {prompt!r} and {word!r}: quote the prompt as one word")
         else:

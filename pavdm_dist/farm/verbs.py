@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pavdm_dist.commands.words import is_override
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.io import shipped
 
 if TYPE_CHECKING:
     from pavdm_dist.farm.settings import FarmConfig
@@ -120,7 +121,7 @@ def run_settings(arguments: argparse.Namespace) -> tuple[str | None, FarmConfig]
         if is_override(word):
             overrides.append(word)
         elif word.lower().endswith((".yaml", ".yml")) and config_file is None:
-            config_file = word
+            config_file = shipped.config_file(word)
         elif word.lower().endswith(SUFFIXES) and manifest is None:
             manifest = word
         else:
