@@ -171,12 +171,13 @@ def _distance(own: Sequence[Measured], videos: Sequence[Measured]) -> float | No
 
 
 def _cpu(video: Measured) -> float | None:
-    """CPU seconds per second of video, decoding and writing included; None where it was not made in one go."""
+    """CPU seconds per second of sampled video, decoding and writing included; None where it was not made in one go."""
     try:
-        spent = json.loads(Path(cost_path(video.video)).read_text())["cpu_seconds"]
+        cost = json.loads(Path(cost_path(video.video)).read_text())
+        spent, made = cost["cpu_seconds"], cost["seconds_of_video"]
     except (OSError, ValueError, KeyError):
         return None
-    return None if spent is None else spent / video.seconds
+    return None if spent is None else spent / made
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

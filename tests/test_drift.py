@@ -162,6 +162,16 @@ def test_ends_and_pairs_are_what_they_say(videos: ModuleType, report: ModuleType
     assert half["paired"][0]["pairs"] == 1, "those that are there are compared"
 
 
+def test_cpu_seconds_are_of_what_was_sampled(videos: ModuleType, report: ModuleType, tmp_path: Path) -> None:
+    """A video may begin with the film that it goes on from."""
+    (job,) = videos.jobs_of(tmp_path, videos.variants_of(["pavdm"], [], [], []), 1, 1, 720, None)
+    found = made_up(job, [1.0] * 6, [0.1] * 6)
+    Path(job.path).parent.mkdir()
+    for spent, per_second in ((90.0, 3.0), (None, None)):
+        Path(videos.cost_path(job.path)).write_text(json.dumps({"cpu_seconds": spent, "seconds_of_video": 30.0}))
+        assert report.result_of([found], [job])["groups"][0]["cpu_s_per_s"] == per_second
+
+
 def test_what_was_measured_once_is_read_again(videos: ModuleType, measures: ModuleType, tmp_path: Path) -> None:
     (job,) = videos.jobs_of(tmp_path, videos.variants_of(["pavdm"], [], [], []), 1, 1, 1440, None)
     one = made_up(job, [1.0] * 6, [0.1] * 6)

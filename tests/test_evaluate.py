@@ -10,11 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import tiny_checkpoint
 from numpy.typing import NDArray
 from videos import numbered, write_video
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.cli import main
+from pavdm_dist.commands.progress import ChunkProgress
+from pavdm_dist.commands.sample import render_command
+from pavdm_dist.config import SampleConfig
 from pavdm_dist.digits.world import NUMBERS, render, sample_scene, scene_prompt
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.evaluate.command import _videos
@@ -29,6 +33,7 @@ from pavdm_dist.evaluate.plots import _curves, plots
 from pavdm_dist.evaluate.report import _summarised, summary
 from pavdm_dist.evaluate.scenes import SceneMeter
 from pavdm_dist.evaluate.settings import EvalConfig
+from pavdm_dist.io.metadata import read_sidecar
 from pavdm_dist.io.video import export_to_video
 from pavdm_dist.request.sampling import SamplingParams
 
@@ -201,6 +206,19 @@ def test_digits_are_read_and_wrong_prompts_found_out(digits: tuple[Path, str]) -
     assert measure(str(path), EvalConfig(**{**plain.__dict__, "prompt": other})).drift["digit"].mean < 0.2
 
 
+def test_a_sidecars_prompt_is_that_of_its_video(digits: tuple[Path, str], tmp_path: Path) -> None:
+    path = tmp_path / "scene.mp4"
+    path.write_bytes(digits[0].read_bytes())
+    plain = EvalConfig(prompt="another film", motion="off", scenes="off", features="off", digits="off")
+    for said, prompt in (
+        ({"versions": {}, "prompt": digits[1]}, digits[1]),
+        ({"versions": {}}, "another film"),
+        ({"prompt": "of a file that is no sidecar"}, "another film"),
+    ):
+        path.with_suffix(".json").write_text(json.dumps(said))
+        assert measure(str(path), plain).prompt == prompt
+
+
 def test_chunks_are_those_of_the_sidecar(digits: tuple[Path, str], tmp_path: Path) -> None:
     path = tmp_path / "scene.mp4"
     path.write_bytes(digits[0].read_bytes())
@@ -309,6 +327,27 @@ def test_a_chunk_at_a_time_holds_less_than_windows() -> None:
     assert found["calls_per_s"] > 4 * 2 * plan.num_calls / (477 / 24)
     assert found["latents_per_s"] < 2 * plan.latent_evaluations / (477 / 24)
     assert group_of("b.mp4", sidecar, "method") == "pavdm, causal" and group_of("b.mp4", {}, "folder") == "."
+
+
+@pytest.mark.parametrize(("start", "asked"), [("chunk", 20), ("clip", 16)])
+def test_frames_that_were_given_cost_nothing(start: str, asked: int, tmp_path: Path) -> None:
+    """The same work, shown with the film that it goes on from and without."""
+    model, film = tiny_checkpoint(tmp_path / "model"), tmp_path / "film.mp4"
+    export_to_video(moving(45, 1, 32), str(film), 24)
+    found = {}
+    for shown in (False, True):
+        output = tmp_path / f"{shown}.mp4"
+        config = SampleConfig(prompt="a film", model=str(model), output=str(output), video=str(film), num_frames=asked)
+        config.start, config.include_input = start, shown
+        render_command(config, overwrite=False, progress=ChunkProgress)
+        found[shown] = read_sidecar(output)
+    costs = {shown: cost_of({**sidecar, "chunk_seconds": [0.5] * 3}) for shown, sidecar in found.items()}
+    assert found[True]["num_frames"] > asked == found[False]["num_frames"]
+    assert costs[True] == costs[False] and costs[True]["seconds_per_s"] == pytest.approx(1.5 * 24 / asked)
+    # Of an endless one, which was ended, the chunks that it has tell.
+    endless = found[True] | {"identity": {"num_frames": None}, "chunk_seconds": [0.5] * 3}
+    whole = found[False] | {"num_frames": 24, "chunk_seconds": [0.5] * 3}
+    assert cost_of(endless) == cost_of(whole) != {}
 
 
 @pytest.mark.parametrize(

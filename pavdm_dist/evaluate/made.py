@@ -71,17 +71,17 @@ def group_of(path: str, sidecar: Mapping[str, Any], groups: Literal["method", "f
 
 
 def cost_of(sidecar: Mapping[str, Any]) -> dict[str, float | None]:
-    """What a second of video cost: micro-batches, latent frames that they held, seconds on the clock.
+    """What a second of sampled video cost: micro-batches, latent frames that they held, seconds on the clock.
 
-    The first two follow from the settings that made it; guidance branches and clean context count. {} where the sidecar
-    does not say.
+    Frames of a film that it goes on from were given and cost nothing. The first two follow from the settings that made
+    it; guidance branches and clean context count. {} where the sidecar does not say.
     """
     said, lengths = within(sidecar, "extra", "sampling"), within(sidecar, "extra", "chunk_frames")
     try:
-        frames = int(sidecar["num_frames"])
         displaced = Displaced(**said["displaced"])
         params = SamplingParams(**{**said, "displaced": displaced})
         first, other = lengths
+        frames = _sampled(sidecar, first, other)
         chunks = min(_COUNTED, 1 + max(0, -(-(frames - first) // other)))
         rows = rows_of(params.plan(chunks), params.mode, displaced, params.chunks_per_unit)
         seconds = min(frames, first + (chunks - 1) * other) / params.fps
@@ -92,3 +92,12 @@ def cost_of(sidecar: Mapping[str, Any]) -> dict[str, float | None]:
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, PAVDMError):
         return {}
     return {"calls_per_s": calls, "latents_per_s": latents, "seconds_per_s": wall}
+
+
+def _sampled(sidecar: Mapping[str, Any], first: int, other: int) -> int:
+    """Frames that were sampled: all of the file, unless it begins with those of a film that it goes on from."""
+    if not within(sidecar, "config", "include_input"):
+        return int(sidecar["num_frames"])
+    whole = first + (len(sidecar["chunk_seconds"]) - 1) * other
+    asked = within(sidecar, "identity", "num_frames")  # of the last chunk some may be cut off; none of an endless video
+    return whole if asked is None else min(int(asked), whole)

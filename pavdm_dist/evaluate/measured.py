@@ -93,7 +93,7 @@ def measure(
             numbers that are none.
     """
     sidecar = sidecar_of(path)
-    prompt = config.prompt or text(sidecar.get("prompt"))
+    prompt = text(sidecar.get("prompt")) or config.prompt
     with open_video(path) as reader:
         fps = float(reader.rate)
         digits = _digits(path, prompt, sidecar, config)

@@ -22,7 +22,7 @@ class EvalConfig:
     output: str | None = None  # new folder for report.json, report.html and plots; None = printed only
     # seconds of a stretch that is measured as one; None = a chunk, as the video's sidecar has it, else a second
     chunk_seconds: Annotated[float, Within(0, above=True)] | None = None
-    prompt: str | None = None  # of videos without a sidecar
+    prompt: str | None = None  # of videos without a sidecar that says theirs
     digits: Wanted = "auto"  # read the shipped world's digits back from the pixels
     features: Wanted = "auto"  # EfficientNet-Lite features: subject consistency, distance to a reference
     scenes: Wanted = "auto"  # count scenes
