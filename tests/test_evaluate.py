@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from helpers import tiny_checkpoint
 from numpy.typing import NDArray
+from PIL import Image
 from videos import numbered, write_video
 
 from pavdm_dist.checkpoint import Checkpoint
@@ -27,7 +30,7 @@ from pavdm_dist.evaluate.features import FeatureMeter, frechet_distance, subject
 from pavdm_dist.evaluate.made import cost_of, group_of
 from pavdm_dist.evaluate.measured import Measured, measure
 from pavdm_dist.evaluate.motion import MotionMeter
-from pavdm_dist.evaluate.page import moments, page, side_by_side
+from pavdm_dist.evaluate.page import MOMENTS, moments, page, side_by_side
 from pavdm_dist.evaluate.pixel_meter import PixelMeter
 from pavdm_dist.evaluate.plots import _curves, plots
 from pavdm_dist.evaluate.report import _summarised, summary
@@ -243,6 +246,30 @@ def test_chunks_begin_where_the_file_says(tmp_path: Path) -> None:
     assert found.times == pytest.approx([times[start] / 1000 for start in starts], abs=0.002)
     assert sum(found.lengths) == len(times)
     assert [round(time) for time, _ in moments(str(path))] == [1], "of its own seconds, from its first frame on"
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        (range(0, 4000, 40), {1: 25}),
+        ([0, 900, 1100, 14000, 31000, 31040], {1: 1, 15: 3, 30: 3}),  # one frame is on the screen at two moments
+        ([5000, 6000, 20000], {1: 1, 15: 2}),
+    ],
+)
+def test_what_is_shown_at_a_moment_was_on_the_screen_then(
+    times: Sequence[int], expected: dict[int, int], tmp_path: Path
+) -> None:
+    frames = np.zeros((len(times), 32, 32, 3), np.uint8) + (np.arange(len(times)) % 80 * 3)[:, None, None, None]
+    path = write_video(tmp_path / "varying.mkv", frames.astype(np.uint8), 25, list(times))
+    found = {round(time): Image.open(io.BytesIO(png)) for time, png in moments(str(path))}
+    assert {time: round(np.asarray(picture).mean() / 3) for time, picture in found.items()} == expected
+
+
+def test_a_video_of_a_minute_is_shown_at_its_end(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "minute.mp4", np.zeros((120, 16, 16, 3), np.uint8), 2)
+    assert [time for time, _ in moments(str(path))] == list(MOMENTS)
+    path = write_video(tmp_path / "shorter.mp4", np.zeros((119, 16, 16, 3), np.uint8), 2)
+    assert [time for time, _ in moments(str(path))] == list(MOMENTS)[:-1]
 
 
 def test_a_report_goes_on_past_bad_files(

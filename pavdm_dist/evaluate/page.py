@@ -6,7 +6,9 @@ import base64
 import html
 import io
 import logging
+from collections import deque
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 from pavdm_dist.errors import MediaError
@@ -22,7 +24,9 @@ _THUMBNAIL = 128
 
 
 def moments(path: str) -> list[tuple[float, bytes]]:
-    """Frames at ``MOMENTS`` as PNG files, of the last frame where one is a little early.
+    """What is on the screen at ``MOMENTS``, as PNG files: at each the last frame that is not later.
+
+    The last frame stays as long as the file says, and is taken where it ends half a frame early.
 
     Raises:
         MediaError: it is no video any more.
@@ -31,21 +35,28 @@ def moments(path: str) -> list[tuple[float, bytes]]:
 
     found: list[tuple[float, bytes]] = []
     with open_video(path) as reader:
-        wanted = list(MOMENTS)
-        half = float(1 / reader.rate) * 1.5
-        last: tuple[float, Any] | None = None
-        frames = ((float(time), frame) for time, frame in reader.frames())
-        began = None
-        for at, frame in frames:
-            began = at if began is None else began
-            time = at - began
-            last = (time, frame)
-            if time >= wanted[0]:
-                found.append((wanted.pop(0), _png(Image, reader.picture(frame, None))))
+        wanted = deque(MOMENTS)
+
+        def take(frame: Any, until: Fraction) -> None:
+            """Adds a frame at all wanted moments for which it is on the screen."""
+            png: bytes | None = None
+            while wanted and wanted[0] < until:
+                png = png or _png(Image, reader.picture(frame, None))
+                found.append((wanted.popleft(), png))
+
+        began, at, last = Fraction(0), Fraction(0), None
+        # Fractions: a frame at the very moment is the one on the screen.
+        for time, frame in reader.frames():
+            if last is None:
+                began = time
+            else:
+                take(last, time - began)
+            at, last = time - began, frame
             if not wanted:
                 break
-        if wanted and last is not None and last[0] >= wanted[0] - half:
-            found.append((wanted[0], _png(Image, reader.picture(last[1], None))))
+        if last is not None:
+            shown = reader.shown_for(last)
+            take(last, at + shown + min(shown, 1 / reader.rate) / 2)
     return found
 
 
