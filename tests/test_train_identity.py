@@ -146,6 +146,31 @@ def test_settings_of_the_optimizer_are_those_of_the_run_that_goes_on(
     assert [group["ratio"] for group in groups if group.get("ratio")] == [3.0] * (name == "muon")
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_deepspeeds_own_optimizer_has_the_settings_of_the_run_that_goes_on(
+    stage: int, clips: LatentClips, tmp_path: Path
+) -> None:
+    def words(kind: str, **params: Any) -> list[str]:
+        block = json.dumps({"type": kind, "params": {"torch_adam": True, **params}})
+        asked = ["optimizer.name=deepspeed", f"zero.stage={stage}", f"deepspeed.optimizer={block}"]
+        return [*TINY, f"run_dir={tmp_path}", "optimizer.total_steps=1", *asked]
+
+    first = start(load_config(TrainConfig, None, words("AdamW", weight_decay=0.25, eps=0.001)), clips)
+    first.train_step()
+    first.save()
+    second = start(load_config(TrainConfig, None, words("adamw", weight_decay=0.5, betas=[0.5, 0.6])), clips)
+    assert second.step == 1
+    (group,) = second.engine.optimizer.param_groups
+    assert (group["weight_decay"], tuple(group["betas"]), group["eps"]) == (0.5, (0.5, 0.6), 1e-8)
+    assert all("exp_avg" in state for state in second.engine.optimizer.state.values())
+    with pytest.raises(ConfigError, match=r"was trained with optimizer\.type=adamw, this run has lion"):
+        start(load_config(TrainConfig, None, words("Lion")), clips)
+    # As checkpoints are that do not say it.
+    began, now = (identity(clips, *words(kind)) for kind in ("AdamW", "Lion"))
+    del began["optimizer"]["type"]
+    check_same("run", began, now)
+
+
 @pytest.mark.parametrize(
     ("words", "support"),
     [

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from training import TINY, launch, plain_torch, write_clips
+from training import TINY, launch, plain_torch, start, write_clips
 from wan_models import WAN, trainable_folder
 
 from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.train_settings import TrainConfig
-from pavdm_dist.train.zero_settings import engine_settings
+from pavdm_dist.train.zero_settings import engine_settings, refusals
 from pavdm_dist.values.merging import load_config
 
 STEPS, FEW = 10, 3
@@ -270,6 +270,20 @@ REFUSED = [
     (["seed=-1"], r"seed=-1: must be 0 or more"),
     (["threads=0"], r"threads=0: must be 1 or more"),
     (["objective.full_share=0.9", "objective.growing_share=0.45"], "together at most 1"),
+    (["deepspeed.zero_optimization=3"], r"deepspeed\.zero_optimization=3: must be an object, .* as deepspeed\.zero_op"),
+    (["deepspeed.zero_optimization=null"], r"deepspeed\.zero_optimization=None: must be an object"),
+    (["deepspeed.bf16=true"], r"deepspeed\.bf16=True: must be an object, of values such as deepspeed\.bf16\.enabled$"),
+    (["deepspeed.fp16=true"], r"deepspeed\.fp16=True: must be an object"),
+    (
+        ["deepspeed.optimizer=Adam", "optimizer.name=deepspeed"],
+        r"deepspeed\.optimizer=Adam: must be an object, of .*type",
+    ),
+    (
+        ["deepspeed.optimizer={type: Adam, params: 3}", "optimizer.name=deepspeed"],
+        r"deepspeed\.optimizer\.params=3: must be an object",
+    ),
+    (["deepspeed.optimizer.type=3", "optimizer.name=deepspeed"], r"deepspeed\.optimizer\.type=3: must name one of"),
+    (["deepspeed.gradient_clipping={a: 1}"], r"gradient_clipping={'a': 1}: must be a value, .* optimizer\.grad_clip$"),
     (["deepspeed_config=nowhere.json"], r"deepspeed_config=nowhere\.json: cannot be read"),
 ]
 
@@ -278,6 +292,36 @@ REFUSED = [
 def test_what_cannot_train_is_refused_by_name(settings: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_settings(load_config(TrainConfig, None, [*SETTINGS, *settings]), 2)
+
+
+OWN = ["optimizer.name=deepspeed", "optimizer.weight_decay=0", "zero.stage=1"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["deepspeed.zero_optimization.overlap_comm=maybe"], r"^deepspeed\.zero_optimization\.overlap_comm=maybe: "),
+        (["deepspeed.zero_optimization.foo=3"], r"^deepspeed\.zero_optimization\.foo=3: .* not permitted$"),
+        (["deepspeed.flops_profiler={enabled: perhaps}"], r"^deepspeed\.flops_profiler\.enabled=perhaps: "),
+        ([*OWN, "deepspeed.optimizer.type=Adamm"], r"^deepspeed\.optimizer\.type=Adamm: .*Adamm is not a supported"),
+        ([*OWN, "deepspeed.optimizer={type: Adam, params: {foo: 3}}"], r"^deepspeed\.optimizer\.params\.foo=3: "),
+        (
+            [*OWN, "deepspeed.optimizer={type: Adam, params: {torch_adam: true, betas: 3}}"],
+            r"params\.betas=3: DeepSpeed",
+        ),
+    ],
+)
+def test_what_deepspeed_does_not_take_is_a_sentence(settings: list[str], message: str, tmp_path: Path) -> None:
+    clips = LatentClips(write_clips(tmp_path / "clips", 4))
+    with pytest.raises(ConfigError, match=message) as raised:
+        start(load_config(TrainConfig, None, [*SETTINGS, f"run_dir={tmp_path / 'run'}", *settings]), clips)
+    assert "\n" not in str(raised.value) and raised.value.__cause__ is not None
+
+
+def test_faults_that_are_not_of_deepspeeds_settings_stay_what_they_are() -> None:
+    config = load_config(TrainConfig, None, [*SETTINGS, "deepspeed.wall_clock_breakdown=true"])
+    with pytest.raises(TypeError, match="elsewhere"), refusals(config):
+        raise TypeError("a fault elsewhere")
 
 
 def test_a_deepspeed_file_adds_to_the_settings_and_auto_means_ours(tmp_path: Path) -> None:

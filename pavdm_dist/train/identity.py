@@ -12,6 +12,7 @@ from pavdm_dist.errors import ConfigError
 from pavdm_dist.train.batch import Batches
 from pavdm_dist.train.model import described, shape_of
 from pavdm_dist.train.train_settings import TrainConfig
+from pavdm_dist.train.zero_settings import deepspeed_json
 from pavdm_dist.values.merging import to_dict
 
 
@@ -72,8 +73,15 @@ def _of_settings(config: TrainConfig) -> dict[str, Any]:
         "data": {name: settings["data"][name] for name in ("pixels", "batch_size", "batch_sizes")},
         "model": model,
         "objective": settings["objective"],
-        "optimizer": {"name": config.optimizer.name},
+        "optimizer": {"name": config.optimizer.name, **_of_deepspeed(config)},
     }
+
+
+def _of_deepspeed(config: TrainConfig) -> dict[str, str]:
+    """Which of DeepSpeed's optimizers, if one of them; what it is called in capitals is the same to DeepSpeed."""
+    if config.optimizer.name != "deepspeed":
+        return {}
+    return {"type": deepspeed_json(config)["optimizer"]["type"].lower()}
 
 
 def _of_older() -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from pavdm_dist.train.model import TextToVideo, build
 from pavdm_dist.train.optimizer import MuonAdamW
 from pavdm_dist.train.ranks import World
 from pavdm_dist.train.recompute import Recompute, recompute_blocks
-from pavdm_dist.train.train_settings import OptimizerConfig, TrainConfig
+from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.zero import ZeroEngine, gathered, loading_universal, sharded_building
-from pavdm_dist.train.zero_settings import engine_settings, pinning
+from pavdm_dist.train.zero_settings import engine_settings, pinning, refusals
 
 # Weight matrices between hidden states; tables, embeddings, the first and the last layer are no such maps.
 INNER = re.compile(r"(blocks\.|layers\.|t_block\.).*weight$")
@@ -32,6 +32,9 @@ def start_engine(
         vocabulary: words of the text encoder that is trained along; None where none is trained.
         world: all processes.
         load_universal: the coming checkpoint was converted for another number of processes.
+
+    Raises:
+        ConfigError: settings of DeepSpeed's that it does not take.
     """
     settings = engine_settings(config, world.size)
     if world.device.type == "cuda":
@@ -40,7 +43,9 @@ def start_engine(
         settings = loading_universal(settings)
     torch.manual_seed(config.seed)
     if config.zero.init:
-        model = build(config, channels, vocabulary, gathered, sharded_building(settings))
+        with refusals(config):
+            sharded = sharded_building(settings)
+        model = build(config, channels, vocabulary, gathered, sharded)
         if model.text_encoder is not None and config.zero.precision == "bfloat16":
             model.text_encoder.bfloat16()  # DeepSpeed takes all to have the type of what was sharded
     else:
@@ -51,17 +56,19 @@ def start_engine(
     recompute_blocks(model.transformer, Recompute.parse(config.zero.recompute))
     model.to(world.device)
     optimizer = None if config.optimizer.name == "deepspeed" else _optimizer(model, config)
-    return ZeroEngine(model, optimizer, settings, waits=world.device.type == "cpu")
+    with refusals(config):
+        return ZeroEngine(model, optimizer, settings, waits=world.device.type == "cpu")
 
 
-def keep_settings(config: OptimizerConfig, groups: Iterable[dict[str, Any]]) -> None:
-    """Gives groups that a checkpoint has brought back what this run asks for, as its rate is: DeepSpeed's own
-    optimizers keep theirs."""
-    for group in groups if config.name != "deepspeed" else ():
-        group["weight_decay"] = config.weight_decay
-        group["betas"] = tuple(config.betas)
-        if group.get("ratio"):
-            group["ratio"] = config.matrix_ratio
+def group_settings(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What a new optimizer's groups were made with, whichever it is; the rate, which moves, is not of it."""
+    return [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in groups]
+
+
+def keep_settings(groups: Iterable[dict[str, Any]], asked: Iterable[Mapping[str, Any]]) -> None:
+    """Gives groups that a checkpoint has brought back what this run asks for (:func:`group_settings` of before)."""
+    for group, settings in zip(groups, asked, strict=True):
+        group.update(settings)
 
 
 def _optimizer(model: TextToVideo, config: TrainConfig) -> torch.optim.Optimizer:

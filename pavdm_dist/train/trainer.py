@@ -33,7 +33,7 @@ from pavdm_dist.train.ranks import World, join_world
 from pavdm_dist.train.run_folder import CHECKPOINTS, Guard
 from pavdm_dist.train.run_log import Records
 from pavdm_dist.train.sequence import join_sequence
-from pavdm_dist.train.start import keep_settings, start_engine
+from pavdm_dist.train.start import group_settings, keep_settings, start_engine
 from pavdm_dist.train.steps import Loaded, Pending, advance, load, refuse, settle
 from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.validation import Validation
@@ -99,8 +99,9 @@ class Trainer:
             self.engine = start_engine(config, batches.channels, parts.vocabulary, self.world, convert)
             self.average = Average(self.engine.module, config.optimizer.ema_decay, home)
             if found is not None:
+                asked = group_settings(self.engine.optimizer.param_groups)
                 self.step = self.saved = saves.load(self.engine, self.average, folder, found, self.world)
-                keep_settings(config.optimizer, self.engine.optimizer.param_groups)
+                keep_settings(self.engine.optimizer.param_groups, asked)
                 logger.info("going on at step %d", self.step)
 
     def run(self, end: float) -> bool:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
+from types import TracebackType
 from typing import Any
 
 from pavdm_dist.errors import ConfigError
@@ -77,6 +82,7 @@ def engine_settings(config: TrainConfig, size: int) -> dict[str, Any]:
     if z.gradients == "float32":
         ours |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     theirs = deepspeed_json(config)
+    _check_forms(theirs, _flat(ours))
     if "scheduler" in theirs:
         raise ConfigError('deepspeed: "scheduler" is not used; optimizer.lr and warmup_steps give the rate')
     if "optimizer" in theirs and o.name != "deepspeed":
@@ -88,10 +94,69 @@ def engine_settings(config: TrainConfig, size: int) -> dict[str, Any]:
             raise ConfigError(
                 f"deepspeed: {name}={value} contradicts {which}, which makes it {said.get(name, 'none')}; give one"
             )
-    _check_their_optimizer(theirs.get("optimizer", {}).get("params", {}), o)
+    if o.name == "deepspeed":
+        _check_their_optimizer(theirs.get("optimizer", {}), o)
     merged = _merged(_merged(_defaults(config, size), _without_auto(theirs)), ours)
     merged.pop("train_batch_size", None)  # follows from the other two
     return merged
+
+
+def _check_forms(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> None:
+    """Refuses values where a section belongs, and sections where a value does: one of both would be dropped."""
+    leaves = {*OURS, *ours}
+    sections = {"optimizer", "optimizer.params"}
+    sections |= {parent for name in leaves if (parent := name.rpartition(".")[0])}
+    for own, value in theirs.items():
+        name = f"{prefix}{own}"
+        absent = value is None and not any(inner.startswith(f"{name}.") for inner in ours)
+        if name in sections and value != "auto" and not absent and not isinstance(value, dict):
+            within = next((inner for inner in sorted(leaves) if inner.startswith(f"{name}.")), "optimizer.type")
+            raise ConfigError(f"deepspeed.{name}={value}: must be an object, of values such as deepspeed.{within}")
+        if name in leaves and isinstance(value, dict):
+            raise ConfigError(f"deepspeed.{name}={value}: must be a value, or left out for {OURS.get(name, 'ours')}")
+        if isinstance(value, dict):
+            _check_forms(value, ours, f"{name}.")
+
+
+@contextmanager
+def refusals(config: TrainConfig) -> Iterator[None]:
+    """DeepSpeed's refusals of what a user's settings of it say, as one sentence; other faults stay as they are.
+
+    DeepSpeed has no list of what it knows: it says so when its engine is made.
+
+    Raises:
+        ConfigError: naming the settings that it does not take.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, AssertionError, AttributeError) as error:
+        from pydantic import ValidationError  # which DeepSpeed has read its settings with
+
+        given = _flat(deepspeed_json(config))
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason, field = first["msg"], ".".join(map(str, first["loc"]))
+            wrong = [name for name in given if f".{name}.".endswith(f".{field}.")]
+        else:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            wrong = _blamed(given, reason, error.__traceback__)
+        if not wrong:
+            raise
+        named = ", ".join(f"deepspeed.{name}={given[name]}" for name in wrong)
+        raise ConfigError(f"{named}: DeepSpeed does not take that: {reason}") from error
+
+
+def _blamed(given: dict[str, Any], reason: str, trace: TracebackType | None) -> list[str]:
+    """Those of the settings that DeepSpeed quotes; else all that it was reading, or those of its optimizer."""
+    words = set(re.findall(r"[\w-]+", reason))
+    quoted = [
+        name
+        for name, value in given.items()
+        if f"'{name.rpartition('.')[2]}'" in reason or (isinstance(value, str) and value in words)
+    ]
+    files = {Path(frame.f_code.co_filename).parts[-3:] for frame, _ in walk_tb(trace)}
+    reading = ("deepspeed", "runtime", "config.py") in files
+    return quoted or [name for name in given if reading or name.startswith("optimizer.")]
 
 
 def pinning(settings: dict[str, Any]) -> dict[str, Any]:
@@ -118,10 +183,11 @@ def _defaults(config: TrainConfig, size: int) -> dict[str, Any]:
     return found
 
 
-def _check_their_optimizer(params: dict[str, Any], ours: OptimizerConfig) -> None:
+def _check_their_optimizer(block: dict[str, Any], ours: OptimizerConfig) -> None:
     """The rate is set at every step from ours; the rest of DeepSpeed's optimizer is what its own block says."""
-    if ours.name != "deepspeed":
-        return
+    kind, params = block.get("type"), block.get("params", {})
+    if not isinstance(kind, str) or kind == "auto":
+        raise ConfigError(f"deepspeed.optimizer.type={kind}: must name one of DeepSpeed's optimizers, such as AdamW")
     rate = params.get("lr", "auto")
     if rate not in ("auto", ours.lr):
         raise ConfigError(f"deepspeed: optimizer.params.lr={rate} contradicts optimizer.lr={ours.lr}; give one")
