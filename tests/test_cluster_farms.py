@@ -40,12 +40,13 @@ def sample_config(words: list[str]) -> SampleConfig:
 
 
 def slurm(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Runs ``ray.sbatch`` with Slurm's programs stood in for: ``srun`` says what it was called with, and its token."""
+    """Runs ``ray.sbatch`` with Slurm's programs stood in for: ``srun`` says what it was called with, its token and its
+    cores."""
     stand_in(tmp_path / "scontrol", "echo node07; echo node08")
     stand_in(
         tmp_path / "srun",
         'if [[ "$*" == *hostname* ]]; then echo "fe80::1 10.1.2.7 10.9.9.9 "; else'
-        ' printf "%s\\n" "$RAY_AUTH_MODE" "${#RAY_AUTH_TOKEN}" "$@"; fi',
+        ' printf "%s\\n" "$RAY_AUTH_MODE" "${#RAY_AUTH_TOKEN}" "$SRUN_CPUS_PER_TASK" "$@"; fi',
     )
     stand_in(tmp_path / "python", "exit 9")
     return subprocess.run(
@@ -69,8 +70,8 @@ def test_slurm_starts_a_ray_cluster_over_the_nodes_with_a_command_that_reads(tmp
     from ray.scripts.symmetric_run import symmetric_run
 
     done = slurm(tmp_path, "sample", "a red three", "num_stages=16", "output=/shared/a b.mp4")
-    mode, token, *words = done.stdout.splitlines()
-    assert (mode, token) == ("token", "64")
+    mode, token, cores, *words = done.stdout.splitlines()
+    assert (mode, token, cores) == ("token", "64", "64")
     ray = words.index("symmetric-run")
     assert words[ray - 3 : ray] == ["python", "-m", "ray.scripts.scripts"]
     options, entrypoint = words[ray + 1 : words.index("--")], words[words.index("--") + 1 :]
@@ -80,6 +81,8 @@ def test_slurm_starts_a_ray_cluster_over_the_nodes_with_a_command_that_reads(tmp
     # What it does not know itself goes to `ray start`, which must know it.
     started = start.make_context("start", ["--head", *params["ray_args_and_entrypoint"]]).params
     assert (started["num_cpus"], started["num_gpus"], started["disable_usage_stats"]) == (64, 8, True)
+    assert entrypoint[:2] == ["bash", "-c"]
+    del entrypoint[:4]  # a shell that says its number, and becomes what follows
     assert entrypoint[:5] == ["env", "RAY_ADDRESS=auto", "python", "-m", "pavdm_dist"]
     config = sample_config(entrypoint[6:])
     assert (entrypoint[5], config.prompt, config.num_stages, config.output) == (
@@ -87,10 +90,44 @@ def test_slurm_starts_a_ray_cluster_over_the_nodes_with_a_command_that_reads(tmp
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("early", "status"), [(False, 3), (True, 143)], ids=["running", "starting"])
+def test_slurms_warning_reaches_the_command(early: bool, status: int, tmp_path: Path) -> None:
+    """It goes to the batch script alone; what Ray puts between that and the command knows no signals. Where the command
+    is not there yet, the step ends."""
+    stand_in(tmp_path / "scontrol", "echo node07")
+    runs = 'while [[ "$1" != -- ]]; do shift; done; shift; "$@"; exit $?'
+    waits = f"touch '{tmp_path}/up'; sleep 60 & trap 'kill %1; exit 143' TERM; wait"
+    stand_in(
+        tmp_path / "srun", f'if [[ "$*" == *hostname* ]]; then echo 10.1.2.7; exit; fi; {waits if early else runs}'
+    )
+    saves = f"trap 'sleep 0.5; touch \"{tmp_path}/saved\"; exit 3' TERM; touch '{tmp_path}/up'"
+    stand_in(tmp_path / "python", f"{saves}; while :; do sleep 0.1; done")
+    batch = subprocess.Popen(
+        ["bash", CLUSTER / "slurm" / "ray.sbatch", "sample", "a red three"],
+        env={
+            "PATH": f"{tmp_path}:/usr/bin:/bin",
+            "TMPDIR": str(tmp_path),
+            "SLURM_JOB_NODELIST": "node07",
+            "SLURM_JOB_NUM_NODES": "1",
+        },
+    )
+    try:
+        end = time.monotonic() + 20
+        while not (tmp_path / "up").exists():
+            assert time.monotonic() < end and batch.poll() is None
+            time.sleep(0.05)
+        batch.send_signal(signal.SIGTERM)
+        assert batch.wait(timeout=20) == status
+    finally:
+        batch.kill()
+    assert (tmp_path / "saved").exists() is not early
+    assert not list(tmp_path.glob("tmp.*"))
+
+
 def test_slurm_gives_every_script_one_task_a_node_and_a_warning_before_the_end() -> None:
     for script in (CLUSTER / "slurm").iterdir():
         options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", script.read_text(), re.MULTILINE))
-        assert options["ntasks-per-node"] == "1" and options["signal"].startswith("TERM@"), script
+        assert options["ntasks-per-node"] == "1" and re.fullmatch(r"(B:)?TERM@\d+", options["signal"]), script
 
 
 # --- ray up --------------------------------------------------------------------------------------------------------

@@ -331,7 +331,10 @@ def test_submit_refuses_an_output_that_would_vanish(recorder: Path) -> None:
 
 
 def test_slurm_starts_one_torchrun_per_node_with_a_command_that_reads(tmp_path: Path) -> None:
-    for name, answer in (("scontrol", "echo node07; echo node08"), ("srun", 'printf "%s\\n" "$@"')):
+    for name, answer in (
+        ("scontrol", "echo node07; echo node08"),
+        ("srun", 'printf "%s\\n" "$SRUN_CPUS_PER_TASK" "$@"'),
+    ):
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{answer}\n")
         (tmp_path / name).chmod(0o755)
     done = subprocess.run(
@@ -346,9 +349,11 @@ def test_slurm_starts_one_torchrun_per_node_with_a_command_that_reads(tmp_path: 
             "SLURM_JOB_NUM_NODES": "2",
             "SLURM_JOB_ID": "77",
             "SLURM_GPUS_ON_NODE": "8",
+            "SLURM_CPUS_PER_TASK": "64",
         },
     )
-    words = done.stdout.splitlines()
+    cores, *words = done.stdout.splitlines()
+    assert cores == "64"
     assert {"--nnodes=2", "--nproc-per-node=8", "--rdzv-id=77", "--rdzv-endpoint=node07:29500"} <= set(words)
     verb = words.index("train")
     assert words[verb - 2 : verb] == ["-m", "pavdm_dist"]
