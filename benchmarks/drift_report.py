@@ -20,7 +20,7 @@ from pavdm_dist.evaluate.features import frechet_distance
 from pavdm_dist.evaluate.measured import Measured
 from pavdm_dist.evaluate.page import MOMENTS, page, pictures_of, side_by_side
 from pavdm_dist.evaluate.plots import overview, plots
-from pavdm_dist.evaluate.report import by_group, summary, whole_rows
+from pavdm_dist.evaluate.report import by_group, over_prompts, prompt_of, summary, whole_rows
 from pavdm_dist.io.storage import atomic_write
 
 # Seconds at either end that are compared.
@@ -60,30 +60,35 @@ def mean_of(video: Measured, name: str, wanted: Callable[[float], bool] = lambda
 
 
 def _ends(group: str, videos: Sequence[Measured]) -> list[dict[str, Any]]:
-    """First and last ten seconds, and the first one against what follows, of chunks that begin there; the ratio's 95 %
-    interval is over videos."""
+    """First and last ten seconds, and the first one against what follows, of chunks that begin there.
+
+    The ends are means over prompts, and so is the 95 % interval of their ratio.
+    """
     rows = []
     for name in dict.fromkeys(name for video in videos for name in video.chunks):
-        pairs = []
+        whole, pairs = [], []
         for video in videos:
             end = video.seconds - END
             first = mean_of(video, name, lambda time: time < END)
             last = mean_of(video, name, lambda time, end=end: time >= end)  # type: ignore[misc]
             if first is not None and last is not None and video.seconds >= 2 * END:
+                whole.append(video)
                 pairs.append((first, last))
         begin = _mean([mean_of(video, name, lambda time: time < 1) for video in videos])
         later = _mean([mean_of(video, name, lambda time: time >= 1) for video in videos])
         row: dict[str, Any] = {"group": group, "measure": name, "first_second": begin, "later": later}
         if pairs:
-            ratio, low, high = ratio_interval(pairs)
-            first, last = np.mean(pairs, axis=0)
+            own = over_prompts(whole, pairs)
+            ratio, low, high = ratio_interval([(first, last) for first, last in own])
+            first, last = np.mean(own, axis=0)
+            row |= {"videos": len(pairs), "prompts": _prompts(whole)}
             row |= {"first_10s": float(first), "last_10s": float(last), "ratio": ratio, "low": low, "high": high}
         rows.append(row)
     return rows
 
 
 def _paired(videos: Sequence[Measured], named: Mapping[str, Job]) -> list[dict[str, Any]]:
-    """Every group minus pavdm, video by video on the same prompt and seed, with a 95 % interval of the mean."""
+    """Every group minus pavdm on the same prompts and seeds: the mean over prompts, with its 95 % interval."""
     takes: dict[str, dict[tuple[int, int], Measured]] = {}
     for video in videos:
         job = named[video.video]
@@ -93,16 +98,22 @@ def _paired(videos: Sequence[Measured], named: Mapping[str, Job]) -> list[dict[s
     rows = []
     for group, own in takes.items():
         for name in _COMPARED:
-            gaps = []
+            both, gaps = [], []
             for take in own.keys() & basis.keys():
                 one, other = mean_of(own[take], name), mean_of(basis[take], name)
                 if one is not None and other is not None:
-                    gaps.append(one - other)
+                    both.append(own[take])
+                    gaps.append((one - other,))
             if gaps:
-                low, high = mean_interval(gaps)
-                row = {"group": group, "measure": name, "pairs": len(gaps), "minus_pavdm": statistics.fmean(gaps)}
-                rows.append(row | {"low": low, "high": high})
+                means = [gap for (gap,) in over_prompts(both, gaps)]
+                low, high = mean_interval(means)
+                row = {"group": group, "measure": name, "pairs": len(gaps), "prompts": _prompts(both)}
+                rows.append(row | {"minus_pavdm": statistics.fmean(means), "low": low, "high": high})
     return rows
+
+
+def _prompts(videos: Sequence[Measured]) -> int:
+    return len(set(map(prompt_of, videos)))
 
 
 def _by_digits(videos: Sequence[Measured]) -> list[dict[str, Any]]:
@@ -137,6 +148,7 @@ def _group_row(
     row: dict[str, Any] = {
         "group": group,
         "videos": len(own),
+        "prompts": _prompts(own),
         "digit_first_10s": digit.get("first_10s"),
         "digit_last_10s": digit.get("last_10s"),
         "digit_ratio": digit.get("ratio"),
@@ -194,7 +206,7 @@ def table(result: Mapping[str, Any]) -> str:
         lines.append(f"{name:20}" + "".join(f"{_cell(row[name]):>{width}}" for row in groups))
     for row in result["paired"]:
         if row["measure"] in ("digit", "trajectory_error", "law_error"):
-            what = f"{row['group']} minus pavdm, {row['measure']}, {row['pairs']} pairs"
+            what = f"{row['group']} minus pavdm, {row['measure']}, {row['pairs']} pairs of {row['prompts']} prompts"
             interval = "" if row["low"] is None else f" ({row['low']:+.4f} to {row['high']:+.4f})"
             lines.append(f"{what}: {row['minus_pavdm']:+.4f}{interval}")
     for row in result["digits"]:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from pavdm_dist.commands.signals import ENDING, Stopped
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.evaluate.drift import drift_of
+from pavdm_dist.evaluate.drift import drift_of, mean_interval
 from pavdm_dist.evaluate.features import frechet_distance
 from pavdm_dist.evaluate.measured import Measured, measure
 
@@ -144,12 +144,14 @@ def test_ends_and_pairs_are_what_they_say(videos: ModuleType, report: ModuleType
     result = report.result_of(found, jobs)
     rows = {row["group"]: row for row in result["groups"]}
     assert rows["pavdm"]["digit_ratio"] == pytest.approx(1)
-    assert rows["replacement"]["digit_first_10s"] == pytest.approx(0.985)
-    assert rows["replacement"]["digit_ratio"] == pytest.approx(0.485 / 0.985)
+    # Of two prompts, one of which has three of the videos.
+    assert rows["replacement"]["digit_first_10s"] == pytest.approx((1 + 0.98) / 2)
+    assert rows["replacement"]["digit_ratio"] == pytest.approx(0.49 / 0.99)
+    assert (rows["replacement"]["videos"], rows["replacement"]["prompts"]) == (4, 2)
     (end,) = [row for row in result["ends"] if (row["group"], row["measure"]) == ("replacement", "digit")]
     assert end["low"] <= end["ratio"] <= end["high"]
     pairs = {row["measure"]: row for row in result["paired"]}
-    assert pairs["digit"]["group"] == "replacement" and pairs["digit"]["pairs"] == 4
+    assert pairs["digit"]["group"] == "replacement" and (pairs["digit"]["pairs"], pairs["digit"]["prompts"]) == (4, 2)
     assert pairs["digit"]["minus_pavdm"] == pytest.approx(-0.25) == pytest.approx(pairs["digit"]["low"])
     assert pairs["trajectory_error"]["minus_pavdm"] == 0
     worst = {(row["group"], row["digits"]): row["worst"] for row in result["digits"]}
@@ -157,9 +159,36 @@ def test_ends_and_pairs_are_what_they_say(videos: ModuleType, report: ModuleType
         ("pavdm", 1): 0.98, ("pavdm", 2): 1, ("replacement", 1): 0.73, ("replacement", 2): 0.75,
     })  # fmt: skip
     text = report.table(result)
-    assert "replacement minus pavdm, digit, 4 pairs: -0.2500 (-0.2500 to -0.2500)" in text
+    assert "replacement minus pavdm, digit, 4 pairs of 2 prompts: -0.2500 (-0.2500 to -0.2500)" in text
     half = report.result_of(found[:3], jobs)
     assert half["paired"][0]["pairs"] == 1, "those that are there are compared"
+
+
+def test_seeds_of_one_prompt_are_not_independent(videos: ModuleType, report: ModuleType, tmp_path: Path) -> None:
+    """Of gaps and of ratios: half of their variance is the prompt's, and intervals are as often right as they say."""
+    jobs = videos.jobs_of(tmp_path, videos.variants_of(["pavdm", "fifo"], [], [], []), 6, 4, 1440, None)
+    named, rng, held = {job.path: job for job in jobs}, np.random.default_rng(0), np.zeros(2)
+    plain = {job.path: replace(made_up(job, [1.0] * 6, [1.0] * 6), prompt=f"{job.number}") for job in jobs}
+    for _ in range(300):
+        of_prompt, found = rng.normal(0, 0.02, 6), []
+        for job in jobs:
+            later = 1 + (job.variant.name == "fifo") * (of_prompt[job.number] + rng.normal(0, 0.02))
+            found.append(replace(plain[job.path], chunks={"digit": [1.0, *[later] * 5]}))
+        (gap,) = report._paired(found, named)
+        (ratio,) = report._ends("fifo", [video for video in found if video.group == "fifo"])
+        held += gap["low"] <= 0 <= gap["high"], ratio["low"] <= 1 <= ratio["high"]
+    assert (held / 300 > 0.92).all() and (held / 300 < 0.98).all(), "0.76 where seeds count like prompts"
+    assert (gap["pairs"], gap["prompts"], ratio["videos"], ratio["prompts"]) == (24, 6, 24, 6)
+
+
+def test_one_seed_of_each_prompt_is_a_pair(videos: ModuleType, report: ModuleType, tmp_path: Path) -> None:
+    jobs = videos.jobs_of(tmp_path, videos.variants_of(["pavdm", "fifo"], [], [], []), 4, 1, 1440, None)
+    worth = dict(zip([job.path for job in jobs], np.random.default_rng(0).uniform(0.2, 1, len(jobs)), strict=True))
+    found = [replace(made_up(job, [worth[job.path]] * 6, [0.1] * 6), prompt=f"{job.number}") for job in jobs]
+    gap = report._paired(found, {job.path: job for job in jobs})[0]
+    gaps = [worth[fifo.path] - worth[pavdm.path] for pavdm, fifo in zip(jobs[::2], jobs[1::2], strict=True)]
+    assert (gap["pairs"], gap["prompts"], gap["minus_pavdm"]) == (4, 4, pytest.approx(np.mean(gaps)))
+    assert (gap["low"], gap["high"]) == pytest.approx(mean_interval(gaps))
 
 
 def test_cpu_seconds_are_of_what_was_sampled(videos: ModuleType, report: ModuleType, tmp_path: Path) -> None:

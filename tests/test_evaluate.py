@@ -25,7 +25,7 @@ from pavdm_dist.config import SampleConfig
 from pavdm_dist.digits.world import NUMBERS, render, sample_scene, scene_prompt
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.evaluate.command import _videos
-from pavdm_dist.evaluate.drift import Drift
+from pavdm_dist.evaluate.drift import Drift, mean_interval
 from pavdm_dist.evaluate.features import FeatureMeter, frechet_distance, subject_consistency
 from pavdm_dist.evaluate.made import cost_of, group_of
 from pavdm_dist.evaluate.measured import Measured, measure
@@ -33,7 +33,7 @@ from pavdm_dist.evaluate.motion import MotionMeter
 from pavdm_dist.evaluate.page import MOMENTS, moments, page, side_by_side
 from pavdm_dist.evaluate.pixel_meter import PixelMeter
 from pavdm_dist.evaluate.plots import _curves, plots
-from pavdm_dist.evaluate.report import _summarised, summary
+from pavdm_dist.evaluate.report import summary
 from pavdm_dist.evaluate.scenes import SceneMeter
 from pavdm_dist.evaluate.settings import EvalConfig
 from pavdm_dist.io.metadata import read_sidecar
@@ -418,10 +418,35 @@ def test_curves_meet_by_time() -> None:
     assert np.allclose(rows[known], np.broadcast_to(times, rows.shape)[known]) and known.sum(1).tolist() == [7, 11]
 
 
+def of_slope(slope: float | None, prompt: str | None = None, **drift: float) -> Measured:
+    found = replace(Drift(1, slope, None, None, 1, 1, 1, 0), **drift)
+    return Measured("v", prompt, 1, 1, 24, 1, 1, "pavdm", [0.0], [24], {}, {"x": found}, {})
+
+
 def test_the_only_slope_gives_the_interval() -> None:
-    one = Drift(1, None, None, None, 1, 1, 1, 0)
-    found = _summarised([one, replace(one, slope=2.0, low=1.0, high=3.0)])
+    (found,) = summary([of_slope(None), of_slope(2.0, low=1.0, high=3.0)])
     assert (found["slope"], found["low"], found["high"], found["hold"]) == (2.0, 1.0, 3.0, "0 of 1")
+
+
+def test_takes_of_one_prompt_are_not_independent() -> None:
+    """Six prompts of four takes, half of whose variance is the prompt's: as often right as said."""
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        slopes = rng.normal(size=(6, 1)) + rng.normal(size=(6, 4))
+        (found,) = summary([of_slope(float(one), f"{i}") for i, own in enumerate(slopes) for one in own])
+        held += found["low"] <= 0 <= found["high"]
+    assert 0.93 <= held / 400 <= 0.97, "0.79 where they count as 24"
+    assert (found["videos"], found["prompts"]) == (24, 6)
+    assert (found["low"], found["high"]) == pytest.approx(mean_interval(slopes.mean(1).tolist()))
+
+
+@pytest.mark.parametrize("prompts", [["a", "b", "c"], [None, None, None], ["a", "a", "a"]])
+def test_videos_count_singly_of_unlike_unknown_or_only_one_prompt(prompts: list[str | None]) -> None:
+    slopes = [0.3, -0.1, 0.7]
+    videos = [replace(of_slope(*one), video=f"{i}") for i, one in enumerate(zip(slopes, prompts, strict=True))]
+    (found,) = summary(videos)
+    assert (found["low"], found["high"]) == mean_interval(slopes) and found["slope"] == pytest.approx(0.3)
+    assert (found["videos"], found["prompts"]) == (3, 1 if prompts[0] == prompts[1] == "a" else 3)
 
 
 def test_of_folders_what_other_systems_leave_is_passed_over(

@@ -13,7 +13,7 @@ from typing import Any
 
 from pavdm_dist.errors import MediaError
 from pavdm_dist.evaluate.measured import Measured
-from pavdm_dist.evaluate.report import by_group, whole_rows
+from pavdm_dist.evaluate.report import by_group, prompt_of, whole_rows
 from pavdm_dist.io.reader import open_video
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def side_by_side(videos: Sequence[Measured]) -> dict[str, list[Measured]]:
     for own in by_group(videos).values():
         seen: dict[str, int] = {}
         for video in own:
-            prompt = video.prompt or video.video
+            prompt = prompt_of(video)
             seen[prompt] = seen.get(prompt, 0) + 1
             title = prompt if seen[prompt] == 1 else f"{prompt} ({seen[prompt]})"
             takes.setdefault(title, []).append(video)
@@ -168,7 +168,8 @@ def _data(png: bytes) -> str:
 
 _LEGEND = (
     "first, last: mean of the first and last 15 % of the chunks; between_ends: their distance in each video; slope:"
-    " change per minute, with its 95 % interval (low, high) over videos, or of a single video over its chunks; hold:"
+    " change per minute, with its 95 % interval (low, high) over prompts, of whose videos the mean counts, or over the"
+    " videos of a single prompt, or of a single video over its chunks; hold:"
     " videos whose own interval holds zero. Consistency is read beside motion: a picture that stands still has the most"
     " of it. calls_per_s, latents_per_s, seconds_per_s: what a second of video cost, in micro-batches, in latent frames"
     " that they held (guidance and context included), and on the clock of the machine it was made on."

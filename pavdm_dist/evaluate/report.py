@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from pavdm_dist.evaluate.drift import Drift, mean_interval
+from pavdm_dist.evaluate.drift import mean_interval
 from pavdm_dist.evaluate.measured import Measured
 
 # Measures of which more is not better, with what is said of them.
@@ -44,16 +44,39 @@ def by_group(videos: Sequence[Measured]) -> dict[str, list[Measured]]:
     return groups
 
 
+def prompt_of(video: Measured) -> str:
+    """What takes of one prompt are told by; a video whose prompt is not known is a prompt of its own."""
+    return video.prompt or video.video
+
+
+def over_prompts(videos: Sequence[Measured], values: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
+    """Numbers that are independent of each other: takes of one prompt resemble each other, and count as their mean.
+
+    Takes of a single prompt stay as they are: what is said of them is said of that prompt.
+
+    Args:
+        videos: of one group.
+        values: one or more numbers of each video.
+    """
+    takes: dict[str, list[tuple[float, ...]]] = {}
+    for video, value in zip(videos, values, strict=True):
+        takes.setdefault(prompt_of(video), []).append(value)
+    if len(takes) == 1:
+        return list(values)
+    return [tuple(map(statistics.fmean, zip(*own, strict=True))) for own in takes.values()]
+
+
 def summary(videos: Sequence[Measured]) -> list[dict[str, Any]]:
     """A row for every group and measure: means over videos, the slope with an interval, how many videos hold.
 
-    The interval is over videos where there are several (None without SciPy), else that of the one video's own slope.
+    The slope is the mean over prompts, and its interval is over them (None without SciPy); of one prompt over its
+    videos; of one video that of its own slope. ``prompts`` says how many there are.
     """
     rows = []
     for group, own in by_group(videos).items():
         for name in dict.fromkeys(name for video in own for name in video.drift):
-            found = [video.drift[name] for video in own if name in video.drift]
-            rows.append({"group": group, "measure": name, **_summarised(found)})
+            found = _summarised([video for video in own if name in video.drift], name)
+            rows.append({"group": group, "measure": name, **found})
     return rows
 
 
@@ -69,23 +92,25 @@ def whole_rows(videos: Sequence[Measured]) -> list[dict[str, Any]]:
     return rows
 
 
-def _summarised(found: Sequence[Drift]) -> dict[str, Any]:
-    sloping = [drift for drift in found if drift.slope is not None]
-    slopes = [drift.slope for drift in sloping if drift.slope is not None]
+def _summarised(videos: Sequence[Measured], name: str) -> dict[str, Any]:
+    found = [video.drift[name] for video in videos]
+    sloping = [video for video in videos if video.drift[name].slope is not None]
+    slopes = over_prompts(sloping, [(slope,) for drift in found if (slope := drift.slope) is not None])
     low = high = None
     if len(slopes) > 1:
-        low, high = mean_interval(slopes)
+        low, high = mean_interval([slope for (slope,) in slopes])
     elif sloping:
-        low, high = sloping[0].low, sloping[0].high
+        low, high = sloping[0].drift[name].low, sloping[0].drift[name].high
     held = [drift.holds for drift in found if drift.holds is not None]
     return {
         "videos": len(found),
+        "prompts": len(set(map(prompt_of, videos))),
         "mean": statistics.fmean(drift.mean for drift in found),
         "first": statistics.fmean(drift.first for drift in found),
         "last": statistics.fmean(drift.last for drift in found),
         "between_ends": statistics.fmean(drift.between_ends for drift in found),
         "minimum": min(drift.minimum for drift in found),
-        "slope": statistics.fmean(slopes) if slopes else None,
+        "slope": statistics.fmean(slope for (slope,) in slopes) if slopes else None,
         "low": low,
         "high": high,
         "hold": f"{sum(held)} of {len(held)}" if held else None,
