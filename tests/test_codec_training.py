@@ -222,9 +222,13 @@ def test_exporting_needs_a_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
-    [("num_frames", 8, "num_frames=8 is not 4n \\+ 1: use 9"), ("crop", 20, "crop=20 is not a multiple of 8")],
+    [
+        ("num_frames", 8, "num_frames=8 is not 4n \\+ 1: use 9"),
+        ("crop", 20, "crop=20 is not a multiple of 8"),
+        ("dim_mult", (1, 2), r"dim_mult=\[1, 2\]: must be three"),
+    ],
 )
-def test_impossible_settings_are_refused(field: str, value: int, message: str) -> None:
+def test_impossible_settings_are_refused(field: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CodecTraining(**{field: value})
 

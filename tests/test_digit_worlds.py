@@ -78,18 +78,45 @@ def test_what_cannot_be_drawn_or_read_is_refused_before_anything_is_started(tmp_
         ("objective={full_share: 1, growing_share: 0}", r"full_share=1.0 .* 7 chunks only, clips of digits .* 20 lat"),
         ("data.clips=0", r"data.clips=0: must be 1 or more"),
         ("codec.batch_size=0", r"codec.batch_size=0: must be 1 or more"),
+        ("model.num_heads=0", r"model.num_heads=0: must be 1 or more"),
+        ("model.hidden_size=0", r"model.hidden_size=0: must be 1 or more"),
+        ("model.caption_channels=0", r"model.caption_channels=0: must be 1 or more"),
+        ("model.patch_size=[1, 0, 2]", r"model.patch_size=\[1, 0, 2\]: must be 1 or more each, such as \[1, 2, 2\]"),
+        ("seed=99999999999999999999999", r"seed=9+: must be 0 to 18446744073709551615"),
+        ("codec.z_dim=0", r"codec.z_dim=0: must be 1 or more"),
+        ("data.batch_size=-8", r"data.batch_size=-8 does not divide among 1 processes: use 1$"),
         ("validation.every_steps=5", r"validation.every_steps=5: no clips are held out"),
         ("sampling={nonsense: 3}", r"sampling.nonsense"),
         ("sampling={guidance_scale: high}", r"sampling.guidance_scale"),
         ("world.most_digits=3", r"model.model_max_length=24: .*most_digits=3 have up to 32 words and commas; use 32"),
     ):
         length = ["data.num_latents=20"] * ("full_share" in word)
-        words = [word, *length, f"run_dir={tmp_path / 'run'}", "world.digit_weights=[]"]
+        words = [word, *length, "max_seconds=0", f"run_dir={tmp_path / 'run'}", "world.digit_weights=[]"]
         config = load_config(TrainConfig, CONFIGS / "embedded-gpu.yaml", words)
         with pytest.raises(ConfigError, match=message):
             train_command(config, [])
         with pytest.raises(ConfigError, match=message):
             dry_run_command(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("codec.base_dim=-4", r"codec.base_dim=-4: must be 1 or more"),
+        ("codec.decoder_base_dim=0", r"codec.decoder_base_dim=0: must be 1 or more"),
+        ("codec.dim_mult=[1, 2]", r"codec.dim_mult=\[1, 2\]: must be three numbers from 1 on, such as \[1, 4, 4\]"),
+        ("codec.dim_mult=[]", r"codec.dim_mult=\[\]: must be three"),
+        ("codec.dim_mult=[1, 4, 0]", r"codec.dim_mult=\[1, 4, 0\]: must be three"),
+    ],
+)
+def test_a_codec_that_cannot_be_trained_is_refused_before_anything_is_started(
+    word: str, message: str, tmp_path: Path
+) -> None:
+    config = load_config(TrainConfig, None, [word, "max_seconds=0", f"run_dir={tmp_path / 'run'}"])
+    for refuse in (lambda: train_command(config, []), lambda: dry_run_command(config)):
+        with pytest.raises(ConfigError, match=message):
+            refuse()
     assert not (tmp_path / "run").exists()
 
 

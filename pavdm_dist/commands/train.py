@@ -7,9 +7,10 @@ from typing import Any
 
 from pavdm_dist.checkpoint import SamplingDefaults
 from pavdm_dist.codecs.pretrained_text import TextOptions
-from pavdm_dist.digits.provider import digit_data, world_of
+from pavdm_dist.digits.provider import codec_training, digit_data, world_of
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.train.batch import Batches
+from pavdm_dist.train.checks import check_values
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.launch import launch
 from pavdm_dist.train.model import shape_of
@@ -57,6 +58,7 @@ def training_data(config: TrainConfig, world: World, end: float) -> tuple[Batche
 def _check_data(config: TrainConfig) -> None:
     """What would be refused only when data are there and the model is built, or when it is exported, which may be hours
     later, is refused before a process is started."""
+    check_values(config)
     kinds = config.objective.kinds()
     made(SamplingDefaults, config.sampling, "sampling", prefix="sampling.", error=ConfigError)
     if config.model.pretrained is None:
@@ -66,6 +68,8 @@ def _check_data(config: TrainConfig) -> None:
             raise ConfigError(f"model: {error}") from error
     if not config.data.folder:
         world_of(config)
+        if config.codec.folder is None and config.model.pretrained is None:
+            codec_training(config)
         for _, kind in kinds:
             kind.check_clips("digits (data.num_latents)", config.data.num_latents)
         Validation.check(config.validation, held_out=False)

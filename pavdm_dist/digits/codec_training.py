@@ -64,6 +64,9 @@ class CodecTraining:
         bfloat16: run convolutions in bfloat16.
         seed: of weights and data.
         report_every: seconds between checkpoints, each with a reconstruction sheet.
+
+    Raises:
+        ConfigError: no such network, clips or crops.
     """
 
     z_dim: int = 16
@@ -95,6 +98,13 @@ class CodecTraining:
             raise ConfigError(f"num_frames={self.num_frames} is not 4n + 1: use {self.num_frames // 4 * 4 + 1}.")
         if self.crop % 8 or self.crop < 8:
             raise ConfigError(f"crop={self.crop} is not a multiple of 8 from 8 on.")
+        for name in ("z_dim", "base_dim", "decoder_base_dim", "num_res_blocks", "batch_size"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"codec.{name}={value}: must be 1 or more")
+        if len(self.dim_mult) != 3 or min(self.dim_mult) < 1:
+            raise ConfigError(
+                f"codec.dim_mult={list(self.dim_mult)}: must be three numbers from 1 on, such as [1, 4, 4]"
+            )
 
 
 def network(config: CodecTraining) -> AutoencoderKLWan:

@@ -52,6 +52,16 @@ def world_of(config: TrainConfig) -> DigitWorld:
     return world
 
 
+def codec_training(config: TrainConfig) -> CodecTraining:
+    """How the codec of a run on digits is trained, where it has none yet.
+
+    Raises:
+        ConfigError: no such codec.
+    """
+    settings = {name: value for name, value in asdict(config.codec).items() if name != "folder"}
+    return CodecTraining(seed=config.seed, **{**settings, "dim_mult": tuple(config.codec.dim_mult)})
+
+
 def _check_words(pretrained: str, world: DigitWorld) -> None:
     """Refuses a model that reads no words, does not know the world's, or reads fewer than its prompts have."""
     encoder = Checkpoint.open(pretrained).text_encoder
@@ -131,10 +141,7 @@ def _train_codec(config: TrainConfig, digits: DigitWorld, run: Path, end: float,
         return True
     if folder != run / "vae":
         raise ConfigError(f"codec.folder={folder}: holds no codec (no config.json)")
-    settings = {name: value for name, value in asdict(config.codec).items() if name != "folder"}
-    settings["dim_mult"] = tuple(settings["dim_mult"])
-    training = CodecTraining(seed=config.seed, **settings)
-    if train_codec(training, run / "codec", end - time.monotonic(), digits, device) is None:
+    if train_codec(codec_training(config), run / "codec", end - time.monotonic(), digits, device) is None:
         return False
     export_codec(run / "codec", folder, world=digits)
     return True

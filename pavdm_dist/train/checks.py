@@ -20,11 +20,13 @@ from pavdm_dist.train.zero_settings import deepspeed_json, engine_settings
 # Values from the first number on, up to the second; the third says whether the first is one of them.
 _POSITIVE, _FROM_0, _FROM_1, _SHARE = (0, math.inf, False), (0, math.inf, True), (1, math.inf, True), (0, 1, True)
 _LIMITS = {
-    "seed": _FROM_0, "threads": _FROM_1, "max_seconds": _FROM_0, "checkpoint_every_seconds": _FROM_0,
+    "seed": (0, 2**64 - 1, True), "threads": _FROM_1, "max_seconds": _FROM_0, "checkpoint_every_seconds": _FROM_0,
     "keep_last": _FROM_1, "keep_every_steps": _FROM_0, "sheet_every_seconds": _FROM_0, "log_every_steps": _FROM_1,
     "data.clips": _FROM_1, "data.num_latents": _FROM_1, "codec.batch_size": _FROM_1, "codec.budget_seconds": _FROM_0,
-    "codec.decoder_seconds": _FROM_0, "codec.learning_rate": _FROM_0, "model.depth": _FROM_1,
-    "model.text_depth": _FROM_1, "data.prefetch": _FROM_0, "data.still_share": _SHARE, "data.still_steps": _FROM_0,
+    "codec.decoder_seconds": _FROM_0, "codec.learning_rate": _FROM_0, "codec.z_dim": _FROM_1,
+    "model.depth": _FROM_1, "model.text_depth": _FROM_1, "model.hidden_size": _FROM_1, "model.num_heads": _FROM_1,
+    "model.caption_channels": _FROM_1, "model.model_max_length": _FROM_1,
+    "data.prefetch": _FROM_0, "data.still_share": _SHARE, "data.still_steps": _FROM_0,
     "optimizer.lr": _FROM_0, "optimizer.matrix_ratio": _POSITIVE, "optimizer.weight_decay": _FROM_0,
     "optimizer.grad_clip": _FROM_0, "optimizer.total_steps": _FROM_0, "optimizer.warmup_steps": _FROM_0,
     "optimizer.final_ratio": _SHARE, "optimizer.ema_decay": _SHARE,
@@ -39,12 +41,18 @@ _LIMITS = {
 }  # fmt: skip
 
 
-def _check_values(config: TrainConfig) -> None:
+def check_values(config: TrainConfig) -> None:
+    """Refuses numbers that no run can have, before anything is made of them.
+
+    Raises:
+        ConfigError: naming the field, its value and the legal ones.
+    """
     for name, (low, high, inclusive) in _LIMITS.items():
         value: float = config  # type: ignore[assignment]
         for part in name.split("."):
             value = getattr(value, part)
-        fits = math.isfinite(value) and (low <= value if inclusive else low < value) and value <= high
+        number = isinstance(value, int) or math.isfinite(value)
+        fits = number and (low <= value if inclusive else low < value) and value <= high
         if not fits:
             legal = f"{low} to {high}" if high < math.inf else f"{low} or more" if inclusive else f"above {low}"
             raise ConfigError(f"{name}={value}: must be {legal}")
@@ -54,6 +62,8 @@ def _check_values(config: TrainConfig) -> None:
     ):
         if len(values) != count:
             raise ConfigError(f"{name}={values}: must have {count} entries")
+    if min(config.model.patch_size) < 1:
+        raise ConfigError(f"model.patch_size={config.model.patch_size}: must be 1 or more each, such as [1, 2, 2]")
     if config.profile_steps and (len(config.profile_steps) != 2 or min(config.profile_steps) < 0):
         raise ConfigError(f"profile_steps={config.profile_steps}: must be [first step, number of steps], or []")
     if config.peak_tflops is not None and not 0 < config.peak_tflops < math.inf:
@@ -78,7 +88,7 @@ def check_settings(config: TrainConfig, size: int) -> None:
     Raises:
         ConfigError: naming the field, its value and the nearest legal ones.
     """
-    _check_values(config)
+    check_values(config)
     check_trackers(config.trackers)
     z, o, d, m = config.zero, config.optimizer, config.data, config.model
     if m.lora.rank and m.pretrained is None:
@@ -193,7 +203,7 @@ def check_lengths(objective: Objective, buckets: Iterable[Bucket]) -> None:
 
 def _nearest(value: int, unit: int) -> str:
     """The multiples of ``unit`` next to a value, those that are above 0."""
-    below = value - value % unit
+    below = max(value - value % unit, 0)
     return " or ".join(str(number) for number in (below, below + unit) if number > 0)
 
 
