@@ -8,11 +8,11 @@
 # Environment:
 #   RAY_API_SERVER_ADDRESS  dashboard of the cluster (default http://127.0.0.1:8265)
 #   PYTHON   interpreter on the cluster's machines that has this project's packages (default: this one's python3)
-#   OUTPUT   of the demo: absolute path on the machine that runs the driver, the head by default (default: ./demo.mp4
-#            from here)
+#   OUTPUT   of the demo: absolute path on the machine that runs the driver, the head by default, or in a store
+#            (s3://...) (default: ./demo.mp4 from here)
 #   SUBMISSION_ID   the job's id, by which `ray job stop` and `ray job logs` know it (default: one that Ray makes up)
-#   RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token: the cluster's token, which `ray start` has asked for
-#            since Ray 2.59; RAY_AUTH_MODE=disabled sends none
+#   RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token: the cluster's token, where it was started with one;
+#            RAY_AUTH_MODE=disabled sends none
 set -euo pipefail
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
@@ -20,24 +20,21 @@ address="${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}"
 # `python` on a worker may be the system's, without ray: name the interpreter.
 python="${PYTHON:-$(command -v python3)}"
 
-if (($# > 0)) && [[ "$1" =~ ^[a-z]+(-[a-z]+)*$ ]]; then
-  command=("$@")
-else
-  output="${OUTPUT:-$PWD/demo.mp4}"
-  if [[ "$output" != /* ]]; then
-    echo "submit.sh: OUTPUT=$output must be absolute: a job's own folder is deleted after it" >&2
-    exit 2
-  fi
-  command=(sample "a red three drifting up and to the left, a blue seven bouncing"
-    seconds=60 num_stages=2 "output=$output" "$@")
-fi
-
 # A relative path would be one of the folder that Ray makes for the job: what is written there goes with it.
 check_place() { # PATH, and the words to tell it by
   [[ "$1" == /* || "$1" == *://* ]] && return
   echo "submit.sh: $2 must be absolute: a job's own folder is deleted after it" >&2
   exit 2
 }
+if (($# > 0)) && [[ "$1" =~ ^[a-z]+(-[a-z]+)*$ ]]; then
+  command=("$@")
+else
+  output="${OUTPUT:-$PWD/demo.mp4}"
+  check_place "$output" "OUTPUT=$output"
+  command=(sample "a red three drifting up and to the left, a blue seven bouncing"
+    seconds=60 num_stages=2 "output=$output" "$@")
+fi
+
 check_manifest() { # a word of `farm run`
   local suffix
   [[ "$1" =~ ^[A-Za-z_][A-Za-z0-9_.-]*= || "$1" == /* || "$1" == *://* ]] && return

@@ -1,4 +1,5 @@
-"""Whether a Ray cluster answers at an address: found out within seconds, where Ray itself tries for minutes."""
+"""Whether a Ray cluster answers at an address, with the token that it asks for: found out within seconds, where Ray
+itself tries for minutes."""
 
 from __future__ import annotations
 
@@ -14,6 +15,9 @@ REACH_S, ANSWER_S = 10.0, 15.0
 # Ray's usual ports, which are easily taken for each other.
 _PORTS = "6379 is the usual port of a cluster, ray://HOST:10001 that of its client server, 8265 that of its dashboard"
 
+# Where a token may be, as Ray looks for it.
+_TOKENS = "RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+
 
 def given(address: str | None) -> str | None:
     """The address to join: that of a setting, else that of ``RAY_ADDRESS``; None starts a cluster here."""
@@ -23,13 +27,13 @@ def given(address: str | None) -> str | None:
 
 
 def check_reachable(address: str) -> None:
-    """Refuses an address at which no Ray cluster answers.
+    """Refuses an address at which no Ray cluster answers. From then on this process shows its token, if it has one.
 
     Args:
         address: ``auto``, ``HOST:PORT`` or ``ray://HOST:PORT``.
 
     Raises:
-        EngineError: naming the address, and what was found there.
+        EngineError: naming the address, and what was found there, or what is wrong with the token.
     """
     import ray
 
@@ -53,6 +57,7 @@ def check_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
     except (OSError, OverflowError) as error:
         raise EngineError(f"{said}: no Ray cluster could be reached: {error}") from error
+    _show_token()
     if not is_client:
         _check_is_ray(said, where)
 
@@ -84,6 +89,43 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _show_token() -> None:
+    """Ray shows a token by itself only to a cluster that it has found, not to one whose address it is given; but once
+    one lies in the home, which any local Ray sees to, every cluster that is started asks for it.
+
+    Raises:
+        EngineError: there is none where one must be: Ray would end the process.
+    """
+    try:
+        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+    except ImportError:  # a Ray that is older than tokens
+        return
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if mode is not None and mode.lower() != "token":
+        return
+    try:
+        found = AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+    except Exception as error:  # Ray's own kind is as young as tokens are
+        path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+        raise EngineError(
+            f"RAY_AUTH_TOKEN_PATH={path}: no token can be read there; set it to the file of one"
+        ) from error
+    if mode is not None and not found:
+        raise EngineError(f"RAY_AUTH_MODE={mode}: there is no token here; put the cluster's into {_TOKENS}")
+    if mode is None and found:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        Config.initialize("")  # Ray has read the variable by now
+
+
+def _token_refused(said: str) -> EngineError:
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if mode is None:
+        why = "there is none here"
+    else:
+        why = "the one here is another" if mode.lower() == "token" else f"RAY_AUTH_MODE={mode} shows none"
+    return EngineError(f"{said}: the Ray cluster there asks for its token, and {why}; put it into {_TOKENS}")
+
+
 def _check_is_ray(said: str, where: str) -> None:
     """A port at which something listens need not be Ray's; then Ray tries for ten minutes, deaf to Ctrl-C."""
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
@@ -104,6 +146,8 @@ def _check_is_ray(said: str, where: str) -> None:
         raise EngineError(
             f"{said}: something listens there, but no Ray cluster answered within {ANSWER_S:.0f} s; {_PORTS}"
         )
+    if "InvalidAuthToken" in str(found[0]):
+        raise _token_refused(said) from found[0]
     if found[0] is not None:
         raise EngineError(f"{said}: no Ray cluster answers there: {one_line(found[0])}; {_PORTS}") from found[0]
 

@@ -66,8 +66,8 @@ def connect(address: str | None, log_to_driver: bool = False) -> Membership:
             first user of a connection decides.
 
     Raises:
-        EngineError: no cluster answers there, another Ray version does, this process is in another cluster, or none can
-            be started here.
+        EngineError: no cluster answers there, one that asks for another token or is of another Ray version does, this
+            process is in another cluster, or none can be started here.
     """
     global _session
     import ray
@@ -100,7 +100,7 @@ def _join(address: str | None, log_to_driver: bool) -> None:
             return
         with settings_of_own() as own, _outliving_the_terminal():
             ray.init(address="local", **own, **settings)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         why = addresses.one_line(error)
         if address is None:
             raise EngineError(f"no Ray could be started on this machine: {why}") from error
