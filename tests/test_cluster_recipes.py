@@ -141,6 +141,12 @@ def test_a_cluster_grows_from_zero_and_asks_for_its_token(path: Path) -> None:
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 
+def in_bytes(quantity: str) -> int:
+    """Of Kubernetes' words for memory."""
+    assert quantity.endswith("Gi"), quantity
+    return int(quantity.removesuffix("Gi")) << 30
+
+
 def test_every_pod_has_shared_memory_and_the_output() -> None:
     for group in groups():
         spec = group["template"]["spec"]
@@ -148,6 +154,11 @@ def test_every_pod_has_shared_memory_and_the_output() -> None:
         mounts = {mount["mountPath"]: mount["name"] for mount in spec["containers"][0]["volumeMounts"]}
         assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
         assert "persistentVolumeClaim" in volumes[mounts["/output"]]
+        # By itself Ray takes 30 % of the pod's memory for its store, and the disk where /dev/shm has less.
+        store = int(group["rayStartParams"]["object-store-memory"])
+        assert 0 < 2 * store <= in_bytes(volumes[mounts["/dev/shm"]]["emptyDir"]["sizeLimit"])
+        memory = spec["containers"][0]["resources"]["limits"]["memory"]
+        assert 4 * in_bytes(volumes[mounts["/dev/shm"]]["emptyDir"]["sizeLimit"]) <= in_bytes(memory)
 
 
 @pytest.fixture
@@ -327,7 +338,9 @@ def test_submit_sends_a_token_that_is_there(
 def test_submit_refuses_an_output_that_would_vanish(recorder: Path) -> None:
     done = submit(recorder, OUTPUT="demo.mp4")
     assert done.returncode == 2
-    assert "must be absolute" in done.stderr
+    assert "OUTPUT=demo.mp4 must be absolute" in done.stderr
+    done = submit(recorder, OUTPUT="s3://bucket/demo.mp4")
+    assert done.returncode == 0 and "output=s3://bucket/demo.mp4" in json.loads(done.stdout), done.stderr
 
 
 def test_slurm_starts_one_torchrun_per_node_with_a_command_that_reads(tmp_path: Path) -> None:
