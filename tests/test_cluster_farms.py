@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -167,6 +168,13 @@ def test_what_ray_up_runs_on_the_machines_is_a_ray_start_with_a_token(path: Path
         assert "RAY_AUTH_MODE=token" in words[:ray] and words[ray + 1] == "start"
         params = start.make_context("start", words[ray + 2 :]).params
         assert params["head"] == (role == "head") and params["disable_usage_stats"]
+        if (
+            "docker" in cluster
+        ):  # by itself Ray takes 30 % of the memory for its store, and the disk where /dev/shm has less
+            size = next(word for word in cluster["docker"]["run_options"] if word.startswith("--shm-size="))
+            assert (
+                0 < 2 * params["object_store_memory"] <= int(size.removeprefix("--shm-size=").removesuffix("g")) << 30
+            )
         if role == "head":  # reached through the tunnel of `ray dashboard` only
             assert params["dashboard_host"] == "127.0.0.1" and params["autoscaling_config"]
         else:
@@ -326,6 +334,39 @@ def test_the_dockerfile_copies_what_is_there_and_the_builder_gets_no_more() -> N
     # An image is a base with Ray, for CPUs or GPUs, and this project with the tested versions.
     (install,) = [line for line in lines if line.startswith("RUN ")]
     assert shlex.split(install)[1:5] == ["python", "-m", "pip", "install"] and "-c constraints.txt" in install
+
+
+def test_the_image_has_what_stores_of_s3_need() -> None:
+    """An `s3fs` asks for the fsspec of its own version, and for an older dateutil than others do."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (named,) = re.findall(r"'\.\[(.*)\]'", (CLUSTER / "Dockerfile").read_text())
+    assert set(named.split(",")) <= set(extras) and "s3fs" in "".join(
+        line for extra in named.split(",") for line in extras[extra]
+    )
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    assert pins["s3fs"] == pins["fsspec"] and pins["python-dateutil"] < "3"
+
+
+def test_the_command_for_machines_that_come_and_go_is_taken(tmp_path: Path) -> None:
+    """The one in the head of ``aws.yaml``: the interpreter and the output are the cluster's, and not this machine's."""
+    text = (CLUSTER / "ray_up" / "aws.yaml").read_text()
+    (command,) = re.findall(r"^#   (PYTHON=.*\\)\n#     (.*)$", text, re.MULTILINE)
+    stand_in(tmp_path / "python", 'printf "%s\\n" "$@"')
+    done = subprocess.run(
+        ["bash", "-c", " ".join(command).replace("\\", "")],
+        cwd=ROOT,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.splitlines()
+    words = words[words.index("--") + 1 :]
+    assert words[:4] == ["python", "-m", "pavdm_dist", "sample"]
+    config = sample_config(words[4:])
+    assert config.output == "s3://BUCKET/demo.mp4" and config.gpus_per_stage == 1 and config.placement_timeout_s == 900
 
 
 def openjd_words(name: str, given: dict[str, str], task: str, tasks: list[str], tmp_path: Path) -> list[str]:
