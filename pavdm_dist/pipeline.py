@@ -30,7 +30,7 @@ from pavdm_dist.models.devices import device_model, idle_gpus, idle_on_stages, n
 from pavdm_dist.models.source import Adapter
 from pavdm_dist.planning.forecast import useful_stages
 from pavdm_dist.planning.partition import layer_split
-from pavdm_dist.request.call import Prompt, requests_of_call
+from pavdm_dist.request.call import Prompt, check_tensor_inputs, requests_of_call
 from pavdm_dist.request.outputs import OUTPUTS, PAVDMPipelineOutput, VideoChunk
 from pavdm_dist.request.running import Running, rehearsed
 from pavdm_dist.request.sampling import SamplingParams
@@ -221,7 +221,7 @@ class PAVDMPipeline:
     def __call__(
         self,
         prompt: Prompt | Sequence[Prompt],
-        negative_prompt: str | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int = 97,
@@ -236,6 +236,7 @@ class PAVDMPipeline:
         return_dict: bool = True,
         callback_on_chunk: Callable[[VideoChunk], None] | None = None,
         callback_on_step_end: Callable[[PAVDMPipeline, int, float, dict[str, Tensor]], Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **sampling: Any,
     ) -> PAVDMPipelineOutput | tuple[list[Any]]:
         """Renders whole videos into memory; argument names are those of diffusers.
@@ -243,7 +244,8 @@ class PAVDMPipeline:
         Args:
             prompt: one text or several; each gives ``num_videos_per_prompt`` videos. A text may change with time:
                 ``{"0s": "a red three", "20s": "a blue seven"}``.
-            negative_prompt: text of the unconditional branch; None, or a blank one, = the model's learned null text.
+            negative_prompt: text of the unconditional branch, or a list with one for each prompt; None, or a blank
+                one, = the model's learned null text.
             height, width, num_inference_steps, guidance_scale: None = the checkpoint's default.
             num_frames: new frames per video.
             generator: what seeds come from (:func:`~pavdm_dist.values.arguments.seeds_of`); a list has one per video.
@@ -257,6 +259,7 @@ class PAVDMPipeline:
             callback_on_chunk: called with every finished chunk.
             callback_on_step_end: called with (pipeline, row, level of the noisiest chunk, {"latents": the window's
                 input of the next row}), to look at; only with ``num_stages=0``.
+            callback_on_step_end_tensor_inputs: diffusers' list of what it is shown; the latents are all there is.
             sampling: ``window_chunks``, ``latent_chunk_size``, ``context_chunks``, ``context``, ``anchor_chunks``,
                 ``method``, ``partitions``, ``lookahead``, ``step``, ``start``, ``end``, ``fps``, ``time_shift``,
                 ``mode``, ``displaced``, ``chunks_per_unit``, ``allow_untrained_causal``, ``streams`` (videos in
@@ -267,6 +270,7 @@ class PAVDMPipeline:
         """
         if output_type not in OUTPUTS:
             raise ConfigError(f"output_type={output_type!r}: must be one of {', '.join(OUTPUTS)}")
+        check_tensor_inputs(callback_on_step_end_tensor_inputs)
         streams = sampling.pop("streams", 1)
         params = self.params(
             height=height,

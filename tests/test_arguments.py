@@ -86,6 +86,9 @@ def test_videos_of_a_prompt_are_side_by_side_and_what_fits_no_memory_draws_no_se
     assert [request.seed for request in latents] == [5, 6], "nothing was drawn for the refused ones"
     with pytest.raises(ConfigError, match=r"prompt=\[\]: give a text, or a list of them"):
         requests_of_call([], params, pipeline.checkpoint, **asked)
+    asked |= {"generator": None, "num_frames": 5, "negative_prompt": ["c", "d"]}
+    found = requests_of_call(["a", "b"], params, pipeline.checkpoint, **asked)
+    assert [request.negative_prompt for request in found] == ["c", "c", "d", "d"]
 
 
 def test_one_generator_in_a_loop_makes_another_video_each_time(pipeline: PAVDMPipeline) -> None:
@@ -109,7 +112,19 @@ def test_one_generator_in_a_loop_makes_another_video_each_time(pipeline: PAVDMPi
         ({"prompt": []}, "give a text, or a list of them"),
         ({"prompt": [7]}, "prompt=7: must be text, one for each video"),
         ({"prompt": "a\0b"}, "prompt 'a\\x00b' is not text: a file can hold neither NUL nor half a character"),
-        ({"negative_prompt": ["a seven"]}, "negative_prompt=['a seven']: must be text"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt=['a', 'b']: must be one text, which is for all videos of"),
+        (
+            {"negative_prompt": [3]},
+            "negative_prompt=[3]: must be one text, which is for all videos of the call, or a list",
+        ),
+        ({"negative_prompt": 3}, "negative_prompt=3: must be text"),
+        (
+            {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]},
+            "callback_on_step_end_tensor_inputs=['prompt_embeds']: must be ['latents']",
+        ),
+        ({"callback_on_step_end_tensor_inputs": "latents"}, "callback_on_step_end_tensor_inputs=latents: must be"),
+        ({"latents": None}, "no such argument 'latents'"),
+        ({"max_sequence_length": 512}, "no such argument 'max_sequence_length'"),
         ({"num_frames": None}, "num_frames=None: a whole video needs a number; iter_chunks() takes endless ones"),
         ({"num_frames": 5.0}, "num_frames=5.0: must be a whole number"),
         ({"num_frames": "5"}, "num_frames=5: must be a whole number"),
@@ -223,6 +238,10 @@ def test_latents_that_a_callback_changes_are_refused(pipeline: PAVDMPipeline) ->
 
     settings: dict[str, Any] = {"num_frames": 5, "guidance_scale": 1}
     pipeline(PROMPT, callback_on_step_end=same, **settings)
-    pipeline(PROMPT, callback_on_step_end=lambda *_: {}, **settings)
+    inputs = ["latents"]
+    output = pipeline(PROMPT, callback_on_step_end=lambda *_: {}, callback_on_step_end_tensor_inputs=inputs, **settings)
+    assert output[0] is output["frames"] is output.frames and output[:1] == (output.frames,)
+    with pytest.raises(KeyError, match="video"):
+        output["video"]
     with pytest.raises(ConfigError, match="callback_on_step_end: gave other latents back; here they can be looked at"):
         pipeline(PROMPT, callback_on_step_end=others, **settings)

@@ -29,7 +29,7 @@ def requests_of_call(
     params: SamplingParams,
     checkpoint: Checkpoint,
     *,
-    negative_prompt: str | None,
+    negative_prompt: str | Sequence[str] | None,
     num_frames: int,
     num_videos_per_prompt: int,
     generator: torch.Generator | Sequence[torch.Generator] | None,
@@ -48,7 +48,8 @@ def requests_of_call(
         keeps_frames: the call gives pixels, and not latents alone, which are small.
 
     Raises:
-        ConfigError: no prompt, impossible arguments, or a result that would not fit in memory.
+        ConfigError: no prompt, another number of negative prompts, impossible arguments, or a result that would not
+            fit in memory.
         MediaError: the picture cannot be read.
     """
     counts = checked_arguments(_COUNTS, {"num_frames": num_frames, "num_videos_per_prompt": num_videos_per_prompt})
@@ -58,6 +59,7 @@ def requests_of_call(
     prompts = [prompt] if isinstance(prompt, str | Mapping) else list(prompt) if isinstance(prompt, Sequence) else []
     if not prompts:
         raise ConfigError(f"prompt={show(prompt)}: give a text, or a list of them")
+    negatives = _negatives(negative_prompt, len(prompts))
     words = [first_and_later(one, params, checkpoint) for one in prompts]
     total = len(prompts) * num_videos_per_prompt
     size = total * num_frames * params.height * params.width * 3 * 4
@@ -72,8 +74,33 @@ def requests_of_call(
     requests = []
     for i in range(total):
         text, schedule = words[i // num_videos_per_prompt]
-        requests.append(VideoRequest(text, seeds[i], num_frames, negative_prompt, schedule, clip, picture))
+        negative = negatives[i // num_videos_per_prompt]
+        requests.append(VideoRequest(text, seeds[i], num_frames, negative, schedule, clip, picture))
     return requests
+
+
+def _negatives(given: Any, count: int) -> list[Any]:
+    """The negative prompt of each of ``count`` prompts: one text is for all of them, a list has one for each."""
+    if not isinstance(given, list | tuple):
+        return [given] * count
+    if len(given) != count or not all(isinstance(text, str) for text in given):
+        raise ConfigError(
+            f"negative_prompt={show(list(given))}: must be one text, which is for all videos of the call, or a list of"
+            f" {count}, one for each prompt"
+        )
+    return list(given)
+
+
+def check_tensor_inputs(names: Any) -> None:
+    """Checks what a callback of steps asks to be shown.
+
+    Raises:
+        ConfigError: anything but the latents.
+    """
+    if not isinstance(names, list | tuple) or list(names) != ["latents"]:
+        raise ConfigError(
+            f"callback_on_step_end_tensor_inputs={show(names)}: must be ['latents'], which is all that is shown here"
+        )
 
 
 def _frames(video: Any) -> Tensor:

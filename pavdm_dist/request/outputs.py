@@ -36,9 +36,20 @@ class VideoChunk:
 
 @dataclass(frozen=True)
 class PAVDMPipelineOutput:
-    """Result of a call: ``frames[i]`` is video i, as ``output_type`` says."""
+    """Result of a call: ``frames[i]`` is video i, as ``output_type`` says.
+
+    As outputs of diffusers it has its fields by position and by name, too: ``output[0]`` and ``output["frames"]``.
+    """
 
     frames: list[Any]
+
+    def __getitem__(self, which: int | slice | str) -> Any:
+        """A field, or a tuple of them.
+
+        Raises:
+            IndexError, KeyError: there is no such field.
+        """
+        return {"frames": self.frames}[which] if isinstance(which, str) else (self.frames,)[which]
 
 
 def _to_pil(frames: Tensor) -> list[Any]:
