@@ -463,7 +463,7 @@ def test_of_folders_what_other_systems_leave_is_passed_over(
     assert "videos=out: 4 hidden files and folders are passed over, such as out/" in caplog.text
     for name in kept:
         Path(name).unlink()
-    with pytest.raises(ConfigError, match=r"videos=out: holds no video \(\.mp4.*\); 4 hidden files and folders"):
+    with pytest.raises(ConfigError, match=r"videos=out: holds no video \(.*\.mp4, .*gif\); 4 hidden files and folders"):
         _videos(["out"])
     assert _videos(["out/.Trash-0", "out/._a.mp4"]) == ["out/.Trash-0/old.mp4", "out/._a.mp4"]  # who names one means it
 
