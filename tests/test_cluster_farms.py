@@ -270,6 +270,8 @@ def test_deadline_gets_a_task_a_seed_whose_command_reads(tmp_path: Path) -> None
         "a red three, up", 7, 10.0, "/shared/a b/000007.mp4",
     )  # fmt: skip
     assert {"EnvironmentKeyValue0=PYTHON=/opt/python", "EnvironmentKeyValue1=PROGRESS=deadline"} <= set(words)
+    in_store = submitted("a", OUTPUT="s3://bucket/shots")
+    assert "output=s3://bucket/shots/<STARTFRAME%6>.mp4" in in_store.stdout, in_store.stderr
     for wrong, environment, said in (
         (["a"], {"OUTPUT": "shots"}, "must be absolute"),
         (["a"], {}, "set OUTPUT"),

@@ -4,7 +4,7 @@
 #   PYTHON=/opt/pavdm/.venv/bin/python OUTPUT=/shared/shots SEEDS=0-9 \
 #     cluster/farms/deadline.sh "a red three drifting up" seconds=10 [key=value ...]
 #
-# Environment: OUTPUT (a folder on a share), SEEDS (a Deadline frame list), PYTHON and CHECKOUT (paths on the workers;
+# Environment: OUTPUT (a folder on a share, or in a store: s3://...), SEEDS (a Deadline frame list), PYTHON and CHECKOUT (paths on the workers;
 # default: this one's), DEADLINE (default deadlinecommand), NAME of the job.
 set -euo pipefail
 if (($# == 0)); then
@@ -15,7 +15,7 @@ prompt="$1"
 shift
 checkout="${CHECKOUT:-$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)}"
 : "${OUTPUT:?deadline.sh: set OUTPUT to a folder that all workers share}"
-if [[ "$OUTPUT" != /* ]]; then
+if [[ "$OUTPUT" != /* && "$OUTPUT" != *://* ]]; then
   echo "deadline.sh: OUTPUT=$OUTPUT must be absolute: tasks run in folders of their own" >&2
   exit 2
 fi
