@@ -4,8 +4,8 @@
 #   PYTHON=/opt/pavdm/.venv/bin/python OUTPUT=/shared/shots SEEDS=0-9 \
 #     cluster/farms/deadline.sh "a red three drifting up" seconds=10 [key=value ...]
 #
-# Environment: OUTPUT (a folder on a share, or in a store: s3://...), SEEDS (a Deadline frame list), PYTHON and CHECKOUT (paths on the workers;
-# default: this one's), DEADLINE (default deadlinecommand), NAME of the job.
+# Environment: OUTPUT (a folder on a share, or in a store: s3://...), SEEDS (a Deadline frame list), PYTHON and CHECKOUT
+# (paths on the workers; default: this one's), DEADLINE (default deadlinecommand), NAME of the job.
 set -euo pipefail
 if (($# == 0)); then
   echo "deadline.sh: give a prompt" >&2
