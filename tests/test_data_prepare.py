@@ -24,11 +24,16 @@ from videos import numbered, shipped_videos, write_video
 from pavdm_dist import cli
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.text import WordTextEncoder
+from pavdm_dist.commands.train import dry_run_command
 from pavdm_dist.data import prepare as prepare_module
 from pavdm_dist.data.dataset import CachedClips, PixelClips
+from pavdm_dist.data.index import read_sources
 from pavdm_dist.data.prepare import PrepareConfig, prepare_command
+from pavdm_dist.data.settled import without
 from pavdm_dist.data.shards import open_shard
 from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.train.train_settings import TrainConfig
+from pavdm_dist.values.merging import load_config
 
 
 @pytest.fixture(scope="module")
@@ -320,6 +325,27 @@ def test_latents_of_another_model_are_refused(plain: tuple[Path, dict[str, Any]]
         CachedClips(tmp_path)
     (tmp_path / "index.json").write_text('{"version": 9}')
     with pytest.raises(ConfigError, match="has format version 9, this package reads 1"):
+        CachedClips(tmp_path)
+
+
+def test_what_is_no_data_set_is_one_sentence(plain: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    file, whole = tmp_path / "file", json.loads((plain[0] / "index.json").read_text())
+    file.write_text("no folder")
+    dry = ["data.model=embedded", "model.caption_channels=96", f"data.folder={file}"]
+    for read in (
+        lambda: CachedClips(file),
+        lambda: dry_run_command(load_config(TrainConfig, None, dry)),
+        lambda: without(read_sources([whole["root"]], "stem"), [str(file)]),
+    ):
+        with pytest.raises(ConfigError, match=r"data=.*file cannot be read \(Not a directory\): name a folder of"):
+            read()
+    for lost in ("root", "buckets", "identities", "shard_clips", "skipped"):
+        (tmp_path / "index.json").write_text(json.dumps({name: whole[name] for name in whole if name != lost}))
+        with pytest.raises(ConfigError, match=rf"index\.json is damaged, it lacks {lost}: run `pavdm data prepare`"):
+            CachedClips(tmp_path)
+    del whole["buckets"][1]["clips"]
+    (tmp_path / "index.json").write_text(json.dumps(whole))
+    with pytest.raises(ConfigError, match=r"index\.json is damaged, it lacks buckets\[1\]\.clips"):
         CachedClips(tmp_path)
 
 

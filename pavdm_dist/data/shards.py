@@ -23,6 +23,9 @@ SETTINGS = "settings.json"
 SIZES = "sizes.json"
 INDEX = "index.json"
 VERSION = 1
+# What an index holds that others read, and of each bucket.
+_KEYS = {"root": str, "shard_clips": int, "identities": dict, "buckets": list, "skipped": list}
+_BUCKET_KEYS = {"bucket": str, "clips": int, "shards": list}
 
 
 def clips_file(folder: Path, bucket: int) -> Path:
@@ -45,7 +48,7 @@ def read_index(folder: str | Path) -> dict[str, Any]:
     """``index.json`` of a complete data set.
 
     Raises:
-        ConfigError: no such folder, not complete, or written by another version.
+        ConfigError: no such folder, not complete, damaged, or written by another version.
     """
     path = Path(folder)
     try:
@@ -53,20 +56,38 @@ def read_index(folder: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         state = "is not complete: run `pavdm data prepare` again" if (path / SETTINGS).exists() else "holds no data set"
         raise ConfigError(f"data={folder} {state} ({INDEX} is missing)") from error
+    except OSError as error:
+        raise ConfigError(
+            f"data={folder} cannot be read ({error.strerror}): name a folder of `pavdm data prepare`"
+        ) from error
     except ValueError as error:
         raise ConfigError(f"data={folder}: {INDEX} is not valid JSON: {error}") from error
     if not isinstance(index, dict):
         raise ConfigError(f"data={folder}: {INDEX} must hold names and values")
     if index.get("version") != VERSION:
         raise ConfigError(f"data={folder} has format version {index.get('version')}, this package reads {VERSION}")
+    if missing := _missing(index):
+        raise ConfigError(f"data={folder}: {INDEX} is damaged, it lacks {missing}: run `pavdm data prepare` again")
     return index
+
+
+def _missing(index: dict[str, Any]) -> str | None:
+    """The first thing that every index says and this one does not."""
+    for name, kind in _KEYS.items():
+        if not isinstance(index.get(name), kind):
+            return name
+    for number, bucket in enumerate(index["buckets"]):
+        for name, kind in _BUCKET_KEYS.items():
+            if not isinstance(bucket, dict) or not isinstance(bucket.get(name), kind):
+                return f"buckets[{number}].{name}"
+    return None
 
 
 class ClipList:
     """A bucket's clips on disk: eight bytes of memory each.
 
     Raises:
-        ConfigError: the file is missing.
+        ConfigError: the file is missing or cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -76,6 +97,8 @@ class ClipList:
                 ends = np.cumsum([0, *(len(line) for line in file)], dtype=np.int64)
         except FileNotFoundError as error:
             raise ConfigError(f"{path} is missing: the data set is damaged") from error
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read ({error.strerror}): the data set is damaged") from error
         self._starts = ends[:-1]
 
     def __len__(self) -> int:
