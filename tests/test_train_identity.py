@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import tiny_checkpoint
 from training import TINY, start, write_clips
 from wan_models import WAN, trainable_folder
 
@@ -127,6 +128,23 @@ def test_other_digits_or_another_type_of_weights_is_refused(clips: LatentClips, 
     del began[part][name]  # as older checkpoints are
     check_same("run", began, now)
     check_same("run", identity(clips), identity(clips, "zero.precision=autocast"))
+
+
+def test_a_lora_that_would_change_fewer_maps_than_before_does_not_go_on(
+    clips: LatentClips, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    stdit3 = tiny_checkpoint(tmp_path)
+    for model, target, less in ((stdit3, "fc1", True), (stdit3, "mlp.fc1", False), (models[0], "to_q", False)):
+        words = [f"model.pretrained={model}", "model.lora.rank=2", f"model.lora.targets=[{target}]"]
+        now = identity(clips, *words, "optimizer.name=adamw")
+        check_same("run", now, now)
+        older = json.loads(json.dumps(now))
+        older["model"]["lora"].pop("maps", None)
+        if not less:
+            check_same("run", older, now)
+            continue
+        with pytest.raises(ConfigError, match=r"trained with model\.lora\.maps=None, this run has inside blocks$"):
+            check_same("run", older, now)
 
 
 @pytest.mark.parametrize(("name", "stage"), [("muon", 0), ("adamw", 0), ("adamw", 1)])

@@ -12,12 +12,12 @@ from helpers import tiny_model
 from torch import Tensor, nn
 from wan_models import random, staircase, tiny_wan
 
-from pavdm_dist.errors import CheckpointError
+from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.models.catalog import load_backbone
 from pavdm_dist.models.compiling import Compiler
 from pavdm_dist.models.source import Adapter, Source
-from pavdm_dist.train.lora_training import add_lora, save_lora
+from pavdm_dist.train.lora_training import add_lora, ends_outside, save_lora
 from pavdm_dist.train.train_settings import LowRankConfig
 
 MADE = {"stdit3": tiny_model, "wan": tiny_wan}
@@ -88,6 +88,25 @@ def test_a_change_of_one_later_map_is_not_lost_when_blocks_are_compiled(name: st
     assert not torch.allclose(outputs[0], shown(base), atol=1e-3)
     assert len(gradients[0]) == 2 and all(one.abs().max() > 0 for one in gradients[0])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_ends_of_names_are_of_maps_inside_blocks_and_whole_names_of_any() -> None:
+    def changed(*targets: str) -> set[str]:
+        model = tiny_model()
+        add_lora(model, LowRankConfig(rank=2, targets=[*targets]))
+        return {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+
+    outside = "y_embedder.y_proj.fc1"
+    ends, whole = changed("fc1"), changed("fc1", outside)
+    assert whole == {*ends, outside} and all("blocks." in name for name in ends) and ends
+    assert changed(outside) == {outside}
+    with pytest.raises(ConfigError, match=r"no linear map is called y_proj\.fc1; there are"):
+        changed("y_proj.fc1")
+    # Older runs, which changed it for its end, do not go on.
+    told = {targets: ends_outside(tiny_model(), LowRankConfig(rank=2, targets=[*targets])) for targets in (
+        ("fc1",), ("fc1", outside), ("mlp.fc1",), (outside,), (),
+    )}  # fmt: skip
+    assert [targets for targets, outside_too in told.items() if outside_too] == [("fc1",)]
 
 
 def test_a_changed_map_keeps_its_parameters_and_its_names() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.train.batch import Batches
+from pavdm_dist.train.lora_training import ends_outside
 from pavdm_dist.train.model import described, shape_of
 from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.zero_settings import deepspeed_json
@@ -27,6 +28,10 @@ def identity_of(config: TrainConfig, batches: Batches) -> dict[str, Any]:
     found["zero"] = {"precision": "bfloat16" if config.zero.precision == "bfloat16" else "float32 or autocast"}
     shape: Any = shape_of(config, batches.channels)
     found["model"] |= {"shape": asdict(shape.config)}
+    lora = config.model.lora
+    if lora.rank and ends_outside(shape, lora):
+        # Older runs changed those maps, too.
+        found["model"]["lora"] = {**found["model"]["lora"], "maps": "inside blocks"}
     return found
 
 
@@ -45,6 +50,8 @@ def check_same(root: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) ->
         ConfigError: naming what differs first.
     """
     ours, older = json.loads(json.dumps(ours)), json.loads(json.dumps(_of_older()))
+    for part, values in ours.pop("older", {}).items():
+        older[part] = {**older.get(part, {}), **values}
     _check_start(root, theirs.get("model", {}), ours["model"])
     if "pretrained" in theirs.get("model", {}) and "from" not in theirs["model"]:
         # The oldest checkpoints say where the model lay, and not which it was.

@@ -80,6 +80,18 @@ def add_lora(
         setattr(model.get_submodule(parent), own, changed)
 
 
+def ends_outside(model: nn.Module, config: LowRankConfig) -> bool:
+    """Whether some target is the end of a map's name outside blocks, too, where it changes nothing.
+
+    Args:
+        model: the backbone, without changes.
+        config: which maps.
+    """
+    changed = _targets(model, config)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in changed]
+    return any(name.endswith(f".{target}") for name in names for target in config.targets)
+
+
 def save_lora(
     weights: Mapping[str, Tensor], config: LowRankConfig, folder: Path, dtype: torch.dtype, steps: int
 ) -> None:
@@ -121,9 +133,10 @@ def _targets(model: nn.Module, config: LowRankConfig) -> dict[str, nn.Linear]:
         return inner
     found: dict[str, nn.Linear] = {}
     for target in config.targets:
-        named = {name: module for name, module in maps.items() if name == target or name.endswith(f".{target}")}
+        ends = {name: module for name, module in inner.items() if name.endswith(f".{target}")}
+        named = ends | ({target: maps[target]} if target in maps else {})
         if not named:
-            ends = sorted({_INNER.split(name)[-1] for name in inner})
-            raise ConfigError(f"model.lora.targets: no linear map is called {target}; there are {', '.join(ends)}")
+            there = ", ".join(sorted({_INNER.split(name)[-1] for name in inner}))
+            raise ConfigError(f"model.lora.targets: no linear map is called {target}; there are {there}")
         found |= named
     return found

@@ -74,7 +74,7 @@ class LowRankConfig:
 
     rank: int = 0  # 0 = all weights are trained
     alpha: float | None = None  # changes count alpha / rank; None: as much as the rank
-    targets: list[str] = field(default_factory=list)  # ends of names, such as to_q; [] = every map inside a block
+    targets: list[str] = field(default_factory=list)  # ends of names in blocks (to_q), or whole names; [] = all in them
 
 
 @dataclass
