@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +28,10 @@ from pavdm_dist.errors import CheckpointError, ConfigError, EngineError
 from pavdm_dist.io.shipped import EMBEDDED
 from pavdm_dist.train.average import Average
 from pavdm_dist.train.export import Parts, check_target
+from pavdm_dist.train.identity import check_same, identity_of
 from pavdm_dist.train.model import Text, filled
 from pavdm_dist.train.objective import Objective, WindowKind
+from pavdm_dist.train.ranks import join_world
 from pavdm_dist.train.train_run import train_slice
 from pavdm_dist.train.train_settings import LowRankConfig, TrainConfig
 from pavdm_dist.train.trainer import Trainer
@@ -205,6 +209,40 @@ def test_clips_are_cached_in_slices_and_are_what_the_codec_encodes(
     assert cache_clips(codec, tmp_path / "c", 32, 3, max_seconds=60)
     with pytest.raises(ConfigError, match="num_latents"):
         cache_clips(codec, tmp_path / "c", 32, 5, max_seconds=60)
+
+
+def test_no_more_clips_are_trained_on_than_asked_for(tmp_path: Path) -> None:
+    """Whole shards are cached, and a run before may have asked for more."""
+    folder = write_clips(tmp_path, 8)
+    shutil.copy(folder / "clips-00000.safetensors", folder / "clips-00001.safetensors")
+    every, first = LatentClips(folder), LatentClips(folder, clips=10)
+    assert (every.there, len(every.prompts), first.there, len(first.prompts)) == (16, 16, 16, 10)
+    assert torch.equal(first.latents, every.latents[:10]) and first.prompts == every.prompts[:10]
+    config = settings(tmp_path, "data.clips=10")
+
+    def identity(clips: LatentClips) -> dict[str, Any]:
+        made = identity_of(config, DigitBatches(clips, config.objective, config.data, config.seed))
+        return json.loads(json.dumps(made))
+
+    now = identity(first)
+    check_same("run", now, now)
+    # Checkpoints that do not say it are of all there was: others are told apart, the same go on.
+    older = identity(every)
+    del older["data"]["clips_used"], older["older"]
+    with pytest.raises(ConfigError, match=r"run was trained with data\.clips_used=16, this run has 10$"):
+        check_same("run", older, now)
+    check_same("run", older, identity(every))
+    # Those that do go on where the folder has grown since.
+    check_same("run", {**now, "older": {"data": {"clips_used": 10}}}, now)
+
+
+def test_the_command_trains_on_as_many_clips_as_asked_for(tmp_path: Path, codec: Path) -> None:
+    config = settings(tmp_path, f"codec.folder={codec}", "data.clips=10", "data.num_latents=8")
+    made = digit_data(config, join_world(60), time.monotonic() + 100)
+    assert made is not None
+    batches = made[0]
+    assert isinstance(batches, DigitBatches)
+    assert len(batches.clips.prompts) == len(batches.clips.latents) == 10 and batches.clips.there == 32
 
 
 def test_command_trains_and_exports_a_model_that_opens(tmp_path: Path, codec: Path) -> None:

@@ -51,7 +51,9 @@ class DigitBatches:
         # With those that a world's settings leave out where they are the shipped one's.
         self.identity = {
             "world": {**world.settings, **world.later},
-            "data": {name: getattr(data, name) for name in ("clips", *_DRAWN)},
+            "data": {**{name: getattr(data, name) for name in ("clips", *_DRAWN)}, "clips_used": len(clips.prompts)},
+            # All that the folder held, whatever data.clips said.
+            "older": {"data": {"clips_used": clips.there}},
         }
         self.held_out: Batches | None = None
 

@@ -34,13 +34,15 @@ _AT_ONCE = 8 * SIZE**2
 
 
 class LatentClips:
-    """All cached clips in memory.
+    """Cached clips in memory.
 
     Args:
         folder: of the shards.
         device: that holds the latents; on a GPU every batch is cut out there.
+        clips: only the first so many; None = all.
 
     Attributes:
+        there: how many the folder holds.
         latents: normalised, fp16, ``[clips, C, n, h, w]``; every clip is the start of a video.
         prompts: one per clip.
 
@@ -48,15 +50,17 @@ class LatentClips:
         ConfigError: there are no clips.
     """
 
-    def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
-        parts, self.prompts = [], list[str]()
+    def __init__(self, folder: str | Path, device: torch.device | str = "cpu", clips: int | None = None) -> None:
+        parts, prompts = [], list[str]()
         for shard in sorted(Path(folder).glob("clips-*.safetensors")):
             with safe_open(shard, framework="pt") as reader:
-                parts.append(reader.get_tensor("latents"))
-                self.prompts += json.loads(reader.metadata()["prompts"])
+                if clips is None or len(prompts) < clips:
+                    parts.append(reader.get_tensor("latents"))
+                prompts += json.loads(reader.metadata()["prompts"])
         if not parts:
             raise ConfigError(f"{folder} holds no cached clips")
-        self.latents: Tensor = torch.cat(parts).to(device)
+        self.there, self.prompts = len(prompts), prompts[:clips]
+        self.latents: Tensor = torch.cat(parts)[:clips].to(device)
 
     def batch(self, rng: np.random.Generator, size: int, first: int, count: int) -> tuple[Tensor, list[str]]:
         """``size`` random clips' latents ``first .. first + count - 1``, float32, and their prompts."""
@@ -84,7 +88,7 @@ def cache_clips(
     world: DigitWorld = SHIPPED,
     device: torch.device | str = "cpu",
 ) -> bool:
-    """Renders and encodes clips until ``clips`` are there.
+    """Renders and encodes clips until ``clips`` are there, in whole shards.
 
     Clip i of the cache is a function of i alone, so the cache can be made in any number of slices.
 
@@ -116,7 +120,7 @@ def cache_clips(
         if time.monotonic() - started > max_seconds:
             return False
         cache_shard(encode, target, shard, num_latents, world)
-        logger.info("cached %d of %d clips", (shard + 1) * SHARD_CLIPS, clips)
+        logger.info("cached %d of %d clips", min((shard + 1) * SHARD_CLIPS, clips), clips)
     return True
 
 

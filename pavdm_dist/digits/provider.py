@@ -99,7 +99,7 @@ def digit_data(config: TrainConfig, world: World, end: float) -> tuple[Batches, 
         end = min(end, time.monotonic() + 0.8 * config.launch.timeout_seconds)
     if not world.agree(world.first and _prepare(config, digits, run, end, world.device)):
         return None
-    clips = LatentClips(run / "clips", world.device)
+    clips = LatentClips(run / "clips", world.device, config.data.clips)
     batches = DigitBatches(clips, config.objective, config.data, config.seed, digits)
     looked_at = (config.quality.prompts or config.quality.stills) and not config.model.lora.rank
     judged = partial(_judged, config, digits) if looked_at else None

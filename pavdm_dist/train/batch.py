@@ -75,7 +75,8 @@ class Batches(Protocol):
 
     Attributes:
         channels: of the latents.
-        identity: what batches depend on besides the settings; a run must not go on with another one.
+        identity: what batches depend on besides the settings, by part and name; a run must not go on with another one.
+            Its part ``older`` says what that was in checkpoints that do not name it.
         held_out: batches of clips that are not trained on; None = there are none.
     """
 
