@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,26 @@ def publish(file: Path, wrap: Callable[[dict], object] = lambda state: state, pr
     """The tiny model by its authors' names."""
     torch.save(wrap(original_names(tiny_wan(seed=7).state_dict(), prefix)), file)
     return file
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "model._fsdp_wrapped_module."])
+def test_diffusers_names_may_have_prefixes_too(prefix: str, base: Path, tmp_path: Path) -> None:
+    state = {f"{prefix}{name}": value for name, value in tiny_wan(seed=7).state_dict().items()}
+    torch.save(state, tmp_path / "published.pt")
+    folder = tmp_path / "out"
+    words = ["level_support=staircase-trained", "license=terms of its own"]
+    assert main(["convert", str(tmp_path / "published.pt"), f"base={base}", f"output={folder}", *words]) == 0
+    assert equal_states(Checkpoint.open(folder).backbone, tiny_wan(seed=7))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_bytes_that_are_no_file_are_refused(
+    seed: int, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "published.pth"
+    file.write_bytes(random.Random(seed).randbytes(60))
+    assert main(["convert", str(file), f"base={base}", f"output={tmp_path / 'out'}"]) == 2
+    assert "is not read: it is damaged" in capsys.readouterr().err
 
 
 SETS = {
@@ -138,13 +159,14 @@ class Program:
         (lambda state: {"other": state}, [], "holds other; name one that samples with weights=NAME"),
         (lambda state: {"model.head.head.weight": torch.zeros(1), "epoch": 3}, [], "epoch is no tensor"),
         (lambda state: [1, 2], [], "holds a list, weights by name are expected"),
+        (lambda state: {3: torch.zeros(1)}, [], "3 is no tensor"),
         (lambda state: {k: v for k, v in state.items() if "blocks.1.ffn.0.w" not in k}, [],
          r"lacks tensor blocks\.1\.ffn\.net\.0\.proj\.weight"),
         (lambda state: {**state, "model.blocks.3.ffn.0.bias": torch.zeros(40)}, [],
          r"tensor blocks\.3\.ffn\.net\.0\.proj\.bias \(1 in all\) is not part of this model"),
         (lambda state: {**state, "model.head.head.bias": torch.zeros(4)}, [], r"tensor proj_out\.bias is \[4\]"),
     ],
-    ids=["code", "critic", "critic chosen", "unknown set", "no tensor", "list", "missing", "unknown", "size"],
+    ids=["code", "critic", "critic chosen", "unknown set", "no tensor", "list", "number", "missing", "unknown", "size"],
 )  # fmt: skip
 def test_other_files_are_refused(
     wrap: Callable, words: list[str], message: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

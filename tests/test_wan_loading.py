@@ -258,6 +258,57 @@ def test_peft_strengths_by_module(pattern: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found[f"{name}.weight"], expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("prefix", ["base_model.model.", "diffusion_model.", "pipe.dit.", ""])
+@pytest.mark.parametrize("middle", ["", ".default"])
+def test_peft_strengths_by_the_authors_names(prefix: str, middle: str, tmp_path: Path) -> None:
+    """The expressions are of the names in the file, whatever the model calls these modules."""
+    model, state = tiny_wan(), dict[str, Tensor]()
+    pairs = {name: pair for name, pair in low_rank(model).items() if name != "proj_out"}
+    for name, pair in pairs.items():
+        (stem,) = (key.removesuffix(".weight") for key in original_names({f"{name}.weight": pair[0]}))
+        state |= {f"{prefix}{stem}.lora_{part}{middle}.weight": one for part, one in zip("AB", pair, strict=True)}
+    model.save_pretrained(tmp_path)
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    settings = {"r": RANK, "lora_alpha": ALPHA, "alpha_pattern": {"self_attn.q": 16.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    found = load_backbone(Source(str(tmp_path), adapters=(Adapter(Source(str(tmp_path))),))).state_dict()
+    for name, (down, up) in pairs.items():
+        strength = (16.0 if name.endswith("to_q") else ALPHA) / RANK
+        expected = model.state_dict()[f"{name}.weight"] + strength * (up @ down)
+        torch.testing.assert_close(found[f"{name}.weight"], expected, atol=1e-6, rtol=1e-6)
+
+
+def test_what_is_left_out_of_a_trainers_file_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Diffusers leaves differences of norms out, which are zero in most files."""
+    model, down, up = tiny_wan(), random(RANK, 24), random(24, RANK)
+    model.save_pretrained(tmp_path)
+    pair = {f"diffusion_model.blocks.0.self_attn.q.lora_{part}.weight": one for part, one in (("A", down), ("B", up))}
+    for value in (0.0, 1.0):
+        caplog.clear()
+        more = {"diffusion_model.blocks.0.self_attn.norm_q.diff": torch.full((24,), value)}
+        save_file(pair | more, tmp_path / "adapter_model.safetensors")
+        load_backbone(Source(str(tmp_path), adapters=(Adapter(Source(str(tmp_path))),)))
+        said = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+        assert bool(said) == bool(value)
+    assert "1 changes of whole tensors are left out" in said[0] and said[0].endswith("blocks.0.self_attn.norm_q.diff")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"base_model.model.blocks.0.attn1.to_q.lora_B.bias": torch.ones(5)},
+         r"adds \[5\] to blocks\.0\.attn1\.to_q\.bias, which is \[24\]"),
+        ({"lora_unet_head_head.lora_down.weight": torch.ones(2, 24)}, "its names are not those of a Wan LoRA"),
+    ],
+    ids=["bias", "musubi"],
+)  # fmt: skip
+def test_parts_that_cannot_be_added_are_refused(more: dict[str, Tensor], message: str, tmp_path: Path) -> None:
+    tiny_wan().save_pretrained(tmp_path)
+    save_file(matrices(low_rank(tiny_wan()), "base_model.model.") | more, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        load_backbone(Source(str(tmp_path), adapters=(Adapter(Source(str(tmp_path))),)), (0, 1))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -236,6 +236,21 @@ def test_the_hub_id_tells_models_of_one_shape_apart() -> None:
         assert found.license == index.get("license")
 
 
+def test_defaults_of_a_models_own_are_added_to_those_of_the_public_one() -> None:
+    folder = shipped_models()["wan2.1-t2v-1.3b"]
+    public = json.loads((folder / "model_index.json").read_text())["sampling"]
+    transformer = json.loads((folder / "transformer" / "config.json").read_text())
+
+    def found(**index: object) -> dict:
+        return known_model(Source("/somewhere"), index, transformer, "here").sampling
+
+    assert found(sampling={"prompt_suffix": "film"}) == public | {"prompt_suffix": "film"}
+    assert found(sampling={"fps": 24}, license="of its own") == public | {"fps": 24}
+    own = {"levels": [1.0, 0.5], "num_inference_steps": 2}
+    assert found(sampling=own) == {key: value for key, value in (public | own).items() if key != "time_shift"}
+    assert found(sampling={"fps": 24}, training={"steps": 3}) == {"fps": 24}, "which says all of its own"
+
+
 def test_two_experts_are_refused(folder: Path) -> None:
     change(folder, transformer_2=["diffusers", "WanTransformer3DModel"])
     with pytest.raises(CheckpointError, match="has two transformers"):

@@ -36,7 +36,10 @@ class Known:
 
 
 def known_model(source: Source, index: Mapping[str, Any], transformer: Mapping[str, Any], where: object) -> Known:
-    """What a model's own index says; what it leaves out is that of the public model with its hub id or shape.
+    """What a model's own index says; what it leaves out is that of the public model with its hub id or shape, default
+    by default.
+
+    What was trained here says all of its own defaults, and none of the public model it may have begun as.
 
     Args:
         source: the model.
@@ -48,8 +51,6 @@ def known_model(source: Source, index: Mapping[str, Any], transformer: Mapping[s
         CheckpointError: an entry of a wrong kind.
     """
     own = _read(index, where)
-    if own.sampling and own.license:
-        return own
     others = []
     for folder in shipped_models().values():
         other = _read(read_object(folder / "model_index.json", CheckpointError), folder)
@@ -58,7 +59,12 @@ def known_model(source: Source, index: Mapping[str, Any], transformer: Mapping[s
             others.append(other)
     named = [other for other in others if other.hub == source.location] or others
     sibling = named[0] if named else Known()
-    return Known(own.hub or sibling.hub, own.license or sibling.license, own.sampling or sibling.sampling)
+    sampling = own.sampling
+    if not (sampling and "training" in index):
+        sampling = sibling.sampling | sampling
+    if "levels" in own.sampling and "time_shift" not in own.sampling:  # levels are made of no other's shift
+        sampling = {name: value for name, value in sampling.items() if name != "time_shift"}
+    return Known(own.hub or sibling.hub, own.license or sibling.license, sampling)
 
 
 def _read(index: Mapping[str, Any], where: object) -> Known:

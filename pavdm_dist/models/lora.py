@@ -6,6 +6,7 @@ converters read those). What a stage does not load is not changed, so that any c
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,14 +20,18 @@ from pavdm_dist.errors import CheckpointError
 from pavdm_dist.models.source import Source
 from pavdm_dist.values.fields import Within, json_value, made, read_object
 
+logger = logging.getLogger(__name__)
+
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PEFT_CONFIG = "adapter_config.json"
 # Where diffusers keeps a file's settings, in the file's own header.
 METADATA = "lora_adapter_metadata"
-_PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.")
-# How the programs that Wan models are trained with name a block's attentions. STDiT3 has a cross_attn of its own, in
+_PREFIXES = ("base_model.model.", "transformer.", "pipe.dit.", "diffusion_model.")
+# What files hold of tensors that are changed whole, by a difference.
+_WHOLE = (".diff", ".diff_b")
+# How the programs that Wan models are trained with name a block's maps. STDiT3 has a cross_attn of its own, in
 # blocks of other names.
-_TRAINERS = re.compile(r"blocks\.\d+\.(self_attn|cross_attn)\.")
+_TRAINERS = re.compile(r"blocks\.\d+\.(self_attn|cross_attn|ffn\.\d+)\.")
 
 _Rank = Annotated[int, Within(1, 65_536)]
 _Alpha = Annotated[float, Within(0, 1e6)]
@@ -42,10 +47,15 @@ class _Settings:
     use_rslora: bool = False
     use_dora: bool = False
 
-    def strength(self, module: str, rank: int) -> float:
-        """What the product of a module's two matrices is multiplied by."""
+    def strength(self, modules: Iterable[str], rank: int) -> float:
+        """What the product of a module's two matrices is multiplied by; ``modules``: its names, the file's first."""
         # As peft reads them: expressions that a module's name, or its end, matches.
-        named = (alpha for name, alpha in self.alpha_pattern.items() if re.match(rf"(.*\.)?({name})$", module))
+        named = (
+            alpha
+            for module in modules
+            for name, alpha in self.alpha_pattern.items()
+            if re.match(rf"(.*\.)?({name})$", module)
+        )
         alpha = next(named, self.lora_alpha)
         return 1.0 if alpha is None else alpha / (rank**0.5 if self.use_rslora else rank)
 
@@ -63,7 +73,7 @@ class Changes:
 
     def __init__(self, source: Source, scale: float = 1.0) -> None:
         self._source, self._scale = source, scale
-        self._tensors, self._settings = _read(source)
+        self._tensors, self._stored, self._settings = _read(source)
         tensors = self._tensors
         self._modules = {name.rpartition(".lora_A.weight")[0] for name in tensors if name.endswith(".lora_A.weight")}
         needed = {f"{module}.lora_{part}.weight" for module in self._modules for part in "AB"}
@@ -97,6 +107,10 @@ class Changes:
                     f"lora={self._source}: changes {module}.weight by {list(up.shape)} times {list(down.shape)},"
                     f" it is {list(target.shape)}"
                 )
+            added, bias = self._tensors.get(f"{module}.lora_B.bias"), expected.get(f"{module}.bias")
+            if added is not None and (bias is None or added.shape != bias.shape):
+                has = "which the model has not" if bias is None else f"which is {list(bias.shape)}"
+                raise CheckpointError(f"lora={self._source}: adds {list(added.shape)} to {module}.bias, {has}")
 
     def added(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor with its change, float32; itself where it has none."""
@@ -104,7 +118,8 @@ class Changes:
         if module not in self._modules:
             return tensor
         down = self._tensors[f"{module}.lora_A.weight"]
-        strength = self._scale * self._settings.strength(module, down.shape[0])
+        names = (self._stored.get(module, module), module)
+        strength = self._scale * self._settings.strength(names, down.shape[0])
         if kind == "bias":
             bias = self._tensors.get(f"{module}.lora_B.bias")
             return tensor if bias is None else tensor.float() + strength * bias.to(tensor.device, torch.float32)
@@ -132,8 +147,8 @@ def lora_file(source: Source) -> str:
     return name
 
 
-def _read(source: Source) -> tuple[dict[str, Tensor], _Settings]:
-    """Tensors by the model's own names, and the settings."""
+def _read(source: Source) -> tuple[dict[str, Tensor], dict[str, str], _Settings]:
+    """Tensors by the model's own names, the file's names of modules by these, and the settings."""
     file = source.file(lora_file(source))
     try:
         with safe_open(file, framework="pt") as reader:
@@ -144,7 +159,12 @@ def _read(source: Source) -> tuple[dict[str, Tensor], _Settings]:
     settings = _settings(source, header)
     if settings.use_dora or any("dora_scale" in key or "lora_magnitude" in key for key in tensors):
         raise CheckpointError(f"lora={source}: is a DoRA; only plain LoRA can be added to weights as they are loaded")
-    return _own_names(source, tensors), settings
+    tensors = {_without(name, _PREFIXES).replace(".default.", "."): value for name, value in tensors.items()}
+    own = _own_names(source, tensors)
+    # The same tensors, so that settings can go by the names that they were written for.
+    before = {id(value): name.partition(".lora_")[0] for name, value in tensors.items()}
+    stored = {name.partition(".lora_")[0]: before[id(value)] for name, value in own.items() if id(value) in before}
+    return own, stored, settings
 
 
 def _settings(source: Source, header: Mapping[str, str]) -> _Settings:
@@ -162,19 +182,28 @@ def _settings(source: Source, header: Mapping[str, str]) -> _Settings:
     return made(_Settings, values, f"lora={source}", ignore_unknown=True, error=CheckpointError)
 
 
-def _own_names(source: Source, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _own_names(source: Source, plain: dict[str, Tensor]) -> dict[str, Tensor]:
     """As ``MODULE.lora_A.weight`` and so on; strengths that files hold as tensors are multiplied in."""
-    plain = {_without(name, _PREFIXES): value for name, value in tensors.items()}
-    if any(_TRAINERS.match(name) for name in plain) and not _has(tensors, "lora_unet_"):
-        plain = {f"diffusion_model.{name}": value for name, value in plain.items()}
-    if _has(plain, "diffusion_model.") or _has(plain, "lora_unet_"):
-        from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
+    is_musubi = _has(plain, "lora_unet_")
+    if not is_musubi and not any(_TRAINERS.match(name) for name in plain):
+        return plain
+    from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 
-        try:
-            plain = WanLoraLoaderMixin.lora_state_dict(plain)
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(f"lora={source}: its names are not those of a Wan LoRA: {error}") from error
-    return {_without(name, _PREFIXES).replace(".default.", "."): value for name, value in plain.items()}
+    try:
+        own = WanLoraLoaderMixin.lora_state_dict(
+            dict(plain) if is_musubi else {f"diffusion_model.{name}": value for name, value in plain.items()}
+        )
+    except (KeyError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"lora={source}: its names are not those of a Wan LoRA: {error}") from error
+    kept = {id(value) for value in own.values()}
+    differences = {name: value for name, value in plain.items() if name.endswith(_WHOLE) and id(value) not in kept}
+    left_out = [name for name, value in differences.items() if value.any()]
+    if left_out:
+        logger.warning(
+            "lora=%s: %d changes of whole tensors are left out, as by diffusers; the first is %s",
+            source, len(left_out), left_out[0],
+        )  # fmt: skip
+    return {_without(name, _PREFIXES): value for name, value in own.items()}
 
 
 def _has(names: Iterable[str], prefix: str) -> bool:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-# In every file of that layout, and in no other.
-_MARK = "head.modulation"
+# In every file of that layout, and in no other; and in every one that has diffusers' names.
+_MARK, _OWN_MARK = "head.modulation", "condition_embedder.time_proj.weight"
 _SHARDED = "_fsdp_wrapped_module."
 _WRAPPERS = re.compile(r"^(?:module\.)?(?:model\.)?(?:diffusion_model\.)?")
 # What diffusers' converter does not know of: SkyReels-V2's frame rate.
@@ -20,10 +20,12 @@ _FPS = {"fps_projection.0.": "fps_projection.net.0.proj.", "fps_projection.2.": 
 def diffusers_names(stored: Iterable[str]) -> dict[str, str]:
     """Diffusers' name of each tensor -> the one it has in its file.
 
-    Names that are not of the layout above are kept.
+    Names that are of neither layout are kept.
     """
     names = list(stored)
     plain = {_WRAPPERS.sub("", name.replace(_SHARDED, "")): name for name in names}
+    if _OWN_MARK in plain:
+        return plain
     if _MARK not in plain:
         return dict(zip(names, names, strict=True))
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers

@@ -19,6 +19,10 @@ from pavdm_dist.models.original_names import diffusers_names
 # Which of several sets of weights in a file is meant, the first that is there. A critic makes no videos.
 SETS = ("generator_ema", "generator", "state_dict", "model", "module")
 NOT_SAMPLED = ("critic", "optimizer")
+# What torch raises of a file that is damaged, or none of its own.
+_DAMAGED = (
+    pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError,
+)  # fmt: skip
 
 
 def read_published(file: Path, chosen: str | None = None) -> dict[str, Tensor]:
@@ -41,7 +45,8 @@ def read_published(file: Path, chosen: str | None = None) -> dict[str, Tensor]:
         tensors: Mapping[str, Any] = {name: value for part in files for name, value in _safe(part).items()}
     else:
         tensors = _chosen(_unpickled(file), chosen, file)
-    strange = next((name for name, value in tensors.items() if not isinstance(value, Tensor)), None)
+    strange = next((repr(name) for name in tensors if not isinstance(name, str)), None)
+    strange = strange or next((name for name, value in tensors.items() if not isinstance(value, Tensor)), None)
     if strange is not None or not tensors:
         raise CheckpointError(f"{file}: {strange} is no tensor" if strange is not None else f"{file} holds no tensors")
     return {name: tensors[stored] for name, stored in diffusers_names(tensors).items()}
@@ -71,7 +76,7 @@ def _unpickled(file: Path) -> Any:
             return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         except RuntimeError:  # a file of torch before 1.6, which cannot be mapped
             return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except _DAMAGED as error:
         raise CheckpointError(
             f"{file} is not read: it is damaged, or holds more than tensors, which could run code ({first_line(error)})"
         ) from error
