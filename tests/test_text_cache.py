@@ -115,3 +115,17 @@ def test_settings_of_a_large_encoder_are_refused_where_there_is_none(
         assert said in capsys.readouterr().err
     assert cli.main(["plan", f"model={model}", word]) == 0
     assert not list(tmp_path.glob("v.*"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [
+        ("A cat\u2019s \u201ctoy\u201d\u2026  caf&eacute;", 'A cat\'s "toy"\u2026 caf\u00e9'),
+        ("sch\u00c3\u00b6n \ufb01lm\uff0cslow", "sch\u00f6n film,slow"),  # read as Latin-1; a ligature; a wide comma
+        ("&ldquo;a&rdquo; &amp;amp; b", '"a" & b'),
+        ("  A plain\ttext ", "A plain text"),
+    ],
+)
+def test_prompts_are_cleaned_as_by_the_models_own_programs(model: Path, tmp_path: Path, prompt: str, read: str) -> None:
+    """Which run ftfy first: other quotes are other tokens, and so another video."""
+    assert encoder(model, tmp_path).cleaned(prompt) in (read, read.lower())

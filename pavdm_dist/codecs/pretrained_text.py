@@ -178,7 +178,12 @@ class PretrainedTextEncoder:
         return []
 
     def cleaned(self, prompt: str) -> str:
-        """What is encoded: without HTML escapes and doubled spaces; lower case for T5."""
+        """What is encoded, as the models' own programs clean it: with plain quotes and whole characters, without HTML
+        escapes and doubled spaces; lower case for T5."""
+        if not prompt.isascii() or "&" in prompt:  # of others it leaves all as it is
+            import ftfy
+
+            prompt = ftfy.fix_text(prompt)
         text = " ".join(html.unescape(html.unescape(prompt)).split())
         return text.lower() if self._lower else text
 
