@@ -44,14 +44,15 @@ def check_same(root: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) ->
     Args:
         root: folder of checkpoints.
         theirs: identity that a checkpoint holds.
-        ours: of this run.
+        ours: of this run; its part ``older`` says what checkpoints were made with that do not name it.
 
     Raises:
         ConfigError: naming what differs first.
     """
-    ours, older = json.loads(json.dumps(ours)), json.loads(json.dumps(_of_older()))
-    for part, values in ours.pop("older", {}).items():
+    older = json.loads(json.dumps(_of_older()))
+    for part, values in ours.get("older", {}).items():
         older[part] = {**older.get(part, {}), **values}
+    ours = {part: values for part, values in json.loads(json.dumps(ours)).items() if part != "older"}
     _check_start(root, theirs.get("model", {}), ours["model"])
     if "pretrained" in theirs.get("model", {}) and "from" not in theirs["model"]:
         # The oldest checkpoints say where the model lay, and not which it was.

@@ -99,9 +99,9 @@ class Trainer:
             self.engine = start_engine(config, batches.channels, parts.vocabulary, self.world, convert)
             self.average = Average(self.engine.module, config.optimizer.ema_decay, home)
             if found is not None:
-                asked = group_settings(self.engine.optimizer.param_groups)
+                settings = group_settings(self.engine.optimizer.param_groups)
                 self.step = self.saved = saves.load(self.engine, self.average, folder, found, self.world)
-                keep_settings(self.engine.optimizer.param_groups, asked)
+                keep_settings(self.engine.optimizer.param_groups, settings)
                 logger.info("going on at step %d", self.step)
 
     def run(self, end: float) -> bool:
