@@ -258,6 +258,7 @@ def test_one_command_caches_trains_exports_and_says_how_good_it_is(tmp_path: Pat
         "world.size=32", "world.cell=2", "data.num_latents=4", "data.still_steps=1", "data.still_batch_size=4",
         "optimizer.total_steps=3", "quality.prompts=1", "quality.stills=3", "quality.video_seconds=0.2",
         "objective.window_chunks=1", "objective.num_inference_steps=2", "objective.context_chunks=0",
+        "objective.growing_share=0.75",
     ]  # fmt: skip
     config = load_config(TrainConfig, CONFIGS / "embedded-gpu.yaml", words)
     train_slice(config, training_data)
