@@ -177,8 +177,9 @@ class _Sampler:
         with torch.no_grad():
             tokens = nn.functional.pad(self._encoder(ids, mask), (0, 0, 0, grow)).to(self._device)
         mask = nn.functional.pad(mask, (0, grow)).to(self._device)
+        read = mask if model.spec.null_text_as_long else torch.ones_like(mask)
         null = model.null_text().to(tokens.dtype).expand(count, -1, -1)
-        branches = [(tokens, mask)] if scale == 1 else [(tokens, mask), (null, torch.ones_like(mask))]
+        branches = [(tokens, mask)] if scale == 1 else [(tokens, mask), (null, read)]
         size = (model.spec.latent_channels, 1, *self._codec.spec.latent_size(self._info.height, self._info.width))
         x = torch.randn(count, *size, generator=torch.Generator().manual_seed(seed)).to(self._device)
         levels = NoiseSchedule(self._params.num_inference_steps, self._params.time_shift).levels[::-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -34,52 +34,79 @@ class Conditioning:
     Attributes:
         texts: text key -> encoder output ``[L, text_dim]``.
         prompts: ``(first chunk, text key)`` in rising order; the first entry starts at chunk 0.
-        null: text key of the unconditional branch, the same for all chunks.
+        null: text key of the unconditional branch, the same for all chunks; None without guidance.
+        null_as_long: of that text a chunk reads as many rows as its prompt has, which is another text for each length.
     """
 
     texts: Mapping[str, Tensor]
     prompts: tuple[tuple[int, str], ...]
     null: str | None = None
+    null_as_long: bool = False
 
     @classmethod
-    def build(cls, prompts: Sequence[tuple[int, Tensor]], null: Tensor | None) -> Conditioning:
-        """From ``(first chunk, encoded prompt)`` pairs and the encoded null or negative prompt."""
+    def build(
+        cls, prompts: Sequence[tuple[int, Tensor]], null: Tensor | None, null_as_long: bool = False
+    ) -> Conditioning:
+        """From ``(first chunk, encoded prompt)`` pairs and the encoded null or negative prompt.
+
+        Args:
+            prompts: texts ``[L, text_dim]``.
+            null: ``[L, text_dim]``; None without guidance.
+            null_as_long: see above.
+        """
         texts = {text_key(text): text for _, text in prompts}
         if null is not None:
             texts[text_key(null)] = null
         keys = tuple((start, text_key(text)) for start, text in prompts)
-        return cls(texts, keys, None if null is None else text_key(null))
+        return cls(texts, keys, None if null is None else text_key(null), null_as_long)._with_nulls()
 
     def key(self, chunk: int, branch: int) -> str:
         """Text key of a chunk; given (negative) chunks carry the first prompt."""
-        if branch == UNCONDITIONAL:
-            if self.null is None:
-                raise ValueError("guidance needs a null text")
-            return self.null
         current = self.prompts[0][1]
         for start, key in self.prompts:
             if start <= chunk:
                 current = key
-        return current
+        return self._null_beside(current) if branch == UNCONDITIONAL else current
+
+    def _null_beside(self, prompt: str) -> str:
+        """Key of the unconditional branch's text beside a prompt's."""
+        if self.null is None:
+            raise ValueError("guidance needs a null text")
+        rows = len(self.texts[prompt]) if self.null_as_long else len(self.texts[self.null])
+        return self.null if rows >= len(self.texts[self.null]) else f"{self.null}:{rows}"
+
+    def _read_with(self, prompts: Iterable[str]) -> set[str]:
+        """Keys of prompts, and of all that is read or cut beside them."""
+        found = set(prompts)
+        return found if self.null is None else found | {self.null} | {self._null_beside(key) for key in found}
+
+    def _with_nulls(self) -> Conditioning:
+        """With the cut texts of the unconditional branch that its prompts ask for."""
+        if self.null is None or not self.null_as_long:
+            return self
+        null = self.texts[self.null]
+        beside = {self._null_beside(key): null[: len(self.texts[key])].clone() for _, key in self.prompts}
+        return replace(self, texts={**beside, **self.texts})
 
     def with_prompt(self, from_chunk: int, text: Tensor) -> Conditioning:
         """From chunk ``from_chunk`` on another text, ``[L, text_dim]``, up to where a later one begins already."""
         key = text_key(text)
         kept = [entry for entry in self.prompts if entry[0] != from_chunk]
-        return replace(self, texts={**self.texts, key: text}, prompts=tuple(sorted([*kept, (from_chunk, key)])))
+        prompts = tuple(sorted([*kept, (from_chunk, key)]))
+        return replace(self, texts={**self.texts, key: text}, prompts=prompts)._with_nulls()
 
     def since(self, chunk: int) -> Conditioning:
         """Without the texts that no chunk from ``chunk`` on follows."""
         first = max((start for start, _ in self.prompts if start <= chunk), default=self.prompts[0][0])
         prompts = tuple(entry for entry in self.prompts if entry[0] >= first)
-        keys = {key for _, key in prompts} | {self.null}
+        keys = self._read_with(key for _, key in prompts)
         return replace(self, texts={key: text for key, text in self.texts.items() if key in keys}, prompts=prompts)
 
     def expired(self, row: PlanRow) -> set[str]:
         """Texts whose last chunk has left the window before ``row``, or that others have replaced."""
-        alive = {self.key(chunk, branch=0) for chunk in row.window} | {self.null}
+        alive = {self.key(chunk, branch=0) for chunk in row.window}
         alive |= {key for start, key in self.prompts if start >= row.window[0]}
-        return self.texts.keys() - alive
+        return self.texts.keys() - self._read_with(alive)
 
 
 @dataclass(frozen=True)

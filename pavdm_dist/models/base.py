@@ -41,6 +41,7 @@ class BackboneSpec:
         prediction: what ``to_velocity`` converts from.
         level_support: how the weights met per-frame levels in training; "accepts" means they did not.
         causal_trained: whether they met the chunk-causal mask.
+        null_text_as_long: whether of a learned text of no prompt as many rows are read as the prompt beside it has.
     """
 
     block_kinds: tuple[str, ...]
@@ -54,6 +55,7 @@ class BackboneSpec:
     prediction: Literal["flow", "eps", "v"] = "flow"
     level_support: LevelSupport = "mixed-trained"
     causal_trained: bool = False
+    null_text_as_long: bool = False
 
     @property
     def num_blocks(self) -> int:

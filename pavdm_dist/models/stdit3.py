@@ -78,6 +78,9 @@ class STDiT3Config:
     pred_sigma: bool = True
     level_support: LevelSupport = "mixed-trained"
     causal_trained: bool = False  # whether the weights met the chunk-causal mask in training
+    # Whether of the learned text of no prompt as many rows are read as the prompt beside it has: Open-Sora's programs
+    # mask both branches of guidance, and dropped prompts in training, by the prompt's tokens.
+    null_text_as_long: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
@@ -94,7 +97,9 @@ class STDiT3Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> STDiT3Config:
-        """Keeps the keys this model knows; the public file also has training-time switches that do not matter here."""
+        """Keeps the keys this model knows; the public file also has training-time switches that do not matter here, and
+        lacks ``_class_name`` as well as what this package adds."""
+        values = {"null_text_as_long": "_class_name" not in values, **values}
         return made(cls, values, "an STDiT3's config.json", ignore_unknown=True, error=CheckpointError)
 
 
@@ -140,6 +145,7 @@ class STDiT3(nn.Module):
             activation_copies=ACTIVATION_COPIES,
             level_support=config.level_support,
             causal_trained=config.causal_trained,
+            null_text_as_long=config.null_text_as_long,
         )
 
     def compile_repeated_blocks(self, compiler: Compiler | None = None) -> None:

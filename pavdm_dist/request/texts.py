@@ -151,4 +151,5 @@ def conditioning_of(request: VideoRequest, params: SamplingParams, checkpoint: C
     null: Tensor | None = None
     if params.guidance_scale != 1:
         null = checkpoint.null_text if request.negative_prompt is None else encode(request.negative_prompt)
-    return Conditioning.build([(start, encode(spoken(prompt, params))) for start, prompt in prompts_of(request)], null)
+    texts = [(start, encode(spoken(prompt, params))) for start, prompt in prompts_of(request)]
+    return Conditioning.build(texts, null, request.negative_prompt is None and checkpoint.shape.spec.null_text_as_long)

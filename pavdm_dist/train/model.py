@@ -145,18 +145,21 @@ class TextToVideo(nn.Module):
         tokens = nn.functional.pad(tokens, (0, 0, 0, grow))
         mask = nn.functional.pad(mask, (0, grow))
         rows = to_device(torch.tensor(dropped), x.device)
-        return torch.where(rows[:, None, None], null, tokens), mask | rows[:, None]
+        if not self.transformer.spec.null_text_as_long:
+            mask = mask | rows[:, None]
+        return torch.where(rows[:, None, None], null, tokens), mask
 
     def _known(
         self, tokens: Tensor, null: Tensor, lengths: tuple[int, ...], dropped: list[bool]
     ) -> tuple[Tensor, Tensor | None]:
         """As :meth:`_tokens`, of texts whose lengths the host knows: nothing behind the longest is read."""
-        reads = [len(null) if drop else length for length, drop in zip(lengths, dropped, strict=True)]
+        whole = not self.transformer.spec.null_text_as_long
+        reads = [len(null) if drop and whole else length for length, drop in zip(lengths, dropped, strict=True)]
         longest = max(reads)
         tokens = nn.functional.pad(tokens, (0, 0, 0, longest - tokens.shape[1]))  # or cut
         if any(dropped):
             rows = to_device(torch.tensor(dropped), tokens.device)
-            tokens = torch.where(rows[:, None, None], null, tokens)
+            tokens = torch.where(rows[:, None, None], null[:longest], tokens)
         if min(reads) == longest:
             return tokens, None
         places = torch.arange(longest, device=tokens.device)

@@ -70,7 +70,7 @@ def draw_sheet(
     cast(nn.Module, model.transformer).to(device)
     rows = []
     for number, prompt in enumerate(parts.prompts):
-        text = Conditioning.build([(0, encoder.encode(prompt))], null)
+        text = Conditioning.build([(0, encoder.encode(prompt))], null, model.transformer.spec.null_text_as_long)
         shape = (channels, height, width)
         stream = Stream(
             number, plan, o.schedule, number, shape, text, info, guidance, context_follows=o.context_follows
