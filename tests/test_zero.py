@@ -267,7 +267,7 @@ REFUSED = [
     (["optimizer.ema_decay=7"], r"optimizer\.ema_decay=7\.0: must be 0 to 1"),
     (["optimizer.betas=[0.9]"], r"optimizer\.betas=\[0\.9\]: must have 2 entries"),
     (["optimizer.betas=[0.9, 1]"], r"betas=\[0\.9, 1\.0\]: must be from 0 to below 1"),
-    (["seed=-1"], r"seed=-1: must be 0 or more"),
+    (["seed=-1"], r"seed=-1: must be 0 to 18446744073709551615$"),
     (["threads=0"], r"threads=0: must be 1 or more"),
     (["objective.full_share=0.9", "objective.growing_share=0.45"], "together at most 1"),
     (["deepspeed.zero_optimization=3"], r"deepspeed\.zero_optimization=3: must be an object, .* as deepspeed\.zero_op"),
