@@ -97,7 +97,7 @@ def test_slurms_warning_reaches_the_command(early: bool, status: int, tmp_path: 
     is not there yet, the step ends."""
     stand_in(tmp_path / "scontrol", "echo node07")
     runs = 'while [[ "$1" != -- ]]; do shift; done; shift; "$@"; exit $?'
-    waits = f"touch '{tmp_path}/up'; sleep 60 & trap 'kill %1; exit 143' TERM; wait"
+    waits = f"trap 'kill %1; exit 143' TERM; sleep 60 & touch '{tmp_path}/up'; wait"
     stand_in(
         tmp_path / "srun", f'if [[ "$*" == *hostname* ]]; then echo 10.1.2.7; exit; fi; {waits if early else runs}'
     )

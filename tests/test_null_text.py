@@ -14,8 +14,12 @@ from helpers import TINY, reference_chunks, tiny_checkpoint, tiny_model, tiny_st
 from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.commands.progress import ChunkProgress
+from pavdm_dist.commands.sample import render_command
+from pavdm_dist.config import SampleConfig
 from pavdm_dist.engine.driver import Driver
 from pavdm_dist.engine.events import Finished
+from pavdm_dist.io.metadata import read_sidecar
 from pavdm_dist.io.shipped import configs_root
 from pavdm_dist.method.sampler import UNCONDITIONAL
 from pavdm_dist.method.schedule import Mode
@@ -98,6 +102,22 @@ def test_models_of_open_sora_read_so_and_those_trained_here_do_not(tmp_path: Pat
     file.write_text(json.dumps(public))
     assert Checkpoint.open(folder).shape.spec.null_text_as_long, "the public file has neither name"
     assert torch.equal(sampled(), as_long) and not torch.equal(here, as_long)
+
+
+def test_a_video_that_was_begun_with_all_of_it_is_another(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "model")
+    said = []
+    alone, other = {"guidance_scale": 1.0}, {"negative_prompt": "a blue seven"}
+    for as_long, settings in ((False, {}), (True, {}), (True, alone), (True, other)):
+        file = folder / "transformer" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"null_text_as_long": as_long}))
+        output = tmp_path / f"{len(said)}.mp4"
+        config = SampleConfig("a red three", model=str(folder), output=str(output), num_frames=8)
+        for name, value in {"guidance_scale": 4.0, **settings}.items():
+            setattr(config, name, value)
+        render_command(config, overwrite=False, progress=ChunkProgress)
+        said.append(read_sidecar(output)["identity"].get("null_text"))
+    assert said == [None, "as long", None, None]
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -128,4 +128,6 @@ def test_settings_of_a_large_encoder_are_refused_where_there_is_none(
 )
 def test_prompts_are_cleaned_as_by_the_models_own_programs(model: Path, tmp_path: Path, prompt: str, read: str) -> None:
     """Which run ftfy first: other quotes are other tokens, and so another video."""
-    assert encoder(model, tmp_path).cleaned(prompt) in (read, read.lower())
+    found = encoder(model, tmp_path)
+    assert found.cleaned(prompt) in (read, read.lower())
+    assert found.is_mended(prompt) == ("plain" not in prompt), "a video of before does not go on with other tokens"

@@ -42,6 +42,20 @@ def identity(clips: LatentClips, *words: str) -> dict[str, Any]:
     return json.loads(json.dumps(identity_of(config, batches)))
 
 
+def test_what_a_shape_has_come_to_know_was_as_the_default_is(clips: LatentClips) -> None:
+    ours = identity(clips)
+    older = json.loads(json.dumps(ours))
+    del older["model"]["shape"]["null_text_as_long"], older["older"]
+    check_same("run", older, ours)
+    older["model"]["shape"]["depth"] = 9
+    with pytest.raises(ConfigError, match=r"run was trained with model\.shape\.depth=9, this run has 1$"):
+        check_same("run", older, ours)
+    ours["model"]["shape"]["null_text_as_long"] = True
+    older["model"]["shape"]["depth"] = 1
+    with pytest.raises(ConfigError, match=r"model\.shape\.null_text_as_long=False, this run has True$"):
+        check_same("run", older, ours)
+
+
 def test_a_run_that_began_otherwise_is_refused(clips: LatentClips, models: tuple[Path, Path]) -> None:
     nothing = identity(clips)
     one, other = (identity(clips, f"model.pretrained={model}") for model in models)

@@ -211,7 +211,7 @@ def test_clips_are_cached_in_slices_and_are_what_the_codec_encodes(
         cache_clips(codec, tmp_path / "c", 32, 5, max_seconds=60)
 
 
-def test_no_more_clips_are_trained_on_than_asked_for(tmp_path: Path) -> None:
+def test_no_more_clips_are_read_than_asked_for(tmp_path: Path) -> None:
     """Whole shards are cached, and a run before may have asked for more."""
     folder = write_clips(tmp_path, 8)
     shutil.copy(folder / "clips-00000.safetensors", folder / "clips-00001.safetensors")
@@ -236,13 +236,18 @@ def test_no_more_clips_are_trained_on_than_asked_for(tmp_path: Path) -> None:
     check_same("run", {**now, "older": {"data": {"clips_used": 10}}}, now)
 
 
-def test_the_command_trains_on_as_many_clips_as_asked_for(tmp_path: Path, codec: Path) -> None:
-    config = settings(tmp_path, f"codec.folder={codec}", "data.clips=10", "data.num_latents=8")
-    made = digit_data(config, join_world(60), time.monotonic() + 100)
-    assert made is not None
-    batches = made[0]
-    assert isinstance(batches, DigitBatches)
-    assert len(batches.clips.prompts) == len(batches.clips.latents) == 10 and batches.clips.there == 32
+def test_the_command_trains_on_as_many_shards_as_asked_for(tmp_path: Path, codec: Path) -> None:
+    def clips(count: int) -> LatentClips:
+        config = settings(tmp_path, f"codec.folder={codec}", f"data.clips={count}", "data.num_latents=8")
+        made = digit_data(config, join_world(60), time.monotonic() + 100)
+        assert made is not None and isinstance(made[0], DigitBatches)
+        return made[0].clips
+
+    # A checkpoint of before, whose run trained on the whole shard, goes on.
+    assert (len(clips(10).latents), clips(10).there) == (32, 32)
+    assert clips(33).there == 64
+    fewer = clips(10)
+    assert len(fewer.prompts) == len(fewer.latents) == 32 and fewer.there == 64, "not on what another run asked for"
 
 
 def test_command_trains_and_exports_a_model_that_opens(tmp_path: Path, codec: Path) -> None:

@@ -267,6 +267,7 @@ def test_peft_strengths_by_the_authors_names(prefix: str, middle: str, tmp_path:
     for name, pair in pairs.items():
         (stem,) = (key.removesuffix(".weight") for key in original_names({f"{name}.weight": pair[0]}))
         state |= {f"{prefix}{stem}.lora_{part}{middle}.weight": one for part, one in zip("AB", pair, strict=True)}
+    state[f"{prefix}blocks.0.self_attn.q.diff_b"] = random(24)
     model.save_pretrained(tmp_path)
     save_file(state, tmp_path / "adapter_model.safetensors")
     settings = {"r": RANK, "lora_alpha": ALPHA, "alpha_pattern": {"self_attn.q": 16.0}}

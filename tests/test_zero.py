@@ -283,6 +283,8 @@ REFUSED = [
         r"deepspeed\.optimizer\.params=3: must be an object",
     ),
     (["deepspeed.optimizer.type=3", "optimizer.name=deepspeed"], r"deepspeed\.optimizer\.type=3: must name one of"),
+    (["deepspeed.optimizer=null", "optimizer.name=deepspeed"], r"deepspeed\.optimizer\.type=None: must name one of"),
+    (["deepspeed.optimizer=auto", "optimizer.name=deepspeed"], r"deepspeed\.optimizer\.type=None: must name one of"),
     (["deepspeed.gradient_clipping={a: 1}"], r"gradient_clipping={'a': 1}: must be a value, .* optimizer\.grad_clip$"),
     (["deepspeed_config=nowhere.json"], r"deepspeed_config=nowhere\.json: cannot be read"),
 ]

@@ -107,6 +107,8 @@ def _show_token() -> None:
         found = AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
     except Exception as error:  # Ray's own kind is as young as tokens are
         path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+        if path is None:
+            raise EngineError(f"no token can be read of {_TOKENS}: {one_line(error)}") from error
         raise EngineError(
             f"RAY_AUTH_TOKEN_PATH={path}: no token can be read there; set it to the file of one"
         ) from error

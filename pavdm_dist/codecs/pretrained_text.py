@@ -88,6 +88,14 @@ class TextOptions:
         return [(f"text_{name}", value) for name, value in asdict(self).items() if value != getattr(TextOptions, name)]
 
 
+def _mended(prompt: str) -> str:
+    if prompt.isascii() and "&" not in prompt:  # which ftfy leaves as it is
+        return prompt
+    import ftfy
+
+    return ftfy.fix_text(prompt)
+
+
 class PretrainedTextEncoder:
     """Prompts -> embeddings, from the cache or from a process that is started for it.
 
@@ -180,10 +188,13 @@ class PretrainedTextEncoder:
     def cleaned(self, prompt: str) -> str:
         """What is encoded, as the models' own programs clean it: with plain quotes and whole characters, without HTML
         escapes and doubled spaces; lower case for T5."""
-        if not prompt.isascii() or "&" in prompt:  # of others it leaves all as it is
-            import ftfy
+        return self._spaced(_mended(prompt))
 
-            prompt = ftfy.fix_text(prompt)
+    def is_mended(self, prompt: str) -> bool:
+        """Whether quotes or characters are made plain before it is encoded, as videos of before had them not."""
+        return self.cleaned(prompt) != self._spaced(prompt)
+
+    def _spaced(self, prompt: str) -> str:
         text = " ".join(html.unescape(html.unescape(prompt)).split())
         return text.lower() if self._lower else text
 

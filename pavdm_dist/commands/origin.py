@@ -115,8 +115,13 @@ class Origin:
             facts["preview_decoder"] = preview
         else:
             facts |= {"preview_decoder": PREVIEW_FILE, "preview_sha256": preview}
-        if isinstance(self.pipeline.checkpoint.text_encoder, PretrainedTextEncoder):
-            facts["text_encoder"] = self.pipeline.checkpoint.text_encoder.identity
+        checkpoint, encoder = self.pipeline.checkpoint, self.pipeline.checkpoint.text_encoder
+        if isinstance(encoder, PretrainedTextEncoder):
+            facts["text_encoder"] = encoder.identity
+            texts = [request.prompt, request.negative_prompt or "", *(prompt for _, prompt in request.prompt_schedule)]
+            facts["text_cleaning"] = "ftfy" if any(map(encoder.is_mended, texts)) else None
+        if request.negative_prompt is None and self.params.guidance_scale != 1:
+            facts["null_text"] = "as long" if checkpoint.shape.spec.null_text_as_long else None
         return {name: value for name, value in facts.items() if value is not None}
 
 

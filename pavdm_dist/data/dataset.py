@@ -134,7 +134,8 @@ class PixelClips:
         for bucket in self.buckets:
             bucket.check(codec.spec)
         self._codec, self._text_encoder = codec, text_encoder
-        self.root: str = index["root"] if root is None else str(root)
+        self.root = str(index["root"])
+        self._root = self.root if root is None else str(root)
         self.identity = _identity(Path(folder), index)
         self._clips = [ClipList(clips_file(Path(folder), number)) for number in range(len(self.buckets))]
 
@@ -154,7 +155,7 @@ class PixelClips:
         shape = self.buckets[bucket]
         latents = []
         for clip in clips:
-            frames = read_frames(locate(self.root, clip.video), clip, shape, shape.num_frames(self._codec.spec))
+            frames = read_frames(locate(self._root, clip.video), clip, shape, shape.num_frames(self._codec.spec))
             latents.append(self._codec.encode(torch.from_numpy(frames)).float())
         text = mask = None
         if self._text_encoder is not None:

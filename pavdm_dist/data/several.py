@@ -60,9 +60,12 @@ class SeveralClips:
         return [(one.identity, name) for one, own, _ in self._parts[bucket] for name in one.videos(own)]
 
     def place(self, video: tuple[str, str]) -> str:
-        """Where one of :meth:`videos` lies, behind all links: the same for a video that several sets hold."""
+        """Where one of :meth:`videos` lay when it was prepared: the same for a video that several sets hold.
+
+        By what the sets say alone: machines that train may have their videos elsewhere, or not at all.
+        """
         identity, name = video
-        return os.path.realpath(locate(self._roots[identity], name))
+        return os.path.normpath(locate(self._roots[identity], name))
 
     def load(self, bucket: int, indices: Sequence[int]) -> Clips:
         """As the sets' own ``load``: clips by number, in the order asked for."""

@@ -14,7 +14,7 @@ import torch
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.digits.batches import DigitBatches, info_of
-from pavdm_dist.digits.cache import LatentClips, cache_clips
+from pavdm_dist.digits.cache import SHARD_CLIPS, LatentClips, cache_clips
 from pavdm_dist.digits.codec_run import export_codec, train_codec
 from pavdm_dist.digits.codec_training import CodecTraining
 from pavdm_dist.digits.settings import SHIPPED, DigitWorld
@@ -99,7 +99,9 @@ def digit_data(config: TrainConfig, world: World, end: float) -> tuple[Batches, 
         end = min(end, time.monotonic() + 0.8 * config.launch.timeout_seconds)
     if not world.agree(world.first and _prepare(config, digits, run, end, world.device)):
         return None
-    clips = LatentClips(run / "clips", world.device, config.data.clips)
+    # In whole shards, as always: so many are cached for a run that asks for fewer.
+    wanted = -(-config.data.clips // SHARD_CLIPS) * SHARD_CLIPS
+    clips = LatentClips(run / "clips", world.device, wanted)
     batches = DigitBatches(clips, config.objective, config.data, config.seed, digits)
     looked_at = (config.quality.prompts or config.quality.stills) and not config.model.lora.rank
     judged = partial(_judged, config, digits) if looked_at else None

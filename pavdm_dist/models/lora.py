@@ -162,7 +162,7 @@ def _read(source: Source) -> tuple[dict[str, Tensor], dict[str, str], _Settings]
     tensors = {_without(name, _PREFIXES).replace(".default.", "."): value for name, value in tensors.items()}
     own = _own_names(source, tensors)
     # The same tensors, so that settings can go by the names that they were written for.
-    before = {id(value): name.partition(".lora_")[0] for name, value in tensors.items()}
+    before = {id(value): name.partition(".lora_")[0] for name, value in tensors.items() if ".lora_" in name}
     stored = {name.partition(".lora_")[0]: before[id(value)] for name, value in own.items() if id(value) in before}
     return own, stored, settings
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from pavdm_dist.codecs.pretrained_text import TextOptions
@@ -28,6 +28,8 @@ def identity_of(config: TrainConfig, batches: Batches) -> dict[str, Any]:
     found["zero"] = {"precision": "bfloat16" if config.zero.precision == "bfloat16" else "float32 or autocast"}
     shape: Any = shape_of(config, batches.channels)
     found["model"] |= {"shape": asdict(shape.config)}
+    plain = {one.name: one.default for one in fields(shape.config) if one.default is not MISSING}
+    found["older"] = {**found.get("older", {}), "shape": plain}
     lora = config.model.lora
     if lora.rank and ends_outside(shape, lora):
         # Older runs changed those maps, too.
@@ -57,6 +59,9 @@ def check_same(root: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) ->
     if "pretrained" in theirs.get("model", {}) and "from" not in theirs["model"]:
         # The oldest checkpoints say where the model lay, and not which it was.
         theirs = {**theirs, "model": {**theirs["model"], "from": ours["model"]["from"]}}
+    if "shape" in theirs.get("model", {}):  # which may have come to have more names
+        whole = {**older.get("shape", {}), **theirs["model"]["shape"]}
+        theirs = {**theirs, "model": {**theirs["model"], "shape": whole}}
     for part, values in ours.items():
         known = theirs.get(part, {} if part == "zero" else None)
         for name, value in values.items():

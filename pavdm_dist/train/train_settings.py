@@ -61,7 +61,7 @@ class DataConfig:
     batch_size: int = 8  # of all processes together, over all accumulated parts
     batch_sizes: dict[str, int] = field(default_factory=dict)  # of single buckets, by their names
     prefetch: int = 2  # batches loaded ahead, with a folder
-    clips: int = 640  # digits
+    clips: int = 640  # digits; whole shards of 32
     num_latents: int = 40  # digits, per clip: 8 chunks of 5, 157 frames
     still_steps: int = 0  # digits: steps on single latent frames before the first window
     still_share: float = 0.0  # digits: share of the steps after them that see single latent frames too

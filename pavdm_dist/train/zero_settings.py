@@ -95,7 +95,7 @@ def engine_settings(config: TrainConfig, size: int) -> dict[str, Any]:
                 f"deepspeed: {name}={value} contradicts {which}, which makes it {said.get(name, 'none')}; give one"
             )
     if o.name == "deepspeed":
-        _check_their_optimizer(theirs.get("optimizer", {}), o)
+        _check_their_optimizer(theirs.get("optimizer"), o)
     merged = _merged(_merged(_defaults(config, size), _without_auto(theirs)), ours)
     merged.pop("train_batch_size", None)  # follows from the other two
     return merged
@@ -183,12 +183,13 @@ def _defaults(config: TrainConfig, size: int) -> dict[str, Any]:
     return found
 
 
-def _check_their_optimizer(block: dict[str, Any], ours: OptimizerConfig) -> None:
+def _check_their_optimizer(given: Any, ours: OptimizerConfig) -> None:
     """The rate is set at every step from ours; the rest of DeepSpeed's optimizer is what its own block says."""
-    kind, params = block.get("type"), block.get("params", {})
+    block = given if isinstance(given, dict) else {}
+    kind, params = block.get("type"), block.get("params")
     if not isinstance(kind, str) or kind == "auto":
         raise ConfigError(f"deepspeed.optimizer.type={kind}: must name one of DeepSpeed's optimizers, such as AdamW")
-    rate = params.get("lr", "auto")
+    rate = params.get("lr", "auto") if isinstance(params, dict) else "auto"
     if rate not in ("auto", ours.lr):
         raise ConfigError(f"deepspeed: optimizer.params.lr={rate} contradicts optimizer.lr={ours.lr}; give one")
     for name in ("betas", "weight_decay"):
