@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 pytestmark = pytest.mark.timeout(180)
 
 TOKEN = "b" * 40
-# Joins, and says what a task there says; with `reach` only whether it may.
+# Joins, and says what an actor there says; with `reach` only whether it may.
 CLIENT = """
 import sys
 from pavdm_dist.cluster import address, joining
@@ -29,7 +30,10 @@ try:
     else:
         membership = joining.connect(None if where == "own" else where)
         import ray
-        print(ray.get(ray.remote(lambda: "worked").options(num_cpus=0).remote()))
+        class Worker:
+            def work(self):
+                return "worked"
+        print(ray.get(ray.remote(Worker).options(num_cpus=0).remote().work.remote()))
         membership.leave()
 except EngineError as error:
     print(error)
@@ -57,10 +61,16 @@ def environment(home: str, **more: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def head(homes: dict[str, str]) -> Iterator[str]:
     """Address of a head that was started as the README has it, by a user who has a token."""
+    with started(homes["own"]) as address:
+        yield address
+
+
+@contextmanager
+def started(home: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = Path(homes["own"]) / "head.log"
+    log = Path(home) / "head.log"
     process = subprocess.Popen(
         [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}", "--num-cpus=1",
@@ -69,7 +79,7 @@ def head(homes: dict[str, str]) -> Iterator[str]:
         ],
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
-        env=environment(homes["own"]),
+        env=environment(home),
         start_new_session=True,
     )  # fmt: skip
     try:
@@ -103,6 +113,12 @@ def test_the_token_that_is_here_is_shown(homes: dict[str, str], head: str) -> No
     joined = client(head, "join", environment(homes["own"]))
     by_variable = client(head, "reach", environment(homes["none"], RAY_AUTH_TOKEN=TOKEN))
     assert said(joined) == "worked" and said(by_variable) == "reached"
+
+
+def test_it_is_not_shown_to_a_cluster_that_asks_for_none(homes: dict[str, str]) -> None:
+    """Whoever shows one asks all that call back for it, too: actors would never come up."""
+    with started(homes["none"]) as address:
+        assert said(client(address, "join", environment(homes["own"]))) == "worked"
 
 
 PLACES = "into RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"

@@ -27,7 +27,7 @@ def given(address: str | None) -> str | None:
 
 
 def check_reachable(address: str) -> None:
-    """Refuses an address at which no Ray cluster answers. From then on this process shows its token, if it has one.
+    """Refuses an address at which no Ray cluster answers. From then on this process shows its token to one that asks.
 
     Args:
         address: ``auto``, ``HOST:PORT`` or ``ray://HOST:PORT``.
@@ -57,8 +57,19 @@ def check_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
     except (OSError, OverflowError) as error:
         raise EngineError(f"{said}: no Ray cluster could be reached: {error}") from error
-    _show_token()
-    if not is_client:
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if mode is not None and mode.lower() == "token" and not _has_token():  # Ray would end the process
+        raise EngineError(f"RAY_AUTH_MODE={mode}: there is no token here; put the cluster's into {_TOKENS}")
+    if is_client:
+        return
+    try:
+        _check_is_ray(said, where)
+    except _TokenRefusedError:
+        # A token is looked for only where one is asked for: a process that has read one asks all that call back for it,
+        # too. Any Ray of one's own leaves one in the home; what is started there from then on asks for it.
+        if mode is not None or not _has_token():
+            raise
+        _show_token()
         _check_is_ray(said, where)
 
 
@@ -89,22 +100,22 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _show_token() -> None:
-    """Ray shows a token by itself only to a cluster that it has found, not to one whose address it is given; but once
-    one lies in the home, which any local Ray sees to, every cluster that is started asks for it.
+class _TokenRefusedError(EngineError):
+    """A cluster asks for a token, and was shown none or another."""
+
+
+def _has_token() -> bool:
+    """Whether there is a token here, which Ray keeps in mind from then on.
 
     Raises:
-        EngineError: there is none where one must be: Ray would end the process.
+        EngineError: it cannot be read.
     """
     try:
-        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
-    except ImportError:  # a Ray that is older than tokens
-        return
-    mode = os.environ.get("RAY_AUTH_MODE")
-    if mode is not None and mode.lower() != "token":
-        return
+        from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+    except ImportError:  # a Ray that is older than tokens, and asks for none
+        return True
     try:
-        found = AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+        return bool(AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
     except Exception as error:  # Ray's own kind is as young as tokens are
         path = os.environ.get("RAY_AUTH_TOKEN_PATH")
         if path is None:
@@ -112,20 +123,23 @@ def _show_token() -> None:
         raise EngineError(
             f"RAY_AUTH_TOKEN_PATH={path}: no token can be read there; set it to the file of one"
         ) from error
-    if mode is not None and not found:
-        raise EngineError(f"RAY_AUTH_MODE={mode}: there is no token here; put the cluster's into {_TOKENS}")
-    if mode is None and found:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        Config.initialize("")  # Ray has read the variable by now
 
 
-def _token_refused(said: str) -> EngineError:
+def _show_token() -> None:
+    """Ray shows a token by itself only to a cluster that it has found, not to one whose address it is given."""
+    from ray._raylet import Config  # type: ignore[attr-defined]
+
+    os.environ["RAY_AUTH_MODE"] = "token"
+    Config.initialize("")  # Ray has read the variable by now
+
+
+def _token_refused(said: str) -> _TokenRefusedError:
     mode = os.environ.get("RAY_AUTH_MODE")
     if mode is None:
         why = "there is none here"
     else:
         why = "the one here is another" if mode.lower() == "token" else f"RAY_AUTH_MODE={mode} shows none"
-    return EngineError(f"{said}: the Ray cluster there asks for its token, and {why}; put it into {_TOKENS}")
+    return _TokenRefusedError(f"{said}: the Ray cluster there asks for its token, and {why}; put it into {_TOKENS}")
 
 
 def _check_is_ray(said: str, where: str) -> None:
