@@ -125,10 +125,9 @@ def calls_of(params: SamplingParams, plan: WindowPlan) -> Calls:
 
 def most_units(plan: WindowPlan, mode: Mode, displaced: Displaced | None = None, chunks_per_unit: int = 1) -> int:
     """Micro-batches of one branch of a video; in mode displaced at most, as if no row but the first were exact."""
-    never = replace(
-        displaced or Displaced(), resync_every_steps=None, exact_steps=0, exact_growing=False, adaptive=None
-    )
-    batches = MicroBatches(plan, mode, 0, replace(never, exact_draining=False), chunks_per_unit=chunks_per_unit)
+    refresh = (displaced or Displaced()).context_refresh
+    never = Displaced(resync_every_steps=None, exact_growing=False, context_refresh=refresh)
+    batches = MicroBatches(plan, mode, 0, never, chunks_per_unit=chunks_per_unit)
     step = plan.steps_per_shift
     return sum(
         len(batches.parts(n)) * (rows // step) for begin, rows in _shifts(plan) for n in range(begin, begin + step)
