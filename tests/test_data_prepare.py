@@ -364,6 +364,28 @@ def test_a_damaged_shard_is_named_and_made_again(
     assert contents(tmp_path / "set") == contents(plain[0]), "the advice helps"
 
 
+@pytest.mark.parametrize("left", ["", '{"version": 1'])
+def test_a_damaged_index_is_made_again(
+    plain: tuple[Path, dict[str, Any]], config: PrepareConfig, tmp_path: Path, left: str
+) -> None:
+    shutil.copytree(plain[0], tmp_path / "set")
+    (tmp_path / "set" / "index.json").write_text(left)
+    with pytest.raises(ConfigError, match=r"index\.json is not valid JSON"):
+        CachedClips(tmp_path / "set")
+    shards = {path: path.stat().st_ino for path in (tmp_path / "set").glob("*.safetensors")}
+    again = replace(config, output=str(tmp_path / "set"))
+    prepare_command(again)
+    assert contents(tmp_path / "set") == contents(plain[0])
+    assert shards and shards == {path: path.stat().st_ino for path in (tmp_path / "set").glob("*.safetensors")}
+    # Where the videos do not give what the shards hold, these would be clips of other names.
+    listed = tmp_path / "set" / "clips-0.jsonl"
+    listed.write_text(before := "".join(listed.read_text().splitlines(keepends=True)[1:]))
+    (tmp_path / "set" / "index.json").unlink()
+    with pytest.raises(ConfigError, match=r"output=.*set: its shards of \S+ hold other clips than the videos give now"):
+        prepare_command(again)
+    assert listed.read_text() == before
+
+
 def test_videos_that_moved_are_found_where_they_are(
     plain: tuple[Path, dict[str, Any]], config: PrepareConfig, source: Path, model: Path, tmp_path: Path
 ) -> None:

@@ -8,7 +8,6 @@ a run that was killed is gone on with by running it again, and ends with the byt
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import time
@@ -30,7 +29,17 @@ from pavdm_dist.data.clips import ClipRef
 from pavdm_dist.data.index import Captions, Sources, read_sources
 from pavdm_dist.data.readers import forget, left_behind
 from pavdm_dist.data.settled import settle, unreadable, without
-from pavdm_dist.data.shards import INDEX, SETTINGS, SIZES, VERSION, clips_file, shard_file, write_clips, write_json
+from pavdm_dist.data.shards import (
+    INDEX,
+    SETTINGS,
+    SIZES,
+    VERSION,
+    clips_file,
+    read_index,
+    shard_file,
+    write_clips,
+    write_json,
+)
 from pavdm_dist.data.work import Job, encode_captions, encode_shard, look_alone, read_scan, scan_file, scan_part
 from pavdm_dist.data.workers import Run, WorkerDied, workers
 from pavdm_dist.errors import ConfigError, EngineError, MediaError
@@ -109,7 +118,7 @@ def prepare_command(config: PrepareConfig) -> dict[str, Any]:
 
 def _prepare(job: Job, config: PrepareConfig, sources: Sources, run: Run) -> dict[str, Any]:
     began = time.monotonic()
-    index = _read_complete(job.output)
+    index = complete = _read_complete(job.output)
     frames = 0
     scanned = 1.0
     if index is None:
@@ -117,10 +126,9 @@ def _prepare(job: Job, config: PrepareConfig, sources: Sources, run: Run) -> dic
         frames = _look(job, sources, parts, run)
         scanned = time.monotonic() - began
         index = _list_clips(job, config, sources, parts)
-    complete = (job.output / INDEX).exists() and index["root"] == sources.root
     if config.encode:
         _encode(job, index, run, config.ray_address is None)  # only shards that are missing
-    if not complete:
+    if complete is None or complete["root"] != sources.root:
         write_json(job.output / INDEX, {**index, "root": sources.root})
     remove(job.output / "scan")
     forget(job.output)
@@ -184,7 +192,14 @@ def _list_clips(job: Job, config: PrepareConfig, sources: Sources, parts: int) -
         raise ConfigError(f"none of {len(sources.videos)} videos gives a clip: {reasons}")
     buckets = []
     for number, bucket in enumerate(job.buckets):
-        count = write_clips(clips_file(job.output, number), _clips_of(job.output, parts, number))
+        cut = any(job.output.glob(shard_file(job.output, number, 0).name.replace("00000", "*")))
+        try:
+            count = write_clips(clips_file(job.output, number), _clips_of(job.output, parts, number), same=cut)
+        except ValueError as error:
+            raise ConfigError(
+                f"output={config.output}: its shards of {bucket} hold other clips than the videos give now: name"
+                " another output, or delete that folder"
+            ) from error
         shards = -(-count // job.shard_clips) if config.encode else 0
         names = [shard_file(job.output, number, shard).name for shard in range(shards)]
         buckets.append({"bucket": str(bucket), "clips": count, "shards": names})
@@ -323,8 +338,14 @@ def _buckets(config: PrepareConfig, checkpoint: Checkpoint) -> list[Bucket]:
 
 
 def _read_complete(output: Path) -> dict[str, Any] | None:
-    path = output / INDEX
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """The index of a complete data set; None = none yet, or one that is damaged, which is made again."""
+    if not (output / INDEX).exists():
+        return None
+    try:
+        return read_index(output)
+    except ConfigError as error:
+        logger.warning("%s; all videos are looked at again", error)
+        return None
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -119,13 +120,26 @@ class ClipList:
         return found
 
 
-def write_clips(path: Path, clips: Iterable[ClipRef]) -> int:
-    """Writes a clip list in one move; returns its length."""
-    count = 0
+def write_clips(path: Path, clips: Iterable[ClipRef], same: bool = False) -> int:
+    """Writes a clip list in one move; returns its length.
+
+    Args:
+        path: the list.
+        clips: what it holds.
+        same: shards were made from the list that is there, which must not change.
+
+    Raises:
+        ValueError: with ``same``, it would.
+    """
+    count, digest = 0, hashlib.sha256()
     with atomic_write(path, "w") as file:
         for clip in clips:
-            file.write(json.dumps(clip.as_json(), ensure_ascii=False) + "\n")
+            line = json.dumps(clip.as_json(), ensure_ascii=False) + "\n"
+            file.write(line)
+            digest.update(line.encode())
             count += 1
+        if same and (not path.exists() or digest.digest() != hashlib.sha256(path.read_bytes()).digest()):
+            raise ValueError(f"{path.name} is not what its shards were made from")
     return count
 
 
