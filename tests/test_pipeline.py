@@ -35,7 +35,9 @@ from pavdm_dist.io.video import export_to_video, read_clip
 from pavdm_dist.method.microbatches import MicroBatches
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.planning.simulator import of_trace
+from pavdm_dist.request.sampling import SamplingParams
 from pavdm_dist.request.video_request import VideoRequest
+from pavdm_dist.values.merging import load_config
 
 PROMPT = "a red three drifting up"
 
@@ -284,6 +286,14 @@ def test_the_clip_matters_and_guidance_sees_the_negative_prompt(model: Path, cli
         _render(model, tmp_path / "e.mp4", num_frames=8, guidance_scale=1.0)[0]["latents_sha256"],
     }
     assert len(seen) == 5
+
+
+@pytest.mark.parametrize("fps", [23.98, 23.97, 23.976, "24000/1001", "ntsc-film"])
+def test_frames_are_counted_at_the_rate_that_files_have(model: Path, fps: float | str) -> None:
+    params = SamplingParams.resolve(Checkpoint.open(model), fps=fps)
+    assert params.fps == 24000 / 1001
+    report = plan_report(load_config(SampleConfig, None, [f"model={model}", "seconds=60", f"fps={fps}"]))
+    assert (report["num_frames"], report["seconds"]) == (1439, pytest.approx(1439 * 1001 / 24000, abs=1e-3))
 
 
 def test_plan_report_is_the_worked_example(model: Path) -> None:

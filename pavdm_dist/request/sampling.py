@@ -105,8 +105,7 @@ class SamplingParams:
         own |= {"partitions": 1, "lookahead": False, "chunks_per_unit": 1}
         names = set(cls.__dataclass_fields__) - {*own, "time_shift", "displaced"}
         values = {name: chosen[name] if chosen.get(name) is not None else getattr(defaults, name) for name in names}
-        if not isinstance(values["fps"], int | float):
-            values["fps"] = float(as_rate(values["fps"]))
+        values["fps"] = float(as_rate(values["fps"]))  # what files have: 23.98 would count other frames in an hour
         shift = chosen.get("time_shift") or defaults.time_shift
         if values["levels"] is not None:
             if chosen.get("time_shift"):
