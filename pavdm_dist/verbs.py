@@ -37,9 +37,9 @@ def sample(arguments: argparse.Namespace) -> None:
         for config in configs:
             print_config(config)
     elif arguments.dry_run:
-        from pavdm_dist.commands.plan import plan_report
+        from pavdm_dist.commands.dry_run import dry_run
 
-        reports = [plan_report(config) for config in configs]
+        reports = [dry_run(config, arguments.overwrite) for config in configs]
         if arguments.json and arguments.resume is not None:
             reports = [{"videos": reports}]
         for report in reports:
@@ -75,9 +75,9 @@ def plan(arguments: argparse.Namespace) -> None:
         chunks = int(text)
     if chunks is not None and (config.num_frames is not None or config.seconds is not None):
         raise ConfigError(f"chunks={chunks}: stands for num_frames or seconds, give one of the three")
-    from pavdm_dist.commands.plan import plan_report
+    from pavdm_dist.commands.plan import plan_command
 
-    print_report(plan_report(config, chunks=chunks), arguments.json)
+    print_report(plan_command(config, chunks=chunks), arguments.json)
 
 
 def serve(arguments: argparse.Namespace) -> None:

@@ -36,18 +36,25 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         print("(raylet) A worker died")  # as Ray says it
         return {"output": config.output}
 
-    def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, Any]:
+    def plan_command(config: SampleConfig, chunks: int | None = None) -> dict[str, Any]:
         seen.append(("plan", config, chunks))
+        return PLAN
+
+    def dry_run(config: SampleConfig, overwrite: bool) -> dict[str, Any]:
+        seen.append(("dry run", config, overwrite))
         return PLAN
 
     sample = types.ModuleType("pavdm_dist.commands.sample")
     sample.__dict__.update(render_command=render_command)
+    dry = types.ModuleType("pavdm_dist.commands.dry_run")
+    dry.__dict__.update(dry_run=dry_run)
     plan = types.ModuleType("pavdm_dist.commands.plan")
-    plan.__dict__.update(plan_report=plan_report)
+    plan.__dict__.update(plan_command=plan_command)
     run = types.ModuleType("pavdm_dist.train.train_run")
     run.__dict__.update(train_slice=lambda config, provider: seen.append(("train", config)))
     monkeypatch.delenv("WORLD_SIZE", raising=False)  # left by a training test of this process
     monkeypatch.setitem(sys.modules, "pavdm_dist.commands.sample", sample)
+    monkeypatch.setitem(sys.modules, "pavdm_dist.commands.dry_run", dry)
     monkeypatch.setitem(sys.modules, "pavdm_dist.commands.plan", plan)
     monkeypatch.setitem(sys.modules, "pavdm_dist.train.train_run", run)
     return seen
@@ -68,8 +75,8 @@ def test_a_prompt_may_hold_an_equals_sign_after_a_space(calls: list[tuple[Any, .
 
 
 def test_dry_run_plans_and_renders_nothing(calls: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["sample", "x", "--dry-run"]) == 0
-    assert [call[0] for call in calls] == ["plan"]
+    assert cli.main(["sample", "x", "--dry-run", "--overwrite"]) == 0
+    assert [(call[0], call[2]) for call in calls] == [("dry run", True)]
     assert "model_calls  135" in capsys.readouterr().out
 
 
@@ -191,7 +198,7 @@ def test_standard_output_holds_the_result_alone(
 def test_faults_of_the_package_keep_their_traceback(
     calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["pavdm_dist.commands.plan"], "plan_report", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(sys.modules["pavdm_dist.commands.plan"], "plan_command", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["plan"])
 

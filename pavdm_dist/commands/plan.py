@@ -32,6 +32,14 @@ from pavdm_dist.request.texts import check_schedule, timed_prompts
 MAX_ROWS = 200_000
 
 
+def plan_command(config: SampleConfig, chunks: int | None = None) -> dict[str, Any]:
+    """As :func:`plan_report`, and warns of what the model was not trained for."""
+    report = plan_report(config, chunks)
+    checkpoint = open_checkpoint(config)
+    say_what_to_expect(sampling_params(config, checkpoint), checkpoint)
+    return report
+
+
 def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, Any]:
     """What a run would do: window plan, cost, layer split. Reads shapes, no weights.
 
@@ -45,7 +53,6 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
     params = sampling_params(config, checkpoint)
     check_recovery(config, params)
     checkpoint.check_text()
-    say_what_to_expect(params, checkpoint)
     spec, size = checkpoint.codec_spec, params.latent_chunk_size
     if chunks is None:
         frames = frames_wanted(config, params.fps)
