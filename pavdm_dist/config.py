@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.folders import VIDEO_SUFFIXES
+from pavdm_dist.io.remote import check_store, is_remote
 from pavdm_dist.method.baselines import block_chunks
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.values.fields import (
@@ -251,6 +252,8 @@ def _check_output(output: str) -> None:
     """Refuses what would become a folder though a file was meant."""
     if not output:
         raise ConfigError("output: name an .mp4 file or a folder")
+    if is_remote(output):  # before the store is asked what is there
+        check_store(output, "output")
     name, suffix = os.path.splitext(output)
     if suffix.lower() in _OTHER_FILES and not os.path.isdir(output):
         raise ConfigError(f"output={output}: videos are written as .mp4; use output={name}.mp4, or name a folder")
@@ -316,6 +319,8 @@ def check_changes(prompt_schedule: Sequence[PromptChange], timed_prompts: Mappin
     timed(timed_prompts)
     previous = 0
     for change in prompt_schedule:
+        if not change.prompt.strip():
+            raise ConfigError(f"prompt_schedule: from_chunk={change.from_chunk} has an empty prompt")
         if change.from_chunk <= previous:
             raise ConfigError(
                 f"prompt_schedule: from_chunk={change.from_chunk} must be above {previous}, "

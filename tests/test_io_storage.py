@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,9 +21,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.farm.tree import Tree
 from pavdm_dist.io.latents import LatentsHash, LatentsWriter, latents_sha256, read_latents
 from pavdm_dist.io.metadata import Sidecar, is_complete, read_sidecar, sidecar_path, weights_identity
 from pavdm_dist.io.parts import check_output, parts_folder
+from pavdm_dist.io.remote import check_store
 from pavdm_dist.io.storage import (
     atomic_path,
     atomic_write,
@@ -82,6 +85,52 @@ def test_atomic_write_to_a_store() -> None:
     assert sha256_file(path) == hashlib.sha256(b"abc").hexdigest()
     with pytest.raises(ConfigError, match="cannot be reached"):
         exists("nonsense://bucket/a")
+
+
+def test_outputs_are_in_stores_whose_files_are_whole_or_not_there() -> None:
+    for path in ("s3://bucket/a.mp4", "gs://bucket/a.mp4", "abfss://a@b/c.mp4", "memory://a.mp4"):
+        check_store(path, "output")
+    with pytest.raises(ConfigError, match=r"out=file:///a/b: is on a disk of this machine; .* out=/a/b$"):
+        Tree("file:///a/b").check_writable(False)
+    for path in ("ftp://host/a", "smb://host/a", "simplecache::s3://bucket/a", "https://host/a"):
+        with pytest.raises(ConfigError, match="files would appear before they are whole; name an object store"):
+            check_output(path)
+
+
+def test_what_a_killed_process_had_staged_for_a_store_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole video may lie there, in memory on many machines."""
+    own = """
+import os, sys
+from pavdm_dist.io.storage import stage
+staged = stage("memory://bucket/a.mp4")
+staged.write_bytes(b"frames")
+print(staged.parent, flush=True)
+sys.stdin.read()
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    begun = [
+        subprocess.Popen([sys.executable, "-c", own], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    killed, alive = (Path(one.stdout.readline().decode().strip()) for one in begun if one.stdout)
+    begun[0].kill()
+    begun[0].wait()
+    # As of a container that shares the folder, whose process numbers mean nothing here, and as others name theirs.
+    names = killed.name.split("-")
+    foreign, other = tmp_path / "-".join([*names[:2], "01234567", *names[3:]]), tmp_path / "pavdm-notes-1"
+    foreign.mkdir()
+    other.mkdir()
+    try:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        staged = stage("memory://bucket/b.mp4")
+        assert not killed.exists() and (alive / "a.mp4").exists() and foreign.exists() and other.exists()
+        discard(staged)
+    finally:
+        for one in begun:
+            one.communicate(timeout=60)
+    assert not staged.parent.exists()
 
 
 def test_what_a_driver_says_of_its_own_is_an_error_of_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:

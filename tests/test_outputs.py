@@ -81,20 +81,32 @@ def mounts() -> list[str]:
             ["output=o.mp4", "prompt_schedule=[{from_chunk: 9, prompt: a three}]"],
             "at 2.875 s: the video has chunks 0 to 7",
         ),
+        (
+            ["output=o.mp4", "prompt_schedule=[{from_chunk: 1, prompt: ' '}]"],
+            "prompt_schedule: from_chunk=1 has an empty prompt",
+        ),
         (["output=o.mp4", "negative_prompt=a seven"], "negative_prompt='a seven': guidance_scale=1 uses none"),
+        (["output=there.mp4"], "output=there.mp4 exists; choose another name or pass --overwrite"),
+        (["output=o.mp4", "start=chunk", "video=there.mp4"], "there.mp4 is not a video"),
+        (["output=o.mp4", "image=there.mp4"], "image=there.mp4: is no readable picture"),
+        (["output=o.mp4", "preview_decoder=nowhere"], "preview_decoder=nowhere: no such file"),
+        (["output=file:///x/o.mp4"], "is on a disk of this machine; write it as a path, output=/x/o.mp4"),
+        (["output=sftp://host/o.mp4"], "in sftp:// files would appear before they are whole; name an object store (s3"),
     ],
 )
+@pytest.mark.parametrize("only", [[], ["--dry-run"]], ids=["run", "dry"])
 def test_names_that_cannot_be_are_refused_before_anything_is_done(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str],
-    said: str,
+    said: str, only: list[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "there.mp4").write_text("no video")
     prompt = [] if any(word.startswith(("prompts=", "--resume")) for word in words) else ["a red three"]
-    assert main(["sample", *prompt, f"model={model}", *SHORT, *words]) == 2
+    assert main(["sample", *prompt, f"model={model}", *SHORT, *words, *only]) == 2
     err = capsys.readouterr().err.encode(errors="backslashreplace").decode()
     assert err.startswith("pavdm: ") and err.count("\n") == 1 and said in err, err
-    assert [path.name for path in tmp_path.rglob("*")] == ["folder.mp4"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder.mp4", "there.mp4"]
 
 
 def test_the_longest_name_that_is_taken_can_be_made(model: Path, tmp_path: Path) -> None:

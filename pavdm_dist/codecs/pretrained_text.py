@@ -35,6 +35,7 @@ from pavdm_dist.io.folders import without_hidden
 from pavdm_dist.io.local_disk import cache_folder
 from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import atomic_write
+from pavdm_dist.io.temporary import temporary_prefix
 from pavdm_dist.models.devices import tell_of_slow_bfloat16
 from pavdm_dist.models.source import Source, load_config
 from pavdm_dist.values.fields import TextDevice, TextDtype
@@ -303,7 +304,7 @@ class PretrainedTextEncoder:
         on_cpu = self.options.device == "cpu" or (self.options.device == "auto" and not torch.cuda.is_available())
         if on_cpu and self.options.dtype == "bfloat16":  # said here, as what that process says is kept for errors
             tell_of_slow_bfloat16("text_dtype=bfloat16", torch.device("cpu"))
-        with tempfile.TemporaryDirectory(prefix="pavdm-text-") as folder:
+        with tempfile.TemporaryDirectory(prefix=temporary_prefix("text")) as folder:
             order = {
                 "encoder": str(self._encoder.folder()),
                 "tokenizer": str(self._tokenizer.folder()),
@@ -380,7 +381,7 @@ _MAKING = threading.Lock()
 
 @cache
 def _temporary() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="pavdm-text-")
+    return tempfile.TemporaryDirectory(prefix=temporary_prefix("text"))
 
 
 def _short(text: str) -> str:

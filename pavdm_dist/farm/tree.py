@@ -34,7 +34,7 @@ from pavdm_dist.io.local_disk import check_place
 from pavdm_dist.io.lockfile import Seen, read_lock
 from pavdm_dist.io.metadata import read_sidecar, sidecar_path
 from pavdm_dist.io.parts import LOCK_NAME, PARTS_SUFFIX, holds_work, parts_folder
-from pavdm_dist.io.remote import filesystem, is_remote
+from pavdm_dist.io.remote import check_store, filesystem, is_remote
 from pavdm_dist.io.segments import PLAYLIST
 from pavdm_dist.io.storage import atomic_write, exists, join, list_names, open_read, remove
 from pavdm_dist.values.fields import json_value, made
@@ -119,8 +119,8 @@ class Tree:
     def check_writable(self, traces: bool) -> None:
         """Refuses a folder where what a run is asked for cannot be written; changes nothing.
 
-        What is only looked at is left out in such a case: logs, the list of failed shots. Of a store nothing is known
-        until it is written.
+        What is only looked at is left out in such a case: logs, the list of failed shots. Of an object store nothing
+        more is known until it is written.
 
         Args:
             traces: whether they are asked for.
@@ -128,7 +128,9 @@ class Tree:
         Raises:
             ConfigError: naming what is in the way.
         """
-        if not is_remote(self.root):
+        if is_remote(self.root):
+            check_store(self.root, "out")
+        else:
             for name in ("farm.json", "manifests/~.jsonl", f"shots/~/{VIDEO}", *["traces/~.json"] * traces):
                 check_place(Path(self.path(name)), "out")
 

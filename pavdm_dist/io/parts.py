@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.local_disk import check_place
-from pavdm_dist.io.remote import is_remote
+from pavdm_dist.io.remote import check_store, is_remote
 from pavdm_dist.io.storage import exists, list_names, unstaged
 
 PARTS_SUFFIX = ".parts"
@@ -29,9 +29,11 @@ def check_output(path: str | Path, overwrite: bool = False, field: str = "output
 
     Raises:
         ConfigError: something is there and ``overwrite`` is false; a folder of that name; a name that is too long; no
-            right to write.
+            right to write; a store that is no object store.
     """
-    if not is_remote(path):
+    if is_remote(path):
+        check_store(path, field)
+    else:
         check_place(Path(path), field)
     if overwrite:
         return

@@ -8,10 +8,34 @@ from typing import Any
 
 from pavdm_dist.errors import ConfigError
 
+# Where folders need not be made, and a file is there when its upload is complete and not before.
+_OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "memory")
+
 
 def is_remote(path: str | Path) -> bool:
     """Whether the path names a store of fsspec's (``s3://...``) instead of a local file."""
     return "://" in str(path)
+
+
+def check_store(path: str | Path, field: str) -> None:
+    """Refuses stores in which a file could be seen, or be left, half written. Any is good enough to read from.
+
+    Args:
+        path: with ``://``.
+        field: the setting that names it.
+
+    Raises:
+        ConfigError: it is no object store.
+    """
+    kind, _, inside = str(path).partition("://")
+    if kind.lower() in ("file", "local"):
+        raise ConfigError(f"{field}={path}: is on a disk of this machine; write it as a path, {field}={inside}")
+    if kind.lower() not in _OBJECT_STORES:
+        stores = ", ".join(f"{name}://" for name in _OBJECT_STORES if name != "memory")
+        raise ConfigError(
+            f"{field}={path}: in {kind}:// files would appear before they are whole; name an object store ({stores})"
+            " or a path (of what is mounted)"
+        )
 
 
 class _Store:

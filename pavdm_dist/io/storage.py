@@ -1,4 +1,4 @@
-"""Files that are either complete or absent, on local disks and on any store that fsspec knows.
+"""Files that are either complete or absent, on local disks and in any object store that fsspec knows.
 
 Paths with ``://`` go through fsspec; everything else is a local path. On a local disk a file is written under a
 temporary name in its own folder, flushed to the disk and renamed; an object store makes an upload visible only
@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from pavdm_dist.io.local_disk import give_usual_mode, link_new, make_durable
 from pavdm_dist.io.remote import filesystem, is_remote
+from pavdm_dist.io.temporary import temporary_prefix
 
 _BLOCK = 1 << 20
 # How often a place is made for a new small file that others remove.
@@ -260,7 +261,9 @@ def stage(path: str | Path) -> Path:
 
     It lies in a folder of its own, where what libraries write beside a file while they make it can be found, too.
     """
-    folder = Path(tempfile.gettempdir()) / f"pavdm-{uuid.uuid4().hex}.tmp" if is_remote(path) else _staged(path)
+    if is_remote(path):
+        return Path(tempfile.mkdtemp(".tmp", temporary_prefix("upload"))) / Path(path).name
+    folder = _staged(path)
     folder.mkdir(0o700, parents=True)
     return folder / Path(path).name
 
