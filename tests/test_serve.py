@@ -25,7 +25,7 @@ from serving import Served, ask, served, settings, storm
 from pavdm_dist.commands.progress import ChunkProgress
 from pavdm_dist.commands.sample import render_command
 from pavdm_dist.config import PromptChange, SampleConfig
-from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import Tree
@@ -280,8 +280,11 @@ def test_fragments_of_parts_are_those_of_the_whole(server: Served) -> None:
     start = next(fragments(output))[0]
     rest = b"".join(data for data, _ in fragments(output, key, key, header=False))
     assert packets(io.BytesIO(start + rest)) == packets(output)[key:]
-    with pytest.raises(MediaError, match="frame 1 is no key frame"):
-        list(fragments(output, 1, 1))
+    # From within what depends on earlier frames it begins at the next one that does not, without a gap in its times.
+    (_, first), *rest = fragments(output, 1, 1)
+    assert sum(count for _, count in rest) == 72 - key and first == 0
+    again = packets(io.BytesIO(start + b"".join(data for data, _ in rest)))
+    assert again == [(time - key + 1, data) for time, data in packets(output)[key:]]
 
 
 def test_a_prompt_is_changed_in_mid_video(server: Served) -> None:
@@ -617,7 +620,7 @@ def test_beyond_the_loopback_a_token_is_the_default() -> None:
         False
     ] * 3 + [True] * 3
     assert not asks(host="0.0.0.0", auth="none") and asks(auth="token")
-    assert not is_loopback("localhost.example.org")
+    assert is_loopback("LocalHost") and not is_loopback("localhost.example.org")
     with pytest.raises(ConfigError, match=r"prompt=.*is a shot's own"):
         validate_serve(settings("embedded", prompt="a"))
     with _listen("127.0.0.1", 0) as taken:
@@ -656,6 +659,10 @@ def test_metrics_and_health(server: Served) -> None:
     from prometheus_client import parser
 
     server.wait(post(server, prompt="a", seconds=0.5).json()["id"])
+    deadline = time.monotonic() + 60
+    while not server.desk.counts.done:  # a moment after the files of the first one are complete
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     health = ask.get(f"{server.url}/health")
     assert health.status_code == 200 and health.json()["status"] == "ok" and health.json()["queued"] == 0
     answer = ask.get(f"{server.url}/metrics")
@@ -663,8 +670,8 @@ def test_metrics_and_health(server: Served) -> None:
     ends = {
         sample.labels["end"]: sample.value for sample in found["pavdm_serve_videos"].samples if "end" in sample.labels
     }
-    assert ends["done"] == server.desk.counts.done >= 1 and ends["asked"] >= ends["done"]
-    assert found["pavdm_serve_frames"].samples[0].value == server.desk.counts.frames > 0
+    assert 1 <= ends["done"] <= server.desk.counts.done and ends["asked"] >= ends["done"]
+    assert 0 < found["pavdm_serve_frames"].samples[0].value <= server.desk.counts.frames
     assert found["pavdm_serve_queued_videos"].samples[0].value == 0
 
 

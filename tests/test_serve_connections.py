@@ -10,10 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
 import httpx2 as httpx
+import psutil
 import pytest
 from forked import Program
 from helpers import tiny_checkpoint
@@ -21,17 +23,26 @@ from websockets.sync.client import connect
 
 from pavdm_dist.serve.tokens import TOKEN
 
+ADMIT = pytest.importorskip("pavdm_dist.serve.guard", reason="needs pavdm-dist[serve]").ADMIT
 bounded = pytest.importorskip("pavdm_dist.serve.connections", reason="needs pavdm-dist[serve]").bounded
 
 
 async def slow(scope: Any, receive: Any, send: Any) -> None:
-    """Answers after a second, also a WebSocket."""
+    """Answers after a second, also a WebSocket. It knows those who ask for that, and gives much to those."""
     is_http = scope["type"] == "http"
+    if scope["path"] == "/known":
+        scope["state"][ADMIT]()
     if not is_http:
         await receive()
         await send({"type": "websocket.accept"})
+    while scope.get("method") == "POST" and (await receive()).get("more_body"):
+        pass
     await anyio.sleep(1.0)
-    if is_http:
+    if scope["query_string"] == b"large":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(1000):
+            await send({"type": "http.response.body", "body": bytes(2**16), "more_body": True})
+    elif is_http:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
     else:
@@ -40,11 +51,11 @@ async def slow(scope: Any, receive: Any, send: Any) -> None:
 
 
 @contextmanager
-def listening(most: int, silence_s: float) -> Iterator[tuple[str, int]]:
+def listening(most: int, silence_s: float, pause_s: float = 20.0, asked: Any = slow) -> Iterator[tuple[str, int]]:
     import uvicorn
 
-    protocol = bounded(most, silence_s)
-    server = uvicorn.Server(uvicorn.Config(slow, http=protocol, log_config=None, lifespan="off"))
+    protocol = bounded(most, silence_s, pause_s)
+    server = uvicorn.Server(uvicorn.Config(asked, http=protocol, log_config=None, lifespan="off"))
     with socket.create_server(("127.0.0.1", 0)) as own:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [own]}, daemon=True)
         thread.start()
@@ -71,23 +82,82 @@ def test_who_asks_for_nothing_is_let_go_of_and_who_waits_for_an_answer_is_not() 
         assert time.monotonic() - began < 4, "before uvicorn's own time for connections that are kept is over"
 
 
-def test_no_more_are_held_than_may_be() -> None:
-    with listening(most=2, silence_s=20.0) as address, ExitStack() as stack:
+def test_no_more_are_held_than_may_be_and_the_oldest_of_whom_nobody_knows_go_first() -> None:
+    with listening(most=2, silence_s=60.0) as address, ExitStack() as stack:
         held = [stack.enter_context(socket.create_connection(address, 20)) for _ in range(2)]
-        time.sleep(0.2)
+        for one in held:  # who may come in
+            one.sendall(b"GET /known HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert all(one.recv(1000).startswith(b"HTTP/1.1 200") for one in held)
         with socket.create_connection(address, 20) as third:
             assert _is_closed(third)
-        held.pop().close()
+        assert not any(_is_closed(one, within_s=0.1) for one in held)
+        held.pop(0).close()
         time.sleep(0.2)
-        assert httpx.get(f"http://{address[0]}:{address[1]}/", timeout=20).text == "ok"
+        stranger, newest = (stack.enter_context(socket.create_connection(address, 20)) for _ in range(2))
+        assert _is_closed(stranger) and not _is_closed(newest, within_s=0.1)
 
 
-def _is_closed(connection: socket.socket) -> bool:
+@pytest.mark.parametrize("path", ["/", "/known"])
+def test_who_keeps_it_waiting_in_mid_request_is_let_go_of(path: str) -> None:
+    """With a body that does not come on, or with reading; whoever goes on, though slowly, is waited for."""
+    with listening(most=10, silence_s=1.0, pause_s=5.0) as address, ExitStack() as stack:
+        stuck, slow_one = (stack.enter_context(socket.create_connection(address, 20)) for _ in range(2))
+        deaf = stack.enter_context(socket.socket())
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(address)
+        deaf.sendall(f"GET {path}?large HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+        for one in (stuck, slow_one):
+            one.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n".encode())
+        for _ in range(10):
+            slow_one.sendall(b"x")
+            time.sleep(0.15)
+        assert slow_one.recv(1000).startswith(b"HTTP/1.1 200")
+        assert _is_closed(stuck, within_s=0.1), "before the slow one had sent all"
+        # A person who may come in may pause a video.
+        assert _is_held(deaf) == (path == "/known")
+        deadline = time.monotonic() + 20
+        while _is_held(deaf):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def test_a_login_has_ten_seconds_however_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its body is of anybody, who could send a byte of it now and then."""
+    from pavdm_dist.serve import app
+
+    monkeypatch.setattr(app, "_LOGIN_S", 0.5)
+    routes = app.FastAPI()
+    app._handle_errors(routes)
+    app._add_page(routes, SimpleNamespace(), "x" * 20)
+    with listening(most=10, silence_s=20.0, asked=routes) as address, socket.create_connection(address, 20) as one:
+        one.sendall(b"POST /login HTTP/1.1\r\nhost: x\r\ncontent-length: 4000\r\n\r\n{")
+        said = b""
+        while b"within" not in said and (more := one.recv(1000)):
+            said += more
+        assert said.startswith(b"HTTP/1.1 408") and b"must come within 0.5 s" in said
+        assert _is_closed(one)
+
+
+def _is_closed(connection: socket.socket, within_s: float | None = None) -> bool:
     """Whether the other end closes it, or did so already."""
+    if within_s is not None:
+        connection.settimeout(within_s)
     try:
-        return not connection.recv(10)
+        while connection.recv(1000):
+            pass
+        return True
     except ConnectionError:
         return True
+    except TimeoutError:
+        return False
+
+
+def _is_held(connection: socket.socket) -> bool:
+    """Whether the other end, which is of this process, has it open, of one that reads nothing."""
+    return any(
+        held.laddr == connection.getpeername() and held.raddr == connection.getsockname() and held.fd != -1
+        for held in psutil.net_connections("tcp4")
+    )
 
 
 def test_three_hundred_silent_connections_take_no_files_from_who_renders(tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ from helpers import tiny_checkpoint
 from PIL import Image
 from serving import settings
 
+from pavdm_dist.cli import main
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.farm import tree as tree_module
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.progress import FarmProgress
 from pavdm_dist.farm.report import write_report
@@ -33,6 +35,7 @@ from pavdm_dist.serve.front import Front
 from pavdm_dist.serve.front_desk import FrontDesk
 from pavdm_dist.serve.refusals import Refusal
 from pavdm_dist.serve.settings import ServeConfig
+from pavdm_dist.serve.tokens import TOKEN
 
 ASKED = {"prompt": "a red three", "num_frames": "9"}
 
@@ -92,6 +95,59 @@ def test_a_folder_that_is_moved_has_what_its_videos_begin_with(
 def test_a_servers_folder_is_known_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert tree_at("out").root == str(tmp_path / "out") and tree_at("memory://x/").root == "memory://x"
+
+
+def test_a_folder_that_cannot_be_used_is_told_of_in_one_sentence(
+    config: ServeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a model is loaded or a cluster asked, where it can be."""
+    monkeypatch.delenv(TOKEN, raising=False)
+
+    def left(name: str, is_folder: bool) -> str:
+        """A folder in which something else is in the way."""
+        out = tmp_path / uuid.uuid4().hex
+        (out / name).mkdir(parents=True) if is_folder else (out.mkdir(), (out / name).touch())
+        return str(out)
+
+    (dangling := tmp_path / "dangling").mkdir()
+    (dangling / "serve.token").symlink_to("nowhere")
+    cases = [
+        (left("farm.json", True), "farm.json is a folder"),
+        (left("shots", False), "shots is a file"),
+        (left("manifests", False), "manifests is a file"),
+        (left("serve.token", True), "serve.token: cannot be used: Is a directory"),
+        (str(dangling), "serve.token: cannot be used: No such file"),
+        ("/proc/xx", "/proc/xx"),
+    ]
+    for out, said in cases:
+        assert main(["serve", "model=none", "http.port=0", "http.auth=token", "--out", out]) == 2
+        told = capsys.readouterr().err.strip().splitlines()
+        assert len(told) == 1 and f"out={out}" in told[0] and said in told[0], told
+    # What only writing shows is told of all the same.
+    words = ["serve", f"model={config.model}", "http.port=0", "--out", "/proc/xx"]
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert "out=/proc/xx" in told and ": cannot be used: " in told and "Traceback" not in told
+
+
+def test_whether_a_video_is_over_is_told_by_few_files(
+    config: ServeConfig, kinds: Kinds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked ten times a second of each video that is watched, which may have thousands of segments."""
+    desk, looked = FrontDesk(config, kinds, Tree(str(tmp_path))), list[str]()
+    (tmp_path / "shots" / "a" / "video.mp4.parts").mkdir(parents=True)
+    holds_work = tree_module.holds_work
+    monkeypatch.setattr(tree_module, "holds_work", lambda parts: looked.append(parts) or holds_work(parts))
+    monkeypatch.setattr(Tree, "lock", lambda _, id: looked.append(id))
+    assert not desk.is_over("a") and not looked
+    assert desk.state("a").standing == "queued" and looked
+    desk.tree.fail("a", Failure("it was"))
+    assert desk.is_over("a")
+    desk.tree.forget_failure("a")
+    desk.tree.mark("a", "cancel")
+    assert desk.is_over("a")
+    desk.closing = True
+    assert desk.is_over("b")
 
 
 def test_a_folder_in_a_store_takes_pictures_and_clips(config: ServeConfig, kinds: Kinds, tmp_path: Path) -> None:

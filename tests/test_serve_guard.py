@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import stat
+from collections import deque
 from collections.abc import MutableMapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import pytest
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.io import local_disk
-from pavdm_dist.serve.guard import Guard, Receive, Scope, Send, TooLarge
 from pavdm_dist.serve.request_fields import shot_of
 from pavdm_dist.serve.tokens import TOKEN, TOKEN_FILE, token_of
+
+if TYPE_CHECKING:
+    from pavdm_dist.serve.guard import Receive, Scope, Send
+
+guard = pytest.importorskip("pavdm_dist.serve.guard", reason="needs pavdm-dist[serve]")
+ADMIT, COOKIE, Guard, TooLarge = guard.ADMIT, guard.COOKIE, guard.Guard, guard.TooLarge
 
 
 async def nothing(scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,6 +92,84 @@ def test_the_scheme_of_a_token_may_be_written_in_any_case(scheme: str) -> None:
         assert _asked("/v1/videos", headers, 0, token="x" * 20) == status
 
 
+@pytest.mark.parametrize(
+    "others",
+    ['prefs={"a":1}', "x=a b", "a:b[0]=1", "theme", "n=é", "version=1", "path=/x", "expires=never", 'q="a', "$x=1"],
+)
+def test_cookies_of_others_do_not_hide_the_token(others: str) -> None:
+    token = "x" * 16 + '%41;,"\\ =&'
+    kept = f"{COOKIE}={quote(token, safe='')}"
+    for cookies in (kept, f"{others}; {kept}", f"{kept}; {others}"):
+        headers = [("cookie", cookies)]
+        assert _asked("/v1/videos", headers, 0, token=token) == 200
+        assert _asked("/v1/videos", headers, 0, token=f"{token}y") == 401
+
+
+def test_every_token_that_may_be_comes_back_in_the_cookie_that_a_login_sets() -> None:
+    from pavdm_dist.serve import app
+
+    token = "".join(map(chr, range(33, 127))) + "%41"
+    routes = app.FastAPI()
+    app._handle_errors(routes)
+    app._add_page(routes, SimpleNamespace(is_token=lambda *_: True), token)
+    body, sent = b'{"token": "x"}', list[MutableMapping[str, Any]]()
+
+    async def receive() -> MutableMapping[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/login", "headers": headers, "query_string": b""}
+    asyncio.run(Guard(routes, token, loopback_only=True, max_body=1)(scope, receive, send))
+    cookie = dict(sent[0]["headers"])[b"set-cookie"].decode().partition(";")[0]
+    assert _asked("/v1/videos", [("cookie", f'a="; {cookie}')], 0, token=token) == 200
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:18102", "LocalHost", "127.0.0.1:1", "[::1]:1"])
+def test_a_name_has_no_case(host: str) -> None:
+    for origin in ([], [("origin", f"http://{host}")], [("origin", f"http://{host.lower()}")]):
+        assert _asked("/v1/videos", origin, 0, host=host) == 200
+    assert _asked("/v1/videos", [("origin", "http://elsewhere")], 0, host=host) == 403
+    assert _asked("/v1/videos", [], 0, host=f"x{host}") == 403
+
+
+@pytest.mark.parametrize("reads", ["body", "form"])
+def test_a_client_that_leaves_in_mid_request_is_no_fault(reads: str, caplog: pytest.LogCaptureFixture) -> None:
+    from starlette.requests import Request
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await getattr(Request(scope, receive), reads)()
+
+    came = iter(
+        [{"type": "http.request", "body": b"token=", "more_body": True}, {"type": "http.disconnect"}],
+    )
+
+    async def receive() -> MutableMapping[str, Any]:
+        return next(came)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/x-www-form-urlencoded")]
+    scope = {"type": "http", "path": "/login", "headers": headers, "query_string": b""}
+    asyncio.run(Guard(app, None, loopback_only=True, max_body=9)(scope, receive, _unsent))
+    assert not caplog.records
+
+
+async def _unsent(message: MutableMapping[str, Any]) -> None:
+    pytest.fail("nobody is there to be answered")
+
+
+def test_a_connection_is_told_of_whoever_may_come_in() -> None:
+    for path, token, admitted in (
+        ("/v1/videos", "x" * 20, 1), ("/v1/videos", "y" * 20, 0), ("/", "x" * 20, 0), ("/login", "x" * 20, 0),
+        ("/health", "x" * 20, 0),
+    ):  # fmt: skip
+        told = deque[int]()
+        state = {ADMIT: partial(told.append, 1)}
+        _asked(path, [("authorization", f"Bearer {token}")], 0, token="x" * 20, state=state)
+        assert len(told) == admitted
+
+
 def test_a_guard_takes_no_empty_token() -> None:
     for token in ("", " "):
         with pytest.raises(ValueError, match="would let everybody in"):
@@ -115,7 +202,14 @@ def test_a_length_of_thousands_of_digits_is_too_large() -> None:
     assert _asked("/v1/videos", [("content-length", "9" * 5000)], 0) == 413
 
 
-def _asked(path: str, headers: list[tuple[str, str]], size: int, token: str | None = None) -> int:
+def _asked(
+    path: str,
+    headers: list[tuple[str, str]],
+    size: int,
+    token: str | None = None,
+    host: str = "localhost",
+    state: dict[str, Any] | None = None,
+) -> int:
     """The status that a request gets whose body of so many bytes is read to its end."""
     sent: list[MutableMapping[str, Any]] = []
     left = size
@@ -138,8 +232,8 @@ def _asked(path: str, headers: list[tuple[str, str]], size: int, token: str | No
     async def send(message: MutableMapping[str, Any]) -> None:
         sent.append(message)
 
-    raw = [(name.encode(), value.encode()) for name, value in headers]
-    scope = {"type": "http", "path": path, "headers": [(b"host", b"localhost"), *raw], "query_string": b""}
+    raw = [(name.encode(), value.encode()) for name, value in [("host", host), *headers]]
+    scope = {"type": "http", "path": path, "headers": raw, "query_string": b"", "state": state or {}}
     asyncio.run(Guard(reads, token, loopback_only=True, max_body=3 * 2**20)(scope, receive, send))
     return int(sent[0]["status"])
 

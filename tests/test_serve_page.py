@@ -117,6 +117,14 @@ def test_a_person_asks_watches_changes_the_prompt_and_cancels(server: Served, br
     assert look(browser, "#videos li", "one.className") == ["completed"]
     until(lambda _: browser.execute_script("return document.getElementById('player').duration") > 7.5)
     shoot(browser, "complete")
+    # Chosen again it is the file.
+    browser.execute_script("document.querySelector('#videos li button').click()")
+    playing = (
+        "const v = document.getElementById('player'); return v.currentSrc.endsWith('/content') && v.duration > 7.5"
+    )
+    until(lambda _: browser.execute_script(playing))
+    until(lambda _: browser.execute_script("return document.getElementById('player').currentTime > 0.3"))
+    assert text("broken") == ""
     # A second one is cancelled in the middle.
     server.desk.hold(1)
     create.find_element(By.NAME, "prompt").send_keys("a white four")

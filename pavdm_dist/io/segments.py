@@ -33,6 +33,10 @@ from pavdm_dist.values.rates import as_rate
 PLAYLIST = "playlist.ffconcat"
 INPUT = "input.mp4"
 _SEGMENT = re.compile(r"segment-(\d{6,})-(\d{6,})\.mp4")
+# In the playlist, before a segment that ends inside of its group: a writer that goes on makes the whole group anew.
+SHORT = "# short group"
+# A segment in the playlist: perhaps the mark, the name, seconds.
+ENTRY = re.compile(rf"({SHORT}\n)?file ({_SEGMENT.pattern}|{re.escape(INPUT)})\nduration (\S+)\n")
 # What a writer may remove: everything else in the folder is somebody else's.
 SEGMENT_NAMES = re.compile(rf"{_SEGMENT.pattern}|segment\.mp4|{re.escape(INPUT)}|{re.escape(PLAYLIST)}")
 
@@ -276,7 +280,8 @@ class SegmentWriter:
         return [*([] if self._input is None else [self._input]), *self._segments]
 
     def _segment(self, name: str, first: int, last: int, num_frames: int) -> Segment:
-        entry = f"file {name}\nduration {float(num_frames / self._rate):.6f}\n"
+        mark = f"{SHORT}\n" if (last + 1) % self._group else ""
+        entry = f"{mark}file {name}\nduration {float(num_frames / self._rate):.6f}\n"
         return Segment(name, first, last, num_frames, entry)
 
     def _write_playlist(self) -> None:

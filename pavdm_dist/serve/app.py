@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from importlib import resources
 from typing import Any, BinaryIO
+from urllib.parse import quote
 
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
@@ -26,7 +27,7 @@ from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import open_read
 from pavdm_dist.serve.front import Front
 from pavdm_dist.serve.guard import COOKIE, Guard, Receive, Scope, Send, TooLarge
-from pavdm_dist.serve.live import live
+from pavdm_dist.serve.live import Live
 from pavdm_dist.serve.metrics import exposition
 from pavdm_dist.serve.refusals import Refusal, error_body
 from pavdm_dist.serve.settings import is_loopback
@@ -39,6 +40,7 @@ _POLL_MS = 1000
 _MEDIA = "video/mp4"
 _LISTED = 100  # videos of one page of a list, at most
 _TEXT = 2**16  # bytes of a field of a form that is no file
+_LOGIN_S = 10.0  # seconds that the body of a login may take, which is of anybody
 _ENCODING = 4  # changed prompts whose texts are encoded at a time
 
 
@@ -156,8 +158,10 @@ def _add_videos(app: FastAPI, front: Front) -> None:
 
 
 def _add_watching(app: FastAPI, front: Front) -> None:
+    live = Live()
+
     def stream(id: str) -> AsyncIterator[bytes]:
-        return live(front.desk.tree.output(id), partial(front.desk.is_over, id))
+        return live.stream(front.desk.tree.output(id), partial(front.desk.is_over, id))
 
     @app.get("/v1/videos/{id}/live")
     def watch(id: str) -> Response:
@@ -232,14 +236,18 @@ def _add_page(app: FastAPI, front: Front, token: str | None) -> None:
 
     @app.post("/login")
     async def login(request: Request) -> Response:
-        async with _fields(request) as (fields, _):
-            given = fields.get("token")
+        try:
+            async with asyncio.timeout(_LOGIN_S), _fields(request) as (fields, _):
+                given = fields.get("token")
+        except TimeoutError as error:
+            said = f"the body of a login must come within {_LOGIN_S:g} s"
+            raise Refusal(408, said, headers={"Connection": "close"}) from error
         answer = JSONResponse({"ok": True})
         if token is not None:
             if not front.is_token(given, token):
                 raise Refusal(401, "that is not this server's token")
             secure = request.url.scheme == "https"
-            answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", secure=secure)
+            answer.set_cookie(COOKIE, quote(token, safe=""), httponly=True, samesite="strict", secure=secure)
         return answer
 
 

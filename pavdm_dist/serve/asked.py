@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import atomic_write, join, list_names, open_read
@@ -18,9 +21,26 @@ def tree_at(out: str) -> Tree:
     """A server's folder by its whole path: whoever reads what it writes of its files may stand elsewhere.
 
     Raises:
-        ConfigError: it is a file.
+        ConfigError: it is a file, or what a server writes in it cannot be written.
     """
-    return Tree(out if is_remote(out) else os.path.abspath(out))
+    tree = Tree(out if is_remote(out) else os.path.abspath(out))
+    tree.check_writable(traces=False)
+    return tree
+
+
+@contextmanager
+def folder_errors(tree: Tree) -> Iterator[None]:
+    """What a system says of a file that cannot be used, as one sentence.
+
+    Raises:
+        ConfigError: naming the file, and ``out`` where it is in that folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        place = str(error.filename or tree.root)
+        field = "out=" if place.startswith(tree.root) else ""
+        raise ConfigError(f"{field}{place}: cannot be used: {error.strerror or error}") from error
 
 
 def keep_time(tree: Tree, id: str, created_at: int) -> None:

@@ -48,14 +48,14 @@ def fragments(
     Args:
         path: a segment, or a whole video; local or remote.
         first_frame: number in the stream of the first frame that is given.
-        skip: frames of the file that are left out; the one behind them must be a key frame.
+        skip: frames of the file that are left out, and those behind them up to a key frame, which depend on them.
         header: give ``ftyp`` and ``moov`` first.
 
     Yields:
         Bytes, and how many frames are complete with them.
 
     Raises:
-        MediaError: it is no such file, or the frame behind ``skip`` depends on frames before it.
+        MediaError: it is no such file.
         OSError: it cannot be read.
     """
     import av
@@ -73,10 +73,8 @@ def fragments(
             if header:
                 yield start, 0
             for index, packet in enumerate(packet for packet in source.container.demux(source) if packet.size):
-                if index < skip:
+                if index < skip or not (given or held or packet.is_keyframe):
                     continue
-                if index == skip and not packet.is_keyframe:
-                    raise MediaError(f"{path}: frame {skip} is no key frame")
                 packet.pts = packet.dts = first_frame + given + held
                 packet.duration, packet.time_base = 1, 1 / rate
                 packet.stream = target

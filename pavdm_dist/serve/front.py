@@ -17,10 +17,10 @@ from pavdm_dist.serve import records
 from pavdm_dist.serve.asked import created_at, keep_time
 from pavdm_dist.serve.fragments import mime_type
 from pavdm_dist.serve.front_desk import FrontDesk
-from pavdm_dist.serve.guard import is_same
-from pavdm_dist.serve.live import segments
+from pavdm_dist.serve.playlist import Playlist
 from pavdm_dist.serve.refusals import no_such_video
 from pavdm_dist.serve.request_fields import check_picture, check_text, new_id, shot_of, suffix_of
+from pavdm_dist.serve.tokens import is_same
 from pavdm_dist.values.fields import show
 
 # Times of requests that are kept in memory.
@@ -146,7 +146,13 @@ class Front:
     def mime(self, id: str) -> str:
         """What a browser must be told of a video of which something is there."""
         output = self.desk.tree.output(id)
-        return mime_type(next((path for _, path in segments(output)), output))
+        playlist = Playlist(output)
+        playlist.look()
+        first = playlist.next(-1, short=True)
+        try:
+            return mime_type(output if first is None else first.path)
+        except FileNotFoundError:  # it has become complete meanwhile
+            return mime_type(output)
 
     def health(self) -> dict[str, Any]:
         """Whether videos can be rendered, and how many wait."""

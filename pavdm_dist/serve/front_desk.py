@@ -20,8 +20,9 @@ from pavdm_dist.farm.logs import ShotLog
 from pavdm_dist.farm.pool import Pool
 from pavdm_dist.farm.settings import FarmConfig
 from pavdm_dist.farm.shot import Shot, is_id
-from pavdm_dist.farm.tree import CANCEL, State, Tree
+from pavdm_dist.farm.tree import CANCEL, FAILED, SIDECAR, SKIP, State, Tree
 from pavdm_dist.io.metadata import versions
+from pavdm_dist.io.storage import list_names
 from pavdm_dist.request.outputs import VideoChunk
 from pavdm_dist.serve.asked import created_at, manifest_name, manifests_of
 from pavdm_dist.serve.changes import Change, Changes
@@ -40,6 +41,8 @@ _TICK_S, _TROUBLE_S = 1.0, 30.0
 _SWEEP_S = 10.0
 # A client that is to come again is told when the next video may be finished, within these bounds.
 _RETRY_LEAST_S, _RETRY_MOST_S = 1, 600
+# Files without one of which no video is over.
+_ENDS = frozenset((SIDECAR, FAILED, CANCEL, SKIP))
 # A picture that is asked for may have so many times the pixels of the server's own.
 _TIMES_ITS_OWN = 4
 
@@ -314,8 +317,13 @@ class FrontDesk(Listener):
         return state if failure is None else State("failed", failure=failure)
 
     def is_over(self, id: str) -> bool:
-        """Whether nothing more will come of a video, or of this server."""
-        return self.closing or self.state(id).standing in ("done", "failed", "cancelled", "skipped")
+        """Whether nothing more will come of a video, or of this server; asked often, so of few files."""
+        if self.closing:
+            return True
+        names = frozenset(list_names(self.tree.folder(id)))
+        if names.isdisjoint(_ENDS) and self._pool.unwritten(id) is None:
+            return False
+        return self.state(id, names).standing in ("done", "failed", "cancelled", "skipped")
 
     @property
     def unfinished(self) -> int:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import hmac
 import json
 import logging
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from starlette.requests import ClientDisconnect, cookie_parser
 
 from pavdm_dist.serve.refusals import error_body
 from pavdm_dist.serve.settings import is_loopback
+from pavdm_dist.serve.tokens import is_same
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +22,10 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-# What the page keeps the token in; scripts of other pages can neither read nor send it.
+# What the page keeps the token in, percent-encoded; scripts of other pages can neither read nor send it.
 COOKIE = "pavdm_token"
+# In the state of a request, where its connection wants to know: called once it is of somebody who may come in.
+ADMIT = "pavdm_admit"
 # Needed before a token can be: whether the server lives, and the page that asks for one.
 _OPEN = re.compile(r"/health|/|/page\.(js|css)|/login")
 
@@ -59,20 +62,24 @@ class Guard:
         refused = self._refused(scope, headers)
         if refused is not None:
             return await _refuse(scope, receive, send, *refused)
+        if ADMIT in scope.get("state", {}) and not _OPEN.fullmatch(scope["path"]):
+            scope["state"][ADMIT]()
         if scope["type"] == "websocket":
             return await self._app(scope, receive, send)
         try:
             await self._app(scope, self._limited(receive, *self._most(scope, headers)), send)
+        except ClientDisconnect:  # in the middle of its request: nobody is there to be answered
+            pass
         except Exception:
             # It was answered as far as possible; raised further it would end the connection, and requests behind it.
             logger.exception("a fault of this program")
 
     def _refused(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
-        host = headers.get("host", "")
+        host = headers.get("host", "").lower()  # names have no case
         if self._loopback_only and not is_loopback(host.rpartition(":")[0] if re.search(r":\d+$", host) else host):
             return 403, f"this server is for this machine alone, and not for {host[:100]!r}; set http.host to open it"
         origin = headers.get("origin")
-        if origin is not None and _place(origin) != host:
+        if origin is not None and _place(origin.lower()) != host:
             return 403, "a page of another site may not use this server"
         if self._token is not None and not _OPEN.fullmatch(scope["path"]) and not self._may(scope, headers):
             return 401, "the token is missing or wrong; send it as Authorization: Bearer TOKEN"
@@ -100,11 +107,8 @@ class Guard:
     def _may(self, scope: Scope, headers: dict[str, str]) -> bool:
         assert self._token is not None
         given = [_SCHEME.sub("", headers.get("authorization", "")).strip()]
-        try:
-            cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-        except CookieError:
-            cookie = None
-        given += [] if cookie is None else [cookie.value]
+        # Others on this host set cookies, too, of all kinds; what is none of ours must not hide ours.
+        given.append(unquote(cookie_parser(headers.get("cookie", "")).get(COOKIE, "")))
         if scope["type"] == "websocket":  # which scripts cannot give headers to
             given += parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
         return any(is_same(one, self._token) for one in given)
@@ -123,11 +127,6 @@ class Guard:
             return message
 
         return limited
-
-
-def is_same(given: str, token: str) -> bool:
-    """Whether somebody has the token; takes as long for a wrong one."""
-    return hmac.compare_digest(given.encode(errors="surrogatepass"), token.encode())
 
 
 def _place(origin: str) -> str | None:

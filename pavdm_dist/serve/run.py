@@ -10,7 +10,7 @@ from typing import Any
 
 from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.farm.kinds import Kinds
-from pavdm_dist.serve.asked import tree_at
+from pavdm_dist.serve.asked import folder_errors, tree_at
 from pavdm_dist.serve.front import Front
 from pavdm_dist.serve.front_desk import FrontDesk
 from pavdm_dist.serve.settings import ServeConfig, asks_for_token
@@ -44,12 +44,15 @@ def serve_command(config: ServeConfig, out: str, ready: Callable[[str], None] = 
         raise PAVDMError(f"pavdm serve needs {error.name}: pip install 'pavdm-dist[serve]'") from error
 
     tree, http = tree_at(out), config.http
-    token = token_of(tree) if asks_for_token(http) else None
+    with folder_errors(tree):
+        token = token_of(tree) if asks_for_token(http) else None
     most = most_connections()
     with _listen(http.host, http.port) as listening:
         desk = FrontDesk(config, Kinds(config), tree)
         try:
-            if waiting := desk.open():
+            with folder_errors(tree):
+                waiting = desk.open()
+            if waiting:
                 logger.info("%d unfinished videos in %s go on", waiting, out)
             address = _address(http.host, listening)
             logger.info("listening on %s", address)

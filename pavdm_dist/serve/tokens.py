@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import logging
 import os
 import secrets
@@ -9,7 +10,7 @@ import secrets
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.io.remote import is_remote
-from pavdm_dist.io.storage import create_new
+from pavdm_dist.io.storage import create_new, open_read
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +18,11 @@ TOKEN = "PAVDM_SERVE_TOKEN"
 TOKEN_FILE = "serve.token"
 # A shorter one can be guessed, or is what a full disk has left of one.
 LEAST_CHARACTERS = 16
+
+
+def is_same(given: str, token: str) -> bool:
+    """Whether somebody has the token; takes as long for a wrong one."""
+    return hmac.compare_digest(given.encode(errors="surrogatepass"), token.encode())
 
 
 def given_token() -> str | None:
@@ -58,8 +64,8 @@ def token_of(tree: Tree) -> str:
     path = tree.path(TOKEN_FILE)
     # Whole from its first moment on: of two servers that begin at once, both read the same one.
     create_new(path, f"{secrets.token_urlsafe(32)}\n".encode(), mode=0o600)
-    with open(path, encoding="utf-8", errors="replace") as file:
-        token = file.read().strip()
+    with open_read(path) as file:
+        token = file.read().decode("utf-8", "replace").strip()
     if len(token) < LEAST_CHARACTERS:
         raise ConfigError(
             f"{path}: has {len(token)} characters, and a token at least {LEAST_CHARACTERS}; remove the file, so that"

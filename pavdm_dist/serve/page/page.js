@@ -2,6 +2,8 @@
 
 const find = (id) => document.getElementById(id);
 const PAGE = 30;
+// Seconds behind the picture that stay in the browser's buffer when it is full, and bytes that may wait for it.
+const KEPT_S = 10, MOST_WAITING = 2 ** 27;
 const state = { chosen: null, live: null, shown: PAGE, timer: null };
 
 // What the server refuses comes as one sentence.
@@ -48,7 +50,7 @@ function line(video) {
   bar.firstChild.style.width = `${video.status === "failed" ? 0 : video.progress}%`;
   const button = element(
     "button",
-    { type: "button", title: video.prompt, onclick: () => choose(video.id) },
+    { type: "button", title: video.prompt, onclick: () => choose(video) },
     element("span", { className: "words", textContent: video.prompt }),
     element("small", { textContent: `${what[video.status]} · ${video.seconds} s · ${video.size}` }),
     bar,
@@ -68,51 +70,95 @@ async function refreshList() {
   return list.data;
 }
 
-// --- the player: bytes of a fragmented mp4 come over a socket and go into the video as they come ---
+// --- the player: a complete video is a file; of one that grows, bytes of a fragmented mp4 come over a socket and go
+// into the browser's buffer as there is room for them ---
 
-function play(id) {
+function play(video) {
+  const player = find("player"), at = find("broken").textContent && video.id === state.chosen ? player.currentTime : 0;
   stop();
+  if (video.status === "completed") player.src = `/v1/videos/${video.id}/content`;
+  else playLive(video.id);
+  if (at) player.currentTime = at;
+}
+
+function playLive(id) {
   const player = find("player"), source = new MediaSource(), waiting = [];
   const socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/v1/videos/${id}/live`);
-  let buffer = null, over = false;
+  let buffer = null, mime = null, over = false, bytes = 0;
   socket.binaryType = "arraybuffer";
   state.live = { socket, url: URL.createObjectURL(source) };
   player.src = state.live.url;
-  const feed = () => {
-    if (!buffer || buffer.updating || source.readyState !== "open") return;
-    if (waiting.length) buffer.appendBuffer(waiting.shift());
-    else if (over) source.endOfStream();
+
+  // What has come is played.
+  const end = (why) => {
+    over = true;
+    socket.close();
+    find("broken").textContent = why;
   };
-  source.addEventListener("sourceopen", () => {
-    socket.onmessage = ({ data }) => {
-      if (typeof data === "string") {
-        const told = JSON.parse(data);
-        if (told.mime && source.readyState === "open") {
-          buffer = source.addSourceBuffer(told.mime);
-          buffer.addEventListener("updateend", feed);
-        } else if (told.status) over = true;
-      } else waiting.push(data);
-      feed();
-    };
-  }, { once: true });
+  const feed = () => {
+    if (source.readyState !== "open" || !mime || (buffer && buffer.updating)) return;
+    try {
+      if (!buffer) {
+        buffer = source.addSourceBuffer(mime);
+        buffer.addEventListener("updateend", feed);
+      }
+      if (waiting.length) {
+        buffer.appendBuffer(waiting[0]);
+        bytes -= waiting.shift().byteLength;
+      } else if (over) source.endOfStream();
+    } catch (error) {
+      if (error.name === "QuotaExceededError") return makeRoom();
+      waiting.length = 0;
+      end(`this browser cannot play it: ${error.message}`);
+    }
+  };
+  // The buffer is full: what was seen goes, or there is room once more of it is seen.
+  const makeRoom = () => {
+    const behind = player.currentTime - KEPT_S;
+    if (buffer.buffered.length && buffer.buffered.start(0) < behind) buffer.remove(0, behind);
+  };
+  source.addEventListener("sourceopen", feed, { once: true });
+  player.ontimeupdate = feed;
+  socket.onmessage = ({ data }) => {
+    if (over) return;
+    if (typeof data === "string") {
+      const told = JSON.parse(data);
+      if (told.mime) mime = told.mime;
+      else if (told.status) over = true;
+    } else {
+      waiting.push(data);
+      bytes += data.byteLength;
+    }
+    if (bytes > MOST_WAITING) end("more waits than this page keeps; choose the video again to go on with it");
+    feed();
+  };
+  socket.onclose = ({ reason }) => {
+    if (over || !state.live || state.live.socket !== socket) return;
+    end(`the live stream broke off${reason ? `: ${reason}` : ""}; choose the video again to go on with it`);
+    feed();
+  };
 }
 
 function stop() {
-  if (!state.live) return;
-  state.live.socket.close();
-  URL.revokeObjectURL(state.live.url);
-  state.live = null;
-  find("player").removeAttribute("src");
-  find("player").load();
+  const player = find("player");
+  find("broken").textContent = "";
+  player.ontimeupdate = null;
+  if (state.live) {
+    state.live.socket.close();
+    URL.revokeObjectURL(state.live.url);
+    state.live = null;
+  }
+  player.removeAttribute("src");
+  player.load();
 }
 
 // --- one video ---
 
-function choose(id) {
-  state.chosen = id;
+function choose(video) {
+  play(video);
+  state.chosen = video.id;
   find("watch").hidden = false;
   find("change").querySelector("output").textContent = "";
-  play(id);
   refresh();
 }
 
@@ -182,7 +228,7 @@ async function refresh() {
     if (state.chosen) {
       const video = videos.find((one) => one.id === state.chosen) || await ask(`/v1/videos/${state.chosen}`);
       await refreshChosen(video);
-    } else if (videos.length) choose(videos[0].id);
+    } else if (videos.length) choose(videos[0]);
   } catch (error) {
     if (error.status === 401) {
       find("desk").hidden = true;
@@ -208,7 +254,7 @@ handle(find("create"), async (fields) => {
   for (const name of ["seconds", "size", "seed"]) if (!fields.get(name)) fields.delete(name);
   if (!fields.get("input_reference").size) fields.delete("input_reference");
   const video = await ask("/v1/videos", { method: "POST", body: fields });
-  choose(video.id);
+  choose(video);
 });
 
 handle(find("change"), async (fields) => {
