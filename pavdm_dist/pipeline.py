@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -19,25 +19,22 @@ from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.engine.events import AtWork
 from pavdm_dist.engine.in_process import InProcess
 from pavdm_dist.engine.kept import Engines, OnFailed, OnGrown
-from pavdm_dist.engine.options import EngineOptions
+from pavdm_dist.engine.options import EngineOptions, options_of
 from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.method.recovery import Recovers, Recovery
-from pavdm_dist.method.sampler import StepCallback
-from pavdm_dist.method.schedule import PlanRow
-from pavdm_dist.method.stream import Stream
-from pavdm_dist.method.window import Window
 from pavdm_dist.models.devices import device_model, idle_gpus, idle_on_stages, named_dtype
 from pavdm_dist.models.source import Adapter
 from pavdm_dist.planning.forecast import useful_stages
 from pavdm_dist.planning.partition import layer_split
 from pavdm_dist.request.call import Prompt, check_tensor_inputs, requests_of_call
-from pavdm_dist.request.outputs import OUTPUTS, PAVDMPipelineOutput, VideoChunk
+from pavdm_dist.request.outputs import OUTPUTS, PAVDMPipelineOutput, VideoChunk, WholeVideos
 from pavdm_dist.request.running import Running, rehearsed
 from pavdm_dist.request.sampling import SamplingParams
+from pavdm_dist.request.steps import step_callback
 from pavdm_dist.request.texts import prepare_texts
 from pavdm_dist.request.video_request import VideoRequest
 from pavdm_dist.values.arguments import check_names
-from pavdm_dist.values.fields import StageCount, Threads, TileSide, checked_arguments, show
+from pavdm_dist.values.fields import StageCount, Threads, TileSide, Within, checked_arguments, show
 
 if TYPE_CHECKING:
     from pavdm_dist.engine.inline import InlineEngine
@@ -49,7 +46,12 @@ _FROM_PRETRAINED = (
     "model", "num_stages", "threads_per_stage", "engine", "torch_dtype", "device", "revision", "lora", "text",
     "decoder_tile", "preview_decoder", "recovery",
 )  # fmt: skip
-_COUNTS = {"num_stages": StageCount, "threads_per_stage": Threads, "decoder_tile": TileSide}
+_COUNTS = {
+    "num_stages": StageCount,
+    "threads_per_stage": Threads,
+    "decoder_tile": TileSide,
+    "streams": Annotated[int, Within(0, 1024, above=True)],
+}
 
 
 class PAVDMPipeline:
@@ -61,9 +63,9 @@ class PAVDMPipeline:
     Args:
         checkpoint: the model.
         num_stages: 0 samples in this process, or on as many stages as ``engine`` says; 1 or more stage actors on Ray.
-        threads_per_stage: intra-op threads, also of this process when ``num_stages`` is 0. Part of what makes
-            results reproducible to the bit on a CPU.
-        engine: further options of the engine; ``num_stages`` and ``threads_per_stage`` are taken from above.
+        threads_per_stage: intra-op threads, also of this process without stages; None = as ``engine`` says, else 1.
+            Part of what makes results reproducible to the bit on a CPU.
+        engine: further options of the engine; what is said here too must be the same.
         dtype: of the weights; ``auto`` is what the checkpoint holds on a GPU, and float32 on a CPU.
         device: ``auto`` is this process' GPU where it has one, and with stages what ``engine`` says; ``cuda`` gives
             every stage a GPU.
@@ -78,18 +80,19 @@ class PAVDMPipeline:
         device_name: model of what samples, once it does.
         relative_error: of compiled blocks against plain ones, once they were compared; None where none are compiled.
         kernels: of attention where blocks are compiled, by shape.
+        num_stages, threads_per_stage: as settled.
 
     Raises:
         CheckpointError: a model without weights.
-        ConfigError: a device that is not there, a type it cannot compute in, or a decoder beside stages that is not
-            said in ``engine``.
+        ConfigError: a device that is not there, a type it cannot compute in, something else here than in ``engine``, or
+            a decoder beside stages that is not said there.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         num_stages: int = 0,
-        threads_per_stage: int = 1,
+        threads_per_stage: int | None = None,
         engine: EngineOptions | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
@@ -102,8 +105,9 @@ class PAVDMPipeline:
         counts = {"num_stages": num_stages, "threads_per_stage": threads_per_stage, "decoder_tile": decoder_tile}
         num_stages, threads_per_stage, decoder_tile = checked_arguments(_COUNTS, counts).values()
         checkpoint.require_weights()
-        num_stages = num_stages or (engine.num_stages if engine is not None else 0)
-        self.checkpoint, self.num_stages, self.threads_per_stage = checkpoint, num_stages, threads_per_stage
+        settled = options_of(engine, num_stages or 0, threads_per_stage, decoder, decoder_dtype)
+        self._options, self.threads_per_stage = settled
+        self.checkpoint, self.num_stages = checkpoint, 0 if self._options is None else self._options.num_stages
         self.engine: EngineOptions | None = None
         self._computes: InProcess | EngineOptions
         self.resyncs: dict[int, tuple[int, ...]] = {}
@@ -115,16 +119,6 @@ class PAVDMPipeline:
         self._frames = FrameMaker(checkpoint.vae, decoder_tile, preview_decoder)
         self._frames.check()
         self._running: Running | None = None
-        self._options: EngineOptions | None = None
-        if num_stages:
-            for name, value, default in (("decoder", decoder, "auto"), ("decoder_dtype", decoder_dtype, "float32")):
-                if value != default:
-                    raise ConfigError(
-                        f"{name}={value}: with num_stages={num_stages} the engine decodes; say it there,"
-                        f" engine=EngineOptions({num_stages}, {name}={value!r})"
-                    )
-            options = engine or EngineOptions(num_stages)
-            self._options = replace(options, num_stages=num_stages, threads_per_stage=threads_per_stage)
         self._use(dtype, device)
 
     @classmethod
@@ -133,7 +127,7 @@ class PAVDMPipeline:
         model: str | Path = "embedded",
         *,
         num_stages: int = 0,
-        threads_per_stage: int = 1,
+        threads_per_stage: int | None = None,
         engine: EngineOptions | None = None,
         torch_dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
@@ -257,8 +251,9 @@ class PAVDMPipeline:
                 ``latent`` (``[C, N, h, w]``).
             return_dict: False returns ``(frames,)``.
             callback_on_chunk: called with every finished chunk.
-            callback_on_step_end: called with (pipeline, row, level of the noisiest chunk, {"latents": the window's
-                input of the next row}), to look at; only with ``num_stages=0``.
+            callback_on_step_end: called with (pipeline, row, level of the noisiest chunk, {"latents": ``[1, C, F, h,
+                w]``, the window's input of the next row, behind the last row its own chunks as they have become}), to
+                look at; only with ``num_stages=0``.
             callback_on_step_end_tensor_inputs: diffusers' list of what it is shown; the latents are all there is.
             sampling: ``window_chunks``, ``latent_chunk_size``, ``context_chunks``, ``context``, ``anchor_chunks``,
                 ``method``, ``partitions``, ``lookahead``, ``step``, ``start``, ``end``, ``fps``, ``time_shift``,
@@ -267,6 +262,7 @@ class PAVDMPipeline:
 
         Raises:
             ConfigError: impossible arguments, or a result that would not fit in memory (use :meth:`iter_chunks`).
+            VideoError: a video could not be finished, or was cancelled meanwhile.
         """
         if output_type not in OUTPUTS:
             raise ConfigError(f"output_type={output_type!r}: must be one of {', '.join(OUTPUTS)}")
@@ -293,12 +289,12 @@ class PAVDMPipeline:
             keeps_frames=output_type != "latent",
         )
         prepare_texts(requests, params, self.checkpoint)
-        parts: list[list[Tensor]] = [[] for _ in requests]
+        whole = WholeVideos(len(requests), output_type)
         for chunk in self.iter_chunks(requests, params, streams, callback_on_step_end):
-            parts[chunk.video].append(chunk.latents if output_type == "latent" else chunk.frames)
+            whole.add(chunk)
             if callback_on_chunk is not None:
                 callback_on_chunk(chunk)
-        frames = [OUTPUTS[output_type](torch.cat(video, dim=1 if output_type == "latent" else 0)) for video in parts]
+        frames = whole.videos()
         return PAVDMPipelineOutput(frames) if return_dict else (frames,)
 
     def params(self, **chosen: Any) -> SamplingParams:
@@ -324,19 +320,24 @@ class PAVDMPipeline:
             requests: taken as places become free, so a generator of thousands is fine; with stages in a thread of its
                 own, where texts and clips are encoded too.
             params: settings of the run, which the stages are cut for; a request may have its own.
-            streams: videos in flight in the pipeline of stages; without stages one after another.
+            streams: videos in flight in the pipeline of stages, 1 to 1024; without stages one after another.
             callback_on_step_end: see :meth:`__call__`.
             on_failed: called with (video, error) for a video that cannot be made or finished, while the others go on;
                 without it the error is raised.
             on_grown: called with (video, resume point) for shifts that finish no chunk, while the first window grows.
 
         Raises:
+            ConfigError: impossible arguments, or a later run on this pipeline has ended this one.
             EngineError: the engine as a whole has ended.
             TraceError: everything was given out, and only the trace of the stages cannot be kept.
         """
+        streams = checked_arguments(_COUNTS, {"streams": streams})["streams"] or 1
+        if callback_on_step_end is not None and not isinstance(self._computes, InProcess):
+            raise ConfigError("callback_on_step_end needs num_stages=0: steps end on the stages, not here")
         self.resyncs.clear()
-        running = self._running = Running(params, self.checkpoint, self._recovery)
-        built = running.streams(requests)
+        before, self._running = self._running, (running := Running(params, self.checkpoint, self._recovery))
+        if before is not None:
+            before.end()
 
         def failed(video: int, error: PAVDMError) -> None:
             running.forget(video)
@@ -344,21 +345,23 @@ class PAVDMPipeline:
                 raise error
             on_failed(video, error)
 
-        if isinstance(self._computes, InProcess):
-            on_step = None if callback_on_step_end is None else partial(self._step_callback, callback_on_step_end)
-            finished = self._engines.inline(self._load).run(built, on_grown, failed, on_step)
-        elif callback_on_step_end is not None:
-            raise ConfigError("callback_on_step_end needs num_stages=0: steps end on the stages, not here")
-        else:
-            engine = self._stages(self._computes, params, streams)
-            finished = self._engines.run(engine, built, streams, on_grown, failed)
-        for chunk in finished:
-            shown = running.chunk(chunk)
-            if shown is None:  # cancelled while this was on its way
-                continue
-            if chunk.resyncs:
-                self.resyncs[chunk.stream] = chunk.resyncs
-            yield shown
+        try:
+            if isinstance(self._computes, InProcess):
+                on_step = None if callback_on_step_end is None else partial(step_callback, self, callback_on_step_end)
+                inline = self._engines.inline(self._load)
+                finished = inline.run(running.streams(requests, inline), on_grown, failed, on_step)
+            else:
+                staged = self._stages(self._computes, params, streams)
+                finished = self._engines.run(staged, running.streams(requests, staged), streams, on_grown, failed)
+            for chunk in finished:
+                shown = running.chunk(chunk)
+                if shown is None:  # cancelled while this was on its way
+                    continue
+                if chunk.resyncs:
+                    self.resyncs[chunk.stream] = chunk.resyncs
+                yield shown
+        finally:
+            running.end()
 
     def _stages(self, options: EngineOptions, params: SamplingParams, streams: int) -> RayEngine:
         """The engine of stages for a run, that of the run before where it fits; says what it leaves idle."""
@@ -383,12 +386,19 @@ class PAVDMPipeline:
         return engine
 
     def stop(self, video: int) -> None:
-        """Lets an endless video of the running :meth:`iter_chunks` end: what is in flight is finished."""
-        if self._engines.current is not None:
-            self._engines.current.stop(video)
+        """Lets an endless video of the running :meth:`iter_chunks` end: what is in flight is finished.
+
+        As what is asked by the two methods below, from any thread, and from the first chunk that is asked for on: a
+        video that is still to come ends as soon as it may. What comes too late is for no later run.
+
+        Raises:
+            ConfigError: ``video`` is no whole number from 0 on.
+        """
+        if self._running is not None:
+            self._running.stop(video)
 
     def set_prompt(self, video: int, from_chunk: int, text: str) -> None:
-        """Another prompt for a video of the running :meth:`iter_chunks`, which other threads may give, too.
+        """Another prompt for a video of the running :meth:`iter_chunks`.
 
         It is in force from ``from_chunk`` on, or where that is born already from the next chunk that is born, up to
         where the prompt schedule has another. Resume points hold it (:attr:`ResumePoint.prompts
@@ -400,19 +410,20 @@ class PAVDMPipeline:
             text: the prompt.
 
         Raises:
-            ConfigError: nothing is running, the video has no such chunk, or the text cannot be encoded.
+            ConfigError: nothing is running, the video is over or has no such chunk, or the text cannot be encoded.
         """
-        engine, running = self._engines.current, self._running
-        if engine is None or running is None:
+        if self._running is None or self._running.is_over:
             raise ConfigError("set_prompt: no video is running")
-        engine.set_prompt(video, running.new_prompt(video, from_chunk, text))
+        self._running.set_prompt(video, from_chunk, text)
 
     def cancel(self, video: int) -> None:
-        """Ends a video of the running :meth:`iter_chunks` where it is; the others go on."""
-        if self._engines.current is not None:
-            self._engines.current.cancel(video)
+        """Ends a video of the running :meth:`iter_chunks` where it is; the others go on.
+
+        Raises:
+            ConfigError: ``video`` is no whole number from 0 on.
+        """
         if self._running is not None:
-            self._running.forget(video)
+            self._running.cancel(video)
 
     def at_work(self, video: int) -> AtWork | None:
         """Where a video of the running :meth:`iter_chunks` is; None of one that is not there. From any thread."""
@@ -458,16 +469,3 @@ class PAVDMPipeline:
     def _load(self) -> InlineEngine:
         assert isinstance(self._computes, InProcess)
         return self._computes.load(self.checkpoint.transformer, self._frames)
-
-    def _step_callback(self, on_step: Callable[..., Any], stream: Stream) -> StepCallback:
-        levels = stream.schedule.levels
-
-        def callback(row: PlanRow, window: Window) -> None:
-            over = window.plan.is_over(row.index + 1)
-            shown = None if over else window.inputs(window.plan.row(row.index + 1))[0]
-            given = on_step(self, row.index, levels[row.steps_left[-1]], {} if shown is None else {"latents": shown})
-            # Where diffusers goes on with what comes back, silence would be another video than was meant.
-            if isinstance(given, dict) and given.get("latents", shown) is not shown:
-                raise ConfigError("callback_on_step_end: gave other latents back; here they can be looked at only")
-
-        return callback

@@ -72,6 +72,7 @@ class Watched(LocalGang):
         breaks: (stream, chunk) that cannot be decoded.
         loses_decoder: the decoder is lost instead of this event, and what was with it too.
         spoils: this event, the end of a shift, tells of values that are not finite.
+        spoils_shift: the same, by its number among the ends of shifts.
 
     Attributes:
         told: how many events there were.
@@ -88,6 +89,7 @@ class Watched(LocalGang):
         breaks: tuple[int, int] | None = None,
         loses_decoder: Sequence[int] = (),
         spoils: int | None = None,
+        spoils_shift: int | None = None,
     ) -> None:
         self.parts = [Stage(_model(), blocks) for blocks in CUTS[stages]]
         super().__init__(self.parts, MeanCodec())  # type: ignore[arg-type]
@@ -97,7 +99,7 @@ class Watched(LocalGang):
         self._dies_at, self._late, self._refuses, self._breaks = dies_at, late, refuses, breaks
         self._held: deque[tuple[int, Event]] = deque()
         self._polls = 0
-        self._loses_decoder, self._spoils = set(loses_decoder), spoils
+        self._loses_decoder, self._spoils, self._spoils_shift = set(loses_decoder), spoils, spoils_shift
         self.spoiled: int | None = None
         self.shifts: list[int] = []
 
@@ -148,7 +150,7 @@ class Watched(LocalGang):
         for place, event in enumerate(events):
             if isinstance(event, Shift):
                 self.shifts.append(self.told + place)
-                if self.told + place == self._spoils:
+                if self.told + place == self._spoils or len(self.shifts) - 1 == self._spoils_shift:
                     self.spoiled = event.stream
                     events[place] = replace(event, not_finite=min(event.snapshot.latents, default=0))
         self.told += len(events)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from helpers import tiny_checkpoint
 
 from pavdm_dist import PAVDMPipeline, SamplingParams, VideoRequest
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.errors import ConfigError
+from pavdm_dist.errors import ConfigError, PAVDMError, VideoError
 from pavdm_dist.request.call import MAX_RESULT_BYTES, requests_of_call
+from pavdm_dist.request.outputs import VideoChunk
 from pavdm_dist.values.arguments import seeds_of
 
 PROMPT = "a red three"
@@ -189,6 +191,59 @@ def test_a_pipeline_that_cannot_be_is_refused(model: Path, arguments: dict[str, 
     assert said in str(raised.value)
 
 
+@pytest.mark.parametrize("streams", ["abc", "2", -3, 0, 1.5, 2000])
+def test_streams_are_a_count(pipeline: PAVDMPipeline, streams: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"streams={streams}: must be "):
+        pipeline(PROMPT, num_frames=5, streams=streams)
+    with pytest.raises(ConfigError, match=rf"streams={streams}: must be "):
+        next(pipeline.iter_chunks([VideoRequest(PROMPT, 0, 5)], pipeline.params(), streams))
+
+
+@pytest.mark.parametrize(
+    ("what", "arguments", "said"),
+    [
+        ("set_prompt", (0, 5, None), "text=null: must be text"),
+        ("set_prompt", ("0", 5, PROMPT), "video=0: must be a whole number"),
+        ("set_prompt", (0, "5", PROMPT), "from_chunk=5: must be a whole number"),
+        ("set_prompt", (-1, 5, PROMPT), "video=-1: must be 0 or more"),
+        ("stop", ("0",), "video=0: must be a whole number"),
+        ("cancel", (None,), "video=null: must be a whole number"),
+    ],
+)
+def test_what_is_asked_of_a_running_video_is_checked(
+    pipeline: PAVDMPipeline, what: str, arguments: tuple[Any, ...], said: str
+) -> None:
+    chunks = pipeline.iter_chunks([VideoRequest(PROMPT, 0, 21)], pipeline.params())
+    next(chunks)
+    with pytest.raises(ConfigError, match=said):
+        getattr(pipeline, what)(*arguments)
+    chunks.close()
+
+
+@pytest.mark.parametrize("shape", [(9, 64, 48, 3), (9, 32, 48, 4), (9, 32, 48), "float"])
+def test_a_clip_of_another_size_ends_its_video_alone(pipeline: PAVDMPipeline, shape: Any) -> None:
+    params = pipeline.params(start="chunk")
+    fitting = torch.zeros((9, 32, 48, 3), dtype=torch.uint8)
+    other = fitting.float() if shape == "float" else torch.zeros(shape, dtype=torch.uint8)
+    requests, failed = [VideoRequest(PROMPT, 1, 8, clip=clip) for clip in (other, fitting)], dict[int, PAVDMError]()
+    found = list(pipeline.iter_chunks(requests, params, on_failed=failed.__setitem__))
+    assert {chunk.video for chunk in found} == {1} and list(failed) == [0]
+    got = re.escape(f"{str(other.dtype).removeprefix('torch.')} {list(other.shape)}")
+    assert re.fullmatch(rf"video: must be uint8 \[t, 32, 48, 3\], got {got}", str(failed[0]))
+
+
+def test_a_video_that_is_cancelled_is_no_whole_one(pipeline: PAVDMPipeline) -> None:
+    def cancelling(chunk: VideoChunk) -> None:
+        if (chunk.video, chunk.index) == (0, 1):
+            pipeline.cancel(0)
+            pipeline.cancel(2)
+
+    with pytest.raises(VideoError, match=r"cancelled before the end: video 0, 2 of 3, counted from 0; iter_chunks\(\)"):
+        pipeline([PROMPT] * 3, num_frames=45, callback_on_chunk=cancelling)
+    pipeline.cancel(0)  # too late for that call, and not for the next one
+    assert pipeline(PROMPT, num_frames=5).frames[0].shape[0] == 5
+
+
 def test_numbers_of_numpy_are_numbers(pipeline: PAVDMPipeline) -> None:
     one = pipeline(PROMPT, num_frames=np.int64(5), num_inference_steps=np.int32(3), guidance_scale=np.float32(2))
     other = pipeline(PROMPT, num_frames=5, num_inference_steps=3, guidance_scale=2)
@@ -237,7 +292,18 @@ def test_latents_that_a_callback_changes_are_refused(pipeline: PAVDMPipeline) ->
         return given
 
     settings: dict[str, Any] = {"num_frames": 5, "guidance_scale": 1}
+    seen = list[torch.Tensor]()
+
+    def popping(pipe: Any, step: int, level: float, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.append(given.pop("latents"))  # as callbacks for diffusers do, at every step
+        return {"latents": seen[-1]}
+
     pipeline(PROMPT, callback_on_step_end=same, **settings)
+    (latents,) = pipeline(PROMPT, callback_on_step_end=popping, output_type="latent", **settings).frames
+    assert all(one.dim() == 5 for one in seen) and torch.equal(seen[-1][0], latents), "the last row's own chunk, clean"
+    seen.clear()
+    pipeline(PROMPT, callback_on_step_end=popping, end="cut", context_chunks=0, **settings)
+    assert seen[-1].shape == seen[-2].shape, "those that are discarded, too"
     inputs = ["latents"]
     output = pipeline(PROMPT, callback_on_step_end=lambda *_: {}, callback_on_step_end_tensor_inputs=inputs, **settings)
     assert output[0] is output["frames"] is output.frames and output[:1] == (output.frames,)

@@ -159,6 +159,132 @@ def test_a_cluster_of_this_process_own(tmp_path: Path) -> None:
     assert re.match(r"ray_address='127.0.0.1:1': this process is in the Ray cluster at \S+, and can be in one", said[1])
 
 
+FROM_A_REQUEST = """
+import os, signal, threading, time
+from pavdm_dist.cluster.joining import connect
+
+def request(serve):
+    thread = threading.Thread(target=serve, name="request")
+    thread.start()
+    thread.join()
+
+members = []
+request(lambda: members.append(connect(None)))
+import ray
+node = ray._private.worker._global_node
+heads = [one.process for kind in node.all_processes.values() for one in kind]
+time.sleep(1)
+assert heads and not [one for one in heads if one.poll() is not None], "Ray ended with the thread that had asked for it"
+request(lambda: members.append(connect(None)))
+assert ray.get(ray.remote(num_cpus=0)(lambda: os.getpid()).remote(), timeout=60) != os.getpid()
+members[0].leave()
+assert ray.is_initialized() and any(one.name == "pavdm-ray" for one in threading.enumerate())
+members[1].leave()
+assert not ray.is_initialized()
+for one in threading.enumerate():
+    if one.name == "pavdm-ray":
+        one.join(10)
+        assert not one.is_alive()
+print("well", signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+members.append(connect(None))  # left to whatever ends the process
+"""
+
+
+def test_a_ray_of_ones_own_outlives_the_thread_that_asked_for_it() -> None:
+    """A server's first request may come in a thread that ends with it; later ones come in others."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", FROM_A_REQUEST], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stdout) == (0, "well True\n"), done.stderr
+    assert "SIGTERM" not in done.stderr
+
+
+class _Starting:
+    """Ray's own start, as long as a test wants it to take."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, error: BaseException | None = None) -> None:
+        self.begun, self.go_on, self.up, self.error = threading.Event(), threading.Event(), False, error
+        self.threads = list[threading.Thread]()
+        patch.setattr(joining, "_session", None)
+        patch.setattr("ray.is_initialized", lambda: self.up)
+        patch.setattr("ray.init", self._init)
+        patch.setattr("ray.shutdown", lambda: setattr(self, "up", False))
+        patch.delenv("RAY_ADDRESS", raising=False)
+
+    def _init(self, **_: object) -> None:
+        self.threads.append(threading.current_thread())
+        self.begun.set()
+        assert self.go_on.wait(60)
+        if self.error is not None:
+            raise self.error
+        self.up = True
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (RuntimeError("no\nroom"), EngineError, "no Ray could be started on this machine: no room"),
+        (SystemExit(3), SystemExit, "3"),
+    ],
+)
+def test_why_no_ray_could_be_started_reaches_whoever_asked(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, kind: type[BaseException], said: str
+) -> None:
+    starting = _Starting(monkeypatch, error)
+    starting.go_on.set()
+    with pytest.raises(kind, match=said):
+        connect(None)
+    starting.threads[0].join(10)
+    assert not starting.threads[0].is_alive() and joining._session is None
+    starting.error = None  # and it may be tried again
+    membership = connect(None)
+    assert starting.up
+    membership.leave()
+    assert not starting.up
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_ctrl_c_while_ray_is_started_leaves_none(monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
+    """Whoever waits gets it when Ray is up, and down again; where that takes too long, Ray ends by itself later."""
+    starting = _Starting(monkeypatch)
+    monkeypatch.setattr(joining, "GIVE_UP_S", 60.0 if waits else 0.0)
+
+    def interrupt() -> None:
+        assert starting.begun.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+        if waits:
+            time.sleep(0.2)
+            starting.go_on.set()
+
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    with pytest.raises(KeyboardInterrupt):
+        connect(None)
+    interrupting.join()
+    assert not starting.up
+    starting.go_on.set()
+    starting.threads[0].join(10)
+    assert not starting.threads[0].is_alive() and not starting.up and joining._session is None
+    connect(None).leave()
+
+
+def test_two_threads_that_ask_at_once_share_one_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    starting, members = _Starting(monkeypatch), list[joining.Membership]()
+    asking = [threading.Thread(target=lambda: members.append(connect(None))) for _ in range(3)]
+    for thread in asking:
+        thread.start()
+    assert starting.begun.wait(60)
+    starting.go_on.set()
+    for thread in asking:
+        thread.join(60)
+    assert len(starting.threads) == 1 and [one.others for one in members] == [2, 2, 2]
+    for one in members:
+        assert starting.up
+        one.leave()
+    assert not starting.up
+
+
 def test_workers_import_from_the_current_folder_where_this_process_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import reference_chunks, tiny_checkpoint, tiny_model, tiny_stream
@@ -171,12 +172,51 @@ def test_a_cpu_without_bfloat16_is_told_of(monkeypatch: pytest.MonkeyPatch, capl
         ({"decoder": "shared", "cpus_per_decoder": 2}, "cpus_per_decoder=2: decoder=shared has none of its own"),
         ({"gpus_per_decoder": 0.5}, "gpus_per_decoder=0.5: is of decoder=cuda, not of decoder=cpu"),
         ({"decoder": "cuda", "gpus_per_decoder": 2}, "gpus_per_decoder=2: must be above 0 and at most 1"),
-        ({"threads_per_decoder": 0}, "threads_per_decoder=0: at least 1"),
+        ({"threads_per_decoder": 0}, "threads_per_decoder=0: must be above 0"),
+        ({"cpus_per_stage": -1}, "cpus_per_stage=-1: must be 0 to 1,024"),
+        ({"cpus_per_stage": float("nan")}, "cpus_per_stage=nan: must be a finite number"),
+        ({"cpus_per_stage": None}, "cpus_per_stage=null: must be a number"),
+        ({"gpus_per_stage": -0.5}, "gpus_per_stage=-0.5: must be 0 to 1,024"),
+        ({"cpus_per_decoder": -1}, "cpus_per_decoder=-1: must be 0 to 1,024"),
+        ({"layers_per_stage": [2, "x"]}, r"layers_per_stage\[1\]=x: must be a whole number"),
+        ({"stall_limit_s": 0}, "stall_limit_s=0: must be above 0"),
+        ({"max_restarts": 1.5}, "max_restarts=1.5: must be a whole number"),
+        ({"num_stages": "2"}, "num_stages=2: must be a whole number"),
+        ({"num_stages": 1.5}, "num_stages=1.5: must be a whole number"),
+        ({"num_stages": 0}, "num_stages=0: must be 1 to 1,024; 0 runs in this process, without this engine"),
+        ({"num_stages": -1}, "num_stages=-1: must be 1 to 1,024"),
     ],
 )
 def test_engine_options_name_what_is_legal(chosen: dict, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        EngineOptions(2, **chosen)
+        EngineOptions(**{"num_stages": 2, **chosen})
+
+
+def test_what_a_pipeline_and_its_engine_say_together(model: Path) -> None:
+    checkpoint = Checkpoint.open(model)
+
+    def settled(*said: int, **engine: int) -> tuple[int, int, EngineOptions | None]:
+        options = EngineOptions(**engine) if engine else None
+        pipeline = PAVDMPipeline(checkpoint, *said, engine=options)
+        return pipeline.num_stages, pipeline.threads_per_stage, pipeline.engine
+
+    for said, engine, expected in (
+        ((), {}, (0, 1)),
+        ((0, 3), {}, (0, 3)),
+        ((2,), {}, (2, 1)),
+        ((), {"num_stages": 2, "threads_per_stage": 4}, (2, 4)),
+        ((2, 4), {"num_stages": 2, "threads_per_stage": 4}, (2, 4)),
+        ((2, 4), {"num_stages": 2}, (2, 4)),
+    ):
+        *found, options = settled(*said, **engine)
+        assert tuple(found) == expected
+        assert options is None or (options.num_stages, options.threads_per_stage) == expected
+    with pytest.raises(ConfigError, match="num_stages=3: engine has num_stages=2; give one of them, or the same twice"):
+        settled(3, num_stages=2)
+    with pytest.raises(ConfigError, match="threads_per_stage=2: engine has threads_per_stage=4; give one of them"):
+        settled(2, 2, num_stages=2, threads_per_stage=4)
+    numbers = EngineOptions(np.int64(2), cpus_per_stage=np.float32(0.5))  # type: ignore[arg-type]
+    assert type(numbers.num_stages) is int and numbers.bundles() == [{"CPU": 0.5}] * 2
 
 
 def test_stages_get_their_device_from_the_pipeline(model: Path) -> None:

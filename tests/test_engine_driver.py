@@ -6,6 +6,7 @@ import re
 from collections import deque
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -189,6 +190,35 @@ def test_a_stream_whose_values_fail_at_any_shift_ends_alone_and_its_id_is_free(m
         again = drive(driver, [stream for stream in streams_of(mode) if stream.id == gang.spoiled])
         check_equal(again, {gang.spoiled: undisturbed(mode)[gang.spoiled]})
     assert failed == {0, 1, 2}
+
+
+@pytest.mark.parametrize("loses", [None, "decoder", "gang"])
+def test_frames_of_what_was_sound_are_given_however_late_they_are(loses: str | None) -> None:
+    """As one process gives them: what is clean before values fail does not hang on how fast the decoder is, nor on what
+    is lost while it decodes."""
+    stream, decoder = tiny_stream(0, 1, 1.0, num_chunks=6), MeanDecoder()
+    sound = [(clean.latents, decoder.decode(clean.latents)) for clean in reference_chunks(tiny_model(), stream)]
+    drive(Driver(whole := Watched(), 1), [stream])
+    for number, late in product(range(2, len(whole.shifts)), (0, 30)):
+        gang, given, is_lost = Watched(1, late=late, spoils_shift=number), list[Finished](), False
+        driver = Driver(gang, 1)
+        driver.submit(stream)
+        outputs = list[Output]()
+        while not driver.idle:
+            outputs += driver.step(0.0)
+            if gang.spoiled == 0 and driver.streams and loses and not is_lost:
+                is_lost = True
+                if loses == "decoder":
+                    gang._loses_decoder.add(gang.told)
+                else:  # it goes on from the last sound shift, and fails at the same one
+                    driver.adopt(gang := Watched(2, late=late, spoils_shift=0))
+        given = [output for output in outputs if isinstance(output, Finished)]
+        failed = [output for output in outputs if isinstance(output, Failed)]
+        assert len(failed) == 1 and failed[0] is outputs[-1] and "not finite" in str(failed[0].error)
+        assert [output.clean.index for output in given] == list(range(number - 2)), "two shifts give nothing yet"
+        for output, (latents, frames) in zip(given, sound, strict=False):
+            assert torch.equal(output.clean.latents, latents) and torch.equal(output.frames, frames)
+        assert is_lost == bool(loses and late and given) and not gang.left_over and not gang._decoders
 
 
 @pytest.mark.parametrize("late", [0, 3])

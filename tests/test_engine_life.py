@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,40 @@ def test_one_video_is_cancelled_and_the_others_go_on(pipeline: PAVDMPipeline) ->
         if found.count(0) == 2:
             pipeline.cancel(0)
     assert found.count(1) == 4 and found.count(0) < 40
+
+
+@pytest.mark.parametrize("what", ["cancel", "stop", "set_prompt"])
+def test_what_is_asked_while_the_engine_comes_up_is_kept(
+    pipeline: PAVDMPipeline, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That takes minutes for a large model; here it is a moment, in which all is asked."""
+    known = list(pipeline.iter_chunks([VideoRequest("a blue seven", 0, 9)], pipeline.params()))
+    name = "on_stages" if pipeline.num_stages else "inline"
+    come_up = getattr(pipeline._engines, name)
+
+    def asked_meanwhile(*arguments: object) -> object:
+        getattr(pipeline, what)(0, *((0, "a blue seven") if what == "set_prompt" else ()))
+        return come_up(*arguments)
+
+    monkeypatch.setattr(pipeline._engines, name, asked_meanwhile)
+    requests = [VideoRequest(PROMPT, 0, 9 if what == "set_prompt" else None), VideoRequest(PROMPT, 1, 9)]
+    chunks = pipeline.iter_chunks(requests, pipeline.params(), 2)
+    found = list(islice(chunks, 30))
+    chunks.close()
+    mine = [chunk for chunk in found if chunk.video == 0]
+    assert [chunk.last for chunk in found if chunk.video == 1] == [False, True], "the other goes on"
+    if what == "cancel":
+        assert not mine
+    elif what == "stop":
+        assert mine[-1].last
+    else:
+        assert all(torch.equal(one.latents, other.latents) for one, other in zip(mine, known, strict=True))
+    # It was for that run alone.
+    monkeypatch.undo()
+    again = list(pipeline.iter_chunks([VideoRequest("a blue seven", 0, 9)], pipeline.params()))
+    assert all(torch.equal(one.latents, other.latents) for one, other in zip(again, known, strict=True))
+    with pytest.raises(ConfigError, match="no video is running"):
+        pipeline.set_prompt(0, 0, PROMPT)
 
 
 @contextmanager

@@ -9,7 +9,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,8 +35,10 @@ from pavdm_dist.io.metadata import cpu_model, read_sidecar
 from pavdm_dist.io.recording import Recording
 from pavdm_dist.io.video import export_to_video, read_clip
 from pavdm_dist.method.microbatches import MicroBatches
+from pavdm_dist.method.stream import Stream
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.planning.simulator import of_trace
+from pavdm_dist.request import running
 from pavdm_dist.request.sampling import SamplingParams
 from pavdm_dist.request.video_request import VideoRequest
 from pavdm_dist.values.merging import load_config
@@ -427,3 +431,35 @@ def test_a_run_keeps_nothing_of_videos_that_are_over(model: Path) -> None:
         assert isinstance(engine, InlineEngine)
         assert kept == [()] * 5 and failed == [1] and pipeline.at_work(3) is None and not held()
         assert not pipeline.resyncs
+
+
+def test_what_is_asked_of_a_video_that_is_being_built_is_for_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its clip and its texts take seconds to encode, in which it is neither to come nor in an engine's hands."""
+    build, asked = running.build_stream, list[int]()
+
+    def slowly(request: VideoRequest, number: int, *rest: Any) -> Stream:
+        built = build(request, number, *rest)
+        if number not in asked:
+            asked.append(number)
+            pipeline.cancel(number) if number == 0 else pipeline.stop(number)
+        return built
+
+    monkeypatch.setattr(running, "build_stream", slowly)
+    with PAVDMPipeline.from_pretrained(model) as pipeline:
+        requests = [VideoRequest(PROMPT, 0, None), VideoRequest(PROMPT, 1, None), VideoRequest("a " * 500, 2, 9)]
+        chunks = pipeline.iter_chunks(requests, pipeline.params(guidance_scale=1.0), on_failed=lambda *_: None)
+        found = list(islice(chunks, 30))
+        assert {chunk.video for chunk in found} == {1} and found[-1].last and len(found) < 10
+
+
+def test_a_run_that_a_later_one_has_ended_says_so_and_asks_nothing_of_it(model: Path) -> None:
+    with PAVDMPipeline.from_pretrained(model) as pipeline:
+        endless = [VideoRequest(PROMPT, 0, None)]
+        old, new = (pipeline.iter_chunks(endless, pipeline.params(guidance_scale=1.0)) for _ in range(2))
+        next(old)
+        next(new)
+        pipeline.stop(0)
+        with pytest.raises(ConfigError, match="this run was ended by a later one"):
+            next(old)
+        rest = list(islice(new, 20))
+        assert rest[-1].last and len(rest) < 10

@@ -211,6 +211,17 @@ def test_a_later_scheduled_prompt_keeps_its_chunk() -> None:
     assert [start for start, _ in conditioning.prompts] == [0, 4, 10]
 
 
+def test_a_text_that_was_dropped_is_no_other_text() -> None:
+    conditioning = Conditioning.build([(0, text(0)), (4, text(1)), (8, text(2))], None)
+    kept = conditioning.since(5)
+    assert [kept.key(chunk, 0) for chunk in (4, 7, 8)] == [conditioning.key(chunk, 0) for chunk in (4, 7, 8)]
+    for chunk in (3, 0, -1):
+        with pytest.raises(ValueError, match=f"the text of chunk {chunk} is gone: texts are held from chunk 4 on"):
+            kept.key(chunk, 0)
+    assert conditioning.key(-1, 0) == conditioning.key(0, 0), "given chunks carry the first prompt"
+    assert conditioning.since(-1) == conditioning
+
+
 def _chunks(
     pipeline: PAVDMPipeline, request: VideoRequest, change: tuple[int, int, str] | None = None
 ) -> Iterator[VideoChunk]:
@@ -239,7 +250,7 @@ def test_set_prompt_from_python_and_a_resume_with_it(model: Path) -> None:
         assert torch.equal(frames, torch.cat([chunk.frames for chunk in told[5:]]))
         for wrong, message in (
             ((0, 11, "a blue seven"), "video 0 has chunks 0 to 10"),
-            ((0, -1, "a blue seven"), "from_chunk=-1: must be a whole number"),
+            ((0, -1, "a blue seven"), "from_chunk=-1: must be 0 or more"),
             ((0, 3, "a blue seven drifting up a red"), "has 7 tokens, the model takes at most 5"),
         ):
             chunks = pipeline.iter_chunks([plain], pipeline.params())

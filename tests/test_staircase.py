@@ -240,7 +240,7 @@ def test_memory_is_constant() -> None:
     memory = denoise._memories[0]
     assert isinstance(memory, CleanMemory)
 
-    def after(row: PlanRow, window: Window) -> None:
+    def after(row: PlanRow, window: Window, _: object) -> None:
         held.append((memory.num_bytes, len(window.snapshot().latents)))
 
     for clean in sample(stream.window(), denoise, callback=after):

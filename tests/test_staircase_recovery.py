@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.recovery import Recovery, own_row, replayed
 from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.schedule import WindowPlan
-from pavdm_dist.method.stream import Conditioning, ResumePoint, Stream
+from pavdm_dist.method.stream import Conditioning, NewPrompt, ResumePoint, Stream
 from pavdm_dist.models.base import Backbone
 from pavdm_dist.models.clean_memory import CleanMemory
 
@@ -156,6 +157,37 @@ def test_a_lost_gang_of_each_kind() -> None:
         after = outputs_of(driver)
         assert not clean_of(before).keys() & clean_of(after).keys()
         assert alike(clean_of(before) | clean_of(after), expected) and len(clean_of(before) | clean_of(after)) == CHUNKS
+
+
+@pytest.mark.parametrize("recovery", [REPLAY, Recovery()], ids=("replay", "keys"))
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_prompt_told_before_the_first_row_leaves_the_texts_of_calls_that_are_run_again(
+    recovery: Recovery, lost: bool
+) -> None:
+    """Of chunks before the window, under an earlier prompt; after a resume, and where another gang took over."""
+    texts = [random(length, 12, seed=length) for length in (3, 5, 6)]
+    conditioning = Conditioning.build([(0, texts[0]), (9, texts[1])], None)
+    stream = replace(video(ROLLING, 24, recovery=recovery), conditioning=conditioning)
+    new = NewPrompt(19, "new", texts[2])
+    expected = latents_of(replace(stream, conditioning=conditioning.with_prompt(19, texts[2])))
+    driver = Driver(gang(CUTS[1]))
+    if lost:
+        driver.submit(stream)
+        before = outputs_of(driver, 15)
+        driver.adopt(gang(CUTS[1]))
+    else:
+        before = []
+        driver.submit(replace(stream, resume=point_at(stream, 11)))
+    driver.set_prompt(0, new)
+    found = clean_of(before) | clean_of(outputs_of(driver))
+    assert alike(found, expected) and max(found) == 23
+
+    def told(engine: InlineEngine) -> Iterator[Stream]:
+        engine.set_prompt(0, new)
+        yield replace(stream, resume=point_at(stream, 11))
+
+    alone = InlineEngine(MODEL, Frames())  # type: ignore[arg-type]
+    assert alike(clean_of(alone.run(told(alone))), expected)
 
 
 def test_nothing_is_kept_where_nothing_is_wanted() -> None:

@@ -15,13 +15,15 @@ from pavdm_dist.errors import EngineError
 
 # A finaliser may end another membership while this thread makes one.
 _turn = threading.RLock()
+# How long whoever was told to end waits for a Ray that is just being started: it would abort an ending interpreter.
+GIVE_UP_S = 30.0
 
 
 class _Session:
-    """This process' connection that was made here, and how many use it."""
+    """This process' connection that was made here, how many use it, and whether it has ended."""
 
     def __init__(self) -> None:
-        self.members = 0
+        self.members, self.over = 0, threading.Event()
 
 
 _session: _Session | None = None
@@ -54,7 +56,10 @@ class Membership:
             session.members -= 1
             if session.members == 0 and session is _session:
                 _session = None
-                ray.shutdown()
+                try:
+                    ray.shutdown()
+                finally:
+                    session.over.set()
 
 
 def connect(address: str | None, log_to_driver: bool = False) -> Membership:
@@ -69,23 +74,82 @@ def connect(address: str | None, log_to_driver: bool = False) -> Membership:
         EngineError: no cluster answers there, one that asks for another token or is of another Ray version does, this
             process is in another cluster, or none can be started here.
     """
-    global _session
-    import ray
-
     with _turn:
-        if ray.is_initialized():
-            addresses.check_same(address)
-            session = _session
-        else:
-            wanted = addresses.given(address)
-            if wanted is not None:
-                addresses.check_reachable(wanted)
+        membership, wanted = _shared(address), addresses.given(address)
+        if membership is None and wanted is not None:
+            addresses.check_reachable(wanted)
             with _signals_kept():
                 _join(wanted, log_to_driver)
-            session = _session = _Session()
+            membership = _first()
+    return membership or _started(address, log_to_driver)
+
+
+def _shared(address: str | None) -> Membership | None:
+    """A part in the cluster that this process is in; None where it is in none."""
+    import ray
+
+    if not ray.is_initialized():
+        return None
+    addresses.check_same(address)
+    if _session is not None:
+        _session.members += 1
+    return Membership(_session)
+
+
+def _first() -> Membership:
+    """The first part in a connection that was just made."""
+    global _session
+    _session = _Session()
+    _session.members = 1
+    return Membership(_session)
+
+
+def _started(address: str | None, log_to_driver: bool) -> Membership:
+    """A part in the cluster that this process is in, else in one that is started by a thread of its own.
+
+    The kernel ends what Ray starts when the thread that started it ends (PR_SET_PDEATHSIG), and whoever connects first
+    may be a server's thread that ends with its request. This one lives until the last membership is given up. It is a
+    daemon, as nothing says that before the interpreter ends where memberships are left to finalisers.
+    """
+    found: list[Membership | BaseException] = []
+    ready, unwanted = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        session: _Session | None = None
+        try:
+            with _turn:
+                membership = _shared(address)  # another thread may have been quicker
+                if membership is None:
+                    _join(None, log_to_driver)
+                    membership, session = _first(), _session
+            found.append(membership)
+        except BaseException as error:  # it belongs to whoever connects
+            found.append(error)
+        ready.set()
+        if unwanted.is_set():
+            leave()
         if session is not None:
-            session.members += 1
-        return Membership(session)
+            session.over.wait()
+
+    def leave() -> None:
+        for one in found:
+            if isinstance(one, Membership):
+                one.leave()
+
+    holding = threading.Thread(target=hold, name="pavdm-ray", daemon=True)
+    try:
+        holding.start()
+        ready.wait()
+    except BaseException:  # Ctrl-C: what comes up is for nobody
+        unwanted.set()
+        if holding.is_alive():
+            ready.wait(GIVE_UP_S)
+        leave()
+        raise
+    (outcome,) = found
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome
 
 
 def _join(address: str | None, log_to_driver: bool) -> None:

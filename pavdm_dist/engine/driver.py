@@ -246,7 +246,7 @@ class Driver:
         elif isinstance(event, Prepared) and event.stream in self._doomed:
             self._doomed.remove(event.stream)
             self._leave(event.stream)
-        elif (flight := self._flights.get(event.stream)) is None or event.stream in self._leaving:
+        elif (flight := self._flights.get(event.stream)) is None or self._is_stale(flight, event):
             pass  # of a stream that was dropped meanwhile
         elif isinstance(event, Prepared):
             self._prepared(flight, event.error)
@@ -258,6 +258,12 @@ class Driver:
             self._fail(flight, event.error)
         else:
             self._finish(flight, event)
+
+    def _is_stale(self, flight: Flight, event: Event) -> bool:
+        """Whether an event is of an earlier stream of a flight's id, or of rows behind those that it failed at."""
+        if flight.stand is Stand.FAILED:
+            return not isinstance(event, Decoded)
+        return flight.id in self._leaving
 
     def _renew_decoder(self, lost: DecoderLost) -> None:
         """What the decoder had not given back is decoded again; the stages notice nothing."""
@@ -285,7 +291,10 @@ class Driver:
 
     def _shifted(self, flight: Flight, event: Shift) -> None:
         if event.not_finite is not None:
-            self._fail(flight, not_finite_error(event.not_finite, event.snapshot.row - 1))
+            flight.error = not_finite_error(event.not_finite, event.snapshot.row - 1)
+            flight.stand, flight.join = Stand.FAILED, None
+            self._leave(flight.id)
+            self._end_if_over(flight)
             return
         new, point = flight.shifted(event)
         for clean in new:
@@ -314,7 +323,9 @@ class Driver:
         self._end_if_over(flight)
 
     def _end_if_over(self, flight: Flight) -> None:
-        if flight.is_over and self._flights.pop(flight.id, None) is not None:
+        if flight.error is not None and not flight.undecoded:  # what was clean before is as good as ever
+            self._fail(flight, flight.error)
+        elif flight.is_over and self._flights.pop(flight.id, None) is not None:
             self._watchdog.forget(flight.id)
             self._gang.forget(flight.id)
 

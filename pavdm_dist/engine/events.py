@@ -206,8 +206,9 @@ class Finished:
         clean: index and latents.
         frames: uint8 ``[t, H, W, 3]``; None in an engine without a decoder.
         last: nothing of the stream follows.
-        resume: where the stream goes on behind this chunk, bit for bit; None where it could not (mode displaced,
-            between exact rows).
+        resume: where the stream goes on behind this chunk, bit for bit; None where it could not: in mode displaced
+            between exact rows; of chunks that become clean together, for all but the last; with cached context of
+            which nothing is kept, but where nothing of it is read.
         resyncs: rows that adaptive re-sync has made exact so far.
     """
 

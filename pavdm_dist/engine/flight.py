@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pavdm_dist.engine.events import AtWork, Decoded, Finished, KeysChanged, Shift
 from pavdm_dist.engine.order import Join
+from pavdm_dist.errors import PAVDMError
 from pavdm_dist.method.microbatches import MicroBatches
 from pavdm_dist.method.recovery import replayed
 from pavdm_dist.method.saved_keys import chunks_in, of_chunks
@@ -32,6 +33,7 @@ class Stand(Enum):
     READY = "ready"  # to join at the next epoch
     JOINED = "joined"  # rows are being run
     SAMPLED = "sampled"  # every chunk is clean
+    FAILED = "failed"  # the stages have no more of it; chunks that were clean before are with the decoder
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Flight:
         row: the row behind the last shift that was told of.
         undecoded: clean chunks whose frames are still to come, oldest first, with their resume points.
         past: clean latents ``[C, n, h, w]`` right before the oldest of these, for a decoder that takes the stream over.
+        error: what ends it once all that was clean before has been given out.
         stopping: an endless stream's end is asked for.
         told: prompts that were asked for, whatever became of them, as long as somebody might say them again.
         asked: those of them that the stages do not know yet.
@@ -60,6 +63,7 @@ class Flight:
     stand: Stand = Stand.WAITING
     join: Join | None = None
     reported: int = -1
+    error: PAVDMError | None = None
     stopping: bool = False
     told: WeakSet[NewPrompt] = field(default_factory=WeakSet)
     asked: list[NewPrompt] = field(default_factory=list)
@@ -192,6 +196,8 @@ class Flight:
                 said = "video %d: %r comes too late, no chunk is left to be born"
                 logger.warning(said, self.id, new.prompt, extra={"video": self.id})
                 continue
+            if row == self.stream.first_row:  # calls that are run again come behind what is told now
+                at = replace(at, oldest=min([at.oldest, *self.stream.replayed]))
             told.append(at)
             self.stream = self.stream.changed(at)
             self.prompts += ((at.from_chunk, at.prompt),)
@@ -208,7 +214,7 @@ class Flight:
 
     def restarted(self) -> None:
         """For another gang: goes on at the last shift from which it goes on bit for bit, or at its beginning."""
-        self.stand, self.join, self.reported = Stand.WAITING, None, -1
+        self.stand, self.join, self.reported, self.error = Stand.WAITING, None, -1, None
         if self._latest is not None:
             self.stream = replace(self.stream, resume=ResumePoint(self._latest))
         self._left, self._new_bytes = {} if self._latest is None else dict(self._latest.left), 0

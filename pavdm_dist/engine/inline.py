@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.codecs.base import FrameDecoder
+from pavdm_dist.engine.asked import Asked, ended_by_a_later_run
 from pavdm_dist.engine.beside import Beside
 from pavdm_dist.engine.events import AtWork, Decoded, Failed, Finished, Shift
 from pavdm_dist.engine.flight import Flight
@@ -27,6 +28,7 @@ from pavdm_dist.method.schedule import PlanRow
 from pavdm_dist.method.stream import NewPrompt, ResumePoint, Stream
 from pavdm_dist.method.window import CleanChunk, Window
 from pavdm_dist.models.base import Backbone
+from pavdm_dist.models.devices import intra_op_threads
 from pavdm_dist.models.text_cache import TextBank
 
 logger = logging.getLogger(__name__)
@@ -60,10 +62,8 @@ class InlineEngine:
         self._patience = patience or Patience()
         self._codec_device = self._device if codec_device is None else torch.device(codec_device)
         self._overlaps = self._device.type != "cpu"
-        self._stopping: set[int] = set()
-        self._cancelled: set[int] = set()
-        self._prompts: dict[int, list[NewPrompt]] = {}
-        self._at: tuple[int | None, int] = None, 0  # what is sampled, and its next row
+        self._run: _Run | None = None  # the newest one
+        self._lock = threading.RLock()  # of that, and of what is asked of it; a finaliser may end one meanwhile
 
     def run(
         self,
@@ -78,93 +78,119 @@ class InlineEngine:
             streams: taken when the one before has ended.
             on_grown, on_failed: see :meth:`RayEngine.run <pavdm_dist.engine.ray_engine.RayEngine.run>`.
             on_step: makes what is called after every row of a stream.
+
+        Raises:
+            ConfigError: another run has taken this one's place.
         """
-        self._prompts.clear()  # of a run that had ended when they came
-        before = torch.get_num_threads()
-        torch.set_num_threads(self._threads)
+        run = _Run()
+        with self._lock:
+            self._run = run
         try:
-            # Measured once, which takes half a second: nobody who asks for the first video need wait for it.
-            with suppress(Exception):  # every video says so itself
-                self._codec.receptive_latents()
-            for stream in streams:
-                if isinstance(stream, Stream) and stream.id in self._cancelled:
-                    self._forget(stream.id)
-                    continue
-                try:
-                    if isinstance(stream, Failed):
-                        raise stream.error
-                    with _watched(stream, self._patience) as pace:
-                        for finished in self._sampled(stream, on_grown, None if on_step is None else on_step(stream)):
-                            pace.gave()
-                            # The consumer's own thread count while it works; ours again, whatever it did, for the next.
-                            torch.set_num_threads(before)
-                            yield finished
-                            before = torch.get_num_threads()
-                            torch.set_num_threads(self._threads)
-                            pace.goes_on()
-                            if stream.id in self._cancelled:
-                                break
-                except PAVDMError as error:
-                    if on_failed is None:
-                        raise
-                    on_failed(stream.stream if isinstance(stream, Failed) else stream.id, error)
-                finally:  # a run may last for months
-                    self._forget(stream.stream if isinstance(stream, Failed) else stream.id)
+            with closing(self._chunks(run, streams, on_grown, on_failed, on_step)) as chunks:
+                while True:
+                    with intra_op_threads(self._threads):  # the consumer has its own number while it works
+                        finished = next(chunks, None)
+                    if finished is None:
+                        return
+                    yield finished
+                    if self._run is not run:
+                        raise ended_by_a_later_run()
         finally:
-            self._stopping.clear()
-            self._cancelled.clear()
-            self._prompts.clear()
-            torch.set_num_threads(before)
+            with self._lock:
+                if self._run is run:
+                    self._run = None
 
     def stop(self, stream: int) -> None:
-        """Lets an endless stream end after what is in flight."""
-        self._stopping.add(stream)
+        """Lets an endless stream of the running :meth:`run` end after what is in flight."""
+        with self._lock:
+            if self._run is not None:
+                self._run.asked.stop(stream)
 
     def set_prompt(self, stream: int, new: NewPrompt) -> None:
         """Another prompt for a stream of the running :meth:`run`."""
-        self._prompts.setdefault(stream, []).append(new)
+        with self._lock:
+            if self._run is not None:
+                self._run.asked.set_prompt(stream, new)
 
     def cancel(self, stream: int) -> None:
-        """Ends a stream where it is."""
-        self._cancelled.add(stream)
+        """Ends a stream of the running :meth:`run` where it is."""
+        with self._lock:
+            if self._run is not None:
+                self._run.asked.cancel(stream)
 
     def at_work(self, stream: int) -> AtWork | None:
         """Where the stream is that is being sampled; None of any other. From any thread."""
-        sampled, row = self._at
+        run = self._run
+        sampled, row = (None, 0) if run is None else run.at
         return AtWork(f"row {row} comes next", row) if sampled == stream else None
 
     def close(self) -> None:
         """Nothing outlives a run."""
 
-    def _forget(self, stream: int) -> None:
-        """Of a stream that is over, what was asked for."""
-        self._stopping.discard(stream)
-        self._cancelled.discard(stream)
-        self._prompts.pop(stream, None)
-        self._at = None, 0
+    def _chunks(
+        self,
+        run: _Run,
+        streams: Iterable[Stream | Failed],
+        on_grown: Callable[[int, ResumePoint], None] | None,
+        on_failed: Callable[[int, PAVDMError], None] | None,
+        on_step: Callable[[Stream], StepCallback] | None,
+    ) -> Generator[Finished, None, None]:
+        # Measured once, which takes half a second: nobody who asks for the first video need wait for it.
+        with suppress(Exception):  # every video says so itself
+            self._codec.receptive_latents()
+        for stream in streams:
+            number = stream.stream if isinstance(stream, Failed) else stream.id
+            with self._lock:
+                run.asked.comes(number)
+            try:
+                if isinstance(stream, Failed):
+                    raise stream.error
+                if run.asked.is_cancelled(number):
+                    continue
+                with _watched(stream, self._patience) as pace:
+                    step = None if on_step is None else on_step(stream)
+                    for finished in self._sampled(run, stream, on_grown, step):
+                        pace.gave()
+                        yield finished
+                        pace.goes_on()
+                        if run.asked.is_cancelled(number):
+                            break
+            except PAVDMError as error:
+                if on_failed is None:
+                    raise
+                on_failed(number, error)
+            finally:  # a run may last for months
+                run.at = None, 0
+                with self._lock:
+                    run.asked.ends(number)
 
     def _sampled(
-        self, stream: Stream, on_grown: Callable[[int, ResumePoint], None] | None, on_step: StepCallback | None
+        self,
+        run: _Run,
+        stream: Stream,
+        on_grown: Callable[[int, ResumePoint], None] | None,
+        on_step: StepCallback | None,
     ) -> Iterator[Finished]:
         denoise = StreamDenoiser(self._model, stream, TextBank(self._model.project_text, self._device), self._device)
         flight, decoder = Flight(stream, self._codec.receptive_latents()), self._codec.decoder()
 
         def change(row: int) -> None:
-            flight.asked = self._prompts.pop(stream.id, [])
+            with self._lock:
+                flight.asked = run.asked.take_prompts(stream.id)
             if flight.change(row):
                 denoise.follow(flight.stream)
 
         change(stream.first_row)
-        self._at = stream.id, stream.first_row
+        run.at = stream.id, stream.first_row
         if flight.past is not None:
             decoder.warm(flight.past)
         ended: list[tuple[int, Shift]] = []
 
-        def after(row: PlanRow, window: Window) -> None:
-            self._at = stream.id, window.row
+        def after(row: PlanRow, window: Window, clean: Sequence[CleanChunk]) -> None:
+            run.at = stream.id, window.row
             if on_step is not None:
-                on_step(row, window)
-            stopping = stream.id in self._stopping and window.plan.num_chunks is None
+                on_step(row, window, clean)
+            stopping = run.asked.is_stopping(stream.id) and window.plan.num_chunks is None
             if stopping and denoise.batches.may_end(window.row):
                 window.plan = window.plan.stopped(window.row)
                 flight.stopped(window.plan)
@@ -222,6 +248,19 @@ class InlineEngine:
                 raise
             if before is not None:
                 yield finished(*before)
+
+
+class _Run:
+    """One call of :meth:`InlineEngine.run`.
+
+    Attributes:
+        asked: of its streams.
+        at: what is sampled, and its next row.
+    """
+
+    def __init__(self) -> None:
+        self.asked = Asked()
+        self.at: tuple[int | None, int] = None, 0
 
 
 class _Pace:

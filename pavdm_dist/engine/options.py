@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.values.fields import Threads, Within, checked_arguments, fault
 
 # How much of the last stage's GPU Ray books for a decoder that shares it; what each really takes is its own affair.
 SHARED_GPU = 0.25
@@ -16,6 +18,35 @@ _WORDS = {
     "decoder": ("cpu", "cuda", "shared"),
     "decoder_dtype": _TYPES,
 }
+
+_SHARE = Annotated[float, Within(0, 1024)]
+_WAIT = Annotated[float, Within(0, 1_000_000, above=True)]
+_DELAY = Annotated[float, Within(0, 1_000_000)]
+# As the settings of commands have them, where they do.
+_KINDS = {
+    "num_stages": Annotated[int, Within(1, 1024)],
+    "layers_per_stage": list[Annotated[int, Within(1)]],
+    "threads_per_stage": Threads,
+    "threads_per_decoder": Threads,
+    "cpus_per_stage": _SHARE,
+    "gpus_per_stage": _SHARE,
+    "cpus_per_decoder": _SHARE,
+    "gpus_per_decoder": Annotated[float, Within(0, 1, above=True)],
+    "link_timeout_s": _WAIT,
+    "start_timeout_s": _WAIT,
+    "placement_timeout_s": _WAIT,
+    "max_restarts": Annotated[int, Within(0)],
+    "restart_backoff_s": _DELAY,
+    "node_wait_s": _DELAY,
+    "stall_factor": _WAIT,
+    "stall_floor_s": _DELAY,
+    "stall_limit_s": _WAIT,
+    "backlog_bytes": Annotated[int, Within(0, above=True)],
+    "ray_address": str,
+    "compile": bool,
+    "trace": bool,
+}
+_MAY_BE_NONE = ("layers_per_stage", "threads_per_decoder", "ray_address", "compile")
 
 
 @dataclass(frozen=True)
@@ -58,6 +89,9 @@ class EngineOptions:
             stages, but not those of uncompiled ones. None = on GPUs. Must be done within ``start_timeout_s``.
         trace: keep start and end of every unit.
         trace_file: where a finished run writes them; sets ``trace``.
+
+    Raises:
+        ConfigError: a value that is none of its field, or fields that contradict one another.
     """
 
     num_stages: int
@@ -91,19 +125,12 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.trace_file is not None:
             object.__setattr__(self, "trace", True)
-        if self.num_stages < 1:
-            raise ConfigError(f"num_stages={self.num_stages}: at least 1 (0 runs in this process, without this engine)")
-        for name in ("threads_per_stage", "threads_per_decoder"):
-            threads = getattr(self, name)
-            if threads is not None and threads < 1:
-                raise ConfigError(f"{name}={threads}: at least 1")
-        limits = ("link_timeout_s", "start_timeout_s", "placement_timeout_s", "stall_factor", "stall_limit_s")
-        for name in (*limits, "backlog_bytes"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be above 0")
-        for name in ("max_restarts", "restart_backoff_s", "node_wait_s", "stall_floor_s"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be 0 or more")
+        if self.num_stages == 0:
+            raise ConfigError("num_stages=0: must be 1 to 1,024; 0 runs in this process, without this engine")
+        for name, value in checked_arguments(_KINDS, {name: getattr(self, name) for name in _KINDS}).items():
+            if value is None and name not in _MAY_BE_NONE:
+                raise ConfigError(fault(_KINDS[name], name, value))
+            object.__setattr__(self, name, value)
         if self.backend not in ("auto", "gloo", "nccl"):
             raise ConfigError(f"backend={self.backend!r}: must be auto, gloo or nccl")
         for name, legal in _WORDS.items():
@@ -211,12 +238,46 @@ class EngineOptions:
                 f"backend=nccl needs gpus_per_stage of 1, a GPU of its own for every stage, not {gpus:g}; use"
                 " backend=gloo for CPUs and for shares of a GPU"
             )
-        if not 0 < own <= 1:
-            raise ConfigError(f"gpus_per_decoder={own:g}: must be above 0 and at most 1")
         if own != 1 and self.decoder != "cuda":
             raise ConfigError(f"gpus_per_decoder={own:g}: is of decoder=cuda, not of decoder={self.decoder}")
         if self.cpus_per_decoder and self.decoder == "shared":
             raise ConfigError(f"cpus_per_decoder={self.cpus_per_decoder:g}: decoder=shared has none of its own")
+
+
+def options_of(
+    engine: EngineOptions | None, num_stages: int, threads: int | None, decoder: str, decoder_dtype: str
+) -> tuple[EngineOptions | None, int]:
+    """What a pipeline's own arguments and its engine's options say together: how stages run, None where there are none,
+    and intra-op threads.
+
+    Args:
+        engine: of the pipeline; its one thread, the default, is as good as nothing said.
+        num_stages: 0 = what the engine says, or none.
+        threads: intra-op; None = what the engine says, or 1.
+        decoder, decoder_dtype: of a process without stages.
+
+    Raises:
+        ConfigError: they contradict one another, or a decoder beside stages is not said in the engine.
+    """
+    own = 1 if engine is None else engine.threads_per_stage
+    if engine is not None and num_stages not in (0, engine.num_stages):
+        raise ConfigError(
+            f"num_stages={num_stages}: engine has num_stages={engine.num_stages}; give one of them, or the same twice"
+        )
+    if threads is not None and own not in (1, threads):
+        raise ConfigError(
+            f"threads_per_stage={threads}: engine has threads_per_stage={own}; give one of them, or the same twice"
+        )
+    stages, threads = num_stages or (0 if engine is None else engine.num_stages), threads or own
+    if not stages:
+        return None, threads
+    for name, value, default in (("decoder", decoder, "auto"), ("decoder_dtype", decoder_dtype, "float32")):
+        if value != default:
+            raise ConfigError(
+                f"{name}={value}: with num_stages={stages} the engine decodes; say it there,"
+                f" engine=EngineOptions({stages}, {name}={value!r})"
+            )
+    return replace(engine or EngineOptions(stages), threads_per_stage=threads), threads
 
 
 def bits_depend_on(device: str, decoder_device: str, decoder_threads: int) -> dict[str, str | int]:

@@ -10,13 +10,11 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 
+from pavdm_dist.engine.asked import Asked, ended_by_a_later_run
 from pavdm_dist.engine.driver import Driver
 from pavdm_dist.engine.events import Failed, Output
-from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
+from pavdm_dist.errors import EngineError, PAVDMError
 from pavdm_dist.method.stream import NewPrompt, Stream
-
-# Streams that are over of which a run knows that it is too late to ask them for something.
-_GONE = 10_000
 
 
 class Switch(threading.Condition):
@@ -67,11 +65,7 @@ class Run:
         self._error: BaseException | None = None  # what the source raised
         self._wanted = 0  # streams that the driver would take now
         self._built: deque[Stream] = deque()  # taken from the source, not yet the driver's
-        # What was asked of streams that the driver has not got yet; and those that are over, of which it is too late.
-        self._stopping: set[int] = set()
-        self._cancelled: set[int] = set()
-        self._prompts: dict[int, list[NewPrompt]] = {}
-        self._gone: dict[int, None] = {}  # the newest of them
+        self._asked = Asked()  # of streams that the driver has not got yet
 
     def next(self) -> Output | None:
         """The oldest output, waited for; None when nothing follows.
@@ -84,7 +78,7 @@ class Run:
         with switch:
             while True:
                 if self.over:
-                    raise ConfigError("this run was ended by a later one on the same engine")
+                    raise ended_by_a_later_run()
                 if self.outputs:
                     output = self.outputs.popleft()
                     self.held_bytes -= output.num_bytes
@@ -113,10 +107,10 @@ class Run:
                         self.exhausted = True
                     elif isinstance(stream, Failed):
                         self.outputs.append(stream)
-                        self._end(stream.stream)
+                        self._asked.ends(stream.stream)
                     else:
                         self._built.append(stream)
-                        self._gone.pop(stream.id, None)  # another one, of the same id
+                        self._asked.comes(stream.id)
                     switch.notify_all()
                     if stream is None:
                         return
@@ -131,8 +125,8 @@ class Run:
         while self._built:
             stream = self._built.popleft()
             self._switch.notify_all()
-            if stream.id in self._cancelled:
-                self._end(stream.id)
+            if self._asked.is_cancelled(stream.id):
+                self._asked.ends(stream.id)
                 continue
             try:
                 driver.submit(stream)
@@ -141,13 +135,12 @@ class Run:
                 self.outputs.append(Failed(stream.id, error))
             except ValueError as error:  # two of one id
                 self._error = error
-            if stream.id in self._stopping:
-                self._stopping.remove(stream.id)
+            if self._asked.is_stopping(stream.id):
                 driver.stop(stream.id)
-            for new in self._prompts.pop(stream.id, []):
+            for new in self._asked.take_prompts(stream.id):
                 driver.set_prompt(stream.id, new)
             if stream.id not in self.open:
-                self._end(stream.id)
+                self._asked.ends(stream.id)
         if (wanted := driver.wants) != self._wanted:
             self._wanted = wanted
             self._switch.notify_all()
@@ -166,43 +159,30 @@ class Run:
             self.held_bytes += output.num_bytes
         still = self.open & streams
         for stream in self.open - still:
-            self._end(stream)
+            self._asked.ends(stream)
         if outputs or still != self.open:
             self.open = still
             self._switch.notify_all()
 
     def stop(self, stream: int) -> None:
         """Notes that a stream that is still on its way is to end."""
-        if self._is_coming(stream):
-            self._stopping.add(stream)
+        if stream not in self.open:
+            self._asked.stop(stream)
 
     def set_prompt(self, stream: int, new: NewPrompt) -> None:
         """Notes a prompt of a stream that is still on its way."""
-        if self._is_coming(stream):
-            self._prompts.setdefault(stream, []).append(new)
+        if stream not in self.open:
+            self._asked.set_prompt(stream, new)
 
     def cancel(self, stream: int) -> None:
         """Drops a stream, and what of it waits; one that is still on its way as soon as it comes."""
         if stream in self.open:
             self.open.remove(stream)
-            self._end(stream)
-        elif self._is_coming(stream):
-            self._cancelled.add(stream)
+            self._asked.ends(stream)
+        else:
+            self._asked.cancel(stream)
         self.outputs = deque(output for output in self.outputs if output.stream != stream)
         self.held_bytes = sum(output.num_bytes for output in self.outputs)
-
-    def _is_coming(self, stream: int) -> bool:
-        """Whether the driver is still to get a stream, as far as is known here."""
-        return stream not in self.open and stream not in self._gone
-
-    def _end(self, stream: int) -> None:
-        """A stream is over: nothing that was asked of it is for a later one of its id."""
-        self._gone[stream] = None
-        if len(self._gone) > _GONE:
-            self._gone.pop(next(iter(self._gone)))
-        self._stopping.discard(stream)
-        self._cancelled.discard(stream)
-        self._prompts.pop(stream, None)
 
     def clear(self) -> None:
         """Drops all that waits."""

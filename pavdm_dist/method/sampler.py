@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -22,7 +22,7 @@ class Denoiser(Protocol):
         """``x [1, C, F, h, w]``, ``levels [1, F]`` -> velocity ``[1, C, F, h, w]``, float32."""
 
 
-StepCallback = Callable[[PlanRow, Window], None]
+StepCallback = Callable[[PlanRow, Window, Sequence[CleanChunk]], None]
 
 
 def num_branches(guidance_scale: float) -> int:
@@ -47,7 +47,7 @@ def sample(
         window: fresh, or restored from a snapshot. An endless one ends when its ``plan`` is replaced by a stopped one.
         denoise: the model, called once per branch and row.
         guidance_scale: g; 1 evaluates the conditional branch only.
-        callback: called after every row with the row and the window.
+        callback: called after every row with the row, the window, and the chunks that became clean.
 
     Raises:
         VideoError: at the end of a shift latents are not finite.
@@ -61,5 +61,5 @@ def sample(
         if window.plan.closes_shift(row.index) and (bad := window.not_finite(clean)) is not None:
             raise not_finite_error(bad, row.index)
         if callback is not None:
-            callback(row, window)
+            callback(row, window, clean)
         yield from clean

@@ -61,8 +61,14 @@ class Conditioning:
         return cls(texts, keys, None if null is None else text_key(null), null_as_long)._with_nulls()
 
     def key(self, chunk: int, branch: int) -> str:
-        """Text key of a chunk; given (negative) chunks carry the first prompt."""
-        current = self.prompts[0][1]
+        """Text key of a chunk; given (negative) chunks carry the first prompt.
+
+        Raises:
+            ValueError: the chunk's text was dropped (:meth:`since`).
+        """
+        first, current = self.prompts[0]
+        if max(chunk, 0) < first:
+            raise ValueError(f"the text of chunk {chunk} is gone: texts are held from chunk {first} on")
         for start, key in self.prompts:
             if start <= chunk:
                 current = key
@@ -187,7 +193,7 @@ class NewPrompt:
         from_chunk: the first chunk that follows it; where that is born already, the next one that is born.
         prompt: in words, for the record.
         text: encoded, ``[L, text_dim]``.
-        oldest: the first chunk that is still in the window when it comes into force.
+        oldest: the first chunk whose text is still read when it is told: it is in the window, or its call is run again.
     """
 
     from_chunk: int

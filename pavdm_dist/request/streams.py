@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
@@ -133,6 +134,7 @@ def _clip_latents(
         return {}, None
     if request.clip is None:
         raise ConfigError(f"start={params.start} needs a conditioning clip: video=FILE")
+    _check_frames("video", request.clip, ("t", params.height, params.width, 3))
     needed = clip_frames_needed(params, checkpoint)
     if request.clip.shape[0] < needed:
         raise MediaError(
@@ -165,7 +167,14 @@ def _image_latents(request: VideoRequest, params: SamplingParams, checkpoint: Ch
         raise ConfigError(f"start={params.start} begins with a clip; set start=noise, or drop the image")
     if params.context == "cached":
         raise ConfigError("image: with context=cached videos begin from text alone; drop the image")
-    size = (params.height, params.width, 3)
-    if tuple(request.image.shape) != size:
-        raise ConfigError(f"image: must be uint8 {list(size)}, got {request.image.dtype} {list(request.image.shape)}")
+    _check_frames("image", request.image, (params.height, params.width, 3))
     return checkpoint.codec.encode(request.image[None]).cpu()
+
+
+def _check_frames(name: str, given: Tensor, size: tuple[int | str, ...]) -> None:
+    """Refuses pictures of another type or size; a word in ``size`` stands for any number."""
+    shape = tuple(given.shape)
+    fits = len(shape) == len(size) and all(isinstance(b, str) or a == b for a, b in zip(shape, size, strict=True))
+    if given.dtype != torch.uint8 or not fits:
+        wanted, got = ", ".join(map(str, size)), str(given.dtype).removeprefix("torch.")
+        raise ConfigError(f"{name}: must be uint8 [{wanted}], got {got} {list(shape)}")
