@@ -4,6 +4,7 @@ read them, and by running what is a script."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -17,6 +18,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from farms import write_manifest
+from helpers import tiny_checkpoint
 
 from pavdm_dist.commands.words import run_config
 from pavdm_dist.config import SampleConfig
@@ -240,6 +243,41 @@ def test_a_farm_that_takes_its_machine_back_lets_the_command_save_what_it_has(tm
         time.sleep(0.1)
         process.send_signal(signal.SIGTERM)  # farms say it more than once
         assert process.stdout.readline() == "saved\n" and process.wait(timeout=20) == 1
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("by", ["SIGTERM", "drain"])
+def test_a_farm_of_shots_that_is_told_to_end_is_no_complete_task(tmp_path: Path, by: str) -> None:
+    """A real one: whoever reads 0 gives the rest of the shots to nobody."""
+    model, out = tiny_checkpoint(tmp_path / "model"), tmp_path / "out"
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"id": "long", "prompt": "a red three", "num_frames": 2000}])
+    if by == "drain":
+        out.mkdir()
+        (out / "drain").touch()
+    words = ["farm", "run", str(manifest), "--out", str(out), f"model={model}", "guidance_scale=1"]
+    with subprocess.Popen(
+        ["bash", CLUSTER / "farms" / "task.sh", *words, "chunks_per_segment=1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable, "STATUS_STOPPED": "42"},
+    ) as process:
+        try:
+            end = time.monotonic() + 180
+            while by == "SIGTERM" and not list(out.glob("shots/long/video.mp4.parts/segment-*.mp4")):
+                assert time.monotonic() < end and process.poll() is None
+                time.sleep(0.05)
+            if by == "SIGTERM":
+                process.send_signal(signal.SIGTERM)
+            said, _ = process.communicate(timeout=60)
+        finally:
+            process.terminate()  # which it hands on
+    assert process.returncode == 42, said
+    assert said.splitlines()[-2:] == [
+        "pavdm: interrupted: 1 shots are left, the same command goes on",
+        "task.sh: stopped; the same task goes on",
+    ]
 
 
 def test_deadline_gets_a_task_a_seed_whose_command_reads(tmp_path: Path) -> None:

@@ -43,10 +43,11 @@ def test_a_complete_shot_that_is_asked_for_otherwise_is_refused_as_by_the_run(mo
         report = dry_run(config, manifest and str(manifest), tree.root)
         assert (report["shots"], report["done"], report["plans"]) == (1, 1, [])
     changed = write_manifest(tmp_path / "m.jsonl", [{**done, "prompt": "a blue seven"}])
-    with pytest.raises(ManifestError, match=r"line 1: id=a is complete with prompt='a red three'; give what is"):
+    said = r'line 1: id=a was made with prompt="a red three" \(now "a blue seven"\); give what is'
+    with pytest.raises(ManifestError, match=said):
         dry_run(config, str(changed), tree.root)
     tree.keep("shots.jsonl", [make_shot({**done, "seed": 7}, "test")])
-    with pytest.raises(ConfigError, match=r"id=a is complete with seed=100; give what is changed another id"):
+    with pytest.raises(ConfigError, match=r"id=a was made with seed=100 \(now 7\); give what is changed another id"):
         dry_run(config, None, tree.root)
     Path(tree.folder("a"), "video.json").write_text("{}")
     with pytest.raises(ManifestError, match=r"line 1: id=a: \S+/shots/a/video.json is none of this program's"):
@@ -67,7 +68,7 @@ def test_totals_are_of_what_is_left_of_all_shots_whatever_is_listed(
     tree.mark("shot-002", "cancel")
     parts = Path(tree.output("shot-003") + PARTS_SUFFIX)
     parts.mkdir(parents=True)
-    (parts / PLAYLIST).write_text("ffconcat version 1.0\nfile 0.mp4\nduration 0.5\n")
+    (parts / PLAYLIST).write_text("ffconcat version 1.0\nfile segment-000000-000001.mp4\nduration 0.5\n")
     manifest = write_manifest(tmp_path / "m.jsonl", [{"id": "a", "prompt": "a red three", "seed": 100}, *shots])
     report = dry_run(farm_config(model), str(manifest), tree.root)
     counts = ("shots", "done", "failed", "skipped", "cancelled", "kinds")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from farms import farm_config, write_manifest
 from helpers import tiny_checkpoint
 
+from pavdm_dist.commands.origin import _digests, _pixels
 from pavdm_dist.config import SampleConfig, validate_sample
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.intake import Intake
@@ -147,3 +151,17 @@ def test_what_a_shot_begins_with_is_said_once(model: Path, tmp_path: Path) -> No
     assert f"line 3: {of_sample.value}; " in said
     found = Intake(str(write_manifest(tmp_path / "m.jsonl", lines[:2])), tree, kinds).first()
     assert [kinds.config_of(shot, "-").prompt for shot in found.left] == 2 * ["a blue seven"]
+
+
+def test_a_clip_is_summed_once_and_is_gone_with_its_video(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server lives for weeks, and a clip takes hundreds of megabytes."""
+    frames, before = torch.arange(48, dtype=torch.uint8).reshape(1, 4, 4, 3), len(_digests)
+    digest, held = _pixels(frames), weakref.ref(frames)
+    with monkeypatch.context() as patched:
+        patched.setattr("hashlib.sha256", lambda _: pytest.fail("it was summed before"))
+        assert _pixels(frames) == digest
+    same, other = frames.clone(), frames + 1
+    del frames
+    gc.collect()
+    assert held() is None and len(_digests) == before
+    assert digest == _pixels(same) != _pixels(other)

@@ -20,10 +20,11 @@ import torch
 from pavdm_dist.errors import ConfigError, EngineError, MediaError, ResourcesError, StalledError, TakenError, VideoError
 from pavdm_dist.farm.crew import Hand
 from pavdm_dist.farm.desk import Ended, end_of
+from pavdm_dist.farm.failed import write_failed
 from pavdm_dist.farm.logs import ShotLog, of_shot
 from pavdm_dist.farm.manifest import checked
 from pavdm_dist.farm.pool import Pool
-from pavdm_dist.farm.run import _looked_after, write_failed
+from pavdm_dist.farm.run import _looked_after
 from pavdm_dist.farm.settings import PoolConfig
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import Failure, Tree

@@ -51,7 +51,8 @@ class _Farm:
         id = self._shot()
         self.locks.append(OutputLock.acquire(self.tree.output(id)))
         parts = Path(self.tree.output(id) + PARTS_SUFFIX)
-        (parts / PLAYLIST).write_text(f"ffconcat version 1.0\nfile 0.mp4\nduration {SECONDS * begun_ago / takes}\n")
+        segment = f"file segment-000000-000005.mp4\nduration {SECONDS * begun_ago / takes}\n"
+        (parts / PLAYLIST).write_text(f"ffconcat version 1.0\n{segment}")
 
     def queued(self, count: int) -> None:
         for _ in range(count):

@@ -29,7 +29,7 @@ from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import Tree
-from pavdm_dist.io.metadata import read_sidecar
+from pavdm_dist.io.metadata import read_sidecar, versions
 from pavdm_dist.serve.fragments import fragments, mime_type
 from pavdm_dist.serve.front import Front
 from pavdm_dist.serve.front_desk import FrontDesk
@@ -395,6 +395,21 @@ def test_a_server_that_is_started_again_goes_on_with_the_same_videos(model: Path
     (result,) = render_command(made, False, ChunkProgress)["videos"]
     assert packets(tree.output(ids[0])) == packets(result["output"])
     assert read_sidecar(tree.output(ids[0]))["latents_sha256"] == result["latents_sha256"]
+
+
+def test_a_video_that_was_begun_by_other_versions_says_so(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a farm it would wait for a machine that has them; here none comes."""
+    with served(settings(model), tmp_path / "out") as first:
+        first.desk.hold(2)
+        id = post(first, prompt="a red three", seconds=2).json()["id"]
+        while not first.desk.has(id, chunks=2):
+            time.sleep(0.01)
+    monkeypatch.setattr("pavdm_dist.commands.origin.versions", lambda: {**versions(), "torch": "9.9"})
+    with served(settings(model), tmp_path / "out") as second:
+        failed = second.wait(id, "failed")
+    assert 'versions.torch="' in failed["error"]["message"]
 
 
 @pytest.mark.slow

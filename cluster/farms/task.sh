@@ -10,7 +10,8 @@
 #             lines only: farms that watch how old the last line is, as OpenCue does)
 #   STATUS_REFUSED, STATUS_FAILED, STATUS_STOPPED   exit statuses of this script for commands that were refused (nothing
 #             was rendered, another try ends the same way), that made all but some videos (another try makes those),
-#             and that a signal ended (another try goes on); defaults 2, 1 and 1. Whatever else is handed on.
+#             and that a signal ended with something left (another try goes on); defaults 2, 1 and 1. Whatever else is
+#             handed on: 0 says that nothing is left.
 set -uo pipefail
 
 # A farm that takes its machine back tells this shell; what is finished is saved by the command, which needs a moment.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -13,13 +13,29 @@ from torch import Tensor
 from pavdm_dist.codecs.catalog import RGB
 from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder
 from pavdm_dist.config import SampleConfig
+from pavdm_dist.io.leftovers import latents_path
 from pavdm_dist.io.metadata import versions
-from pavdm_dist.io.state import PREVIEW_FILE
+from pavdm_dist.io.state import PREVIEW_FILE, BegunOtherwiseError, changes
+from pavdm_dist.io.storage import exists
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.redaction import hide_secrets
 from pavdm_dist.request.sampling import SamplingParams, tier
 from pavdm_dist.request.video_request import VideoRequest
 from pavdm_dist.values.merging import to_dict
+
+# Facts of an identity that nobody asks for: what a machine has. A begun video needs the same to go on to the same bits;
+# a complete one is what it is: an upgrade, or another machine for the rest, is no reason to refuse a whole batch.
+_OF_MACHINE = frozenset({"versions", "device", "decoder_device", "decoder_threads"})
+# Facts that are checksums of pixels, which must be decoded for it.
+_PIXELS = ("clip", "image")
+# Checksums of pixels by the id of their tensor, as long as it lives: videos of a command share their clip and their
+# picture, and a server must not hold those of videos that are done.
+_digests: dict[int, str] = {}
+
+
+class OtherMachineError(BegunOtherwiseError):
+    """An unfinished video was begun by other versions, or on other devices, than this machine has: it goes on where
+    these are."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +141,52 @@ class Origin:
         return {name: value for name, value in facts.items() if value is not None}
 
 
-@lru_cache(maxsize=2)  # videos of a command share their clip and their picture
+def difference(output: str, made: Mapping[str, Any], asked: Mapping[str, Any], config: SampleConfig) -> str:
+    """How a complete video is another one than a command asks for, as the end of a sentence; empty where it is that.
+
+    Args:
+        output: its mp4.
+        made: its identity, as its sidecar has it.
+        asked: the identity that the command would give it.
+        config: of the command.
+    """
+    different = changes(_asked(made, config), _asked(asked, config))
+    if different:
+        return f"was made with {different}"
+    if not exists(output):
+        return "is gone, its sidecar is not"
+    if config.save_latents and not exists(latents_path(output)):
+        return "is complete, without the latents of save_latents=true"
+    return ""
+
+
+def is_of_machine(name: str, config: SampleConfig) -> bool:
+    """Whether a fact of an identity, dotted where it is nested, is the machine's own with these settings."""
+    return name.partition(".")[0] in _OF_MACHINE | _left_to_machine(config)
+
+
+def without_pixels(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity that says of a clip and of a picture only whether there is one."""
+    return {name: "given" if name in _PIXELS and value is not None else value for name, value in identity.items()}
+
+
+def _left_to_machine(config: SampleConfig) -> frozenset[str]:
+    return frozenset(name for name in ("dtype", "compile") if getattr(config, name) == "auto")
+
+
+def _asked(identity: Mapping[str, Any], config: SampleConfig) -> dict[str, Any]:
+    """Of an identity, what a command asks of a video that is complete."""
+    asked = {name: value for name, value in identity.items() if not is_of_machine(name, config)}
+    sampling = asked.get("sampling")
+    if config.chunks_per_unit is None and isinstance(sampling, Mapping):
+        asked["sampling"] = {name: value for name, value in sampling.items() if name != "chunks_per_unit"}
+    return asked
+
+
 def _pixels(frames: Tensor | None) -> str | None:
-    return None if frames is None else hashlib.sha256(frames.contiguous().numpy().data).hexdigest()
+    if frames is None:
+        return None
+    if (digest := _digests.get(id(frames))) is None:
+        digest = _digests[id(frames)] = hashlib.sha256(frames.contiguous().numpy().data).hexdigest()
+        weakref.finalize(frames, _digests.pop, id(frames), None).atexit = False
+    return digest

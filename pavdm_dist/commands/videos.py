@@ -10,27 +10,23 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pavdm_dist.codecs.catalog import RGB
-from pavdm_dist.commands.origin import Origin
+from pavdm_dist.commands.origin import Origin, OtherMachineError, difference, is_of_machine
 from pavdm_dist.commands.points import resume_point, saved_point
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError, PAVDMError, VideoError
-from pavdm_dist.io.leftovers import check_recording, latents_path, recording_facts, remove_parts
+from pavdm_dist.io.leftovers import check_recording, recording_facts, remove_parts
 from pavdm_dist.io.lock import clear_locks
 from pavdm_dist.io.metadata import is_complete, read_sidecar, sidecar_path
 from pavdm_dist.io.recording import Recorded, Recording
 from pavdm_dist.io.shipped import shipped_models
-from pavdm_dist.io.state import changes
-from pavdm_dist.io.storage import exists, is_remote
+from pavdm_dist.io.state import BegunOtherwiseError
+from pavdm_dist.io.storage import is_remote
 from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk
 from pavdm_dist.request.sampling import SamplingParams
 from pavdm_dist.request.streams import input_frames
 from pavdm_dist.request.video_request import VideoRequest
 from pavdm_dist.values.merging import to_yaml
-
-# Of an identity, what a begun video needs to go on to the same bits. A complete one is what it is: an upgrade, or
-# another machine for the rest, is no reason to refuse a whole batch. Nor is what was left to the machine, see `_asked`.
-_TO_GO_ON = frozenset({"versions", "device", "decoder_device", "decoder_threads"})
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +53,7 @@ class Video:
         result: once it is complete.
         error: why it never will be.
         changes: ``(first chunk, prompt)`` of what was changed while it ran.
+        unsaved: why the newest state of what was begun of it could not be written.
     """
 
     number: int
@@ -66,6 +63,7 @@ class Video:
     result: Recorded | None = None
     error: VideoError | None = None
     changes: tuple[tuple[int, str], ...] = ()
+    unsaved: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,6 +79,8 @@ class Videos:
         config, params, pipeline: of the command.
         weights: identity of the model.
         overwrite: begin all anew.
+        advice: for whoever asks for an unfinished video otherwise than it was begun, as the end of a sentence; None =
+            that of a command that can be told to overwrite it.
     """
 
     all: Sequence[Video]
@@ -89,6 +89,7 @@ class Videos:
     pipeline: PAVDMPipeline
     weights: str
     overwrite: bool
+    advice: str | None = None
     # With stages files are opened in a thread of their own, which may be at it when another ends everything.
     _opening: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
     _over: threading.Event = field(default_factory=threading.Event, init=False, repr=False, compare=False)
@@ -179,7 +180,7 @@ class Videos:
     def fail(self, video: Video, error: PAVDMError | OSError) -> None:
         """Ends a video; what is finished of it stays."""
         recording, video.recording = video.recording, None
-        left = None if recording is None else recording.abort()
+        left = self._abort(video, recording)
         what = f"cannot be written: {error}" if isinstance(error, OSError) else str(error)
         message = what if what.startswith("output=") else f"output={video.output}: {what}"
         video.error = VideoError(message)
@@ -197,11 +198,19 @@ class Videos:
         return [sentence for sentence in left if sentence is not None]
 
     @staticmethod
-    def _leave(video: Video) -> str | None:
+    def _abort(video: Video, recording: Recording | None) -> str | None:
+        if recording is None:
+            return None
+        left = recording.abort()
+        video.unsaved = recording.unsaved
+        return left
+
+    @classmethod
+    def _leave(cls, video: Video) -> str | None:
         """Says where one is left; None of one that has nothing open."""
         recording, video.recording = video.recording, None
         try:
-            return None if recording is None else recording.abort()
+            return cls._abort(video, recording)
         except Exception:  # a fault of this program in one must not cost the others what they have
             logger.exception("%s may have lost its last chunks", video.output)
             return None
@@ -218,18 +227,10 @@ class Videos:
         identity = sidecar.get("identity") if isinstance(sidecar, Mapping) else None
         if not isinstance(identity, Mapping):  # somebody else's file, or of a version that kept no record
             return False
-        before, now = (_asked(facts, self.config) for facts in (identity, self._origin.identity(video.request)))
-        different = changes(before, now)
-        if different or not exists(video.output):
-            what = f"was made with {different}" if different else "is gone, its sidecar is not"
+        if other := difference(video.output, identity, self._origin.identity(video.request), self.config):
             raise ConfigError(
-                f"output={video.output} {what}, and its sidecar {sidecar_path(video.output)} exists; choose another"
+                f"output={video.output} {other}, and its sidecar {sidecar_path(video.output)} exists; choose another"
                 " name or pass --overwrite"
-            )
-        if self.config.save_latents and not exists(latents_path(video.output)):
-            raise ConfigError(
-                f"output={video.output} is complete, without the latents of save_latents=true: choose another name or"
-                " pass --overwrite"
             )
         frames, checksum = sidecar.get("num_frames"), sidecar.get("latents_sha256")
         if type(frames) is not int or not isinstance(checksum, str):
@@ -243,14 +244,19 @@ class Videos:
         return True
 
     def _open(self, video: Video) -> Recording:
-        video.recording = Recording.open(
-            video.output,
-            identity=self._origin.identity(video.request),
-            **self._shape,
-            overwrite=self.overwrite,
-            resume=not self.overwrite,
-            settings=to_yaml(_own_settings(self.config, video, self.params)),
-        )
+        try:
+            video.recording = Recording.open(
+                video.output,
+                identity=self._origin.identity(video.request),
+                **self._shape,
+                overwrite=self.overwrite,
+                resume=not self.overwrite,
+                settings=to_yaml(_own_settings(self.config, video, self.params)),
+            )
+        except BegunOtherwiseError as error:
+            of_machine = bool(error.names) and all(is_of_machine(name, self.config) for name in error.names)
+            kind = OtherMachineError if of_machine else BegunOtherwiseError
+            raise kind(error.begun, error.advice if self.advice is None else self.advice, error.names) from error
         if video.recording.next_chunk or video.recording.point is not None:
             logger.info("%s goes on at chunk %d", video.output, video.recording.next_chunk)
         frames = input_frames(video.request, self.params, self.pipeline.checkpoint)
@@ -267,16 +273,6 @@ class Videos:
     @property
     def _origin(self) -> Origin:
         return Origin(self.config, self.params, self.pipeline, self.weights)
-
-
-def _asked(identity: Mapping[str, Any], config: SampleConfig) -> dict[str, Any]:
-    """Of an identity, what a command asks of a video that is complete."""
-    left = {name for name, value in (("dtype", config.dtype), ("compile", config.compile)) if value == "auto"}
-    asked = {name: value for name, value in identity.items() if name not in _TO_GO_ON | left}
-    sampling = asked.get("sampling")
-    if config.chunks_per_unit is None and isinstance(sampling, Mapping):
-        asked["sampling"] = {name: value for name, value in sampling.items() if name != "chunks_per_unit"}
-    return asked
 
 
 def _own_settings(config: SampleConfig, video: Video, params: SamplingParams) -> SampleConfig:
@@ -299,5 +295,5 @@ def _own_settings(config: SampleConfig, video: Video, params: SamplingParams) ->
         preview_decoder=absolute(config.preview_decoder),
         text_cache=absolute(config.text_cache),
         trace=absolute(config.trace),
-        chunks_per_unit=params.chunks_per_unit if params.chunks_per_unit > 1 else config.chunks_per_unit,
+        chunks_per_unit=params.chunks_per_unit,
     )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from pavdm_dist.commands.origin import OtherMachineError
 from pavdm_dist.engine.events import AtWork
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError, StalledError, TakenError
 from pavdm_dist.farm.shot import Shot
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-End = Literal["done", "failed", "again", "aside", "cancelled", "saved"]
+End = Literal["done", "failed", "again", "aside", "unfit", "cancelled", "saved"]
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,10 @@ class Ended:
 
     Attributes:
         how: ``done``; ``failed`` for good; ``again``: through no fault of its own; ``aside``: another process has it;
-            ``cancelled``; ``saved``: the renderer was told to end.
+            ``unfit``: it was begun by other versions, or on other devices, than there are here, and stays begun for
+            where these are; ``cancelled``; ``saved``: the renderer was told to end.
         kind: see :class:`~pavdm_dist.farm.tree.Failure`; ``elsewhere``: another process did it.
-        error: why, of the middle three.
+        error: why, of the middle four; of a saved one, why its newest state is not.
         frames: that it gave here.
     """
 
@@ -92,6 +94,8 @@ def end_of(cause: BaseException, said: BaseException | None = None) -> Ended:
         said: its message in better words.
     """
     text = one_line(said or cause)
+    if isinstance(cause, OtherMachineError):
+        return Ended("unfit", error=text)
     if isinstance(cause, TakenError):
         return Ended("aside", error=text)
     if isinstance(cause, StalledError):

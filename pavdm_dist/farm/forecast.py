@@ -120,8 +120,8 @@ def dry_run(config: FarmConfig, manifest: str | None, out: str) -> dict[str, Any
 
 
 def _kept(tree: Tree, check: Callable[[Shot], None]) -> Iterator[Shot]:
-    """The shots that a folder keeps, each checked."""
-    for shot in tree.shots():
+    """The shots that a folder's manifests ask for, each checked."""
+    for shot in tree.shots(past=False):
         check(shot)
         yield shot
 

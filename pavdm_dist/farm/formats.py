@@ -284,7 +284,7 @@ def _named(number: int, values: Mapping[str, Any]) -> Line:
         known["size"] = size
     if isinstance(known.get("id"), int) and not isinstance(known["id"], bool):
         known["id"] = str(known["id"])
-    if overrides:
+    if overrides != {}:
         known["overrides"] = overrides
     return Line(number, known)
 

@@ -8,8 +8,8 @@ import os
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
 
+from pavdm_dist.commands.origin import difference, without_pixels
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.manifest import checked, read_shots
@@ -21,11 +21,10 @@ from pavdm_dist.io.lock import Watch
 from pavdm_dist.io.parts import PARTS_SUFFIX
 from pavdm_dist.io.remote import filesystem, is_remote
 from pavdm_dist.io.storage import list_names
-from pavdm_dist.values.fields import show
 
 logger = logging.getLogger(__name__)
 
-# Of what is different about a complete shot, as much is told.
+# Of lines that have changed, as many are named.
 _TOLD = 5
 # Letters of a manifest's name that its copy has, too: with what is put behind them, and in front while it is written,
 # they must be a name that every file system holds.
@@ -65,7 +64,9 @@ class Intake:
         self._watch = Watch()
         self._known: dict[str, bytes] = {}  # what was said of each shot when it was taken in
         self._newest: Collection[str] = ()  # of these, what the last look found
-        self._stamp: object = None
+        self._changed: list[str] = []  # lines that are not what was taken in, as they were told of last
+        self._stamp: object = None  # of what was taken in
+        self._looked_at: object = None  # at the last look, whatever came of it
 
     def first(self) -> Found:
         """All of it, checked as a whole; kept in the tree.
@@ -74,7 +75,7 @@ class Intake:
             ManifestError: lines that cannot be used, by number; or a complete shot that was asked for otherwise.
             ConfigError: it cannot be read, or nothing is asked for.
         """
-        self._stamp = self._seen()
+        self._stamp = self._looked_at = self._seen()
         self._name = "" if self._manifest is None else _kept_as(self._manifest, self._tree)
         found = self._sorted(None)
         self._newest = ()  # nothing of it is put back
@@ -83,24 +84,26 @@ class Intake:
         return found
 
     def more(self) -> Found | None:
-        """Lines that have come since; None where there are none. A manifest with a fault is told of, and left alone.
+        """Lines that have come since; None where there are none.
 
         A line counts from its line break on: until then somebody may be writing it.
 
         Raises:
-            Exception: whatever a store says that is away; :meth:`put_back` lets the next look see it all again.
+            ManifestError: as :meth:`first`; nothing of what is new is taken in, and the next look sees it all again.
+            Exception: whatever a store says that is away; likewise.
         """
         self._newest = ()
-        stamp = self._seen()
+        self._looked_at = stamp = self._seen()
         if stamp == self._stamp:
             return None
+        found = self._sorted(self._known)
         self._stamp = stamp
-        try:
-            found = self._sorted(self._known)
-        except ConfigError as error:
-            logger.warning("%s; nothing of what is new is taken in", error)
-            return None
         return found if found.left or found.done or found.failed else None
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether the manifest is another one than at the last look, whatever came of that."""
+        return self._seen() != self._looked_at
 
     def put_back(self) -> None:
         """Lets the next look find again what the last one found."""
@@ -132,10 +135,11 @@ class Intake:
                 check_unchanged(shot, self._tree, self._kinds)
 
         if self._manifest is not None:
-            self._tree.keep(self._name, self._as_taken(checked(self._manifest, check, growing)))
+            shots = self._as_taken(checked(self._manifest, check, growing))
+            self._tree.keep(self._name, shots, lambda id: id in there or id in self._known)
             yield from self._tree.shots_of(self._name)
             return
-        for shot in self._tree.shots():
+        for shot in self._tree.shots(past=self._only is not None):
             if self._only is None or shot.id in self._only:
                 check(shot)
                 yield shot
@@ -150,7 +154,8 @@ class Intake:
                 before = before or {one.id: one for one in self._tree.shots_of(self._name)}
                 shot = before.get(shot.id, shot)
             yield shot
-        if changed:
+        if changed and changed != self._changed:
+            self._changed = changed
             more = f" and {len(changed) - _TOLD} more" if len(changed) > _TOLD else ""
             said = "manifest=%s: id=%s%s: changed after it was taken in, and is rendered as it was; give it another id"
             logger.warning(said, self._manifest, ", ".join(changed[:_TOLD]), more)
@@ -210,41 +215,23 @@ def check_unchanged(shot: Shot, tree: Tree, kinds: Kinds) -> None:
         kinds: what is asked of it besides.
 
     Raises:
-        ConfigError: naming what it was made with; or its sidecar is none of this program's, or damaged.
+        ConfigError: naming what it was made with, or that it lacks latents or is gone; or its sidecar is none of this
+            program's, or damaged.
         CheckpointError: as :meth:`~pavdm_dist.farm.kinds.Kinds.asked`.
     """
     sidecar = tree.sidecar(shot.id)
     if sidecar is None:
         raise ConfigError(f"id={shot.id}: {tree.folder(shot.id)}/{SIDECAR} is none of this program's, or damaged")
-    other = _differences(sidecar, kinds.asked(shot))
+    made, asked = sidecar.get("identity"), kinds.asked(shot)
+    if not isinstance(made, Mapping) or not made:  # brought here: such a record has a few facts alone
+        made, asked = ({name: facts.get(name) for name in ("prompt", "seed")} for facts in (sidecar, asked))
+    other = difference(tree.output(shot.id), without_pixels(made), asked, kinds.kind_of(shot).config)
     if other:
-        raise ConfigError(
-            f"id={shot.id} is complete with {' and '.join(other)}; give what is changed another id, or remove"
-            f" {tree.folder(shot.id)}"
-        )
-
-
-def _differences(sidecar: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """What a complete video was made with and is asked for otherwise; names that its record lacks are not compared."""
-    made, now = sidecar.get("identity"), dict(asked)
-    if isinstance(made, Mapping) and made:
-        # Of what it begins with, the record has a checksum of the pixels, or no name at all.
-        was = {**made, **{name: None if made.get(name) is None else "given" for name in ("clip", "image")}}
-    else:
-        was = {name: sidecar.get(name) for name in ("prompt", "seed")}
-    sampling = was.pop("sampling", {}), now.pop("sampling", {})
-    if all(isinstance(part, Mapping) for part in sampling):
-        was, now = ({**one, **part} for one, part in zip((was, now), sampling, strict=True))
-    found = [f"{name}={_shown(was[name])}" for name, value in now.items() if name in was and was[name] != value]
-    return [*found[:_TOLD], *([f"{len(found) - _TOLD} more"] if len(found) > _TOLD else [])]
+        raise ConfigError(f"id={shot.id} {other}; give what is changed another id, or remove {tree.folder(shot.id)}")
 
 
 def _said(shot: Shot) -> bytes:
     return hashlib.sha256(shot.to_line().encode()).digest()[:8]
-
-
-def _shown(value: Any) -> str:
-    return repr(show(value)) if isinstance(value, str) else show(value)
 
 
 def _kept_as(manifest: str, tree: Tree) -> str:
@@ -257,7 +244,8 @@ def _kept_as(manifest: str, tree: Tree) -> str:
         ConfigError: the manifest, or a copy, cannot be read.
     """
     whole = manifest if is_remote(manifest) else os.path.realpath(manifest)
-    stem = f"{whole.rpartition('/')[2].rpartition('.')[0][:_STEM]}-{_digits(whole, 6)}"
+    # A file that begins with a dot is one that nobody looks for.
+    stem = f"{whole.rpartition('/')[2].rpartition('.')[0].lstrip('.')[:_STEM]}-{_digits(whole, 6)}"
     if is_remote(manifest):
         return f"{stem}.jsonl"
     own = PurePath(tree.manifest(f"{stem}-{_digits(processes.machine(), 4)}.jsonl")).name

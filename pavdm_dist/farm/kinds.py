@@ -7,11 +7,12 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from typing import Any
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.commands.origin import Origin, without_pixels
 from pavdm_dist.commands.resolve import engine_options, open_checkpoint, open_pipeline, sampling_params
 from pavdm_dist.commands.sample import check_clip, requests_of
 from pavdm_dist.commands.videos import Video, Videos
@@ -23,6 +24,8 @@ from pavdm_dist.farm.prompts import PROMPTS, later_prompts
 from pavdm_dist.farm.settings import FarmConfig, sample_settings
 from pavdm_dist.farm.shot import Shot, seed_of, size_of
 from pavdm_dist.io.encode import check_size, require_libx264
+from pavdm_dist.io.leftovers import settings_begun_with
+from pavdm_dist.io.parts import parts_folder
 from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import exists
 from pavdm_dist.pipeline import PAVDMPipeline
@@ -89,9 +92,8 @@ class Kinds:
             CheckpointError: a model without weights.
             ConfigError: a device that is not there, or a cut into stages that cannot be.
         """
-        pipeline = self.pipeline()
-        if pipeline.engine is not None:
-            pipeline.split(self.base.params)
+        if self._pipeline.engine is not None:
+            self._pipeline.split(self.base.params)
 
     def pipeline(self, trace: str | None = None) -> PAVDMPipeline:
         """A pipeline of its own for a renderer; loads nothing yet.
@@ -191,31 +193,17 @@ class Kinds:
         check_prompts(self._request(config, params), params, self.checkpoint)
 
     def asked(self, shot: Shot) -> dict[str, Any]:
-        """What a shot asks for, as the ``identity`` in a sidecar names it and as JSON would hold it.
-
-        All that its pictures follow from but what they are computed on and by, which may well change while a manifest
-        is rendered; and of a clip or a picture only whether there is one, as it would have to be decoded.
+        """The ``identity`` that the sidecar of a shot's video would have, but for clips and pictures, which would have
+        to be decoded: see :func:`~pavdm_dist.commands.origin.without_pixels`.
 
         Raises:
-            ConfigError: as :meth:`kind_of`.
+            ConfigError: as :meth:`kind_of`, or a device that is not there.
             CheckpointError: the weights cannot be read.
         """
         params, config = self.kind_of(shot).params, self.config_of(shot, "-")
-        request = self._request(config, params)
-        facts = {
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "prompt_schedule": request.prompt_schedule,
-            "seed": request.seed,
-            "num_frames": request.num_frames,
-            "include_input": config.include_input,
-            "sampling": dataclasses.asdict(params),
-            "weights": self.identity,
-            "clip": None if shot.video is None else "given",
-            "image": None if shot.image is None else "given",
-        }
-        found: dict[str, Any] = json.loads(json.dumps(facts))
-        return found
+        found = Origin(config, params, self._pipeline, self.identity).identity(self._request(config, params))
+        begins_with = {"clip": shot.video, "image": shot.image}
+        return without_pixels({**found, **{name: path for name, path in begins_with.items() if path is not None}})
 
     def prepare_texts(self, shots: Iterable[Shot]) -> None:
         """Encodes the texts of shots that no cache has yet, many at a time: a large encoder is loaded for each batch,
@@ -244,11 +232,28 @@ class Kinds:
         Raises:
             ConfigError: a clip, a picture or a prompt that cannot be used.
         """
-        config, params = self.config_of(shot, output), self.kind_of(shot).params
+        config, params = self.config_of(shot, output), self._params_begun_with(shot, output)
         check_clip(config, [output])
         (request,) = requests_of(config, [Output(config.prompt or "", config.seed, output)], params, self.checkpoint)
         video = Video(0, replace(request, params=params), output)
-        return Videos([video], config, params, pipeline, self.identity, overwrite=False)
+        advice = f"; it goes on where all is the same, and is begun anew once {parts_folder(output)} is removed"
+        return Videos([video], config, params, pipeline, self.identity, overwrite=False, advice=advice)
+
+    @cached_property
+    def _pipeline(self) -> PAVDMPipeline:
+        """One that never runs, to ask what videos are computed by."""
+        return self.pipeline()
+
+    def _params_begun_with(self, shot: Shot, output: str) -> SamplingParams:
+        """What is sampled of a shot, with the size of micro-batches that it was begun with where nobody has said it:
+        that follows from the number of stages, of videos in flight, and from GPUs."""
+        kind = self.kind_of(shot)
+        if kind.config.chunks_per_unit is not None or kind.params.mode == "window":
+            return kind.params
+        begun = settings_begun_with(output)
+        kept = begun.get("chunks_per_unit") or 1  # earlier versions kept no 1
+        whole = type(kept) is int and 1 <= kept <= kind.params.window_chunks
+        return replace(kind.params, chunks_per_unit=kept) if begun and whole else kind.params
 
     def _request(self, config: SampleConfig, params: SamplingParams) -> VideoRequest:
         """What is asked for in words."""

@@ -316,6 +316,8 @@ class Pool:
         """What becomes of a shot, the queue being as it then is; one that was begun too often has failed. And how often
         it was begun without getting further, this time included."""
         options, length = self._options, self._length(shot)
+        if ended.how == "unfit" and self._endless:  # no farm ends that could say so, nor does another one come
+            ended = replace(ended, how="failed", kind="input")
         with self._turn:
             running = self._running.pop(shot.id)
             entry, hand = running.entry, running.hand

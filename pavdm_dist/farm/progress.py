@@ -20,7 +20,8 @@ TELL_S = 10.0
 
 
 class FarmProgress:
-    """A bar on a terminal, else a log line every ten seconds; and the lines that OpenJD's schedulers read.
+    """A bar on a terminal, else a log line every ten seconds in which something came; and the lines that other farms'
+    schedulers read.
 
     Args:
         fps: frames per second of the shots, to count seconds of video.
@@ -47,7 +48,7 @@ class FarmProgress:
         self.total = self.before = 0
         self._fps, self._openjd, self._deadline, self._clock = fps, openjd, deadline, clock
         self._start = self._told = clock()
-        self._said = ""
+        self._said = (0, "")
         self._percent = -1.0
         self._bar: tqdm | None = None
         if stream is not None and stream.isatty():
@@ -73,8 +74,8 @@ class FarmProgress:
                 self._bar.set_postfix_str(text, refresh=True)
             except OSError:  # its terminal is closed; the shots go on
                 self._bar.disable, self._bar = True, None
-        elif self._clock() - self._told >= TELL_S and status != self._said:
-            self._told, self._said = self._clock(), status
+        elif self._clock() - self._told >= TELL_S and (done, status) != self._said:
+            self._told, self._said = self._clock(), (done, status)
             logger.info("%d/%d frames, %s", done, self.total, text)
         percent = round(100 * done / self.total, 1) if self.total else 0.0
         if percent == self._percent:

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pavdm_dist.commands.videos import Video, Videos
@@ -23,6 +23,7 @@ from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.traces import keep_shots, trace_path
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.method.stream import ResumePoint
+from pavdm_dist.redaction import hide_secrets
 from pavdm_dist.request.outputs import VideoChunk
 from pavdm_dist.request.video_request import VideoRequest
 
@@ -262,7 +263,7 @@ class Renderer:
                 self.pipeline.cancel(flight.number)
                 with of_shot(flight.shot.id):
                     flight.videos.abort()
-                self._end(flight, Ended("cancelled" if flight.cancelled else "saved"))
+                self._end(flight, Ended("cancelled") if flight.cancelled else _saved(flight))
         if self._draining and not self._flights:
             raise _Told
 
@@ -283,7 +284,7 @@ class Renderer:
         with self._turn:
             self._flights.pop(flight.number, None)
         self.pipeline.resyncs.pop(flight.number, None)  # a run of thousands of shots is one run of the pipeline
-        ended = Ended(ended.how, ended.kind, ended.error, flight.frames)
+        ended = replace(ended, frames=flight.frames)
         self._desk.ended(self, flight.shot, ended)
 
     def _leave_all(self, error: BaseException | None) -> None:
@@ -298,10 +299,15 @@ class Renderer:
                 for sentence in flight.videos.abort():
                     logger.info("%s", sentence)
             if told or self._stopping:
-                ended = Ended("saved", frames=flight.frames)
+                ended = replace(_saved(flight), frames=flight.frames)
             else:
                 ended = Ended("again", "lost", one_line(error), flight.frames)
             self._desk.ended(self, flight.shot, ended)
+
+
+def _saved(flight: _Flight) -> Ended:
+    """The end of a shot that was left where it was; on a full disk its newest state is not saved."""
+    return Ended("saved", "storage" if flight.video.unsaved else "", hide_secrets(flight.video.unsaved))
 
 
 class _Told(Exception):

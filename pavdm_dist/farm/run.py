@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -13,20 +12,20 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pavdm_dist.commands.origin import OtherMachineError
 from pavdm_dist.commands.signals import Stopped
 from pavdm_dist.errors import FailedVideosError, MediaError, PAVDMError
+from pavdm_dist.farm.failed import list_failed
 from pavdm_dist.farm.intake import Found, Intake
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.logs import ShotLog
-from pavdm_dist.farm.manifest import read_shots
 from pavdm_dist.farm.pool import Pool
 from pavdm_dist.farm.progress import FarmProgress
 from pavdm_dist.farm.settings import FarmConfig
-from pavdm_dist.farm.sizing import sized
+from pavdm_dist.farm.sizing import count_left, sized
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.io.metadata import versions
 from pavdm_dist.io.remote import is_remote
-from pavdm_dist.io.storage import atomic_write
 from pavdm_dist.redaction import hide_secrets
 from pavdm_dist.values.merging import to_dict
 
@@ -35,8 +34,6 @@ logger = logging.getLogger(__name__)
 # Between two looks at everything while nothing happens.
 TICK_S = 0.5
 _LONGEST_WAIT_S = 300.0
-# The report of a farm that was told to end before it knew what there is to do.
-_NOTHING = {"shots": None, "done": 0, "done_before": None, "failed": None, "cancelled": 0, "left": None, "frames": 0}
 
 
 def run_command(
@@ -56,24 +53,24 @@ def run_command(
         only: ids of failed shots of the folder, which are tried again; None = all that have not failed.
 
     Returns:
-        How many shots are done, were done before, were cancelled, and are left (by SIGTERM, or the marker ``drain``);
-        frames, seconds, frames per second, and the share of renderers' time that was lost between shots. What was not
-        known yet when SIGTERM came is None.
+        How many shots are done, were done before, were cancelled, and are left; frames, seconds, frames per second, and
+        the share of renderers' time that was lost between shots.
 
     Raises:
         FailedVideosError: some shots failed, now or in an earlier run; the others are complete, or left.
         ConfigError: bad input, before anything is written or taken from a cluster.
         MediaError: the folder cannot be written, before anything is taken from a cluster.
+        OtherMachineError: all that is left was begun by other versions, or on other devices, than there are here.
         EngineError: no renderer comes up; what is finished stays.
-        Stopped: a signal other than SIGTERM; all is saved.
+        Stopped: a signal, or the marker ``drain``, which is SIGTERM to all farms of a folder, came before all was over;
+            what is unfinished is saved.
     """
     tree, told = Tree(out), None
     tree.check_writable(traces=config.farm.trace)
     farm: _Farm | None = None
     try:
         if config.farm.plan:
-            asked = tree.shots() if manifest is None else (shot for _, shot in read_shots(manifest))
-            config = sized(config, sum(1 for _ in asked))
+            config = sized(config, count_left(manifest, tree, only))
         kinds = Kinds(config)
         kinds.check_engine()
         intake = Intake(manifest, tree, kinds, only)
@@ -93,22 +90,29 @@ def run_command(
             bar = progress(kinds.base.params.fps)
             farm = _Farm(Pool(kinds, tree, log=log), kinds, intake, bar, config.farm.poll_s)
             told = _rendered(farm, found)
-        _list_failed(tree)
+        list_failed(tree)
     except Stopped as stop:  # before anything was begun, or when all was over
         told = told or stop
     if farm is None:
         assert told is not None
-        if told.number != signal.SIGTERM:
-            raise told
-        return dict(_NOTHING)
+        raise Stopped(told.number, "nothing was begun, the same command begins") from told
     report = farm.report()
-    if told is not None and told.number != signal.SIGTERM:
-        raise Stopped(told.number, f"{report['left']} shots are left, the same command goes on") from told
-    if told is None and farm.failed:
+    left, unfit = report["left"], farm.pool.ends["unfit"]
+    drained = bool(farm.pool.ended_by) and not farm.pool.over_budget
+    if left and (told is not None or drained):
+        so_far = f" and {farm.failed} failed" if farm.failed else ""
+        number = signal.SIGTERM if told is None else told.number
+        raise Stopped(number, f"{left} shots are left{so_far}, the same command goes on") from told
+    others = f"{unfit} begun by other versions, or on other devices, than there are here (the log names them)"
+    if farm.failed:
         raise FailedVideosError(
-            f"{farm.failed} of {farm.asked} shots failed, {report['left'] or 'none'} are left: `pavdm farm status"
-            f" {out}` says why, `pavdm farm retry {out}` tries again",
+            f"{farm.failed} of {farm.asked} shots failed, {left or 'none'} are left{f', {others}' if unfit else ''}:"
+            f" `pavdm farm status {out}` says why, `pavdm farm retry {out}` tries again",
             farm.failed,
+        )
+    if unfit:
+        raise OtherMachineError(
+            f"out={out}: {left} of {farm.asked} shots are left, {others}; they go on where these are"
         )
     return report
 
@@ -155,7 +159,8 @@ class _Farm:
         self.pool, self.bar = pool, bar
         self._kinds, self._intake, self._poll_s = kinds, intake, poll_s
         self._wait_s = poll_s  # longer after looks that failed
-        self._started = self._looked = time.monotonic()
+        self._fault = ""  # of the last one
+        self._started = self._looked = self._tried = time.monotonic()
         self.asked = self.done_before = self.failed_before = self._given = 0
 
     @property
@@ -171,13 +176,17 @@ class _Farm:
     def look(self) -> bool:
         """Takes new lines in, every so often, and whenever all is done; whether there were some.
 
-        What is wrong with them, or away in this moment, ends none of the shots under way: all of it is tried again at
-        the next look. Where nothing is under way there is nothing to go on with, and it ends the farm, as at the start.
+        What is wrong with them, or away in this moment, ends none of the shots under way: all of it is tried again when
+        the manifest has changed, and after a while if it has not. Where nothing is under way there is nothing to go on
+        with, and it ends the farm, as at the start.
         """
-        now = time.monotonic()
-        if now - self._looked < self._wait_s and not self.pool.is_over:
+        now, is_last = time.monotonic(), self.pool.is_over
+        if self.pool.ended_by or (now - self._looked < self._poll_s and not is_last):
             return False
         self._looked = now
+        if now - self._tried < self._wait_s and not is_last and not (self._fault and self._intake.has_changed):
+            return False
+        self._tried = now
         found: Found | None = None
         with _looked_after(self.pool):  # to read a long manifest, or to load a large text encoder, takes minutes
             try:
@@ -194,10 +203,13 @@ class _Farm:
                 if self.pool.is_over:
                     raise error if isinstance(error, PAVDMError) else MediaError(said) from error
                 # A manifest of thousands is read anew each time, and a large text encoder started.
-                self._looked, self._wait_s = time.monotonic(), min(2 * self._wait_s, _LONGEST_WAIT_S)
-                logger.warning("%s; they are tried again in %.0f s", said, self._wait_s)
+                self._looked = self._tried = time.monotonic()
+                self._wait_s = min(2 * self._wait_s, _LONGEST_WAIT_S)
+                if said != self._fault:
+                    logger.warning("%s; they are tried again, the next time in %.0f s", said, self._wait_s)
+                self._fault = said
                 return False
-        self._wait_s = self._poll_s
+        self._wait_s, self._fault = self._poll_s, ""
         if found is None:
             return False
         self._queue(found)
@@ -222,6 +234,7 @@ class _Farm:
         words = [f"{self.done_before + ends['done']}/{self.asked} shots", f"{figures['running']:.0f} running"]
         words += [f"{self.failed} failed"] if self.failed else []
         words += [f"{ends['cancelled']} cancelled"] if ends["cancelled"] else []
+        words += [f"{ends['unfit']} for other machines"] if ends["unfit"] else []
         self.bar.show(self.pool.frames, self.pool.reached.frames, ", ".join(words))
 
     def report(self) -> dict[str, Any]:
@@ -291,27 +304,3 @@ def _logged(tree: Tree) -> Iterator[ShotLog]:
     finally:
         package.removeHandler(log)
         log.close()
-
-
-def _list_failed(tree: Tree) -> None:
-    """As :func:`write_failed`, where that can be: every failed shot has a record of its own, and all is done."""
-    try:
-        write_failed(tree)
-    except Exception as error:  # stores that are away have errors of kinds of their own
-        logger.warning("failed.jsonl, the list of failed shots, cannot be written: %s: %s", type(error).__name__, error)
-
-
-def write_failed(tree: Tree) -> int:
-    """Writes ``failed.jsonl``, a manifest of the failed shots; how many."""
-    found = {
-        id: tree.failure(id).shot
-        for id, names in sorted(tree.scan().items())
-        if "failed.json" in names and "video.json" not in names
-    }
-    damaged = {id for id, line in found.items() if line.get("id") != id}
-    if damaged:  # what was asked for is kept elsewhere, too
-        found |= {shot.id: json.loads(shot.to_line()) for shot in tree.shots() if shot.id in damaged}
-    lines = [json.dumps(line, ensure_ascii=False) for id, line in found.items() if line.get("id") == id]
-    with atomic_write(tree.path("failed.jsonl"), "w") as file:
-        file.writelines(f"{line}\n" for line in lines)
-    return len(lines)

@@ -19,7 +19,9 @@ _WORDS = {
     "aside": "another process has it",
     "cancelled": "cancelled",
     "saved": "saved, to go on later",
+    "unfit": "left to a machine that it fits",
 }
+_UNSAVED = "not saved, goes on later from its state before"
 _ELSEWHERE = {"done": "is complete already", "failed": "had failed"}
 
 
@@ -72,14 +74,16 @@ class Said:
         try:
             if ended.how != "aside":
                 said = f": {ended.error}" if ended.error else ""
-                level = logging.WARNING if ended.how in ("failed", "again") else logging.INFO
-                words = _ELSEWHERE if ended.kind == "elsewhere" else _WORDS
-                self._tell(level, renderer, shot, f"{words[ended.how]}{said}")
+                level = logging.WARNING if ended.how in ("failed", "again", "unfit") else logging.INFO
+                words = (_ELSEWHERE if ended.kind == "elsewhere" else _WORDS)[ended.how]
+                if ended.how == "saved" and ended.error:
+                    level, words = logging.ERROR, _UNSAVED
+                self._tell(level, renderer, shot, f"{words}{said}")
             self._log.ended(renderer, shot.id)
         finally:  # whatever happens to what is said of it: it is in no queue any more
             if ended.how == "failed" and ended.kind != "elsewhere":
                 self._fail(shot, ended, attempts)
-        if ended.how in ("done", "failed", "cancelled"):
+        if ended.how in ("done", "failed", "cancelled", "unfit"):
             self._log.forget(shot.id)
 
     def dropped(self, shot: Shot) -> None:

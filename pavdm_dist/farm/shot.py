@@ -27,7 +27,7 @@ class Shot:
 
     Attributes:
         id: its name, of letters, digits, ``.``, ``_`` and ``-``; also of its folder.
-        prompt: text of the first chunk.
+        prompt: text of the first chunk; empty where ``timed_prompts`` among the overrides has one for 0 s.
         negative_prompt: text of the unconditional branch.
         seed: None = a function of the id and the farm's ``seed``.
         num_frames, seconds: length, one of them; None = the farm's own.
@@ -40,7 +40,7 @@ class Shot:
     """
 
     id: str
-    prompt: str
+    prompt: str = ""
     negative_prompt: str | None = None
     seed: Annotated[int, Within(0, 2**63 - 1)] | None = None
     num_frames: Annotated[int, Within(0, _MOST_FRAMES, above=True)] | None = None
@@ -77,8 +77,9 @@ def make_shot(values: Mapping[str, Any], where: str) -> Shot:
     check_id(shot.id, where)
     if not is_writable(json.dumps(shot.overrides, ensure_ascii=False)):
         raise ConfigError(f"{where}: overrides={show(shot.overrides)}: is not text that a file can hold")
-    if not shot.prompt.strip() and not {"timed_prompts"} & set(shot.overrides):
-        raise ConfigError(f"{where}: prompt={show(shot.prompt)!r}: must be text")
+    if not shot.prompt.strip() and "timed_prompts" not in shot.overrides:
+        said = "prompt is missing; it" if values.get("prompt") is None else f"prompt={show(shot.prompt)!r}:"
+        raise ConfigError(f"{where}: {said} must be text, or timed_prompts among the overrides has one for 0s")
     if shot.num_frames is not None and shot.seconds is not None:
         raise ConfigError(f"{where}: num_frames={shot.num_frames} and seconds={shot.seconds:g}: give one of them")
     if shot.video is not None and shot.image is not None:

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import replace
 
 from pavdm_dist.commands.resolve import decoder_of_stages
 from pavdm_dist.config import frames_wanted
 from pavdm_dist.farm.kinds import Kinds
+from pavdm_dist.farm.manifest import read_shots
 from pavdm_dist.farm.settings import FarmConfig, validate_farm
+from pavdm_dist.farm.shot import Shot
+from pavdm_dist.farm.tree import CANCEL, FAILED, SIDECAR, SKIP, Tree
 from pavdm_dist.models.devices import DTYPES
 from pavdm_dist.planning.planner import choose
 from pavdm_dist.planning.setups import WORTH
 
 logger = logging.getLogger(__name__)
+
+
+def count_left(manifest: str | None, tree: Tree, only: Collection[str] | None = None) -> int:
+    """How many shots a run would render; checks nothing.
+
+    Args:
+        manifest, tree, only: as of :class:`~pavdm_dist.farm.intake.Intake`.
+
+    Raises:
+        ConfigError: the manifest, or one that the tree keeps, cannot be read.
+    """
+    if only is not None:
+        return len(only)
+    there, over = tree.scan(), {SIDECAR, FAILED, SKIP, CANCEL}
+    asked = tree.shots(past=False) if manifest is None else (shot for _, shot in read_shots(manifest))
+    return sum(isinstance(shot, Shot) and over.isdisjoint(there.get(shot.id, ())) for shot in asked)
 
 
 def sized(config: FarmConfig, shots: int) -> FarmConfig:

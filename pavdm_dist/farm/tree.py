@@ -1,7 +1,8 @@
 """The folder of a farm's outputs, which is its only record: what became of a shot follows from its files alone.
 
     farm.json               settings of the newest run, versions
-    manifests/NAME.jsonl    the shots that were asked for, one file a manifest
+    manifests/NAME.jsonl    the shots that were asked for, one file a manifest (:mod:`pavdm_dist.farm.asked`); in
+                            ``past/`` those that it has no more, though something of them is there
     shots/ID/video.mp4      with video.json, the sidecar, written last: sidecar there = shot complete
     shots/ID/video.mp4.parts/   of an unfinished one: segments, state, the lock of who renders it
     shots/ID/failed.json    why it failed; nobody begins it until that is removed (``pavdm farm retry``)
@@ -17,25 +18,25 @@ in one folder: a shot is theirs whose lock is in its parts.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pavdm_dist.errors import ConfigError, MediaError
-from pavdm_dist.farm.shot import Shot, make_shot
+from pavdm_dist.farm.asked import Asked
 from pavdm_dist.io import processes
 from pavdm_dist.io.local_disk import check_place
 from pavdm_dist.io.lockfile import Seen, read_lock
 from pavdm_dist.io.metadata import read_sidecar, sidecar_path
 from pavdm_dist.io.parts import LOCK_NAME, PARTS_SUFFIX, holds_work, parts_folder
 from pavdm_dist.io.remote import check_store, filesystem, is_remote
-from pavdm_dist.io.segments import PLAYLIST
+from pavdm_dist.io.segments import ENTRY, PLAYLIST
 from pavdm_dist.io.storage import atomic_write, exists, join, list_names, open_read, remove
 from pavdm_dist.values.fields import json_value, made
 
@@ -43,7 +44,9 @@ VIDEO, SIDECAR, FAILED = "video.mp4", "video.json", "failed.json"
 SKIP, CANCEL, DRAIN = "skip", "cancel", "drain"
 # Of frames, pixels or seconds in a sidecar, a number as large as this is damage.
 _MOST = 1e15
-_NAME = re.compile(r"[^A-Za-z0-9._-]+")
+_HEAD = "ffconcat version 1.0\n"  # of a playlist
+
+logger = logging.getLogger(__name__)
 
 Standing = Literal["queued", "running", "begun", "done", "failed", "skipped", "cancelled"]
 
@@ -87,8 +90,8 @@ class State:
     failure: Failure | None = None
 
 
-class Tree:
-    """Paths and states in a folder.
+class Tree(Asked):
+    """Paths, manifests and states in a folder.
 
     Args:
         root: local, or a path of fsspec's.
@@ -98,15 +101,9 @@ class Tree:
     """
 
     def __init__(self, root: str) -> None:
-        self.root = root.rstrip("/") or "/"
+        super().__init__(root)
         if not is_remote(root) and os.path.lexists(root) and not os.path.isdir(root):
             raise ConfigError(f"out={root}: is a file; name a folder")
-
-    def path(self, name: str) -> str:
-        return join(self.root, name)
-
-    def folder(self, id: str) -> str:
-        return f"{self.root}/shots/{id}"
 
     def output(self, id: str) -> str:
         """The mp4 that a shot becomes."""
@@ -133,63 +130,6 @@ class Tree:
         else:
             for name in ("farm.json", "manifests/~.jsonl", f"shots/~/{VIDEO}", *["traces/~.json"] * traces):
                 check_place(Path(self.path(name)), "out")
-
-    # --- what is asked for -----------------------------------------------------------------------------------
-
-    def manifest(self, name: str) -> str:
-        """Where the shots of a manifest of this name are kept."""
-        stem = name.rsplit("/", 1)[-1].rpartition(".")[0] or name
-        return self.path(f"manifests/{_NAME.sub('-', stem)}.jsonl")
-
-    def shots(self) -> Iterator[Shot]:
-        """All that was ever asked for, in the order of the manifests' names; of two with one id the first.
-
-        Raises:
-            ConfigError: a manifest is damaged.
-        """
-        known: set[str] = set()
-        for name in list_names(self.path("manifests")):
-            if not name.endswith(".jsonl") or name.startswith("."):
-                continue
-            for shot in self.shots_of(name):
-                if shot.id not in known:
-                    known.add(shot.id)
-                    yield shot
-
-    def shots_of(self, name: str) -> Iterator[Shot]:
-        """The shots of one manifest that is kept here. Raises as :meth:`shots`."""
-        path = self.manifest(name)
-        with open_read(path) as file:
-            for number, line in enumerate(file, 1):
-                where = f"{path} line {number}"
-                try:
-                    yield self._opened(make_shot(json_value(line), where))
-                except ValueError as error:
-                    raise ConfigError(f"{where}: {error}") from error
-
-    def keep(self, name: str, shots: Iterable[Shot]) -> int:
-        """Writes a manifest of this tree in one move, when all of them have come; how many there are.
-
-        Raises:
-            OSError: it cannot be written.
-            PAVDMError: what ``shots`` raises; then nothing is changed.
-        """
-        count = 0
-        with atomic_write(self.manifest(name), "w") as file:
-            for shot in shots:
-                file.write(self._closed(shot).to_line() + "\n")
-                count += 1
-        return count
-
-    def _closed(self, shot: Shot) -> Shot:
-        """A shot as it is kept: what lies in its own folder by its name alone, so that the tree may be moved."""
-        own = f"{self.folder(shot.id)}/"
-        return _begun_with(shot, lambda path: path.removeprefix(own))
-
-    def _opened(self, shot: Shot) -> Shot:
-        """A kept shot with the places of what it begins with."""
-        folder = self.folder(shot.id)
-        return _begun_with(shot, lambda path: path if is_remote(path) or os.path.isabs(path) else join(folder, path))
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Keeps what a run was given."""
@@ -280,14 +220,16 @@ class Tree:
         return found if is_whole else None
 
     def seconds_rendered(self, id: str) -> float:
-        """Seconds of an unfinished shot's video that are closed and playable."""
+        """Seconds of an unfinished shot's video that are closed and playable; 0 where its playlist is damaged."""
         path = join(parts_folder(self.output(id)), PLAYLIST)
         try:
             with open_read(path) as file:
-                lines = file.read().decode().splitlines()
+                return _seconds(file.read().decode("ascii"))
         except OSError:
             return 0.0
-        return sum(float(line.split()[1]) for line in lines if line.startswith("duration "))
+        except ValueError as error:
+            logger.warning("%s: is damaged (%s); what it lists counts as 0 s", path, error)
+            return 0.0
 
     # --- marks -------------------------------------------------------------------------------------------------
 
@@ -331,14 +273,20 @@ class Tree:
         return exists(self.path(DRAIN))
 
 
+def _seconds(playlist: str) -> float:
+    """Seconds of all segments that a playlist lists.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if ENTRY.sub("", playlist) != _HEAD:
+        raise ValueError("not what this program writes")
+    lengths = [float(entry[5]) for entry in ENTRY.finditer(playlist)]
+    if not all(_is_number(length) and length >= 0 for length in lengths):
+        raise ValueError("a length that is none")
+    return sum(lengths)
+
+
 def _is_number(value: Any) -> bool:
     """Whether it is one that a record may hold; NaN is none."""
     return type(value) in (int, float) and abs(value) < _MOST
-
-
-def _begun_with(shot: Shot, place: Callable[[str], str]) -> Shot:
-    """A shot whose clip or picture lies where ``place`` says."""
-    if shot.video is None and shot.image is None:
-        return shot
-    video, image = (None if path is None else place(path) for path in (shot.video, shot.image))
-    return replace(shot, video=video, image=image)

@@ -15,7 +15,8 @@ from pavdm_dist.io.lock import clear_locks
 from pavdm_dist.io.metadata import is_complete, sidecar_path
 from pavdm_dist.io.parts import LOCK_NAME, LOCK_NAMES, check_output, parts_folder
 from pavdm_dist.io.segments import SEGMENT_NAMES, SegmentWriter
-from pavdm_dist.io.state import STATE_NAMES, RecordingState, changes, read_state
+from pavdm_dist.io.state import STATE_NAMES, BegunOtherwiseError, RecordingState, changes, differing, read_state
+from pavdm_dist.values.merging import settings_of
 
 # The settings of the command that began a recording.
 SETTINGS = "settings.yaml"
@@ -82,26 +83,42 @@ def state_to_resume(output: str, identity: Mapping[str, Any], mend: bool = False
         mend: as of :func:`~pavdm_dist.io.state.read_state`.
 
     Raises:
-        ConfigError: the video is complete, or was begun otherwise or by another version, or there is no whole state.
+        BegunOtherwiseError: the video was begun otherwise, or by another version.
+        ConfigError: it is complete, or there is no whole state.
     """
     parts = parts_folder(output)
     if is_complete(output):
         raise ConfigError(f"output={output} is complete: its sidecar {sidecar_path(output)} exists; pass --overwrite")
     try:
         state = read_state(parts, mend)
-    except ConfigError as error:
-        raise ConfigError(f"output={output}: {error}") from error
+    except BegunOtherwiseError as error:
+        raise BegunOtherwiseError(f"output={output}: {error.begun}", error.advice, error.names) from error
     if state is None:
         if any(SEGMENT_NAMES.fullmatch(name) for name in storage.list_names(parts)):
             raise ConfigError(f"output={output}: {parts} holds no state to go on from; pass --overwrite to start anew")
         return None
     changed = changes(state.identity, identity)
     if changed:
-        raise ConfigError(
-            f"output={output}: {parts} was begun with {changed}; give the same to go on, or --overwrite; this video"
-            " alone is begun anew once that folder is removed"
+        raise BegunOtherwiseError(
+            f"output={output}: {parts} was begun with {changed}",
+            "; give the same to go on, or --overwrite; this video alone is begun anew once that folder is removed",
+            differing(state.identity, identity),
         )
     return state
+
+
+def settings_begun_with(output: str) -> Mapping[Any, Any]:
+    """The settings of the command that began an unfinished video; none where they cannot be read.
+
+    Args:
+        output: the mp4.
+    """
+    path = storage.join(parts_folder(output), SETTINGS)
+    try:
+        with storage.open_read(path) as file:
+            return settings_of(file.read(), path)
+    except (ConfigError, OSError):
+        return {}
 
 
 def holds(state: RecordingState, segments: SegmentWriter, latents: LatentsWriter | None) -> bool:

@@ -65,6 +65,7 @@ class Recording:
         warm: latents ``[C, n, h, w]`` to warm a decoder on first; None = only what comes before chunk 0.
         pending: by chunk, latents ``[C, c, h, w]`` to decode after that and to write again, before ``next_chunk``.
         complete: all chunks are there, and only :meth:`finish` is left.
+        unsaved: after :meth:`abort`, why the newest state could not be written; empty where it was.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Recording:
         self.output = output
         self.point, self.next_chunk, self.complete = state.point, state.next_chunk, state.complete
         self.warm, self.pending = state.warm, state.pending
+        self.unsaved = ""
         self._lock, self._segments, self._latents, self._clock = lock, segments, latents, clock
         self._facts = state.identity
         self._ledger = Ledger(state, segments.closed_chunks)
@@ -270,10 +272,10 @@ class Recording:
     def abort(self) -> str | None:
         """Leaves what was taken so far playable, with a state to go on from, and gives the output free.
 
-        Never raises for what cannot be written any more (a full disk).
+        Never raises for what cannot be written any more (a full disk); :attr:`unsaved` has it.
 
         Returns:
-            Where it is, as a sentence; None when there is nothing to play.
+            Where it is, as a sentence, and what of it is not saved; None when there is nothing to play.
         """
         try:
             if self._lock.lost:  # what is there is another's
@@ -290,15 +292,18 @@ class Recording:
         # Whatever an earlier save could not, this one may be able to: the disk has room again.
         with suppress(Exception):
             self._saver.wait()
-        with suppress(Exception):
+        try:
             if begun:
                 self._save()
                 self._saver.wait()
             else:
                 self._remove()
+        except Exception as error:
+            self.unsaved = str(error) if begun else ""
+        behind = f"; its newest state is not saved ({self.unsaved}), it goes on from one before" if self.unsaved else ""
         if left.playlist is None:
-            return f"{self.output} is begun, without a frame so far" if begun else None
-        return f"{left.num_frames} frames of {self.output} are playable in {left.playlist}"
+            return f"{self.output} is begun, without a frame so far{behind}" if begun else None
+        return f"{left.num_frames} frames of {self.output} are playable in {left.playlist}{behind}"
 
     def _check_lock(self) -> None:
         """What the lock says now, not what it said a moment ago: a thread may have stood still since."""

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -193,7 +193,21 @@ class Ledger:
         )
 
 
-class _OtherVersion(ConfigError):
+class BegunOtherwiseError(ConfigError):
+    """An unfinished video was begun with something else than it is to go on with.
+
+    Args:
+        begun: with what, in words.
+        advice: what a command can do about it, as the end of the sentence.
+        names: of the facts that differ, as :func:`differing` has them.
+    """
+
+    def __init__(self, begun: str, advice: str = "", names: Iterable[str] = ()) -> None:
+        super().__init__(f"{begun}{advice}")
+        self.begun, self.advice, self.names = begun, advice, frozenset(names)
+
+
+class _OtherVersion(BegunOtherwiseError):
     """A state that another version of this program has written."""
 
 
@@ -283,19 +297,22 @@ def read_state(folder: str | Path, mend: bool = False) -> RecordingState | None:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two identities, in words; empty when nothing does.
+    """What differs between two identities, in words; empty when nothing does."""
+    old, new, changed = _flat(before), _flat(now), differing(before, now)
+    words = [f"{name}={_show(old, name)} (now {_show(new, name)})" for name in changed[:5]]
+    return ", ".join(words) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of the facts in which two identities differ; those of nested ones are dotted.
 
     A fact that one of them lacks is a difference, but for those that came later: where it was computed, and versions
     of what not every video needs.
     """
     old, new = _flat(before), _flat(now)
-    if old.get("preview_decoder") not in (None, "rgb"):  # earlier versions kept its path
-        old["preview_decoder"] = PREVIEW_FILE
     lacking = {name for name in {**old, **new} if name not in old or name not in new}
     compared = [name for name in {**old, **new} if name not in lacking & _WHERE_BOTH_HAVE]
-    changed = [name for name in compared if name in lacking or old[name] != new[name]]
-    words = [f"{name}={_show(old, name)} (now {_show(new, name)})" for name in changed[:5]]
-    return ", ".join(words) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+    return [name for name in compared if name in lacking or old[name] != new[name]]
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -306,6 +323,8 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             flat |= _flat(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    if not prefix and flat.get("preview_decoder") not in (None, "rgb"):  # earlier versions kept its path
+        flat["preview_decoder"] = PREVIEW_FILE
     return flat
 
 
@@ -352,7 +371,9 @@ def _check_version(facts: Any, path: str) -> None:
         writer = f"pavdm_dist {show(by)}" if isinstance(by, str) else "another pavdm_dist"
         raise _OtherVersion(
             f"{path} is a state of version {version}, written by {writer}; this one goes on with versions"
-            f" {_PLAIN} and {_WITH_CLEAN}: take the one that wrote it, or pass --overwrite to start anew"
+            f" {_PLAIN} and {_WITH_CLEAN}",
+            ": take the one that wrote it, or pass --overwrite to start anew",
+            ["versions.pavdm_dist"],
         )
 
 
