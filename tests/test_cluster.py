@@ -404,3 +404,11 @@ def test_a_node_that_goes_with_the_driver_on_it_is_a_sentence_and_costs_no_frame
     assert cli.main(["sample", *words[:-1], f"output={whole}"]) == 0
     assert read_sidecar(output)["latents_sha256"] == read_sidecar(whole)["latents_sha256"]
     assert len(read_clip(str(output))) == 6005
+
+
+def test_the_thread_that_started_ray_ends_where_somebody_else_has_shut_it_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    session, another = joining._Session(), joining._Session()
+    session.members, another.members = 1, 1
+    monkeypatch.setattr(joining, "_session", another)
+    joining.Membership(session).leave()
+    assert session.over.is_set() and joining._session is another and not another.over.is_set()

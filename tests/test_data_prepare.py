@@ -377,6 +377,14 @@ def test_a_damaged_index_is_made_again(
     prepare_command(again)
     assert contents(tmp_path / "set") == contents(plain[0])
     assert shards and shards == {path: path.stat().st_ino for path in (tmp_path / "set").glob("*.safetensors")}
+    # One that cannot be read for a moment is there all the same.
+    whole = (tmp_path / "set" / "index.json").read_bytes()
+    (tmp_path / "set" / "index.json").unlink()
+    (tmp_path / "set" / "index.json").mkdir()
+    with pytest.raises(MediaError, match=r"Is a directory: .*; run again to go on"):
+        prepare_command(again)
+    (tmp_path / "set" / "index.json").rmdir()
+    (tmp_path / "set" / "index.json").write_bytes(whole)
     # Where the videos do not give what the shards hold, these would be clips of other names.
     listed = tmp_path / "set" / "clips-0.jsonl"
     listed.write_text(before := "".join(listed.read_text().splitlines(keepends=True)[1:]))

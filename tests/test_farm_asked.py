@@ -16,6 +16,7 @@ from pavdm_dist.errors import FailedVideosError
 from pavdm_dist.farm.forecast import dry_run
 from pavdm_dist.farm.manifest import ManifestError, checked
 from pavdm_dist.farm.pool import Pool
+from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.sizing import count_left
 from pavdm_dist.farm.status import failed_shots, status_report
 from pavdm_dist.farm.tree import Failure, Tree
@@ -96,10 +97,23 @@ def test_a_manifest_whose_name_begins_with_a_dot_is_kept_as_any_other(model: Pat
     manifest = write_manifest(tmp_path / ".hidden.jsonl", some_shots(1))
     assert run_farm(farm_config(model), manifest, out)["done"] == 1
     assert status_report(str(out))["done"] == 1 and not list(out.glob("manifests/.*"))
-    # As earlier versions have kept it.
+    # What other programs keep beside files.
     (kept,) = out.glob("manifests/*.jsonl")
-    kept.rename(kept.with_name(f".{kept.name}"))
+    kept.with_name(f"._{kept.name}").write_bytes(b"\0\5\26\7Mac OS X")
     assert [shot.id for shot in Tree(str(out)).shots()] == ["shot-000"]
+
+
+def test_shots_that_are_in_the_manifest_again_are_none_of_the_past(tmp_path: Path) -> None:
+    """A look may come while an editor writes it anew."""
+    tree, shots = Tree(str(tmp_path)), [Shot(id=f"s{i}", prompt="a red three") for i in range(5)]
+    queued = {shot.id for shot in shots}.__contains__
+    for some in (shots, shots[:2], shots, shots[:3]):
+        tree.keep("m.jsonl", some, queued)
+    assert [shot.id for shot in tree.shots()] == ["s0", "s1", "s2", "s3", "s4"]
+    assert [shot.id for shot in tree.shots(past=False)] == ["s0", "s1", "s2"]
+    # Of those that were withdrawn a later farm finds nothing, but for s4.
+    tree.keep("m.jsonl", shots[:3], "s4".__eq__)
+    assert [shot.id for shot in tree.shots()] == ["s0", "s1", "s2", "s4"]
 
 
 def test_a_damaged_playlist_is_told_of_and_ends_nothing(

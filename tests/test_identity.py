@@ -19,7 +19,7 @@ from pavdm_dist.commands.sample import check_videos
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.metadata import read_sidecar, sidecar_path, versions
-from pavdm_dist.io.state import read_state, write_state
+from pavdm_dist.io.state import changes, read_state, write_state
 
 LATER = ("device", "decoder_device", "decoder_threads")
 
@@ -171,3 +171,11 @@ def _forget_what_came_later(output: Path) -> None:
     before["versions"] = {name: value for name, value in before["versions"].items() if name != "diffusers"}
     vars(state)["identity"] = before
     write_state(parts, state)
+
+
+def test_a_rate_that_was_kept_as_it_was_written_is_the_one_that_files_have() -> None:
+    def facts(fps: float) -> dict[str, object]:
+        return {"fps": fps, "sampling": {"fps": fps, "mode": "window"}}
+
+    assert not changes(facts(29.97), facts(30000 / 1001)) and not changes(facts(23.98), facts(23.976))
+    assert changes(facts(24), facts(25)) == "fps=24.0 (now 25.0), sampling.fps=24.0 (now 25.0)"

@@ -88,11 +88,13 @@ def test_atomic_write_to_a_store() -> None:
 
 
 def test_outputs_are_in_stores_whose_files_are_whole_or_not_there() -> None:
-    for path in ("s3://bucket/a.mp4", "gs://bucket/a.mp4", "abfss://a@b/c.mp4", "memory://a.mp4"):
+    for path in ("s3://bucket/a.mp4", "oci://a@b/c.mp4", "gs://bucket/a.mp4", "abfss://a@b/c.mp4", "memory://a.mp4"):
         check_store(path, "output")
     with pytest.raises(ConfigError, match=r"out=file:///a/b: is on a disk of this machine; .* out=/a/b$"):
         Tree("file:///a/b").check_writable(False)
-    for path in ("ftp://host/a", "smb://host/a", "simplecache::s3://bucket/a", "https://host/a"):
+    with pytest.raises(ConfigError, match="output=simplecache::s3://bucket/a: is a chain of stores"):
+        check_output("simplecache::s3://bucket/a")
+    for path in ("ftp://host/a", "smb://host/a", "https://host/a"):
         with pytest.raises(ConfigError, match="files would appear before they are whole; name an object store"):
             check_output(path)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import types
 from collections.abc import Iterator
 from itertools import islice
 
@@ -17,6 +19,8 @@ from pavdm_dist.engine.inline import InlineEngine
 from pavdm_dist.engine.runs import Run, Switch
 from pavdm_dist.errors import ConfigError, VideoError
 from pavdm_dist.method.stream import NewPrompt, Stream
+from pavdm_dist.request import running
+from pavdm_dist.request.running import Running
 
 
 class Held:
@@ -165,3 +169,30 @@ def test_in_this_process_a_later_run_ends_an_earlier_one_and_is_not_touched_by_i
     with pytest.raises(ConfigError, match="ended by a later one"):
         next(third)
     assert engine.at_work(0) is None
+
+
+def test_a_prompt_may_come_while_its_video_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, told = Running(None, None), list[int]()  # type: ignore[arg-type]
+    request = types.SimpleNamespace(params=None)
+    plan = types.SimpleNamespace(num_chunks=None)
+
+    def asks(*_: object) -> None:
+        run.set_prompt(0, 0, "a blue seven")
+        told.append(0)
+
+    monkeypatch.setattr(running, "encoded", lambda *_: None)
+    monkeypatch.setattr(running, "plan_of", lambda *_: plan)
+    monkeypatch.setattr(running, "frames_left", asks)
+    assert run._begins(0, request, None) and told  # type: ignore[arg-type]
+    (new,) = run._asked.take_prompts(0)
+    assert new.prompt == "a blue seven"
+
+
+def test_a_run_is_ended_by_a_thread_that_holds_the_engines_lock() -> None:
+    """A finaliser runs anywhere; whoever asks something holds the run's lock and waits for the engine's."""
+    run = Running(None, None)  # type: ignore[arg-type]
+    with run._lock:
+        ending = threading.Thread(target=run.end, daemon=True)
+        ending.start()
+        ending.join(10)
+        assert not ending.is_alive() and run.is_over

@@ -211,3 +211,28 @@ def test_a_folder_that_is_away_for_a_while_ends_no_stream(tmp_path: Path, monkey
         return b"".join([data async for data in Live().stream(str(output), is_over)])
 
     assert len(_packets(io.BytesIO(asyncio.run(asyncio.wait_for(watch(), 30))))) == 2
+
+
+def test_a_slow_viewer_gets_the_rest_though_a_later_one_has_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOOK_S", 0.01)
+    output, over = tmp_path / "video.mp4", False
+    writer = SegmentWriter(output, 24, 32, 48, chunks_per_segment=1)
+    writer.write_chunk(0, np.zeros((2, 32, 48, 3), np.uint8))
+
+    async def watch() -> tuple[bytes, bytes]:
+        nonlocal over
+        live = Live()
+        slow = live.stream(str(output), lambda: over)
+        seen = await anext(slow)
+        writer.write_chunk(1, np.zeros((2, 32, 48, 3), np.uint8))
+        writer.finish()
+        over = True
+        while not all(video.over for video in live._videos.values()):
+            await asyncio.sleep(0.01)
+        quick = b"".join([data async for data in live.stream(str(output), lambda: over)])
+        return seen + b"".join([data async for data in slow]), quick
+
+    slow, quick = asyncio.run(asyncio.wait_for(watch(), 30))
+    assert _packets(io.BytesIO(slow)) == _packets(io.BytesIO(quick)) and len(_packets(io.BytesIO(slow))) == 4

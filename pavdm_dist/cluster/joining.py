@@ -54,12 +54,14 @@ class Membership:
             if session is None:
                 return
             session.members -= 1
-            if session.members == 0 and session is _session:
-                _session = None
-                try:
+            if session.members:
+                return
+            try:
+                if session is _session:  # else somebody has shut it down by himself, and another one was made since
+                    _session = None
                     ray.shutdown()
-                finally:
-                    session.over.set()
+            finally:
+                session.over.set()
 
 
 def connect(address: str | None, log_to_driver: bool = False) -> Membership:

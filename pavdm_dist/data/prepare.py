@@ -344,6 +344,8 @@ def _read_complete(output: Path) -> dict[str, Any] | None:
     try:
         return read_index(output)
     except ConfigError as error:
+        if isinstance(error.__cause__, OSError):  # a share that is away has it nevertheless
+            raise error.__cause__ from error
         logger.warning("%s; all videos are looked at again", error)
         return None
 

@@ -81,7 +81,8 @@ class EngineOptions:
         stall_factor: a video that gives no chunk for so many times the median of its own earlier ones is reported,
         stall_floor_s: but not before so many seconds.
         stall_limit_s: after so many it is ended by name, and the others go on; must exceed the time to its first shift.
-            Time in which the consumer takes nothing, or a gang is made anew, does not count.
+            Time in which the consumer takes nothing, or a gang is made anew, does not count. This wait, as all others,
+            is a finite number of seconds, 1,000,000 (11 days) at most.
         backlog_bytes: of frames and resume points that wait for the decoder or the consumer, before the stages get no
             more work. Keys and values are counted once, with the point that they came with.
         ray_address: cluster to join; None = the one this process is in, else a local one is started.

@@ -55,7 +55,7 @@ class Asked:
         known: set[str] = set()
         for folder in (_FOLDER, _PAST)[: 1 + past]:
             for name in list_names(self.path(folder)):
-                if not name.endswith(".jsonl"):  # what is still being written ends otherwise
+                if name.startswith(".") or not name.endswith(".jsonl"):  # still being written, or of some other program
                     continue
                 for shot in self._read(self.path(f"{folder}/{name}")):
                     if shot.id not in known:
@@ -96,14 +96,18 @@ class Asked:
         try:
             before = self._read(now) if exists(now) else ()
             lost = {shot.id: shot for shot in before if shot.id not in ids and is_there(shot.id)}
-            if not lost:
-                return
             kept = {shot.id: shot for shot in self._read(past)} if exists(past) else {}
         except ConfigError as error:
             logger.warning("%s; what it alone asks for is forgotten", error)
             return
+        # Those that are back are none of the past, nor are those of which nothing was ever made.
+        still = {id: shot for id, shot in kept.items() if id not in ids and is_there(id)}
+        if not lost and len(still) == len(kept):
+            return
         with atomic_write(past, "w") as file:
-            file.writelines(self._closed(shot).to_line() + "\n" for shot in (kept | lost).values())
+            file.writelines(self._closed(shot).to_line() + "\n" for shot in (still | lost).values())
+        if not lost:
+            return
         named = ", ".join(list(lost)[:_TOLD]) + (f" and {len(lost) - _TOLD} more" if len(lost) > _TOLD else "")
         said = "%s: %d shots of before are no longer in the manifest, and stay in status and report as they are: %s"
         logger.warning(said, now, len(lost), named)

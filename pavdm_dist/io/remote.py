@@ -9,7 +9,10 @@ from typing import Any
 from pavdm_dist.errors import ConfigError
 
 # Where folders need not be made, and a file is there when its upload is complete and not before.
-_OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "memory")
+_OBJECT_STORES = (
+    "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "wasb", "wasbs", "oss", "oci", "ocilake", "tos", "tosfs",
+    "hf", "lakefs", "memory",
+)  # fmt: skip
 
 
 def is_remote(path: str | Path) -> bool:
@@ -30,11 +33,13 @@ def check_store(path: str | Path, field: str) -> None:
     kind, _, inside = str(path).partition("://")
     if kind.lower() in ("file", "local"):
         raise ConfigError(f"{field}={path}: is on a disk of this machine; write it as a path, {field}={inside}")
+    if "::" in kind:
+        raise ConfigError(f"{field}={path}: is a chain of stores; name the one that files are to be in, and it alone")
     if kind.lower() not in _OBJECT_STORES:
-        stores = ", ".join(f"{name}://" for name in _OBJECT_STORES if name != "memory")
+        stores = ", ".join(f"{name}://" for name in ("s3", "gs", "az", "oss", "oci"))
         raise ConfigError(
-            f"{field}={path}: in {kind}:// files would appear before they are whole; name an object store ({stores})"
-            " or a path (of what is mounted)"
+            f"{field}={path}: in {kind}:// files would appear before they are whole; name an object store"
+            f" ({stores}, ...), or a path (of what is mounted)"
         )
 
 

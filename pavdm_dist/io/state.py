@@ -11,6 +11,7 @@ import logging
 import re
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -24,6 +25,7 @@ from pavdm_dist.errors import ConfigError
 from pavdm_dist.io import storage
 from pavdm_dist.io.latents import LatentsHash
 from pavdm_dist.values.fields import Within, json_value, made, show
+from pavdm_dist.values.rates import as_rate
 
 STATE, PREVIOUS = "state.safetensors", "state.previous.safetensors"
 STATE_NAMES = re.compile(rf"{re.escape(STATE)}|{re.escape(PREVIOUS)}")
@@ -325,6 +327,9 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
     if not prefix and flat.get("preview_decoder") not in (None, "rgb"):  # earlier versions kept its path
         flat["preview_decoder"] = PREVIEW_FILE
+    for name in () if prefix else ("fps", "sampling.fps"):  # they kept 29.97, too, where files have 30000/1001
+        with suppress(ConfigError, TypeError, KeyError):
+            flat[name] = float(as_rate(flat[name]))
     return flat
 
 

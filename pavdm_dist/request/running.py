@@ -62,7 +62,7 @@ class Running:
         self._begun = 0  # so many numbers have had their turn
         self._asked = Asked()  # of videos that no engine has got yet
         self._engine: RayEngine | InlineEngine | None = None
-        self._lock = threading.RLock()  # a finaliser may end a run meanwhile
+        self._lock = threading.RLock()
         self.is_over = False
 
     def streams(self, requests: Iterable[VideoRequest], engine: RayEngine | InlineEngine) -> Iterator[Stream | Failed]:
@@ -88,13 +88,20 @@ class Running:
     def _begins(self, number: int, request: VideoRequest, params: SamplingParams) -> bool:
         """A video's turn; False where it was cancelled before."""
         with self._lock:
-            self._begun = number + 1
             if self._asked.is_cancelled(number):
+                self._begun = number + 1
                 self._asked.ends(number)
                 return False
+        under_way = None
+        try:
             left = frames_left(request, params, self._checkpoint)
-            self._videos[number] = _UnderWay(plan_of(request, params, self._checkpoint), params, left)
-            return True
+            under_way = _UnderWay(plan_of(request, params, self._checkpoint), params, left)
+        finally:
+            with self._lock:
+                self._begun = number + 1
+                if under_way is not None:
+                    self._videos[number] = under_way
+        return True
 
     def _hands_over(self, number: int) -> bool:
         """Tells the engine what was asked of a video that it gets next; False where it was cancelled while it was
@@ -109,6 +116,8 @@ class Running:
                     self._tell.stop(number)
                 for new in self._asked.take_prompts(number):
                     self._tell.set_prompt(number, new)
+            if not is_wanted:
+                self._videos.pop(number, None)
             self._asked.ends(number)
             return is_wanted
 
@@ -159,9 +168,11 @@ class Running:
                 self._asked.set_prompt(video, new)
 
     def end(self) -> None:
-        """Nothing that is asked of its videos reaches an engine any more: it is another run's now, or over."""
-        with self._lock:
-            self.is_over = True
+        """Nothing that is asked of its videos reaches an engine any more: it is another run's now, or over.
+
+        Without the lock: a finaliser may do it in a thread that holds the engine's, which comes second everywhere else.
+        """
+        self.is_over = True
 
     def _has_engine(self, video: int) -> bool:
         return not self.is_over and video in self._videos and self._videos[video].is_handed_over
@@ -188,8 +199,9 @@ class Running:
         return VideoChunk(finished.stream, clean.index, frames, clean.latents, finished.last, finished.resume)
 
     def _new_prompt(self, video: int, from_chunk: int, text: str) -> NewPrompt:
-        under_way = self._videos.get(video)
-        if under_way is None and video < self._begun:
+        with self._lock:
+            under_way, is_over = self._videos.get(video), video < self._begun
+        if under_way is None and is_over:
             raise ConfigError(f"video={video}: is over")
         plan = None if under_way is None else under_way.plan
         if plan is not None and plan.num_chunks is not None and from_chunk >= plan.num_born:

@@ -92,7 +92,7 @@ class FrontDesk(Listener):
             OSError: the folder cannot be written.
         """
         there, unfinished = self.tree.scan(), list[Shot]()
-        known = {shot.id: shot for shot in self.tree.shots()}
+        known = {shot.id: shot for shot in self.tree.shots(past=False)}
         self._removals.finish(there, known)
         for shot in known.values():
             if CANCEL in there.get(shot.id, ()):

@@ -81,7 +81,7 @@ class Live:
             video.viewers -= 1
             if not video.viewers:
                 video.leave()
-                if self._videos[output] is video:
+                if self._videos.get(output) is video:  # those who came when it was over have another
                     del self._videos[output]
 
 
