@@ -117,7 +117,7 @@ def test_the_model_is_called_once_per_row_and_branch(plan: WindowPlan, scale: fl
         return torch.zeros_like(x)
 
     window = Window(plan, NoiseSchedule(plan.num_inference_steps), CountedNoise(plan), given_latents(plan))
-    chunks = sample(window, counted, scale, callback=lambda row, window: rows.append((row, window.row)))
+    chunks = sample(window, counted, scale, callback=lambda row, window, _: rows.append((row, window.row)))
     for chunk in chunks:
         # A chunk is handed over at once: after T calls from noise, after S from a clip, then one every S.
         assert len(calls) == num_branches(scale) * (plan.first_chunk_after_calls + chunk.index * plan.steps_per_shift)
@@ -277,7 +277,7 @@ def test_a_run_resumed_at_any_row_is_the_uninterrupted_run(plan: WindowPlan, dat
     stop = data.draw(st.integers(1, plan.num_rows), label="stopped after this many rows")
     snapshots: list[WindowSnapshot] = []
 
-    def save(row: PlanRow, window: Window) -> None:
+    def save(row: PlanRow, window: Window, _: object) -> None:
         if window.row == stop:
             snapshots.append(window.snapshot())
 
@@ -296,7 +296,7 @@ def test_the_backbone_resumes_bit_for_bit_at_every_row(changes: dict) -> None:
     snapshots: list[WindowSnapshot] = []
     denoise = ModelDenoiser(model, stream)
 
-    def save(row: PlanRow, window: Window) -> None:
+    def save(row: PlanRow, window: Window, _: object) -> None:
         snapshots.append(window.snapshot())
 
     run = sample(stream.window(), denoise, stream.guidance_scale, save)
