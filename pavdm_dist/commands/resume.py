@@ -12,11 +12,11 @@ from pavdm_dist.commands.sample import render_command
 from pavdm_dist.commands.videos import WantedVideo
 from pavdm_dist.config import SampleConfig, validate_sample
 from pavdm_dist.errors import ConfigError, FailedVideosError, PAVDMError
-from pavdm_dist.io.leftovers import SETTINGS
+from pavdm_dist.io.leftovers import SETTINGS, settings_begun_with
 from pavdm_dist.io.metadata import is_complete
 from pavdm_dist.io.parts import LOCK_NAME, PARTS_SUFFIX
-from pavdm_dist.io.storage import exists, join, list_names, open_read
-from pavdm_dist.values.merging import load_config, merged, settings_of
+from pavdm_dist.io.storage import join, list_names
+from pavdm_dist.values.merging import load_config, merged
 
 logger = logging.getLogger(__name__)
 
@@ -79,21 +79,12 @@ def _config_of(parts: str, overrides: Sequence[str], needs_prompt: bool) -> Samp
     """What a video was begun with; None where none was begun: no folder, or one that only says who was about to."""
     if not set(list_names(parts)) - {LOCK_NAME}:
         return None
-    settings = join(parts, SETTINGS)
-    again = "give the command that began the video"
-    if not exists(settings):
-        raise ConfigError(f"has no {SETTINGS}; {again}")
+    output = parts.removesuffix(PARTS_SUFFIX)
     try:
-        with open_read(settings) as file:
-            values = settings_of(file.read(), SETTINGS)
-    except OSError as error:
-        raise ConfigError(f"{SETTINGS}: not readable ({error.strerror or error}); {again}") from error
+        values = settings_begun_with(output)
     except ConfigError as error:
-        raise ConfigError(f"{error}; {again}") from error
-    if not values:
-        raise ConfigError(f"{SETTINGS}: is empty; {again}")
-    output = f"output={parts.removesuffix(PARTS_SUFFIX)}"
-    config = merged(SampleConfig, values, SETTINGS, [*overrides, output])
+        raise ConfigError(f"{error}; give the command that began the video") from error
+    config = merged(SampleConfig, values, SETTINGS, [*overrides, f"output={output}"])
     validate_sample(config, needs_prompt=needs_prompt)
     return config
 

@@ -250,10 +250,12 @@ class Kinds:
         kind = self.kind_of(shot)
         if kind.config.chunks_per_unit is not None or kind.params.mode == "window":
             return kind.params
-        begun = settings_begun_with(output)
-        kept = begun.get("chunks_per_unit") or 1  # earlier versions kept no 1
+        try:
+            kept = settings_begun_with(output).get("chunks_per_unit") or 1  # earlier versions kept no 1
+        except ConfigError:  # what else it was begun with is refused by name, or is the same
+            return kind.params
         whole = type(kept) is int and 1 <= kept <= kind.params.window_chunks
-        return replace(kind.params, chunks_per_unit=kept) if begun and whole else kind.params
+        return replace(kind.params, chunks_per_unit=kept) if whole else kind.params
 
     def _request(self, config: SampleConfig, params: SamplingParams) -> VideoRequest:
         """What is asked for in words."""

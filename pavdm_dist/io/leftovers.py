@@ -108,17 +108,25 @@ def state_to_resume(output: str, identity: Mapping[str, Any], mend: bool = False
 
 
 def settings_begun_with(output: str) -> Mapping[Any, Any]:
-    """The settings of the command that began an unfinished video; none where they cannot be read.
+    """The settings of the command that began an unfinished video, never none.
 
     Args:
         output: the mp4.
+
+    Raises:
+        ConfigError: there are none, or they cannot be read.
     """
     path = storage.join(parts_folder(output), SETTINGS)
     try:
+        if not storage.exists(path):
+            raise ConfigError(f"has no {SETTINGS}")
         with storage.open_read(path) as file:
-            return settings_of(file.read(), path)
-    except (ConfigError, OSError):
-        return {}
+            values = settings_of(file.read(), SETTINGS)
+    except OSError as error:
+        raise ConfigError(f"{SETTINGS}: not readable ({error.strerror or error})") from error
+    if not values:
+        raise ConfigError(f"{SETTINGS}: is empty")
+    return values
 
 
 def holds(state: RecordingState, segments: SegmentWriter, latents: LatentsWriter | None) -> bool:
