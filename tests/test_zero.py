@@ -305,6 +305,11 @@ OWN = ["optimizer.name=deepspeed", "optimizer.weight_decay=0", "zero.stage=1"]
         (["deepspeed.zero_optimization.overlap_comm=maybe"], r"^deepspeed\.zero_optimization\.overlap_comm=maybe: "),
         (["deepspeed.zero_optimization.foo=3"], r"^deepspeed\.zero_optimization\.foo=3: .* not permitted$"),
         (["deepspeed.flops_profiler={enabled: perhaps}"], r"^deepspeed\.flops_profiler\.enabled=perhaps: "),
+        (["deepspeed.compression_training={a: 1}"], r"^deepspeed\.compression_training\.a=1: DeepSpeed .* removed"),
+        (
+            ["deepspeed.zero_optimization.mics_shard_size=2"],
+            r"^deepspeed\.zero_optimization\.mics_shard_size=2: .*removed",
+        ),
         ([*OWN, "deepspeed.optimizer.type=Adamm"], r"^deepspeed\.optimizer\.type=Adamm: .*Adamm is not a supported"),
         ([*OWN, "deepspeed.optimizer={type: Adam, params: {foo: 3}}"], r"^deepspeed\.optimizer\.params\.foo=3: "),
         (
@@ -318,6 +323,18 @@ def test_what_deepspeed_does_not_take_is_a_sentence(settings: list[str], message
     with pytest.raises(ConfigError, match=message) as raised:
         start(load_config(TrainConfig, None, [*SETTINGS, f"run_dir={tmp_path / 'run'}", *settings]), clips)
     assert "\n" not in str(raised.value) and raised.value.__cause__ is not None
+
+
+def test_names_that_deepspeed_does_not_know_are_refused_with_the_nearest_and_no_others(tmp_path: Path) -> None:
+    clips = LatentClips(write_clips(tmp_path / "clips", 4))
+    unknown = ["deepspeed.wal_clock_breakdown=true"]
+    known = ["activation_checkpointing", "aio", "autotuning", "checkpoint", "comms_logger"]
+    known += ["csv_monitor", "data_efficiency", "flops_profiler", "tensorboard", "wandb"]
+    settings = [*SETTINGS, f"run_dir={tmp_path / 'run'}", *(f"deepspeed.{name}={{}}" for name in known)]
+    said = r"^deepspeed\.wal_clock_breakdown=True: DeepSpeed has no setting of .* did you mean wall_clock_breakdown\?$"
+    with pytest.raises(ConfigError, match=said):
+        start(load_config(TrainConfig, None, [*settings, *unknown]), clips)
+    start(load_config(TrainConfig, None, [*settings, "deepspeed.dump_state=false"]), clips)
 
 
 def test_faults_that_are_not_of_deepspeeds_settings_stay_what_they_are() -> None:

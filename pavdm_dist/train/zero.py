@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pavdm_dist.errors import EngineError
+from pavdm_dist.train.zero_settings import Read, check_read
 
 
 def join_group(timeout_seconds: float, device_type: str) -> bool:
@@ -73,6 +74,9 @@ class ZeroEngine:
         module: the model.
         optimizer: DeepSpeed's, around the given one.
         trains_all: whether no parameter stays as it is.
+
+    Raises:
+        ConfigError: settings that DeepSpeed has not read.
     """
 
     def __init__(
@@ -93,8 +97,9 @@ class ZeroEngine:
             model=model,
             optimizer=optimizer,
             model_parameters=None if optimizer is not None else [p for p in model.parameters() if p.requires_grad],
-            config=settings,
+            config=(read := Read(settings)),
         )
+        check_read(read)
         # In bfloat16 DeepSpeed rounds these too, which would move every position and the null text.
         for name, value in model.named_buffers():
             value.data = tables[name].to(value.device)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
 from types import TracebackType
 from typing import Any
 
-from pavdm_dist.errors import ConfigError
+from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.train.train_settings import OptimizerConfig, TrainConfig
 from pavdm_dist.values.fields import json_value
 
@@ -118,6 +119,47 @@ def _check_forms(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "")
             _check_forms(value, ours, f"{name}.")
 
 
+class Read(dict[str, Any]):
+    """Settings that know which of their names were asked for: DeepSpeed refuses what it does not know within its
+    sections, and passes over it at the top.
+
+    Attributes:
+        names: that were asked for, there or not, by all copies.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__(settings)
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        self.names.add(str(name))
+        return super().__contains__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
+
+    def keys(self) -> Any:
+        """Itself, as some names are looked for in here."""
+        return self
+
+
+def check_read(settings: Read) -> None:
+    """Refuses settings that DeepSpeed has read its own from without asking for them.
+
+    Raises:
+        ConfigError: naming them, and the nearest that it has asked for.
+    """
+    for name in sorted(set(settings) - settings.names):
+        near = difflib.get_close_matches(name, settings.names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"deepspeed.{name}={dict.get(settings, name)}: DeepSpeed has no setting of that name{hint}")
+
+
 @contextmanager
 def refusals(config: TrainConfig) -> Iterator[None]:
     """DeepSpeed's refusals of what a user's settings of it say, as one sentence; other faults stay as they are.
@@ -127,12 +169,17 @@ def refusals(config: TrainConfig) -> Iterator[None]:
     Raises:
         ConfigError: naming the settings that it does not take.
     """
+    from deepspeed.runtime.config import DeepSpeedConfigError
+
     try:
         yield
-    except (ValueError, TypeError, AssertionError, AttributeError) as error:
+    except PAVDMError:
+        raise
+    except (DeepSpeedConfigError, ValueError, TypeError, AssertionError, AttributeError) as error:
         from pydantic import ValidationError  # which DeepSpeed has read its settings with
 
-        given = _flat(deepspeed_json(config))
+        theirs = deepspeed_json(config)
+        given = {**_flat(theirs), **{name: value for name, value in theirs.items() if value == {}}}
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             reason, field = first["msg"], ".".join(map(str, first["loc"]))
