@@ -165,6 +165,21 @@ def test_where_no_report_can_be_written_is_said_before_anything_is_measured(
     assert "plots need matplotlib: pip install 'pavdm-dist[metrics]'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("output", [".", "", "./", "../own", "own/.."])
+def test_a_report_where_one_stands_is_refused_and_loses_nothing(
+    output: str, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own := tmp_path / "own").mkdir()
+    (own / "own").mkdir()
+    (own / "notes.txt").write_text("mine")
+    (own / "film.mp4").write_bytes(film.read_bytes())
+    monkeypatch.chdir(own)
+    for more, said in (([], "exists already"), (["--overwrite"], "holds no report that could be replaced")):
+        assert main(["eval", "film.mp4", *_OFF, f"output={output}", *more]) == 2
+        assert said in capsys.readouterr().err
+    assert sorted(path.name for path in own.iterdir()) == ["film.mp4", "notes.txt", "own"]
+
+
 @pytest.mark.parametrize("name", ["cost_$5_to_$10", "a$_{b$", os.fsdecode(b"\xff"), "<b> &", "ü"])
 def test_names_are_shown_as_they_are(name: str, film: Path, tmp_path: Path) -> None:
     (tmp_path / "in" / name).mkdir(parents=True)

@@ -436,6 +436,25 @@ def test_weights_in_the_hubs_cache_are_not_read(tmp_path: Path, monkeypatch: pyt
     assert read == [cached / "config.json", plain / "config.json", plain / "model.safetensors"]
 
 
+@pytest.mark.parametrize("path", [".", "", "./", "..", "/", "own/..", "memory://store/.."])
+def test_a_path_without_a_name_of_its_own_is_refused_and_nothing_beside_it_is_lost(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own" / "precious").mkdir(parents=True)
+    (tmp_path / "own" / "precious" / "thesis.txt").write_text("years")
+    monkeypatch.chdir(tmp_path / "own")
+    with pytest.raises(IsADirectoryError):
+        stage(path)
+    with pytest.raises(IsADirectoryError), atomic_write(path) as file:
+        file.write(b"gone")
+    # Whatever comes of it elsewhere: only folders that were made for staging are removed.
+    with pytest.raises(ValueError, match="was not staged here"):
+        discard(Path(path) / "x")
+    with pytest.raises(ValueError, match="was not staged here"):
+        discard(Path("precious") / "thesis.txt")
+    assert (tmp_path / "own" / "precious" / "thesis.txt").read_text() == "years"
+
+
 def test_what_is_written_beside_a_staged_file_goes_with_it(tmp_path: Path) -> None:
     with atomic_path(tmp_path / "new" / "a.bin") as staged:
         staged.write_bytes(b"whole")

@@ -172,7 +172,7 @@ def check_new_report(folder: Path, overwrite: bool) -> None:
     """
     check_no_link(folder, "output")
     try:
-        discard(stage(folder))  # whether there is a place for it
+        discard(stage(os.path.realpath(folder)))  # whether there is a place for it
         if not folder.exists():
             return
         if not overwrite:

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from pavdm_dist.io.local_disk import give_usual_mode, link_new, make_durable
 from pavdm_dist.io.remote import filesystem, is_remote
-from pavdm_dist.io.temporary import temporary_prefix
+from pavdm_dist.io.temporary import is_temporary, temporary_prefix
 
 _BLOCK = 1 << 20
 # How often a place is made for a new small file that others remove.
@@ -260,12 +260,19 @@ def stage(path: str | Path) -> Path:
     """A fresh place for a file that :func:`commit` will move to ``path``, or :func:`discard` removes; makes the folder.
 
     It lies in a folder of its own, where what libraries write beside a file while they make it can be found, too.
+
+    Raises:
+        OSError: the folder cannot be made, or ``path`` has no name of its own (``.``, ``..``, ``/``, or nothing), which
+            only a folder that there is goes by.
     """
+    name = Path(path).name
+    if name in ("", ".."):  # below the folder of its own this would be that folder itself, or the one around it
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if is_remote(path):
-        return Path(tempfile.mkdtemp(".tmp", temporary_prefix("upload"))) / Path(path).name
+        return Path(tempfile.mkdtemp(".tmp", temporary_prefix("upload"))) / name
     folder = _staged(path)
     folder.mkdir(0o700, parents=True)
-    return folder / Path(path).name
+    return folder / name
 
 
 def commit(staged: Path, path: str | Path) -> None:
@@ -283,8 +290,15 @@ def commit(staged: Path, path: str | Path) -> None:
 
 
 def discard(staged: Path) -> None:
-    """Removes a staged file, or its empty place; harmless when called twice."""
-    shutil.rmtree(staged.parent, ignore_errors=True)
+    """Removes a staged file, or its empty place; harmless when called twice.
+
+    Raises:
+        ValueError: it lies in no folder of :func:`stage`'s, which may be anybody's.
+    """
+    folder = staged.parent
+    if not (_STAGED.fullmatch(folder.name) or is_temporary(folder.name)):
+        raise ValueError(f"{staged} was not staged here")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def sha256_file(path: str | Path) -> str:

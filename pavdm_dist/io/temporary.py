@@ -28,6 +28,11 @@ def temporary_prefix(kind: str) -> str:
     return f"pavdm-{kind}-{_machine()}-{os.getpid()}-{processes.started(os.getpid()) or 0}-"
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a folder is named so, by this process or another."""
+    return _OURS.fullmatch(name) is not None
+
+
 @cache
 def _sweep(place: str) -> None:
     try:
