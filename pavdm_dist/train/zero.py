@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pavdm_dist.errors import EngineError
-from pavdm_dist.train.zero_settings import Read, check_read
+from pavdm_dist.train.zero_settings import check_known
 
 
 def join_group(timeout_seconds: float, device_type: str) -> bool:
@@ -76,7 +76,7 @@ class ZeroEngine:
         trains_all: whether no parameter stays as it is.
 
     Raises:
-        ConfigError: settings that DeepSpeed has not read.
+        ConfigError: settings that DeepSpeed does not know.
     """
 
     def __init__(
@@ -93,13 +93,13 @@ class ZeroEngine:
             self._clip, settings = settings["gradient_clipping"], {**settings, "gradient_clipping": 0.0}
         self.trains_all = all(parameter.requires_grad for parameter in model.parameters())
         tables = {name: value.clone() for name, value in model.named_buffers()}
+        check_known(settings)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             model_parameters=None if optimizer is not None else [p for p in model.parameters() if p.requires_grad],
-            config=(read := Read(settings)),
+            config=settings,
         )
-        check_read(read)
         # In bfloat16 DeepSpeed rounds these too, which would move every position and the null text.
         for name, value in model.named_buffers():
             value.data = tables[name].to(value.device)

@@ -119,13 +119,8 @@ def _check_forms(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "")
             _check_forms(value, ours, f"{name}.")
 
 
-class Read(dict[str, Any]):
-    """Settings that know which of their names were asked for: DeepSpeed refuses what it does not know within its
-    sections, and passes over it at the top.
-
-    Attributes:
-        names: that were asked for, there or not, by all copies.
-    """
+class _Read(dict[str, Any]):
+    """Settings that know which of their names were asked for, there or not, by all copies."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(settings)
@@ -148,16 +143,24 @@ class Read(dict[str, Any]):
         return self
 
 
-def check_read(settings: Read) -> None:
-    """Refuses settings that DeepSpeed has read its own from without asking for them.
+def check_known(settings: Mapping[str, Any]) -> None:
+    """Refuses names at the top that DeepSpeed does not ask for when it reads its settings.
+
+    It refuses what it does not know within its sections, and passes over it at the top; it has no list of what it
+    knows. The processes must be connected.
 
     Raises:
         ConfigError: naming them, and the nearest that it has asked for.
     """
-    for name in sorted(set(settings) - settings.names):
-        near = difflib.get_close_matches(name, settings.names, n=1)
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    # Not those of the engine, which puts what it was given into every checkpoint.
+    read = _Read(settings)
+    DeepSpeedConfig(read)
+    for name in sorted(set(settings) - read.names):
+        near = difflib.get_close_matches(name, read.names, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"deepspeed.{name}={dict.get(settings, name)}: DeepSpeed has no setting of that name{hint}")
+        raise ConfigError(f"deepspeed.{name}={settings[name]}: DeepSpeed has no setting of that name{hint}")
 
 
 @contextmanager
