@@ -107,6 +107,16 @@ def test_a_seam_at_borders_is_seen_and_none_elsewhere() -> None:
     assert shift[0] == 0 and shift[1] == pytest.approx(np.sqrt(3) * smooth[:8].mean() / 2 / 255, rel=0.02)
 
 
+def test_colours_of_large_flat_pictures_are_what_they_are() -> None:
+    """Sums over eight million pixels are past what float32 counts in ones."""
+    frames = np.stack([np.full((2160, 3840, 3), value, np.uint8) for value in (103, 109)])
+    found = metered(frames, chunk=1).per_chunk()
+    assert found["colour_shift"] == pytest.approx([0, np.sqrt(3) * 6 / 255], abs=1e-6)
+    assert found["brightness"] == pytest.approx([103 / 255, 109 / 255], abs=1e-6)
+    assert found["flicker"] == [None, pytest.approx(1 - 6 / 255, abs=1e-6)]
+    assert found["contrast"] == found["saturation"] == found["sharpness"] == pytest.approx([0, 0], abs=1e-6)
+
+
 def test_loops_are_found_and_standing_still_is_none() -> None:
     once = moving(128, 0.37, 128)
     noisy = (once.astype(int) + RNG.integers(0, 60, (128, 1, 1, 1))).clip(0, 255).astype(np.uint8)
@@ -477,6 +487,7 @@ def test_of_folders_what_other_systems_leave_is_passed_over(
         (["{film}", "digits=on", "prompt=a cat"], r"digits=on: .*cat"),
         (["{film}", "features=off", "reference=[{film}]"], "features=off takes none"),
         (["{film}", "chunk_seconds=0"], "chunk_seconds=0"),
+        (["{film}", "seed=-1"], "seed=-1: must be 0 or more"),
         (["{film}", "output={empty}", "--overwrite"], "holds no report that could be replaced"),
     ],
 )

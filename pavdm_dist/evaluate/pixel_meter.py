@@ -40,7 +40,7 @@ class Sums:
     inside: float = 0.0
     frozen: int = 0
     border: float | None = None
-    colour: Floats = field(default_factory=lambda: np.zeros(3, np.float32))
+    colour: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
 
 
 class PixelMeter:
@@ -68,7 +68,8 @@ class PixelMeter:
         sums.brightness += float(luma.mean()) / 255
         sums.contrast += float(luma.std()) / 255
         sums.saturation += _saturation(picture)
-        sums.colour = sums.colour + picture.mean((0, 1)) / 255
+        # The channels lie apart in memory, where numpy adds one by one: past 2^24 float32 rounds every addition alike.
+        sums.colour = sums.colour + picture.mean((0, 1), dtype=np.float64) / 255
         if self._before is not None:
             step = float(np.abs(picture - self._before).mean())
             sums.steps += 1

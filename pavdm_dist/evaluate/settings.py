@@ -38,4 +38,4 @@ class EvalConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # that they compute in
     reference: list[str] = field(default_factory=list)  # real videos that the features' distance is taken to
     resamples: Annotated[int, Within(100, 1_000_000)] = 2000  # of the bootstrap
-    seed: int = 0  # of the bootstrap
+    seed: Annotated[int, Within(0)] = 0  # of the bootstrap
