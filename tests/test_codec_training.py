@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import resource
 import signal
 from pathlib import Path
@@ -14,9 +16,11 @@ import torch
 from needs import needs
 from safetensors.torch import load_file
 
+from pavdm_dist.commands.signals import Signals, signal_of
 from pavdm_dist.digits import clip_vae, codec_run, codec_training
 from pavdm_dist.digits.codec_training import CodecTrainer, CodecTraining
 from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.train import endings
 
 needs("draws handwritten digits", "sklearn")
 
@@ -162,6 +166,42 @@ def test_a_slice_leaves_state_losses_and_a_sheet_and_the_next_one_goes_on(tmp_pa
     second = torch.load(tmp_path / codec_training.STATE, weights_only=True)
     assert second["steps"] > first["steps"]
     assert second["elapsed"] >= short.budget_seconds + short.decoder_seconds
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_after_its_step_with_what_was_learned(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = CodecTrainer.step
+
+    def told(trainer: CodecTrainer) -> dict[str, float]:
+        if trainer.steps == 2:
+            os.kill(os.getpid(), number)
+        return step(trainer)
+
+    monkeypatch.setattr(CodecTrainer, "step", told)
+    where = re.escape(f"codec saved at step 3 in {tmp_path / codec_training.STATE}; run again to go on")
+    with Signals(), pytest.raises(KeyboardInterrupt, match=where) as interrupt:
+        codec_run.train_codec(TINY, tmp_path)
+    assert signal_of(interrupt.value) == number
+    saved = torch.load(tmp_path / codec_training.STATE, weights_only=True)
+    assert saved["steps"] == 3 and saved["elapsed"] > 0
+    again = CodecTrainer(TINY)
+    again.load(tmp_path)
+    assert again.step() and again.steps == 4
+
+
+def test_who_interrupts_again_does_not_wait_for_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(_: CodecTrainer) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("went on")
+
+    monkeypatch.setattr(endings, "AT_ONCE_S", 0.0)
+    monkeypatch.setattr(CodecTrainer, "step", told)
+    with Signals(), pytest.raises(KeyboardInterrupt):
+        codec_run.train_codec(TINY, tmp_path)
+    assert not (tmp_path / codec_training.STATE).exists()
 
 
 def test_another_network_or_world_cannot_be_continued(tmp_path: Path) -> None:

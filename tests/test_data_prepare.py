@@ -19,6 +19,7 @@ import pytest
 import torch
 from helpers import tiny_checkpoint, until_gone
 from prepared_sets import BUCKETS, contents, write_source
+from safetensors.torch import save_file
 from videos import numbered, shipped_videos, write_video
 
 from pavdm_dist import cli
@@ -362,6 +363,52 @@ def test_a_damaged_shard_is_named_and_made_again(
     shard.unlink()
     prepare_command(replace(config, output=str(tmp_path / "set")))
     assert contents(tmp_path / "set") == contents(plain[0]), "the advice helps"
+
+
+def test_a_shard_that_is_not_of_its_place_is_named_and_made_again(
+    plain: tuple[Path, dict[str, Any]], config: PrepareConfig, tmp_path: Path
+) -> None:
+    """By its header alone: its tensors have the right shapes."""
+    shutil.copytree(plain[0], tmp_path / "set")
+    shard = tmp_path / "set" / "bucket-0-00001.safetensors"
+    with open_shard(shard) as reader:
+        tensors = {name: reader.get_tensor(name) for name in ("latents", "text", "text_mask")}
+        header = json.loads(reader.metadata()["pavdm"])
+    elsewhere = [{**clip, "video": "elsewhere.mp4"} for clip in header["clips"]]
+    cases = {
+        r"was made with codec another, its data set with \w+": {**header, "codec": "another"},
+        r"was made with bucket 16x16x2@8, its data set with 32x48x3@24": {**header, "bucket": "16x16x2@8"},
+        r"holds other clips than clips-0\.jsonl lists there": {**header, "clips": elsewhere},
+        r"has not the header of a shard": {"bucket": header["bucket"]},
+    }
+    for said, other in cases.items():
+        save_file(tensors, shard, {"pavdm": json.dumps(other)})
+        clips = CachedClips(tmp_path / "set")
+        clips.load(0, [0, 1])
+        with pytest.raises(MediaError, match=rf"bucket-0-00001\.safetensors {said}; delete it and run `pavdm data"):
+            clips.load(0, [2])
+    save_file(tensors, shard, {"pavdm": json.dumps({"clips": header["clips"]})})
+    CachedClips(tmp_path / "set").load(0, [2])  # what a header does not say is not held against it
+    shutil.copy(shard.with_stem("bucket-0-00000"), shard)
+    with pytest.raises(MediaError, match="holds other clips"):
+        CachedClips(tmp_path / "set").load(0, [3])
+    shard.unlink()
+    prepare_command(replace(config, output=str(tmp_path / "set")))
+    assert contents(tmp_path / "set") == contents(plain[0]), "the advice helps"
+
+
+def test_a_damaged_list_of_clips_is_named(plain: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    shutil.copytree(plain[0], tmp_path / "set")
+    listed = tmp_path / "set" / "clips-0.jsonl"
+    lines = listed.read_text().splitlines(keepends=True)
+    for left in ("\n", "{\n", "[1]\n", '{"first": 9}\n'):
+        listed.write_text("".join([lines[0], left, *lines[2:]]))
+        for read in (lambda clips: clips.load(0, [0]), lambda clips: clips.videos(0)):
+            with pytest.raises(ConfigError, match=r"clips-0\.jsonl: line 2 is no clip .*: the data set is damaged"):
+                read(CachedClips(tmp_path / "set"))
+    listed.write_text("".join(lines[:3]))
+    with pytest.raises(ConfigError, match=r"clips-0\.jsonl lists 3 clips, the index has 7: the data set is damaged"):
+        CachedClips(tmp_path / "set")
 
 
 @pytest.mark.parametrize("left", ["", '{"version": 1'])

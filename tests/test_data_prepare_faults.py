@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from helpers import tiny_checkpoint
-from prepared_sets import BUCKETS, scanned_then_replaced, write_source
+from prepared_sets import BUCKETS, scanned_then_replaced, write_captioned, write_source
 from videos import numbered, write_video
 
 from pavdm_dist.checkpoint import Checkpoint
@@ -88,6 +88,26 @@ def test_damaged_settings_are_one_sentence(name: str, content: str, config: Prep
     (tmp_path / "set" / name).write_text(content)
     with pytest.raises(ConfigError, match=rf"set: {name}, which says what was begun there, is missing or damaged: "):
         prepare_command(wanted)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"videos": [{}]}'])
+@pytest.mark.parametrize("name", ["scan/000000.json", "reading/alone.json"])
+def test_what_was_looked_at_and_is_damaged_is_named_and_looked_at_again(
+    name: str, content: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    videos = write_captioned(tmp_path / "videos", ["a three"], 12, 32, 48)
+    settings = PrepareConfig([str(videos)], str(tmp_path / "set"), str(model), ["32x48x2@24"], encode=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "_list_clips", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare_command(settings)
+    file = tmp_path / "set" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=rf"{name} is damaged \(.*\): delete it; run again, and its videos are"):
+        prepare_command(settings)
+    file.unlink()
+    assert prepare_command(settings)["clips"] == {"32x48x2@24": 2}, "the advice helps"
 
 
 def test_missing_videos_and_impossible_captions_are_skipped_by_name(

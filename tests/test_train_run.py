@@ -207,8 +207,40 @@ def test_clips_are_cached_in_slices_and_are_what_the_codec_encodes(
     assert part.shape == (4, 4, 2, 8, 8) and len(prompts) == 4 and torch.equal(part, again)
     monkeypatch.setattr("pavdm_dist.digits.cache._whole_clip_encoder", lambda *_: pytest.fail("nothing is missing"))
     assert cache_clips(codec, tmp_path / "c", 32, 3, max_seconds=60)
-    with pytest.raises(ConfigError, match="num_latents"):
+    with pytest.raises(ConfigError, match=r"c was made with another num_latents: 3 there, 5 in this run; use another"):
         cache_clips(codec, tmp_path / "c", 32, 5, max_seconds=60)
+    other = DigitWorld(size=32, cell=2, most_digits=1)
+    with pytest.raises(ConfigError, match=r"another world: size 64 there, 32 in this run, .*digits null there, 1 in"):
+        cache_clips(codec, tmp_path / "c", 32, 3, 60, other)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "no prompts", "no latents"])
+def test_clips_that_are_damaged_are_named_and_made_again(
+    damage: str, tmp_path: Path, codec: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pavdm_dist.digits.cache.SHARD_CLIPS", 2)
+    assert cache_clips(codec, tmp_path, 4, 2, max_seconds=60)
+    shards = [tmp_path / f"clips-0000{number}.safetensors" for number in range(2)]
+    whole = [shard.read_bytes() for shard in shards]
+    if damage in ("cut short", "empty"):
+        shards[1].write_bytes(whole[1][: len(whole[1]) // 2 if damage == "cut short" else 0])
+    else:
+        tensors = load_file(shards[1])
+        about = {"prompts": json.dumps(["a red three drifting up"] * 2)}
+        save_file(*(({}, shards[1], about) if damage == "no latents" else (tensors, shards[1])))
+    with pytest.raises(ConfigError, match=r"clips-00001\.safetensors is damaged \(.+\): delete it; run again"):
+        LatentClips(tmp_path)
+    assert cache_clips(codec, tmp_path, 4, 2, max_seconds=60)
+    assert f"{shards[1]} is made again: it is damaged (" in caplog.text and str(shards[0]) not in caplog.text
+    assert [shard.read_bytes() for shard in shards] == whole
+    assert len(LatentClips(tmp_path).prompts) == 4
+
+
+@pytest.mark.parametrize("left", ["", "{", "[]"])
+def test_clips_of_which_nothing_is_known_are_one_sentence(left: str, tmp_path: Path, codec: Path) -> None:
+    (tmp_path / "identity.json").write_text(left)
+    with pytest.raises(ConfigError, match=r"not known: .*identity\.json is not valid JSON.*; delete that folder"):
+        cache_clips(codec, tmp_path, 32, 3, max_seconds=60)
 
 
 def test_no_more_clips_are_read_than_asked_for(tmp_path: Path) -> None:

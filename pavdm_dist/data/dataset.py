@@ -4,7 +4,6 @@ on the seed and the step alone, so that a step number is the whole position of t
 from __future__ import annotations
 
 import hashlib
-import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,16 @@ from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder
 from pavdm_dist.data.buckets import Bucket
 from pavdm_dist.data.clips import read_frames
 from pavdm_dist.data.index import locate
-from pavdm_dist.data.shards import ClipList, clips_file, open_shard, pad_texts, read_index, shard_file
+from pavdm_dist.data.shards import (
+    ClipList,
+    check_shard,
+    clips_file,
+    open_shard,
+    pad_texts,
+    read_index,
+    shard_file,
+    shard_header,
+)
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.storage import sha256_file
 from pavdm_dist.values.fields import TextDtype
@@ -76,16 +84,19 @@ class CachedClips:
         self.buckets, self.counts = _buckets(index)
         self.identity, self.root = _identity(self._folder, index), str(index["root"])
         self._shard_clips: int = index["shard_clips"]
+        self._clips = _clip_lists(self._folder, self.counts)
+        self._about = [{"bucket": entry["bucket"], **index["identities"]} for entry in index["buckets"]]
+        self._checked: set[Path] = set()  # shards that are of this set
 
     def videos(self, bucket: int) -> list[str]:
         """The video of every clip of a bucket."""
-        return ClipList(clips_file(self._folder, bucket)).videos()
+        return self._clips[bucket].videos()
 
     def load(self, bucket: int, indices: Sequence[int]) -> Clips:
         """Reads clips by number, in the order asked for; only their part of a shard is read.
 
         Raises:
-            MediaError: a shard is missing or damaged.
+            MediaError: a shard is missing, damaged, or of another data set or place.
             IndexError: no such bucket or clip.
         """
         _check_numbers(self.counts, bucket, indices)
@@ -94,8 +105,13 @@ class CachedClips:
         for number in indices:
             by_shard.setdefault(number // self._shard_clips, []).append(number)
         for shard, numbers in by_shard.items():
-            with open_shard(shard_file(self._folder, bucket, shard)) as reader:
-                listed = json.loads(reader.metadata()["pavdm"])["clips"]
+            path = shard_file(self._folder, bucket, shard)
+            with open_shard(path) as reader:
+                if path not in self._checked:
+                    first = shard * self._shard_clips
+                    check_shard(path, reader, self._about[bucket], self._clips[bucket], first, self._shard_clips)
+                    self._checked.add(path)
+                listed = shard_header(path, reader)["clips"]
                 latents, text, mask = (reader.get_slice(name) for name in ("latents", "text", "text_mask"))
                 for number in numbers:
                     row = number % self._shard_clips
@@ -137,7 +153,7 @@ class PixelClips:
         self.root = str(index["root"])
         self._root = self.root if root is None else str(root)
         self.identity = _identity(Path(folder), index)
-        self._clips = [ClipList(clips_file(Path(folder), number)) for number in range(len(self.buckets))]
+        self._clips = _clip_lists(Path(folder), self.counts)
 
     def videos(self, bucket: int) -> list[str]:
         """The video of every clip of a bucket."""
@@ -230,6 +246,18 @@ class BatchOrder:
 def _buckets(index: dict) -> tuple[list[Bucket], list[int]]:
     entries = index["buckets"]
     return [Bucket.parse(entry["bucket"]) for entry in entries], [entry["clips"] for entry in entries]
+
+
+def _clip_lists(folder: Path, counts: Sequence[int]) -> list[ClipList]:
+    """The list of every bucket; raises ConfigError where one is not as long as the index says."""
+    lists = [ClipList(clips_file(folder, number)) for number in range(len(counts))]
+    for clips, count in zip(lists, counts, strict=True):
+        if len(clips) != count:
+            raise ConfigError(
+                f"{clips.path} lists {len(clips)} clips, the index has {count}: the data set is damaged; put the file"
+                " back, or prepare another folder"
+            )
+    return lists
 
 
 def _identity(folder: Path, index: dict) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.io.storage import atomic_path, atomic_write
 from pavdm_dist.values.fields import json_value
 
+T = TypeVar("T")
+
 SETTINGS = "settings.json"
 SIZES = "sizes.json"
 INDEX = "index.json"
@@ -27,6 +30,8 @@ VERSION = 1
 # What an index holds that others read, and of each bucket.
 _KEYS = {"root": str, "shard_clips": int, "identities": dict, "buckets": list, "skipped": list}
 _BUCKET_KEYS = {"bucket": str, "clips": int, "shards": list}
+# Shards that are missing are made again.
+_AGAIN = "delete it and run `pavdm data prepare`"
 
 
 def clips_file(folder: Path, bucket: int) -> Path:
@@ -87,12 +92,15 @@ def _missing(index: dict[str, Any]) -> str | None:
 class ClipList:
     """A bucket's clips on disk: eight bytes of memory each.
 
+    Attributes:
+        path: of the list.
+
     Raises:
-        ConfigError: the file is missing or cannot be read.
+        ConfigError: the file is missing or cannot be read; when it is read, a line that is no clip.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         try:
             with open(path, "rb") as file:
                 ends = np.cumsum([0, *(len(line) for line in file)], dtype=np.int64)
@@ -107,17 +115,26 @@ class ClipList:
 
     def videos(self) -> list[str]:
         """The video of every clip."""
-        with open(self._path, "rb") as file:
-            return [json.loads(line)["video"] for line in file]
+        with open(self.path, "rb") as file:
+            return [self._read(number, line, itemgetter("video")) for number, line in enumerate(file)]
 
     def read(self, numbers: Sequence[int]) -> list[ClipRef]:
         """Clips by number, in the order asked for."""
         found = []
-        with open(self._path, "rb") as file:
+        with open(self.path, "rb") as file:
             for number in numbers:
                 file.seek(int(self._starts[number]))
-                found.append(ClipRef.from_json(json.loads(file.readline())))
+                found.append(self._read(number, file.readline(), ClipRef.from_json))
         return found
+
+    def _read(self, number: int, line: bytes, made: Callable[[dict[str, Any]], T]) -> T:
+        try:
+            return made(json_value(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{self.path}: line {number + 1} is no clip ({type(error).__name__}: {error}): the data set is damaged;"
+                " put the file back, or prepare another folder"
+            ) from error
 
 
 def write_clips(path: Path, clips: Iterable[ClipRef], same: bool = False) -> int:
@@ -177,6 +194,43 @@ def write_shard(
         save_file(tensors, staged, metadata={"pavdm": header})
 
 
+def check_shard(path: Path, reader: Any, about: Mapping[str, str], clips: ClipList, first: int, count: int) -> None:
+    """Compares what a shard's header says with what its data set has at that place.
+
+    Args:
+        path: the file.
+        reader: of :func:`open_shard`.
+        about: bucket and identities of the data set; what the header does not say is not compared.
+        clips: the bucket's.
+        first: number of the shard's first clip.
+        count: clips of a whole shard.
+
+    Raises:
+        MediaError: it is another set's, or of another place.
+        ConfigError: the list is damaged.
+    """
+    header = shard_header(path, reader)
+    for name, value in about.items():
+        if header.get(name, value) != value:
+            raise MediaError(f"{path} was made with {name} {header[name]}, its data set with {value}; {_AGAIN}")
+    listed = clips.read(range(first, min(first + count, len(clips))))
+    if header["clips"] != [clip.as_json() for clip in listed]:
+        raise MediaError(f"{path} holds other clips than {clips.path.name} lists there; {_AGAIN}")
+
+
+def shard_header(path: Path, reader: Any) -> dict[str, Any]:
+    """What :func:`write_shard` stored about a shard: ``clips``, bucket and identities.
+
+    Raises:
+        MediaError: it was not written by :func:`write_shard`.
+    """
+    try:
+        header = json_value((reader.metadata() or {})["pavdm"])
+        return {**header, "clips": list(header["clips"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise MediaError(f"{path} has not the header of a shard; {_AGAIN}") from error
+
+
 @contextmanager
 def open_shard(path: Path) -> Iterator[Any]:
     """A reader of a shard's tensors and header.
@@ -188,4 +242,4 @@ def open_shard(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as reader:
             yield reader
     except (OSError, SafetensorError) as error:
-        raise MediaError(f"{path} is missing or damaged ({error}); delete it and run `pavdm data prepare`") from error
+        raise MediaError(f"{path} is missing or damaged ({error}); {_AGAIN}") from error

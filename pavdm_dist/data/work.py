@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ from pavdm_dist.data.shards import SETTINGS, ClipList, clips_file, shard_file, w
 from pavdm_dist.data.workers import worker_number
 from pavdm_dist.errors import ConfigError, EngineError, MediaError, UnreachableError
 from pavdm_dist.models.devices import intra_op_threads
+from pavdm_dist.values.fields import json_value
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +123,7 @@ def _alone_file(output: Path) -> Path:
 
 def _read_alone(output: Path) -> dict[str, dict[str, Any]]:
     file = _alone_file(output)
-    entries = json.loads(file.read_text(encoding="utf-8"))["videos"] if file.exists() else []
-    return {entry["video"]: entry for entry in entries}
+    return {entry["video"]: entry for entry in (_read_looked_at(file) if file.exists() else [])}
 
 
 def encode_shard(job: Job, bucket: int, number: int) -> int:
@@ -294,5 +293,16 @@ def _quiet() -> Iterator[None]:
 
 
 def read_scan(output: Path, part: int) -> list[dict[str, Any]]:
-    """What :func:`scan_part` wrote."""
-    return json.loads(scan_file(output, part).read_text(encoding="utf-8"))["videos"]
+    """What :func:`scan_part` wrote.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    return _read_looked_at(scan_file(output, part))
+
+
+def _read_looked_at(file: Path) -> list[dict[str, Any]]:
+    try:
+        return [{**entry, "video": entry["video"]} for entry in json_value(file.read_bytes())["videos"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is damaged ({error}): delete it; run again, and its videos are looked at") from error

@@ -7,10 +7,11 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from pavdm_dist.digits.world import Scene, render, sample_scene, scene_prompt
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.storage import atomic_path, atomic_write
 from pavdm_dist.models.devices import to_device
+from pavdm_dist.values.fields import json_value, read_object, show
 
 logger = logging.getLogger(__name__)
 
@@ -47,16 +49,16 @@ class LatentClips:
         prompts: one per clip.
 
     Raises:
-        ConfigError: there are no clips.
+        ConfigError: there are no clips, or a shard of them is damaged.
     """
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu", clips: int | None = None) -> None:
         parts, prompts = [], list[str]()
         for shard in sorted(Path(folder).glob("clips-*.safetensors")):
-            with safe_open(shard, framework="pt") as reader:
-                if clips is None or len(prompts) < clips:
-                    parts.append(reader.get_tensor("latents"))
-                prompts += json.loads(reader.metadata()["prompts"])
+            more, latents = _read_shard(shard, latents=clips is None or len(prompts) < clips)
+            prompts += more
+            if latents is not None:
+                parts.append(latents)
         if not parts:
             raise ConfigError(f"{folder} holds no cached clips")
         self.there, self.prompts = len(prompts), prompts[:clips]
@@ -90,7 +92,8 @@ def cache_clips(
 ) -> bool:
     """Renders and encodes clips until ``clips`` are there, in whole shards.
 
-    Clip i of the cache is a function of i alone, so the cache can be made in any number of slices.
+    Clip i of the cache is a function of i alone, so the cache can be made in any number of slices, and a shard that is
+    damaged is made again.
 
     Args:
         codec_folder: the trained codec.
@@ -105,13 +108,13 @@ def cache_clips(
         Whether all are there.
 
     Raises:
-        ConfigError: the folder holds clips of another world, length or codec.
+        ConfigError: the folder holds clips of another world, length or codec, or does not say of which.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     _check_identity(path, codec_folder, num_latents, world)
     targets = [path / f"clips-{shard:05d}.safetensors" for shard in range(-(-clips // SHARD_CLIPS))]
-    missing = [(shard, target) for shard, target in enumerate(targets) if not target.exists()]
+    missing = [(shard, target) for shard, target in enumerate(targets) if not _is_whole(target)]
     if not missing:
         return True  # as in all slices of a run but its first: the codec, which takes seconds to load, is not needed
     encode = _whole_clip_encoder(codec_folder, world, torch.device(device))
@@ -132,6 +135,33 @@ def cache_shard(encode: Encoder, target: Path, shard: int, num_latents: int, wor
     prompts = json.dumps([scene_prompt(scene) for scene in scenes])
     with atomic_path(target) as staged:
         save_file({"latents": latents.half().cpu().contiguous()}, staged, metadata={"prompts": prompts})
+
+
+def _read_shard(shard: Path, latents: bool) -> tuple[list[str], Tensor | None]:
+    """Prompts of a shard and, where asked for, its latents.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    try:
+        with safe_open(shard, framework="pt") as reader:
+            prompts = json_value((reader.metadata() or {})["prompts"])
+            stored = reader.get_slice("latents")
+            return list(prompts), stored[:] if latents else None
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{shard} is damaged ({error}): delete it; run again, and what is missing is made") from error
+
+
+def _is_whole(shard: Path) -> bool:
+    """Whether a shard is there and, by its header and its length, whole."""
+    if not shard.exists():
+        return False
+    try:
+        _read_shard(shard, latents=False)
+    except ConfigError as error:
+        logger.warning("%s is made again: it is damaged (%s)", shard, error.__cause__)
+        return False
+    return True
 
 
 def _whole_clip_encoder(codec_folder: str | Path, world: DigitWorld, device: torch.device) -> Encoder:
@@ -167,7 +197,23 @@ def _check_identity(path: Path, codec_folder: str | Path, num_latents: int, worl
         with atomic_write(file, "w") as written:
             json.dump(identity, written)
         return
-    found = json.loads(file.read_text())
+    try:
+        found = read_object(file, ConfigError)
+    except ConfigError as error:
+        raise ConfigError(
+            f"what clips are in {path} is not known: {error}; delete that folder and run again"
+        ) from error
     for name, value in json.loads(json.dumps(identity)).items():
         if found.get(name) != value:
-            raise ConfigError(f"{path} was made with another {name}: use another run_dir, or delete that folder")
+            raise ConfigError(
+                f"{path} was made with another {name}: {_apart(found.get(name), value)}; use another run_dir, or delete"
+                " that folder"
+            )
+
+
+def _apart(there: Any, here: Any) -> str:
+    """Two values, or the entries in which they differ."""
+    if not isinstance(there, dict) or not isinstance(here, dict):
+        return f"{show(there)} there, {show(here)} in this run"
+    names = [name for name in here | there if there.get(name) != here.get(name)]
+    return ", ".join(f"{name} {_apart(there.get(name), here.get(name))}" for name in names)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from pavdm_dist.digits.settings import SHIPPED, DigitWorld
 from pavdm_dist.errors import CheckpointError
 from pavdm_dist.io.folders import whole_folder
 from pavdm_dist.models.devices import tell_of_slow_bfloat16
+from pavdm_dist.train.endings import heard
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -61,13 +63,15 @@ def train_codec(
 ) -> float | None:
     """Train until both phases' time is spent, or for a slice of ``max_seconds``, continuing what ``run_dir`` holds.
 
-    Writes ``state.pt``, ``history.jsonl`` (losses) and ``reconstruction.png`` (held-out digits) there.
+    Writes ``state.pt``, ``history.jsonl`` (losses) and ``reconstruction.png`` (held-out digits) there. A signal that
+    ends the run is heeded after the step, whose state is saved first; a second Ctrl-C does not wait for that.
 
     Returns:
         Foreground PSNR in dB on held-out digits once the time is spent, None before.
 
     Raises:
         CheckpointError: ``run_dir`` holds another network or another world.
+        KeyboardInterrupt: after a signal, saying where the state is.
     """
     run = Path(run_dir)
     run.mkdir(parents=True, exist_ok=True)
@@ -79,19 +83,41 @@ def train_codec(
     started = reported = last = time.monotonic()
     psnr = 0.0
     budget = config.budget_seconds + config.decoder_seconds
-    while trainer.elapsed < budget and time.monotonic() - started < max_seconds:
-        losses = trainer.step()
-        now = time.monotonic()
-        trainer.elapsed += now - last
-        last = now
-        if trainer.steps % 20 == 0:
-            with (run / HISTORY).open("a") as history:
-                history.write(json.dumps({"step": trainer.steps, "elapsed": trainer.elapsed, **losses}) + "\n")
-        if now - reported > config.report_every:
-            psnr = _report(trainer, run, losses["reconstruction"])
-            reported = last = time.monotonic()
+    told: list[int] = []
+
+    def tell(number: int) -> None:
+        if told:
+            raise KeyboardInterrupt
+        told.append(number)
+
+    with heard(tell):  # in the middle of a step some weights are new and some are old: nothing to go on from
+        while trainer.elapsed < budget and time.monotonic() - started < max_seconds and not told:
+            losses = trainer.step()
+            now = time.monotonic()
+            trainer.elapsed += now - last
+            last = now
+            if trainer.steps % 20 == 0:
+                with (run / HISTORY).open("a") as history:
+                    history.write(json.dumps({"step": trainer.steps, "elapsed": trainer.elapsed, **losses}) + "\n")
+            if now - reported > config.report_every and not told:
+                psnr = _report(trainer, run, losses["reconstruction"])
+                reported = last = time.monotonic()
+        if told:
+            trainer.save(run)
+    if told:
+        _end(told[0], f"codec saved at step {trainer.steps} in {run / STATE}; run again to go on")
     psnr = _report(trainer, run, math.nan)
     return psnr if trainer.elapsed >= budget else None
+
+
+def _end(number: int, left: str) -> NoReturn:
+    """Ends as whoever heard signals before would have at this one, saying what is left."""
+    cause = None
+    try:
+        signal.raise_signal(number)
+    except KeyboardInterrupt as interrupt:
+        cause = interrupt
+    raise KeyboardInterrupt(left) from cause
 
 
 def _report(trainer: CodecTrainer, run: Path, loss: float) -> float:
