@@ -7,19 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_checkpoint
-from previews import WIDTHS, tensors
+from previews import WIDTHS, tensors, tiny_decoder
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from pavdm_dist.codecs.base import CodecSpec
-from pavdm_dist.codecs.catalog import FrameMaker
+from pavdm_dist.codecs.catalog import FrameMaker, codec_spec
+from pavdm_dist.codecs.costs import Allocated, decode_memory, frames_flop, frames_memory
 from pavdm_dist.codecs.latent_rgb import LatentRGB
 from pavdm_dist.codecs.tiny import TinyDecoder
 from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.io.shipped import shipped_models
 from pavdm_dist.models.source import Source
+from pavdm_dist.planning.memory import decoder_bytes
 
 SPECS = {"taew2_1": CodecSpec(16, 8), "taew2_2": CodecSpec(48, 16)}
 
@@ -105,6 +108,30 @@ def test_files_that_cannot_be_previews(tmp_path: Path) -> None:
     save_file(lacking, tmp_path / "lacking.safetensors")
     with pytest.raises(CheckpointError, match=r"tensor \S+ is missing"):
         TinyDecoder(tmp_path / "lacking.safetensors", spec)
+
+
+def test_previews_take_what_is_predicted(tmp_path: Path) -> None:
+    """Work and memory of a tiny decoder, told from its file as from shapes; colours take neither on a GPU."""
+    model = tiny_checkpoint(tmp_path)
+    vae, file = Source.of(model).part("vae"), str(tiny_decoder(model))
+    maker, spec, size, streams, cells = FrameMaker(vae, preview=file), codec_spec(vae), 5, 2, (6, 10)
+    predicted, tiny = frames_memory(maker, *cells), TinyDecoder(file, spec)
+    decoders, latents = [tiny.decoder() for _ in range(streams)], torch.zeros(spec.latent_channels, size, *cells)
+    with Allocated() as allocated:
+        for decoder in (*decoders, *decoders, *decoders):
+            decoder.decode(latents)
+    assert predicted.frames * size == decoders[0].decode(latents).nbytes
+    whole = decoder_bytes(predicted, size, streams, on_cpu=True) - predicted.weights
+    assert whole == pytest.approx(allocated.peak, rel=0.1)
+    assert predicted.weights == sum(value.nbytes for value in tiny.net.parameters())
+    with FlopCounterMode(display=False) as counter:
+        tiny.decoder().decode(latents)
+    assert size * frames_flop(maker, *cells) == counter.get_total_flops()
+    colours = FrameMaker(vae, preview="rgb")
+    assert frames_flop(colours, *cells) == 0
+    assert decoder_bytes(frames_memory(colours, *cells), size, streams, on_cpu=False) == 0
+    assert frames_memory(colours, *cells).frames == predicted.frames
+    assert frames_memory(FrameMaker(vae), *cells) == decode_memory(vae, *cells)
 
 
 def test_colours_are_fitted_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

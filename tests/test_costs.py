@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from helpers import TINY, tiny_checkpoint, tiny_model, tiny_stream
+from previews import tiny_decoder
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.schedule import Mode, WindowPlan
@@ -120,6 +122,28 @@ def test_decoding_is_timed_too(cache: Path, tmp_path: Path, monkeypatch: pytest.
     assert 1e-5 < json.loads(file.read_text())["found"]["seconds"] < 10
 
 
+def test_the_cut_counts_what_makes_the_frames(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The codec, or what stands in for it in previews, which is timed apart."""
+    model = tiny_checkpoint(tmp_path / "model")
+    checkpoint = Checkpoint.open(model)
+    params, options, file = SamplingParams.resolve(checkpoint), EngineOptions(2), str(tiny_decoder(model))
+    assert layer_split(checkpoint, params, options) == [(0, 3), (3, 4)], "the codec weighs as much as the blocks"
+    assert layer_split(checkpoint, params, options, "rgb") == [(0, 2), (2, 4)]
+    codec, tiny, colours = (
+        costs.estimated_decode(FrameMaker(checkpoint.vae, preview=preview), 2, (4, 6))
+        for preview in (None, file, "rgb")
+    )
+    assert colours == 0 < tiny < codec
+    free = {"spatial": 1e-9, "temporal": 1e-9, "embed": 0.0, "head": 0.0}
+    kept = costs.kept
+    monkeypatch.setattr(costs, "kept", lambda kind, *rest: free if kind == "blocks" else kept(kind, *rest))
+    for preview in (None, file):
+        layer_split(checkpoint, params, replace(options, balance="measured"), preview)
+    facts = [json.loads(one.read_text())["facts"] for one in cache.iterdir()]
+    made = sorted(fact.get("preview", "") for fact in facts)
+    assert made == ["", FrameMaker(checkpoint.vae, preview=file).preview_identity], "of the codec all is as it was"
+
+
 def test_what_cannot_be_measured_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="balance=guessed: must be estimated or measured"):
         EngineOptions(2, balance="guessed")
@@ -148,6 +172,9 @@ def test_as_many_stages_are_useful_as_units_are_under_way(
 ) -> None:
     params = SamplingParams.resolve(Checkpoint.open(), mode=mode, guidance_scale=guidance)
     assert useful_stages(params, streams) == useful
+    if mode == "window":  # clean chunks have calls of their own, one ahead of a window's
+        cached = replace(params, context="cached", window_chunks=4, num_inference_steps=4, context_chunks=4)
+        assert useful_stages(cached, streams) == 2 * useful
 
 
 @pytest.mark.parametrize("chosen", [{"mode": "casual"}, {"mode": "displaced", "displaced": {"adaptive": 0.1}}])

@@ -21,8 +21,19 @@ NEVER = Displaced(None, exact_growing=False)
 def both(
     mode: Mode, chunks: int, branches: int, streams: int, videos: int, machine: Machine, displaced: Displaced | None
 ) -> tuple[float, float, float]:
+    return of_plan(WindowPlan(30, 6, 1, 1, num_chunks=chunks), mode, branches, streams, videos, machine, displaced)
+
+
+def of_plan(
+    plan: WindowPlan,
+    mode: Mode,
+    branches: int,
+    streams: int,
+    videos: int,
+    machine: Machine,
+    displaced: Displaced | None = None,
+) -> tuple[float, float, float]:
     """Makespan of the simulator, and makespan and utilisation of the closed form."""
-    plan = WindowPlan(30, 6, 1, 1, num_chunks=chunks)
     found = simulate([plan] * videos, mode, branches, streams, machine, displaced)
 
     def unit(held: int) -> UnitTime:
@@ -55,6 +66,28 @@ def test_equal_stages(chunks: int, stages: int, mode: Mode, displaced: Displaced
         found, predicted, utilisation = both(mode, chunks, branches, streams, videos, machine, displaced)
         assert predicted == pytest.approx(found, rel=0.04)
         assert 0 < utilisation <= 1
+
+
+# (steps, window, kept, anchors) of Rolling Forcing, of Causal-Forcing, of Self-Forcing, and two rows a shift.
+CACHED = {"rolling": (5, 5, 6, 1), "causal": (4, 4, 6, 1), "self": (4, 1, 6, 0), "two rows": (8, 4, 6, 1)}
+
+
+@pytest.mark.parametrize("stages", STAGES)
+@pytest.mark.parametrize("name", CACHED)
+def test_clean_chunks_calls_are_ahead_of_their_windows(name: str, stages: int) -> None:
+    """On every stage a window's call begins while the clean chunk's own one is on the next; both are one row's."""
+    steps, window, kept, anchors = CACHED[name]
+    plan = WindowPlan(steps, window, 3, kept, num_chunks=40, context="cached", anchor_chunks=anchors)
+    machine = Machine((1.0,) * stages)
+    for branches, streams, videos in ((1, 1, 1), (2, 1, 1), (1, 2, 3)):
+        found, predicted, _ = of_plan(plan, "window", branches, streams, videos, machine)
+        assert predicted == pytest.approx(found, rel=1e-9 if streams == 1 else 0.02)
+    decoding = Machine((1.0,) * stages, decode_seconds=1.2 * steps * stages)
+    found, predicted, _ = of_plan(plan, "window", 1, 1, 1, decoding)
+    assert predicted == pytest.approx(found, rel=0.02)
+    linked = Machine((1.0, 1.4, 0.8)[:stages], link_latency_s=0.3, link_chunk_s=0.1, outstanding=8)
+    found, predicted, _ = of_plan(plan, "window", 1, 2, 2, linked)
+    assert predicted == pytest.approx(found, rel=0.04)
 
 
 @given(

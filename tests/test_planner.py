@@ -221,6 +221,28 @@ def test_costs_are_those_of_the_rows() -> None:
     assert one.seconds == pytest.approx(flop / (cluster.tflops * 1e12))
 
 
+def test_calls_of_cached_context_overlap_between_stages() -> None:
+    """A second stage has the clean chunk's call while the first has its window's; decoding is counted once."""
+    checkpoint, chosen = Checkpoint.open("wan2.1-t2v-1.3b"), {"context": "cached", "step": "renoise"}
+    params = SamplingParams.resolve(
+        checkpoint,
+        num_inference_steps=4,
+        window_chunks=4,
+        context_chunks=6,
+        anchor_chunks=1,
+        guidance_scale=1,
+        **chosen,
+    )
+    cluster = ClusterConfig(devices=8, link_gib_per_s=400)
+    best, setups, why = choose(checkpoint, params, params.plan(40), cluster, torch.bfloat16)
+    assert best.num_stages > 1 and f"{best.num_stages} stages are" in why
+    # A clean chunk's call is a fifth of a row's work, half of it hidden behind two stages' way.
+    assert setups[1].seconds == pytest.approx(0.9 * setups[0].seconds, rel=0.01)
+    shared = choose(checkpoint, params, params.plan(40), cluster, torch.bfloat16, "shared")[1][0]
+    decode = 40 * Workload(checkpoint, params, params.plan(40)).decode_flop / (cluster.tflops * 1e12)
+    assert shared.seconds - setups[0].seconds == pytest.approx(decode, rel=0.06)
+
+
 def decoded(cluster: ClusterConfig, decoder: str | None, **chosen: object) -> Setup:
     return planned(cluster, decoder=decoder, **chosen)[0]
 
@@ -241,6 +263,22 @@ def test_the_decoder_is_a_station() -> None:
     assert shared.decode_seconds == 0 and shared.seconds > alone.seconds
     with pytest.raises(ConfigError, match=r"cluster\.devices=1: decoder=cuda needs one beside the stages'"):
         decoded(replace(SMALL, devices=1), "cuda")
+
+
+def test_previews_are_planned_as_what_they_take() -> None:
+    checkpoint = Checkpoint.open("embedded")
+    params = SamplingParams.resolve(checkpoint, mode="window")
+    shared, colours = (
+        choose(checkpoint, params, params.plan(20), SMALL, decoder="shared", preview=preview)[0]
+        for preview in (None, "rgb")
+    )
+    alone = decoded(SMALL, None, mode="window")
+    assert colours == alone and shared.memory_gib[-1] > alone.memory_gib[-1]
+    told = [
+        report(checkpoint, params, params.plan(20), SMALL, decoder="cpu", preview=preview) for preview in (None, "rgb")
+    ]
+    assert "decoding on CPUs" in told[0]["why"] and "decoding on CPUs" not in told[1]["why"]
+    assert told[1]["choice"]["decode_tflop_per_chunk"] == 0
 
 
 def test_a_slow_decoder_is_said_and_simulated() -> None:

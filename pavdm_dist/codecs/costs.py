@@ -1,4 +1,4 @@
-"""What decoding costs, from a video codec's configuration alone: operations, and memory."""
+"""What making frames costs, from a video codec's configuration or a preview's file alone: operations, and memory."""
 
 from __future__ import annotations
 
@@ -16,16 +16,69 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pavdm_dist.codecs.base import CodecSpec
-from pavdm_dist.codecs.catalog import is_opensora
+from pavdm_dist.codecs.catalog import RGB, FrameMaker, codec_spec, is_opensora
 from pavdm_dist.codecs.opensora import OpenSoraCodec
 from pavdm_dist.codecs.pixels import to_uint8
 from pavdm_dist.codecs.tiles import Tiles
+from pavdm_dist.codecs.tiny import TinyChunkDecoder, TinyDecoder
 from pavdm_dist.codecs.wan import WanCodec
 from pavdm_dist.codecs.wan_config import read_wan_config
 from pavdm_dist.models.source import Source, load_config
 
 # Latents after which the cache has its full size: the first one fills none of the temporal upsampling's.
 _SETTLED = 3
+
+
+def frames_flop(maker: FrameMaker, latent_height: int, latent_width: int) -> float:
+    """FLOP of making one latent's frames: as of :func:`decode_flop`, or of what stands in for the codec; 0 of colours.
+
+    Raises:
+        CheckpointError: no such file of a tiny decoder, or not one for the codec.
+    """
+    if maker.preview is None:
+        return decode_flop(maker.vae, latent_height, latent_width)
+    if maker.preview == RGB:
+        return 0.0
+    from torch.utils.flop_counter import FlopCounterMode
+
+    decoder, latent = _tiny(maker, latent_height, latent_width)
+    with FlopCounterMode(display=False) as counter:
+        decoder.step(latent)
+    return counter.get_total_flops()
+
+
+def frames_memory(
+    maker: FrameMaker,
+    latent_height: int,
+    latent_width: int,
+    dtype: torch.dtype = torch.float32,
+    in_main_memory: bool = False,
+) -> DecodeMemory:
+    """Memory of making frames: as of :func:`decode_memory`, or of what stands in for the codec; raises as
+    :func:`frames_flop`."""
+    if maker.preview is None:
+        return decode_memory(maker.vae, latent_height, latent_width, dtype, maker.tile, in_main_memory)
+    if maker.preview == RGB:
+        spec = codec_spec(maker.vae)
+        pixels = latent_height * latent_width * spec.spatial_stride**2
+        return DecodeMemory(0, 0, 0, 3 * spec.temporal_stride * pixels)
+    decoder, latent = _tiny(maker, latent_height, latent_width, dtype)
+    with Allocated() as allocated:
+        for _ in range(_SETTLED):
+            frames = to_uint8((decoder.step(latent) * 2 - 1).clamp(-1, 1))
+    size = frames.nbytes
+    del frames
+    # What a block keeps is a frame, and with it the others that it was computed with.
+    return DecodeMemory(decoder.weight_bytes, allocated.bytes, allocated.peak - allocated.bytes, size)
+
+
+def _tiny(
+    maker: FrameMaker, latent_height: int, latent_width: int, dtype: torch.dtype = torch.float32
+) -> tuple[TinyChunkDecoder, torch.Tensor]:
+    """A preview's tiny decoder on shapes alone, and a latent for it."""
+    spec = codec_spec(maker.vae)
+    decoder = TinyDecoder(str(maker.preview), spec, "meta", dtype).decoder()
+    return decoder, torch.empty(spec.latent_channels, 1, latent_height, latent_width, device="meta")
 
 
 def decode_flop(source: str | Path | Source, latent_height: int, latent_width: int) -> float:

@@ -91,15 +91,20 @@ class TinyChunkDecoder:
         Raises:
             VideoError: pixels are not finite.
         """
-        return torch.cat([to_finite_uint8(self._step(latent) * 2 - 1) for latent in latents.split(1, dim=1)])
+        return torch.cat([to_finite_uint8(self.step(latent) * 2 - 1) for latent in latents.split(1, dim=1)])
 
     def warm(self, latents: Tensor) -> None:
         """As :meth:`decode`, with the frames dropped."""
         for latent in latents.split(1, dim=1):
-            self._step(latent)
+            self.step(latent)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the network that all streams share."""
+        return sum(value.nbytes for value in self._tiny.net.parameters())
 
     @torch.no_grad()
-    def _step(self, latent: Tensor) -> Tensor:
+    def step(self, latent: Tensor) -> Tensor:
         """One latent -> float pixels ``[1, 3, t, H, W]``, around [0, 1]."""
         tiny = self._tiny
         x = rearrange(latent, "c 1 h w -> 1 c h w").contiguous().to(tiny.device, tiny.dtype)

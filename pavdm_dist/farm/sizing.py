@@ -55,8 +55,9 @@ def sized(config: FarmConfig, shots: int) -> FarmConfig:
     cluster = replace(config.cluster, videos=max(1, shots), chart=None)
     dtype = kinds.checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
     _, setups, _ = choose(
-        kinds.checkpoint, params, plan, cluster, dtype, decoder_of_stages(config), DTYPES[config.decoder_dtype]
-    )
+        kinds.checkpoint, params, plan, cluster, dtype, decoder_of_stages(config), DTYPES[config.decoder_dtype],
+        config.preview_decoder,
+    )  # fmt: skip
     mine = [setup for setup in setups if setup.mode == params.mode]
     best = mine[0]
     for setup in mine[1:]:

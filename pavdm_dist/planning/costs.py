@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.codecs.catalog import load_codec
-from pavdm_dist.codecs.costs import decode_flop
+from pavdm_dist.codecs.catalog import FrameMaker, codec_spec
+from pavdm_dist.codecs.costs import frames_flop
 from pavdm_dist.io.local_disk import cache_folder
 from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.io.storage import atomic_write
@@ -53,9 +52,9 @@ def chunk_reads(mode: Mode, window_chunks: int, context_chunks: int, size: int) 
     return round(size * (context_chunks + 1 + full) / 2) if mode == "causal" else size * full
 
 
-def estimated_decode(checkpoint: Checkpoint, size: int, cells: tuple[int, int]) -> float:
-    """FLOP of decoding a chunk of ``size`` latents."""
-    return size * decode_flop(checkpoint.vae, *cells)
+def estimated_decode(maker: FrameMaker, size: int, cells: tuple[int, int]) -> float:
+    """FLOP of making frames of a chunk of ``size`` latents."""
+    return size * frames_flop(maker, *cells)
 
 
 def with_codec(costs: Costs, codec: float) -> Costs:
@@ -179,7 +178,7 @@ def _now(device: torch.device) -> float:
 
 
 def profiled_decode(
-    checkpoint: Checkpoint,
+    maker: FrameMaker,
     size: int,
     cells: tuple[int, int],
     threads: int,
@@ -189,24 +188,25 @@ def profiled_decode(
     """Seconds of decoding one chunk in a running video on this machine, measured once and kept.
 
     Args:
-        checkpoint: its codec.
+        maker: what makes its frames.
         size: latents of a chunk.
         cells: latent height and width.
         threads: intra-op threads of the decoder.
         device, dtype: what it computes on, and in.
     """
     facts = {
-        "vae": load_config(checkpoint.vae), "size": size, "cells": cells,
+        "vae": load_config(maker.vae), "size": size, "cells": cells,
         "device": _where(device, threads), "dtype": str(dtype), "torch": torch.__version__,
+        **({} if maker.preview is None else {"preview": maker.preview_identity}),
     }  # fmt: skip
 
     def measure() -> dict[str, float]:
         with intra_op_threads(threads):
-            codec = load_codec(checkpoint.vae, device, dtype)
-            decoder, times = codec.decoder(), list[float]()
+            frames = maker.load(device, dtype)
+            decoder, times = frames.decoder(), list[float]()
             for _ in range(4):
                 started = time.perf_counter()
-                decoder.decode(torch.zeros(checkpoint.codec_spec.latent_channels, size, *cells))
+                decoder.decode(torch.zeros(codec_spec(maker.vae).latent_channels, size, *cells))
                 times.append(time.perf_counter() - started)
         return {"seconds": statistics.median(times[1:])}
 

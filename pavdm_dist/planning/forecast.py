@@ -18,7 +18,7 @@ from itertools import pairwise
 from pavdm_dist.engine.transport import OUTSTANDING
 from pavdm_dist.method.microbatches import Displaced, MicroBatches
 from pavdm_dist.method.sampler import num_branches
-from pavdm_dist.method.schedule import Mode, PlanRow, WindowPlan
+from pavdm_dist.method.schedule import Mode, WindowPlan
 from pavdm_dist.request.sampling import SamplingParams
 
 
@@ -77,15 +77,14 @@ def rows_of(
     rows, before, earlier = list[RowShape](), list[int](), list[int]()
     for row in plan.rows():
         parts = [chunk for chunk, _ in batches.parts(row.index)]
-        held, needs, finishes = _held(batches, row, parts), tuple(range(1, len(parts) + 1)), 0
+        held = tuple(len(batches.held(row, chunk)) for chunk in parts)
+        needs, finishes = tuple(range(1, len(parts) + 1)), 0
         if parts == before == earlier:
             needs = rows[-1].needs
         elif before and (plan.is_partitioned or parts != before):
             needs = tuple(before.index(fed[-1]) + 1 if fed else 0 for fed in batches.fed(row.index))
         if row.emits:
             finishes = next(i for i, chunk in enumerate(parts, 1) if row.emits[0] in batches.moved(row, chunk))
-        if len(held) < len(parts):
-            needs, finishes = (1,), min(finishes, 1)
         rows.append(RowShape(held, needs, finishes, len(row.emits)))
         before, earlier = parts, before
     return rows
@@ -147,12 +146,6 @@ def _per_chunk(batches: MicroBatches) -> float:
     begin = step * (plan.window_chunks + plan.joint_context) + batches.displaced.exact_steps
     begin, count = -(-begin // step) * step, min(alike, -(-plan.num_rows // step) * step)
     return sum(len(endless.parts(n)) for n in range(begin, begin + count)) * step / (count * plan.block_chunks)
-
-
-def _held(batches: MicroBatches, row: PlanRow, parts: Sequence[int]) -> tuple[int, ...]:
-    held = [len(batches.held(row, chunk)) for chunk in parts]
-    # A clean chunk's own call, where it has one, comes right before the window's, on every stage: as one.
-    return (sum(held),) if batches.plan.context == "cached" else tuple(held)
 
 
 def makespan(
@@ -251,11 +244,11 @@ def useful_stages(params: SamplingParams, streams: int) -> int:
 
     That is M B in mode window (and displaced with every step exact), else M U B, for M guidance branches, U
     micro-batches of a full window (W where each is a chunk) and B ``streams``. Of n partitions it is M n B, with
-    lookahead M (2 n - 1) B.
+    lookahead M (2 n - 1) B; of cached context 2 M B, since a clean chunk's own call is ahead of its window's.
     """
     whole = params.mode == "window" or (params.mode == "displaced" and params.displaced.resync_every_steps == 1)
     # With lookahead a call waits for two of the row before.
-    whole_units = params.calls_per_row - params.lookahead
+    whole_units = params.calls_per_row - params.lookahead + (params.context == "cached")
     units = whole_units if whole else -(-params.window_chunks // params.chunks_per_unit)
     return num_branches(params.guidance_scale) * units * streams
 

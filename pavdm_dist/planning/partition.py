@@ -10,6 +10,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.sampler import num_branches
@@ -68,11 +69,19 @@ def partition(costs: Costs, num_stages: int, layers_per_stage: Sequence[int] | N
     return list(pairwise([0, *best(0, num_stages)[2]]))
 
 
-def layer_split(checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions) -> list[tuple[int, int]]:
+def layer_split(
+    checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions, preview: str | None = None
+) -> list[tuple[int, int]]:
     """Block range of each stage for a run's full window; reads shapes only, no weights of the backbone.
 
     With ``balance=measured`` some seconds are spent on timing a block of each kind with random weights, and the codec,
     where that has not been done before. A decoder that computes on the last stage's device counts there.
+
+    Args:
+        checkpoint: of the model.
+        params: of the videos.
+        options: of the engine.
+        preview: what makes frames instead of the codec, as of :class:`~pavdm_dist.codecs.catalog.FrameMaker`.
 
     Raises:
         ConfigError: more stages than blocks, or ``layers_per_stage`` that does not add up.
@@ -82,7 +91,7 @@ def layer_split(checkpoint: Checkpoint, params: SamplingParams, options: EngineO
     if checkpoint.has_weights:
         check_tensors(model.state_dict(), checkpoint.transformer, optional=model.optional_tensors)
     cells = checkpoint.codec_spec.latent_size(params.height, params.width)
-    costs, decode = _costs(checkpoint, params, options, cells)
+    costs, decode = _costs(checkpoint, params, options, cells, FrameMaker(checkpoint.vae, preview=preview))
     if options.decoder_slows_last_stage:
         costs = with_codec(costs, decode / units_per_chunk(params))
     return partition(costs, options.num_stages, options.layers_per_stage)
@@ -98,7 +107,7 @@ def units_per_chunk(params: SamplingParams) -> float:
 
 
 def _costs(
-    checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions, cells: tuple[int, int]
+    checkpoint: Checkpoint, params: SamplingParams, options: EngineOptions, cells: tuple[int, int], maker: FrameMaker
 ) -> tuple[Costs, float]:
     """Costs of a micro-batch and of decoding a chunk, in one unit."""
     size = params.latent_chunk_size
@@ -110,7 +119,7 @@ def _costs(
             frames, read = params.window_chunks * size, params.span * size
         if params.calls_per_row > 1:
             frames = read = params.span * size
-        return estimated_costs(checkpoint.shape, frames, cells, read), estimated_decode(checkpoint, size, cells)
+        return estimated_costs(checkpoint.shape, frames, cells, read), estimated_decode(maker, size, cells)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("balance=measured: this process has no GPU to time blocks on; use balance=estimated")
     dtype = named_dtype(options.dtype, torch.device(options.device), checkpoint.transformer)
@@ -125,5 +134,5 @@ def _costs(
     decode = 0.0
     if options.decoder_slows_last_stage:
         codec = options.decoder_threads, options.decoder_device, DTYPES[options.decoder_dtype]
-        decode = profiled_decode(checkpoint, size, cells, *codec)
+        decode = profiled_decode(maker, size, cells, *codec)
     return costs, decode

@@ -32,6 +32,7 @@ def choose(
     dtype: torch.dtype = torch.float32,
     decoder: str | None = None,
     decoder_dtype: torch.dtype = torch.float32,
+    preview: str | None = None,
 ) -> tuple[Setup, list[Setup], str]:
     """The best set-up, the best of each mode and stage count, and why in a sentence.
 
@@ -44,12 +45,13 @@ def choose(
         decoder: where finished chunks are decoded, as of :class:`~pavdm_dist.engine.options.EngineOptions`; None leaves
             decoding out.
         decoder_dtype: what it computes in.
+        preview: what makes frames instead of the codec, as of :class:`~pavdm_dist.codecs.catalog.FrameMaker`.
 
     Raises:
         ConfigError: impossible values, or nothing fits into memory.
     """
     _check(cluster)
-    return _chosen(Workload(checkpoint, params, plan, dtype, decoder, decoder_dtype), cluster)
+    return _chosen(Workload(checkpoint, params, plan, dtype, decoder, decoder_dtype, preview=preview), cluster)
 
 
 def report(
@@ -61,10 +63,11 @@ def report(
     decoder: str | None = None,
     decoder_dtype: torch.dtype = torch.float32,
     decoder_tile: int | None = None,
+    preview: str | None = None,
 ) -> dict[str, Any]:
     """What ``pavdm plan`` says about the cluster; draws the chart of the chosen set-up's first chunks."""
     _check(cluster)
-    workload = Workload(checkpoint, params, plan, dtype, decoder, decoder_dtype, decoder_tile)
+    workload = Workload(checkpoint, params, plan, dtype, decoder, decoder_dtype, decoder_tile, preview)
     best, setups, why = _chosen(workload, cluster)
     choice = _row(best, cluster)
     choice["simulated_utilisation"] = workload.draw(best, cluster)
@@ -140,7 +143,7 @@ def _why(best: Setup, setups: list[Setup], cluster: ClusterConfig) -> str:
 
 def _decoder(best: Setup, workload: Workload, cluster: ClusterConfig) -> str:
     """A remark where the decoder sets the pace, or may well do so."""
-    if workload.decoder == "cpu" and cluster.decoder_tflops is None:
+    if workload.decoder == "cpu" and cluster.decoder_tflops is None and workload.decode_flop:
         return (
             f"; decoding on CPUs is not in these times, {workload.decode_flop / 1e12:.3g} TFLOP a chunk:"
             " cluster.decoder_tflops says what they sustain"

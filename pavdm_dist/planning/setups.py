@@ -10,7 +10,8 @@ from itertools import pairwise
 import torch
 
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.codecs.costs import decode_memory
+from pavdm_dist.codecs.catalog import FrameMaker
+from pavdm_dist.codecs.costs import frames_memory
 from pavdm_dist.config import ClusterConfig
 from pavdm_dist.method.sampler import num_branches
 from pavdm_dist.method.schedule import Mode, WindowPlan
@@ -88,6 +89,7 @@ class Workload:
         decoder: str | None = None,
         decoder_dtype: torch.dtype = torch.float32,
         decoder_tile: int | None = None,
+        preview: str | None = None,
     ) -> None:
         self.params, self.plan, self.dtype, self.decoder = params, plan, dtype, decoder
         self.decoder_devices = int(decoder == "cuda")
@@ -96,12 +98,13 @@ class Workload:
         self.cells = checkpoint.codec_spec.latent_size(params.height, params.width)
         self.size = params.latent_chunk_size
         self.full = params.widest
-        self.decode_flop = estimated_decode(checkpoint, self.size, self.cells)
+        maker = FrameMaker(checkpoint.vae, decoder_tile, preview)
+        self.decode_flop = estimated_decode(maker, self.size, self.cells)
         self.memory = StageMemory(self.model, dtype, self.branches, self.size, self.full, self.cells, params.cached)
         self._decoding = None
         if decoder is not None:
             on_gpu = decoder != "cpu"
-            self._decoding = decode_memory(checkpoint.vae, *self.cells, decoder_dtype, decoder_tile, on_gpu)
+            self._decoding = frames_memory(maker, *self.cells, decoder_dtype, on_gpu)
 
     def setup(self, mode: Mode, stages: int, cluster: ClusterConfig, together: int = 1) -> Setup:
         """The set-up with so many stages and as many replicas as the devices and videos allow.
@@ -165,9 +168,11 @@ class Workload:
         rate, latency = cluster.tflops * 1e12, cluster.link_latency_ms / 1000
         tokens = self.size * self.model.grid(self.size, *self.cells).tokens_per_frame
         link = self.dtype.itemsize * tokens * self.model.spec.hidden_size / (cluster.link_gib_per_s * GIB)
+        # Each clean chunk has calls of its own, which a unit's size does not tell from a small window's.
+        clean = self.branches if self.params.cached else 0
 
         def unit(chunks: int) -> UnitTime:
-            costs = self.costs(mode, chunks, together)
+            costs = self.costs(mode, chunks, together, clean)
             stages = tuple(
                 costs.stage(*blocks) / rate + (blocks[1] - blocks[0]) * cluster.block_overhead_ms / 1000
                 for blocks in ranges
@@ -176,8 +181,9 @@ class Workload:
 
         return unit
 
-    def costs(self, mode: Mode, chunks: int, together: int = 1) -> Costs:
-        """FLOP of a unit of so many chunks; decoding on the last stage is spread over the units of a full window."""
+    def costs(self, mode: Mode, chunks: int, together: int = 1, more: int = 0) -> Costs:
+        """FLOP of a unit of so many chunks; decoding on the last stage is spread over the units of a full window, and
+        ``more`` for each finished chunk."""
         alone = mode != "window" and chunks <= together
         read = chunk_reads(mode, self.params.window_chunks, self.params.context_chunks, self.size) if alone else None
         if self.params.cached:
@@ -186,7 +192,7 @@ class Workload:
         if self.decoder != "shared":
             return costs
         params = replace(self.params, mode=mode if alone else "window", chunks_per_unit=together if alone else 1)
-        return with_codec(costs, self.decode_flop / units_per_chunk(params))
+        return with_codec(costs, self.decode_flop / (units_per_chunk(params) + more))
 
     def draw(self, setup: Setup, cluster: ClusterConfig) -> float:
         """Simulates one replica with its videos in flight and draws the beginning; returns its utilisation."""
