@@ -24,8 +24,8 @@ from pavdm_dist.models.base import Backbone, LevelSupport
 from pavdm_dist.models.catalog import BACKBONES, backbone_shape, load_backbone
 from pavdm_dist.models.known import ONE_LEVEL, known_model
 from pavdm_dist.models.loading import has_weights, read_tensor, stored_dtype, stored_tensors, weight_files
-from pavdm_dist.models.lora import changes_of, lora_file
-from pavdm_dist.models.nearby import model_near
+from pavdm_dist.models.lora import PEFT_CONFIG, changes_of, lora_file
+from pavdm_dist.models.nearby import hidden_folder, model_near
 from pavdm_dist.models.source import Adapter, Source, load_config, named_class
 from pavdm_dist.values.fields import (
     ChunkLatents,
@@ -99,6 +99,7 @@ class Checkpoint:
         adapters: what is added to the backbone's weights as they are loaded.
         text: where a pretrained text encoder computes, and where what it gives is kept.
         codec_device: where clips and pictures are encoded.
+        has_own_size: whether height and width of the defaults are the model's, not what any model has that says none.
     """
 
     source: Source
@@ -107,6 +108,7 @@ class Checkpoint:
     adapters: tuple[Adapter, ...] = ()
     text: TextOptions = field(default_factory=TextOptions)
     codec_device: str = "cpu"
+    has_own_size: bool = True
 
     @classmethod
     def open(
@@ -114,6 +116,7 @@ class Checkpoint:
         model: str | Path | Source = "embedded",
         revision: str | None = None,
         lora: Sequence[Adapter] = (),
+        quietly: bool = False,
     ) -> Checkpoint:
         """Opens a model that comes with the package (``embedded``, or a shape such as ``stdit3-xl``), a folder or a
         hub id; reads configuration files only.
@@ -122,6 +125,7 @@ class Checkpoint:
             model: which.
             revision: of a hub id: branch, tag or commit; None = the default branch.
             lora: changes of the backbone's weights.
+            quietly: nothing of the model is logged, whoever opens it later is told.
 
         A licence that restricts what may be done with the weights is logged, once.
 
@@ -153,10 +157,12 @@ class Checkpoint:
         known = known_model(source, values, load_config(source.part("transformer")), where)
         defaults = made(SamplingDefaults, known.sampling, where, prefix="sampling.", error=CheckpointError)
         adapters = (replace(adapter, source=adapter.source.pinned(lora_file(adapter.source))) for adapter in lora)
-        checkpoint = cls(source, defaults, index._class_name, tuple(adapters))
+        has_own_size = all(known.sampling.get(side) is not None for side in ("height", "width"))
+        checkpoint = cls(source, defaults, index._class_name, tuple(adapters), has_own_size=has_own_size)
         checkpoint._check_fit()
-        if known.license is not None:
-            _say_once(f"model={model}: its weights are under {known.license}")
+        for said in (known.license and f"its weights are under {known.license}", known.doubt):
+            if said and not quietly:
+                _say_once(f"model={model}: {said}")
         return checkpoint
 
     @property
@@ -186,6 +192,20 @@ class Checkpoint:
             identity = _identity(adapter.source, [lora_file(adapter.source)])
             identities.append(f"{identity} x {adapter.scale:g}")
         return " + ".join(identities)
+
+    @cached_property
+    def lora_settings(self) -> list[str | None]:
+        """What tells from others how strongly each adapter is merged: SHA-256 of the settings beside its weights.
+
+        None where there are none, and for a hub id, whose commit says it. Not a part of :attr:`identity`, which videos
+        of earlier versions have without it.
+
+        Raises:
+            CheckpointError: a file of them cannot be read.
+        """
+        sources = [adapter.source for adapter in self.adapters]
+        has = [source.is_folder and source.has(PEFT_CONFIG) for source in sources]
+        return [_identity(source, [PEFT_CONFIG]) if there else None for source, there in zip(sources, has, strict=True)]
 
     @property
     def level_support(self) -> LevelSupport:
@@ -256,7 +276,7 @@ class Checkpoint:
         if not self.has_weights:
             away = self.source.offline
             what = f": a file of weights is {away}" if away else " holds no weights: it can be planned, not sampled"
-            raise CheckpointError(f"model={self.source}{what}")
+            raise CheckpointError(f"model={self.source}{what}{hidden_folder(self.source.location)}")
         for component in self._components:
             stored_tensors(self.source.part(component))
         changes_of(self.transformer, self.shape.state_dict())
@@ -279,7 +299,7 @@ class Checkpoint:
 
     @cached_property
     def _text_class(self) -> str:
-        return named_class(load_config(self.source.part("text_encoder"))) or TEXT_ENCODER
+        return named_class(self.source.part("text_encoder")) or TEXT_ENCODER
 
     @cached_property
     def codec(self) -> VideoCodec:

@@ -146,6 +146,16 @@ def test_an_unknown_class_names_the_known_ones(tmp_path: Path) -> None:
         assert isinstance(Checkpoint.open(folder).shape, STDiT3)
 
 
+@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
+@pytest.mark.parametrize("names", [{"_class_name": ["AutoencoderKLWan"]}, {"architectures": [{}]}])
+def test_a_class_that_is_no_text_is_refused(component: str, names: dict, tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path)
+    file = folder / component / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **names}))
+    with pytest.raises(CheckpointError, match=rf"{component}\S*: {next(iter(names))}\S*=.* must be"):
+        Checkpoint.open(folder).text_encoder.encode("a red three")
+
+
 def test_a_backbone_knows_what_it_needs() -> None:
     stdit3, whole = tiny_model(), whole_window()
     for model in (stdit3, whole, tiny_wan(), tiny_wan(config=SKYREELS)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from wan_models import WAN, tiny_wan
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.cli import main
+from pavdm_dist.commands.convert import ConvertConfig, _index
+from pavdm_dist.io.shipped import shipped_models
+from pavdm_dist.models.catalog import backbone_shape
+from pavdm_dist.models.source import Source
 from pavdm_dist.models.wan import Wan
 
 
@@ -209,6 +214,110 @@ def test_a_folder_of_shards_becomes_a_model(base: Path, tmp_path: Path) -> None:
     assert main(["convert", str(tmp_path / "shards"), f"base={base}", f"output={tmp_path / 'out'}"]) == 0
     found = Checkpoint.open(tmp_path / "out").backbone
     assert isinstance(found, Wan) and equal_states(found, tiny_wan(seed=7))
+
+
+def test_of_several_sets_in_a_folder_none_is_taken_unasked(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights in half precision, or averaged ones, lie beside others under the same names."""
+    (folder := tmp_path / "both").mkdir()
+    stem, words = "diffusion_pytorch_model", ["convert", str(folder), f"base={base}", f"output={tmp_path / 'out'}"]
+    state, other = (original_names(tiny_wan(seed=seed).state_dict()) for seed in (7, 8))
+    save_file(other, folder / f"{stem}.fp16.safetensors")
+    save_file(state, folder / f"{stem}.safetensors")
+    assert main(words) == 2
+    first = rf"source=\S+both: {stem}\.fp16\.safetensors and {stem}\.safetensors both hold tensor \S+; name the file"
+    assert re.search(first, capsys.readouterr().err) and not (tmp_path / "out").exists()
+    index = folder / f"{stem}.safetensors.index.json"
+    for placed, message in (
+        ({"head.head.weight": "gone.safetensors"}, rf"gone\.safetensors is named by {stem}\.safetensors\.index\.json"),
+        ({"x": f"{stem}.safetensors"}, r"lacks tensor x, which the index places there"),
+        ({"x": "../both/x.safetensors"}, r"x is placed in '../both/x.safetensors', which is no name of a file beside"),
+    ):
+        index.write_text(json.dumps({"weight_map": placed}))
+        assert main(words) == 2
+        assert re.search(message, capsys.readouterr().err)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(state, f"{stem}.safetensors")}))
+    assert main(words) == 0
+    found = Checkpoint.open(tmp_path / "out").backbone
+    assert isinstance(found, Wan) and equal_states(found, tiny_wan(seed=7))
+    (folder / "ema.safetensors.index.json").write_text(index.read_text())
+    assert main([*words, "--overwrite"]) == 2
+    assert "ema.safetensors.index.json are two sets; leave one there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ("{num_inference_step: 5}", r"sampling: no such key sampling\.num_inference_step; the keys are num_inf"),
+        ("{fps: fast}", r"sampling: sampling\.fps=fast: must be"),
+        ("{num_inference_steps: 5, window_chunks: 7}",
+         r"sampling: window_chunks=7 does not divide num_inference_steps=5: use window_chunks 5"),
+        ("{window_chunks: 7}", r"sampling: window_chunks=7 does not divide num_inference_steps=\d+: use"),
+        ("{anchor_chunks: 1}", r"sampling: anchor_chunks=1: context=joint keeps none"),
+    ],
+)  # fmt: skip
+def test_sampling_that_cannot_be_is_refused_before_anything_is_read(
+    sampling: str, message: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "published.pt").write_bytes(b"never read")
+    words = [str(tmp_path / "published.pt"), f"base={base}", f"output={tmp_path / 'out'}", f"sampling={sampling}"]
+    assert main(["convert", *words]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_class_that_the_base_names_otherwise_is_the_models(base: Path, tmp_path: Path) -> None:
+    config = json.loads((base / "transformer" / "config.json").read_text())
+    config["architectures"] = [config.pop("_class_name")]
+    (base / "transformer" / "config.json").write_text(json.dumps(config))
+    words = [str(publish(tmp_path / "published.pt")), f"base={base}", f"output={tmp_path / 'out'}"]
+    assert main(["convert", *words]) == 0
+    assert isinstance(Checkpoint.open(tmp_path / "out").backbone, Wan)
+
+
+def test_which_public_model_of_a_shape_the_base_is_stays_known(tmp_path: Path) -> None:
+    base = tmp_path / "SkyReels-14B-720P"
+    shutil.copytree(shipped_models()["skyreels-v2-df-14b-720p"], base)
+    index = json.loads((base / "model_index.json").read_text())
+    said = {name: value for name, value in index.items() if name not in ("hub", "sampling")}
+    (base / "model_index.json").write_text(json.dumps(said))
+    source = Source(str(base))
+    found = _index(ConvertConfig(), source, backbone_shape(source.part("transformer")), [])
+    assert found == said | {"hub": index["hub"]}
+
+
+def test_two_names_of_one_tensor_are_two(base: Path, tmp_path: Path) -> None:
+    def tied(state: dict) -> dict:
+        one, other = (f"model.blocks.1.self_attn.{name}.weight" for name in "qk")
+        return state | {other: state[one]}
+
+    words = [str(publish(tmp_path / "published.pt", tied)), f"base={base}", f"output={tmp_path / 'out'}"]
+    assert main(["convert", *words]) == 0
+    found = Checkpoint.open(tmp_path / "out").backbone.state_dict()
+    expected = tiny_wan(seed=7).state_dict()["blocks.1.attn1.to_q.weight"]
+    assert all(torch.equal(found[f"blocks.1.attn1.to_{name}.weight"], expected) for name in "qk")
+
+
+def test_what_nothing_would_open_is_not_made(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, index = tmp_path / "out", json.loads((base / "model_index.json").read_text())
+    words = ["convert", str(publish(tmp_path / "published.pt")), f"base={base}", f"output={folder}", "license=no ships"]
+    (base / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "AutoencoderKLOther"]}))
+    assert main(words) == 2
+    said = rf"output={folder}: would be no model that can be sampled: model={folder}: vae is AutoencoderKLOther"
+    assert re.search(said, capsys.readouterr().err)
+    (base / "model_index.json").write_text(json.dumps(index))
+    weights = next((base / "text_encoder").glob("*.safetensors"))
+    weights.rename(tmp_path / "aside")
+    assert main(words) == 2
+    assert re.search(rf"would be no model \S.*: {folder}/text_encoder has no weights", capsys.readouterr().err)
+    assert not folder.exists() and not list(tmp_path.glob(".*"))
+    (tmp_path / "aside").rename(weights)
+    assert main(words) == 0
+    assert "no ships" not in capsys.readouterr().err, "nothing is said of a folder that is under way"
+    Checkpoint.open(folder)
+    assert "its weights are under no ships" in capsys.readouterr().err
 
 
 def test_a_base_on_the_hub_gives_all_but_the_transformer(

@@ -141,7 +141,8 @@ def test_parts_that_do_not_fit_are_refused(
 def test_published_files_on_the_hub(
     where: str, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [f"base={parts / 'base'}", f"vae={parts / 'vae'}", f"output={tmp_path / 'model'}"]
+    words = [f"{name}={parts / place}" for name, place in (("base", "base"), ("vae", "vae"), ("text_encoder", "words"))]
+    words += [f"output={tmp_path / 'model'}"]
     with serve(parts / "stdit", tmp_path / "cache", monkeypatch):
         assert main(["convert", f"{REPOSITORY}{where}", *words]) == 0
         assert main(["convert", f"{REPOSITORY}/gone.pt", *words, "--overwrite"]) == 2

@@ -17,7 +17,7 @@ from pavdm_dist.checkpoint import Checkpoint, SamplingDefaults, _ModelIndex
 from pavdm_dist.codecs.text import _TextConfig
 from pavdm_dist.codecs.wan_config import WanVAEConfig
 from pavdm_dist.errors import CheckpointError
-from pavdm_dist.models.catalog import _ClassNames
+from pavdm_dist.models.source import _ClassNames
 from pavdm_dist.models.stdit3 import STDiT3Config
 from pavdm_dist.values.fields import made
 

@@ -16,6 +16,7 @@ from test_stdit3_weights import WEIGHTS, by_block, equal_states, shard
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder
+from pavdm_dist.commands.convert import ConvertConfig, convert_command
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.io import shipped
@@ -188,6 +189,21 @@ def test_shapes_that_are_shipped_are_opened_by_name() -> None:
         checkpoint.require_weights()
     assert isinstance(checkpoint.text_encoder, PretrainedTextEncoder)
     assert checkpoint.text_encoder.max_length == 300
+
+
+def test_a_folder_that_a_shipped_shape_stands_before_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name means the same everywhere, whatever lies where a command is given."""
+    (tmp_path / "stdit3-xl").mkdir()
+    monkeypatch.chdir(tmp_path)
+    shape = Checkpoint.open("stdit3-xl")
+    with pytest.raises(CheckpointError, match=r"planned, not sampled$"):
+        shape.require_weights()
+    tiny_checkpoint(tmp_path / "stdit3-xl")
+    with pytest.raises(CheckpointError, match=r"it can be planned, not sampled; did you mean \./stdit3-xl\?$"):
+        shape.require_weights()
+    with pytest.raises(ConfigError, match=r"base=stdit3-xl: holds no weights .*; did you mean \./stdit3-xl\?$"):
+        convert_command(ConvertConfig(source="x.pt", base="stdit3-xl", output="out"), overwrite=False)
+    Checkpoint.open("./stdit3-xl").require_weights()
 
 
 def test_a_text_encoder_of_another_kind_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from helpers import TINY, tiny_model
 from scalar_stdit3 import ScalarTimeSTDiT3
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from pavdm_dist.codecs.costs import Allocated
 from pavdm_dist.errors import CheckpointError
 from pavdm_dist.method.levels import NoiseSchedule
 from pavdm_dist.models.base import Activation, BlockContext, FrameInfo
@@ -174,6 +176,27 @@ def test_the_published_size_has_405_patches() -> None:
 def test_impossible_shapes_name_the_field(change: dict, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         replace(TINY, **change)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 2.5, 8.0])
+def test_the_mlps_width_counts_in_costs_and_memory(ratio: float) -> None:
+    """Differences to the public ratio, as torch counts them in running blocks."""
+
+    def ran(ratio: float) -> tuple[float, float, float, float]:
+        model = tiny_model(config=replace(TINY, hidden_size=64, mlp_ratio=ratio))
+        grid = model.grid(12, 16, 16)
+        activation = Activation(*map(torch.zeros, model.activation_shapes(grid)))
+        context = BlockContext(grid, [TextRun(0, 12, model.project_text(random(1, 5, 12)), None)], None)
+        with FlopCounterMode(display=False) as flop, Allocated() as allocated:
+            model.block(0, activation, context)
+        copies = allocated.peak / activation.hidden.nbytes
+        return model.costs(grid, 5).blocks[0], flop.get_total_flops(), model.spec.activation_copies, copies
+
+    (cost, flop, predicted, copies), public = ran(ratio), ran(4.0)
+    assert public[2] == 14
+    assert cost - public[0] == flop - public[1] == 4 * 12 * 64 * 64 * 64 * (ratio - 4)
+    assert predicted - copies >= public[2] - public[3]
+    assert ratio < 4 or predicted - 14 == pytest.approx(copies - public[3])
 
 
 # --- text ------------------------------------------------------------------------------------------------

@@ -10,11 +10,12 @@ import torch
 from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2Timesteps
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from wan_models import INFO, SKYREELS, WAN, as_diffusers, cuts, random, run_cut, staircase, tiny_wan
+from wan_models import INFO, SHAPE, SKYREELS, WAN, as_diffusers, cuts, random, run_cut, staircase, tiny_wan
 
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.models.base import BlockContext, FrameInfo
 from pavdm_dist.models.catalog import load_backbone
+from pavdm_dist.models.skyreels_v2 import SkyReelsV2
 from pavdm_dist.models.text_cache import TextCache, TextRun
 from pavdm_dist.models.wan import Wan, WanConfig
 
@@ -272,6 +273,15 @@ def test_a_size_that_patches_do_not_divide_is_refused() -> None:
 def test_impossible_shapes_name_the_field(change: dict, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         replace(WAN, **change)
+
+
+@pytest.mark.parametrize("kind", [Wan, SkyReelsV2])
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_attention_heads", 0), ("num_attention_heads", -1), ("ffn_dim", -1), ("num_layers", 0)]
+)
+def test_numbers_that_make_no_model_are_refused(kind: type[Wan], name: str, value: int) -> None:
+    with pytest.raises(CheckpointError, match=f"{name}={value}: must be"):
+        kind.of_shape({**SHAPE, name: value})
 
 
 def test_the_public_shapes_have_the_published_sizes() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -236,6 +237,52 @@ def test_the_hub_id_tells_models_of_one_shape_apart() -> None:
         assert found.license == index.get("license")
 
 
+@pytest.mark.parametrize(
+    ("place", "index", "height"),
+    [
+        ("/models/SkyReels-V2-DF-14B-720P-Diffusers", {}, 720),
+        ("/models/skyreels_720p", {}, 720),
+        ("/hub/models--Skywork--SkyReels-V2-DF-14B-720P-Diffusers/snapshots/0123abcd", {}, 720),
+        ("/720P/skyreels-540p", {}, 544),
+        ("somebody/SkyReels-720P-of-mine", {}, 720),
+        ("/models/mine", {"_name_or_path": "Skywork/SkyReels-V2-DF-14B-720P-Diffusers"}, 720),
+        ("/models/mine", {"hub": "Skywork/SkyReels-V2-DF-14B-720P-Diffusers"}, 720),
+    ],
+)
+def test_a_name_tells_models_of_one_shape_apart(place: str, index: dict, height: int) -> None:
+    transformer = json.loads((shipped_models()["skyreels-v2-df-14b-540p"] / "transformer" / "config.json").read_text())
+    found = known_model(Source(place), index, transformer, "here")
+    assert found.sampling["height"] == height and found.doubt is None
+    assert found.hub is not None and ("720P" in found.hub) == (height == 720)
+
+
+def test_what_nothing_tells_apart_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoints._say_once.cache_clear()
+    public = shipped_models()["skyreels-v2-df-14b-540p"]
+    for component in ("transformer", "vae", "text_encoder"):
+        (folder / component / "config.json").write_text((public / component / "config.json").read_text())
+    own = json.loads((folder / "model_index.json").read_text())["sampling"]
+    change(folder, sampling=None)
+    with caplog.at_level(logging.WARNING):
+        assert Checkpoint.open(folder).defaults.height == 544
+    stem = "Skywork/SkyReels-V2-DF-14B"
+    said = f"has the shape of {stem}-540P-Diffusers and {stem}-720P-Diffusers, whose defaults differ; those of the"
+    assert f"model={folder}: {said} first are taken" in caplog.text
+    checkpoints._say_once.cache_clear(), caplog.clear()
+    change(folder, sampling=own, training={"steps": 3})
+    with caplog.at_level(logging.WARNING):
+        Checkpoint.open(folder)
+    assert "defaults differ" not in caplog.text, "all of its defaults are its own"
+
+
+def test_no_size_is_said_to_be_trained_that_no_model_names(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", f"model={folder}", "num_frames=20", "height=48", "width=64"]
+    assert main(words) == 0 and "the model was trained at 32x48" in capsys.readouterr().err
+    sampling = json.loads((folder / "model_index.json").read_text())["sampling"]
+    change(folder, sampling={name: value for name, value in sampling.items() if name not in ("height", "width")})
+    assert main(words) == 0 and "was trained at" not in capsys.readouterr().err
+
+
 def test_defaults_of_a_models_own_are_added_to_those_of_the_public_one() -> None:
     folder = shipped_models()["wan2.1-t2v-1.3b"]
     public = json.loads((folder / "model_index.json").read_text())["sampling"]
@@ -269,6 +316,15 @@ def test_lora_by_setting(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     sidecar = json.loads((tmp_path / "out.json").read_text())
     assert sidecar["weights"].endswith(" x 0.5") and sidecar["config"]["lora"][0]["scale"] == 0.5
     capsys.readouterr()
+    assert main([*words, lora]) == 0 and "is complete already" in capsys.readouterr().err
+    as_peft(low_rank(tiny_wan()), tmp_path / "lora", use_rslora=True)  # merged otherwise, by the same matrices
+    assert main([*words, lora]) == 2
+    assert re.search(r'was made with lora_settings=\["\w+\.\.\. \(now \["\w+', capsys.readouterr().err)
+    (tmp_path / "lora" / "adapter_config.json").unlink()
+    assert main([*words, lora]) == 2 and "(now [null])" in capsys.readouterr().err
+    del sidecar["identity"]["lora_settings"]  # as earlier versions wrote it
+    (tmp_path / "out.json").write_text(json.dumps(sidecar))
+    assert main([*words, lora]) == 0 and "is complete already" in capsys.readouterr().err
     assert main([*words, "lora=[{model: /gone}]"]) == 2
     assert "lora=/gone: no such folder" in capsys.readouterr().err
     pairs = low_rank(tiny_wan())

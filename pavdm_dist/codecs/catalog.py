@@ -19,7 +19,7 @@ from pavdm_dist.io.folders import without_hidden
 from pavdm_dist.io.local_disk import cache_folder
 from pavdm_dist.io.storage import atomic_write
 from pavdm_dist.models.loading import stored_tensors
-from pavdm_dist.models.source import Source, load_config
+from pavdm_dist.models.source import Source, class_names, load_config
 
 WAN = "AutoencoderKLWan"
 OPENSORA = ("VideoAutoencoderPipeline", "OpenSoraVAE_V1_2")
@@ -36,11 +36,9 @@ def is_opensora(source: Place) -> bool:
     """Whether a component is Open-Sora's VAE; what names no class is Wan's.
 
     Raises:
-        CheckpointError: there is no configuration.
+        CheckpointError: there is no configuration, or one that names no class by text.
     """
-    config = load_config(source)
-    names = config.get("architectures")
-    return bool({config.get("_class_name"), *(names if isinstance(names, list) else ())} & {*OPENSORA})
+    return not {*OPENSORA}.isdisjoint(class_names(load_config(source), f"{source}/config.json"))
 
 
 def codec_spec(source: Place) -> CodecSpec:

@@ -37,7 +37,7 @@ from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import atomic_write
 from pavdm_dist.io.temporary import temporary_prefix
 from pavdm_dist.models.devices import tell_of_slow_bfloat16
-from pavdm_dist.models.source import Source, load_config
+from pavdm_dist.models.source import Source, load_config, named_class
 from pavdm_dist.values.fields import TextDevice, TextDtype
 
 PRETRAINED = ("UMT5EncoderModel", "T5EncoderModel", "UMT5ForConditionalGeneration", "T5ForConditionalGeneration")
@@ -115,7 +115,7 @@ class PretrainedTextEncoder:
         config = load_config(self._encoder)
         self.text_dim = int(config["d_model"])
         # Open-Sora's T5 has met lower-case captions only.
-        self._lower = not str((config.get("architectures") or [""])[0]).startswith("UMT5")
+        self._lower = not (named_class(self._encoder) or "").startswith("UMT5")
         self._checked = Newest()  # prompts that are not cut into tokens again to see whether all of them is read
         self.encoded = 0
         self._is_told = False  # that the cache cannot be written

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,20 +12,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pavdm_dist.checkpoint import Checkpoint, SamplingDefaults
 from pavdm_dist.commands.convert_parts import Component, check_fit, published_file
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.io.folders import check_no_link, touches, whole_folder
 from pavdm_dist.io.shipped import place_of
 from pavdm_dist.io.storage import disk_errors
+from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.models.base import Backbone
-from pavdm_dist.models.catalog import backbone_shape
+from pavdm_dist.models.catalog import BACKBONES, backbone_shape
 from pavdm_dist.models.components import INDEX, check_only_model, copy_components
 from pavdm_dist.models.devices import DTYPES
+from pavdm_dist.models.known import known_model
 from pavdm_dist.models.loading import as_stored, check_stored, has_weights
+from pavdm_dist.models.nearby import hidden_folder
 from pavdm_dist.models.published import read_published
 from pavdm_dist.models.saving import save_tensors
 from pavdm_dist.models.source import Source, load_config
-from pavdm_dist.values.fields import read_object
+from pavdm_dist.values.fields import made, read_object
 
 
 @dataclass
@@ -61,10 +65,10 @@ def convert_command(config: ConvertConfig, overwrite: bool) -> dict[str, Any]:
         ``output``, ``tensors``, ``bytes``.
 
     Raises:
-        ConfigError: a setting is missing, or the folder is a link, holds more than a model or what is read, or it
-            cannot be written.
+        ConfigError: a setting is missing, or sampling's defaults are none, or the folder is a link, holds more than a
+            model or what is read, or it cannot be written.
         CheckpointError: the file cannot be read, or its tensors are not those of the base's transformer; a component
-            is not where it is said to be.
+            is not where it is said to be; what came of it is no model that can be sampled.
     """
     for name in ("source", "base", "output"):
         if not getattr(config, name):
@@ -88,6 +92,8 @@ def convert_command(config: ConvertConfig, overwrite: bool) -> dict[str, Any]:
     shape = backbone_shape(base.part("transformer"))
     components = _components(config, base)
     check_fit(components, shape.spec.latent_channels, shape.spec.text_dim)
+    values, index = _values(config, base), _index(config, base, shape, components)
+    _check_sampling(config, Source(os.path.abspath(folder)), index, values)
     tensors = read_published(published_file(config.source), config.weights)
     stored = {name: as_stored(value) for name, value in tensors.items()}
     check_stored(shape.state_dict(), stored, config.source, shape.optional_tensors)
@@ -96,7 +102,9 @@ def convert_command(config: ConvertConfig, overwrite: bool) -> dict[str, Any]:
             copy_components(base, partial, [component.name for component in components])
             for component in components:
                 component.write(partial)
-            size = _write(config, base, shape, tensors, components, partial)
+            size = _write(config, shape, tensors, values, partial / "transformer")
+            (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            _check_model(partial, folder)
     except OSError as error:
         raise ConfigError(f"output={folder}: cannot be written ({error.strerror or error})") from error
     return {"output": str(folder), "tensors": len(tensors), "bytes": size}
@@ -109,7 +117,10 @@ def _components(config: ConvertConfig, base: Source) -> list[Component]:
         ConfigError: the base has no codec, and none is named.
     """
     if config.vae is None and not has_weights(base.part("vae")):
-        raise ConfigError(f"base={config.base}: holds no weights of a codec; vae=FOLDER or a hub id names them")
+        raise ConfigError(
+            f"base={config.base}: holds no weights of a codec; vae=FOLDER or a hub id names them"
+            f"{hidden_folder(base.location)}"
+        )
     named = {"vae": config.vae, "text_encoder": config.text_encoder, "tokenizer": config.tokenizer}
     found = [Component.of(name, place) for name, place in named.items() if place]
     # Publishers put a tokenizer beside its encoder, or among the encoder's files.
@@ -119,32 +130,78 @@ def _components(config: ConvertConfig, base: Source) -> list[Component]:
     return found
 
 
+def _values(config: ConvertConfig, base: Source) -> dict[str, Any]:
+    """The transformer's ``config.json``."""
+    said = {"level_support": config.level_support, "causal_trained": config.causal_trained}
+    return load_config(base.part("transformer")) | {name: value for name, value in said.items() if value is not None}
+
+
+def _index(config: ConvertConfig, base: Source, shape: Backbone, components: Sequence[Component]) -> dict[str, Any]:
+    """The model's index."""
+    index = read_object(base.file(INDEX), CheckpointError)
+    # Which of several public models of its shape it is: the new folder's name need not tell.
+    hub = known_model(base, index, load_config(base.part("transformer")), INDEX).hub
+    index |= {} if hub is None else {"hub": hub}
+    index.pop("training", None)  # these weights come from elsewhere
+    # Which a config.json names in one of two ways, or not at all.
+    index["transformer"] = ["diffusers", next(name for name, kind in BACKBONES.items() if kind is type(shape))]
+    for component in components:
+        if component.name in index and component.name != "tokenizer":
+            index[component.name] = [index[component.name][0], component.kind() or index[component.name][1]]
+    index |= {"sampling": {**index.get("sampling", {}), **config.sampling}} if config.sampling else {}
+    return index | ({"license": config.license} if config.license else {})
+
+
+def _check_sampling(
+    config: ConvertConfig, model: Source, index: Mapping[str, Any], transformer: Mapping[str, Any]
+) -> None:
+    """Refuses defaults for sampling that are none, alone or beside the base's.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    if not config.sampling:
+        return
+    made(SamplingDefaults, config.sampling, "sampling", prefix="sampling.")
+    every = made(
+        SamplingDefaults, known_model(model, index, transformer, INDEX).sampling, "sampling", prefix="sampling."
+    )
+    try:
+        WindowPlan(
+            every.num_inference_steps, every.window_chunks, every.latent_chunk_size, every.context_chunks,
+            context=every.context, anchor_chunks=every.anchor_chunks,
+        )  # fmt: skip
+    except ConfigError as error:
+        raise ConfigError(f"sampling: {error}") from error
+
+
+def _check_model(partial: Path, folder: Path) -> None:
+    """Refuses to call a model what cannot be opened and sampled; reads headers of weights.
+
+    Args:
+        partial: where it is.
+        folder: where it is to be, for messages.
+
+    Raises:
+        CheckpointError: naming what is wrong.
+    """
+    try:
+        Checkpoint.open(partial, quietly=True).require_weights()
+    except CheckpointError as error:
+        said = str(error).replace(str(partial), str(folder))
+        raise CheckpointError(f"output={folder}: would be no model that can be sampled: {said}") from error
+
+
 def _write(
-    config: ConvertConfig,
-    base: Source,
-    shape: Backbone,
-    tensors: dict[str, Tensor],
-    components: Sequence[Component],
-    folder: Path,
+    config: ConvertConfig, shape: Backbone, tensors: dict[str, Tensor], values: Mapping[str, Any], folder: Path
 ) -> int:
-    """The transformer and the index; bytes of the weights."""
+    """The transformer; bytes of its weights."""
 
     def kind(name: str, tensor: Tensor) -> torch.dtype:
         if config.dtype == "as stored" or not tensor.is_floating_point():
             return tensor.dtype
         return torch.float32 if shape.keeps_float32(name) else DTYPES[config.dtype]
 
-    said = {"level_support": config.level_support, "causal_trained": config.causal_trained}
-    values = load_config(base.part("transformer")) | {name: value for name, value in said.items() if value is not None}
     converted = {name: value.to(kind(name, value)).contiguous() for name, value in tensors.items()}
-    save_tensors(converted, folder / "transformer", values)
-    index = read_object(base.file(INDEX), CheckpointError)
-    index.pop("training", None)  # these weights come from elsewhere
-    index["transformer"] = ["diffusers", values.get("_class_name")]
-    for component in components:
-        if component.name in index and component.name != "tokenizer":
-            index[component.name] = [index[component.name][0], component.kind() or index[component.name][1]]
-    index |= {"sampling": {**index.get("sampling", {}), **config.sampling}} if config.sampling else {}
-    index |= {"license": config.license} if config.license else {}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    save_tensors(converted, folder, values)
     return sum(value.nbytes for value in converted.values())

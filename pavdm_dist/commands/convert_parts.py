@@ -78,7 +78,7 @@ class Component:
 
     def kind(self) -> str | None:
         """The class that its ``config.json`` names."""
-        return named_class(load_config(self.source))
+        return named_class(self.source)
 
 
 def published_file(place: str) -> Path:
@@ -101,7 +101,7 @@ def published_file(place: str) -> Path:
     if match["file"] is not None:
         return source.file(match["file"])
     inside = source.find("transformer/config.json") is not None
-    return (source.part("transformer") if inside else source).folder(("*.safetensors",))
+    return (source.part("transformer") if inside else source).folder(("*.safetensors", "*.safetensors.index.json"))
 
 
 def check_fit(components: Iterable[Component], latent_channels: int, text_dim: int) -> None:

@@ -132,6 +132,7 @@ class Origin:
         else:
             facts |= {"preview_decoder": PREVIEW_FILE, "preview_sha256": preview}
         checkpoint, encoder = self.pipeline.checkpoint, self.pipeline.checkpoint.text_encoder
+        facts["lora_settings"] = checkpoint.lora_settings or None
         if isinstance(encoder, PretrainedTextEncoder):
             facts["text_encoder"] = encoder.identity
             texts = [request.prompt, request.negative_prompt or "", *(prompt for _, prompt in request.prompt_schedule)]

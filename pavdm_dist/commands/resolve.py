@@ -163,7 +163,7 @@ def _on_gpus(config: SampleConfig) -> bool:
 def say_what_to_expect(params: SamplingParams, checkpoint: Checkpoint) -> None:
     """Warns of what a model was not trained for; to be said once all is checked, beside no refusal."""
     trained = checkpoint.defaults
-    if (params.height, params.width) != (trained.height, trained.width):
+    if checkpoint.has_own_size and (params.height, params.width) != (trained.height, trained.width):
         logger.warning(
             "the model was trained at %dx%d (height x width); %dx%d may look wrong",
             trained.height, trained.width, params.height, params.width,

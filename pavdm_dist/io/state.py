@@ -37,8 +37,11 @@ _PLAIN, _WITH_CLEAN = 2, 3
 PREVIEW_FILE = "file"
 # Facts of an identity that files of earlier versions lack, and some machines: compared where both sides have them.
 _WHERE_BOTH_HAVE = frozenset(
-    {"device", "decoder_device", "decoder_threads", "preview_sha256", "versions.diffusers", "versions.transformers"}
-)
+    {
+        "device", "decoder_device", "decoder_threads", "lora_settings", "preview_sha256",
+        "versions.diffusers", "versions.transformers",
+    }
+)  # fmt: skip
 _Chunks = Annotated[int, Within(0)]
 
 logger = logging.getLogger(__name__)
@@ -308,8 +311,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Names of the facts in which two identities differ; those of nested ones are dotted.
 
-    A fact that one of them lacks is a difference, but for those that came later: where it was computed, and versions
-    of what not every video needs.
+    A fact that one of them lacks is a difference, but for those that came later: where it was computed, how LoRAs were
+    merged, and versions of what not every video needs.
     """
     old, new = _flat(before), _flat(now)
     lacking = {name for name in {**old, **new} if name not in old or name not in new}

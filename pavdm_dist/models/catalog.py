@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,15 @@ import torch
 from pavdm_dist.errors import CheckpointError
 from pavdm_dist.models.base import Backbone
 from pavdm_dist.models.skyreels_v2 import SkyReelsV2
-from pavdm_dist.models.source import Source, load_config
+from pavdm_dist.models.source import Source, class_names, load_config
 from pavdm_dist.models.stdit3 import STDiT3
 from pavdm_dist.models.wan import Wan
-from pavdm_dist.values.fields import made
 
 BACKBONES: dict[str, type[Backbone]] = {
     "STDiT3": STDiT3,
     "SkyReelsV2Transformer3DModel": SkyReelsV2,
     "WanTransformer3DModel": Wan,
 }
-
-
-@dataclass(frozen=True)
-class _ClassNames:
-    _class_name: str | None = None
-    architectures: tuple[str, ...] = ()
 
 
 def backbone_class(config: Mapping[str, Any], where: object) -> type[Backbone]:
@@ -42,8 +34,7 @@ def backbone_class(config: Mapping[str, Any], where: object) -> type[Backbone]:
     Raises:
         CheckpointError: a class this package does not have, or a name that is no text.
     """
-    names = made(_ClassNames, config, where, ignore_unknown=True, error=CheckpointError)
-    name = names._class_name or next(iter(names.architectures), STDiT3.__name__)
+    name = next(iter(class_names(config, where)), STDiT3.__name__)
     if name not in BACKBONES:
         raise CheckpointError(f"{where}: transformer is {name}, this version runs {', '.join(BACKBONES)}")
     return BACKBONES[name]

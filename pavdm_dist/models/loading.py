@@ -78,15 +78,24 @@ def _stored_files(source: Source) -> dict[str, str]:
     if not is_index:
         return dict.fromkeys(_header(source, name), name)
     index = source.file(name)
-    files = made(
-        _Index, read_object(index, CheckpointError), index, ignore_unknown=True, error=CheckpointError
-    ).weight_map
-    for key, file in files.items():
-        if file in ("", "..") or Path(file).name != file:
-            raise CheckpointError(f"{index}: {key} is placed in {file!r}, which is no name of a file beside it")
+    files = read_index(index)
     for file in set(files.values()) if source.is_folder else ():
         if source.find(file) is None:
             raise CheckpointError(f"{source}/{file} is named by {index.name} but missing")
+    return files
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """A tensor's name in its file -> the name of the file, which lies beside the index.
+
+    Raises:
+        CheckpointError: no index, or one that names other places.
+    """
+    values = read_object(index, CheckpointError)
+    files = made(_Index, values, index, ignore_unknown=True, error=CheckpointError).weight_map
+    for key, file in files.items():
+        if file in ("", "..") or Path(file).name != file:
+            raise CheckpointError(f"{index}: {key} is placed in {file!r}, which is no name of a file beside it")
     return files
 
 

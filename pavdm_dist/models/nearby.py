@@ -37,3 +37,10 @@ def model_near(folder: Path) -> str:
     found = sorted(without_hidden(inside), key=lambda place: len(place.parts))
     found += [folder.parent] if os.path.isfile(folder.parent / "model_index.json") else []
     return f"; did you mean {found[0]}?" if found else ""
+
+
+def hidden_folder(name: str) -> str:
+    """``; did you mean ./NAME?`` with a model folder here that a shipped model of that name stands before; empty where
+    there is none."""
+    is_hidden = name in shipped_models() and os.path.isfile(os.path.join(name, "model_index.json"))
+    return f"; did you mean ./{name}?" if is_hidden else ""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pavdm_dist.errors import CheckpointError, first_line
 from pavdm_dist.io.folders import without_hidden
+from pavdm_dist.models.loading import read_index
 from pavdm_dist.models.original_names import diffusers_names
 
 # Which of several sets of weights in a file is meant, the first that is there. A critic makes no videos.
@@ -29,20 +30,19 @@ def read_published(file: Path, chosen: str | None = None) -> dict[str, Tensor]:
     """A file's tensors by diffusers' names, on the CPU; of most files nothing is read before it is used.
 
     Args:
-        file: which; or a folder, for all ``.safetensors`` in it.
+        file: which; or a folder, for the ``.safetensors`` that its index names, or all in it where it has no index.
         chosen: one of several sets of weights in it, as a training program saves them; None takes the first of
             ``SETS``, or the file itself where it holds tensors alone.
 
     Raises:
-        CheckpointError: no such file or set, or one that holds more than tensors.
+        CheckpointError: no such file or set, one that holds more than tensors, or a folder with several sets.
     """
     if not file.exists():
         raise CheckpointError(f"source={file}: no such file")
     if file.is_dir() or file.suffix == ".safetensors":
         if chosen is not None:
             raise CheckpointError(f"weights={chosen}: {file} holds one set of tensors; leave it out")
-        files = without_hidden(file.glob("*.safetensors")) if file.is_dir() else [file]
-        tensors: Mapping[str, Any] = {name: value for part in files for name, value in _safe(part).items()}
+        tensors: Mapping[str, Any] = _of_folder(file) if file.is_dir() else _safe(file)
     else:
         tensors = _chosen(_unpickled(file), chosen, file)
     strange = next((repr(name) for name in tensors if not isinstance(name, str)), None)
@@ -50,6 +50,37 @@ def read_published(file: Path, chosen: str | None = None) -> dict[str, Tensor]:
     if strange is not None or not tensors:
         raise CheckpointError(f"{file}: {strange} is no tensor" if strange is not None else f"{file} holds no tensors")
     return {name: tensors[stored] for name, stored in diffusers_names(tensors).items()}
+
+
+def _of_folder(folder: Path) -> dict[str, Tensor]:
+    """What one set of files holds: publishers put a half-precision one, or one of averages, beside it."""
+    indexes = without_hidden(folder.glob("*.safetensors.index.json"))
+    if len(indexes) > 1:
+        raise CheckpointError(f"source={folder}: {indexes[0].name} and {indexes[1].name} are two sets; leave one there")
+    if indexes:
+        return _indexed(indexes[0])
+    tensors, files = dict[str, Tensor](), dict[str, Path]()
+    for file in without_hidden(folder.glob("*.safetensors")):
+        for name, value in _safe(file).items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"source={folder}: {files[name].name} and {file.name} both hold tensor {name}; name the file that"
+                    " is meant"
+                )
+            tensors[name], files[name] = value, file
+    return tensors
+
+
+def _indexed(index: Path) -> dict[str, Tensor]:
+    placed, tensors = read_index(index), dict[str, Tensor]()
+    for file in sorted(set(placed.values())):
+        if not (index.parent / file).exists():
+            raise CheckpointError(f"{index.parent / file} is named by {index.name} but missing")
+        tensors |= {name: value for name, value in _safe(index.parent / file).items() if placed.get(name) == file}
+    absent = next((name for name in placed if name not in tensors), None)
+    if absent is not None:
+        raise CheckpointError(f"{index.parent / placed[absent]} lacks tensor {absent}, which the index places there")
+    return tensors
 
 
 def _chosen(content: Any, chosen: str | None, file: Path) -> Mapping[str, Any]:

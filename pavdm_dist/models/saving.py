@@ -35,11 +35,23 @@ def save_module(
 def save_tensors(
     state: Mapping[str, Tensor], folder: str | Path, config: Mapping[str, Any], shard: str = "5GB"
 ) -> None:
-    """As :func:`save_module`, of tensors by name, as they are."""
+    """As :func:`save_module`, of tensors by name, as they are; two in the same memory are written as two."""
     from huggingface_hub import save_torch_state_dict
 
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     pattern = WEIGHT_NAMES[0].replace(".safetensors", "{suffix}.safetensors")
-    save_torch_state_dict(dict(state), path, filename_pattern=pattern, max_shard_size=shard, metadata={"format": "pt"})
+    save_torch_state_dict(
+        _apart(state), path, filename_pattern=pattern, max_shard_size=shard, metadata={"format": "pt"}
+    )
     (path / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """No two in the same memory: of those the hub's library would write one alone."""
+    found, taken = dict[str, Tensor](), set[int]()
+    for name, tensor in state.items():
+        memory = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if memory in taken else tensor
+        taken.add(memory)
+    return found

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.models.base import FrameInfo, LevelSupport
-from pavdm_dist.models.wan import Wan, WanConfig, diffusers_arguments
+from pavdm_dist.models.wan import Heads, Layers, Wan, WanConfig, Width, diffusers_arguments
 
 # The rate of the first kind of its two; every other is the second.
 SLOW_FPS = 16
@@ -26,9 +26,9 @@ class SkyReelsV2Config(WanConfig):
         inject_sample_info: whether the frame rate is an input.
     """
 
-    num_attention_heads: int = 16
-    ffn_dim: int = 8192
-    num_layers: int = 32
+    num_attention_heads: Heads = 16
+    ffn_dim: Width = 8192
+    num_layers: Layers = 32
     inject_sample_info: bool = False
 
 

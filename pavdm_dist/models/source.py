@@ -16,7 +16,7 @@ from pavdm_dist.errors import CheckpointError, ConfigError, first_line
 from pavdm_dist.io.shipped import shipped_models
 from pavdm_dist.models.hub import hub_errors
 from pavdm_dist.models.nearby import near_name
-from pavdm_dist.values.fields import read_object
+from pavdm_dist.values.fields import made, read_object
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -277,11 +277,33 @@ def load_config(source: str | Path | Source) -> dict[str, Any]:
     return read_object(Source.of(source).file("config.json"), CheckpointError)
 
 
-def named_class(config: Mapping[str, Any]) -> str | None:
-    """The class that a ``config.json`` names: diffusers' ``_class_name`` or transformers' ``architectures``."""
-    names = config.get("architectures")
-    found = config.get("_class_name") or (names[0] if isinstance(names, list) and names else None)
-    return None if found is None else str(found)
+@dataclass(frozen=True)
+class _ClassNames:
+    _class_name: str | None = None
+    architectures: tuple[str, ...] = ()
+
+
+def class_names(config: Mapping[str, Any], where: object) -> list[str]:
+    """The classes that a ``config.json`` names: diffusers' ``_class_name``, then transformers' ``architectures``.
+
+    Args:
+        config: what the file holds.
+        where: it is, for the message.
+
+    Raises:
+        CheckpointError: a name that is no text.
+    """
+    names = made(_ClassNames, config, where, ignore_unknown=True, error=CheckpointError)
+    return [*([names._class_name] if names._class_name else ()), *names.architectures]
+
+
+def named_class(source: Source) -> str | None:
+    """The first of the :func:`class_names` of a component; None where it names none.
+
+    Raises:
+        CheckpointError: there is no ``config.json``, or a name that is no text.
+    """
+    return next(iter(class_names(load_config(source), f"{source}/config.json")), None)
 
 
 @dataclass(frozen=True)

@@ -51,10 +51,10 @@ OPTIONAL_TENSORS = ("rope.freqs",)
 FLOAT32_TENSORS = frozenset({"rope.freqs", NULL_TEXT})
 # Positions are measured in units of a 512-pixel picture.
 INPUT_SIZE = 512
-# Tokens-by-width buffers alive at once inside a block: input, modulated copy, queries, keys and values, their normed
-# and turned copies, attention's output, and the MLP's fourfold inner width twice (before and after GELU). Counted in
-# running stages: 13.6 to 14.6.
-ACTIVATION_COPIES = 14
+# Tokens-by-width buffers alive at once inside a block: around attention (input, modulated copy, queries, keys and
+# values, their normed and turned copies, attention's output), or around the MLP beside its inner width, twice (before
+# and after GELU). Counted in running stages: 13.6 to 14.6 with an MLP of ratio 4.
+_AROUND_ATTENTION, _AROUND_MLP = 12, 6
 # Kinds of picture whose constants are kept: more than a run of training has buckets.
 _GIVEN = 64
 
@@ -94,6 +94,11 @@ class STDiT3Config:
             )
         if self.patch_size[0] != 1:
             raise CheckpointError(f"patch_size={list(self.patch_size)}: the time patch must be 1")
+
+    @property
+    def inner_size(self) -> int:
+        """Width inside a block's MLP."""
+        return int(self.hidden_size * self.mlp_ratio)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> STDiT3Config:
@@ -142,7 +147,7 @@ class STDiT3(nn.Module):
             patch=config.patch_size,
             text_dim=config.caption_channels,
             text_len=config.model_max_length,
-            activation_copies=ACTIVATION_COPIES,
+            activation_copies=max(_AROUND_ATTENTION, _AROUND_MLP + -(-2 * config.inner_size // dim)),
             level_support=config.level_support,
             causal_trained=config.causal_trained,
             null_text_as_long=config.null_text_as_long,
@@ -237,7 +242,8 @@ class STDiT3(nn.Module):
     def costs(self, grid: Grid, text_len: int, frames_read: int | None = None) -> Costs:
         dim, frames, patches = self.config.hidden_size, grid.frames, grid.tokens_per_frame
         tokens = frames * patches
-        dense = tokens * dim * dim * (8 + 4 + 16)  # self-attention, cross-attention (q, out), MLP of ratio 4
+        # Self-attention, cross-attention (q, out), MLP.
+        dense = tokens * dim * (dim * (8 + 4) + 4 * self.config.inner_size)
         cross = 4 * tokens * text_len * dim
         spatial, temporal = (dense + cross + 4 * tokens * span * dim for span in (patches, frames_read or frames))
         patch_values = self.config.in_channels * self.config.patch_size[1] * self.config.patch_size[2]

@@ -43,7 +43,9 @@ TI2V_CHANNELS = 48
 # those turned), or around the MLP beside its inner width, twice (before and after GELU). Counted in running stages.
 _AROUND_ATTENTION, _AROUND_MLP = 11, 5
 
-_Width = Annotated[int, Within(1, 65_536)]
+Width = Annotated[int, Within(1, 65_536)]
+Heads = Annotated[int, Within(1, 1024)]
+Layers = Annotated[int, Within(1, 256)]
 _Patch = Annotated[int, Within(1, 64)]
 
 
@@ -59,19 +61,19 @@ class WanConfig:
     """
 
     patch_size: tuple[_Patch, _Patch, _Patch] = (1, 2, 2)
-    num_attention_heads: Annotated[int, Within(1, 1024)] = 40
+    num_attention_heads: Heads = 40
     attention_head_dim: Annotated[int, Within(6, 4096)] = 128
     in_channels: Annotated[int, Within(1, 1024)] = 16
     out_channels: Annotated[int, Within(1, 1024)] | None = None
-    text_dim: _Width = 4096
+    text_dim: Width = 4096
     freq_dim: Annotated[int, Within(2, 65_536)] = 256
-    ffn_dim: _Width = 13824
-    num_layers: Annotated[int, Within(1, 256)] = 40
+    ffn_dim: Width = 13824
+    num_layers: Layers = 40
     cross_attn_norm: bool = True
     qk_norm: str = "rms_norm_across_heads"
     eps: Annotated[float, Within(0, 1, above=True)] = 1e-6
-    image_dim: _Width | None = None
-    added_kv_proj_dim: _Width | None = None
+    image_dim: Width | None = None
+    added_kv_proj_dim: Width | None = None
     text_len: Annotated[int, Within(1, 65_536)] = 512
     level_support: LevelSupport | None = None
     causal_trained: bool | None = None
