@@ -123,6 +123,7 @@ class SampleConfig:
     context_noise: ContextNoise | None = None  # level to which clean context is noised again; 0 = it stays clean
     guidance_scale: Guidance | None = None  # 1 = no guidance
     time_shift: TimeShift | None = None
+    # clip: the first W-1 chunks render the end of the clip again, and count as new frames (docs/films.md)
     start: Literal["noise", "chunk", "clip"] = "noise"
     end: Literal["drain", "cut"] = "drain"
     # where it runs

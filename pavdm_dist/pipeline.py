@@ -104,6 +104,8 @@ class PAVDMPipeline:
     ) -> None:
         counts = {"num_stages": num_stages, "threads_per_stage": threads_per_stage, "decoder_tile": decoder_tile}
         num_stages, threads_per_stage, decoder_tile = checked_arguments(_COUNTS, counts).values()
+        if engine is not None and not isinstance(engine, EngineOptions):
+            raise ConfigError(f"engine={show(engine)}: must be pavdm_dist.engine.options.EngineOptions, or None")
         checkpoint.require_weights()
         settled = options_of(engine, num_stages or 0, threads_per_stage, decoder, decoder_dtype)
         self._options, self.threads_per_stage = settled
@@ -132,7 +134,7 @@ class PAVDMPipeline:
         torch_dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         revision: str | None = None,
-        lora: Sequence[Adapter] = (),
+        lora: Sequence[Adapter] | None = None,
         text: TextOptions | None = None,
         decoder_tile: int | None = None,
         preview_decoder: str | None = None,
@@ -144,7 +146,7 @@ class PAVDMPipeline:
         Args:
             model: which.
             revision: of a hub id: branch, tag or commit.
-            lora: changes of the weights.
+            lora: changes of the weights; None = there are none.
             num_stages, threads_per_stage, engine, torch_dtype, device: of this class; ``torch_dtype`` is its ``dtype``,
                 None is ``auto``.
             text: where a pretrained text encoder computes, and where what it gives is kept.
@@ -156,9 +158,12 @@ class PAVDMPipeline:
             ConfigError: an argument that is none, a device that is not there, or a type it cannot compute in.
         """
         check_names(unknown, _FROM_PRETRAINED, "from_pretrained")
-        if isinstance(lora, str) or not all(isinstance(one, Adapter) for one in lora):
+        if not isinstance(model, str | Path):
+            raise ConfigError(f"model={show(model)}: must be the name of a model, a folder or a hub id")
+        adapters = () if lora is None else lora
+        if not isinstance(adapters, list | tuple) or not all(isinstance(one, Adapter) for one in adapters):
             raise ConfigError(f"lora={show(lora)}: must be a list of pavdm_dist.models.source.Adapter")
-        checkpoint = Checkpoint.open(model, revision, lora)
+        checkpoint = Checkpoint.open(model, revision, adapters)
         return cls(
             checkpoint if text is None else replace(checkpoint, text=text),
             num_stages,
@@ -173,17 +178,18 @@ class PAVDMPipeline:
 
     def to(
         self,
-        *targets: str | torch.device | torch.dtype,
+        *targets: str | torch.device | torch.dtype | None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
     ) -> PAVDMPipeline:
-        """Another device, another type, or both, from the next call on; returns itself, as diffusers' pipelines do."""
+        """Another device, another type, or both, from the next call on; None changes nothing. Returns itself, as
+        diffusers' pipelines do."""
         dtype, device = dtype or self._wanted[0], device or self._wanted[1]
         for target in targets:
             if isinstance(target, torch.dtype):
                 dtype = target
             else:
-                device = target
+                device = target or device
         self._use(dtype, device)
         return self
 
@@ -241,7 +247,7 @@ class PAVDMPipeline:
             negative_prompt: text of the unconditional branch, or a list with one for each prompt; None, or a blank
                 one, = the model's learned null text.
             height, width, num_inference_steps, guidance_scale: None = the checkpoint's default.
-            num_frames: new frames per video.
+            num_frames: rendered frames per video; with ``start="clip"`` the first W-1 chunks are the clip's end again.
             generator: what seeds come from (:func:`~pavdm_dist.values.arguments.seeds_of`); a list has one per video.
             seed: used without a generator; video i of the call gets ``seed + i``.
             video: conditioning clip, uint8 ``[t, H, W, 3]``; needs ``start="chunk"`` or ``"clip"``.
@@ -264,7 +270,7 @@ class PAVDMPipeline:
             ConfigError: impossible arguments, or a result that would not fit in memory (use :meth:`iter_chunks`).
             VideoError: a video could not be finished, or was cancelled meanwhile.
         """
-        if output_type not in OUTPUTS:
+        if not isinstance(output_type, str) or output_type not in OUTPUTS:
             raise ConfigError(f"output_type={output_type!r}: must be one of {', '.join(OUTPUTS)}")
         check_tensor_inputs(callback_on_step_end_tensor_inputs)
         streams = sampling.pop("streams", 1)
@@ -371,7 +377,7 @@ class PAVDMPipeline:
             self.checkpoint.transformer,
             options,
             self._frames,
-            partial(layer_split, self.checkpoint, params),
+            partial(layer_split, self.checkpoint, params, preview=self._frames.preview),
             rehearsed(params, self.checkpoint) if options.rehearses else None,
         )
         self.device_name = ", ".join(engine.devices)
@@ -454,7 +460,7 @@ class PAVDMPipeline:
     def split(self, params: SamplingParams) -> list[tuple[int, int]]:
         """Block range of each stage, balanced by estimated cost for the run's full window."""
         assert self.engine is not None
-        return layer_split(self.checkpoint, params, self.engine)
+        return layer_split(self.checkpoint, params, self.engine, self._frames.preview)
 
     def close(self) -> None:
         """Ends the stages and gives their resources back; the next call starts new ones. Safe to call twice."""

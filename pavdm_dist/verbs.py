@@ -15,6 +15,7 @@ from pavdm_dist.commands.words import is_override, run_config, sort_settings, so
 from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.farm.verbs import export_report, farm_report, run_settings
 from pavdm_dist.io import shipped
+from pavdm_dist.values.fields import show
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -70,9 +71,11 @@ def plan(arguments: argparse.Namespace) -> None:
         return print_config(config)
     chunks = None
     for text in (word.partition("=")[2] for word in arguments.words if word not in words):
-        if not text.isdecimal() or int(text) < 1:
-            raise ConfigError(f"chunks={text}: must be a whole number above 0")
-        chunks = int(text)
+        # Its digits are counted first: Python turns no text of thousands of them into a number.
+        digits = text.lstrip("0") if text.isdecimal() else ""
+        if not 1 <= len(digits) <= 12:
+            raise ConfigError(f"chunks={show(text)}: must be a whole number above 0 and below {10**12:,}")
+        chunks = int(digits)
     if chunks is not None and (config.num_frames is not None or config.seconds is not None):
         raise ConfigError(f"chunks={chunks}: stands for num_frames or seconds, give one of the three")
     from pavdm_dist.commands.plan import plan_command

@@ -125,8 +125,10 @@ def test_one_generator_in_a_loop_makes_another_video_each_time(pipeline: PAVDMPi
             "callback_on_step_end_tensor_inputs=['prompt_embeds']: must be ['latents']",
         ),
         ({"callback_on_step_end_tensor_inputs": "latents"}, "callback_on_step_end_tensor_inputs=latents: must be"),
+        ({"output_type": []}, "output_type=[]: must be one of"),
         ({"latents": None}, "no such argument 'latents'"),
         ({"max_sequence_length": 512}, "no such argument 'max_sequence_length'"),
+        ({"num_videos_per_prompt": None}, "num_videos_per_prompt=None: must be 1 to 1,000,000"),
         ({"num_frames": None}, "num_frames=None: a whole video needs a number; iter_chunks() takes endless ones"),
         ({"num_frames": 5.0}, "num_frames=5.0: must be a whole number"),
         ({"num_frames": "5"}, "num_frames=5: must be a whole number"),
@@ -179,6 +181,9 @@ def test_a_prompt_schedule_rises_from_chunk_1(schedule: Any, said: str) -> None:
         ({"num_stages": "2"}, "num_stages=2: must be a whole number"),
         ({"num_stages": 1.5}, "num_stages=1.5: must be a whole number"),
         ({"decoder_tile": "16"}, "decoder_tile=16: must be a whole number"),
+        ({"model": None}, "model=null: must be the name of a model, a folder or a hub id"),
+        ({"engine": {}}, "engine={}: must be pavdm_dist.engine.options.EngineOptions, or None"),
+        ({"lora": 5}, "lora=5: must be a list of pavdm_dist.models.source.Adapter"),
         ({"lora": "x"}, "lora=x: must be a list of pavdm_dist.models.source.Adapter"),
         ({"device": "mps"}, "device=mps: must be auto, cpu or cuda"),
         ({"device": "meta"}, "device=meta: must be auto, cpu or cuda"),
@@ -187,8 +192,16 @@ def test_a_prompt_schedule_rises_from_chunk_1(schedule: Any, said: str) -> None:
 )
 def test_a_pipeline_that_cannot_be_is_refused(model: Path, arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        PAVDMPipeline.from_pretrained(model, **arguments)
+        PAVDMPipeline.from_pretrained(**{"model": model, **arguments})
     assert said in str(raised.value)
+
+
+def test_none_is_nothing_said(model: Path) -> None:
+    pipeline = PAVDMPipeline.from_pretrained(model, lora=None, device="cpu")
+    assert not pipeline.checkpoint.adapters
+    before = pipeline.computed_on, pipeline.dtype_name
+    assert pipeline.to(None) is pipeline and (pipeline.computed_on, pipeline.dtype_name) == before
+    assert pipeline.to(None, torch.bfloat16).dtype_name == "bfloat16"
 
 
 @pytest.mark.parametrize("streams", ["abc", "2", -3, 0, 1.5, 2000])

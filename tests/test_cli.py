@@ -146,6 +146,7 @@ def test_train_hands_the_merged_settings_over(calls: list[tuple[Any, ...]], tmp_
         (["sample", "x", "a.yaml"], "no such config file"),
         (["plan", "chunks=0"], "chunks=0: must be a whole number above 0"),
         (["plan", "chunks=x"], "chunks=x"),
+        (["plan", "chunks=" + "9" * 5000], f"chunks={'9' * 77}...: must be a whole number above 0 and below 1,000,000"),
         (["plan", "chunks=3", "num_frames=7"], "give one of the three"),
         (["train", "embedded"], "neither a .yaml file nor key=value"),
         (["configs", "cp", "sample/quik"], "did you mean sample/quick.yaml?"),
@@ -326,6 +327,28 @@ def test_progress_gives_a_farm_the_lines_that_it_reads(
     progress.close()
     assert out.getvalue().splitlines() == lines  # and no bar, though it is a terminal
     assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize("kind", PROGRESS)
+def test_progress_counts_what_is_there_already_but_not_for_the_pace(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, out = Clock(), Terminal()
+    progress = PROGRESS[kind](96, fps=24, file=out, clock=clock)
+    with caplog.at_level(logging.INFO, logger="pavdm_dist"):
+        for index in (2, 3):
+            clock.now += 10
+            progress.found(48)
+            progress.chunk(0, index, 24)
+    progress.close()
+    # 24 of the 48 that were missing in 10 s: the other 24 take 10 s more.
+    said = ["72/96 frames, 6.0 s of video/min, 0:10 left", "96/96 frames, 6.0 s of video/min, 0:00 left"]
+    if kind == "auto":
+        assert all(pace in out.getvalue() for pace in ("48/96 frames", *said)) and not caplog.records
+    else:
+        assert [record.getMessage().partition(": ")[2] for record in caplog.records] == said
+        percents = [float(line.split(": ")[1].removesuffix("%")) for line in out.getvalue().splitlines()]
+        assert percents == [50, 75, 100]
 
 
 @pytest.mark.parametrize("kind", PROGRESS)

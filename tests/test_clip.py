@@ -114,3 +114,22 @@ def test_too_short_an_end_names_the_gap(checkpoint: Checkpoint, tmp_path: Path) 
         ConfigError, match=r"has 9 usable frames at 24 fps behind a gap of 9\.04 s in its timestamps, st"
     ):
         open_film(config(path), params(checkpoint), checkpoint)
+
+
+def test_what_renders_the_end_of_a_film_again_is_as_the_page_says(checkpoint: Checkpoint) -> None:
+    """`docs/films.md`: of the embedded model 100 frames; with ``start="chunk"``, none."""
+    page = (Path(__file__).parents[1] / "docs" / "films.md").read_text()
+    film = torch.zeros(300, 1, 1, 3, dtype=torch.uint8)
+    again = {}
+    for start in ("chunk", "clip"):
+        shown = input_frames(
+            VideoRequest("a", 0, 8, clip=film), SamplingParams.resolve(checkpoint, start=start), checkpoint
+        )
+        assert shown is not None
+        again[start] = len(film) - len(list(shown))
+    chosen = SamplingParams.resolve(checkpoint, start="clip")
+    assert again == {"chunk": 0, "clip": 4 * chosen.latent_chunk_size * (chosen.window_chunks - 1)}
+    assert f"the first {again['clip']} frames (4.2 s at 24 per second)" in page
+    assert f"5 seconds beyond it are `num_frames={again['clip'] + 5 * 24}`" in page
+    barred = SamplingParams.resolve(checkpoint, start="clip", method="autoregressive")
+    assert barred.plan(None).given_clip == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -85,6 +86,9 @@ def test_a_wrong_override_names_field_value_and_what_is_legal(overrides: list[st
         ("optimizer: 3", ["optimizer=3", "section"]),
         ("- 1", ["key: value"]),
         ("a: [", ["not readable as YAML"]),
+        ("seed: !!int ''", ["not readable as YAML"]),
+        ("seed: !!bool x", ["not readable as YAML"]),
+        ("seed: !!timestamp x", ["not readable as YAML"]),
         ("resume: maybe", ["resume=maybe", "auto, must or never"]),
     ],
 )
@@ -109,10 +113,11 @@ def test_prompts_are_taken_literally(text: str, seed: int) -> None:
     assert config.seed == seed
 
 
-@pytest.mark.parametrize("text", ["a: b", "no", "3", "${seed}", r"\${seed}", "[1, 2]", "x=y", "two, words"])
+@pytest.mark.parametrize("text", ["a: b", "no", "3", "${seed}", r"\${seed}", "[1, 2]", "x=y", "two, words", "???"])
 def test_dumped_yaml_reads_back_equal(tmp_path: Path, text: str) -> None:
     config = sample(f"prompt={text}", "seconds=1e1", "layers_per_stage=[3, 4]")
     config.prompt_schedule = [PromptChange(3, text)]
+    config.timed_prompts = {"0s": text}
     file = tmp_path / "dump.yaml"
     file.write_text(to_yaml(config))
     assert config.prompt == text
@@ -171,6 +176,64 @@ def test_what_yaml_takes_for_something_else_is_no_text(tmp_path: Path, content: 
     with pytest.raises(ConfigError) as error:
         load_config(SampleConfig, file)
     assert str(error.value).startswith(f"{file}: ") and said in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "meant"),
+    [
+        ("seed", "010", 10),
+        ("seed", "08", 8),
+        ("seed", "+0_10", 10),
+        ("seed", "0", 0),
+        ("seed", "0x1F", 31),
+        ("num_frames", "0100", 100),
+        ("guidance_scale", "007", 7.0),
+        ("seconds", "010.5", 10.5),
+        ("layers_per_stage", "[010, 09]", [10, 9]),
+        ("timed_prompts", "{0s: a, 0:20: b, 1:20: c}", {"0s": "a", "0:20": "b", "1:20": "c"}),
+    ],
+)
+def test_numbers_mean_what_people_mean(tmp_path: Path, name: str, written: str, meant: object) -> None:
+    """YAML 1.1 reads leading zeros in base 8 and colons in base 60."""
+    file = tmp_path / "c.yaml"
+    file.write_text(f"{name}: {written}\n")
+    assert getattr(sample(f"{name}={written}"), name) == getattr(load_config(SampleConfig, file), name) == meant
+    with pytest.raises(ConfigError, match="seed=1:30: must be a whole number"):
+        sample("seed=1:30")
+    with pytest.raises(ConfigError, match=r"seconds=1:30\.5: must be a number"):
+        sample("seconds=1:30.5")
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "written", "said"),
+    [
+        (SampleConfig, "seed", "???", "seed=???: must be a whole number"),
+        (SampleConfig, "dtype", "???", "dtype=???: must be auto, bfloat16, float16 or float32"),
+        (SampleConfig, "include_input", "???", "include_input=???: must be true or false"),
+        (SampleConfig, "fps", "???", "fps=???: must be a number or null"),
+        (SampleConfig, "timed_prompts", "???", "timed_prompts=???: must be a mapping"),
+        (SampleConfig, "layers_per_stage", "[1, '???']", "layers_per_stage[1]=???: must be a whole number"),
+        (SampleConfig, "lora", "[{model: a, scale: '???'}]", "lora: scale=???: must be a number"),
+        (TrainConfig, "optimizer", "{lr: '???'}", "optimizer.lr=???: must be a number"),
+    ],
+)
+def test_what_omegaconf_takes_for_missing_is_a_value_like_others(
+    tmp_path: Path, cls: type, name: str, written: str, said: str
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"{name}: {written}\n")
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_config(cls, file)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_config(cls, None, [f"{name}={written}"])
+
+
+def test_text_that_settings_were_written_with_is_read_back(tmp_path: Path) -> None:
+    """What older versions wrote without quotes, as to YAML 1.1 it is text, is text."""
+    file = tmp_path / "c.yaml"
+    file.write_text("prompt: 08\nprompts: 0o17\n")
+    config = load_config(SampleConfig, file)
+    assert (config.prompt, config.prompts) == ("08", "0o17")
 
 
 def test_lists_of_texts_in_overrides_hold_texts_too() -> None:

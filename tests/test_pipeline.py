@@ -11,7 +11,7 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from PIL import Image
 from previews import tiny_decoder
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.commands.dry_run import dry_run
 from pavdm_dist.commands.plan import plan_report
 from pavdm_dist.commands.progress import ChunkProgress
 from pavdm_dist.commands.sample import render_command
@@ -300,6 +301,28 @@ def test_frames_are_counted_at_the_rate_that_files_have(model: Path, fps: float 
     assert (report["num_frames"], report["seconds"]) == (1439, pytest.approx(1439 * 1001 / 24000, abs=1e-3))
 
 
+@pytest.mark.parametrize("method", ["pavdm", "autoregressive"])
+def test_what_is_too_long_to_forecast_is_scaled_by_a_dry_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Literal["pavdm", "autoregressive"]
+) -> None:
+    """The command would make it; ``pavdm plan`` says how much it can plan."""
+    config = SampleConfig("a", model=str(model), output=str(tmp_path / "v.mp4"), num_frames=2005, method=method)
+    whole = dry_run(config, False)
+    monkeypatch.setattr("pavdm_dist.commands.plan.MAX_ROWS", 300)
+    found = dry_run(config, False)
+    said = found.pop("forecast")
+    of = int(said.split()[1])
+    assert said == f"of {of} chunks step by step, scaled to {whole['chunks']}" and of < whole["chunks"]
+    assert list(found) == list(whole)
+    for name in ("chunks", "num_frames", "seconds", "sampling", "layer_split", "first_chunk_after_calls"):
+        assert found[name] == whole[name]
+    for name in ("model_calls", "latent_evaluations", "pipeline_utilisation", "useful_stages"):
+        assert found[name] == pytest.approx(whole[name], rel=0.05)
+    with pytest.raises(ConfigError, match=rf"num_frames=2005: .* plan at most chunks={of}, the rest goes on"):
+        plan_report(config)
+    assert plan_report(replace(config, num_frames=None), chunks=of)["chunks"] == of
+
+
 def test_plan_report_is_the_worked_example(model: Path) -> None:
     config = SampleConfig(
         model=str(model), num_inference_steps=30, window_chunks=6, latent_chunk_size=5, start="chunk", num_stages=2
@@ -314,6 +337,12 @@ def test_plan_report_is_the_worked_example(model: Path) -> None:
     exact = replace(causal, mode="displaced", displaced=DisplacedConfig(resync_every_steps=1))
     assert plan_report(exact, chunks=84)["pipeline_utilisation"] == pytest.approx(2 / 3, abs=1e-4)
     assert report["layer_split"] == [[0, 3], [3, 4]], "this tiny model's decoder weighs as much as its blocks"
+    previews = replace(config, preview_decoder="rgb")
+    assert plan_report(previews, chunks=84)["layer_split"] == [[0, 2], [2, 4]], "colours weigh nothing"
+    pipeline = PAVDMPipeline(Checkpoint.open(model), num_stages=2, preview_decoder="rgb")
+    assert pipeline.split(pipeline.params()) == [(0, 2), (2, 4)]
+    with pytest.raises(CheckpointError, match="preview_decoder=nowhere: no such file"):
+        plan_report(replace(config, preview_decoder="nowhere"), chunks=84)
     config.cpus_per_decoder = 1
     assert plan_report(config, chunks=84)["layer_split"] == [[0, 2], [2, 4]]
     config.num_stages = 5

@@ -60,6 +60,8 @@ def test_times_and_the_chunks_that_they_begin_with() -> None:
     ("prompts", "message"),
     [
         ({"20": "a"}, "'20' is no time; write 20s"),
+        ({"9" * 400 + "s": "a"}, "'" + "9" * 77 + "...' is no time; write 20s"),
+        ({"9" * 400 + "m": "a"}, "...' is no time; write 20s"),
         ({"": "a"}, "'' is no time"),
         ({"1h": "a"}, "'1h' is no time"),
         ({"-1s": "a"}, "'-1s' is no time"),

@@ -59,6 +59,8 @@ def test_settings_take_names() -> None:
         for word in ("fps=30000/1001", "fps=ntsc", "fps=29.97"):
             found = load_config(cls, None, [word]).fps  # type: ignore[attr-defined]
             assert isinstance(found, float) and as_rate(found) == NTSC
+        for word, rate in (("fps=24:1", 24.0), ("fps=30:1", 30.0), ("fps=030", 30.0)):
+            assert load_config(cls, None, [word]).fps == rate  # type: ignore[attr-defined]
         assert load_config(cls, None, ["fps=null"]).fps is None  # type: ignore[attr-defined]
         with pytest.raises(ConfigError, match="fps=fast: must be a number"):
             load_config(cls, None, ["fps=fast"])
@@ -67,6 +69,8 @@ def test_settings_take_names() -> None:
 def test_files_take_names(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("fps: 24000/1001\n")
     assert as_rate(load_config(SampleConfig, tmp_path / "c.yaml").fps or 0) == FILM
+    (tmp_path / "c.yaml").write_text("fps: 24:1\n")
+    assert load_config(SampleConfig, tmp_path / "c.yaml").fps == 24
     assert as_rate(made(SamplingDefaults, {"fps": "ntsc"}, "model_index.json").fps) == NTSC
     with pytest.raises(CheckpointError, match="fps=fast: must be a number, a fraction such as 30000/1001 or a name"):
         made(SamplingDefaults, {"fps": "fast"}, "model_index.json", error=CheckpointError)

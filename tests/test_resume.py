@@ -17,8 +17,9 @@ from helpers import tiny_checkpoint
 from interrupting import PROMPT, interrupted, render
 
 from pavdm_dist import cli
+from pavdm_dist.commands.progress import PROGRESS
 from pavdm_dist.commands.resume import configs_to_resume
-from pavdm_dist.commands.sample import check_videos
+from pavdm_dist.commands.sample import check_videos, render_command
 from pavdm_dist.commands.videos import Video, WantedVideo
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError, FailedVideosError
@@ -26,6 +27,7 @@ from pavdm_dist.io.latents import read_latents
 from pavdm_dist.io.metadata import read_sidecar
 from pavdm_dist.io.parts import LOCK_NAME, parts_folder
 from pavdm_dist.io.recording import Recording
+from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.io.state import read_state
 
 pytestmark = pytest.mark.timeout(180)
@@ -154,6 +156,37 @@ def test_a_video_goes_on_on_stages_and_by_its_folder_alone(
     _check_equal(output, whole)
     with pytest.raises(ConfigError, match="is no folder of an interrupted video"):
         configs_to_resume(str(tmp_path))
+
+
+@pytest.mark.parametrize("full_disk", [False, True])
+def test_progress_goes_on_where_the_videos_do(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], full_disk: bool
+) -> None:
+    """In the middle of one of two, and where all that is left is to join them."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red three\na blue seven\n")
+    settings = {"prompt": None, "prompts": str(prompts), "num_frames": 21}  # three chunks each: 5, 8 and 8 frames
+
+    def join(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    if full_disk:
+        with monkeypatch.context() as patched:
+            patched.setattr(SegmentWriter, "join", join)
+            with pytest.raises(FailedVideosError):
+                render(model, tmp_path / "cut", **settings)
+    else:
+        interrupted(model, tmp_path / "cut", monkeypatch, 2, **settings)
+    capsys.readouterr()
+    config = SampleConfig(model=str(model), output=str(tmp_path / "cut"), guidance_scale=1.0)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    render_command(config, False, PROGRESS["openjd"])
+    said = [line.split() for line in capsys.readouterr().err.splitlines()]
+    percents = [float(words[1]) for words in said if words[0] == "openjd_progress:"]
+    # Of the first video one chunk is there for good; the second, which no keyframe ends, is made again.
+    first = 100 if full_disk else 100 * 5 / 42
+    assert percents == sorted(percents) and abs(percents[0] - first) < 0.1 and percents[-1] == 100
 
 
 def test_a_batch_makes_what_is_missing(

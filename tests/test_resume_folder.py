@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import tiny_checkpoint
+import torch
+from helpers import tiny_checkpoint, tiny_model
 from interrupting import interrupted, render
+from safetensors.torch import save_file
 
 from pavdm_dist import cli
 from pavdm_dist.commands.videos import WantedVideo
-from pavdm_dist.config import SampleConfig
+from pavdm_dist.config import LoraConfig, SampleConfig
 from pavdm_dist.errors import EngineError, FailedVideosError
 from pavdm_dist.io.encode import EncoderOptions, VideoEncoder
 from pavdm_dist.io.metadata import read_sidecar
@@ -81,6 +83,29 @@ def test_a_folder_says_which_videos_are_finished(
     assert not list((tmp_path / "copy").glob("*.parts")) and not list(elsewhere.iterdir())
     assert cli.main(["sample", "--resume", "."]) == 2
     assert "is no folder of an interrupted video" in capsys.readouterr().err
+
+
+def test_changes_of_the_weights_are_found_from_another_folder(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    (there / "loras/mine").mkdir(parents=True)
+    elsewhere.mkdir()
+    name, (outside, inside) = next(
+        (name.removesuffix(".weight"), tensor.shape)
+        for name, tensor in tiny_model().state_dict().items()
+        if name.startswith("spatial_blocks.") and name.endswith(".weight") and tensor.ndim == 2
+    )
+    pair = {f"{name}.lora_A.weight": torch.ones(1, inside), f"{name}.lora_B.weight": torch.ones(outside, 1)}
+    save_file(pair, there / "loras/mine/adapter_model.safetensors")
+    monkeypatch.chdir(there)
+    settings = {"lora": [LoraConfig("loras/mine", 0.5)]}
+    (whole,) = render(model, Path("whole.mp4"), **settings)
+    interrupted(model, Path("v.mp4"), monkeypatch, 2, **settings)
+    monkeypatch.chdir(elsewhere)
+    assert cli.main(["sample", "--resume", str(there / "v.mp4.parts"), "--json"]) == 0
+    (made,) = json.loads(capsys.readouterr().out)["videos"]
+    assert made["latents_sha256"] == whole["latents_sha256"]
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -97,14 +97,15 @@ def test_a_training_checkpoint_with_code_is_passed_over(
 ) -> None:
     file = tmp_path / "mp_rank_00_model_states.pt"
     torch.save({"module": {"w": torch.zeros(2)}, "x": Code(mark)}, file, pickle_protocol=protocol)
-    manifest = {"files": {file.name: save_reading.fingerprint(file)} if listed else {}}
-    (tmp_path / save_reading.MANIFEST).write_text(json.dumps(manifest))
+    manifest: dict[str, Any] = {"files": {}, "identity": {}, "layout": {"zero_stage": 0, "processes": 1}}
+    files = {file.name: save_reading.fingerprint(file)} if listed else {}
+    (tmp_path / save_reading.MANIFEST).write_text(json.dumps({**manifest, "files": files}))
     found, fault = save_reading._checked(tmp_path, World(0, 1))
-    assert found == manifest and fault is not None
+    assert found is not None and found.files == files and fault is not None
     assert f"{file.name} is no file of this program, it would run" in fault
     torch.save({"module": {"w": torch.zeros(2)}}, file)
-    (tmp_path / save_reading.MANIFEST).write_text(json.dumps({"files": {}}))
-    assert save_reading._checked(tmp_path, World(0, 1)) == ({"files": {}}, None)
+    (tmp_path / save_reading.MANIFEST).write_text(json.dumps(manifest))
+    assert save_reading._checked(tmp_path, World(0, 1))[1] is None
     assert not mark.exists()
 
 

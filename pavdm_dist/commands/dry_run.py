@@ -21,4 +21,4 @@ def dry_run(config: SampleConfig, overwrite: bool) -> dict[str, Any]:
     for video in check_videos(config, overwrite).all:
         if video.error is not None:
             raise ConfigError(f"{video.error}") from video.error
-    return plan_report(config)
+    return plan_report(config, any_length=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.codecs.catalog import FrameMaker
 from pavdm_dist.commands.resolve import (
     check_recovery,
     decoder_of_stages,
@@ -40,19 +41,24 @@ def plan_command(config: SampleConfig, chunks: int | None = None) -> dict[str, A
     return report
 
 
-def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, Any]:
+def plan_report(config: SampleConfig, chunks: int | None = None, *, any_length: bool = False) -> dict[str, Any]:
     """What a run would do: window plan, cost, layer split. Reads shapes, no weights.
 
     Args:
         config: validated settings.
         chunks: new chunks, instead of a length in frames.
+        any_length: what is too long to forecast row by row is scaled up from as much as is not, and the report says so.
 
     With ``cluster.devices`` the planner says how to use them (:mod:`pavdm_dist.planning.planner`).
+
+    Raises:
+        ConfigError: settings that no run takes, or without ``any_length`` a video of too many rows.
     """
     checkpoint = open_checkpoint(config)
     params = sampling_params(config, checkpoint)
     check_recovery(config, params)
     checkpoint.check_text()
+    FrameMaker(checkpoint.vae, config.decoder_tile, config.preview_decoder).check()
     spec, size = checkpoint.codec_spec, params.latent_chunk_size
     if chunks is None:
         frames = frames_wanted(config, params.fps)
@@ -63,27 +69,31 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
     schedule = [change.from_chunk for change in config.prompt_schedule]
     schedule = schedule or [chunk for chunk, _ in timed_prompts(config.timed_prompts, params, checkpoint)]
     check_schedule(schedule, plan, params, checkpoint)
+    forecast, planned = plan, chunks
     if plan.num_rows > MAX_ROWS:
-        most = max(1, MAX_ROWS // plan.steps_per_shift * plan.block_chunks - params.window_chunks)
-        raise ConfigError(
-            f"num_frames={frames}: {plan.num_rows} steps are too many to forecast one by one; plan at most"
-            f" chunks={most}, the rest goes on like that"
-        )
+        planned = max(1, MAX_ROWS // plan.steps_per_shift * plan.block_chunks - params.window_chunks)
+        if not any_length:
+            raise ConfigError(
+                f"num_frames={frames}: {plan.num_rows} steps are too many to forecast one by one; plan at most"
+                f" chunks={planned}, the rest goes on like that"
+            )
+        forecast = params.plan(planned)
     branches = 1 if params.guidance_scale == 1 else 2
     split = [(0, checkpoint.shape.spec.num_blocks)]
     if config.num_stages:
-        split = layer_split(checkpoint, params, engine_options(config))
-    work = calls_of(params, plan)
-    utilisation = pipeline_utilisation(params, plan, max(config.num_stages, 1), config.streams)
+        split = layer_split(checkpoint, params, engine_options(config), config.preview_decoder)
+    work, times = calls_of(params, forecast), chunks / planned
+    utilisation = pipeline_utilisation(params, forecast, max(config.num_stages, 1), config.streams)
     cluster = config.cluster if isinstance(config, PlanConfig) and config.cluster.devices is not None else None
     return {
         "chunks": chunks,
         "num_frames": frames,
         "seconds": round(frames / params.fps, 3),
-        "model_calls": work.calls,
+        **({} if forecast is plan else {"forecast": f"of {planned} chunks step by step, scaled to {chunks}"}),
+        "model_calls": round(work.calls * times),
         "guidance_branches": branches,
-        "latent_evaluations": work.latents,
-        "latent_evaluations_per_new_latent": round(work.latents / (chunks * size), 3),
+        "latent_evaluations": round(work.latents * times),
+        "latent_evaluations_per_new_latent": round(work.latents / (planned * size), 3),
         **({"plain_plan": plain} if (plain := plain_cost(params, plan, checkpoint)) else {}),
         "first_chunk_after_calls": work.first,
         "calls_per_chunk": round(work.per_chunk, 3),
@@ -94,7 +104,7 @@ def plan_report(config: SampleConfig, chunks: int | None = None) -> dict[str, An
         "useful_stages": useful_stages(params, config.streams),
         "sampling": asdict(params),
         **({} if params.context == "joint" else {"recovery": _recovery_report(config, checkpoint, params)}),
-        **({} if cluster is None else {"cluster": _cluster_report(config, cluster, checkpoint, params, plan)}),
+        **({} if cluster is None else {"cluster": _cluster_report(config, cluster, checkpoint, params, forecast)}),
     }
 
 
@@ -124,4 +134,6 @@ def _cluster_report(
     dtype = _dtype(config, checkpoint)
     decoder_dtype = DTYPES[config.decoder_dtype]
     decoder = decoder_of_stages(config)
-    return planner.report(checkpoint, params, plan, cluster, dtype, decoder, decoder_dtype, config.decoder_tile)
+    return planner.report(
+        checkpoint, params, plan, cluster, dtype, decoder, decoder_dtype, config.decoder_tile, config.preview_decoder
+    )

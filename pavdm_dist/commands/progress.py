@@ -97,7 +97,7 @@ class ChunkProgress:
         self._several = num_videos > 1
         self._clock = clock
         self._start = clock()
-        self._done = 0
+        self._found = self._made = 0
         self._bar: tqdm | None = None
         if self.draws and self._file is not None and self._file.isatty():
             layout = "{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} frames{postfix} [{elapsed}]"
@@ -105,29 +105,46 @@ class ChunkProgress:
             self._bar = tqdm(total=self._total, file=self._file, bar_format=layout, nrows=20)
             self._bar.set_postfix_str("first chunk on its way")
 
+    def found(self, frames: int) -> None:
+        """So many frames, of all videos together, were there already: they count as done, and not for the pace."""
+        if frames != self._found:
+            self._found = frames
+            self._draw()
+
     def chunk(self, stream: int, index: int, frames: int) -> None:
         """Chunk ``index`` of video ``stream`` (both 0-based) has been decoded into ``frames`` frames."""
-        # The last chunk of a video may be trimmed by the caller or not; the bar never exceeds its total.
-        self._done = min(self._done + frames, self._total)
+        self._made += frames
         rate = self.seconds_per_minute
         left = self._eta()
         pace = f"{rate:.1f} s of video/min, {left} left"
         if self._bar is not None:
-            try:
-                self._bar.set_postfix_str(pace, refresh=False)
-                self._bar.n = self._done
-                self._bar.refresh()
-            except OSError:  # its terminal is closed; the videos go on
-                self._bar.disable, self._bar = True, None
+            self._draw(pace)
             return
         video = f"video {stream} " if self._several else ""
         logger.info("%schunk %d: %d/%d frames, %s", video, index, self._done, self._total, pace)
 
     @property
+    def _done(self) -> int:
+        # The last chunk of a video may be trimmed by the caller or not; the bar never exceeds its total.
+        return min(self._found + self._made, self._total)
+
+    def _draw(self, pace: str | None = None) -> None:
+        """The bar as things are, where there is one."""
+        if self._bar is None:
+            return
+        try:
+            if pace is not None:
+                self._bar.set_postfix_str(pace, refresh=False)
+            self._bar.n = self._done
+            self._bar.refresh()
+        except OSError:  # its terminal is closed; the videos go on
+            self._bar.disable, self._bar = True, None
+
+    @property
     def seconds_per_minute(self) -> float:
-        """Seconds of video rendered per minute so far, all videos together."""
+        """Seconds of video rendered per minute so far, all videos together; of new frames alone."""
         elapsed = self._clock() - self._start
-        return self._done / self._fps * 60 / elapsed if elapsed > 0 else 0.0
+        return self._made / self._fps * 60 / elapsed if elapsed > 0 else 0.0
 
     def close(self) -> None:
         """Leave the bar as it is and give the line back; harmless when called twice."""
@@ -136,9 +153,9 @@ class ChunkProgress:
                 self._bar.close()
 
     def _eta(self) -> str:
-        if not self._done:
+        if not self._made:
             return "?"
-        left = (self._clock() - self._start) / self._done * (self._total - self._done)
+        left = (self._clock() - self._start) / self._made * (self._total - self._done)
         hours, rest = divmod(round(left), 3600)
         minutes, seconds = divmod(rest, 60)
         return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
@@ -152,6 +169,15 @@ class _FarmProgress(ChunkProgress):
 
     def chunk(self, stream: int, index: int, frames: int) -> None:
         super().chunk(stream, index, frames)
+        self._tell()
+
+    def found(self, frames: int) -> None:
+        is_news = frames != self._found
+        super().found(frames)
+        if is_news:
+            self._tell()
+
+    def _tell(self) -> None:
         if self._file is None:
             return
         with suppress(OSError):  # nobody listens any more; the videos go on

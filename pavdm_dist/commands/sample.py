@@ -177,7 +177,9 @@ def _render(videos: Videos, bar: Any, signals: Signals) -> int:
                     videos.pipeline.cancel(chunk.video)
                     continue
             frames += chunk.frames.shape[0]
+            bar.found(sum(video.found for video in videos.all))
             bar.chunk(video.number, chunk.index, chunk.frames.shape[0])
+        bar.found(sum(video.found for video in videos.all))  # of those that needed no new chunk, too
     except BaseException as error:
         left: list[str] = []
         with suppress(Stopped), signals.shield():

@@ -25,7 +25,7 @@ from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk
 from pavdm_dist.request.sampling import SamplingParams
 from pavdm_dist.request.streams import input_frames
-from pavdm_dist.request.video_request import VideoRequest
+from pavdm_dist.request.video_request import VideoRequest, frames_left
 from pavdm_dist.values.merging import to_yaml
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class Video:
         error: why it never will be.
         changes: ``(first chunk, prompt)`` of what was changed while it ran.
         unsaved: why the newest state of what was begun of it could not be written.
+        found: new frames that were there already when it was opened.
     """
 
     number: int
@@ -64,6 +65,7 @@ class Video:
     error: VideoError | None = None
     changes: tuple[tuple[int, str], ...] = ()
     unsaved: str = ""
+    found: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,14 +132,18 @@ class Videos:
                     recording = self._open(video)
                     if recording.complete:  # all that is left of it
                         self.finish(video)
+                        video.found = video.request.num_frames or 0
                         continue
+                    request = replace(video.request, resume=resume_point(recording))
+                    left = frames_left(request, self.params, self.pipeline.checkpoint)
+                    video.found = 0 if left is None else (request.num_frames or 0) - left
                 except (PAVDMError, OSError) as error:
                     self.fail(video, error)
                     continue
                 finally:
                     self._being_opened.clear()
             taken.append(video)
-            yield replace(video.request, resume=resume_point(recording))
+            yield request
 
     def write(self, video: Video, chunk: VideoChunk) -> bool:
         """Takes a chunk; whether the video is still well.
@@ -282,14 +288,17 @@ def _own_settings(config: SampleConfig, video: Video, params: SamplingParams) ->
     def absolute(path: str | None) -> str | None:
         return path if path is None or path == RGB or is_remote(path) else os.path.abspath(path)
 
-    is_folder = config.model not in shipped_models() and os.path.isdir(config.model)
+    def weights(name: str) -> str:
+        return os.path.abspath(name) if name not in shipped_models() and os.path.isdir(name) else name
+
     return replace(
         config,
         prompt=video.request.prompt,
         prompts=None,
         seed=video.request.seed,
         output=absolute(video.output) or "",
-        model=os.path.abspath(config.model) if is_folder else config.model,
+        model=weights(config.model),
+        lora=[replace(entry, model=weights(entry.model)) for entry in config.lora],
         video=absolute(config.video),
         image=absolute(config.image),
         preview_decoder=absolute(config.preview_decoder),

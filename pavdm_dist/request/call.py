@@ -53,8 +53,10 @@ def requests_of_call(
         MediaError: the picture cannot be read.
     """
     counts = checked_arguments(_COUNTS, {"num_frames": num_frames, "num_videos_per_prompt": num_videos_per_prompt})
-    if None in counts.values():
-        raise ConfigError(f"num_frames={num_frames}: a whole video needs a number; iter_chunks() takes endless ones")
+    if num_videos_per_prompt is None:
+        raise ConfigError("num_videos_per_prompt=None: must be 1 to 1,000,000")
+    if num_frames is None:
+        raise ConfigError("num_frames=None: a whole video needs a number; iter_chunks() takes endless ones")
     num_frames, num_videos_per_prompt = counts["num_frames"], counts["num_videos_per_prompt"]
     prompts = [prompt] if isinstance(prompt, str | Mapping) else list(prompt) if isinstance(prompt, Sequence) else []
     if not prompts:

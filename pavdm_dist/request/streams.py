@@ -111,7 +111,12 @@ def clip_frames_used(params: SamplingParams, checkpoint: Checkpoint) -> int:
 
 
 def input_frames(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> Iterable[Any] | None:
-    """Frames of the film that come before the first new frame (what ``include_input`` shows), ``[H, W, 3]`` each."""
+    """Frames of the film that come before the first rendered one (what ``include_input`` shows), ``[H, W, 3]`` each.
+
+    With ``start="clip"`` the first W-1 chunks of the video (``given_clip`` of its plan) begin as the film's last ones,
+    noised to the window's levels, and take their place: those frames are left out here. A video that is no longer than
+    these chunks adds nothing to the film.
+    """
     if request.clip is None:
         return None
     latents = params.plan(None).given_clip * params.latent_chunk_size

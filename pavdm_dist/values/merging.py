@@ -19,27 +19,15 @@ from typing import Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-from yaml import (
-    CollectionEndEvent,
-    CollectionStartEvent,
-    SafeDumper,
-    SafeLoader,
-    ScalarNode,
-    YAMLError,
-    dump,
-    parse,
-    safe_load,
-)
 
 from pavdm_dist.errors import ConfigError, first_line
 from pavdm_dist.redaction import hide_in_urls, is_redacted
 from pavdm_dist.values.fields import check_fields, expected, members, read, show
+from pavdm_dist.values.yaml_text import NO_YAML, as_yaml, read_yaml
 
 T = TypeVar("T")
-# What reading YAML raises: no YAML, no text, a date that is none, a number of thousands of digits, endless nesting.
-NO_YAML = (YAMLError, ValueError, RecursionError)
-_DEEPEST, _MOST = 50, 100_000
-
+# What stands for ``???`` while OmegaConf has it; no legal text holds a NUL.
+_MARK = "\0???"
 _PROMPTS = ("prompt", "negative_prompt", "timed_prompts", "prompt_suffix")
 _HALVES = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _KINDS = {bool: "true or false", int: "a number", float: "a number", date: "a date", datetime: "a time"}
@@ -91,7 +79,7 @@ def merged(cls: type[T], values: Mapping[Any, Any], where: object, overrides: Se
             raise ConfigError(f"{item!r} is not an override: write key=value")
         _set(config, cls, key.split("."), text, parse=True)
     try:
-        result = OmegaConf.to_object(config)
+        result = _unescape(OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
     assert isinstance(result, cls)
@@ -100,28 +88,6 @@ def merged(cls: type[T], values: Mapping[Any, Any], where: object, overrides: Se
         if is_redacted(value):
             raise ConfigError(f"{name}={value}: *** stands for a secret that no file keeps; give {name}=... again")
     return result
-
-
-def read_yaml(text: str | bytes) -> Any:
-    """What YAML says, as plain lists, dicts and scalars.
-
-    Raises:
-        YAMLError, ValueError, RecursionError: (:data:`NO_YAML`) none, or nothing that settings could be: a hundred
-            lists in lists, which take the parser minutes, or anchors that multiply.
-    """
-    depth = 0
-    for event in parse(text, SafeLoader):
-        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
-        if depth > _DEEPEST:
-            raise ValueError("it is nested too deeply")
-    content = safe_load(text)
-    left, found = [content], 0
-    while left:
-        value, found = left.pop(), found + 1
-        if found > _MOST:
-            raise ValueError("its anchors make it endless, or too large")
-        left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return content
 
 
 def to_dict(config: Any, hide: Callable[[str], str] = hide_in_urls) -> dict[str, Any]:
@@ -137,18 +103,7 @@ def to_dict(config: Any, hide: Callable[[str], str] = hide_in_urls) -> dict[str,
 
 def to_yaml(config: Any) -> str:
     """The settings as YAML that :func:`load_config` reads back to an equal object, but for secrets in addresses."""
-    return dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-class _Dumper(SafeDumper):
-    """Writes characters that YAML would read as ends of lines, or not at all, as escapes."""
-
-
-def _quoted(dumper: SafeDumper, text: str) -> ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
-
-
-_Dumper.add_representer(str, _quoted)
+    return as_yaml(to_dict(config))
 
 
 def _without_secrets(value: Any, hide: Callable[[str], str]) -> Any:
@@ -261,12 +216,12 @@ def _explain(error: Exception, name: str, annotation: Any, value: Any) -> str:
     if dataclasses.is_dataclass(item) and isinstance(key, str):
         known = _hints(typing.cast(Any, item))
         if key in known:
-            return f"{name}: {key}={show(getattr(error, 'value', None))}: must be {expected(known[key])}"
+            return f"{name}: {key}={show(_unescape(getattr(error, 'value', None)))}: must be {expected(known[key])}"
         if isinstance(error, ConfigKeyError):
             return f"{name}: {_no_such_key(key, known)}"
     where = getattr(error, "full_key", None) or name
     if item is not None and where.startswith(f"{name}["):
-        return f"{where}={show(getattr(error, 'value', None))}: must be {expected(item)}"
+        return f"{where}={show(_unescape(getattr(error, 'value', None)))}: must be {expected(item)}"
     return f"{name}={show(value)}: must be {expected(annotation)}"
 
 
@@ -277,12 +232,25 @@ def _no_such_key(key: str, known: Sequence[str] | dict[str, Any]) -> str:
 
 
 def _escape(value: Any) -> Any:
-    """Keep OmegaConf from taking ``${`` in a prompt as an interpolation."""
+    """Keep OmegaConf from taking ``${`` in a prompt as an interpolation, and ``???`` as a value that is still to come;
+    the second is taken back by :func:`_unescape`."""
     if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+        return _MARK if value == "???" else re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     if isinstance(value, dict):
         return {key: _escape(entry) for key, entry in value.items()}
     return [_escape(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _unescape(value: Any) -> Any:
+    if isinstance(value, str):
+        return "???" if value == _MARK else value
+    if isinstance(value, list):
+        return [_unescape(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: _unescape(entry) for key, entry in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{key: _unescape(entry) for key, entry in vars(value).items()})
+    return value
 
 
 def _as_meant(name: str, value: Any) -> Any:

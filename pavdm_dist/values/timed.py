@@ -7,8 +7,10 @@ import re
 from collections.abc import Mapping
 
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.values.fields import show
 
-_FORM = re.compile(r"(?=.)(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?")
+# No more digits than any video has seconds.
+_FORM = re.compile(r"(?=.)(?:(\d{1,12})m)?(?:(\d{1,12}(?:\.\d{1,40})?)s)?")
 _FIELD = "timed_prompts"
 
 
@@ -25,7 +27,7 @@ def timed(prompts: Mapping[str, str]) -> list[tuple[float, str]]:
     for time, prompt in prompts.items():
         match = _FORM.fullmatch(time) if isinstance(time, str) else None
         if match is None:
-            raise ConfigError(f"{_FIELD}: {time!r} is no time; write 20s, 1.5s, 2m or 1m20s")
+            raise ConfigError(f"{_FIELD}: {show(time)!r} is no time; write 20s, 1.5s, 2m or 1m20s")
         if not isinstance(prompt, str) or not prompt.strip():
             raise ConfigError(f"{_FIELD}[{time}]={prompt!r}: must be a prompt")
         seconds = 60 * int(match[1] or 0) + float(match[2] or 0)
