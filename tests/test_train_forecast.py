@@ -91,7 +91,7 @@ def test_a_dry_run_tells_of_the_bucket_that_needs_most(monkeypatch: pytest.Monke
     for size, nearest in ((1, "2"), (3, "2 or 4")):
         with pytest.raises(
             ConfigError,
-            match=rf"batch_sizes.32x32x1@24={size} with sequence_parallel=2: pictures .* 2 processes: use {nearest}$",
+            match=rf"batch_sizes={{32x32x1@24: {size}}} with sequence_parallel=2: pictures .*: use {nearest}$",
         ):
             told("sequence_parallel=2", "model.num_heads=2", pictures % size)
 

@@ -139,6 +139,23 @@ def test_a_signal_saves_and_ends_well(run_dir: Path, more: list[str], number: in
     assert Checkpoint.open(run_dir / "model").backbone.config.depth == 1
 
 
+@pytest.mark.timeout(180)
+def test_processes_of_a_command_that_is_killed_save_and_end(run_dir: Path) -> None:
+    process = Program(
+        ["-m", "pavdm_dist", *words(run_dir, "optimizer.total_steps=100000", "launch.processes=2")], alone()
+    )
+    while not (run_dir / "log.jsonl").exists() and process.returncode is None:
+        time.sleep(0.1)
+    process.kill()
+    end = time.monotonic() + 60  # before their slice is over
+    while list(run_dir.glob(".pavdm-lock*")):
+        assert time.monotonic() < end, "they train on unattended"
+        time.sleep(0.1)
+    step = int((run_dir / "checkpoints" / "latest").read_text()[4:])
+    assert len(losses(run_dir)) == step > 0
+    assert Checkpoint.open(run_dir / "model").backbone.config.depth == 1
+
+
 def test_the_provider_reaches_other_processes_by_name() -> None:
     assert pickle.loads(pickle.dumps(training_data)) is training_data
 
@@ -205,6 +222,7 @@ def test_what_is_advised_is_allowed(chosen: list[str], size: int, advised: list[
 
 FAULT_PROGRAM = """
 import sys
+import time
 from pathlib import Path
 from training import start
 from pavdm_dist.values.merging import load_config
@@ -219,18 +237,26 @@ def broken(step, rank, size):
     return load(step, rank, size)
 trainer.batches.batch = broken
 try:
-    for _ in range(4):
-        trainer.train_step()
+    trainer.run(time.monotonic() + 100)
 except Exception as error:
     print(trainer.world.rank, type(error).__name__, error, "at", trainer.step)
 """
 
 
 @pytest.mark.timeout(120)
-def test_a_batch_that_one_process_cannot_load_ends_all_with_a_sentence(run_dir: Path) -> None:
+def test_a_batch_that_one_process_cannot_load_saves_and_ends_all_with_a_sentence(run_dir: Path) -> None:
     one, two = launch(["-c", FAULT_PROGRAM, str(run_dir), *SETTINGS, f"run_dir={run_dir}"], timeout=100)
     assert "0 EngineError process 1 cannot load step 2 (MediaError: videos/7.mp4: cannot be read) at 2" in one
     assert "1 MediaError videos/7.mp4: cannot be read at 2" in two
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step0000002", "the weights are sound"
+
+
+@pytest.mark.timeout(120)
+def test_what_the_first_process_refuses_ends_all_with_its_sentence(run_dir: Path) -> None:
+    processes = processes_of(["-m", "pavdm_dist", *words(run_dir, "data.num_latents=8")])
+    said = [process.communicate(timeout=100)[0] for process in processes]
+    assert all(process.returncode == 2 for process in processes)
+    assert all("was made with another num_latents" in text and "Traceback" not in text for text in said), said
 
 
 def test_a_launcher_that_sets_half_of_its_variables_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,27 @@ def test_settings_of_workers_that_are_not_asked_for_are_refused(
 @pytest.mark.parametrize(
     ("given", "said"),
     [
+        (
+            "sampling={num_inference_steps: 5, window_chunks: 2}",
+            "sampling.window_chunks=2 does not divide num_inference_steps=5",
+        ),
+        ("sampling={height: 17}", "sampling.height=17 cannot be divided by 8, the video codec's stride"),
+        ("export=RUN/checkpoints", "run/checkpoints: is checkpoints in run_dir="),
+        ("export=RUN/vae/model", "run/vae/model: lies in vae in run_dir="),
+    ],
+)
+def test_a_model_that_could_not_be_exported_or_sampled_is_not_trained(
+    given: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert cli.main(["train", *TINY, "max_seconds=0", f"run_dir={run}", given.replace("RUN", str(run))]) == 2
+    assert said in capsys.readouterr().err
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
         (["data.pixels=true"], "data.pixels=True; it is of data.folder"),
         (["data.folder=set", "codec.base_dim=8"], "codec.base_dim=8.*; data.folder=set is trained on"),
         (["codec.folder=vae", "codec.base_dim=8"], "codec.base_dim=8; codec.folder=vae is trained already"),
@@ -126,6 +147,12 @@ def test_settings_of_workers_that_are_not_asked_for_are_refused(
         ),
         (["zero.bucket_elements=5"], "zero.bucket_elements=5; it is of zero.stage=1, 2 and 3"),
         (["objective.variance_scale=0.3"], "objective.variance_scale=0.3; it is of objective.pattern=linear-variance"),
+        (
+            ["objective.pattern=linear", "objective.shift_scale=0.3"],
+            "shift_scale=0.3; it is of objective.pattern=linear-s",
+        ),
+        (["objective.context_noise=0.3", "objective.context_chunks=0"], "context_noise=0.3; there is no clean context"),
+        (["data.still_batch_size=5"], "data.still_batch_size=5; it is of data.still_steps and data.still_share"),
         (["validation.clips=3"], "validation.clips=3; it is of data.folder"),
         (["validation.batches=3"], "validation.batches=3; it is of validation.every_steps"),
         (
@@ -162,7 +189,18 @@ def test_gpus_that_one_process_leaves_idle_are_told_of(
     assert len(trained) == 3
 
 
+def test_single_frames_that_are_not_drawn_need_not_divide() -> None:
+    check_settings(settings("data.batch_size=3"), 3)
+    with pytest.raises(
+        ConfigError, match=r"data\.still_batch_size=128 does not divide among 3 processes: use 126 or 129"
+    ):
+        check_settings(settings("data.batch_size=3", "data.still_steps=1"), 3)
+
+
 def test_what_is_read_is_not_told_of(caplog: pytest.LogCaptureFixture, shell: pytest.MonkeyPatch) -> None:
+    check_effect(settings("data.still_share=0.1", "data.still_batch_size=5", "objective.shift_scale=0.3"), 1)
+    mixed = "objective.mixture=[{pattern: linear}, {share: 1}]"
+    check_effect(settings(mixed, "objective.shift_scale=0.3", "objective.context_noise=0.3"), 1)
     check_effect(settings("zero.stage=1", "optimizer.name=adamw", "zero.bucket_elements=5", "launch.processes=2"), 1)
     check_effect(settings("launch.ray_workers=2", "launch.max_failures=1"), 1)
     check_effect(settings("launch.processes=2"), 2)  # one of the two

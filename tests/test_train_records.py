@@ -29,6 +29,7 @@ from pavdm_dist.train.loss import BANDS
 from pavdm_dist.train.prepared import video_data
 from pavdm_dist.train.profiling import Profiler
 from pavdm_dist.train.ranks import World
+from pavdm_dist.train.run_log import Records
 from pavdm_dist.train.sequence import SequenceGroup
 from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.trainer import Trainer
@@ -63,6 +64,25 @@ def test_a_line_of_the_log_is_about_all_steps_since_the_last(tmp_path: Path, cli
         assert {name.split()[0] for name in line["kinds"]} <= {"full", "growing", "draining", "still"}
         assert line["tokens_per_second"] > 0 and line["tflops"] > 0
         assert line["share_of_peak"] == pytest.approx(line["tflops"] / 0.001)
+
+
+def test_a_slice_leaves_no_step_out_of_the_log(tmp_path: Path, clips: LatentClips) -> None:
+    words = [*TINY, "log_every_steps=4", f"run_dir={tmp_path}"]
+    for last in (3, 6):
+        trainer = start(load_config(TrainConfig, None, words), clips)
+        trainer.asked = lambda trainer=trainer, last=last: trainer.step == last  # type: ignore[misc]
+        trainer.run(time.monotonic() + 100)
+    assert [line["step"] for line in lines(tmp_path)] == [3, 4, 6]
+
+
+def test_a_line_that_was_cut_short_spoils_no_other(tmp_path: Path) -> None:
+    records = Records(tmp_path, [], {})
+    records.write(1, {"loss": 1.0})
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')
+    records.write(3, {"loss": 3.0})
+    whole = ['{"step": 1, "loss": 1.0}', '{"step": 2, "lo', '{"step": 3, "loss": 3.0}']
+    assert (tmp_path / "log.jsonl").read_text() == "".join(f"{line}\n" for line in whole)
 
 
 def test_what_is_no_step_is_no_time_of_steps(

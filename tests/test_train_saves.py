@@ -207,6 +207,42 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
         one(tmp_path, clips)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("latest", b"\xff\xfe"),
+        ("latest", None),
+        ("step0000002/complete.json", b"[]"),
+        ("step0000002/complete.json", {"identity": None}),
+        ("step0000002/complete.json", {"layout": {"zero_stage": 0, "processes": 1, "shards": 1}}),
+        ("step0000002/complete.json", {"files": []}),
+    ],
+    ids=["no text", "a folder", "no object", "no identity", "another version", "no files"],
+)
+def test_small_files_that_were_damaged_are_passed_over_with_the_reason(
+    tmp_path: Path, clips: Path, name: str, content: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = one(tmp_path, clips)
+    for _ in range(2):
+        trainer.train_step()
+        trainer.save()
+    file = tmp_path / "checkpoints" / name
+    if isinstance(content, dict):
+        file.write_text(json.dumps({**json.loads(file.read_text()), **content}))
+    elif content is None:
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    again = one(tmp_path, clips)
+    assert again.step == (2 if name == "latest" else 1)
+    assert f"{name.partition('/')[0]} is passed over: " in caplog.text and "is missing or broken" in caplog.text
+    again.train_step()
+    again.save()
+    assert (tmp_path / "checkpoints" / "latest").read_text() == f"step{again.step:07d}"
+    assert one(tmp_path, clips).step == again.step
+
+
 def test_the_last_ones_and_round_numbers_are_kept(tmp_path: Path, clips: Path) -> None:
     trainer = one(tmp_path, clips, "keep_last=2", "keep_every_steps=3")
     for _ in range(8):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,10 @@ def test_a_pretrained_model_is_finetuned(folder: Path, model: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["data.batch_sizes={64x64x8@24: 2}"], r"data\.batch_sizes\.64x64x8@24: the data has the buckets 32x48x8@24"),
+        (
+            ["data.batch_sizes={64x64x8@24: 2}"],
+            r"data\.batch_sizes={64x64x8@24: 2}: the data has the buckets 32x48x8@24",
+        ),
         (
             ["objective.latent_chunk_size=4"],
             r"latent_chunk_size=4: clips of bucket 32x32x3@12 have 3 latents",
@@ -225,10 +229,21 @@ def test_pictures_that_do_not_divide_among_the_processes_of_a_window_are_refused
 ) -> None:
     words = settings(folder, model, tmp_path, "sequence_parallel=2", "data.batch_size=3", "data.prefetch=0")
     config = load_config(TrainConfig, None, words)
-    with pytest.raises(ConfigError, match=r"32x32x1@24=3 with sequence_parallel=2: pictures .* use 2 or 4"):
+    with pytest.raises(
+        ConfigError, match=r"^data\.batch_sizes={32x32x1@24: 3} with sequence_parallel=2: pictures .* use 2 or 4"
+    ):
         video_data(config, World(0, 2))
     config.data.batch_sizes = {"32x32x1@24": 4}
     video_data(config, World(0, 2))
+
+
+def test_a_shard_that_is_missing_is_named_at_the_start(folder: Path, model: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "set")
+    (tmp_path / "set" / "bucket-1-00000.safetensors").unlink()
+    words = settings(tmp_path / "set", model, tmp_path / "run")
+    said = rf"^data\.folder={tmp_path}/set: 1 of \d shards are missing, the first is bucket-1-00000\.safetensors; run"
+    with pytest.raises(ConfigError, match=said):
+        video_data(load_config(TrainConfig, None, words))
 
 
 def test_cached_text_and_latents_train_in_bfloat16(folder: Path, model: Path, tmp_path: Path) -> None:

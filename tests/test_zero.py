@@ -16,7 +16,8 @@ from pavdm_dist.digits.cache import LatentClips
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.train_settings import TrainConfig
-from pavdm_dist.train.zero_settings import engine_settings, refusals
+from pavdm_dist.train.zero_refusals import refusals
+from pavdm_dist.train.zero_settings import engine_settings
 from pavdm_dist.values.merging import load_config
 
 STEPS, FEW = 10, 3
@@ -237,6 +238,7 @@ REFUSED = [
     (["zero.offload=optimizer"], r"zero\.offload=optimizer with zero\.stage=0"),
     (["zero.stage=2", "zero.offload=all"], r"zero\.offload=all with zero\.stage=2"),
     (["zero.stage=1", "zero.init=true"], r"zero\.init=true with zero\.stage=1"),
+    (["data.batch_sizes={64x64x5@23.976: 3}"], r"^data\.batch_sizes={64x64x5@23\.976: 3} does not divide among 2 .* 4"),
     (["data.batch_size=5"], r"data\.batch_size=5 does not divide among 2 processes: use 4 or 6"),
     (
         ["optimizer.accumulation=4"],
@@ -246,6 +248,26 @@ REFUSED = [
     (["deepspeed.train_batch_size=32"], r"train_batch_size=32 contradicts data\.batch_size, which makes it 4"),
     (["deepspeed.zero_optimization.stage=3"], r"zero_optimization\.stage=3 contradicts zero\.stage, which makes it 0"),
     (["deepspeed.bf16.enabled=true"], r"bf16\.enabled=True contradicts zero\.precision"),
+    (
+        ["deepspeed.torch_autocast={enabled: true, dtype: float16}"],
+        r"torch_autocast\.enabled=True contradicts zero\.prec",
+    ),
+    (["deepspeed.gradient_allreduce_op=sum"], r"gradient_allreduce_op=sum contradicts this package, .* makes it mean"),
+    (
+        ["deepspeed.managed_gradient_accumulation=false", "optimizer.accumulation=2"],
+        r"managed_gradient_accumulation=False contradicts this package",
+    ),
+    (
+        ["deepspeed.sequence_parallel_size=2"],
+        r"sequence_parallel_size=2 contradicts sequence_parallel, which makes it 1",
+    ),
+    (
+        ["deepspeed.activation_checkpointing.partition_activations=true"],
+        r"activation_checkpointing={'partition_activations': True}: has no effect here, zero\.recompute says .* out",
+    ),
+    (["deepspeed.weight_quantization.bits=8"], r"deepspeed\.weight_quantization={'bits': 8}: has no effect here"),
+    (["deepspeed.data_efficiency.enabled=true"], r"deepspeed\.data_efficiency={'enabled': True}: has no effect here"),
+    (["deepspeed.pipeline.stages=2"], r"deepspeed\.pipeline={'stages': 2}: has no effect here"),
     (["deepspeed.scheduler={type: WarmupLR}"], '"scheduler" is not used'),
     (["deepspeed.optimizer={type: Adam}"], r"contradicts optimizer\.name=adamw"),
     (
@@ -258,7 +280,7 @@ REFUSED = [
     ),
     (["deepspeed.steps_per_print=5"], r"steps_per_print=5 contradicts this package"),
     (
-        ["sequence_parallel=2", "optimizer.accumulation=2", "data.still_batch_size=2"],
+        ["sequence_parallel=2", "optimizer.accumulation=2", "data.still_batch_size=2", "data.still_share=0.1"],
         r"data\.still_batch_size=2 does not divide among 2 processes x 2 accumulated parts: use 4",
     ),
     (["log_every_steps=0"], r"log_every_steps=0: must be 1 or more"),
@@ -268,6 +290,7 @@ REFUSED = [
     (["optimizer.betas=[0.9]"], r"optimizer\.betas=\[0\.9\]: must have 2 entries"),
     (["optimizer.betas=[0.9, 1]"], r"betas=\[0\.9, 1\.0\]: must be from 0 to below 1"),
     (["seed=-1"], r"seed=-1: must be 0 to 18446744073709551615$"),
+    (["launch.timeout_seconds=1e15"], r"timeout_seconds=1000000000000000\.0: must be above 0, at most 31536000$"),
     (["threads=0"], r"threads=0: must be 1 or more"),
     (["objective.full_share=0.9", "objective.growing_share=0.45"], "together at most 1"),
     (["deepspeed.zero_optimization=3"], r"deepspeed\.zero_optimization=3: must be an object, .* as deepspeed\.zero_op"),
@@ -316,6 +339,13 @@ OWN = ["optimizer.name=deepspeed", "optimizer.weight_decay=0", "zero.stage=1"]
             [*OWN, "deepspeed.optimizer={type: Adam, params: {torch_adam: true, betas: 3}}"],
             r"params\.betas=3: DeepSpeed",
         ),
+        (["deepspeed.data_types.grad_accum_dtype=bf16"], r"^deepspeed\.data_types\.grad_accum_dtype=bf16: DeepSpeed"),
+        (
+            ["zero.stage=2", "deepspeed.prescale_gradients=true", "deepspeed.dump_state=false"],
+            r"^deepspeed\.prescale_gradients=True, deepspeed\.dump_state=False: DeepSpeed",
+        ),
+        (["zero.stage=2", "deepspeed.gradient_predivide_factor=2.0"], r"^deepspeed\.gradient_predivide_factor=2\.0: "),
+        (["deepspeed.tensor_parallel.autotp_size=2"], r"^deepspeed\.tensor_parallel\.autotp_size=2: DeepSpeed"),
     ],
 )
 def test_what_deepspeed_does_not_take_is_a_sentence(settings: list[str], message: str, tmp_path: Path) -> None:
@@ -345,11 +375,14 @@ def test_faults_that_are_not_of_deepspeeds_settings_stay_what_they_are() -> None
 
 def test_a_deepspeed_file_adds_to_the_settings_and_auto_means_ours(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": "auto", "overlap_comm": True}, "train_batch_size": 4}))
+    own = {"pipeline": "auto", "data_efficiency": {"enabled": False, "seed": 3}, "sequence_parallel_size": 1}
+    zero = {"stage": "auto", "overlap_comm": True}
+    file.write_text(json.dumps({"zero_optimization": zero, "train_batch_size": 4, **own}))
     config = load_config(TrainConfig, None, [*SETTINGS, "zero.stage=2", f"deepspeed_config={file}"])
     settings = engine_settings(config, 2)
     assert settings["zero_optimization"]["stage"] == 2 and settings["zero_optimization"]["overlap_comm"] is True
     assert settings["train_micro_batch_size_per_gpu"] == 2 and "train_batch_size" not in settings
+    assert "sequence_parallel_size" not in settings
     file.write_text("[1]")
     with pytest.raises(ConfigError, match="must hold a JSON object"):
         check_settings(config, 2)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from pavdm_dist.checkpoint import SamplingDefaults
+from pavdm_dist.checkpoint import Checkpoint, SamplingDefaults
 from pavdm_dist.codecs.pretrained_text import TextOptions
 from pavdm_dist.digits.provider import codec_training, digit_data, world_of
 from pavdm_dist.errors import CheckpointError, ConfigError
+from pavdm_dist.request.sampling import SamplingParams
 from pavdm_dist.train.batch import Batches
 from pavdm_dist.train.checks import check_values
-from pavdm_dist.train.export import Parts
+from pavdm_dist.train.export import Parts, sampled_as
 from pavdm_dist.train.launch import launch
 from pavdm_dist.train.model import shape_of
 from pavdm_dist.train.prepared import data_model, video_data
@@ -60,7 +62,7 @@ def _check_data(config: TrainConfig) -> None:
     later, is refused before a process is started."""
     check_values(config)
     kinds = config.objective.kinds()
-    made(SamplingDefaults, config.sampling, "sampling", prefix="sampling.", error=ConfigError)
+    _check_sampling(config)
     if config.model.pretrained is None:
         try:
             shape_of(config, config.codec.z_dim)
@@ -75,3 +77,22 @@ def _check_data(config: TrainConfig) -> None:
         Validation.check(config.validation, held_out=False)
     if TextOptions.of(config.data).given:
         data_model(config)
+
+
+def _check_sampling(config: TrainConfig) -> None:
+    """Refuses defaults that the exported model could not be sampled with."""
+    made(SamplingDefaults, config.sampling, "sampling", prefix="sampling.", error=ConfigError)
+    if not config.sampling or config.model.lora.rank:  # a LoRA keeps none
+        return
+    kind, source = config.objective.most(), data_model(config)
+    model = source if config.model.pretrained is None else Checkpoint.open(config.model.pretrained)
+    _, high, wide = model.shape.spec.patch
+    side = source.codec_spec.spatial_stride * high * wide  # of what is not given: the data's, which fits
+    given = {"height": side, "width": side, **sampled_as(kind), **config.sampling}
+    every = made(SamplingDefaults, given, "sampling", prefix="sampling.", error=ConfigError)
+    try:
+        params = SamplingParams.resolve(replace(source, defaults=every), method=kind.method)
+        if config.model.pretrained is not None:
+            model.check_size(params.height, params.width)
+    except ConfigError as error:
+        raise ConfigError(f"sampling.{error}") from error

@@ -97,7 +97,7 @@ def digit_data(config: TrainConfig, world: World, end: float) -> tuple[Batches, 
     run, digits = Path(config.run_dir), world_of(config)
     if world.size > 1:  # the others wait, and must not take the first process for lost
         end = min(end, time.monotonic() + 0.8 * config.launch.timeout_seconds)
-    if not world.agree(world.first and _prepare(config, digits, run, end, world.device)):
+    if not world.of_first(lambda: _prepare(config, digits, run, end, world.device)):
         return None
     # In whole shards, as always: so many are cached for a run that asks for fewer.
     wanted = -(-config.data.clips // SHARD_CLIPS) * SHARD_CLIPS

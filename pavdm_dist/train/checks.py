@@ -17,6 +17,8 @@ from pavdm_dist.train.save_reading import any_there
 from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.zero_settings import deepspeed_json, engine_settings
 
+# No process is waited for longer; what torch is told may not be without end.
+_YEAR_S = 365 * 24 * 3600
 # Values from the first number on, up to the second; the third says whether the first is one of them.
 _POSITIVE, _FROM_0, _FROM_1, _SHARE = (0, math.inf, False), (0, math.inf, True), (1, math.inf, True), (0, 1, True)
 _LIMITS = {
@@ -36,7 +38,8 @@ _LIMITS = {
     "quality.prompts": _FROM_0, "quality.stills": _FROM_0, "quality.video_seconds": _POSITIVE,
     "quality.max_seconds": _FROM_0, "validation.every_steps": _FROM_0, "validation.batches": _FROM_1,
     "validation.clips": _FROM_0,
-    "zero.bucket_elements": _FROM_1, "launch.timeout_seconds": _POSITIVE, "launch.placement_timeout_s": _POSITIVE,
+    "zero.bucket_elements": _FROM_1, "launch.timeout_seconds": (0, _YEAR_S, False),
+    "launch.placement_timeout_s": _POSITIVE,
     "launch.gpus_per_worker": _FROM_0, "launch.cpus_per_worker": _FROM_0,
 }  # fmt: skip
 
@@ -54,7 +57,9 @@ def check_values(config: TrainConfig) -> None:
         number = isinstance(value, int) or math.isfinite(value)
         fits = number and (low <= value if inclusive else low < value) and value <= high
         if not fits:
-            legal = f"{low} to {high}" if high < math.inf else f"{low} or more" if inclusive else f"above {low}"
+            legal = f"{low} or more" if inclusive else f"above {low}"
+            if high < math.inf:
+                legal = f"{low} to {high}" if inclusive else f"{legal}, at most {high}"
             raise ConfigError(f"{name}={value}: must be {legal}")
     for name, values, count in (
         ("optimizer.betas", config.optimizer.betas, 2),
@@ -90,7 +95,7 @@ def check_settings(config: TrainConfig, size: int) -> None:
     """
     check_values(config)
     check_trackers(config.trackers)
-    z, o, d, m = config.zero, config.optimizer, config.data, config.model
+    z, o, m = config.zero, config.optimizer, config.model
     if m.lora.rank and m.pretrained is None:
         raise ConfigError(
             f"model.lora.rank={m.lora.rank}: there is nothing to change; name the model in model.pretrained, or use 0"
@@ -143,23 +148,36 @@ def check_settings(config: TrainConfig, size: int) -> None:
         raise ConfigError(
             f"sequence_parallel={config.sequence_parallel} does not divide the {size} processes: use {legal}"
         )
-    sizes = {"data.batch_size": d.batch_size, **{f"data.batch_sizes.{k}": v for k, v in d.batch_sizes.items()}}
-    groups = dict.fromkeys(sizes, size // config.sequence_parallel)
-    for name in ("data.still_batch_size",) if not d.folder else ():
-        # Single frames cannot be cut, so that the processes of a window share them out.
-        sizes[name], groups[name] = d.still_batch_size, size
-    for name, value in sizes.items():
-        unit = groups[name] * o.accumulation
-        if value < 1 or value % unit:
-            parts = f" x {o.accumulation} accumulated parts" if o.accumulation > 1 else ""
-            among = f"{groups[name]} processes{parts}"
-            if value > 0 and name != "data.still_batch_size" and (counts := _counts_of_old_run(config, sizes, size)):
-                raise ConfigError(
-                    f"{name}={value} does not divide among {among}, and a run that is gone on with keeps it: use"
-                    f" {counts} processes"
-                )
-            raise ConfigError(f"{name}={value} does not divide among {among}: use {_nearest(value, unit)}")
+    _check_batches(config, size)
     engine_settings(config, size)
+
+
+def _check_batches(config: TrainConfig, size: int) -> None:
+    """Refuses batches that do not divide among the processes."""
+    d, accumulation = config.data, config.optimizer.accumulation
+    sizes = {f"data.batch_size={d.batch_size}": d.batch_size}
+    sizes |= {bucket_size(name, value): value for name, value in d.batch_sizes.items()}
+    groups = dict.fromkeys(sizes, size // config.sequence_parallel)
+    stills = f"data.still_batch_size={d.still_batch_size}"
+    if not d.folder and (d.still_steps or d.still_share):
+        # Single frames cannot be cut, so that the processes of a window share them out.
+        sizes[stills], groups[stills] = d.still_batch_size, size
+    for given, value in sizes.items():
+        unit = groups[given] * accumulation
+        if value < 1 or value % unit:
+            parts = f" x {accumulation} accumulated parts" if accumulation > 1 else ""
+            among = f"{groups[given]} processes{parts}"
+            if value > 0 and given != stills and (counts := _counts_of_old_run(config, sizes, stills, size)):
+                raise ConfigError(
+                    f"{given} does not divide among {among}, and a run that is gone on with keeps it: use {counts}"
+                    " processes"
+                )
+            raise ConfigError(f"{given} does not divide among {among}: use {_nearest(value, unit)}")
+
+
+def bucket_size(name: str, value: object) -> str:
+    """The batch size of one bucket as it can be given: dots and other signs of names divide no keys in there."""
+    return f"data.batch_sizes={{{name}: {value}}}"
 
 
 def check_pictures(config: TrainConfig, size: int, buckets: Iterable[Bucket]) -> None:
@@ -179,8 +197,8 @@ def check_pictures(config: TrainConfig, size: int, buckets: Iterable[Bucket]) ->
         value = config.data.batch_sizes.get(name, config.data.batch_size)
         if value % unit:
             raise ConfigError(
-                f"data.batch_sizes.{name}={value} with sequence_parallel={config.sequence_parallel}: pictures"
-                f" cannot be cut in frames, and so many do not divide among {size} processes{parts}: use"
+                f"{bucket_size(name, value)} with sequence_parallel={config.sequence_parallel}: pictures cannot"
+                f" be cut in frames, and so many do not divide among {size} processes{parts}: use"
                 f" {_nearest(value, unit)}"
             )
 
@@ -207,16 +225,14 @@ def _nearest(value: int, unit: int) -> str:
     return " or ".join(str(number) for number in (below, below + unit) if number > 0)
 
 
-def _counts_of_old_run(config: TrainConfig, sizes: dict[str, int], size: int) -> str:
+def _counts_of_old_run(config: TrainConfig, sizes: dict[str, int], stills: str, size: int) -> str:
     """Numbers of processes next to ``size`` that can go on with what is in ``run_dir``; empty where nothing is."""
     if config.resume == "never" or not any_there(Path(config.run_dir) / "checkpoints"):
         return ""
 
     def fits(count: int) -> bool:
-        groups = {
-            name: count if name == "data.still_batch_size" else count // config.sequence_parallel for name in sizes
-        }
-        return all(value % (groups[name] * config.optimizer.accumulation) == 0 for name, value in sizes.items())
+        groups = {given: count if given == stills else count // config.sequence_parallel for given in sizes}
+        return all(value % (groups[given] * config.optimizer.accumulation) == 0 for given, value in sizes.items())
 
     step, most = config.sequence_parallel, max(sizes.values()) * config.sequence_parallel
     below = [count for count in range(step, size, step) if fits(count)][-1:]

@@ -64,6 +64,8 @@ def _unused(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
         ]
     else:
         groups.append(("data", d, _OF_FOLDERS, "it is of data.folder"))
+        if not d.still_steps and not d.still_share:
+            groups.append(("data", d, ("still_batch_size",), "it is of data.still_steps and data.still_share"))
         if config.codec.folder is not None:
             groups.append(("codec", config.codec, codec[1:], f"codec.folder={config.codec.folder} is trained already"))
         elif m.pretrained is not None:
@@ -87,10 +89,17 @@ def _unused(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
         groups.append(("optimizer", o, ("matrix_ratio",), "it is of optimizer.name=muon"))
     if config.zero.stage == 0:
         groups.append(("zero", config.zero, ("bucket_elements",), "it is of zero.stage=1, 2 and 3"))
-    patterns = {config.objective.pattern, *(kind.pattern for kind in config.objective.mixture)}
-    if not any("variance" in (pattern or "") for pattern in patterns):
+    common = config.objective.pattern
+    patterns = {kind.pattern or common for kind in config.objective.mixture} or {common}
+    if not any("variance" in pattern for pattern in patterns):
         why = "it is of objective.pattern=linear-variance and linear-variance-shift"
         groups.append(("objective", config.objective, ("variance_scale",), why))
+    if not any("shift" in pattern for pattern in patterns):
+        why = "it is of objective.pattern=linear-shift and linear-variance-shift"
+        groups.append(("objective", config.objective, ("shift_scale",), why))
+    if not config.objective.context_chunks:
+        why = "there is no clean context with objective.context_chunks=0"
+        groups.append(("objective", config.objective, ("context_noise",), why))
     methods = {config.objective.method, *(kind.method or config.objective.method for kind in config.objective.mixture)}
     if methods == {"replacement-noise"}:
         why = "objective.method=replacement-noise noises context to the level of the chunks behind it"

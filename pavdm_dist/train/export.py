@@ -29,6 +29,7 @@ from pavdm_dist.models.source import Source, load_config
 from pavdm_dist.models.stdit3 import STDiT3
 from pavdm_dist.train.lora_training import is_own_lora, save_lora
 from pavdm_dist.train.model import filled
+from pavdm_dist.train.objective import Objective
 from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.values.fields import read_object
 
@@ -36,6 +37,8 @@ from pavdm_dist.values.fields import read_object
 GUIDANCE = 3.0
 # The pipeline of models that diffusers has none for.
 _OWN = "PAVDMPipeline"
+# Folders of ``run_dir`` that a run keeps what it goes on from in.
+_OF_RUN = ("checkpoints", "clips", "codec", "vae")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def check_target(config: TrainConfig, folder: Path) -> None:
 
     Raises:
         ConfigError: a file, a link, a folder that holds something else or more, or one that is, holds or lies in what
-            the settings name, but for the run's own folder, in which it may lie.
+            the settings name, but for the run's own folder, in which it may lie beside what the run goes on from.
     """
     check_no_link(folder, "export")
     if folder.is_file():
@@ -77,6 +80,12 @@ def check_target(config: TrainConfig, folder: Path) -> None:
         relation = touches(folder, place)
         if relation and not (field_name == "run_dir" and relation == "lies in"):  # as it does by default
             raise ConfigError(f"export={folder}: {relation} {field_name}={place}, which this run needs; name another")
+    for name in _OF_RUN:
+        if relation := touches(folder, Path(os.path.realpath(config.run_dir)) / name):
+            raise ConfigError(
+                f"export={folder}: {relation} {name} in run_dir={config.run_dir}, which the run goes on from; name"
+                " another, such as model"
+            )
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     is_model, is_lora = (folder / INDEX).is_file(), (folder / FILES[0]).is_file()
@@ -167,22 +176,22 @@ def _write_model(
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def sampled_as(objective: Objective) -> dict[str, Any]:
+    """Defaults for sampling: as was trained."""
+    return {
+        "num_inference_steps": objective.num_inference_steps,
+        "window_chunks": objective.window_chunks,
+        "latent_chunk_size": objective.latent_chunk_size,
+        "context_chunks": objective.context_chunks,
+        "time_shift": objective.time_shift,
+    }
+
+
 def _sampling(config: TrainConfig, parts: Parts) -> dict[str, Any]:
-    """Defaults for sampling: as was trained (most, in a mixture), with what the model trained from says of guidance and
-    prompts."""
-    _, o = max(config.objective.kinds(), key=lambda kind: kind[0])
+    """Defaults for sampling, with what the model trained from says of guidance and prompts."""
     kept = dict[str, Any](guidance_scale=GUIDANCE)
     if config.model.pretrained is not None:
         defaults = Checkpoint.open(config.model.pretrained).defaults
         kept = {"guidance_scale": defaults.guidance_scale}
         kept |= {"prompt_suffix": defaults.prompt_suffix} if defaults.prompt_suffix else {}
-    return {
-        "num_inference_steps": o.num_inference_steps,
-        "window_chunks": o.window_chunks,
-        "latent_chunk_size": o.latent_chunk_size,
-        "context_chunks": o.context_chunks,
-        "time_shift": o.time_shift,
-        **kept,
-        **asdict(parts.info),
-        **config.sampling,
-    }
+    return {**sampled_as(config.objective.most()), **kept, **asdict(parts.info), **config.sampling}

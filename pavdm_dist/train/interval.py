@@ -82,6 +82,11 @@ class Interval:
         """One more step."""
         self._steps.append(shown)
 
+    @property
+    def count(self) -> int:
+        """How many steps it has."""
+        return len(self._steps)
+
     def line(self) -> dict[str, Any]:
         """What the log says of them, at least one: means over the steps, rates until now."""
         steps, seconds = self._steps, max(time.monotonic() - self._began - self._apart, 1e-9)

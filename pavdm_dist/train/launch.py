@@ -22,6 +22,7 @@ from pavdm_dist.train.endings import heard
 from pavdm_dist.train.ranks import check_alone, launched_size
 from pavdm_dist.train.ray_launch import launch_ray
 from pavdm_dist.train.run_folder import check_free
+from pavdm_dist.train.torchrun import FOLLOWED
 from pavdm_dist.train.train_settings import TrainConfig
 
 if TYPE_CHECKING:
@@ -133,7 +134,8 @@ def _watched(command: Sequence[str], environment: Mapping[str, str]) -> tuple[in
     """Runs a command to its end, and tells it what this process is told.
 
     It has a group of its own: a terminal tells all of one, and what came twice would end it in the middle of what the
-    first has begun.
+    first has begun. It holds one end of a pipe (:data:`~pavdm_dist.train.torchrun.FOLLOWED`) and this process alone
+    the other, which closes however this process ends: one that is killed can tell nobody.
 
     Returns:
         Its status; the first signal that this process was sent.
@@ -144,11 +146,17 @@ def _watched(command: Sequence[str], environment: Mapping[str, str]) -> tuple[in
         if child is not None:
             _tell(child, number)
 
-    with heard(forward) as told:
-        child = subprocess.Popen(command, env=environment, start_new_session=True)
-        if told:  # while it was being started
-            _tell(child, told[0])
-        code = child.wait()
+    theirs, ours = os.pipe()
+    try:
+        with heard(forward) as told:
+            given = {**environment, FOLLOWED: str(theirs)}
+            child = subprocess.Popen(command, env=given, start_new_session=True, pass_fds=(theirs,))
+            if told:  # while it was being started
+                _tell(child, told[0])
+            code = child.wait()
+    finally:
+        os.close(theirs)
+        os.close(ours)
     return code, told[0] if told else None
 
 

@@ -120,6 +120,10 @@ class Objective:
             objective.check()
         return kinds
 
+    def most(self) -> Objective:
+        """The kind of the mixture's largest share."""
+        return max(self.kinds(), key=lambda kind: kind[0])[1]
+
     def check(self) -> None:
         """Refuses windows that cannot be.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,11 @@ from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder, TextOptions
 from pavdm_dist.data.dataset import BatchOrder, CachedClips, Clips, PixelClips
 from pavdm_dist.data.prefetch import Prefetch
 from pavdm_dist.data.several import SeveralClips, SomeClips
-from pavdm_dist.data.shards import pad_texts
+from pavdm_dist.data.shards import pad_texts, read_index
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.models.base import FrameInfo
 from pavdm_dist.train.batch import Batch, Batches, draw_kind, draw_prompts
-from pavdm_dist.train.checks import check_lengths, check_pictures
+from pavdm_dist.train.checks import bucket_size, check_lengths, check_pictures
 from pavdm_dist.train.export import Parts
 from pavdm_dist.train.loss import noised
 from pavdm_dist.train.model import Text, shape_of
@@ -73,9 +74,9 @@ class VideoBatches:
         self.identity: dict[str, Any] = {"data_set": {"clips": clips.identity}}
         self.held_out: Batches | None = None
         names = [str(bucket) for bucket in clips.buckets]
-        for name in data.batch_sizes:
+        for name, size in data.batch_sizes.items():
             if name not in names:
-                raise ConfigError(f"data.batch_sizes.{name}: the data has the buckets {', '.join(names)}")
+                raise ConfigError(f"{bucket_size(name, size)}: the data has the buckets {', '.join(names)}")
         sizes = [data.batch_sizes.get(name, data.batch_size) for name in names]
         self._order = BatchOrder(clips.counts, sizes, seed)
         self._kinds = [
@@ -186,7 +187,8 @@ def video_data(config: TrainConfig, world: World | None = None) -> tuple[VideoBa
         world: all processes, which must all call it; None = this one.
 
     Raises:
-        ConfigError: no complete data set, one made with another model, or latents, text or sizes that do not fit.
+        ConfigError: no complete data set, one made with another model or that lacks a file, or latents, text or sizes
+            that do not fit.
     """
     d, m, o = config.data, config.model, config.objective
     source = data_model(config)
@@ -207,6 +209,8 @@ def video_data(config: TrainConfig, world: World | None = None) -> tuple[VideoBa
             for folder in d.folder
         ]
     )
+    for folder in () if d.pixels else d.folder:
+        _check_shards(Path(folder))
     with_clips = [bucket for bucket, count in zip(clips.buckets, clips.counts, strict=True) if count]
     check_pictures(config, 1 if world is None else world.size, with_clips)
     if m.pretrained is not None:
@@ -234,6 +238,16 @@ def video_data(config: TrainConfig, world: World | None = None) -> tuple[VideoBa
     prompts = tuple(clips.load(biggest, few).captions)
     info = FrameInfo(bucket.height, bucket.width, bucket.fps)
     return batches, Parts(source.vae.folder(), source.source, info, prompts, text=source.text)
+
+
+def _check_shards(folder: Path) -> None:
+    """Refuses a set that lacks files: training might ask for the first of them after days."""
+    names = [name for bucket in read_index(folder)["buckets"] for name in bucket["shards"]]
+    if lacking := [name for name in names if not (folder / name).is_file()]:
+        raise ConfigError(
+            f"data.folder={folder}: {len(lacking)} of {len(names)} shards are missing, the first is {lacking[0]}; run"
+            " `pavdm data prepare` again to make them"
+        )
 
 
 def _held_out(clips: SeveralClips, count: int) -> tuple[SeveralClips | SomeClips, SomeClips | None, str]:
@@ -293,8 +307,4 @@ def _say_counts(clips: SeveralClips, used: SeveralClips | SomeClips, held_out: S
 
 def _null_text(source: Checkpoint, world: World | None) -> Tensor:
     """The encoding of no words; a large encoder is loaded by one process alone."""
-    if world is None or world.size == 1:
-        return source.text_encoder.encode("")
-    found = world.gather(source.text_encoder.encode("") if world.first else None)[0]
-    assert isinstance(found, Tensor)
-    return found
+    return source.text_encoder.encode("") if world is None else world.of_first(lambda: source.text_encoder.encode(""))

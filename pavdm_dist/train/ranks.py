@@ -9,13 +9,15 @@ import platform
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from pavdm_dist.errors import ConfigError
+from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
 from pavdm_dist.train.zero import join_group
+
+T = TypeVar("T")
 
 # What tells that several processes were started as one job, by something that sets none of a launcher's variables.
 _TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -41,14 +43,6 @@ class World:
     def first(self) -> bool:
         """Whether this process writes the files."""
         return self.rank == 0
-
-    def agree(self, value: int) -> int:
-        """The first process' ``value``, on every process: what the clock decides must be decided once."""
-        if self.size == 1:
-            return value
-        told = torch.tensor(value, device=self.device)
-        torch.distributed.broadcast(told, 0)
-        return int(told)
 
     def told(self, *wishes: bool) -> list[bool]:
         """Which of some wishes any process has, on every process; no device is waited for."""
@@ -102,6 +96,26 @@ class World:
     def faults(self, mine: str | None) -> list[str]:
         """What any process has to say against going on, each once, on every process; empty where nothing."""
         return list(dict.fromkeys(str(text) for text in self.gather(mine) if text))
+
+    def of_first(self, make: Callable[[], T]) -> T:
+        """What ``make`` gives the first process, on every process; the others wait for it.
+
+        Raises:
+            PAVDMError, OSError: it failed; on the first process.
+            EngineError: as much, on the others, whose lost connections would bury the first one's words.
+        """
+        if self.size == 1:
+            return make()
+        found: T | None = None
+        fault: PAVDMError | OSError | None = None
+        if self.first:
+            try:
+                found = make()
+            except (PAVDMError, OSError) as error:
+                fault = error
+        if faults := self.faults(None if fault is None else str(fault) or type(fault).__name__):
+            raise fault or EngineError(faults[0])
+        return cast(T, self.gather(found)[0])
 
 
 def launched_size() -> int:

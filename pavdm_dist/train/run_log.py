@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -59,8 +60,12 @@ class Records:
     def write(self, step: int, line: Mapping[str, Any]) -> None:
         """Adds a line."""
         try:
-            with open(self._file, "a") as file:
-                file.write(json.dumps({"step": step, **line}) + "\n")
+            with open(self._file, "ab+") as file:
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(end - 1, 0))
+                # A full disk may have cut the last line short, which is not to spoil this one.
+                before = "\n" if file.read(1) not in (b"", b"\n") else ""
+                file.write(f"{before}{json.dumps({'step': step, **line})}\n".encode())
         except OSError as error:  # a line is not worth a run
             logger.warning("step %d is not logged: %s", step, error)
         numbers = dict(_numbers(line))

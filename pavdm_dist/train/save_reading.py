@@ -11,10 +11,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.io.storage import make_durable
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 LATEST = "latest"
 MANIFEST = "complete.json"
 UNIVERSAL = "-universal"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,36 @@ class SaveLayout:
 
     zero_stage: int
     processes: int
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        files: size and hash by name.
+        identity: of the run that wrote it.
+        layout: of its tensors.
+    """
+
+    files: dict[str, Any]
+    identity: dict[str, Any]
+    layout: SaveLayout
+
+    @classmethod
+    def parse(cls, text: str) -> _Manifest:
+        """From JSON; whatever that lacks or holds instead is an error of :func:`_read`'s."""
+        found = json.loads(text)
+        layout = SaveLayout(**found["layout"])
+        for value, kind in (
+            (found["files"], dict),
+            (found["identity"], dict),
+            (layout.zero_stage, int),
+            (layout.processes, int),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(f"{value!r} is no {kind.__name__}")
+        return cls(found["files"], found["identity"], layout)
 
 
 @dataclass(frozen=True)
@@ -80,16 +111,18 @@ def find(
         CheckpointError: there are checkpoints, and none is whole.
     """
     # One process looks: a shared folder need not show all of them the same at the same moment.
-    tags = [str(tag) for tag in world.gather(tags_in(Path(root)) if world.first else None)[0]]  # type: ignore[attr-defined]
+    tags = world.of_first(lambda: tags_in(Path(root)))
     check_resume(root, resume, tags)
+    if world.first and tags and (reason := _named(Path(root))[1]):
+        logger.warning("%s/%s is passed over: %s", root, LATEST, reason)
     for tag in tags:
         manifest, fault = _checked(Path(root) / tag, world)
         faults = [text for text in world.gather(fault) if text]
         if manifest is None or faults:
             logger.warning("%s/%s is passed over: %s", root, tag, faults[0])
             continue
-        check_same(str(root), manifest["identity"], identity)
-        theirs = SaveLayout(**manifest["layout"])
+        check_same(str(root), manifest.identity, identity)
+        theirs = manifest.layout
         if theirs.zero_stage != layout.zero_stage:
             raise ConfigError(
                 f"{root} was trained with zero.stage={theirs.zero_stage}, this run has {layout.zero_stage}: go on with "
@@ -158,20 +191,32 @@ def load(engine: ZeroEngine, average: Average, root: str | Path, found: FoundSav
 def tags_in(root: Path) -> list[str]:
     """Names of published checkpoints, the one ``latest`` names first, then from the newest on."""
     names = sorted((path.name for path in root.glob("step*") if path.name[4:].isdecimal()), reverse=True)
-    pointer = root / LATEST
-    if pointer.exists() and (named := pointer.read_text().strip()) in names:
+    named, _ = _named(root)
+    if named is not None and named in names:
         names.remove(named)
         names.insert(0, named)
     return names
 
 
-def _checked(folder: Path, world: World) -> tuple[dict[str, Any] | None, str | None]:
-    """The manifest, and what is wrong; every process reads its share of the files, listed there or not."""
+def _named(root: Path) -> tuple[str | None, str | None]:
+    """Which checkpoint ``latest`` names, and what is wrong with it."""
+    return _read(root / LATEST, str.strip)
+
+
+def _read(path: Path, parse: Callable[[str], T]) -> tuple[T | None, str | None]:
+    """What a small file of text says, or what is wrong with it, whatever a disk or another version made of it."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return None, f"its {MANIFEST} is missing or broken ({type(error).__name__})"
+        return parse(path.read_text()), None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return None, f"{path.name} is missing or broken ({type(error).__name__})"
+
+
+def _checked(folder: Path, world: World) -> tuple[_Manifest | None, str | None]:
+    """The manifest, and what is wrong; every process reads its share of the files, listed there or not."""
+    manifest, fault = _read(folder / MANIFEST, _Manifest.parse)
+    if manifest is None:
+        return None, f"its {fault}"
+    files = manifest.files
     for name in sorted(files)[world.rank :: world.size]:
         try:
             if fingerprint(folder / name) != files[name]:

@@ -174,6 +174,7 @@ def _publish(folder: Path, tag: str, partial: Path, manifest: dict[str, Any]) ->
     shutil.rmtree(folder / tag, ignore_errors=True)  # damaged, or it would not be written again
     os.replace(partial, folder / tag)
     _write(folder / f"{LATEST}{PARTIAL}", tag)
+    shutil.rmtree(folder / LATEST, ignore_errors=True)  # a folder cannot be replaced; a file stays
     os.replace(folder / f"{LATEST}{PARTIAL}", folder / LATEST)
 
 

@@ -15,7 +15,8 @@ from pavdm_dist.train.ranks import World
 from pavdm_dist.train.recompute import Recompute, recompute_blocks
 from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.zero import ZeroEngine, gathered, loading_universal, sharded_building
-from pavdm_dist.train.zero_settings import engine_settings, pinning, refusals
+from pavdm_dist.train.zero_refusals import refusals
+from pavdm_dist.train.zero_settings import engine_settings, pinning
 
 # Weight matrices between hidden states; tables, embeddings, the first and the last layer are no such maps.
 INNER = re.compile(r"(blocks\.|layers\.|t_block\.).*weight$")

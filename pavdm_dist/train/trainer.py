@@ -121,6 +121,7 @@ class Trainer:
                 first and every > 0 and now - drawn > every,
             )
             if failed:
+                self._keep()
                 refuse(loaded, f"step {self.step}", self.world)
             if stop:
                 break
@@ -138,6 +139,7 @@ class Trainer:
                 self.sheet()
                 drawn = time.monotonic()
         self.profiler.close()
+        self._log_rest()
         self.save()
         if self.records is not None:
             self.records.close()
@@ -229,6 +231,18 @@ class Trainer:
             saving.save(self.engine, self.average, folder, *about)
         self.saved = self.step
 
+    def _keep(self) -> None:
+        """Saves before a fault ends the run that is none of the weights'; every process must call it."""
+        if not self.step:
+            return
+        try:
+            self._log_rest()
+            self.save()
+        except EngineError as error:  # on every process; what ends the run is still to be said
+            logger.warning("the steps since the last checkpoint are lost: %s", error)
+        else:
+            logger.info("saved at step %d", self.step)
+
     def whole_weights(self, averaged: bool = True, frozen: bool = True) -> dict[str, Tensor]:
         """State dict of whole tensors on the first process, empty on the others; every process must call it."""
         average = self.average if averaged else None
@@ -284,6 +298,12 @@ class Trainer:
         if self.world.first:
             shown = (self.step, line["loss"], line["seconds_per_step"], line["tokens_per_second"])
             logger.info("step %d: loss %.4f, %.3g s a step, %.0f tokens/s", *shown)
+
+    def _log_rest(self) -> None:
+        """As :meth:`_log` at the end, where there was a step since the last line."""
+        self._settle()
+        if self.interval.count:
+            self._log()
 
     def _validate(self) -> None:
         """Measures the loss on clips that are not trained on; every process must call it."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pavdm_dist.errors import EngineError
-from pavdm_dist.train.zero_settings import check_known
+from pavdm_dist.train.zero_refusals import check_known
 
 
 def join_group(timeout_seconds: float, device_type: str) -> bool:

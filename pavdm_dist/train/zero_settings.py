@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from traceback import walk_tb
-from types import TracebackType
 from typing import Any
 
-from pavdm_dist.errors import ConfigError, PAVDMError
+from pavdm_dist.errors import ConfigError
 from pavdm_dist.train.train_settings import OptimizerConfig, TrainConfig
 from pavdm_dist.values.fields import json_value
 
@@ -27,6 +21,15 @@ OURS = {
     "fp16.enabled": "zero.precision",
     "zero_optimization.offload_optimizer.device": "zero.offload",
     "zero_optimization.offload_param.device": "zero.offload",
+    "torch_autocast.enabled": "zero.precision",
+    "sequence_parallel_size": "sequence_parallel",
+}
+# Sections of DeepSpeed's that nothing here asks it to act on -> what does as much, or that nothing does.
+_UNUSED = {
+    "activation_checkpointing": "zero.recompute says what is computed again",
+    "data_efficiency": "batches and their order are this package's",
+    "pipeline": "layers are not cut into stages to train",
+    "weight_quantization": "zero.precision is the type of weights",
 }
 
 
@@ -83,13 +86,27 @@ def engine_settings(config: TrainConfig, size: int) -> dict[str, Any]:
     if z.gradients == "float32":
         ours |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     theirs = deepspeed_json(config)
-    _check_forms(theirs, _flat(ours))
+    _check_forms(theirs, flat(ours))
+    for name, instead in _UNUSED.items():
+        value = theirs.get(name, {})
+        is_off = value in ({}, "auto") or (isinstance(value, dict) and value.get("enabled") is False)
+        if not is_off:
+            raise ConfigError(f"deepspeed.{name}={value}: has no effect here, {instead}; leave it out")
     if "scheduler" in theirs:
         raise ConfigError('deepspeed: "scheduler" is not used; optimizer.lr and warmup_steps give the rate')
     if "optimizer" in theirs and o.name != "deepspeed":
         raise ConfigError(f'deepspeed: "optimizer" contradicts optimizer.name={o.name}; use optimizer.name=deepspeed')
-    said = {**_flat(ours), "train_batch_size": batch, "fp16.enabled": False}
-    for name, value in _flat(theirs).items():
+    said = {
+        **flat(ours),
+        "train_batch_size": batch,
+        "fp16.enabled": False,
+        "torch_autocast.enabled": False,
+        "sequence_parallel_size": config.sequence_parallel,
+        # What the loop counts on: losses and gradients are means, and a step is taken after the last part.
+        "gradient_allreduce_op": "mean",
+        "managed_gradient_accumulation": True,
+    }
+    for name, value in flat(theirs).items():
         if (name in OURS or name in said) and value != "auto" and value != said.get(name, "none"):
             which = OURS.get(name, "this package")
             raise ConfigError(
@@ -99,6 +116,7 @@ def engine_settings(config: TrainConfig, size: int) -> dict[str, Any]:
         _check_their_optimizer(theirs.get("optimizer"), o)
     merged = _merged(_merged(_defaults(config, size), _without_auto(theirs)), ours)
     merged.pop("train_batch_size", None)  # follows from the other two
+    merged.pop("sequence_parallel_size", None)  # every process counts as data-parallel, as above
     return merged
 
 
@@ -117,96 +135,6 @@ def _check_forms(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "")
             raise ConfigError(f"deepspeed.{name}={value}: must be a value, or left out for {OURS.get(name, 'ours')}")
         if isinstance(value, dict):
             _check_forms(value, ours, f"{name}.")
-
-
-class _Read(dict[str, Any]):
-    """Settings that know which of their names were asked for, there or not, by all copies."""
-
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        super().__init__(settings)
-        self.names: set[str] = set()
-
-    def __getitem__(self, name: str) -> Any:
-        self.names.add(name)
-        return super().__getitem__(name)
-
-    def __contains__(self, name: object) -> bool:
-        self.names.add(str(name))
-        return super().__contains__(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self.names.add(name)
-        return super().get(name, default)
-
-    def keys(self) -> Any:
-        """Itself, as some names are looked for in here."""
-        return self
-
-
-def check_known(settings: Mapping[str, Any]) -> None:
-    """Refuses names at the top that DeepSpeed does not ask for when it reads its settings.
-
-    It refuses what it does not know within its sections, and passes over it at the top; it has no list of what it
-    knows. The processes must be connected.
-
-    Raises:
-        ConfigError: naming them, and the nearest that it has asked for.
-    """
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    # Not those of the engine, which puts what it was given into every checkpoint.
-    read = _Read(settings)
-    DeepSpeedConfig(read)
-    for name in sorted(set(settings) - read.names):
-        near = difflib.get_close_matches(name, read.names, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"deepspeed.{name}={settings[name]}: DeepSpeed has no setting of that name{hint}")
-
-
-@contextmanager
-def refusals(config: TrainConfig) -> Iterator[None]:
-    """DeepSpeed's refusals of what a user's settings of it say, as one sentence; other faults stay as they are.
-
-    DeepSpeed has no list of what it knows: it says so when its engine is made.
-
-    Raises:
-        ConfigError: naming the settings that it does not take.
-    """
-    from deepspeed.runtime.config import DeepSpeedConfigError
-
-    try:
-        yield
-    except PAVDMError:
-        raise
-    except (DeepSpeedConfigError, ValueError, TypeError, AssertionError, AttributeError) as error:
-        from pydantic import ValidationError  # which DeepSpeed has read its settings with
-
-        theirs = deepspeed_json(config)
-        given = {**_flat(theirs), **{name: value for name, value in theirs.items() if value == {}}}
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            reason, field = first["msg"], ".".join(map(str, first["loc"]))
-            wrong = [name for name in given if f".{name}.".endswith(f".{field}.")]
-        else:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            wrong = _blamed(given, reason, error.__traceback__)
-        if not wrong:
-            raise
-        named = ", ".join(f"deepspeed.{name}={given[name]}" for name in wrong)
-        raise ConfigError(f"{named}: DeepSpeed does not take that: {reason}") from error
-
-
-def _blamed(given: dict[str, Any], reason: str, trace: TracebackType | None) -> list[str]:
-    """Those of the settings that DeepSpeed quotes; else all that it was reading, or those of its optimizer."""
-    words = set(re.findall(r"[\w-]+", reason))
-    quoted = [
-        name
-        for name, value in given.items()
-        if f"'{name.rpartition('.')[2]}'" in reason or (isinstance(value, str) and value in words)
-    ]
-    files = {Path(frame.f_code.co_filename).parts[-3:] for frame, _ in walk_tb(trace)}
-    reading = ("deepspeed", "runtime", "config.py") in files
-    return quoted or [name for name in given if reading or name.startswith("optimizer.")]
 
 
 def pinning(settings: dict[str, Any]) -> dict[str, Any]:
@@ -258,11 +186,12 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their whole names, ``section.name``."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def _without_auto(values: dict[str, Any]) -> dict[str, Any]:
