@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +26,7 @@ from pavdm_dist.models.base import Backbone, LevelSupport
 from pavdm_dist.models.catalog import BACKBONES, backbone_shape, load_backbone
 from pavdm_dist.models.known import ONE_LEVEL, known_model
 from pavdm_dist.models.loading import has_weights, read_tensor, stored_dtype, stored_tensors, weight_files
-from pavdm_dist.models.lora import PEFT_CONFIG, changes_of, lora_file
+from pavdm_dist.models.lora import changes_of, lora_file, settings_beside
 from pavdm_dist.models.nearby import hidden_folder, model_near
 from pavdm_dist.models.source import Adapter, Source, load_config, named_class
 from pavdm_dist.values.fields import (
@@ -195,7 +197,8 @@ class Checkpoint:
 
     @cached_property
     def lora_settings(self) -> list[str | None]:
-        """What tells from others how strongly each adapter is merged: SHA-256 of the settings beside its weights.
+        """What tells from others how strongly each adapter is merged: SHA-256 of what the settings beside its weights
+        say of it.
 
         None where there are none, and for a hub id, whose commit says it. Not a part of :attr:`identity`, which videos
         of earlier versions have without it.
@@ -204,8 +207,9 @@ class Checkpoint:
             CheckpointError: a file of them cannot be read.
         """
         sources = [adapter.source for adapter in self.adapters]
-        has = [source.is_folder and source.has(PEFT_CONFIG) for source in sources]
-        return [_identity(source, [PEFT_CONFIG]) if there else None for source, there in zip(sources, has, strict=True)]
+        settings = [settings_beside(source) if source.is_folder else None for source in sources]
+        texts = [None if found is None else json.dumps(found, sort_keys=True) for found in settings]
+        return [None if text is None else hashlib.sha256(text.encode()).hexdigest() for text in texts]
 
     @property
     def level_support(self) -> LevelSupport:

@@ -120,6 +120,7 @@ def test_settings_of_workers_that_are_not_asked_for_are_refused(
             "sampling={num_inference_steps: 5, window_chunks: 2}",
             "sampling.window_chunks=2 does not divide num_inference_steps=5",
         ),
+        ("sampling={num_inference_steps: 5}", "pavdm: objective.window_chunks="),
         ("sampling={height: 17}", "sampling.height=17 cannot be divided by 8, the video codec's stride"),
         ("export=RUN/checkpoints", "run/checkpoints: is checkpoints in run_dir="),
         ("export=RUN/vae/model", "run/vae/model: lies in vae in run_dir="),

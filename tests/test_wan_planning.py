@@ -317,6 +317,9 @@ def test_lora_by_setting(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert sidecar["weights"].endswith(" x 0.5") and sidecar["config"]["lora"][0]["scale"] == 0.5
     capsys.readouterr()
     assert main([*words, lora]) == 0 and "is complete already" in capsys.readouterr().err
+    said = json.loads((settings := tmp_path / "lora" / "adapter_config.json").read_text())
+    settings.write_text(json.dumps({**said, "base_model_name_or_path": "elsewhere"}, indent=7))
+    assert main([*words, lora]) == 0 and "is complete already" in capsys.readouterr().err
     as_peft(low_rank(tiny_wan()), tmp_path / "lora", use_rslora=True)  # merged otherwise, by the same matrices
     assert main([*words, lora]) == 2
     assert re.search(r'was made with lora_settings=\["\w+\.\.\. \(now \["\w+', capsys.readouterr().err)

@@ -375,7 +375,11 @@ def test_faults_that_are_not_of_deepspeeds_settings_stay_what_they_are() -> None
 
 def test_a_deepspeed_file_adds_to_the_settings_and_auto_means_ours(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
-    own = {"pipeline": "auto", "data_efficiency": {"enabled": False, "seed": 3}, "sequence_parallel_size": 1}
+    own = {
+        "weight_quantization": None,
+        "activation_checkpointing": {"cpu_checkpointing": False, "number_checkpoints": None},
+    }
+    own |= {"pipeline": "auto", "data_efficiency": {"enabled": False, "seed": 3}, "sequence_parallel_size": 1}
     zero = {"stage": "auto", "overlap_comm": True}
     file.write_text(json.dumps({"zero_optimization": zero, "train_batch_size": 4, **own}))
     config = load_config(TrainConfig, None, [*SETTINGS, "zero.stage=2", f"deepspeed_config={file}"])

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import ClassVar, TextIO
+from typing import ClassVar, Protocol, TextIO
 
 from tqdm import tqdm
 
@@ -64,6 +64,19 @@ def _unraisablehook(fault: sys.UnraisableHookArgs) -> None:
         return
     sys.stderr.write(hide_secrets(f"{fault.err_msg or 'Exception ignored in'}: {fault.object!r}\n"))
     _excepthook(fault.exc_type, fault.exc_value, fault.exc_traceback)
+
+
+class Progress(Protocol):
+    """What is told while videos are made; made with the arguments of :class:`ChunkProgress`."""
+
+    def found(self, frames: int) -> None:
+        """See :meth:`ChunkProgress.found`."""
+
+    def chunk(self, stream: int, index: int, frames: int) -> None:
+        """See :meth:`ChunkProgress.chunk`."""
+
+    def close(self) -> None:
+        """No more is told."""
 
 
 class ChunkProgress:

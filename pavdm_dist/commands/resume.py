@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pavdm_dist.commands.progress import Progress
 from pavdm_dist.commands.sample import render_command
 from pavdm_dist.commands.videos import WantedVideo
 from pavdm_dist.config import SampleConfig, validate_sample
@@ -90,7 +91,7 @@ def _config_of(parts: str, overrides: Sequence[str], needs_prompt: bool) -> Samp
 
 
 def resume_command(
-    configs: Sequence[SampleConfig], failed: Sequence[PAVDMError], progress: Callable[..., Any]
+    configs: Sequence[SampleConfig], failed: Sequence[PAVDMError], progress: Callable[..., Progress]
 ) -> dict[str, Any]:
     """Finishes videos; those with equal settings are made together.
 

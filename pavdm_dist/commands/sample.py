@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.commands.progress import Progress
 from pavdm_dist.commands.prompt_files import PromptLine, read_prompts
 from pavdm_dist.commands.resolve import check_recovery, open_pipeline, sampling_params, say_cost, say_what_to_expect
 from pavdm_dist.commands.signals import Signals, Stopped
@@ -39,7 +40,10 @@ SLUG_BYTES = 40
 
 
 def render_command(
-    config: SampleConfig, overwrite: bool, progress: Callable[..., Any], wanted: Sequence[WantedVideo] | None = None
+    config: SampleConfig,
+    overwrite: bool,
+    progress: Callable[..., Progress],
+    wanted: Sequence[WantedVideo] | None = None,
 ) -> dict[str, Any]:
     """Renders what the settings say, writing each video as it grows.
 

@@ -13,7 +13,7 @@ from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.request.sampling import SamplingParams
 from pavdm_dist.train.batch import Batches
 from pavdm_dist.train.checks import check_values
-from pavdm_dist.train.export import Parts, sampled_as
+from pavdm_dist.train.export import Parts, sampled_as, sampling_defaults
 from pavdm_dist.train.launch import launch
 from pavdm_dist.train.model import shape_of
 from pavdm_dist.train.prepared import data_model, video_data
@@ -88,11 +88,12 @@ def _check_sampling(config: TrainConfig) -> None:
     model = source if config.model.pretrained is None else Checkpoint.open(config.model.pretrained)
     _, high, wide = model.shape.spec.patch
     side = source.codec_spec.spatial_stride * high * wide  # of what is not given: the data's, which fits
-    given = {"height": side, "width": side, **sampled_as(kind), **config.sampling}
+    given = sampling_defaults(config, {"height": side, "width": side})
     every = made(SamplingDefaults, given, "sampling", prefix="sampling.", error=ConfigError)
     try:
         params = SamplingParams.resolve(replace(source, defaults=every), method=kind.method)
         if config.model.pretrained is not None:
             model.check_size(params.height, params.width)
     except ConfigError as error:
-        raise ConfigError(f"sampling.{error}") from error
+        trained = str(error).partition("=")[0] in sampled_as(kind).keys() - config.sampling.keys()
+        raise ConfigError(f"{'objective' if trained else 'sampling'}.{error}") from error

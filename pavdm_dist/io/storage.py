@@ -28,7 +28,7 @@ _BLOCK = 1 << 20
 # How often a place is made for a new small file that others remove.
 _ATTEMPTS = 5
 # As stage() names them.
-_STAGED = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
+_STAGED = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
 
 
 def join(folder: str | Path, name: str) -> str:

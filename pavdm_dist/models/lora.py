@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 import torch
@@ -133,6 +133,15 @@ def changes_of(source: Source, expected: Mapping[str, Tensor]) -> list[Changes]:
     for changes in found:
         changes.check(expected)
     return found
+
+
+def settings_beside(source: Source) -> dict[str, Any] | None:
+    """What of the settings beside a file of weights decides how it is merged; None where there are none.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    return asdict(_settings(source, {})) if source.has(PEFT_CONFIG) else None
 
 
 def lora_file(source: Source) -> str:

@@ -20,6 +20,8 @@ from pavdm_dist.models.original_names import diffusers_names
 # Which of several sets of weights in a file is meant, the first that is there. A critic makes no videos.
 SETS = ("generator_ema", "generator", "state_dict", "model", "module")
 NOT_SAMPLED = ("critic", "optimizer")
+# Of the set that is no variant, in diffusers' words and in transformers'.
+_INDEXES = ("diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json")
 # What torch raises of a file that is damaged, or none of its own.
 _DAMAGED = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError,
@@ -55,6 +57,8 @@ def read_published(file: Path, chosen: str | None = None) -> dict[str, Tensor]:
 def _of_folder(folder: Path) -> dict[str, Tensor]:
     """What one set of files holds: publishers put a half-precision one, or one of averages, beside it."""
     indexes = without_hidden(folder.glob("*.safetensors.index.json"))
+    plain = [index for index in indexes if index.name in _INDEXES]
+    indexes = plain if len(plain) == 1 else indexes  # beside that of a variant, such as model.fp16.safetensors
     if len(indexes) > 1:
         raise CheckpointError(f"source={folder}: {indexes[0].name} and {indexes[1].name} are two sets; leave one there")
     if indexes:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,7 @@ def _write_model(
             "pavdm_dist" if is_own else "diffusers",
             load_config(folder / "transformer")["_class_name"],
         ],
-        "sampling": _sampling(config, parts),
+        "sampling": sampling_defaults(config, asdict(parts.info)),
         "training": {"steps": step, "world": parts.world_settings},
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -187,11 +187,12 @@ def sampled_as(objective: Objective) -> dict[str, Any]:
     }
 
 
-def _sampling(config: TrainConfig, parts: Parts) -> dict[str, Any]:
-    """Defaults for sampling, with what the model trained from says of guidance and prompts."""
+def sampling_defaults(config: TrainConfig, size: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults for sampling: as was trained, at that ``size`` and rate, with what the model trained from says of
+    guidance and prompts, and what the settings say over all of it."""
     kept = dict[str, Any](guidance_scale=GUIDANCE)
     if config.model.pretrained is not None:
         defaults = Checkpoint.open(config.model.pretrained).defaults
         kept = {"guidance_scale": defaults.guidance_scale}
         kept |= {"prompt_suffix": defaults.prompt_suffix} if defaults.prompt_suffix else {}
-    return {**sampled_as(config.objective.most()), **kept, **asdict(parts.info), **config.sampling}
+    return {**sampled_as(config.objective.most()), **kept, **size, **config.sampling}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
+from pavdm_dist.io.storage import disk_errors
 from pavdm_dist.train.zero import join_group
 
 T = TypeVar("T")
@@ -101,17 +102,18 @@ class World:
         """What ``make`` gives the first process, on every process; the others wait for it.
 
         Raises:
-            PAVDMError, OSError: it failed; on the first process.
+            PAVDMError, OSError, RuntimeError: it failed; on the first process.
             EngineError: as much, on the others, whose lost connections would bury the first one's words.
         """
         if self.size == 1:
             return make()
         found: T | None = None
-        fault: PAVDMError | OSError | None = None
+        fault: PAVDMError | OSError | RuntimeError | None = None
         if self.first:
             try:
-                found = make()
-            except (PAVDMError, OSError) as error:
+                with disk_errors():
+                    found = make()
+            except (PAVDMError, OSError, RuntimeError) as error:  # the last is torch's of a disk that is full
                 fault = error
         if faults := self.faults(None if fault is None else str(fault) or type(fault).__name__):
             raise fault or EngineError(faults[0])

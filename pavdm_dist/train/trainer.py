@@ -139,8 +139,8 @@ class Trainer:
                 self.sheet()
                 drawn = time.monotonic()
         self.profiler.close()
-        self._log_rest()
         self.save()
+        self._log_rest()  # not before the folder is known to be this run's still
         if self.records is not None:
             self.records.close()
         return self.step >= config.optimizer.total_steps
@@ -236,8 +236,8 @@ class Trainer:
         if not self.step:
             return
         try:
-            self._log_rest()
             self.save()
+            self._log_rest()
         except EngineError as error:  # on every process; what ends the run is still to be said
             logger.warning("the steps since the last checkpoint are lost: %s", error)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from typing import Any
 from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.zero_settings import deepspeed_json, flat
+
+logger = logging.getLogger(__name__)
 
 
 class _Read(dict[str, Any]):
@@ -85,26 +88,30 @@ def refusals(config: TrainConfig) -> Iterator[None]:
             wrong = [name for name in given if f".{name}.".endswith(f".{field}.")]
         else:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            wrong = _blamed(given, reason, error.__traceback__)
+            concerned = _concerned(given, error.__traceback__)
+            wrong = _quoted(given, reason) if concerned else []
+            if not wrong and concerned:
+                logger.warning("in full, as it may have other causes than these settings", exc_info=error)
+                wrong = concerned
         if not wrong:
             raise
         named = ", ".join(f"deepspeed.{name}={given[name]}" for name in wrong)
         raise ConfigError(f"{named}: DeepSpeed does not take that: {reason}") from error
 
 
-def _blamed(given: dict[str, Any], reason: str, trace: TracebackType | None) -> list[str]:
-    """Those of the settings that DeepSpeed quotes; else those of the optimizer that it was making, or all of them.
-
-    None of them where the fault came up outside of DeepSpeed.
-    """
-    frames = [frame for frame, _ in walk_tb(trace) if frame.f_globals.get("__name__", "").startswith("deepspeed.")]
-    if not frames:
-        return []
+def _quoted(given: dict[str, Any], reason: str) -> list[str]:
+    """Those of the settings, or of the sections, that a reason quotes, by name or value."""
     words = set(re.findall(r"[\w-]+", reason))
-    quoted = [
+    return [
         name
         for name, value in given.items()
-        if f"'{name.rpartition('.')[2]}'" in reason or (isinstance(value, str) and value in words)
+        if any(f"'{part}'" in reason for part in (name.rpartition(".")[2], name.partition(".")[0]))
+        or (isinstance(value, str) and value in words)
     ]
+
+
+def _concerned(given: dict[str, Any], trace: TracebackType | None) -> list[str]:
+    """Those of the optimizer, where DeepSpeed was making it, or else all; none where the fault is not DeepSpeed's."""
+    frames = [frame for frame, _ in walk_tb(trace) if frame.f_globals.get("__name__", "").startswith("deepspeed.")]
     making = any(frame.f_code.co_name == "_configure_basic_optimizer" for frame in frames)
-    return quoted or [name for name in given if not making or name.startswith("optimizer.")]
+    return [name for name in given if frames and (not making or name.startswith("optimizer."))]

@@ -88,9 +88,11 @@ def engine_settings(config: TrainConfig, size: int) -> dict[str, Any]:
     theirs = deepspeed_json(config)
     _check_forms(theirs, flat(ours))
     for name, instead in _UNUSED.items():
-        value = theirs.get(name, {})
-        is_off = value in ({}, "auto") or (isinstance(value, dict) and value.get("enabled") is False)
-        if not is_off:
+        value = theirs.get(name)
+        is_on = value not in (None, "auto")
+        if isinstance(value, dict):  # files list what they leave off
+            is_on = value.get("enabled") is not False and any(flat(value).values())
+        if is_on:
             raise ConfigError(f"deepspeed.{name}={value}: has no effect here, {instead}; leave it out")
     if "scheduler" in theirs:
         raise ConfigError('deepspeed: "scheduler" is not used; optimizer.lr and warmup_steps give the rate')

@@ -102,6 +102,9 @@ class Silent:
     def __init__(self, *_: object) -> None:
         pass
 
+    def found(self, frames: int) -> None:
+        pass
+
     def chunk(self, stream: int, index: int, frames: int) -> None:
         pass
 
