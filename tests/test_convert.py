@@ -270,6 +270,24 @@ def test_sampling_that_cannot_be_is_refused_before_anything_is_read(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ("{height: 20}", "height=20 cannot be divided by 8.*nearest legal: 16 or 24"),
+        ("{latent_chunk_size: 0}", r"latent_chunk_size=0: must be"),
+        ("{levels: [1.0, 2.0]}", r"levels"),
+    ],
+)  # fmt: skip
+def test_what_its_own_defaults_cannot_sample_does_not_become_a_model(
+    sampling: str, message: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(publish(tmp_path / "published.pt")), f"base={base}", f"output={tmp_path / 'out'}"]
+    assert main(["convert", *words, f"sampling={sampling}"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_class_that_the_base_names_otherwise_is_the_models(base: Path, tmp_path: Path) -> None:
     config = json.loads((base / "transformer" / "config.json").read_text())
     config["architectures"] = [config.pop("_class_name")]

@@ -29,6 +29,7 @@ from pavdm_dist.models.nearby import hidden_folder
 from pavdm_dist.models.published import read_published
 from pavdm_dist.models.saving import save_tensors
 from pavdm_dist.models.source import Source, load_config
+from pavdm_dist.request.sampling import SamplingParams
 from pavdm_dist.values.fields import made, read_object
 
 
@@ -176,7 +177,7 @@ def _check_sampling(
 
 
 def _check_model(partial: Path, folder: Path) -> None:
-    """Refuses to call a model what cannot be opened and sampled; reads headers of weights.
+    """Refuses to call a model what cannot be opened, and sampled with its own defaults; reads headers of weights.
 
     Args:
         partial: where it is.
@@ -186,8 +187,11 @@ def _check_model(partial: Path, folder: Path) -> None:
         CheckpointError: naming what is wrong.
     """
     try:
-        Checkpoint.open(partial, quietly=True).require_weights()
-    except CheckpointError as error:
+        model = Checkpoint.open(partial, quietly=True)
+        model.require_weights()
+        params = SamplingParams.resolve(model)
+        model.check_size(params.height, params.width)
+    except ConfigError as error:
         said = str(error).replace(str(partial), str(folder))
         raise CheckpointError(f"output={folder}: would be no model that can be sampled: {said}") from error
 

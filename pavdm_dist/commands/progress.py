@@ -182,15 +182,9 @@ class _FarmProgress(ChunkProgress):
 
     def chunk(self, stream: int, index: int, frames: int) -> None:
         super().chunk(stream, index, frames)
-        self._tell()
+        self._draw()
 
-    def found(self, frames: int) -> None:
-        is_news = frames != self._found
-        super().found(frames)
-        if is_news:
-            self._tell()
-
-    def _tell(self) -> None:
+    def _draw(self, pace: str | None = None) -> None:
         if self._file is None:
             return
         with suppress(OSError):  # nobody listens any more; the videos go on
