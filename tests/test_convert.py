@@ -56,6 +56,14 @@ def test_diffusers_names_may_have_prefixes_too(prefix: str, base: Path, tmp_path
     assert equal_states(Checkpoint.open(folder).backbone, tiny_wan(seed=7))  # type: ignore[arg-type]
 
 
+def test_two_sets_under_one_models_names_are_told(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = publish(tmp_path / "published.pt", lambda state: state | {"module." + name: state[name] for name in state})
+    assert main(["convert", str(file), f"base={base}", f"output={tmp_path / 'out'}"]) == 2
+    assert re.search(r"tensors (\S+) and module\.\1 are two of one model's name", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_bytes_that_are_no_file_are_refused(
     seed: int, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

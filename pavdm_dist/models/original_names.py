@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from pavdm_dist.errors import CheckpointError
+
 # In every file of that layout, and in no other; and in every one that has diffusers' names.
 _MARK, _OWN_MARK = "head.modulation", "condition_embedder.time_proj.weight"
 _SHARDED = "_fsdp_wrapped_module."
@@ -21,13 +23,21 @@ def diffusers_names(stored: Iterable[str]) -> dict[str, str]:
     """Diffusers' name of each tensor -> the one it has in its file.
 
     Names that are of neither layout are kept.
+
+    Raises:
+        CheckpointError: two names differ by a wrapper's prefix alone, as averages beside the weights do.
     """
     names = list(stored)
     plain = {_WRAPPERS.sub("", name.replace(_SHARDED, "")): name for name in names}
+    if _OWN_MARK not in plain and _MARK not in plain:
+        return dict(zip(names, names, strict=True))
+    if len(plain) < len(names):
+        kept = set(plain.values())
+        lost = next(name for name in names if name not in kept)
+        other = plain[_WRAPPERS.sub("", lost.replace(_SHARDED, ""))]
+        raise CheckpointError(f"tensors {lost} and {other} are two of one model's name; leave one set in the file")
     if _OWN_MARK in plain:
         return plain
-    if _MARK not in plain:
-        return dict(zip(names, names, strict=True))
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
     renamed = convert_wan_transformer_to_diffusers(plain)
