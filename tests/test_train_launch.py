@@ -228,14 +228,23 @@ from training import start
 from pavdm_dist.values.merging import load_config
 from pavdm_dist.errors import MediaError
 from pavdm_dist.train.train_settings import TrainConfig
+from pavdm_dist.train.validation import Validation
 from pavdm_dist.digits.cache import LatentClips
-trainer = start(load_config(TrainConfig, None, sys.argv[2:]), LatentClips(Path(sys.argv[1]) / "clips"))
-load = trainer.batches.batch
-def broken(step, rank, size):
-    if step == 2 and rank == 1:
-        raise MediaError("videos/7.mp4: cannot be read")
-    return load(step, rank, size)
-trainer.batches.batch = broken
+class Broken:
+    def __init__(self, batches, step):
+        self.batches, self.step = batches, step
+    def __getattr__(self, name):
+        return getattr(self.batches, name)
+    def batch(self, step, rank, size):
+        if step == self.step and rank == 1:
+            raise MediaError("videos/7.mp4: cannot be read")
+        return self.batches.batch(step, rank, size)
+trainer = start(load_config(TrainConfig, None, sys.argv[3:]), LatentClips(Path(sys.argv[2]) / "clips"))
+if sys.argv[1] == "step 2":
+    trainer.batches = Broken(trainer.batches, 2)
+else:
+    trainer.config.validation.every_steps = 2
+    trainer.validation = Validation(Broken(trainer.batches, 0), 1, trainer.world, trainer.sequence)
 try:
     trainer.run(time.monotonic() + 100)
 except Exception as error:
@@ -244,9 +253,10 @@ except Exception as error:
 
 
 @pytest.mark.timeout(120)
-def test_a_batch_that_one_process_cannot_load_saves_and_ends_all_with_a_sentence(run_dir: Path) -> None:
-    one, two = launch(["-c", FAULT_PROGRAM, str(run_dir), *SETTINGS, f"run_dir={run_dir}"], timeout=100)
-    assert "0 EngineError process 1 cannot load step 2 (MediaError: videos/7.mp4: cannot be read) at 2" in one
+@pytest.mark.parametrize("what", ["step 2", "validation batch 0"])
+def test_a_batch_that_one_process_cannot_load_saves_and_ends_all_with_a_sentence(what: str, run_dir: Path) -> None:
+    one, two = launch(["-c", FAULT_PROGRAM, what, str(run_dir), *SETTINGS, f"run_dir={run_dir}"], timeout=100)
+    assert f"0 EngineError process 1 cannot load {what} (MediaError: videos/7.mp4: cannot be read) at 2" in one
     assert "1 MediaError videos/7.mp4: cannot be read at 2" in two
     assert (run_dir / "checkpoints" / "latest").read_text() == "step0000002", "the weights are sound"
 

@@ -310,7 +310,7 @@ class Trainer:
         assert self.validation is not None
         self._settle()
         with self.interval.paused(), self._memory_advice():
-            line = self.validation.line(self.engine)
+            line = self.validation.line(self.engine, self._keep)
         self._write(line)
         if self.world.first:
             logger.info("step %d: validation loss %.4f", self.step, line["validation"]["loss"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,8 +58,12 @@ class Validation:
             )
 
     @torch.no_grad()
-    def line(self, engine: ZeroEngine) -> dict[str, Any]:
+    def line(self, engine: ZeroEngine, before_refusal: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """The mean loss, per level and per kind of window; every process must call it.
+
+        Args:
+            engine: the model.
+            before_refusal: called by every process where a batch cannot be loaded, which ends them all.
 
         Raises:
             EngineError: another process cannot load its part of a batch.
@@ -70,6 +75,7 @@ class Validation:
                 loaded = load(self._batches, number, self._sequence)
                 # As in training: the others must not wait for a process that has nothing to show.
                 if self._world.told(loaded.fault is not None)[0]:
+                    before_refusal()
                     refuse(loaded, f"validation batch {number}", self._world)
                 batch = loaded.batch
                 assert batch is not None
