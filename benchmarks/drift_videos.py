@@ -30,10 +30,10 @@ from pavdm_dist.config import SampleConfig, validate_sample
 from pavdm_dist.digits.settings import SIZE
 from pavdm_dist.digits.world import FPS, Scene, render, sample_scene, scene_prompt
 from pavdm_dist.errors import ConfigError, PAVDMError
+from pavdm_dist.io.differences import changes
 from pavdm_dist.io.encode import export_to_video
 from pavdm_dist.io.metadata import Sidecar, cpu_model, is_complete, read_sidecar, sidecar_path, weights_identity
 from pavdm_dist.io.parts import parts_folder
-from pavdm_dist.io.state import changes
 from pavdm_dist.io.storage import atomic_write, exists
 from pavdm_dist.models.loading import weight_files
 from pavdm_dist.values.merging import load_config

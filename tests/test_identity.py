@@ -18,8 +18,9 @@ from pavdm_dist.commands import origin
 from pavdm_dist.commands.sample import check_videos
 from pavdm_dist.config import SampleConfig
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.io.differences import changes
 from pavdm_dist.io.metadata import read_sidecar, sidecar_path, versions
-from pavdm_dist.io.state import changes, read_state, write_state
+from pavdm_dist.io.state import read_state, write_state
 
 LATER = ("device", "decoder_device", "decoder_threads")
 

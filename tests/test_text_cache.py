@@ -12,7 +12,7 @@ from helpers import tiny_checkpoint
 from pretrained import Asked, named_only, stand_in
 
 from pavdm_dist import cli
-from pavdm_dist.codecs import pretrained_text
+from pavdm_dist.codecs import kept_embeddings
 from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder, TextOptions
 from pavdm_dist.errors import CheckpointError
 from pavdm_dist.models import devices
@@ -66,7 +66,7 @@ def test_without_a_home_embeddings_go_with_the_process(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    pretrained_text._temporary.cache_clear()
+    kept_embeddings._temporary.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", base or "")
     if base is None:
         monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user that the system does not know
@@ -79,7 +79,7 @@ def test_without_a_home_embeddings_go_with_the_process(
     said = "this user has no home for a cache; XDG_CACHE_HOME names a folder, or text_cache=FOLDER; "
     assert record.message == f"{said}embeddings go with this process"
     assert not list(Path.cwd().iterdir())
-    pretrained_text._temporary.cache_clear()
+    kept_embeddings._temporary.cache_clear()
     assert not list(tmp_path.glob("pavdm-text-*"))
     (model / "text_encoder" / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="has no weights; text_cache=FOLDER names what was kept of it"):

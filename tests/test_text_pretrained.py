@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from pavdm_dist import cli
 from pavdm_dist.checkpoint import Checkpoint
-from pavdm_dist.codecs import newest, pretrained_text
+from pavdm_dist.codecs import kept_embeddings, newest
 from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder, TextOptions
 from pavdm_dist.codecs.text import WordTextEncoder
 from pavdm_dist.errors import CheckpointError, ConfigError
@@ -110,7 +110,7 @@ def test_what_finds_no_place_is_there_for_all_of_the_process(
 ) -> None:
     """The texts of a long manifest would be gigabytes in memory; and who renders has encoders of its own."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    pretrained_text._temporary.cache_clear()
+    kept_embeddings._temporary.cache_clear()
     (tmp_path / "file").write_text("no folder")
     one, other = encoder(umt5, tmp_path / "file"), encoder(umt5, tmp_path / "file")
     one.prepare(["a red three", "a blue seven"])
@@ -119,7 +119,7 @@ def test_what_finds_no_place_is_there_for_all_of_the_process(
     assert caplog.text.count("cannot be written") == 2, "once for each encoder, not for every text"
     (aside,) = tmp_path.glob("pavdm-text-*")
     assert len([*aside.rglob("*.safetensors")]) == 2
-    pretrained_text._temporary.cache_clear()  # as when the process ends
+    kept_embeddings._temporary.cache_clear()  # as when the process ends
     assert not aside.exists()
 
 

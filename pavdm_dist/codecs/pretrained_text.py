@@ -15,24 +15,22 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pavdm_dist.cluster.starting import imports_from
+from pavdm_dist.codecs.kept_embeddings import KeptEmbeddings
 from pavdm_dist.codecs.newest import Newest
 from pavdm_dist.errors import CheckpointError, ConfigError, first_line
 from pavdm_dist.io.checksums import ends_digest
 from pavdm_dist.io.folders import without_hidden
-from pavdm_dist.io.local_disk import cache_folder
 from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import atomic_write
 from pavdm_dist.io.temporary import temporary_prefix
@@ -117,8 +115,8 @@ class PretrainedTextEncoder:
         # Open-Sora's T5 has met lower-case captions only.
         self._lower = not (named_class(self._encoder) or "").startswith("UMT5")
         self._checked = Newest()  # prompts that are not cut into tokens again to see whether all of them is read
+        self._kept = KeptEmbeddings(options.cache, self.text_dim)
         self.encoded = 0
-        self._is_told = False  # that the cache cannot be written
 
     @cached_property
     def identity(self) -> str:
@@ -142,21 +140,25 @@ class PretrainedTextEncoder:
             ConfigError: a package is missing, or the device has no room.
         """
         cleaned = dict.fromkeys(self.cleaned(prompt) for prompt in prompts)
-        missing = [text for text in cleaned if self._kept(self._key(text)) is None]
+        missing = [text for text in cleaned if self._kept.find(self._key(text)) is None]
         if not missing:
             return
         logger.info("encoding %d prompts with %s", len(missing), self._encoder)
         for text, embedding in zip(missing, self._run(missing), strict=True):
             self.encoded += 1
-            self._keep(self._key(text), embedding)
+            try:
+                self._kept.keep(self._key(text), embedding)
+            except OSError as error:
+                reason = f"what it gives cannot be written: {error}"
+                raise CheckpointError(f"text encoder {self._encoder}: {reason}") from error
 
     def encode(self, prompt: str) -> Tensor:
         """Float32 ``[L, text_dim]``, one row per token, no padding; raises as :meth:`prepare`."""
         key = self._key(self.cleaned(prompt))
-        found = self._kept(key)
+        found = self._kept.find(key)
         if found is None:
             self.prepare([prompt])
-            found = self._kept(key)
+            found = self._kept.find(key)
             assert found is not None
         return found.float()
 
@@ -224,7 +226,7 @@ class PretrainedTextEncoder:
                 with atomic_write(self._known(self.folder), "w") as aside:
                     json.dump({"weights": told, "model": str(self._encoder)}, aside)
             except OSError as error:
-                self._tell_unwritten(error)
+                self._kept.tell_unwritten(error)
         return told
 
     def _known_weights(self) -> str:
@@ -242,60 +244,13 @@ class PretrainedTextEncoder:
     def _known(self, folder: Path) -> Path:
         return folder / "encoders" / f"{self._shape}.json"
 
-    # --- what is kept --------------------------------------------------------------------------------------
-
-    @cached_property
+    @property
     def folder(self) -> Path | None:
-        """Where embeddings are kept; None = for this process alone, which is said: this user has no place for them."""
-        if self.options.cache is not None:
-            return Path(self.options.cache)
-        try:
-            return cache_folder("text")
-        except OSError as error:
-            logger.warning("%s, or text_cache=FOLDER; embeddings go with this process", error.strerror)
-            return None
+        """Where embeddings are kept; None = for this process alone."""
+        return self._kept.folder
 
     def _key(self, text: str) -> str:
         return hashlib.sha256(f"{self.identity}\n{text}".encode()).hexdigest()
-
-    def _file(self, folder: Path, key: str) -> Path:
-        return folder / key[:2] / f"{key}.safetensors"
-
-    def _kept(self, key: str) -> Tensor | None:
-        found = None if self.folder is None else self._read(self.folder, key)
-        if found is not None:
-            return found
-        return self._read(_of_this_process(), key) if _temporary.cache_info().currsize else None
-
-    def _read(self, folder: Path, key: str) -> Tensor | None:
-        try:
-            found = load_file(self._file(folder, key))["embedding"]
-        except (OSError, SafetensorError, KeyError):
-            return None
-        return found if found.ndim == 2 and found.shape[1] == self.text_dim and bool(found.isfinite().all()) else None
-
-    def _keep(self, key: str, embedding: Tensor) -> None:
-        """Where they are to be kept, else where they last as long as this process: in memory those of a long manifest
-        would be many gigabytes."""
-        content = save({"embedding": embedding})
-        if self.folder is not None:
-            try:
-                with atomic_write(self._file(self.folder, key), "wb") as file:
-                    file.write(content)
-                return
-            except OSError as error:
-                self._tell_unwritten(error)
-        try:
-            with atomic_write(self._file(_of_this_process(), key), "wb") as file:
-                file.write(content)
-        except OSError as error:
-            raise CheckpointError(f"text encoder {self._encoder}: what it gives cannot be written: {error}") from error
-
-    def _tell_unwritten(self, error: OSError) -> None:
-        """Once: every text would say it."""
-        if not self._is_told:
-            logger.warning("text_cache=%s cannot be written: %s", self.folder, error)
-        self._is_told = True
 
     # --- the encoder ---------------------------------------------------------------------------------------
 
@@ -363,25 +318,6 @@ def imported(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(f"the model's text encoder needs {name}: pip install 'pavdm-dist[text]'") from error
-
-
-def _of_this_process() -> Path:
-    """A folder that all encoders of this process share, and that goes with it.
-
-    Raises:
-        OSError: there is no place for one.
-    """
-    with _MAKING:
-        return Path(_temporary().name)
-
-
-# Of two folders that were made at once, one would go at once.
-_MAKING = threading.Lock()
-
-
-@cache
-def _temporary() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix=temporary_prefix("text"))
 
 
 def _short(text: str) -> str:

@@ -13,9 +13,10 @@ from torch import Tensor
 from pavdm_dist.codecs.catalog import RGB
 from pavdm_dist.codecs.pretrained_text import PretrainedTextEncoder
 from pavdm_dist.config import SampleConfig
+from pavdm_dist.io.differences import PREVIEW_FILE, changes
 from pavdm_dist.io.leftovers import latents_path
 from pavdm_dist.io.metadata import versions
-from pavdm_dist.io.state import PREVIEW_FILE, BegunOtherwiseError, changes
+from pavdm_dist.io.state import BegunOtherwiseError
 from pavdm_dist.io.storage import exists
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.redaction import hide_secrets

@@ -10,12 +10,13 @@ from typing import Any
 
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io import storage
+from pavdm_dist.io.differences import changes, differing
 from pavdm_dist.io.latents import LATENTS_NAMES, LatentsWriter, holds_latents
 from pavdm_dist.io.lock import clear_locks
 from pavdm_dist.io.metadata import is_complete, sidecar_path
 from pavdm_dist.io.parts import LOCK_NAME, LOCK_NAMES, check_output, parts_folder
 from pavdm_dist.io.segments import SEGMENT_NAMES, SegmentWriter
-from pavdm_dist.io.state import STATE_NAMES, BegunOtherwiseError, RecordingState, changes, differing, read_state
+from pavdm_dist.io.state import STATE_NAMES, BegunOtherwiseError, RecordingState, read_state
 from pavdm_dist.values.merging import settings_of
 
 # The settings of the command that began a recording.
