@@ -147,8 +147,8 @@ def test_one_generator_in_a_loop_makes_another_video_each_time(pipeline: PAVDMPi
         ({"chunks_per_unit": "2"}, "chunks_per_unit=2: must be a whole number"),
         ({"anchor_chunks": "1"}, "anchor_chunks=1: must be a whole number"),
         ({"prompt_suffix": 5}, "prompt_suffix=5: must be text"),
-        ({"video": "x.mp4"}, "video=x.mp4: must be frames, uint8 [t, height, width, 3]"),
-        ({"video": [np.zeros((2, 3)), np.zeros((4, 5))]}, ": must be frames, uint8 [t, height, width, 3]"),
+        ({"video": "x.mp4"}, "video=x.mp4: must be uint8 frames [height, width, 3]"),
+        ({"video": [np.zeros((2, 3)), np.zeros((4, 5))]}, ": must be uint8 frames [height, width, 3]"),
     ],
 )
 def test_values_that_cannot_be_are_named(pipeline: PAVDMPipeline, arguments: dict[str, Any], said: str) -> None:

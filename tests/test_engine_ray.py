@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -284,6 +285,36 @@ def test_a_frozen_stage_is_noticed_by_its_peer(ray_cluster: None, folder: Path) 
                     pass
         finally:
             os.kill(pid, signal.SIGCONT)
+
+
+def test_the_driver_rests_while_one_stage_has_taken_a_video_in_and_another_has_not(
+    gang: Callable[[int], RayEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, looks = gang(2), list[float]()
+    mine, pid = engine._gang, ray.get(engine._gang._cast.stages[1].where.remote()).pid
+    collect = mine._collect
+
+    def counted(timeout: float) -> None:
+        looks.append(time.monotonic())
+        collect(timeout)
+
+    monkeypatch.setattr(mine, "_collect", counted)
+    found: list[CleanChunk] = []
+    run = threading.Thread(target=lambda: found.extend(chunk.clean for chunk in engine.run([tiny_stream(0)])))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        run.start()
+        until = time.monotonic() + 20
+        while not mine._taken_in and time.monotonic() < until:
+            time.sleep(0.05)
+        assert len(mine._taken_in) == 1, "stage 0 has answered"
+        looks.clear()
+        time.sleep(1)
+        assert len(looks) < 100
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    run.join(60)
+    assert found and not mine._taken_in
 
 
 def test_what_actors_log_is_told_with_their_stage(

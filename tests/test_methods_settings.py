@@ -74,6 +74,14 @@ def test_methods_are_plans(model: Path) -> None:
         ({"method": "replacement", "context_chunks": 0}, "context_chunks=0: method=replacement goes on from clean"),
         ({"method": "replacement", "context_chunks": 0, "window_chunks": 1}, "context_chunks=0: method=replacement"),
         ({"method": "autoregressive", "context_chunks": 0}, "context_chunks=0: method=autoregressive goes on from"),
+        (
+            {"method": "replacement-noise", "window_chunks": 1, "mode": "displaced"},
+            "mode=displaced: method=replacement-noise noises context to each step's level.*use mode=window",
+        ),
+        (
+            {"method": "replacement-noise", "window_chunks": 1, "context": "cached"},
+            "context=cached: method=replacement-noise noises.*use context=joint",
+        ),
         ({"method": "replacement-noise", "context_noise": 0.1}, "context_noise=0.1: method=replacement-noise noises"),
         ({"method": "replacement", "mode": "displaced"}, "mode=displaced: blocks of 3 chunks"),
         (

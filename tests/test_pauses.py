@@ -42,6 +42,7 @@ def gang_of(time: Time, decoder: Decoding | None = None) -> RayGang:
     gang._cast.stages, gang._cast.places, gang._cast.decoding = [stage], [Place("10.0.0.1", 11)], decoder
     gang._cast.loops, gang._taking, gang._taking_left, gang._lines = [Future[Any]()], Future[Any](), {}, Listener()
     gang._events, gang._told, gang._left, gang._preparing = deque(), deque(), {}, {}
+    gang._taken_in = set()
     gang._sealed, gang._done, gang._moved, gang._last = 0, -1, time.now, None
     gang._pauses = Pauses(LIMIT_S, ray_gang.FREEZE_MARGIN_S, lambda: time.now)
     return gang

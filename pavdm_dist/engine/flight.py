@@ -79,6 +79,7 @@ class Flight:
     _new_bytes: int = 0  # of what was left since the last point
     _clean: dict[int, Tensor] = field(default_factory=dict)
     _tail: Tensor | None = field(init=False)
+    _was_stopped: bool = False
 
     def __post_init__(self) -> None:
         stream, resume = self.stream, self.stream.resume
@@ -90,7 +91,7 @@ class Flight:
             return
         self._latest, row = resume.snapshot, resume.snapshot.row
         self._left, self._clean = dict(resume.snapshot.left), _clean_of(stream, resume.snapshot)
-        self.row = row
+        self.row, self._was_stopped = row, resume.was_stopped
         self._resynced = frozenset(resume.resyncs)
         chunks = stream.plan.num_chunks
         self.next_chunk = chunks if chunks is not None and stream.is_sampled else stream.plan.row(row).chunks[0]
@@ -181,7 +182,7 @@ class Flight:
 
     def stopped(self, plan: WindowPlan) -> None:
         """An endless stream follows ``plan`` from now on."""
-        self.stream, self.stopping = replace(self.stream, plan=plan), False
+        self.stream, self.stopping, self._was_stopped = replace(self.stream, plan=plan), False, True
         self.batches = replace(self.batches, plan=plan)
         if self.join is not None:
             self.join = self.join.stopped(plan)
@@ -233,7 +234,8 @@ class Flight:
         return {index: self._clean[index] for index in again} if set(again) <= self._clean.keys() else {}
 
     def _point(self, snapshot: WindowSnapshot) -> ResumePoint:
-        return ResumePoint(snapshot, self._tail, resyncs=self.resyncs, prompts=self.prompts, plan=self.stream.plan)
+        followed = (self.stream.plan, self._was_stopped, self.stream.settings)
+        return ResumePoint(snapshot, self._tail, (), self.resyncs, self.prompts, 0, *followed)
 
     def _behind(self, before: Tensor | None, clean: CleanChunk) -> Tensor | None:
         """What a decoder must have seen behind ``clean``, which follows ``before``."""

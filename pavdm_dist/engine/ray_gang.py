@@ -70,6 +70,7 @@ class RayGang:
         self._options = options
         self._cast = Cast(source, blocks, options, codec)
         self._preparing: dict[int, tuple[list[Any], float]] = {}
+        self._taken_in = set[Any]()  # of these, what need not be waited for any more: a wait would end at once
         self._events: deque[Event] = deque()
         # What the last stage told; of streams with cached context other stages' parts, asked for once there is one.
         self._told: deque[Event] = deque()
@@ -214,7 +215,7 @@ class RayGang:
         """Waits for the first of: the last stage's events, a stage's having taken a stream in, frames, a loop's end."""
         import ray
 
-        prepares = [ref for refs, _ in self._preparing.values() for ref in refs]
+        prepares = [ref for refs, _ in self._preparing.values() for ref in refs if ref not in self._taken_in]
         watched = [self._taking, *self._taking_left.values(), *self._cast.loops, *prepares]
         watched += self._cast.decoding.awaited if self._cast.decoding else []
         ray.wait(watched, timeout=timeout)
@@ -223,9 +224,11 @@ class RayGang:
             self._excuse()
         if any(loop in ready for loop in self._cast.loops):
             raise lost(self._cast.loops, self._cast.places)
+        self._taken_in |= {ref for ref in prepares if ref in ready}
         for stream, (refs, _) in list(self._preparing.items()):
-            if all(ref in ready for ref in refs):
+            if self._taken_in.issuperset(refs):
                 del self._preparing[stream]
+                self._taken_in.difference_update(refs)
                 self._events.append(self._prepared(stream, refs))
         if self._taking in ready:
             events, last = ray.get(self._taking)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,6 +129,8 @@ class ResumePoint:
         left_bytes: of the snapshot's keys and values, those that came since the point before; for :attr:`num_bytes`.
         plan: that was followed; of an endless video that was told to end, the one that ends. None where a file holds
             the point, beside settings that are compared.
+        was_stopped: whether it is the latter.
+        settings: of the video, by name, that must be equal for it to go on; none where a file holds the point.
     """
 
     snapshot: WindowSnapshot
@@ -137,6 +140,8 @@ class ResumePoint:
     prompts: tuple[tuple[int, str], ...] = ()
     left_bytes: int = 0
     plan: WindowPlan | None = None
+    was_stopped: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def follow(self, plan: WindowPlan, displaced: Displaced | None = None) -> WindowPlan:
         """The plan that a video goes on with, asked for as ``plan``: an endless one that was told to end still ends.
@@ -151,21 +156,28 @@ class ResumePoint:
         before, row = self.plan, self.snapshot.row
         if before is None or before == plan:
             return plan
-        changed = [name for name in vars(plan) if name != "num_chunks" and getattr(plan, name) != getattr(before, name)]
-        if changed:
-            said = ", ".join(f"{name}={getattr(before, name)} (now {getattr(plan, name)})" for name in changed)
-            raise ConfigError(f"resume: the video was begun with {said}; give the same again, or begin anew")
-        if plan.num_chunks is None:
+        _check_equal({**vars(before), "num_chunks": None}, {**vars(plan), "num_chunks": None})
+        if plan.num_chunks is None and self.was_stopped:
             return before
         now, then = (_behind(one, row, displaced) for one in (plan, before))
         if now is None or now != then:
-            length = "without an end" if before.num_chunks is None else f"of {before.num_chunks} chunks"
+            length, other = (
+                "without an end" if one.num_chunks is None else f"of {one.num_chunks} chunks" for one in (before, plan)
+            )
             raise ConfigError(
-                f"resume: this is row {row} of a video {length}, where one of {plan.num_chunks} has other chunks in"
-                " flight, other exact rows behind it, or is over; give num_frames as it was, or go on from an earlier"
-                " chunk"
+                f"resume: this is row {row} of a video {length}, where one {other} has other chunks in flight, other"
+                " exact rows behind it, or is over; give num_frames as it was, or go on from an earlier chunk"
             )
         return plan
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuses to go on otherwise than the video was begun.
+
+        Raises:
+            ConfigError: naming what differs.
+        """
+        if self.settings:
+            _check_equal(self.settings, settings)
 
     @property
     def num_bytes(self) -> int:
@@ -173,6 +185,13 @@ class ResumePoint:
         it; clean latents are those of chunks that were given out."""
         held = [*self.snapshot.latents.values(), *([] if self.warm is None else [self.warm])]
         return self.left_bytes + sum(tensor.nbytes for tensor in held)
+
+
+def _check_equal(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = [name for name in now if before[name] != now[name]]
+    if changed:
+        said = ", ".join(f"{name}={before[name]} (now {now[name]})" for name in changed)
+        raise ConfigError(f"resume: the video was begun with {said}; give the same again, or begin anew")
 
 
 def _behind(plan: WindowPlan, n: int, displaced: Displaced | None) -> tuple[set[int], list[int]] | None:
@@ -236,6 +255,7 @@ class Stream:
         step: how a chunk comes to its next level.
         chunks_per_unit: of modes causal and displaced, noisy chunks of a micro-batch; other last bits.
         recovery: with cached context, what is kept for going on.
+        settings: what it was asked for with, by name, for its resume points; nothing is computed from them.
     """
 
     id: int
@@ -257,6 +277,7 @@ class Stream:
     context_follows: bool = False
     chunks_per_unit: int = 1
     recovery: Recovery = field(default_factory=Recovery)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def branches(self) -> int:

@@ -14,7 +14,7 @@ from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.image import read_image
 from pavdm_dist.request.sampling import SamplingParams
 from pavdm_dist.request.texts import first_and_later
-from pavdm_dist.request.video_request import VideoRequest
+from pavdm_dist.request.video_request import VideoRequest, frames_of
 from pavdm_dist.values.arguments import seeds_of
 from pavdm_dist.values.fields import FrameCount, Within, checked_arguments, show
 
@@ -71,7 +71,7 @@ def requests_of_call(
             "`pavdm sample`, which write as they go"
         )
     seeds = seeds_of(generator, seed, total)
-    clip = None if video is None else _frames(video)
+    clip = None if video is None else frames_of("video", video)  # once for all videos
     picture = None if image is None else torch.from_numpy(read_image(image, params.height, params.width))
     requests = []
     for i in range(total):
@@ -103,10 +103,3 @@ def check_tensor_inputs(names: Any) -> None:
         raise ConfigError(
             f"callback_on_step_end_tensor_inputs={show(names)}: must be ['latents'], which is all that is shown here"
         )
-
-
-def _frames(video: Any) -> Tensor:
-    try:
-        return torch.as_tensor(np.asarray(video))
-    except (TypeError, ValueError) as error:  # a path, pictures of several sizes
-        raise ConfigError(f"video={show(video)}: must be frames, uint8 [t, height, width, 3]") from error

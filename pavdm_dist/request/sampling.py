@@ -276,6 +276,13 @@ def _check_method(params: SamplingParams) -> None:
         raise ConfigError(
             f"context_chunks=0: method={params.method} goes on from clean chunks, none would be there; use 1 or more"
         )
+    # Whose own calls are run once, in a block's first row: what is kept of it would be noise alone.
+    for name, needed in (("mode", "window"), ("context", "joint")):
+        if params.context_follows and (found := getattr(params, name)) != needed:
+            raise ConfigError(
+                f"{name}={found}: method=replacement-noise noises context to each step's level, what is kept of a clean"
+                f" chunk has one; use {name}={needed}"
+            )
     if params.context_follows and params.context_noise:
         raise ConfigError(
             f"context_noise={params.context_noise:g}: method=replacement-noise noises context to each step's"

@@ -44,6 +44,9 @@ def build_stream(
         MediaError: the clip is too short.
     """
     plan = plan_of(request, params, checkpoint)
+    settings = {"seed": request.seed, **vars(params)}
+    if request.resume is not None:
+        request.resume.check(settings)
     height, width = checkpoint.codec_spec.latent_size(params.height, params.width)
     with intra_op_threads(1):
         given, warm = ({}, None) if request.resume else _clip_latents(request, params, checkpoint)
@@ -76,6 +79,7 @@ def build_stream(
         context_follows=params.context_follows,
         chunks_per_unit=params.chunks_per_unit,
         recovery=_recovery(recovery, request.resume, params, checkpoint, latent_shape),
+        settings=settings,
     )
 
 

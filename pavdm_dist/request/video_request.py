@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
@@ -30,8 +32,10 @@ class VideoRequest:
         num_frames: new frames; the last chunk is trimmed. None = endless, until it is stopped.
         negative_prompt: text of the unconditional branch; None, or a blank one, = the model's learned null text.
         prompt_schedule: ``(first chunk, prompt)`` of later prompts.
-        clip: conditioning frames, uint8 ``[t, H, W, 3]`` at the run's size and rate, as many as the codec encodes.
-        image: picture that the video begins with, uint8 ``[H, W, 3]`` at the run's size; needs ``start="noise"``.
+        clip: conditioning frames, uint8 ``[t, H, W, 3]`` at the run's size and rate, as many as the codec encodes; an
+            array becomes a tensor.
+        image: picture that the video begins with, uint8 ``[H, W, 3]`` at the run's size, as ``clip``; needs
+            ``start="noise"``.
         resume: where to go on instead of at the beginning; all else must be as it was.
         before: frames of the clip's film that come before the clip, one by one, for whoever shows the whole film.
         params: settings of this video, where they are not those of the run.
@@ -63,6 +67,9 @@ class VideoRequest:
         # What forms and other programs send where nothing was written.
         if self.negative_prompt is not None and not self.negative_prompt.strip():
             object.__setattr__(self, "negative_prompt", None)
+        for name, said in (("clip", "video"), ("image", "image")):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, frames_of(said, getattr(self, name)))
 
     def _check_schedule(self) -> None:
         before = 0
@@ -73,6 +80,24 @@ class VideoRequest:
             if found is not None:
                 raise ConfigError(f"{found}; an entry is (first chunk, prompt), and they rise")
             before = entry[0]
+
+
+def frames_of(name: str, given: Any) -> Tensor:
+    """Pictures as a tensor on the CPU; an array keeps its memory.
+
+    Args:
+        name: of the argument.
+        given: tensor, array, or nested numbers.
+
+    Raises:
+        ConfigError: they are none.
+    """
+    if isinstance(given, Tensor):
+        return given.detach().cpu()
+    try:
+        return torch.as_tensor(np.asarray(given))
+    except (TypeError, ValueError) as error:  # a path, pictures of several sizes
+        raise ConfigError(f"{name}={show(given)}: must be uint8 frames [height, width, 3]") from error
 
 
 def plan_of(request: VideoRequest, params: SamplingParams, checkpoint: Checkpoint) -> WindowPlan:
