@@ -69,6 +69,8 @@ def test_unknown_words_warn_once_and_name_the_vocabulary(
     assert encoder.unknown_words(prompt) == ["dragon", "on", "fire"]
     assert encoder.unknown_words(PROMPT) == []
     with caplog.at_level(logging.WARNING):
+        encoder.check(prompt, 64)  # as a dry run does
+        assert len(caplog.records) == 1
         encoder.encode(prompt)
         encoder.encode(prompt)
         encoder.encode(PROMPT)

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from pavdm_dist.checkpoint import Checkpoint
+from pavdm_dist.config import SampleConfig
+from pavdm_dist.values.merging import load_config
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
     [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("cluster/**/*.md")]
@@ -41,3 +45,18 @@ def test_the_tree_names_every_room_and_no_other() -> None:
     named = set(re.findall(r"^  (\w+)/ ", tree, re.MULTILINE))
     rooms = {path.parent.name for path in (ROOT / "pavdm_dist").glob("*/__init__.py")}
     assert named == rooms
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sample").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_prompts_are_words_that_the_shipped_model_knows(path: Path) -> None:
+    config = load_config(SampleConfig, str(path), [])
+    if config.model == SampleConfig().model and config.prompt:
+        assert Checkpoint.open(config.model).text_encoder.unknown_words(config.prompt) == []
+
+
+def test_prompts_that_begin_as_the_digits_do_are_known_throughout() -> None:
+    words = Checkpoint.open("embedded").text_encoder.unknown_words
+    said = [prompt for path in DOCUMENTS for prompt in re.findall(r'"(an? \w+ \w+[^"]*)"', path.read_text())]
+    colours = ("red", "green", "blue", "yellow", "cyan", "magenta", "white")
+    prompts = [prompt for prompt in said if prompt.split()[1] in colours]
+    assert len(prompts) > 5 and [words(prompt) for prompt in prompts] == [[]] * len(prompts)

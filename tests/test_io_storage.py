@@ -87,6 +87,12 @@ def test_atomic_write_to_a_store() -> None:
         exists("nonsense://bucket/a")
 
 
+def test_a_store_whose_package_is_missing_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ConfigError, match=r"s3://bucket/a needs a package .*s3fs.*pip install 'pavdm-dist\[s3\]'"):
+        exists("s3://bucket/a")
+
+
 def test_outputs_are_in_stores_whose_files_are_whole_or_not_there() -> None:
     for path in ("s3://bucket/a.mp4", "oci://a@b/c.mp4", "gs://bucket/a.mp4", "abfss://a@b/c.mp4", "memory://a.mp4"):
         check_store(path, "output")

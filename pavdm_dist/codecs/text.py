@@ -184,7 +184,7 @@ class WordTextEncoder(nn.Module):
         """Nothing: it is small."""
 
     def check(self, prompt: str, limit: int) -> None:
-        """Refuses a prompt of more than ``limit`` tokens.
+        """Refuses a prompt of more than ``limit`` tokens, and warns of words as :meth:`encode` does.
 
         Raises:
             ConfigError: it is too long.
@@ -192,6 +192,7 @@ class WordTextEncoder(nn.Module):
         tokens = len(self.token_ids(prompt))
         if tokens > limit:
             raise ConfigError(f"prompt {show(prompt)!r} has {tokens} tokens, the model takes at most {limit}")
+        self._warn(prompt)
 
     def unread(self, prompt: str, limit: int) -> str:
         """Nothing: prompts that are too long are refused."""

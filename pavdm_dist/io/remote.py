@@ -77,6 +77,9 @@ def filesystem(path: str | Path) -> tuple[_Store, str]:
         fs, inner = url_to_fs(str(path), use_listings_cache=False)
     except OSError:
         raise
-    except Exception as error:  # the driver is not installed, no such protocol, nobody to sign in as
+    except ImportError as error:
+        extra = ": pip install 'pavdm-dist[s3]'" if str(path).lower().startswith(("s3://", "s3a://")) else ""
+        raise ConfigError(f"{path} needs a package that is not installed: {error}{extra}") from error
+    except Exception as error:  # no such protocol, nobody to sign in as
         raise ConfigError(f"{path} cannot be reached: {error}") from error
     return _Store(fs, str(path)), inner

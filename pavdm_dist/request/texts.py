@@ -100,12 +100,13 @@ def check_schedule(starts: Sequence[int], plan: WindowPlan, params: SamplingPara
     for number, start in enumerate(starts):
         if plan.num_chunks is not None and start >= plan.num_born:
             last = plan.num_born - 1
-            legal = f"use {last} or less" if last else "one chunk has one prompt"
+            legal = f"let it begin with chunk {last} or before" if last else "one chunk has one prompt"
             first, other = _chunk_frames(params, checkpoint)
             begins = (first + (start - 1) * other) / params.fps
             raise ConfigError(
-                f"prompt_schedule[{number}].from_chunk={start}, which begins at {begins:.4g} s: the video has chunks"
-                f" 0 to {last}, none would follow this prompt; {legal}, or make the video longer"
+                f"prompt_schedule[{number}].from_chunk={start} (of timed_prompts the one of this time), which begins at"
+                f" {begins:.4g} s: the video has chunks 0 to {last}, none would follow this prompt; {legal}, or make"
+                " the video longer"
             )
 
 
