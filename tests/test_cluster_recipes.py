@@ -219,10 +219,28 @@ def test_submit_is_a_command_that_rays_own_parser_takes(recorder: Path) -> None:
     assert params["entrypoint"][1:] == ("-m", "pavdm_dist", "sample", "a red three", "output=s3://bucket/a.mp4")
 
 
-@pytest.mark.parametrize("word", ["output=here.mp4", "run_dir=runs/a", "output="])
+@pytest.mark.parametrize("word", ["output=here.mp4", "run_dir=runs/a", "output=", "trace=run.json", "--resume=parts"])
 def test_submit_refuses_what_would_vanish_with_the_job(recorder: Path, word: str) -> None:
     done = submit(recorder, "sample", "a red three", word)
     assert done.returncode == 2 and f"submit.sh: {word} must be absolute" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sample", "a red three", "num_stages=2"], "sample needs output=PATH on the command line, absolute or in a"),
+        (["sample"], "sample needs output=PATH"),
+        (["sample", "configs/sample/demo.yaml", "output=null"], "sample needs output=PATH"),
+        (["sample", "configs/sample/demo.yaml", "run_dir=/s/a"], "sample needs output=PATH"),
+        (["train", "configs/train/embedded.yaml", "max_seconds=5", "export=/s/m"], "train needs run_dir=PATH"),
+        (["data", "prepare", "/s/videos", "buckets=[240x424x35@24]"], "data needs output=PATH"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_submit_refuses_defaults_that_would_vanish_with_the_job(recorder: Path, words: list[str], said: str) -> None:
+    done = submit(recorder, *words)
+    assert done.returncode == 2 and done.stderr.startswith(f"submit.sh: {said}"), done.stderr
+    assert not done.stdout
 
 
 @pytest.mark.parametrize(
@@ -255,6 +273,14 @@ def test_submit_refuses_folders_and_manifests_that_the_job_would_not_find(
         ["export", "vbench", "--out", "/s/vbench", "/s/renders", "--custom"],
         ["sample", "a list of words.txt", "output=/s/a.mp4"],
         ["sample", "prompt=output=three", "output=/s/a.mp4"],
+        ["sample", "--resume", "/s/a.mp4.parts", "num_stages=2"],
+        ["sample", "--resume=s3://b/renders"],
+        ["sample", "configs/sample/demo.yaml", "--dry-run"],
+        ["train", "configs/train/embedded.yaml", "run_dir=/s/runs/a", "export=null"],
+        ["train", "--help"],
+        ["data", "prepare", "/s/videos", "output=/s/prepared"],
+        ["plan", "seconds=60", "cluster.devices=8"],
+        ["eval", "/s/renders"],
         ["info"],
     ],
     ids=" ".join,

@@ -3,6 +3,7 @@
 # command again leaves complete videos alone, and goes on with those that were interrupted.
 #
 #   cluster/ray_job/submit.sh sample "a red three" num_stages=2 output=/shared/three.mp4      any verb and its words
+#                                                    (what it writes to is named there, by absolute paths)
 #   cluster/ray_job/submit.sh [key=value ...]        the 60 s demo, with further settings of `pavdm sample`
 #
 # Environment:
@@ -50,24 +51,49 @@ case "${command[0]} ${command[1]:-}" in
   "farm retry" | "farm status" | "farm report" | "export vbench") folder=2 ;; # the second word that is no option
   *) folder= ;;
 esac
+# What these verbs write to unless told otherwise, by default or as a config file says, is a relative path.
+case "${command[0]} ${command[1]:-}" in
+  sample\ *) needed=output or=", or --resume DIR" ;;
+  train\ *) needed=run_dir or= ;;
+  "data prepare") needed=output or= ;;
+  *) needed= or= ;;
+esac
 words=0 before=
 for word in "${command[@]:1}"; do
-  if [[ "$before" == --out ]]; then
-    check_place "$word" "--out $word"
-  else
-    case "$word" in
-      --out=*) check_place "${word#--out=}" "$word" ;;
-      output=* | run_dir=*) check_place "${word#*=}" "$word" ;;
-      -*) ;;
-      *)
-        ((++words))
-        [[ "$words" != "$folder" ]] || check_place "$word" "$word"
-        [[ "${command[0]} ${command[1]}" != "farm run" ]] || check_manifest "$word"
-        ;;
-    esac
-  fi
+  case "$before" in
+    --out) check_place "$word" "$before $word" ;;
+    --resume)
+      check_place "$word" "$before $word"
+      needed=
+      ;;
+    *)
+      case "$word" in
+        -h | --help | --dry-run | --print-config) needed= ;; # nothing is written
+        --out=*) check_place "${word#--out=}" "$word" ;;
+        --resume=*)
+          check_place "${word#--resume=}" "$word"
+          needed=
+          ;;
+        -* | output=null | run_dir=null | export=null | trace=null | chart=null | cluster.chart=null) ;;
+        output=* | run_dir=* | export=* | trace=* | chart=* | cluster.chart=*)
+          check_place "${word#*=}" "$word"
+          [[ "${word%%=*}" != "$needed" ]] || needed=
+          ;;
+        *)
+          ((++words))
+          [[ "$words" != "$folder" ]] || check_place "$word" "$word"
+          [[ "${command[0]} ${command[1]}" != "farm run" ]] || check_manifest "$word"
+          ;;
+      esac
+      ;;
+  esac
   before="$word"
 done
+if [[ -n "$needed" ]]; then
+  echo "submit.sh: ${command[0]} needs $needed=PATH on the command line, absolute or in a store (s3://...)$or:" \
+    "the default and what config files say may lie in the job's own folder, which is deleted after it" >&2
+  exit 2
+fi
 
 # The code is sent, and nothing that lies beside it: prepared data, videos, runs. Ray packs it without compressing it, and
 # its dashboard takes 100 MiB: what is not code is refused here, before minutes of packing. One of these is for the names.
