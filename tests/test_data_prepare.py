@@ -317,7 +317,9 @@ def test_gpus_that_stay_idle_are_told_of(
 
 
 def test_latents_of_another_model_are_refused(plain: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"was prepared with codec .*, model=.*embedded has .*: prepare it again"):
+    with pytest.raises(
+        ConfigError, match=r"^data\.folder=.* was prepared with codec .*, model=.*embedded has .*: prepare it again"
+    ):
         CachedClips(plain[0], Checkpoint.open())
     with pytest.raises(ConfigError, match="holds no data set"):
         CachedClips(tmp_path)
@@ -333,12 +335,13 @@ def test_what_is_no_data_set_is_one_sentence(plain: tuple[Path, dict[str, Any]],
     file, whole = tmp_path / "file", json.loads((plain[0] / "index.json").read_text())
     file.write_text("no folder")
     dry = ["data.model=embedded", "model.caption_channels=96", f"data.folder={file}"]
-    for read in (
-        lambda: CachedClips(file),
-        lambda: dry_run_command(load_config(TrainConfig, None, dry)),
-        lambda: without(read_sources([whole["root"]], "stem"), [str(file)]),
+    for setting, read in (
+        ("data.folder", lambda: CachedClips(file)),
+        ("data.folder", lambda: dry_run_command(load_config(TrainConfig, None, dry))),
+        ("besides", lambda: without(read_sources([whole["root"]], "stem"), [str(file)])),
     ):
-        with pytest.raises(ConfigError, match=r"data=.*file cannot be read \(Not a directory\): name a folder of"):
+        said = rf"^{setting}={file} cannot be read \(Not a directory\): name a folder of"
+        with pytest.raises(ConfigError, match=said):
             read()
     for lost in ("root", "buckets", "identities", "shard_clips", "skipped"):
         (tmp_path / "index.json").write_text(json.dumps({name: whole[name] for name in whole if name != lost}))

@@ -49,7 +49,7 @@ def test_new_videos_are_told_where_to_go(grown: tuple[PrepareConfig, PrepareConf
     assert (report["videos"], report["clips"]) == (1, {"32x48x1@24": 3, "32x48x3@24": 3})
     with pytest.raises(ConfigError, match=r"besides=.*: all 2 videos are in there, none is new"):
         prepare_command(replace(second, besides=[first.output, second.output], output=second.output + "2"))
-    with pytest.raises(ConfigError, match="data=nowhere holds no data set"):
+    with pytest.raises(ConfigError, match="besides=nowhere holds no data set: name a folder of"):
         prepare_command(replace(second, besides=["nowhere"]))
 
 

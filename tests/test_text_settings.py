@@ -187,6 +187,8 @@ def test_training_refuses_them_for_a_model_without_such_an_encoder(
     tmp_path: Path, started: Asked, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small, run = tiny_checkpoint(tmp_path / "small"), tmp_path / "run"
+    index = {"version": 1, "root": "v", "shard_clips": 1, "identities": {}, "buckets": [], "skipped": []}
+    (tmp_path / "index.json").write_text(json.dumps(index))
     for word in ("data.text_device=cpu", "data.text_dtype=float32", "data.text_cache=kept"):
         for words in ([f"data.folder={tmp_path}", f"model.pretrained={small}"], []):
             assert cli.main(["train", *words, f"run_dir={run}", word]) == 2

@@ -76,6 +76,7 @@ def test_a_dry_run_tells_of_the_bucket_that_needs_most(monkeypatch: pytest.Monke
 
     kept = "kept for the backward pass"
     plain, small = told(), told("data.batch_sizes={32x32x8@24: 4}")
+    assert plain["data"] == "set"
     assert plain["window"] == "8 latents of 8x8 cells, 1 at a time in a process"
     assert small == plain, "four times the cells, half as many samples"
     many = told("data.batch_sizes={32x32x8@24: 40}")
@@ -135,5 +136,6 @@ def test_a_dry_run_is_printed_and_starts_nothing(tmp_path: Path, capsys: pytest.
     assert "memory_gib" in (text := capsys.readouterr().out) and "seconds_per_step" in text
     assert cli.main([*words, "--json", "zero.stage=1", "optimizer.name=adamw"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert found["data"] == "moving digits, made here (data.folder is not set)"
     assert found["processes"] == 2 and found["memory_gib"]["together"] > 0
     assert not (tmp_path / "run").exists()

@@ -14,13 +14,15 @@ from test_train_launch import LAUNCHER
 from training import TINY
 
 from pavdm_dist import cli
+from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.train import training_data
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.train import launch as launch_module
 from pavdm_dist.train.checks import check_settings
 from pavdm_dist.train.effect import check_effect
 from pavdm_dist.train.launch import check_gpus
-from pavdm_dist.train.ranks import check_alone, join_world, launched_size
+from pavdm_dist.train.prepared import video_data
+from pavdm_dist.train.ranks import World, check_alone, join_world, launched_size
 from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.values.merging import load_config
 
@@ -136,6 +138,53 @@ def test_a_model_that_could_not_be_exported_or_sampled_is_not_trained(
 
 
 @pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ("train/opensora-240p.yaml", ["data.folder", "model.pretrained"]),
+        ("train/wan2.1-t2v-1.3b.yaml", ["data.folder"]),
+        ("train/wan2.2-ti2v-5b-lora.yaml", ["data.folder"]),
+    ],
+)
+def test_a_recipe_for_real_video_trains_nothing_else(
+    config: str, names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it leaves to be given is asked for by name; it trained a toy on digits."""
+    words = ["train", config, f"run_dir={tmp_path / 'run'}", "max_seconds=0"]
+    for more in ([], ["--dry-run"]):
+        assert cli.main([*words, *more]) == 2
+        assert f"pavdm: {' and '.join(names)}: must be given ({names[0]}=..." in capsys.readouterr().err
+    assert cli.main([*words, *(f"{name}=none" for name in names)]) == 2
+    assert "pavdm: data.folder=none holds no data set" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_no_data_set_is_named_before_a_model_is_asked_for(
+    shell: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model may have to come from a hub."""
+    shell.setattr(Checkpoint, "open", lambda *_, **__: pytest.fail("a model is asked for"))
+    given = ["data.folder=nope", "model.pretrained=some/model", f"run_dir={tmp_path / 'run'}"]
+    said = "data.folder=nope holds no data set: name a folder of `pavdm data prepare` (index.json is missing)"
+    for more in ([], ["--dry-run"], ["sampling.fps=16"], ["data.text_dtype=float32"], ["data.pixels=true"]):
+        assert cli.main(["train", *TINY, *given, *more]) == 2
+        assert capsys.readouterr().err == f"pavdm: {said}\n"
+    for worker in ([], ["data.pixels=true"]):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            video_data(settings(*given, *worker))
+
+
+def test_a_run_says_what_it_is_trained_on(shell: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """First of all, and by the first process alone."""
+    caplog.set_level("INFO")
+    for name in ("digit_data", "video_data"):
+        shell.setattr(f"pavdm_dist.commands.train.{name}", lambda *_: None)
+    for rank in (0, 1):
+        for words in ([], ["data.folder=[a, b]"]):
+            training_data(settings(*words), World(rank, 2), 0)
+    assert caplog.messages == ["data: moving digits, made here (data.folder is not set)", "data: a, b"]
+
+
+@pytest.mark.parametrize(
     ("given", "said"),
     [
         (["data.pixels=true"], "data.pixels=True; it is of data.folder"),
@@ -242,6 +291,10 @@ def test_a_run_that_goes_on_keeps_its_batches(words: list[str], size: int, count
             "ray_address='127.0.0.1:1': ",
         ),
         (["launch.ray_workers=1", "launch.gpus_per_worker=0.5"], "gpus_per_worker=0.5: a worker computes on one GPU"),
+        (  # workers may have data that this machine has not
+            ["launch.ray_workers=1", "launch.gpus_per_worker=0.5", "data.folder=theirs"],
+            "gpus_per_worker=0.5: a worker computes on one GPU",
+        ),
         (["launch.ray_workers=1", "launch.gpus_per_worker=2"], "gpus_per_worker=2: a worker computes on one GPU"),
     ],
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from pavdm_dist.checkpoint import Checkpoint, SamplingDefaults
 from pavdm_dist.codecs.pretrained_text import TextOptions
+from pavdm_dist.data.shards import read_index
 from pavdm_dist.digits.provider import codec_training, digit_data, world_of
 from pavdm_dist.errors import CheckpointError, ConfigError
 from pavdm_dist.request.sampling import SamplingParams
@@ -21,6 +23,8 @@ from pavdm_dist.train.ranks import World, launched_size
 from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.validation import Validation
 from pavdm_dist.values.fields import made
+
+logger = logging.getLogger(__name__)
 
 
 def train_command(config: TrainConfig, words: Sequence[str]) -> None:
@@ -54,6 +58,8 @@ def training_data(config: TrainConfig, world: World, end: float) -> tuple[Batche
 
     A :data:`~pavdm_dist.train.train_run.Provider`.
     """
+    if world.first:
+        logger.info("data: %s", config.data.described)
     return digit_data(config, world, end) if not config.data.folder else video_data(config, world)
 
 
@@ -61,6 +67,10 @@ def _check_data(config: TrainConfig) -> None:
     """What would be refused only when data are there and the model is built, or when it is exported, which may be hours
     later, is refused before a process is started."""
     check_values(config)
+    # Before a model is asked for, which may have to come from a hub. Workers on Ray may have data that this machine has
+    # not; they look for themselves.
+    for folder in () if config.launch.ray_workers else config.data.folder:
+        read_index(folder)
     kinds = config.objective.kinds()
     _check_sampling(config)
     if config.model.pretrained is None:

@@ -78,7 +78,9 @@ class CachedClips:
         self._folder = Path(folder)
         index = read_index(folder)
         if not any(bucket["shards"] for bucket in index["buckets"]):
-            raise ConfigError(f"data={folder} was prepared with encode=false: read its pixels, or prepare it again")
+            raise ConfigError(
+                f"data.folder={folder} was prepared with encode=false: read its pixels, or prepare it again"
+            )
         if model is not None:
             _check_identities(folder, index["identities"], model)
         self.buckets, self.counts = _buckets(index)
@@ -279,12 +281,12 @@ def _check_identities(folder: str | Path, found: dict[str, str], model: Checkpoi
             dtype = _text_dtype(found.get(name), model) if name == "text_encoder" else None
             if dtype is not None:
                 raise ConfigError(
-                    f"data={folder} was prepared with text_dtype={dtype}, this run has {model.text.dtype}: use {dtype}"
-                    " (to train, data.text_dtype), or prepare it again"
+                    f"data.folder={folder} was prepared with text_dtype={dtype}, this run has {model.text.dtype}: use"
+                    f" {dtype} (to train, data.text_dtype), or prepare it again"
                 )
             raise ConfigError(
-                f"data={folder} was prepared with {name} {found.get(name)}, model={model.source} has {identity}: "
-                "prepare it again with that model"
+                f"data.folder={folder} was prepared with {name} {found.get(name)}, model={model.source} has {identity}:"
+                " prepare it again with that model"
             )
 
 

@@ -81,7 +81,7 @@ class PrepareConfig:
     threads: int = 1  # of torch in each worker; part of what the latents' last bits depend on
     device: Literal["cpu", "cuda"] = "cpu"  # where the codec runs
     text_device: TextDevice = "auto"  # of a pretrained text encoder, in a process of its own
-    text_dtype: TextDtype = "bfloat16"
+    text_dtype: TextDtype = "bfloat16"  # what that text encoder computes in
     text_cache: str | None = None  # folder of what it has encoded; null = this user's
     ray_address: str | None = None  # cluster that takes the place of processes; sources and output are shared folders
     damaged: Literal["skip", "cut"] = "skip"  # cut = of a corrupt or truncated video, what is before the fault is used
@@ -342,7 +342,7 @@ def _read_complete(output: Path) -> dict[str, Any] | None:
     if not (output / INDEX).exists():
         return None
     try:
-        return read_index(output)
+        return read_index(output, "output")
     except ConfigError as error:
         if isinstance(error.__cause__, OSError):  # a share that is away has it nevertheless
             raise error.__cause__ from error

@@ -119,7 +119,7 @@ def without(sources: Sources, folders: Sequence[str]) -> Sources:
     known: set[str] = set()
     here = [os.path.realpath(locate(sources.root, video.path)) for video in sources.videos]
     for folder in folders:
-        index = read_index(folder)
+        index = read_index(folder, "besides")
         try:
             names = set(json_value((Path(folder) / SIZES).read_bytes()))
             names -= {entry["video"] for entry in index["skipped"] if entry["skipped"] in _MENDED}

@@ -30,6 +30,7 @@ VERSION = 1
 # What an index holds that others read, and of each bucket.
 _KEYS = {"root": str, "shard_clips": int, "identities": dict, "buckets": list, "skipped": list}
 _BUCKET_KEYS = {"bucket": str, "clips": int, "shards": list}
+_A_FOLDER = "name a folder of `pavdm data prepare`"
 # Shards that are missing are made again.
 _AGAIN = "delete it and run `pavdm data prepare`"
 
@@ -50,30 +51,33 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_index(folder: str | Path) -> dict[str, Any]:
+def read_index(folder: str | Path, setting: str = "data.folder") -> dict[str, Any]:
     """``index.json`` of a complete data set.
+
+    Args:
+        folder: of ``pavdm data prepare``.
+        setting: that names it, for messages.
 
     Raises:
         ConfigError: no such folder, not complete, damaged, or written by another version.
     """
-    path = Path(folder)
+    path, named = Path(folder), f"{setting}={folder}"
     try:
         index = json_value((path / INDEX).read_bytes())
     except FileNotFoundError as error:
-        state = "is not complete: run `pavdm data prepare` again" if (path / SETTINGS).exists() else "holds no data set"
-        raise ConfigError(f"data={folder} {state} ({INDEX} is missing)") from error
+        begun = (path / SETTINGS).exists()
+        state = "is not complete: run `pavdm data prepare` again" if begun else f"holds no data set: {_A_FOLDER}"
+        raise ConfigError(f"{named} {state} ({INDEX} is missing)") from error
     except OSError as error:
-        raise ConfigError(
-            f"data={folder} cannot be read ({error.strerror}): name a folder of `pavdm data prepare`"
-        ) from error
+        raise ConfigError(f"{named} cannot be read ({error.strerror}): {_A_FOLDER}") from error
     except ValueError as error:
-        raise ConfigError(f"data={folder}: {INDEX} is not valid JSON: {error}") from error
+        raise ConfigError(f"{named}: {INDEX} is not valid JSON: {error}") from error
     if not isinstance(index, dict):
-        raise ConfigError(f"data={folder}: {INDEX} must hold names and values")
+        raise ConfigError(f"{named}: {INDEX} must hold names and values")
     if index.get("version") != VERSION:
-        raise ConfigError(f"data={folder} has format version {index.get('version')}, this package reads {VERSION}")
+        raise ConfigError(f"{named} has format version {index.get('version')}, this package reads {VERSION}")
     if missing := _missing(index):
-        raise ConfigError(f"data={folder}: {INDEX} is damaged, it lacks {missing}: run `pavdm data prepare` again")
+        raise ConfigError(f"{named}: {INDEX} is damaged, it lacks {missing}: run `pavdm data prepare` again")
     return index
 
 

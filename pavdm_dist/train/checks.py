@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pavdm_dist.data.buckets import Bucket
 from pavdm_dist.errors import ConfigError
@@ -17,6 +18,8 @@ from pavdm_dist.train.save_reading import any_there
 from pavdm_dist.train.train_settings import TrainConfig
 from pavdm_dist.train.zero_settings import deepspeed_json, engine_settings
 
+# What a file of settings has for a value that whoever uses it must give, as everywhere with OmegaConf.
+_TO_GIVE = "???"
 # No process is waited for longer; what torch is told may not be without end.
 _YEAR_S = 365 * 24 * 3600
 # Values from the first number on, up to the second; the third says whether the first is one of them.
@@ -45,11 +48,13 @@ _LIMITS = {
 
 
 def check_values(config: TrainConfig) -> None:
-    """Refuses numbers that no run can have, before anything is made of them.
+    """Refuses values that no run can have, before anything is made of them.
 
     Raises:
-        ConfigError: naming the field, its value and the legal ones.
+        ConfigError: naming the field, its value and the legal ones; or those that the config file leaves to be given.
     """
+    if names := list(_to_give(config)):
+        raise ConfigError(f"{' and '.join(names)}: must be given ({' '.join(f'{name}=...' for name in names)})")
     for name, (low, high, inclusive) in _LIMITS.items():
         value: float = config  # type: ignore[assignment]
         for part in name.split("."):
@@ -81,6 +86,16 @@ def check_values(config: TrainConfig) -> None:
             f"objective.full_share={config.objective.full_share} and growing_share={config.objective.growing_share}:"
             " together at most 1, the rest is draining windows"
         )
+
+
+def _to_give(settings: Any, prefix: str = "") -> Iterator[str]:
+    """Names of settings that are still to be given; what mappings hold is another library's, or a model's default."""
+    for field in fields(settings):
+        value, name = getattr(settings, field.name), f"{prefix}{field.name}"
+        if is_dataclass(value):
+            yield from _to_give(value, f"{name}.")
+        elif _TO_GIVE in (value if isinstance(value, list) else [value]):
+            yield name
 
 
 def check_settings(config: TrainConfig, size: int) -> None:

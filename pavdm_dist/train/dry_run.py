@@ -50,6 +50,7 @@ def forecast(config: TrainConfig, processes: int) -> dict[str, Any]:
     flop = own.samples * config.optimizer.accumulation * costs.stage(0, len(costs.blocks)) * passes
     height, width = own.cells
     found: dict[str, Any] = {
+        "data": config.data.described,
         "processes": processes,
         "window": f"{largest.frames} latents of {height}x{width} cells, {own.samples} at a time in a process",
         "memory_gib": {**{name: size / GIB for name, size in state.items()}, "kept for the backward pass": kept / GIB},
@@ -90,12 +91,12 @@ def _batches(config: TrainConfig, processes: int) -> tuple[int, list[_Batch]]:
         if m.pretrained is None:
             return config.codec.z_dim, batches
         return Checkpoint.open(m.pretrained).codec_spec.latent_channels, batches
-    spec = data_model(config).codec_spec
     entries = [entry for folder in d.folder for entry in read_index(folder)["buckets"]]
     # As training does: a bucket without clips gives no batch.
     found = [Bucket.parse(entry["bucket"]) for entry in entries if entry["clips"]]
     check_pictures(config, processes, found)
     check_lengths(config.objective, found)
+    spec = data_model(config).codec_spec
     return spec.latent_channels, [
         _Batch(
             min(longest, bucket.num_latents),

@@ -191,6 +191,8 @@ def video_data(config: TrainConfig, world: World | None = None) -> tuple[VideoBa
             that do not fit.
     """
     d, m, o = config.data, config.model, config.objective
+    for folder in d.folder:
+        _check_set(folder, d.pixels)
     source = data_model(config)
     channels = source.codec_spec.latent_channels
     shape = shape_of(config, channels)
@@ -209,8 +211,6 @@ def video_data(config: TrainConfig, world: World | None = None) -> tuple[VideoBa
             for folder in d.folder
         ]
     )
-    for folder in () if d.pixels else d.folder:
-        _check_shards(Path(folder))
     with_clips = [bucket for bucket, count in zip(clips.buckets, clips.counts, strict=True) if count]
     check_pictures(config, 1 if world is None else world.size, with_clips)
     if m.pretrained is not None:
@@ -240,10 +240,11 @@ def video_data(config: TrainConfig, world: World | None = None) -> tuple[VideoBa
     return batches, Parts(source.vae.folder(), source.source, info, prompts, text=source.text)
 
 
-def _check_shards(folder: Path) -> None:
-    """Refuses a set that lacks files: training might ask for the first of them after days."""
+def _check_set(folder: str, pixels: bool) -> None:
+    """Refuses what is no set, before a model is asked for, which may have to come from a hub; and, unless its videos
+    are read, one that lacks files: training might ask for the first of them after days."""
     names = [name for bucket in read_index(folder)["buckets"] for name in bucket["shards"]]
-    if lacking := [name for name in names if not (folder / name).is_file()]:
+    if lacking := [name for name in names if not pixels and not (Path(folder) / name).is_file()]:
         raise ConfigError(
             f"data.folder={folder}: {len(lacking)} of {len(names)} shards are missing, the first is {lacking[0]}; run"
             " `pavdm data prepare` again to make them"

@@ -14,15 +14,15 @@ class CodecSettings:
     """The small causal video VAE (AutoencoderKLWan layout); see ``digits.codec_training.CodecTraining``."""
 
     folder: str | None = None  # a trained codec, or a shipped model, whose it is then; None trains one in run_dir
-    base_dim: int = 16
-    decoder_base_dim: int = 24
-    z_dim: int = 16
-    dim_mult: list[int] = field(default_factory=lambda: [1, 4, 4])
-    batch_size: int = 4
-    learning_rate: float = 2e-3
+    base_dim: int = 16  # width of the encoder's finest level
+    decoder_base_dim: int = 24  # the same of the decoder, which limits how sharp edges become
+    z_dim: int = 16  # latent channels
+    dim_mult: list[int] = field(default_factory=lambda: [1, 4, 4])  # widths of the three levels, in the finest one's
+    batch_size: int = 4  # clips
+    learning_rate: float = 2e-3  # peak
     budget_seconds: float = 5400.0  # encoder and decoder together
     decoder_seconds: float = 1500.0  # then the decoder alone
-    bfloat16: bool = True
+    bfloat16: bool = True  # convolutions compute in it
 
 
 @dataclass
@@ -44,7 +44,7 @@ class QualityConfig:
 
     prompts: int = 0  # held-out ones of each number of digits, a video each; 0 = nothing is looked at
     stills: int = 0  # pictures of each number of digits
-    video_seconds: float = 3.0
+    video_seconds: float = 3.0  # length of each video
     max_seconds: float = 60.0  # of sampling; what there is no time for is left out
 
 
@@ -65,7 +65,12 @@ class DataConfig:
     num_latents: int = 40  # digits, per clip: 8 chunks of 5, 157 frames
     still_steps: int = 0  # digits: steps on single latent frames before the first window
     still_share: float = 0.0  # digits: share of the steps after them that see single latent frames too
-    still_batch_size: int = 128
+    still_batch_size: int = 128  # digits: single latent frames of such a step
+
+    @property
+    def described(self) -> str:
+        """What is trained on, for people."""
+        return ", ".join(self.folder) or "moving digits, made here (data.folder is not set)"
 
 
 @dataclass
@@ -84,13 +89,13 @@ class ModelConfig:
     pretrained: str | None = None  # model folder or hub id to start from; its sizes count, not those below
     lora: LowRankConfig = field(default_factory=LowRankConfig)
     # STDiT3's sizes, named as in its config.json, and the text encoder's depth
-    depth: int = 4
-    hidden_size: int = 160
-    num_heads: int = 5
+    depth: int = 4  # blocks
+    hidden_size: int = 160  # width of the tokens
+    num_heads: int = 5  # of attention
     caption_channels: int = 96  # with data.folder: the width of its text
-    model_max_length: int = 32
-    patch_size: list[int] = field(default_factory=lambda: [1, 2, 2])
-    text_depth: int = 2
+    model_max_length: int = 32  # words of a text at most
+    patch_size: list[int] = field(default_factory=lambda: [1, 2, 2])  # latent frames, height, width that make a token
+    text_depth: int = 2  # layers of the text encoder
 
 
 @dataclass
@@ -100,16 +105,16 @@ class OptimizerConfig:
     # muon: Muon for matrices, AdamW for the rest, needs zero.stage=0; adamw: torch's; deepspeed: the one that the
     # "optimizer" block of `deepspeed` names.
     name: Literal["muon", "adamw", "deepspeed"] = "muon"
-    lr: float = 1e-3
+    lr: float = 1e-3  # peak learning rate, AdamW's with muon
     matrix_ratio: float = 2.0  # Muon's learning rate over AdamW's
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])  # of AdamW
+    weight_decay: float = 0.0  # decoupled
+    grad_clip: float = 1.0  # largest norm of the gradients; 0 = any
     accumulation: int = 1  # parts that a batch is worked off in
-    total_steps: int = 5000
-    warmup_steps: int = 200
-    final_ratio: float = 0.02
-    ema_decay: float = 0.999
+    total_steps: int = 5000  # at which training is done
+    warmup_steps: int = 200  # of linear increase
+    final_ratio: float = 0.02  # learning rate at the end, over the peak
+    ema_decay: float = 0.999  # of the averaged weights; 0 = the newest ones alone
 
 
 @dataclass
@@ -153,8 +158,8 @@ class LaunchConfig:
     processes: int = 1  # on this machine
     ray_workers: int = 0  # on a Ray cluster, by Ray Train
     ray_address: str | None = None  # None: RAY_ADDRESS, or a cluster on this machine
-    gpus_per_worker: float = 0.0
-    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0  # of Ray's
+    cpus_per_worker: float = 1.0  # Ray's logical CPUs
     placement_timeout_s: float = 60.0  # how long resources that others hold, or an autoscaler brings, are waited for
     max_failures: int = 3  # restarts of the group after a worker died
     timeout_seconds: float = 1800.0  # of a collective, before a missing process ends the run
@@ -164,19 +169,19 @@ class LaunchConfig:
 class TrainConfig:
     """Everything ``pavdm train`` knows."""
 
-    run_dir: str = "runs/embedded"
+    run_dir: str = "runs/embedded"  # folder of the run: checkpoints, logs, cached clips
     export: str | None = None  # folder for the finished model; None = run_dir/model
-    export_weights: Literal["average", "current"] = "average"
+    export_weights: Literal["average", "current"] = "average"  # the EMA, or the newest ones
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of what has no need of float32
-    seed: int = 0
-    resume: Literal["auto", "must", "never"] = "auto"
+    seed: int = 0  # of weights, data and noise
+    resume: Literal["auto", "must", "never"] = "auto"  # auto: go on from a checkpoint if there is one
     max_seconds: float = 600.0  # length of one slice; run again to go on
-    threads: int = 2
-    checkpoint_every_seconds: float = 120.0
-    keep_last: int = 2  # checkpoints
+    threads: int = 2  # of torch, in each process
+    checkpoint_every_seconds: float = 120.0  # and at the end of a slice
+    keep_last: int = 2  # newest checkpoints that are kept
     keep_every_steps: int = 0  # checkpoints at multiples of this are kept for good; 0 = none
-    sheet_every_seconds: float = 300.0
-    log_every_steps: int = 20
+    sheet_every_seconds: float = 300.0  # between two sheets of sampled pictures; 0 = none
+    log_every_steps: int = 20  # steps between two lines of the log
     trackers: list[str] = field(default_factory=list)  # tensorboard, wandb: told what the log is told
     profile_steps: list[int] = field(default_factory=list)  # [first, count]: these are recorded by torch's profiler
     peak_tflops: float | None = None  # of a device, in the type that is computed in; None: if it is a known one
