@@ -16,8 +16,10 @@ from typing import Any
 
 from pavdm_dist import __version__
 from pavdm_dist.commands.terminal import complain
+from pavdm_dist.commands.words import add_print_config
 from pavdm_dist.errors import FailedVideosError, PAVDMError
 from pavdm_dist.farm.verbs import add_export, add_farm
+from pavdm_dist.values.names import UnknownSettingError
 from pavdm_dist.verbs import (
     configs,
     convert,
@@ -26,6 +28,7 @@ from pavdm_dist.verbs import (
     evaluate,
     export,
     farm,
+    no_such_setting,
     plan,
     sample,
     serve,
@@ -40,7 +43,8 @@ EXIT_FAILED_VIDEOS, MOST_COUNTED = 100, 25
 
 _EPILOG = """\
 Settings are dataclass defaults <- CONFIG.yaml <- key=value. `pavdm sample --print-config` shows all of them,
-`pavdm configs ls` lists the shipped files, which are found by these names wherever no file of that name is. Examples:
+with what each means, and so with other verbs; `pavdm configs ls` lists the shipped files, which are found by these
+names wherever no file of that name is. Examples:
 
   pavdm sample "a red three drifting up and to the left" seconds=10 output=three.mp4
   pavdm plan configs/sample/opensora-240p.yaml chunks=22 num_stages=4 --json
@@ -102,6 +106,8 @@ def _status(argv: Sequence[str] | None) -> int:
             arguments.run(arguments)
     except FailedVideosError as error:
         return complain(str(error), EXIT_FAILED_VIDEOS + min(error.count, MOST_COUNTED))
+    except UnknownSettingError as error:
+        return complain(no_such_setting(error), EXIT_BAD_INPUT)
     except PAVDMError as error:
         return complain(str(error), EXIT_BAD_INPUT)
     except KeyboardInterrupt as interrupt:
@@ -142,27 +148,27 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", metavar="DIR", help="finish the video of a .parts folder, or all unfinished ones in a folder"
     )
     verb.add_argument("--dry-run", action="store_true", help="check everything, print the plan, render nothing")
-    verb.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
+    add_print_config(verb)
     verb.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
     verb = add(plan, "pavdm plan [CONFIG.yaml] [key=value ...] [chunks=K] [flags]")
     verb.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value")
-    verb.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
+    add_print_config(verb)
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
     verb = add(serve, "pavdm serve [CONFIG.yaml] [key=value ...] --out DIR [flags]")
     verb.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value")
     verb.add_argument("--out", metavar="DIR", help="folder of the videos; a server on it goes on where one ended")
-    verb.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
+    add_print_config(verb)
 
     verb = add(simulate, "pavdm simulate [CONFIG.yaml] [key=value ...] [flags]")
     verb.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value")
-    verb.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
+    add_print_config(verb)
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
     verb = add(train, "pavdm train CONFIG.yaml [key=value ...] [flags]")
     verb.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value")
-    verb.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
+    add_print_config(verb)
     verb.add_argument("--dry-run", action="store_true", help="say what memory and time a step takes, and stop")
     verb.add_argument("--json", action="store_true", help="print what --dry-run says as one JSON object")
 
@@ -170,23 +176,24 @@ def _parser() -> argparse.ArgumentParser:
     actions = verb.add_subparsers(dest="action", required=True, metavar="ACTION")
     prepare = actions.add_parser("prepare", help="cut videos into clips and cache their latents", allow_abbrev=False)
     prepare.add_argument("words", nargs="*", metavar="SOURCE | CONFIG.yaml | key=value")
-    prepare.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
+    add_print_config(prepare)
     prepare.add_argument("--json", action="store_true", help="print one JSON object")
 
     verb = add(convert, "pavdm convert FILE [CONFIG.yaml] base=MODEL output=FOLDER [key=value ...] [flags]")
     verb.add_argument("words", nargs="*", metavar="FILE | CONFIG.yaml | key=value")
     verb.add_argument("--overwrite", action="store_true", help="replace an earlier folder of a model")
-    verb.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
+    add_print_config(verb)
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
     verb = add(text_cache, "pavdm text-cache PROMPTS model=MODEL [key=value ...] [flags]")
     verb.add_argument("words", nargs="*", metavar="PROMPTS | key=value")
+    add_print_config(verb)
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
     verb = add(evaluate, "pavdm eval DIR|FILE... [key=value ...] [flags]", "eval")
     verb.add_argument("words", nargs="*", metavar="DIR | FILE | key=value")
     verb.add_argument("--overwrite", action="store_true", help="replace an earlier report")
-    verb.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
+    add_print_config(verb)
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
     verb = add(configs)

@@ -89,43 +89,44 @@ class SampleConfig:
     """Everything ``pavdm sample`` knows, and ``pavdm plan`` of a run. ``None`` means the checkpoint's own default."""
 
     # what to render
-    prompt: str | None = None
-    negative_prompt: str | None = None
-    prompt_schedule: list[PromptChange] = field(default_factory=list)
+    prompt: str | None = None  # what the video shows
+    negative_prompt: str | None = None  # what it shall not show; null = the model's learned null text
+    prompt_schedule: list[PromptChange] = field(default_factory=list)  # prompts of later chunks, by number
     timed_prompts: dict[str, str] = field(
         default_factory=dict
     )  # the same by time: {0s: a red three, 20s: a blue seven}
     prompt_suffix: str | None = None  # said behind every prompt but the negative one
     prompts: str | None = None  # file, one prompt a line; line i gets seed + i
-    seed: Annotated[int, Within(0, 2**63 - 1)] = 0
-    num_frames: FrameCount | None = None  # new frames; or
+    seed: Annotated[int, Within(0, 2**63 - 1)] = 0  # of the noise; the same seed makes the same video
+    num_frames: FrameCount | None = None  # new frames; or seconds
     seconds: _Seconds | None = None  # the same in seconds; 5 when neither is given
-    height: Side | None = None
-    width: Side | None = None
-    fps: FrameRate | None = None
+    height: Side | None = None  # px
+    width: Side | None = None  # px
+    fps: FrameRate | None = None  # frames per second
     video: str | None = None  # conditioning clip of start=chunk and start=clip
     image: str | None = None  # picture that the video begins with
     include_input: bool = False  # the clip in front of the new frames in the output
     # the method
     model: str = "embedded"  # embedded, a checkpoint folder or a hub id
     revision: str | None = None  # of a hub id: branch, tag or commit
-    lora: list[LoraConfig] = field(default_factory=list)  # [{model: FOLDER, scale: 0.8}]
-    num_inference_steps: Steps | None = None  # T
-    window_chunks: WindowChunks | None = None  # W
-    latent_chunk_size: ChunkLatents | None = None  # c
-    context_chunks: ContextChunks | None = None
+    lora: list[LoraConfig] = field(default_factory=list)  # changes of the weights: [{model: FOLDER, scale: 0.8}]
+    num_inference_steps: Steps | None = None  # T, steps that take a chunk from noise to clean
+    window_chunks: WindowChunks | None = None  # W, noisy chunks of a full window
+    latent_chunk_size: ChunkLatents | None = None  # c, latent frames of a chunk
+    context_chunks: ContextChunks | None = None  # clean chunks that stay in sight in front of the window
     context: Literal["joint", "cached"] | None = None  # clean chunks are in the window, or left keys and values
     anchor_chunks: ContextChunks | None = None  # of context=cached: first chunks that stay visible for ever
     step: Literal["euler", "renoise"] | None = None  # renoise: fresh noise after every step (students of few levels)
-    method: Literal["pavdm", "replacement", "replacement-noise", "fifo", "autoregressive"] = "pavdm"  # docs/modes.md
+    # pavdm: a staircase of levels; the others are what it is compared with (docs/modes.md)
+    method: Literal["pavdm", "replacement", "replacement-noise", "fifo", "autoregressive"] = "pavdm"
     partitions: WindowChunks | None = None  # model calls a row of the window is cut into, of neighbouring levels each
     lookahead: bool | None = None  # a call moves the noisier half of its chunks and looks at the cleaner one
     context_noise: ContextNoise | None = None  # level to which clean context is noised again; 0 = it stays clean
     guidance_scale: Guidance | None = None  # 1 = no guidance
-    time_shift: TimeShift | None = None
+    time_shift: TimeShift | None = None  # moves levels towards noise; 1 = evenly spaced
     # clip: the first W-1 chunks render the end of the clip again, and count as new frames (docs/films.md)
     start: Literal["noise", "chunk", "clip"] = "noise"
-    end: Literal["drain", "cut"] = "drain"
+    end: Literal["drain", "cut"] = "drain"  # drain: the window empties; cut: it stays full, noisy chunks are dropped
     # where it runs
     mode: Literal["window", "causal", "displaced"] = "window"  # which chunks see each other; see README
     allow_untrained_causal: bool = False  # mode=causal although the weights never met its mask
@@ -133,11 +134,11 @@ class SampleConfig:
     num_stages: StageCount = 0  # 0 = in this process, without Ray
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: this process' GPU if there is one; stages: gpus_per_stage
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of weights; auto: as stored, float32 on CPUs
-    threads_per_stage: Threads = 1
+    threads_per_stage: Threads = 1  # of torch, on CPUs
     streams: _Count = 1  # videos in flight
     layers_per_stage: list[Annotated[int, Within(1)]] | None = None  # blocks of each stage; None = balanced by cost
     balance: Literal["estimated", "measured"] = "estimated"  # cost by FLOP, or timed once here and kept
-    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    backend: Literal["auto", "gloo", "nccl"] = "auto"  # between stages; auto: nccl where each has a GPU of its own
     compile: Literal["auto", "true", "false"] = (
         "auto"  # blocks of stages (torch.compile); auto: on GPUs; other last bits
     )
@@ -146,11 +147,11 @@ class SampleConfig:
     cpus_per_stage: _Share = 1.0  # Ray's logical CPUs
     gpus_per_stage: _Share = 0.0  # 1, or with backend=gloo a share; device=cuda means 1
     decoder: Literal["auto", "cpu", "cuda", "shared"] = "auto"  # auto: cpu beside stages, else what samples; see README
-    decoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    decoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # what the codec computes in
     decoder_tile: TileSide | None = None  # pixels a side: large frames in blended tiles
     preview_decoder: str | None = None  # instead of the codec: rgb, or the file of a tiny decoder (TAEHV)
     text_device: TextDevice = "auto"  # of a pretrained text encoder, in a process of its own
-    text_dtype: TextDtype = "bfloat16"
+    text_dtype: TextDtype = "bfloat16"  # what that text encoder computes in
     text_cache: str | None = None  # folder of what it has encoded; null = this user's
     threads_per_decoder: Threads | None = None  # None = threads_per_stage
     cpus_per_decoder: _Share = 0.0  # 0 = it shares the last stage's
@@ -159,9 +160,9 @@ class SampleConfig:
     link_timeout_s: _Wait = 300.0  # silence after which a stage or a link is lost; must exceed its slowest model call
     placement_timeout_s: _Wait = 60.0  # how long resources that others hold are waited for
     start_timeout_s: _Wait = 900.0  # how long an actor may take to come up: process, weights, compiling, links
-    # after losses in a row that nothing was finished between; 0 = the first one ends the run
+    # restarts after losses in a row that nothing was finished between; 0 = the first one ends the run
     max_restarts: Annotated[int, Within(0)] = 3
-    # before the first of these restarts, doubled at each one after it, up to a minute
+    # wait before the first of these restarts, doubled at each one after it, up to a minute
     restart_backoff_s: Annotated[float, Within(0, 1_000_000)] = 1.0
     # of context=cached, what is kept to go on from after a loss or an end: keys and values (gigabytes), clean latents,
     # whose calls are run again (megabytes), or nothing, so that a video begins anew; the bits are the same
@@ -175,8 +176,8 @@ class SampleConfig:
     progress: Literal["auto", "openjd", "deadline"] = "auto"  # a bar or log lines; or with lines that a farm reads
     trace: str | None = None  # .json of what every stage did when, for `pavdm simulate trace=FILE chart=FILE.png`
     output: str = "outputs"  # a .mp4 file, or a folder that gets NNNN-words-sSEED.mp4
-    chunks_per_segment: Annotated[int, Within(0, 1_000_000, above=True)] = 6
-    save_latents: bool = False
+    chunks_per_segment: Annotated[int, Within(0, 1_000_000, above=True)] = 6  # an unfinished video grows by so many
+    save_latents: bool = False  # keep the clean latents beside the video
 
 
 @dataclass
@@ -184,15 +185,15 @@ class ClusterConfig:
     """Devices and a job mix, for the planner."""
 
     devices: Annotated[int, Within(1, 100_000)] | None = None  # GPUs at hand; the planner speaks up when it is set
-    memory_gib: _Rate = 80.0  # of one
+    memory_gib: _Rate = 80.0  # of one device
     tflops: _Rate = 100.0  # what one sustains on this model
     decoder_tflops: _Rate | None = None  # what a decoder on CPUs sustains; null leaves it out of the plan
     link_gib_per_s: _Rate = 20.0  # between two of them
-    link_latency_ms: Annotated[float, Within(0, 1_000_000)] = 0.1
+    link_latency_ms: Annotated[float, Within(0, 1_000_000)] = 0.1  # of one message between two of them
     # of a block and micro-batch beyond its FLOP; above 0 the planner chooses chunks_per_unit, too
     block_overhead_ms: Annotated[float, Within(0, 1_000_000)] = 0.0
     videos: Annotated[int, Within(1, 1_000_000)] = 1  # of the given length, all at hand from the start
-    price_per_device_hour: Annotated[float, Within(0, 1_000_000)] = 0.0
+    price_per_device_hour: Annotated[float, Within(0, 1_000_000)] = 0.0  # in any currency; 0 = costs are not told
     chart: str | None = None  # .png of what the chosen stages do when
 
 

@@ -16,6 +16,28 @@ from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.farm.verbs import export_report, farm_report, run_settings
 from pavdm_dist.io import shipped
 from pavdm_dist.values.fields import show
+from pavdm_dist.values.names import UnknownSettingError, own_names
+
+# Where the settings of verbs are, for what is asked of all of them.
+SETTINGS = {
+    "sample": ("pavdm_dist.config", "SampleConfig"),
+    "plan": ("pavdm_dist.config", "PlanConfig"),
+    "farm run": ("pavdm_dist.farm.settings", "FarmConfig"),
+    "serve": ("pavdm_dist.serve.settings", "ServeConfig"),
+    "train": ("pavdm_dist.train.train_settings", "TrainConfig"),
+    "data prepare": ("pavdm_dist.data.prepare", "PrepareConfig"),
+    "eval": ("pavdm_dist.evaluate.settings", "EvalConfig"),
+    "simulate": ("pavdm_dist.commands.simulate", "SimulateConfig"),
+    "convert": ("pavdm_dist.commands.convert", "ConvertConfig"),
+    "text-cache": ("pavdm_dist.commands.text_cache", "TextCacheConfig"),
+}
+
+
+def no_such_setting(error: UnknownSettingError) -> str:
+    """What is said of a key that is none: whose setting it is, where other verbs have it."""
+    having = [f"pavdm {verb}" for verb, place in SETTINGS.items() if error.name in own_names(*place)]
+    known = error.bare is not None and having
+    return f"{error.bare}, which is a setting of {', '.join(having)}" if known else str(error)
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -128,6 +150,8 @@ def train(arguments: argparse.Namespace) -> None:
     config = load_config(TrainConfig, config_file, overrides)
     if arguments.print_config:
         return print_config(config)
+    if not arguments.words:  # the settings' defaults are no recipe
+        raise ConfigError("give a config: pavdm train CONFIG.yaml; `pavdm configs ls` lists the shipped ones")
     from pavdm_dist.commands.train import dry_run_command, train_command
 
     if arguments.dry_run:
@@ -176,6 +200,8 @@ def text_cache(arguments: argparse.Namespace) -> None:
     if prompts is not None:
         overrides.insert(0, f"prompts={prompts}")
     config = load_config(TextCacheConfig, config_file, overrides)
+    if arguments.print_config:
+        return print_config(config)
     print_report(text_cache_report(config), arguments.json)
 
 

@@ -51,6 +51,10 @@ def test_an_argument_that_is_none_is_named(name: str, argument: str, said: str) 
 
 
 def test_sampling_arguments_are_named_too(pipeline: PAVDMPipeline) -> None:
+    instead = {"seconds": "num_frames says how long a video is", "size": r"did you mean height and width\?"}
+    for name, said in instead.items():
+        with pytest.raises(ConfigError, match=f"no such argument '{name}', {said}; sampling takes"):
+            pipeline(PROMPT, **{name: 1})
     with pytest.raises(ConfigError, match=r"no such argument 'num_inference_step', did you mean num_inference_steps\?"):
         SamplingParams.resolve(pipeline.checkpoint, num_inference_step=3)
     with pytest.raises(ConfigError, match=r"no such argument 'eta'; sampling takes"):
@@ -107,6 +111,10 @@ def test_one_generator_in_a_loop_makes_another_video_each_time(pipeline: PAVDMPi
         ({"seed": -1}, "seed=-1: must be 0 or more; random.randrange"),
         ({"seed": None}, "seed=null: must be a whole number"),
         ({"seed": 1.0}, "seed=1.0: must be a whole number"),
+        ({"seed": "5"}, "seed='5': must be a whole number"),
+        ({"num_frames": "five"}, "num_frames=five: must be a whole number"),
+        ({"num_frames": ""}, "num_frames='': must be a whole number"),
+        ({"lookahead": "true"}, "lookahead='true': must be true or false"),
         ({"generator": 3}, "generator: must be a torch.Generator, or a list of them; seed takes a number"),
         ({"generator": [torch.Generator()] * 2}, "generator: 2 generators for 1 videos"),
         ({"prompt": None}, "prompt=null: give a text"),
@@ -131,11 +139,11 @@ def test_one_generator_in_a_loop_makes_another_video_each_time(pipeline: PAVDMPi
         ({"num_videos_per_prompt": None}, "num_videos_per_prompt=None: must be 1 to 1,000,000"),
         ({"num_frames": None}, "num_frames=None: a whole video needs a number; iter_chunks() takes endless ones"),
         ({"num_frames": 5.0}, "num_frames=5.0: must be a whole number"),
-        ({"num_frames": "5"}, "num_frames=5: must be a whole number"),
+        ({"num_frames": "5"}, "num_frames='5': must be a whole number"),
         ({"num_frames": 0}, "num_frames=0: must be above 0"),
         ({"num_videos_per_prompt": 0}, "num_videos_per_prompt=0: must be 1 to 1,000,000"),
         ({"num_videos_per_prompt": 1.5}, "num_videos_per_prompt=1.5: must be a whole number"),
-        ({"guidance_scale": "3"}, "guidance_scale=3: must be a number"),
+        ({"guidance_scale": "3"}, "guidance_scale='3': must be a number"),
         ({"guidance_scale": -3.0}, "guidance_scale=-3.0: must be 0 or more"),
         ({"guidance_scale": float("inf")}, "guidance_scale=inf: must be a finite number"),
         ({"context_noise": 2.0}, "context_noise=2.0: must be 0 to 0.9"),
@@ -144,8 +152,8 @@ def test_one_generator_in_a_loop_makes_another_video_each_time(pipeline: PAVDMPi
         ({"fps": float("inf")}, "fps=inf: must be a finite number"),
         ({"time_shift": 0}, "time_shift=0: must be above 0"),
         ({"height": 32.5}, "height=32.5: must be a whole number"),
-        ({"chunks_per_unit": "2"}, "chunks_per_unit=2: must be a whole number"),
-        ({"anchor_chunks": "1"}, "anchor_chunks=1: must be a whole number"),
+        ({"chunks_per_unit": "2"}, "chunks_per_unit='2': must be a whole number"),
+        ({"anchor_chunks": "1"}, "anchor_chunks='1': must be a whole number"),
         ({"prompt_suffix": 5}, "prompt_suffix=5: must be text"),
         ({"video": "x.mp4"}, "video=x.mp4: must be uint8 frames [height, width, 3]"),
         ({"video": [np.zeros((2, 3)), np.zeros((4, 5))]}, ": must be uint8 frames [height, width, 3]"),
@@ -163,7 +171,7 @@ def test_values_that_cannot_be_are_named(pipeline: PAVDMPipeline, arguments: dic
         (((-3, "blue"),), "prompt_schedule[0]=(-3, 'blue'): must begin behind chunk 0"),
         (((0, "blue"),), "prompt_schedule[0]=(0, 'blue'): must begin behind chunk 0"),
         (((1, "blue"), (1, "red")), "prompt_schedule[1]=(1, 'red'): must begin behind chunk 1"),
-        ((("1", "blue"),), "prompt_schedule[0][0]=1: must be a whole number"),
+        ((("1", "blue"),), "prompt_schedule[0][0]='1': must be a whole number"),
         (((1, 5),), "prompt_schedule[0][1]=5: must be text"),
         ((5,), "prompt_schedule[0]=5: must be a list of 2"),
     ],
@@ -178,9 +186,9 @@ def test_a_prompt_schedule_rises_from_chunk_1(schedule: Any, said: str) -> None:
     ("arguments", "said"),
     [
         ({"threads_per_stage": 0}, "threads_per_stage=0: must be above 0"),
-        ({"num_stages": "2"}, "num_stages=2: must be a whole number"),
+        ({"num_stages": "2"}, "num_stages='2': must be a whole number"),
         ({"num_stages": 1.5}, "num_stages=1.5: must be a whole number"),
-        ({"decoder_tile": "16"}, "decoder_tile=16: must be a whole number"),
+        ({"decoder_tile": "16"}, "decoder_tile='16': must be a whole number"),
         ({"model": None}, "model=null: must be the name of a model, a folder or a hub id"),
         ({"engine": {}}, "engine={}: must be pavdm_dist.engine.options.EngineOptions, or None"),
         ({"lora": 5}, "lora=5: must be a list of pavdm_dist.models.source.Adapter"),
@@ -206,9 +214,10 @@ def test_none_is_nothing_said(model: Path) -> None:
 
 @pytest.mark.parametrize("streams", ["abc", "2", -3, 0, 1.5, 2000])
 def test_streams_are_a_count(pipeline: PAVDMPipeline, streams: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"streams={streams}: must be "):
+    shown = "'2'" if streams == "2" else streams
+    with pytest.raises(ConfigError, match=rf"streams={shown}: must be "):
         pipeline(PROMPT, num_frames=5, streams=streams)
-    with pytest.raises(ConfigError, match=rf"streams={streams}: must be "):
+    with pytest.raises(ConfigError, match=rf"streams={shown}: must be "):
         next(pipeline.iter_chunks([VideoRequest(PROMPT, 0, 5)], pipeline.params(), streams))
 
 
@@ -216,10 +225,10 @@ def test_streams_are_a_count(pipeline: PAVDMPipeline, streams: Any) -> None:
     ("what", "arguments", "said"),
     [
         ("set_prompt", (0, 5, None), "text=null: must be text"),
-        ("set_prompt", ("0", 5, PROMPT), "video=0: must be a whole number"),
-        ("set_prompt", (0, "5", PROMPT), "from_chunk=5: must be a whole number"),
+        ("set_prompt", ("0", 5, PROMPT), "video='0': must be a whole number"),
+        ("set_prompt", (0, "5", PROMPT), "from_chunk='5': must be a whole number"),
         ("set_prompt", (-1, 5, PROMPT), "video=-1: must be 0 or more"),
-        ("stop", ("0",), "video=0: must be a whole number"),
+        ("stop", ("0",), "video='0': must be a whole number"),
         ("cancel", (None,), "video=null: must be a whole number"),
     ],
 )

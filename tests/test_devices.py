@@ -181,7 +181,7 @@ def test_a_cpu_without_bfloat16_is_told_of(monkeypatch: pytest.MonkeyPatch, capl
         ({"layers_per_stage": [2, "x"]}, r"layers_per_stage\[1\]=x: must be a whole number"),
         ({"stall_limit_s": 0}, "stall_limit_s=0: must be above 0"),
         ({"max_restarts": 1.5}, "max_restarts=1.5: must be a whole number"),
-        ({"num_stages": "2"}, "num_stages=2: must be a whole number"),
+        ({"num_stages": "2"}, "num_stages='2': must be a whole number"),
         ({"num_stages": 1.5}, "num_stages=1.5: must be a whole number"),
         ({"num_stages": 0}, "num_stages=0: must be 1 to 1,024; 0 runs in this process, without this engine"),
         ({"num_stages": -1}, "num_stages=-1: must be 1 to 1,024"),

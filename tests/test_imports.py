@@ -42,6 +42,7 @@ def loaded_after(code: str) -> set[str]:
         ("import pavdm_dist.cli", (*HEAVY, "torch", "omegaconf", "tqdm")),
         ("import contextlib, pavdm_dist.cli as c\nwith contextlib.suppress(SystemExit): c.main(['--help'])", HEAVY),
         ("import pavdm_dist.cli as c; c.main(['sample'])", (*HEAVY, "torch")),
+        ("import pavdm_dist.cli as c; c.main(['sample', 'run_dir=x'])", (*HEAVY, "torch", "numpy")),
         (STAGE, (*HEAVY, "torch._dynamo")),
     ],
 )

@@ -68,7 +68,7 @@ def test_methods_are_plans(model: Path) -> None:
             "window_chunks=3: method=fifo looks at halves, .* use window_chunks=2 or 4, or",
         ),
         ({"method": "fifo", "lookahead": True}, "window_chunks=3 has no halves; use window_chunks 2 or 4"),
-        ({"method": "fifo", "window_chunks": "6"}, "window_chunks=6: must be a whole number"),
+        ({"method": "fifo", "window_chunks": "6"}, "window_chunks='6': must be a whole number"),
         ({"method": "fifo", "partitions": 1, "lookahead": False}, "are method=pavdm; use partitions=2 or more"),
         ({"method": "replacement", "partitions": 3}, "partitions=3: chunks of a block have one level"),
         ({"method": "replacement", "context_chunks": 0}, "context_chunks=0: method=replacement goes on from clean"),

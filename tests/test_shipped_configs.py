@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from pavdm_dist import cli
-from pavdm_dist.io.shipped import config_file
+from pavdm_dist.commands.configs import describe_configs
+from pavdm_dist.io.shipped import config_file, configs_root
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,33 @@ def test_nothing_but_shipped_files_is_found_beside_what_is_here(
     for name in ("configs/../outside.yaml", "sample/quik.yaml"):
         assert cli.main(["sample", "a red three", name]) == 2
         assert f"{name}: no such config file" in capsys.readouterr().err
+
+
+def test_the_first_line_of_each_file_says_all_that_is_listed() -> None:
+    for name, about in describe_configs():
+        assert about, name
+        following = (configs_root() / name).read_text().splitlines()[1]
+        goes_on = following.startswith("#") and not following.removeprefix("# ")[0].isupper() and "`" not in following
+        assert about.count("(") == about.count(")") and not about.endswith((",", ":", ";")) and not goes_on, name
+
+
+def test_a_file_is_copied_by_its_last_part_where_no_other_has_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["configs", "cp", "quick.yaml", "q2.yaml"]) == 0 == cli.main(["configs", "cp", "quick"])
+    shipped = (configs_root() / "sample/quick.yaml").read_text()
+    assert (tmp_path / "q2.yaml").read_text() == (tmp_path / "quick.yaml").read_text() == shipped
+    capsys.readouterr()
+    for name, said in {
+        "opensora-240p": "there are sample/opensora-240p.yaml and train/opensora-240p.yaml, say which",
+        "nope": "no such config; `pavdm configs ls` lists them",
+        "sample/nope": "no such config; `pavdm configs ls` lists them",
+        "quik": "no such config; did you mean sample/quick.yaml?",
+        "opensora": "no such config; did you mean sample/opensora-240p.yaml or train/opensora-240p.yaml?",
+    }.items():
+        assert cli.main(["configs", "cp", name]) == 2
+        assert capsys.readouterr().err == f"pavdm: {name}: {said}\n"
 
 
 def test_the_examples_of_the_help_name_config_files_that_are_shipped() -> None:

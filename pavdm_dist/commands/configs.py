@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from pavdm_dist.errors import ConfigError
@@ -20,6 +21,9 @@ def describe_configs() -> list[tuple[str, str]]:
 def copy_config(name: str, target: str | None = None, overwrite: bool = False) -> Path:
     """Copy a shipped file to ``target`` (file or existing folder; default: here, under its own name).
 
+    Args:
+        name: as :func:`describe_configs` has it, or its last part where no other file has the same.
+
     Raises:
         ConfigError: no such file, or the target exists and ``overwrite`` is False.
     """
@@ -27,8 +31,10 @@ def copy_config(name: str, target: str | None = None, overwrite: bool = False) -
     wanted = name.removeprefix("configs/")
     wanted = wanted if wanted.endswith(".yaml") else f"{wanted}.yaml"
     if wanted not in names:
-        near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.3)
-        raise ConfigError(f"{name}: no such config; {f'did you mean {near[0]}?' if near else 'see pavdm configs ls'}")
+        of_this_name = [known for known in names if Path(known).name == wanted]
+        if len(of_this_name) != 1:
+            raise ConfigError(f"{name}: {_nearest(wanted, names, of_this_name)}")
+        (wanted,) = of_this_name
     place = Path(target or ".")
     place = place / Path(wanted).name if os.path.isdir(place) else place
     if os.path.lexists(place) and not overwrite:
@@ -39,6 +45,16 @@ def copy_config(name: str, target: str | None = None, overwrite: bool = False) -
     except OSError as error:
         raise ConfigError(f"{place}: cannot be written ({error.strerror})") from error
     return place
+
+
+def _nearest(wanted: str, names: Sequence[str], of_this_name: Sequence[str]) -> str:
+    if of_this_name:
+        return f"there are {' and '.join(of_this_name)}, say which"
+    # A slip in the last part is a small share of the whole, and so is another file's folder.
+    last_parts = [Path(known).name for known in names]
+    near = difflib.get_close_matches(Path(wanted).name, last_parts, n=1, cutoff=0.7)
+    meant = " or ".join(known for known, part in zip(names, last_parts, strict=True) if part in near)
+    return f"no such config; {f'did you mean {meant}?' if meant else '`pavdm configs ls` lists them'}"
 
 
 def _first_comment(path: Path) -> str:

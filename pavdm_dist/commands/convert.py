@@ -43,13 +43,13 @@ class ConvertConfig:
     base: str | None = None  # model folder or hub id of that shape, for all but the transformer's weights
     revision: str | None = None  # of the base: branch, tag or commit
     # folder or hub id of a component alone, or of a model that has it; None = the base's
-    vae: str | None = None
-    text_encoder: str | None = None
+    vae: str | None = None  # the codec
+    text_encoder: str | None = None  # the pretrained text encoder
     tokenizer: str | None = None  # None = what lies with the text encoder
     output: str | None = None  # the new model folder
-    dtype: Literal["as stored", "bfloat16", "float16", "float32"] = "as stored"
+    dtype: Literal["as stored", "bfloat16", "float16", "float32"] = "as stored"  # of the transformer's weights
     # what the folder says of these weights; None = as of the base
-    level_support: Literal["staircase-trained", "mixed-trained", "accepts"] | None = None
+    level_support: Literal["staircase-trained", "mixed-trained", "accepts"] | None = None  # levels they met in training
     causal_trained: bool | None = None  # whether they met the chunk-causal mask
     license: str | None = None  # said whenever the model is opened
     sampling: dict[str, Any] = field(default_factory=dict)  # defaults, as in a model_index.json

@@ -31,7 +31,8 @@ class SimulateConfig:
 
     # the videos
     num_inference_steps: Steps = 30  # T
-    method: Literal["pavdm", "replacement", "replacement-noise", "fifo", "autoregressive"] = "pavdm"  # docs/modes.md
+    # pavdm: a staircase of levels; the others are what it is compared with (docs/modes.md)
+    method: Literal["pavdm", "replacement", "replacement-noise", "fifo", "autoregressive"] = "pavdm"
     window_chunks: WindowChunks | None = None  # W; None = 6, with method=autoregressive 1
     chunks: Annotated[int, Within(1, 1_000_000)] = 84  # new chunks per video
     context: bool = True  # one clean chunk in front of the window
@@ -41,13 +42,13 @@ class SimulateConfig:
     videos: Annotated[int, Within(1, 10_000)] | None = None  # in all; None = as many as are in flight
     streams: Annotated[int, Within(1, 10_000)] = 1  # videos in flight
     # the pipeline
-    mode: Literal["window", "causal", "displaced"] = "window"
+    mode: Literal["window", "causal", "displaced"] = "window"  # which chunks see each other; see README
     chunks_per_unit: UnitChunks = 1  # of mode=causal, displaced: noisy chunks of a unit
     displaced: DisplacedConfig = field(default_factory=DisplacedConfig)  # of mode=displaced
-    num_stages: Annotated[int, Within(1, MAX_STAGES)] = 2
+    num_stages: Annotated[int, Within(1, MAX_STAGES)] = 2  # in a row
     unit_cost: bool = False  # every unit costs 1 on every stage, whatever it holds
     stage_seconds: list[_Time] | None = None  # of one chunk through each stage; None = 1 through all, evenly
-    link_latency_s: _Wait = 0.0
+    link_latency_s: _Wait = 0.0  # of one message between two stages
     link_chunk_s: _Wait = 0.0  # time one chunk's hidden states occupy a link
     outstanding: Annotated[int, Within(1)] = OUTSTANDING  # sends under way before a stage waits
     decode_seconds: _Wait = 0.0  # of a finished chunk, in a decoder beside the stages; 0 = without one

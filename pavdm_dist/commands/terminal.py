@@ -13,10 +13,10 @@ from pavdm_dist.redaction import hide_secrets
 
 
 def print_config(config: Any) -> None:
-    """Merged settings, as the YAML that would be read as them."""
-    from pavdm_dist.values.merging import to_yaml
+    """Merged settings with what they mean, as the YAML that would be read as them."""
+    from pavdm_dist.values.described import described_yaml
 
-    say(to_yaml(config).removesuffix("\n"))
+    say(described_yaml(config).removesuffix("\n"))
 
 
 def print_report(report: dict[str, Any], as_json: bool) -> None:

@@ -27,7 +27,7 @@ class TextCacheConfig:
     model: str = "embedded"  # folder or hub id
     revision: str | None = None  # of a hub id: branch, tag or commit
     text_device: TextDevice = "auto"  # auto: this machine's GPU, if it has room
-    text_dtype: TextDtype = "bfloat16"
+    text_dtype: TextDtype = "bfloat16"  # what that text encoder computes in
     text_cache: str | None = None  # folder; null = this user's
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
     R = TypeVar("R", bound=SampleConfig)
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
+
+
+def add_print_config(verb: argparse.ArgumentParser) -> None:
+    """The flag of every verb that has settings."""
+    about = "print all settings as YAML, merged, with what each means and what is legal, and stop"
+    verb.add_argument("--print-config", action="store_true", help=about)
 
 
 def is_override(word: str) -> bool:

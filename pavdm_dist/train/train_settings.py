@@ -93,7 +93,7 @@ class ModelConfig:
     hidden_size: int = 160  # width of the tokens
     num_heads: int = 5  # of attention
     caption_channels: int = 96  # with data.folder: the width of its text
-    model_max_length: int = 32  # words of a text at most
+    model_max_length: int = 32  # tokens of a text at most
     patch_size: list[int] = field(default_factory=lambda: [1, 2, 2])  # latent frames, height, width that make a token
     text_depth: int = 2  # layers of the text encoder
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import operator
 from collections.abc import Iterable, Sequence
 
 import torch
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.values.fields import show
+from pavdm_dist.values.fields import show_no_text
+from pavdm_dist.values.names import alike, same
 
 # What says here what these say there.
 _INSTEAD = {
@@ -19,6 +19,7 @@ _INSTEAD = {
     "subfolder": "name the whole model's folder",
     "variant": "torch_dtype is what weights are turned into",
     "device_map": "device, or num_stages, says where it runs",
+    **dict.fromkeys(("seconds", "duration", "length", "frames", "video_length"), "num_frames says how long a video is"),
 }
 
 
@@ -36,8 +37,8 @@ def check_names(given: Iterable[str], known: Iterable[str], who: str) -> None:
     legal = list(known)
     for name in given:
         if name not in legal:
-            near = difflib.get_close_matches(name, legal, n=1)
-            hint = _INSTEAD.get(name) or (f"did you mean {near[0]}?" if near else "")
+            near = same(name, legal) or alike(name, legal)
+            hint = _INSTEAD.get(name) or (f"did you mean {near}?" if near else "")
             raise ConfigError(f"no such argument {name!r}{hint and f', {hint}'}; {who} takes {', '.join(legal)}")
 
 
@@ -50,7 +51,7 @@ def checked_seed(seed: object) -> int:
     try:
         number = operator.index(seed)  # type: ignore[arg-type]
     except TypeError as error:
-        raise ConfigError(f"seed={show(seed)}: must be a whole number") from error
+        raise ConfigError(f"seed={show_no_text(seed)}: must be a whole number") from error
     if number < 0:  # elsewhere a word for "any"
         raise ConfigError(f"seed={number}: must be 0 or more; random.randrange(2**63) gives another every time")
     return number

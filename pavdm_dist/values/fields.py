@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import numbers
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -186,7 +187,7 @@ def fault(annotation: Any, name: str, value: Any) -> str | None:
         return None
     # What is said of an entry, or of a range, says more than that the whole is of no legal kind.
     precise = [found for found in faults if found]
-    return precise[0] if precise else f"{name}={show(value)}: must be {expected(annotation)}"
+    return precise[0] if precise else f"{name}={show_no_text(value)}: must be {expected(annotation)}"
 
 
 def read(annotation: Any, value: Any) -> Any:
@@ -210,6 +211,7 @@ def members(annotation: Any) -> tuple[Any, ...]:
     return typing.get_args(annotation) if union else (annotation,)
 
 
+_NO_WORD = re.compile(r"\s*([-+]?[\d.].*|[-+]?(nan|inf)|true|false|null|none)?\s*", re.IGNORECASE | re.DOTALL)
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
 
@@ -241,6 +243,11 @@ def show(value: Any) -> str:
     except (ValueError, RecursionError):  # Python prints no number of more than some thousand digits
         text = "(too large to show)"
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def show_no_text(value: Any) -> str:
+    """As :func:`show`, where no text is meant: one that would pass for what is (``'5'``) is in quotes."""
+    return repr(show(value)) if isinstance(value, str) and _NO_WORD.fullmatch(value) else show(value)
 
 
 @cache

@@ -7,7 +7,6 @@ OmegaConf stays in this file; what comes out are plain dataclasses. Every mistak
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 import typing
@@ -23,6 +22,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from pavdm_dist.errors import ConfigError, first_line
 from pavdm_dist.redaction import hide_in_urls, is_redacted
 from pavdm_dist.values.fields import check_fields, expected, members, read, show
+from pavdm_dist.values.names import UnknownSettingError, alike, same
 from pavdm_dist.values.yaml_text import NO_YAML, as_yaml, read_yaml
 
 T = TypeVar("T")
@@ -135,7 +135,9 @@ def _set(config: DictConfig, cls: type, path: list[str], value: Any, *, parse: b
         known = _hints(annotation)
         if key not in known:
             section = f"{name}: " if name else ""
-            raise ConfigError(f"{origin}{section}{_no_such_key(key, known)}")
+            is_prose = parse and " " in value and "prompt" in _hints(cls)
+            more = " (a prompt that holds = is given as prompt='...')" if is_prose else ""
+            raise _no_such_key(key, annotation, origin + section, bool(name), more)
         limited = _hints(annotation, include_extras=True)[key]
         annotation, name = known[key], ".".join(path[: depth + 1])
         if not dataclasses.is_dataclass(annotation):
@@ -218,17 +220,29 @@ def _explain(error: Exception, name: str, annotation: Any, value: Any) -> str:
         if key in known:
             return f"{name}: {key}={show(_unescape(getattr(error, 'value', None)))}: must be {expected(known[key])}"
         if isinstance(error, ConfigKeyError):
-            return f"{name}: {_no_such_key(key, known)}"
+            return str(_no_such_key(key, item, f"{name}: ", is_part=True))
     where = getattr(error, "full_key", None) or name
     if item is not None and where.startswith(f"{name}["):
         return f"{where}={show(_unescape(getattr(error, 'value', None)))}: must be {expected(item)}"
     return f"{name}={show(value)}: must be {expected(annotation)}"
 
 
-def _no_such_key(key: str, known: Sequence[str] | dict[str, Any]) -> str:
-    near = difflib.get_close_matches(key.replace("-", "_"), list(known), n=1, cutoff=0.5)
+def _no_such_key(key: str, cls: Any, where: str, is_part: bool, more: str = "") -> UnknownSettingError:
+    known, bare = _hints(cls), f"{where}no such key {key!r}"
+    meant = same(key, list(_dotted_names(cls)))
+    near = meant or alike(key, known)
     hint = f"the keys are {', '.join(known)}" if len(known) <= 12 else "--print-config lists the keys"
-    return f"no such key {key!r}" + (f", did you mean {near[0]}?" if near else f"; {hint}")
+    return UnknownSettingError(
+        bare + (f", did you mean {near}?" if near else f"; {hint}") + more, key, None if meant or is_part else bare
+    )
+
+
+def _dotted_names(cls: Any) -> Iterator[str]:
+    """Names of settings, and of those in sections."""
+    for name, annotation in _hints(cls).items():
+        yield name
+        if dataclasses.is_dataclass(annotation):
+            yield from (f"{name}.{part}" for part in _dotted_names(annotation))
 
 
 def _escape(value: Any) -> Any:
