@@ -199,6 +199,31 @@ def test_vbench_finds_prompts_and_numbers_in_names_and_nothing_else(tmp_path: Pa
         export_vbench(str(tmp_path / "farm"), str(tmp_path / "v"))
 
 
+def test_complete_shots_are_told_by_the_prompt_that_they_were_made_with(tmp_path: Path) -> None:
+    """Two begin with a timed prompt, one is asked for with another prompt by now, of one the sidecar has none."""
+    timed = {"overrides": {"timed_prompts": {"2s": SEVEN, "0s": THREE}}}
+    shots = [{"id": "a", **timed}, {"id": "b", **timed}, {"id": "c", "prompt": THREE}, {"id": "d", "prompt": "nine"}]
+    tree = finished_tree(tmp_path / "farm", [*shots, {"id": "lost", **timed}])
+    for id, prompt in (("a", THREE), ("b", THREE), ("c", SEVEN), ("d", None)):
+        path = Path(tree.folder(id), "video.json")
+        path.write_text(json.dumps({**json.loads(path.read_text()), "prompt": prompt}))
+    Path(tree.folder("lost"), "video.json").unlink()
+    tree.fail("lost", Failure("no frame is finite"))
+    report = export_vbench(tree.root, str(tmp_path / "v"))
+    assert (report["form"], report["prompts"], report["samples"]) == ("standard", 3, [1, 2])
+    names = {f"{THREE}-0.mp4": THREE, f"{THREE}-1.mp4": THREE, f"{SEVEN}-0.mp4": SEVEN, "nine-0.mp4": "nine"}
+    assert {path.name for path in (tmp_path / "v").iterdir()} == names.keys()
+    samples = json.loads((tmp_path / "v.samples.json").read_text())
+    assert {name: sample["prompt"] for name, sample in samples.items()} == names
+    assert [sample["id"] for sample in samples.values()] == ["a", "b", "c", "d"]
+    export_vbench(tree.root, str(tmp_path / "numbers"), "custom")
+    assert list(json.loads((tmp_path / "numbers.prompts.json").read_text()).values()) == [THREE, THREE, SEVEN, "nine"]
+    write_report(tree.root)
+    page = (tmp_path / "farm/index.html").read_text()
+    shown = re.findall('<p class="prompt">(.*)</p>', page)
+    assert shown == [THREE, THREE, THREE, SEVEN, "nine"], "the failed one first"
+
+
 def test_prompts_that_are_no_names_become_numbers_which_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pavdm_dist.farm.manifest import ManifestError, checked
+from pavdm_dist.farm.shot import Shot
 
 SAME = "are names of the same; give one of them"
 
@@ -60,6 +61,39 @@ def test_two_names_of_the_same_that_differ(tmp_path: Path, line: dict[str, Any],
 )
 def test_a_name_that_is_there_twice(tmp_path: Path, name: str, text: str, said: str) -> None:
     assert said in _refused(tmp_path / name, text)
+
+
+NO_PATH = "must be text, the path of a clip or a picture"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            {"body": {"input_reference": {"image_url": "https://x/y.png"}}},
+            f"image_url': 'https://x/y.png'}}: {NO_PATH}",
+        ),
+        ({"body": {"input_reference": ["clip.mp4"]}}, f"input_reference=['clip.mp4']: {NO_PATH}"),
+        ({"path": ["clip.mp4"]}, f"path=['clip.mp4']: {NO_PATH}"),
+        ({"body": {"ref": 5}}, f"ref=5: {NO_PATH}"),
+        ({"ref": False}, f"ref=False: {NO_PATH}"),
+        ({"input_reference": "clip.mp4"}, "no such field input_reference; the fields are id, prompt,"),
+        ({"model": "sora-2"}, "no such field model; the fields are id, prompt,"),
+        ({"resolution": "720p"}, "no such field resolution; the fields are id, prompt,"),
+        ({"body": {"resolution": "720p"}}, "no such field resolution; the fields are id, prompt,"),
+    ],
+)
+def test_what_is_asked_for_is_never_passed_over(tmp_path: Path, line: dict[str, Any], said: str) -> None:
+    refused = _refused(tmp_path / "m.jsonl", json.dumps({"prompt": "a", **line}))
+    assert "line 1: " in refused and said in refused
+
+
+def test_facts_of_tables_and_batch_lines_ask_for_nothing(tmp_path: Path) -> None:
+    table, lines = tmp_path / "m.csv", tmp_path / "m.jsonl"
+    table.write_text("id,text,path,resolution,aes,model\nx,a,b.mp4,720p,5.1,m\n")
+    lines.write_text('{"id": "x", "body": {"model": "m", "prompt": "a", "path": "b.mp4", "input_reference": null}}')
+    (first,), (second,) = checked(str(table)), checked(str(lines))
+    assert first == second == Shot("x", "a", video=str(tmp_path / "b.mp4"))
 
 
 def test_what_says_the_same_is_read(tmp_path: Path) -> None:

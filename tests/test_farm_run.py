@@ -334,18 +334,22 @@ def test_a_line_whose_clip_is_still_being_copied_is_taken_in_once_it_is_there(
 def test_a_fault_of_the_manifest_that_stays_ends_the_farm_by_it(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Status 0 would say that what it asks for is there."""
-    manifest, out, grew = write_manifest(tmp_path / "m.jsonl", some_shots(1)), tmp_path / "out", Pool.grew
+    """Status 0 would say that what it asks for is there. What has failed is listed and said all the same."""
+    (tmp_path / "bad.png").write_bytes(b"")
+    shots = [{"id": "bad", "prompt": "a red three", "image": "bad.png", "priority": 9}, *some_shots(1)]
+    manifest, out, grew = write_manifest(tmp_path / "m.jsonl", shots), tmp_path / "out", Pool.grew
 
     def grow(self: Pool, renderer: Any, shot: Shot, chunk: Any) -> None:
         grew(self, renderer, shot, chunk)
-        write_manifest(manifest, [*some_shots(1), {"id": "x", "prompt": "a", "video": "none.mp4"}])
+        write_manifest(manifest, [*shots, {"id": "x", "prompt": "a", "video": "none.mp4"}])
 
     monkeypatch.setattr(Pool, "grew", grow)
     words = ["farm", "run", str(manifest), "--out", str(out), f"model={model}", f"num_frames={FRAMES}"]
     assert cli.main([*words, "guidance_scale=1"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].endswith("none.mp4: no such file")
+    said = f"none.mp4: no such file; 1 of 2 shots failed (`pavdm farm status {out}` says why)"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(said)
     assert list(latents_of(out)) == ["shot-000"]
+    assert [shot.id for shot in checked(str(out / "failed.jsonl"))] == ["bad"]
 
 
 def test_new_lines_that_cannot_be_taken_in_now_are_tried_again_beside_the_rendering(

@@ -11,13 +11,15 @@ import pytest
 from farms import farm_config
 
 from pavdm_dist import cli
+from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.shot import make_shot
-from pavdm_dist.farm.status import RECENT_S, status_report
-from pavdm_dist.farm.tree import Tree
+from pavdm_dist.farm.status import RECENT_S, failed_shots, status_report
+from pavdm_dist.farm.tree import Failure, Tree
 from pavdm_dist.io.lock import OutputLock
 from pavdm_dist.io.metadata import Sidecar
 from pavdm_dist.io.parts import PARTS_SUFFIX
 from pavdm_dist.io.segments import PLAYLIST
+from pavdm_dist.serve.asked import tree_at
 from pavdm_dist.values.merging import to_dict
 
 NOW = 1_790_000_000.0
@@ -126,3 +128,35 @@ def test_damaged_settings_are_one_sentence(tmp_path: Path, action: str, capsys: 
         assert cli.main(["farm", action, str(tmp_path)]) == 2
         (said,) = capsys.readouterr().err.splitlines()
         assert said.startswith(f"pavdm: {tmp_path}/farm.json: ") and len(said) < 300
+
+
+def test_a_shot_is_tried_again_with_the_settings_that_it_failed_with_or_with_those_that_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder keeps those of its newest run, which may be another manifest's. Where it is rendered is no matter."""
+    embedded, out = Path("embedded"), str(tmp_path)
+    tree, newest = Tree(out), Tree(out)
+    tree.keep("m.jsonl", [make_shot({"id": id, "prompt": "a red three"}, "test") for id in ("one", "two", "old")])
+    first, then = farm_config(embedded), farm_config(embedded, num_inference_steps=6, num_stages=2, streams=2)
+    Tree(out).fail("old", Failure("of an earlier version, which kept no settings"))
+    for at, config, id in ((tree, first, "one"), (newest, then, "two")):
+        at.write_settings({"settings": to_dict(config)})
+        at.fail(id, Failure("why"))
+    record = Path(tree.folder("one"), "failed.json").read_bytes()
+    assert cli.main(["farm", "retry", out]) == cli.main(["farm", "retry", out, "one", "seed=0"]) == 2
+    said = "pavdm: id=one: failed in a run with num_inference_steps=null (now 6); say what is to hold, as `pavdm farm"
+    assert all(line.startswith(said) for line in capsys.readouterr().err.splitlines())
+    assert Path(tree.folder("one"), "failed.json").read_bytes() == record
+    assert failed_shots(out, ["two", "old"], then) == ["two", "old"]
+    assert failed_shots(out, [], then, ["num_inference_steps"]) == ["one", "two", "old"]
+    assert failed_shots(out, ["one"], first) == ["one"], "as it was"
+
+
+@pytest.mark.parametrize("words", [["run", "--dry-run", "--out"], ["status"], ["retry"], ["report"]], ids=" ".join)
+def test_no_name_is_no_folder(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """As a variable of a script that is not set: it must not be the root of all files."""
+    assert cli.main(["farm", *words, ""]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == "pavdm: out='': is no folder; name one, or . for the one that you are in"
+    with pytest.raises(ConfigError, match=r"^out='': is no folder"):
+        tree_at("")

@@ -131,6 +131,48 @@ def test_what_a_kill_has_staged_goes_however_the_video_is_opened(tmp_path: Path,
     kill(made)
 
 
+def test_a_film_that_has_come_meanwhile_is_nobodys_to_replace(
+    tmp_path: Path, undisturbed: Callable[[int], tuple[Any, ...]]
+) -> None:
+    output, way = tmp_path / "v.mp4", Way()
+    made = way.open(output)
+    way.go_on(made, 4)
+    made.abort()
+    output.write_bytes(b"somebody else's film")
+    said = rf"output={output}: a file of that name has come there since the video was begun; move it"
+    with pytest.raises(ConfigError, match=said):
+        check_recording(output, facts=made._facts)
+    with pytest.raises(ConfigError, match=said):
+        way.open(output, resume=True)
+    output.rename(tmp_path / "theirs.mp4")
+    made = way.open(output, resume=True)
+    way.go_on(made)
+    (tmp_path / "theirs.mp4").rename(output)
+    with pytest.raises(ConfigError, match=said):
+        made.finish(FACTS)
+    made.abort()
+    assert output.read_bytes() == b"somebody else's film"
+    output.unlink()
+    made = way.open(output, resume=True)
+    way.go_on(made)
+    made.finish(FACTS, {"seed": 3})
+    assert result(output) == undisturbed(2)
+
+
+def test_what_was_to_be_replaced_still_is_after_an_interruption(
+    tmp_path: Path, undisturbed: Callable[[int], tuple[Any, ...]]
+) -> None:
+    output, way = tmp_path / "v.mp4", Way()
+    output.write_bytes(b"an earlier film")
+    made = way.open(output, overwrite=True)
+    way.go_on(made, 4)
+    made.abort()
+    made = way.open(output, resume=True)
+    way.go_on(made)
+    made.finish(FACTS, {"seed": 3})
+    assert result(output) == undisturbed(2)
+
+
 @pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
 def test_a_file_of_the_sidecars_name_is_nobodys_to_replace(tmp_path: Path, options: dict[str, bool]) -> None:
     output, mine, way = tmp_path / "v.mp4", tmp_path / "v.json", Way()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from pavdm_dist.commands.sample import render_command
 from pavdm_dist.commands.videos import Video, Videos
 from pavdm_dist.config import PromptChange, SampleConfig, validate_sample
 from pavdm_dist.engine.driver import Driver
-from pavdm_dist.engine.events import Finished
+from pavdm_dist.engine.events import Failed, Finished
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.latents import read_latents
@@ -27,6 +29,7 @@ from pavdm_dist.method.schedule import Mode, WindowPlan
 from pavdm_dist.method.stream import Conditioning, NewPrompt, Stream
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.request.outputs import VideoChunk
+from pavdm_dist.request.running import Running, TooLateError
 from pavdm_dist.request.video_request import VideoRequest
 from pavdm_dist.values.merging import load_config, to_yaml
 from pavdm_dist.values.timed import chunk_schedule, first_prompt, timed
@@ -260,6 +263,37 @@ def test_set_prompt_from_python_and_a_resume_with_it(model: Path) -> None:
             with pytest.raises(ConfigError, match=message):
                 pipeline.set_prompt(*wrong)
             chunks.close()
+
+
+def test_a_prompt_that_no_chunk_could_follow_is_refused_also_in_a_video_that_goes_on(model: Path) -> None:
+    request = VideoRequest("a red three", 0, 37)
+    with PAVDMPipeline.from_pretrained(model) as pipeline:
+        taken: dict[bool, list[int]] = {True: [], False: []}
+        resume = None
+        for chunk in pipeline.iter_chunks([request], pipeline.params()):
+            assert chunk.resume is not None
+            try:
+                pipeline.set_prompt(0, 0, "a blue seven")
+                taken[True].append(chunk.index)
+            except TooLateError:
+                taken[False].append(chunk.index)
+                resume = resume or chunk.resume
+            if chunk.index == 3:
+                break
+        assert taken[True] and taken[False] == list(range(len(taken[True]), 4)), "from one row on"
+        assert resume is not None
+        running = Running(pipeline.params(), pipeline.checkpoint)
+        told: list[NewPrompt] = []
+        # No engine has it yet, or says where it is.
+        engine: Any = SimpleNamespace(at_work=lambda _: None, set_prompt=lambda _, new: told.append(new))
+        for again in running.streams([replace(request, resume=resume), request], engine):
+            assert not isinstance(again, Failed)
+            if again.id:
+                running.set_prompt(1, 0, "a blue seven")
+            else:
+                with pytest.raises(TooLateError, match=r"^video=0: all its chunks are born"):
+                    running.set_prompt(0, 0, "a blue seven")
+        assert len(told) == 1
 
 
 def test_an_interrupted_command_goes_on_with_what_was_changed(

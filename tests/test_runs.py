@@ -173,7 +173,7 @@ def test_in_this_process_a_later_run_ends_an_earlier_one_and_is_not_touched_by_i
 
 def test_a_prompt_may_come_while_its_video_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     run, told = Running(None, None), list[int]()  # type: ignore[arg-type]
-    request = types.SimpleNamespace(params=None)
+    request = types.SimpleNamespace(params=None, resume=None)
     plan = types.SimpleNamespace(num_chunks=None)
 
     def asks(*_: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import os
 import re
 import socket
 import threading
@@ -27,9 +28,11 @@ from pavdm_dist.commands.sample import render_command
 from pavdm_dist.config import PromptChange, SampleConfig
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.kinds import Kinds
-from pavdm_dist.farm.shot import Shot
+from pavdm_dist.farm.settings import PoolConfig
+from pavdm_dist.farm.shot import Shot, make_shot
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.io.metadata import read_sidecar, versions
+from pavdm_dist.io.parts import parts_folder
 from pavdm_dist.serve.fragments import fragments, mime_type
 from pavdm_dist.serve.front import Front
 from pavdm_dist.serve.front_desk import FrontDesk
@@ -323,6 +326,23 @@ def test_a_prompt_is_changed_in_mid_video(server: Served) -> None:
     assert late.status_code == 409 and "is not being rendered" in message(late)
 
 
+def test_a_video_whose_chunks_are_all_born_takes_no_prompt(server: Served) -> None:
+    """Whoever is told that a change was taken sees it in the video."""
+    server.desk.hold(3)
+    try:
+        id = post(server, prompt="a red three", num_frames=33).json()["id"]
+        while not server.desk.has(id, chunks=3):
+            time.sleep(0.01)
+        told = ask.get(f"{server.url}/v1/videos/{id}/timeline").json()
+        assert told["chunks"] == 5 and told["window"][-1]["chunk"] == 4, "it is not over, and nothing more is born"
+        late = ask.post(f"{server.url}/v1/videos/{id}/prompt", json={"prompt": "a blue seven"})
+        assert late.status_code == 409 and message(late).startswith(f"all chunks of video {id} are born")
+        assert not (Path(server.desk.tree.folder(id)) / "prompts.json").exists()
+    finally:
+        server.desk.let()
+    server.wait(id)
+
+
 def test_a_complete_video_takes_no_prompt_though_its_renderer_holds_it_still(server: Served) -> None:
     server.desk.hold(2)
     try:
@@ -397,19 +417,42 @@ def test_a_server_that_is_started_again_goes_on_with_the_same_videos(model: Path
     assert read_sidecar(tree.output(ids[0]))["latents_sha256"] == result["latents_sha256"]
 
 
-def test_a_video_that_was_begun_by_other_versions_says_so(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_video_that_was_begun_by_other_versions_is_begun_anew(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On a farm it would wait for a machine that has them; here none comes."""
+    """On a farm it would wait for a machine that has them; here none comes, and its client can do nothing about it."""
+    config = settings(model, farm=PoolConfig(poll_s=0.05))
+    with served(config, tmp_path / "out") as first:
+        first.desk.hold(2)
+        id, other = (post(first, prompt="a red three", seconds=2, seed=7).json()["id"] for _ in range(2))
+        while not first.desk.has(id, chunks=2):
+            time.sleep(0.01)
+    output = first.desk.tree.output(id)
+    begun = set(os.listdir(parts_folder(output)))
+    assert {name for name in begun if name.endswith(".mp4")}
+    monkeypatch.setattr("pavdm_dist.commands.origin.versions", lambda: {**versions(), "torch": "9.9"})
+    with served(config, tmp_path / "out") as second:
+        for one in (id, other):
+            second.wait(one)
+    said = caplog.text
+    assert f"shot {id}: what was begun of it is removed, and it is begun anew" in said and 'versions.torch="' in said
+    made, same = (read_sidecar(second.desk.tree.output(one)) for one in (id, other))
+    assert made["identity"]["versions"]["torch"] == "9.9" and made["latents_sha256"] == same["latents_sha256"]
+    assert not Path(parts_folder(output)).exists()
+
+
+def test_a_video_that_was_begun_with_other_settings_is_left_as_it_is(model: Path, tmp_path: Path) -> None:
+    """That is whoever started the server: the settings before go on with it."""
     with served(settings(model), tmp_path / "out") as first:
         first.desk.hold(2)
         id = post(first, prompt="a red three", seconds=2).json()["id"]
         while not first.desk.has(id, chunks=2):
             time.sleep(0.01)
-    monkeypatch.setattr("pavdm_dist.commands.origin.versions", lambda: {**versions(), "torch": "9.9"})
-    with served(settings(model), tmp_path / "out") as second:
+    begun = os.listdir(parts_folder(first.desk.tree.output(id)))
+    with served(settings(model, num_inference_steps=12), tmp_path / "out") as second:
         failed = second.wait(id, "failed")
-    assert 'versions.torch="' in failed["error"]["message"]
+    assert "num_inference_steps" in failed["error"]["message"]
+    assert os.listdir(parts_folder(first.desk.tree.output(id))) == begun
 
 
 @pytest.mark.slow
@@ -488,6 +531,39 @@ def test_a_request_that_cannot_be_is_one_sentence(server: Served, fields: dict[s
     answer = post(server, **fields)
     assert answer.status_code == 400 and re.search(said, message(answer)), answer.text
     assert server.desk.counts.asked == before
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [
+        ({"seconds": 60, "fps": 1000}, ["fps"]),
+        ({"seconds": 60, "num_inference_steps": 6000}, ["num_inference_steps"]),
+        ({"num_frames": 60_000, "fps": 1000}, ["num_frames"]),
+        ({"seconds": 30, "fps": 120, "num_inference_steps": 24}, ["num_inference_steps", "fps"]),
+        ({"seconds": 60, "fps": 1000, "num_inference_steps": 6000}, ["num_inference_steps", "fps"]),
+    ],
+)
+def test_frame_rate_and_steps_lead_past_no_bound(server: Served, asked: dict[str, Any], names: list[str]) -> None:
+    """Each of the largest values that a refusal names is legal, and nothing above it is."""
+    said = message(post(server, prompt="a red three", **asked))
+    wanted, nearest = re.fullmatch(r"(.*): is more than 4 times the work of .*; nearest legal: (.*)", said).groups()  # type: ignore[union-attr]
+    assert [part.partition("=")[0] for part in wanted.split(", ")] == names
+    assert [part.partition("=")[0] for part in re.split(", | or ", nearest)] == names
+    for way in nearest.split(" or "):
+        values = {name: int(value) for name, value in (part.split("=") for part in way.split(", "))}
+        server.desk.check(make_shot(_overridden({**asked, **values}), "test"))
+        last = list(values)[-1]
+        values[last] += 10 if last != "num_inference_steps" else 3  # a chunk more, or a step of the window's
+        with pytest.raises(ConfigError, match="times the work"):
+            server.desk.check(make_shot(_overridden({**asked, **values}), "test"))
+    # Whatever is within the bounds with the server's own settings is taken, with guidance, too.
+    server.desk.check(make_shot(_overridden({"seconds": 60, "guidance_scale": 7.0}), "test"))
+    server.desk.check(make_shot(_overridden({"seconds": 5, "fps": 100, "num_inference_steps": 12}), "test"))
+
+
+def _overridden(values: dict[str, Any]) -> dict[str, Any]:
+    own = {name: value for name, value in values.items() if name in ("seconds", "num_frames")}
+    return {"id": "x", "prompt": "a", **own, "overrides": {n: value for n, value in values.items() if n not in own}}
 
 
 def test_values_that_no_form_would_send_are_refused_in_words(server: Served) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from farms import finished_tree
 from helpers import tiny_checkpoint
 from PIL import Image
 from serving import settings
@@ -195,6 +196,27 @@ def test_the_commands_of_farms_read_a_servers_folder(config: ServeConfig, kinds:
     assert run_command(again, None, str(tmp_path), FarmProgress, [id])["done"] == 1
     write_report(str(tmp_path))
     assert front.get(id)["status"] == "completed"
+
+
+def test_a_farms_shots_are_told_of_as_they_were_made(config: ServeConfig, kinds: Kinds, tmp_path: Path) -> None:
+    """This server would make another length and size of them, and began after they were complete."""
+    timed = {"overrides": {"timed_prompts": {"0s": "a red three", "1s": "a blue seven"}}}
+    tree = finished_tree(tmp_path, [{"id": "made", **timed, "size": "64x64"}, {"id": "failed", **timed}])
+    path = Path(tree.folder("made"), "video.json")
+    made = {"prompt": "a red seven", "num_frames": 36, "created": "2026-01-02T03:04:05+00:00"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **made}))
+    Path(tree.folder("failed"), "video.json").unlink()
+    tree.fail("failed", Failure("no frame is finite"))
+    with opened(config, kinds, str(tmp_path)) as front:
+        began, complete, timeline = front.began_at, front.get("made"), front.timeline("made")
+        failed, asked_prompts = front.get("failed"), front.timeline("failed")["prompts"]
+    assert [complete[name] for name in ("status", "prompt", "seconds", "size")] == [
+        "completed", "a red seven", "1.5", "48x32",
+    ]  # fmt: skip
+    assert complete["created_at"] == complete["completed_at"] == 1_767_323_045 < began
+    assert (timeline["chunks"], timeline["done"], timeline["prompts"]) == (2, 2, [[0, "a red seven"]])
+    assert (failed["prompt"], failed["created_at"], failed["completed_at"]) == ("a red three", began, None)
+    assert asked_prompts == [[0, "a red three"]]
 
 
 def test_a_video_whose_failure_cannot_be_written_has_failed(

@@ -11,6 +11,7 @@ from pavdm_dist.commands.origin import OtherMachineError
 from pavdm_dist.engine.events import AtWork
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError, StalledError, TakenError
 from pavdm_dist.farm.shot import Shot
+from pavdm_dist.io.state import BegunOtherwiseError
 from pavdm_dist.redaction import hide_secrets
 from pavdm_dist.request.outputs import VideoChunk
 
@@ -28,9 +29,11 @@ class Ended:
 
     Attributes:
         how: ``done``; ``failed`` for good; ``again``: through no fault of its own; ``aside``: another process has it;
-            ``unfit``: it was begun by other versions, or on other devices, than there are here, and stays begun for
-            where these are; ``cancelled``; ``saved``: the renderer was told to end.
-        kind: see :class:`~pavdm_dist.farm.tree.Failure`; ``elsewhere``: another process did it.
+            ``unfit``: it was begun by other versions, on other devices or with other settings than there are here, and
+            stays begun for where these are; ``cancelled``; ``saved``: the renderer was told to end.
+        kind: see :class:`~pavdm_dist.farm.tree.Failure`; ``elsewhere``: another process did it; ``otherwise``: another
+            process has completed it, but not as it is asked for here; ``machine``: of an unfit one, only versions or
+            devices differ.
         error: why, of the middle four; of a saved one, why its newest state is not.
         frames: that it gave here.
     """
@@ -94,8 +97,8 @@ def end_of(cause: BaseException, said: BaseException | None = None) -> Ended:
         said: its message in better words.
     """
     text = one_line(said or cause)
-    if isinstance(cause, OtherMachineError):
-        return Ended("unfit", error=text)
+    if isinstance(cause, BegunOtherwiseError):  # nothing is wrong with it
+        return Ended("unfit", "machine" if isinstance(cause, OtherMachineError) else "", text)
     if isinstance(cause, TakenError):
         return Ended("aside", error=text)
     if isinstance(cause, StalledError):

@@ -1,6 +1,6 @@
 """``pavdm farm run --dry-run``: what a manifest would take, from shapes alone; renders nothing and writes nothing.
 
-Of weights it takes the checksum, where a complete shot is to be compared.
+Of weights it takes the checksum, where a complete or begun shot is to be compared.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.commands.plan import MAX_ROWS, plan_report
 from pavdm_dist.config import PlanConfig
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.farm.intake import check_unchanged
+from pavdm_dist.farm.begun import check_as_before
 from pavdm_dist.farm.kinds import Kind, Kinds
 from pavdm_dist.farm.manifest import checked
 from pavdm_dist.farm.settings import FarmConfig
 from pavdm_dist.farm.shot import Shot
-from pavdm_dist.farm.tree import SIDECAR, Tree
+from pavdm_dist.farm.tree import Tree
 from pavdm_dist.method.sampler import num_branches
 from pavdm_dist.method.schedule import WindowPlan
 from pavdm_dist.planning.forecast import calls_of
@@ -80,8 +80,7 @@ def dry_run(config: FarmConfig, manifest: str | None, out: str) -> dict[str, Any
 
     def check(shot: Shot) -> None:
         kinds.check(shot)
-        if SIDECAR in there.get(shot.id, ()):
-            check_unchanged(shot, tree, kinds)
+        check_as_before(shot, there.get(shot.id, frozenset()), tree, kinds)
 
     for shot in _kept(tree, check) if manifest is None else checked(manifest, check):
         shots += 1

@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import PurePath
 from typing import Any, NamedTuple, TextIO
@@ -36,8 +36,10 @@ _MARKS = (
 _NAMES = {"text": "prompt", "name": "id", "custom_id": "id", "width": None, "height": None, "path": None, "ref": None}
 # What such a body or table says of a video besides, and this package calls a setting.
 _SETTINGS = ("fps", "num_inference_steps", "guidance_scale")
-# Facts of a data set that a table of Open-Sora's brings along, and that ask for nothing.
-_FACTS = ("aspect_ratio", "resolution", "aes", "flow", "match", "score", "model")
+# What asks for nothing: facts of a data set that a table of Open-Sora's brings along, and in OpenAI's batch lines the
+# model, which is the farm's. Elsewhere these names are unknown ones.
+_OF_TABLES = ("aspect_ratio", "resolution", "aes", "flow", "match", "score", "model")
+_OF_BATCHES = ("model",)
 
 
 class Line(NamedTuple):
@@ -199,7 +201,7 @@ def _table(file: _Lines, delimiter: str) -> Iterator[Line]:
                 continue
             values = {str(name).strip(): text for name, text in row.items() if text.strip()}
             try:
-                yield _named(number, {name: _number(name, text) for name, text in values.items()})
+                yield _named(number, {name: _number(name, text) for name, text in values.items()}, _OF_TABLES)
             except ConfigError as error:
                 yield Line(number, None, f"overrides: {error}")
             except ValueError as error:
@@ -229,21 +231,24 @@ def _number(name: str, text: str) -> Any:
     return text
 
 
-def _named(number: int, values: Mapping[str, Any]) -> Line:
-    """Names of a shot for those that others use; what is unknown is named as a fault."""
+def _named(number: int, values: Mapping[str, Any], ignored: Container[str] = ()) -> Line:
+    """Names of a shot for those that others use; what is unknown, and not ``ignored``, is named as a fault."""
     values = dict(values)
     if isinstance(values.get("body"), Mapping):  # a batch line of OpenAI's
         method, url = values.pop("method", "POST"), values.pop("url", "/v1/videos")
         if method != "POST" or not str(url).endswith("/videos"):
             return Line(number, None, f"{show(method)} {show(url)}: must be POST /v1/videos")
+        ignored = _OF_BATCHES
         body = {name: value for name, value in values.pop("body").items() if value is not None}
         for name, value in body.items():
-            if name not in _FACTS and values.get(name) not in (None, value):
+            if name not in ignored and values.get(name) not in (None, value):
                 return Line(number, None, _twice(name, values[name], f"body.{name}", value))
         values |= body
         if isinstance(values.get("seconds"), str):
             values["seconds"] = _number("seconds", values["seconds"])
-        if isinstance(reference := values.pop("input_reference", None), str):
+        if (reference := values.pop("input_reference", None)) is not None:
+            if not isinstance(reference, str):
+                return Line(number, None, _no_path("input_reference", reference))
             field = _field_of(reference)
             if values.get(field) not in (None, reference):
                 return Line(number, None, _twice(field, values[field], "input_reference", reference))
@@ -252,7 +257,7 @@ def _named(number: int, values: Mapping[str, Any]) -> Line:
     overrides = values.pop("overrides", None)
     overrides = {} if overrides is None else overrides
     for name, value in values.items():
-        if value is None or name in _FACTS:
+        if value is None or name in ignored:
             continue
         if name in _SETTINGS and isinstance(overrides, dict):
             if name in overrides and overrides[name] != value:
@@ -268,7 +273,9 @@ def _named(number: int, values: Mapping[str, Any]) -> Line:
         else:
             known[own] = value
     for name in ("path", "ref"):
-        if isinstance(path := values.get(name), str):
+        if (path := values.get(name)) is not None:
+            if not isinstance(path, str):
+                return Line(number, None, _no_path(name, path))
             field = _field_of(path)
             if known.get(field, path) != path:
                 other = "path" if values.get(field) is None else field
@@ -291,6 +298,10 @@ def _named(number: int, values: Mapping[str, Any]) -> Line:
 
 def _twice(one: str, value: Any, other: str, further: Any) -> str:
     return f"{one}={show(value)} and {other}={show(further)}: are names of the same; give one of them"
+
+
+def _no_path(name: str, value: Any) -> str:
+    return f"{name}={show(value)}: must be text, the path of a clip or a picture"
 
 
 def _field_of(path: str) -> str:

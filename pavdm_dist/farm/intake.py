@@ -9,8 +9,8 @@ from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from pavdm_dist.commands.origin import difference, without_pixels
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.farm.begun import check_as_before, check_unchanged
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.manifest import checked, read_shots
 from pavdm_dist.farm.shot import Shot
@@ -72,7 +72,7 @@ class Intake:
         """All of it, checked as a whole; kept in the tree.
 
         Raises:
-            ManifestError: lines that cannot be used, by number; or a complete shot that was asked for otherwise.
+            ManifestError: lines that cannot be used, by number; or a shot that was made, or begun, otherwise.
             ConfigError: it cannot be read, or nothing is asked for.
         """
         self._stamp = self._looked_at = self._seen()
@@ -129,9 +129,11 @@ class Intake:
 
         def check(shot: Shot) -> None:
             self._kinds.check(shot)
+            names = there.get(shot.id, frozenset())
             if shot.id not in self._known:
                 frames[shot.id] = self._kinds.frames(shot)
-            if SIDECAR in there.get(shot.id, ()):
+                check_as_before(shot, names, self._tree, self._kinds, retried=self._only is not None)
+            elif SIDECAR in names:
                 check_unchanged(shot, self._tree, self._kinds)
 
         if self._manifest is not None:
@@ -204,30 +206,6 @@ class Intake:
             return found.st_size, found.st_mtime_ns, found.st_ino
         except (OSError, ConfigError):
             return None
-
-
-def check_unchanged(shot: Shot, tree: Tree, kinds: Kinds) -> None:
-    """Refuses a complete shot that is asked for otherwise than it was made.
-
-    Args:
-        shot: one that has a sidecar.
-        tree: where it lies.
-        kinds: what is asked of it besides.
-
-    Raises:
-        ConfigError: naming what it was made with, or that it lacks latents or is gone; or its sidecar is none of this
-            program's, or damaged.
-        CheckpointError: as :meth:`~pavdm_dist.farm.kinds.Kinds.asked`.
-    """
-    sidecar = tree.sidecar(shot.id)
-    if sidecar is None:
-        raise ConfigError(f"id={shot.id}: {tree.folder(shot.id)}/{SIDECAR} is none of this program's, or damaged")
-    made, asked = sidecar.get("identity"), kinds.asked(shot)
-    if not isinstance(made, Mapping) or not made:  # brought here: such a record has a few facts alone
-        made, asked = ({name: facts.get(name) for name in ("prompt", "seed")} for facts in (sidecar, asked))
-    other = difference(tree.output(shot.id), without_pixels(made), asked, kinds.kind_of(shot).config)
-    if other:
-        raise ConfigError(f"id={shot.id} {other}; give what is changed another id, or remove {tree.folder(shot.id)}")
 
 
 def _said(shot: Shot) -> bytes:

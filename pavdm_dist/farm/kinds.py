@@ -20,11 +20,12 @@ from pavdm_dist.commands.videos import WantedVideo as Output
 from pavdm_dist.config import SampleConfig, check_first, frames_wanted, validate_sample
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.farm.begun import as_begun
 from pavdm_dist.farm.prompts import PROMPTS, later_prompts
 from pavdm_dist.farm.settings import FarmConfig, sample_settings
 from pavdm_dist.farm.shot import Shot, seed_of, size_of
 from pavdm_dist.io.encode import check_size, require_libx264
-from pavdm_dist.io.leftovers import settings_begun_with
+from pavdm_dist.io.leftovers import recording_facts
 from pavdm_dist.io.parts import parts_folder
 from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import exists
@@ -200,7 +201,21 @@ class Kinds:
             ConfigError: as :meth:`kind_of`, or a device that is not there.
             CheckpointError: the weights cannot be read.
         """
-        params, config = self.kind_of(shot).params, self.config_of(shot, "-")
+        return self._asked(shot, self.config_of(shot, "-"), self.kind_of(shot).params)
+
+    def asked_of_begun(self, shot: Shot, output: str) -> dict[str, Any]:
+        """The facts that the state of a shot's recording must have to be gone on with, but for pixels as
+        :meth:`asked`. Raises as that.
+
+        Args:
+            shot: which.
+            output: its mp4.
+        """
+        config, params = self._as_begun(shot, self.config_of(shot, output), output)
+        shape = (params.fps, params.height, params.width, config.chunks_per_segment, config.save_latents)
+        return recording_facts(self._asked(shot, config, params), *shape)
+
+    def _asked(self, shot: Shot, config: SampleConfig, params: SamplingParams) -> dict[str, Any]:
         found = Origin(config, params, self._pipeline, self.identity).identity(self._request(config, params))
         begins_with = {"clip": shot.video, "image": shot.image}
         return without_pixels({**found, **{name: path for name, path in begins_with.items() if path is not None}})
@@ -232,11 +247,14 @@ class Kinds:
         Raises:
             ConfigError: a clip, a picture or a prompt that cannot be used.
         """
-        config, params = self.config_of(shot, output), self._params_begun_with(shot, output)
+        config, params = self._as_begun(shot, self.config_of(shot, output), output)
         check_clip(config, [output])
         (request,) = requests_of(config, [Output(config.prompt or "", config.seed, output)], params, self.checkpoint)
         video = Video(0, replace(request, params=params), output)
-        advice = f"; it goes on where all is the same, and is begun anew once {parts_folder(output)} is removed"
+        advice = (
+            f"; it goes on where all is the same, and is begun anew once {parts_folder(output)} is removed (where it"
+            " counts as failed, by `pavdm farm retry`)"
+        )
         return Videos([video], config, params, pipeline, self.identity, overwrite=False, advice=advice)
 
     @cached_property
@@ -244,18 +262,11 @@ class Kinds:
         """One that never runs, to ask what videos are computed by."""
         return self.pipeline()
 
-    def _params_begun_with(self, shot: Shot, output: str) -> SamplingParams:
-        """What is sampled of a shot, with the size of micro-batches that it was begun with where nobody has said it:
-        that follows from the number of stages, of videos in flight, and from GPUs."""
-        kind = self.kind_of(shot)
-        if kind.config.chunks_per_unit is not None or kind.params.mode == "window":
-            return kind.params
-        try:
-            kept = settings_begun_with(output).get("chunks_per_unit") or 1  # earlier versions kept no 1
-        except ConfigError:  # what else it was begun with is refused by name, or is the same
-            return kind.params
-        whole = type(kept) is int and 1 <= kept <= kind.params.window_chunks
-        return replace(kind.params, chunks_per_unit=kept) if whole else kind.params
+    def _as_begun(self, shot: Shot, config: SampleConfig, output: str) -> tuple[SampleConfig, SamplingParams]:
+        """Settings that a shot goes on with (:func:`~pavdm_dist.farm.begun.as_begun`)."""
+        name = "chunks_per_segment"
+        is_said = name in shot.overrides or getattr(self.config, name) != getattr(type(self.config), name)
+        return as_begun(config, self.kind_of(shot).params, output, is_said)
 
     def _request(self, config: SampleConfig, params: SamplingParams) -> VideoRequest:
         """What is asked for in words."""

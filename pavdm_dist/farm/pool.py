@@ -16,11 +16,13 @@ from functools import partial
 from typing import Any
 
 from pavdm_dist.errors import ConfigError, PAVDMError
+from pavdm_dist.farm.anew import forget_begun
 from pavdm_dist.farm.crew import Crew, Hand
 from pavdm_dist.farm.desk import Ended, Listener, Sight
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.logs import ShotLog
 from pavdm_dist.farm.meters import make_meters
+from pavdm_dist.farm.outage import Outage
 from pavdm_dist.farm.reached import Reached
 from pavdm_dist.farm.renderer import Renderer
 from pavdm_dist.farm.said import Said
@@ -74,6 +76,7 @@ class Pool:
         self._listener, self._said, self._endless = listener or Listener(), Said(tree, log or ShotLog()), endless
         self._turn = threading.Condition()
         self._waiting, self._watch, self._watching = Waiting(), Watch(), threading.Lock()
+        self._outage = Outage(tree.root, self._options.retry_s)
         self._running: dict[str, _Running] = {}
         self._furthest: dict[str, int] = {}  # by shot, the last chunk that any renderer gave
         self._crew = Crew(kinds, lambda name: Renderer(name, kinds, tree, self), self._turn)
@@ -253,16 +256,18 @@ class Pool:
                 return None
             try:
                 while not (hand.over or hand.retiring or self._draining_since is not None):
-                    if self._may_take(hand) and (entry := self._waiting.take(alone=not hand.load)) is not None:
+                    entry = self._next(hand) if self._outage.lets and self._may_take(hand) else None
+                    if entry is not None:
                         self._running[entry.shot.id] = _Running(entry, hand)
                         hand.load += 1
+                        self._outage.gives(entry)
                         self._said.taken(renderer.name, entry.shot)
                         return entry.shot
                     if not (self._endless or self._waiting or self._running):
                         return None
                     hand.waits = True
                     self._turn.wait(1.0)
-                    if not self._waiting.ready and hand.idle_since is not None:
+                    if (self._outage.is_on or not self._waiting.ready) and hand.idle_since is not None:
                         hand.idle_since = time.monotonic()  # with nothing to take nobody is to blame
                 return None
             finally:
@@ -284,10 +289,12 @@ class Pool:
             running = self._running[shot.id]
             running.begun = True
             hand, attempts = running.hand, running.entry.attempts
+            self._outage.well(running.entry, has_chunk=False)
             hand.begun += 1
             if hand.idle_since is not None:
                 hand.idle_s += time.monotonic() - hand.idle_since
                 hand.idle_since = None
+            self._turn.notify_all()
         self._said.begun(renderer.name, shot, chunk, attempts, video)
         self._listener.begun(shot, chunk)
 
@@ -297,8 +304,10 @@ class Pool:
             self.frames += frames
             self.reached.add(shot.id, frames)
             self._crew.went_on()
+            entry = self._running[shot.id].entry
+            self._outage.well(entry, has_chunk=True)
             if chunk.index > self._furthest.get(shot.id, -1):
-                self._furthest[shot.id], self._running[shot.id].entry.attempts = chunk.index, 0
+                self._furthest[shot.id], entry.attempts, entry.unwritten = chunk.index, 0, None
             self._turn.notify_all()
         params = self._kinds.kind_of(shot).params
         self._meters.add("pavdm_farm_frames", frames)
@@ -307,6 +316,10 @@ class Pool:
         self._listener.grew(shot, chunk)
 
     def ended(self, renderer: Renderer, shot: Shot, ended: Ended) -> None:
+        if ended.how == "unfit" and self._endless:  # no farm ends that could say so, nor does another one come
+            is_machine = ended.kind == "machine"  # an upgrade, or a move: clients did nothing, and can do nothing
+            anew = forget_begun(shot, self._tree) if is_machine else None
+            ended = anew or replace(ended, how="failed", kind="input")
         ended, attempts = self._settled(shot, ended)
         self._meters.add(f"pavdm_farm_shots_{ended.how}")
         self._said.ended(renderer.name, shot, ended, attempts)
@@ -316,8 +329,6 @@ class Pool:
         """What becomes of a shot, the queue being as it then is; one that was begun too often has failed. And how often
         it was begun without getting further, this time included."""
         options, length = self._options, self._length(shot)
-        if ended.how == "unfit" and self._endless:  # no farm ends that could say so, nor does another one come
-            ended = replace(ended, how="failed", kind="input")
         with self._turn:
             running = self._running.pop(shot.id)
             entry, hand = running.entry, running.hand
@@ -325,13 +336,15 @@ class Pool:
             hand.begun -= running.begun
             if not hand.begun and hand.idle_since is None:
                 hand.idle_since = time.monotonic()
+            counts = self._looked_at(running, ended)
             attempts = entry.attempts + 1
-            if ended.how == "again":
+            if ended.how == "again" and counts:
                 entry.attempts = attempts
                 if entry.attempts > options.retries:
                     ended = replace(ended, how="failed", error=f"{ended.error} ({entry.attempts} attempts)")
             if ended.how == "again":
-                self._waiting.put_back(entry, options.retry_s * 2 ** (entry.attempts - 1))
+                wait = options.retry_s * 2 ** (entry.attempts - 1) if counts else self._outage.left_s
+                self._waiting.put_back(entry, wait)
             elif ended.how in ("aside", "saved"):
                 self._waiting.put_back(entry, options.poll_s)
             else:
@@ -348,6 +361,19 @@ class Pool:
             logger.error("%s", self.ended_by)
             self.drain()
         return ended, attempts
+
+    def _looked_at(self, running: _Running, ended: Ended) -> bool:
+        """Takes note of whether its files could be written; whether its end is no fault of the folder of all."""
+        if ended.how == "again" and ended.kind == "storage":
+            return self._outage.failed(running.entry, running.begun, ended.error)
+        self._outage.ended(running.entry)
+        if ended.how == "done" and ended.kind != "elsewhere":
+            self._outage.well(running.entry, has_chunk=True)
+        return True
+
+    def _next(self, hand: Hand) -> Entry | None:
+        """The shot that a renderer gets."""
+        return self._waiting.take(alone=not hand.load, unwritten_last=self._outage.is_on)
 
     def _forget(self, id: str) -> None:
         """Of a shot that is over nothing is kept: there may be millions."""

@@ -1,5 +1,5 @@
-"""Later prompts of a shot. They are its own, as its first prompt is: settings of sampling do not follow from them, so
-that a manifest may have others on every line."""
+"""Prompts of a shot: the one that it begins with, and later ones. They are its own: settings of sampling do not follow
+from them, so that a manifest may have others on every line."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pavdm_dist.config import PromptChange, check_changes
+from pavdm_dist.errors import ConfigError
+from pavdm_dist.farm.shot import Shot
 from pavdm_dist.values.fields import is_writable
 from pavdm_dist.values.merging import merged
+from pavdm_dist.values.timed import first_prompt
 
 # Overrides that say nothing but prompts.
 PROMPTS = ("prompt_schedule", "timed_prompts")
@@ -23,6 +26,24 @@ class LaterPrompts:
 
     prompt_schedule: list[PromptChange] = field(default_factory=list)
     timed_prompts: dict[str, str] = field(default_factory=dict)
+
+
+def prompt_of(shot: Shot, sidecar: Mapping[str, Any] | None = None) -> str:
+    """The prompt that a shot's video begins with; empty where what is asked for has none that can be read.
+
+    Args:
+        shot: as it is asked for.
+        sidecar: of a complete one; what it was made with counts, whatever a manifest says by now.
+    """
+    made_with = None if sidecar is None else sidecar.get("prompt")
+    if isinstance(made_with, str) and made_with.strip():
+        return made_with
+    if shot.prompt.strip():
+        return shot.prompt
+    try:
+        return first_prompt(later_prompts(shot.overrides).timed_prompts) or ""
+    except ConfigError:  # in a folder that an earlier version has written
+        return ""
 
 
 def later_prompts(overrides: Mapping[str, Any]) -> LaterPrompts:

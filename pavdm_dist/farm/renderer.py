@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pavdm_dist.commands.videos import Video, Videos
-from pavdm_dist.errors import EngineError, PAVDMError, TraceError
+from pavdm_dist.errors import ConfigError, EngineError, PAVDMError, TraceError
+from pavdm_dist.farm.begun import check_unchanged
 from pavdm_dist.farm.desk import Desk, Ended, Sight, end_of, one_line
 from pavdm_dist.farm.kinds import Kinds
 from pavdm_dist.farm.logs import of_shot
@@ -182,9 +183,8 @@ class Renderer:
         if video.error is not None:
             cause = video.error.__cause__
             # Another farm may have finished it, or begun it, in this moment.
-            ended = (
-                Ended("done", "elsewhere") if self._tree.is_done(shot.id) else end_of(cause or video.error, video.error)
-            )
+            is_done = self._tree.is_done(shot.id)
+            ended = self._made_elsewhere(shot) if is_done else end_of(cause or video.error, video.error)
             self._desk.ended(self, shot, ended)
             return None
         if not requests:  # only its end was missing
@@ -214,8 +214,18 @@ class Renderer:
         if state.standing in ("skipped", "cancelled"):
             return Ended("cancelled")
         if state.standing == "done":
-            return Ended("done", "elsewhere")
+            return self._made_elsewhere(shot)
         return None if self._desk.is_free(shot) else Ended("aside")
+
+    def _made_elsewhere(self, shot: Shot) -> Ended:
+        """Another process has completed a shot since it was queued: as it is asked for here, or otherwise."""
+        try:
+            check_unchanged(shot, self._tree, self._kinds)
+        except ConfigError as error:
+            return Ended("failed", "otherwise", one_line(error))
+        except Exception as error:  # stores that are away have errors of kinds of their own
+            return end_of(error)
+        return Ended("done", "elsewhere")
 
     # --- the thread that writes them -------------------------------------------------------------------------
 

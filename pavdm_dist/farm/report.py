@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pavdm_dist.errors import MediaError
+from pavdm_dist.farm.prompts import prompt_of
 from pavdm_dist.farm.status import Standing, standings, status_report
 from pavdm_dist.farm.traces import StageTimes, shot_times
 from pavdm_dist.farm.tree import SIDECAR, VIDEO, Tree
@@ -74,6 +75,7 @@ def write_report(out: str) -> dict[str, Any]:
         cards=cards,
         failed=failed,
         unfinished=unfinished,
+        prompt_of=prompt_of,
         hidden={
             "complete": max(0, status["done"] - len(cards)),
             "failed": max(0, status["failed"] - len(failed)),
@@ -108,7 +110,7 @@ def _card(tree: Tree, one: Standing, sidecar: dict[str, Any], times: StageTimes)
     sheet = _sheet(tree.output(one.shot.id), sidecar["num_frames"])
     return _Card(
         one.shot.id,
-        one.shot.prompt,
+        prompt_of(one.shot, sidecar),
         f"shots/{one.shot.id}/{VIDEO}",
         facts,
         sheet,

@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pavdm_dist.commands.origin import OtherMachineError
 from pavdm_dist.commands.signals import Stopped
 from pavdm_dist.errors import FailedVideosError, MediaError, PAVDMError
 from pavdm_dist.farm.failed import list_failed
@@ -26,6 +25,7 @@ from pavdm_dist.farm.sizing import count_left, sized
 from pavdm_dist.farm.tree import Tree
 from pavdm_dist.io.metadata import versions
 from pavdm_dist.io.remote import is_remote
+from pavdm_dist.io.state import BegunOtherwiseError
 from pavdm_dist.redaction import hide_secrets
 from pavdm_dist.values.merging import to_dict
 
@@ -60,7 +60,7 @@ def run_command(
         FailedVideosError: some shots failed, now or in an earlier run; the others are complete, or left.
         ConfigError: bad input, before anything is written or taken from a cluster.
         MediaError: the folder cannot be written, before anything is taken from a cluster.
-        OtherMachineError: all that is left was begun by other versions, or on other devices, than there are here.
+        BegunOtherwiseError: all that is left was begun by other versions, on other devices or with other settings.
         EngineError: no renderer comes up; what is finished stays.
         Stopped: a signal, or the marker ``drain``, which is SIGTERM to all farms of a folder, came before all was over;
             what is unfinished is saved.
@@ -89,8 +89,15 @@ def run_command(
         with _logged(tree) as log:
             bar = progress(kinds.base.params.fps)
             farm = _Farm(Pool(kinds, tree, log=log), kinds, intake, bar, config.farm.poll_s)
-            told = _rendered(farm, found)
-        list_failed(tree)
+            try:
+                told = _rendered(farm, found)
+            except PAVDMError as error:  # which says what status follows, and not of the failures that it comes upon
+                if farm.failed:
+                    failures = f"{farm.failed} of {farm.asked} shots failed (`pavdm farm status {out}` says why)"
+                    error.args = (f"{error}; {failures}", *error.args[1:])
+                raise
+            finally:
+                list_failed(tree)
     except Stopped as stop:  # before anything was begun, or when all was over
         told = told or stop
     if farm is None:
@@ -103,7 +110,7 @@ def run_command(
         so_far = f" and {farm.failed} failed" if farm.failed else ""
         number = signal.SIGTERM if told is None else told.number
         raise Stopped(number, f"{left} shots are left{so_far}, the same command goes on") from told
-    others = f"{unfit} begun by other versions, or on other devices, than there are here (the log names them)"
+    others = f"{unfit} begun by other versions, on other devices or with other settings (the log names them)"
     if farm.failed:
         raise FailedVideosError(
             f"{farm.failed} of {farm.asked} shots failed, {left or 'none'} are left{f', {others}' if unfit else ''}:"
@@ -111,7 +118,7 @@ def run_command(
             farm.failed,
         )
     if unfit:
-        raise OtherMachineError(
+        raise BegunOtherwiseError(
             f"out={out}: {left} of {farm.asked} shots are left, {others}; they go on where these are"
         )
     return report
@@ -234,7 +241,7 @@ class _Farm:
         words = [f"{self.done_before + ends['done']}/{self.asked} shots", f"{figures['running']:.0f} running"]
         words += [f"{self.failed} failed"] if self.failed else []
         words += [f"{ends['cancelled']} cancelled"] if ends["cancelled"] else []
-        words += [f"{ends['unfit']} for other machines"] if ends["unfit"] else []
+        words += [f"{ends['unfit']} begun otherwise"] if ends["unfit"] else []
         self.bar.show(self.pool.frames, self.pool.reached.frames, ", ".join(words))
 
     def report(self) -> dict[str, Any]:

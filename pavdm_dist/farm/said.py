@@ -19,9 +19,11 @@ _WORDS = {
     "aside": "another process has it",
     "cancelled": "cancelled",
     "saved": "saved, to go on later",
-    "unfit": "left to a machine that it fits",
+    "unfit": "left as it was begun",
 }
 _UNSAVED = "not saved, goes on later from its state before"
+# Failures that say nothing of the shot itself, which has a record already, or is complete.
+_NOT_ITS_OWN = ("elsewhere", "otherwise")
 _ELSEWHERE = {"done": "is complete already", "failed": "had failed"}
 
 
@@ -81,7 +83,7 @@ class Said:
                 self._tell(level, renderer, shot, f"{words}{said}")
             self._log.ended(renderer, shot.id)
         finally:  # whatever happens to what is said of it: it is in no queue any more
-            if ended.how == "failed" and ended.kind != "elsewhere":
+            if ended.how == "failed" and ended.kind not in _NOT_ITS_OWN:
                 self._fail(shot, ended, attempts)
         if ended.how in ("done", "failed", "cancelled", "unfit"):
             self._log.forget(shot.id)

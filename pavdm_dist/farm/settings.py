@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from pavdm_dist.config import PlanConfig, SampleConfig, validate_sample
 from pavdm_dist.errors import ConfigError
@@ -48,6 +49,13 @@ _OF_SHOTS = (
     "output",
     "trace",
 )
+# What says where and how shots are rendered, kept and told of: their videos are the same.
+_OF_RUNS = (
+    "num_stages", "device", "streams", "layers_per_stage", "balance", "backend", "cpus_per_stage", "gpus_per_stage",
+    "decoder", "text_device", "text_cache", "threads_per_decoder", "cpus_per_decoder", "gpus_per_decoder",
+    "ray_address", "link_timeout_s", "placement_timeout_s", "start_timeout_s", "max_restarts", "restart_backoff_s",
+    "recovery", "node_wait_s", "stall_factor", "stall_limit_s", "progress", "chunks_per_segment", "cluster", "farm",
+)  # fmt: skip
 
 
 def validate_farm(config: FarmConfig) -> None:
@@ -86,3 +94,8 @@ def validate_farm(config: FarmConfig) -> None:
 def sample_settings(config: FarmConfig) -> SampleConfig:
     """The settings of videos alone."""
     return SampleConfig(**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(SampleConfig)})
+
+
+def of_videos(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a farm's settings, those that its videos depend on: a shot that is rendered with others is another video."""
+    return {name: value for name, value in settings.items() if name not in _OF_SHOTS + _OF_RUNS}

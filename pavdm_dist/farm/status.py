@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections import Counter
@@ -12,12 +13,12 @@ from typing import Any
 
 from pavdm_dist.errors import ConfigError, PAVDMError
 from pavdm_dist.farm.kinds import Kinds
-from pavdm_dist.farm.settings import FarmConfig
+from pavdm_dist.farm.settings import FarmConfig, of_videos
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import State, Tree
 from pavdm_dist.io.storage import open_read
 from pavdm_dist.values.fields import json_value
-from pavdm_dist.values.merging import merged
+from pavdm_dist.values.merging import merged, to_dict
 
 logger = logging.getLogger(__name__)
 
@@ -144,23 +145,44 @@ def status_report(out: str, now: float | None = None) -> dict[str, Any]:
     }
 
 
-def failed_shots(out: str, ids: Collection[str]) -> list[str]:
+def failed_shots(
+    out: str, ids: Collection[str], config: FarmConfig | None = None, said: Collection[str] = ()
+) -> list[str]:
     """Ids of failed shots that are to be tried again. Changes nothing.
 
     Args:
         out: the folder.
         ids: which; empty = all.
+        config: what they would be rendered with; None = the settings of the folder's newest run.
+        said: names of its settings that were asked for now; all others are those of the folder's newest run.
 
     Raises:
-        ConfigError: one that has not failed, or none has.
+        ConfigError: one that has not failed, or none has; or one has failed in a run with other settings.
     """
     tree = Tree(out)
-    failed = [one.shot.id for one in standings(tree, with_sidecars=False) if one.state.standing == "failed"]
+    now = json_value(json.dumps(of_videos(to_dict(config or settings_of_run(tree)))))
+    failed, others = list[str](), dict[str, dict[str, Any]]()
+    for one in standings(tree, with_sidecars=False):
+        if one.state.standing != "failed":
+            continue
+        failed.append(one.shot.id)
+        then = {} if one.state.failure is None else one.state.failure.settings
+        other = {name: then[name] for name in now if name in then and then[name] != now[name] and name not in said}
+        if other and (not ids or one.shot.id in ids):
+            others[one.shot.id] = other
     for id in ids:
         if id not in failed:
             raise ConfigError(f"id={id}: has not failed in {out}; `pavdm farm status {out}` lists those that have")
     if not failed:
         raise ConfigError(f"{out}: no shot has failed")
+    for id, other in others.items():
+        more = f", and {len(others) - 1} more have with others, too" if len(others) > 1 else ""
+        words = ", ".join(f"{name}={json.dumps(value)} (now {json.dumps(now[name])})" for name, value in other.items())
+        name, value = next(iter(other.items()))
+        raise ConfigError(
+            f"id={id}: failed in a run with {words}{more}; say what is to hold, as `pavdm farm retry {out} {id}"
+            f" {name}={json.dumps(value)}`"
+        )
     return [id for id in failed if not ids or id in ids]
 
 

@@ -24,12 +24,13 @@ import platform
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.farm.asked import Asked
+from pavdm_dist.farm.settings import of_videos
 from pavdm_dist.io import processes
 from pavdm_dist.io.local_disk import check_place
 from pavdm_dist.io.lockfile import Seen, read_lock
@@ -64,6 +65,8 @@ class Failure:
         at: seconds since 1970.
         log: the last lines that were logged of it.
         shot: the line of the manifest.
+        settings: that it would have been rendered with (:func:`~pavdm_dist.farm.settings.of_videos`); empty where that
+            is not known, as in records of earlier versions.
     """
 
     error: str
@@ -73,6 +76,7 @@ class Failure:
     at: float = field(default_factory=lambda: round(time.time(), 3))
     log: tuple[str, ...] = ()
     shot: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,14 @@ class Tree(Asked):
         root: local, or a path of fsspec's.
 
     Raises:
-        ConfigError: it is a file.
+        ConfigError: it is a file, or no name at all.
     """
 
     def __init__(self, root: str) -> None:
+        if not root:
+            raise ConfigError("out='': is no folder; name one, or . for the one that you are in")
         super().__init__(root)
+        self._settings: dict[str, Any] = {}  # of the run that this object is for
         if not is_remote(root) and os.path.lexists(root) and not os.path.isdir(root):
             raise ConfigError(f"out={root}: is a file; name a folder")
 
@@ -132,7 +139,8 @@ class Tree(Asked):
                 check_place(Path(self.path(name)), "out")
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
-        """Keeps what a run was given."""
+        """Keeps what a run was given: ``settings``, and more. Shots that fail from now on have failed with these."""
+        self._settings = of_videos(settings["settings"])
         with atomic_write(self.path("farm.json"), "w") as file:
             json.dump(settings, file, indent=2, ensure_ascii=False)
 
@@ -236,7 +244,7 @@ class Tree(Asked):
     def fail(self, id: str, failure: Failure) -> None:
         """Says that a shot will not be rendered, and why."""
         with atomic_write(join(self.folder(id), FAILED), "w") as file:
-            json.dump(asdict(failure), file, indent=2, ensure_ascii=False)
+            json.dump(asdict(replace(failure, settings=self._settings)), file, indent=2, ensure_ascii=False)
 
     def failure(self, id: str) -> Failure:
         """Why a shot failed; what cannot be read says so."""

@@ -1,8 +1,8 @@
 """``pavdm export vbench``: a farm's finished videos under the names that VBench and its successors look for.
 
 VBench takes a flat folder of ``{prompt}-{index}.mp4`` with nothing else in it, VBench-2.0 a folder per dimension with
-prompts cut to 180 characters. Names hold the prompt as it was asked for. Scores are computed by those toolkits, in
-environments of their own.
+prompts cut to 180 characters. Names hold the prompt that a video was made with. Scores are computed by those toolkits,
+in environments of their own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pavdm_dist.errors import ConfigError, MediaError
+from pavdm_dist.farm.prompts import prompt_of
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.status import standings
 from pavdm_dist.farm.tree import Tree
@@ -35,9 +36,10 @@ _PROMPT_CHARACTERS, _NAME_BYTES = 180, 255
 
 @dataclass(frozen=True)
 class _Sample:
-    """A video, the folder that it goes into and its number among those of its prompt there."""
+    """A video, its prompt, the folder that it goes into and its number among those of its prompt there."""
 
     shot: Shot
+    prompt: str
     folder: str
     index: int
     seed: Any
@@ -81,10 +83,10 @@ def export_vbench(out: str, target: str, form: Form = "standard", by_dimension: 
     if len(named) < len(samples):
         raise ConfigError(f"{out}: prompts that differ behind {_PROMPT_CHARACTERS} characters only; use --custom")
     about: dict[str, Any] = {
-        "samples": {name: {"id": s.shot.id, "prompt": s.shot.prompt, "seed": s.seed} for name, s in named.items()}
+        "samples": {name: {"id": s.shot.id, "prompt": s.prompt, "seed": s.seed} for name, s in named.items()}
     }
     if form == "custom":
-        about["prompts"] = {name: sample.shot.prompt for name, sample in named.items()}
+        about["prompts"] = {name: sample.prompt for name, sample in named.items()}
     try:
         with whole_folder(target, replaces=False) as folder:
             for name, sample in named.items():
@@ -97,7 +99,7 @@ def export_vbench(out: str, target: str, form: Form = "standard", by_dimension: 
     except OSError as error:  # of a video that is gone, too
         what = f"{error.filename}: " if error.filename else ""
         raise MediaError(f"out={target}: cannot be made ({what}{error.strerror or error})") from error
-    counts = Counter((sample.folder, sample.shot.prompt) for sample in samples)
+    counts = Counter((sample.folder, sample.prompt) for sample in samples)
     return {
         "out": target,
         "form": form,
@@ -118,6 +120,7 @@ def _samples(tree: Tree, nested: bool) -> Iterator[_Sample]:
     for one in standings(tree):
         if one.sidecar is None:
             continue
+        prompt = prompt_of(one.shot, one.sidecar)
         tagged = dict.fromkeys(tag.removeprefix(DIMENSION) for tag in one.shot.tags if tag.startswith(DIMENSION))
         for folder in tagged if nested else [""]:
             if nested and (not folder.strip(".") or "/" in folder):
@@ -127,13 +130,13 @@ def _samples(tree: Tree, nested: bool) -> Iterator[_Sample]:
                     f"id={one.shot.id}: tag {DIMENSION}{show(folder)}: {len(os.fsencode(folder))} bytes are too long"
                     f" for the name of a folder; use at most {_NAME_BYTES}"
                 )
-            key = folder, one.shot.prompt
-            yield _Sample(one.shot, folder, numbers[key], one.sidecar.get("seed"))
+            key = folder, prompt
+            yield _Sample(one.shot, prompt, folder, numbers[key], one.sidecar.get("seed"))
             numbers[key] += 1
 
 
 def _name(sample: _Sample, form: Form, number: int) -> str:
-    prompt = sample.shot.prompt[:_PROMPT_CHARACTERS] if form == "vbench2" else sample.shot.prompt
+    prompt = sample.prompt[:_PROMPT_CHARACTERS] if form == "vbench2" else sample.prompt
     name = f"{number:05d}.mp4" if form == "custom" else f"{prompt}-{sample.index}.mp4"
     return f"{sample.folder}/{name}" if sample.folder else name
 
@@ -141,7 +144,7 @@ def _name(sample: _Sample, form: Form, number: int) -> str:
 def _why_no_names(samples: list[_Sample], form: Form) -> str | None:
     """Why a prompt cannot be the name of a file; None where all can."""
     for sample in samples:
-        prompt = sample.shot.prompt
+        prompt = sample.prompt
         if "/" in prompt or prompt.startswith("."):
             return f"the prompt of {sample.shot.id} is no name of a file"
         if len(os.fsencode(_name(replace(sample, folder=""), form, 0))) > _NAME_BYTES:

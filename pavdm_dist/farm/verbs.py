@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pavdm_dist.commands.words import is_override
+from pavdm_dist.commands.words import add_print_config, is_override
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.io import shipped
 
@@ -33,7 +33,7 @@ def add_farm(verb: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--dry-run", action="store_true", help="check everything, print what it would take, render nothing"
     )
-    run.add_argument("--print-config", action="store_true", help="print the merged settings as YAML and stop")
+    add_print_config(run)
     run.add_argument("--openjd", action="store_true", help="print openjd_progress lines for a render farm's scheduler")
     retry = action("retry", "render failed shots again")
     retry.add_argument("out", metavar="DIR")
@@ -81,9 +81,11 @@ def farm_report(arguments: argparse.Namespace) -> dict[str, Any]:
         from pavdm_dist.farm.tree import Tree
 
         ids = [word for word in arguments.words if not is_override(word)]
-        config = settings_of_run(Tree(arguments.out), [word for word in arguments.words if is_override(word)])
+        overrides = [word for word in arguments.words if is_override(word)]
+        config = settings_of_run(Tree(arguments.out), overrides)
         validate_farm(config)
-        return _run(config, None, arguments, failed_shots(arguments.out, ids))
+        said = {word.partition("=")[0].partition(".")[0] for word in overrides}
+        return _run(config, None, arguments, failed_shots(arguments.out, ids, config, said))
     manifest, config = run_settings(arguments)
     if arguments.dry_run:
         from pavdm_dist.farm.forecast import dry_run

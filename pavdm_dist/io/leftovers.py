@@ -16,12 +16,15 @@ from pavdm_dist.io.lock import clear_locks
 from pavdm_dist.io.metadata import is_complete, sidecar_path
 from pavdm_dist.io.parts import LOCK_NAME, LOCK_NAMES, check_output, parts_folder
 from pavdm_dist.io.segments import SEGMENT_NAMES, SegmentWriter
-from pavdm_dist.io.state import STATE_NAMES, BegunOtherwiseError, RecordingState, read_state
+from pavdm_dist.io.state import PREVIOUS, STATE, STATE_NAMES, BegunOtherwiseError, RecordingState, read_state
+from pavdm_dist.values.fields import json_value
 from pavdm_dist.values.merging import settings_of
 
 # The settings of the command that began a recording.
 SETTINGS = "settings.yaml"
 _OWN = (SEGMENT_NAMES, LATENTS_NAMES, STATE_NAMES, LOCK_NAMES, re.compile(re.escape(SETTINGS)))
+# Bytes of a head that no state exceeds: what is longer is damage.
+_LONGEST_HEAD = 100_000_000
 _OWN_NAMES = re.compile("|".join(names.pattern for names in _OWN))
 
 
@@ -75,6 +78,20 @@ def check_foreign(output: str | Path, save_latents: bool) -> None:
         raise ConfigError(f"output={output}: {latents} exists, which is the name of its latents, {said}")
 
 
+def check_place_is_free(output: str, state: RecordingState) -> None:
+    """Refuses to go on to a name that somebody else has taken since; a joined video of ours has it at the very end.
+
+    Raises:
+        ConfigError: they have.
+        OSError: it cannot be looked for.
+    """
+    if state.replaces is False and not state.complete and storage.exists(output):
+        raise ConfigError(
+            f"output={output}: a file of that name has come there since the video was begun; move it, and the video"
+            " goes on"
+        )
+
+
 def state_to_resume(output: str, identity: Mapping[str, Any], mend: bool = False) -> RecordingState | None:
     """The state of an interrupted recording of the same video; None when there is nothing to go on with.
 
@@ -85,7 +102,7 @@ def state_to_resume(output: str, identity: Mapping[str, Any], mend: bool = False
 
     Raises:
         BegunOtherwiseError: the video was begun otherwise, or by another version.
-        ConfigError: it is complete, or there is no whole state.
+        ConfigError: it is complete, there is no whole state, or its name was taken meanwhile.
     """
     parts = parts_folder(output)
     if is_complete(output):
@@ -105,6 +122,7 @@ def state_to_resume(output: str, identity: Mapping[str, Any], mend: bool = False
             "; give the same to go on, or --overwrite; this video alone is begun anew once that folder is removed",
             differing(state.identity, identity),
         )
+    check_place_is_free(output, state)
     return state
 
 
@@ -128,6 +146,28 @@ def settings_begun_with(output: str) -> Mapping[Any, Any]:
     if not values:
         raise ConfigError(f"{SETTINGS}: is empty")
     return values
+
+
+def identity_begun_with(output: str) -> Mapping[str, Any] | None:
+    """The facts that an unfinished video was begun with, from the head of its newest state: tensors, which may be
+    gigabytes, stay where they are. Changes nothing, and waits for nobody.
+
+    Args:
+        output: the mp4.
+
+    Returns:
+        What :func:`recording_facts` made of them; None where no state has a head that can be read.
+    """
+    for name in (STATE, PREVIOUS):
+        try:
+            with storage.open_read(storage.join(parts_folder(output), name)) as file:
+                size = int.from_bytes(file.read(8), "little")
+                head = json_value(file.read(min(size, _LONGEST_HEAD)))
+            found = json_value(head["__metadata__"]["state"])["identity"]
+        except (OSError, ValueError, KeyError, TypeError):  # torn, not ours, or gone
+            continue
+        return found if isinstance(found, dict) else None
+    return None
 
 
 def holds(state: RecordingState, segments: SegmentWriter, latents: LatentsWriter | None) -> bool:

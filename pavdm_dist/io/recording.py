@@ -28,6 +28,7 @@ from pavdm_dist.io.leftovers import (
     SETTINGS,
     check_files,
     check_foreign,
+    check_place_is_free,
     holds,
     latents_path,
     recording_facts,
@@ -152,7 +153,7 @@ class Recording:
                     # The sidecar says "complete"; it must not outlive the video it speaks of.
                     storage.remove(sidecar_path(output))
                 storage.remove_matching(parts, STATE_NAMES)
-                state = RecordingState(facts)
+                state = RecordingState(facts, replaces=storage.exists(output))
                 write_state(parts, state)
             if settings is not None:
                 with storage.atomic_write(storage.join(parts, SETTINGS), "w") as file:
@@ -227,7 +228,7 @@ class Recording:
         Raises:
             ValueError: no chunk was written, or chunks that a resume wants again were not.
             MediaError: what was written of it earlier was damaged since.
-            ConfigError: another file has got the name of the sidecar, or of the latents.
+            ConfigError: another file has got the name of the video, of its sidecar, or of the latents.
             OSError: as :meth:`write`.
         """
         self._lock.check()
@@ -242,6 +243,7 @@ class Recording:
                     f"output={self.output}: latents in {self._segments.parts} are no longer what was written there;"
                     " pass --overwrite to start anew"
                 )
+        check_place_is_free(self.output, self._ledger.state)
         self._ledger.complete()
         self._save()
         self._saver.wait()

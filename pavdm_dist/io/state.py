@@ -64,6 +64,7 @@ class RecordingState:
         point: None = from the beginning, or nothing is left to sample.
         warm: latents ``[C, n, h, w]`` to warm a decoder on before it decodes ``pending``, or else ``next_chunk``.
         pending: clean latents ``[C, c, h, w]`` of the chunks before ``next_chunk`` that are in no complete segment.
+        replaces: whether a file was in the output's place when it was begun, to be replaced; None = not known.
     """
 
     identity: Mapping[str, Any]
@@ -75,6 +76,7 @@ class RecordingState:
     point: Point | None = None
     warm: Tensor | None = None
     pending: Mapping[int, Tensor] = field(default_factory=dict)
+    replaces: bool | None = None
 
     @property
     def first_to_decode(self) -> int:
@@ -93,6 +95,7 @@ class _Facts:
     latents_hash: str | None
     complete: bool
     point: dict[str, Any] | None
+    replaces: bool | None = None
 
 
 class Ledger:
@@ -104,7 +107,7 @@ class Ledger:
     """
 
     def __init__(self, state: RecordingState, closed_chunks: int) -> None:
-        self._identity, self._complete = state.identity, state.complete
+        self._identity, self._complete, self._replaces = state.identity, state.complete, state.replaces
         self._closed = closed_chunks
         self._hash = LatentsHash(None if state.latents_hash is None else bytes.fromhex(state.latents_hash))
         self.chunk_seconds = array("f", state.chunk_seconds)
@@ -181,6 +184,7 @@ class Ledger:
             latents_hash=place.latents_hash.hex(),
             chunk_seconds=self.chunk_seconds[:end],
             complete=self._complete,
+            replaces=self._replaces,
             point=place.point,
             warm=self._warm if pending else place.point.warm if place.point else None,
             pending=pending,
@@ -237,6 +241,7 @@ def write_state(folder: str | Path, state: RecordingState, check: Callable[[], N
         "closed_chunks": state.closed_chunks,
         "latents_hash": state.latents_hash,
         "complete": state.complete,
+        "replaces": state.replaces,
         "point": None if state.point is None else dict(state.point.facts),
     }
     text = json.dumps(facts)

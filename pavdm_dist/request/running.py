@@ -31,13 +31,19 @@ _NUMBER = Annotated[int, Within(0)]
 _ASKED = {"video": _NUMBER, "from_chunk": _NUMBER, "text": str}
 
 
+class TooLateError(ConfigError):
+    """Something is asked of a video of which no chunk is left that it could change."""
+
+
 @dataclass
 class _UnderWay:
-    """A video: plan, settings, how many frames are still to come (None = without an end), whether an engine has it."""
+    """A video: plan, settings, how many frames are still to come (None = without an end), the row at which it begins or
+    goes on, whether an engine has it."""
 
     plan: WindowPlan
     params: SamplingParams
     left: int | None
+    row: int = 0
     is_handed_over: bool = False
 
 
@@ -95,7 +101,8 @@ class Running:
         under_way = None
         try:
             left = frames_left(request, params, self._checkpoint)
-            under_way = _UnderWay(plan_of(request, params, self._checkpoint), params, left)
+            row = 0 if request.resume is None else request.resume.snapshot.row
+            under_way = _UnderWay(plan_of(request, params, self._checkpoint), params, left, row)
         finally:
             with self._lock:
                 self._begun = number + 1
@@ -158,6 +165,8 @@ class Running:
 
         Raises:
             ConfigError: no number or no text, the video is over or has no such chunk, or the text cannot be encoded.
+            TooLateError: all its chunks are born, as far as is known here: rows are handed out ahead of that, so that
+                a change may still come too late, which the log says.
         """
         _checked(video=video, from_chunk=from_chunk, text=text)
         new = self._new_prompt(video, from_chunk, text)
@@ -207,7 +216,19 @@ class Running:
         if plan is not None and plan.num_chunks is not None and from_chunk >= plan.num_born:
             raise ConfigError(f"from_chunk={from_chunk}: video {video} has chunks 0 to {plan.num_born - 1}")
         params = self._params if under_way is None else under_way.params
-        return NewPrompt(from_chunk, text, encoded(text, params, self._checkpoint))
+        new = NewPrompt(from_chunk, text, encoded(text, params, self._checkpoint))
+        # Looked at last: a large encoder takes longer than many rows.
+        if plan is not None and new.at(plan, self._row(video)) is None:
+            raise TooLateError(f"video={video}: all its chunks are born; none is left that another prompt could change")
+        return new
+
+    def _row(self, video: int) -> int:
+        """The row of a video that comes next, as far as is known here."""
+        with self._lock:
+            under_way, has_engine = self._videos.get(video), self._has_engine(video)
+        # Without the lock: stages may be asked for it.
+        at = self._tell.at_work(video) if has_engine else None
+        return max(0 if under_way is None else under_way.row, 0 if at is None else at.row)
 
 
 def _checked(**given: object) -> None:

@@ -21,9 +21,9 @@ def tree_at(out: str) -> Tree:
     """A server's folder by its whole path: whoever reads what it writes of its files may stand elsewhere.
 
     Raises:
-        ConfigError: it is a file, or what a server writes in it cannot be written.
+        ConfigError: it is a file or no name, or what a server writes in it cannot be written.
     """
-    tree = Tree(out if is_remote(out) else os.path.abspath(out))
+    tree = Tree(out if is_remote(out) or not out else os.path.abspath(out))
     tree.check_writable(traces=False)
     return tree
 

@@ -124,7 +124,7 @@ class Front:
         """Another prompt in mid-video.
 
         Raises:
-            Refusal: 404; 409: it is not being rendered.
+            Refusal: 404; 409: it is not being rendered, or no chunk of it is left to be born.
             ConfigError: no prompt, no such chunk, or a text that the model cannot take.
         """
         text, from_chunk = fields.get("prompt"), fields.get("from_chunk", 0)

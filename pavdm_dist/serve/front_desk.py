@@ -24,12 +24,13 @@ from pavdm_dist.farm.tree import CANCEL, FAILED, SIDECAR, SKIP, State, Tree
 from pavdm_dist.io.metadata import versions
 from pavdm_dist.io.storage import list_names
 from pavdm_dist.request.outputs import VideoChunk
+from pavdm_dist.request.running import TooLateError
 from pavdm_dist.serve.asked import created_at, manifest_name, manifests_of
+from pavdm_dist.serve.bounds import check_bounds
 from pavdm_dist.serve.changes import Change, Changes
 from pavdm_dist.serve.progress import Followed, Progress
 from pavdm_dist.serve.refusals import Refusal, no_such_video
 from pavdm_dist.serve.removals import Removals
-from pavdm_dist.serve.request_fields import nearest_size
 from pavdm_dist.serve.settings import ServeConfig
 from pavdm_dist.values.merging import to_dict
 
@@ -43,8 +44,6 @@ _SWEEP_S = 10.0
 _RETRY_LEAST_S, _RETRY_MOST_S = 1, 600
 # Files without one of which no video is over.
 _ENDS = frozenset((SIDECAR, FAILED, CANCEL, SKIP))
-# A picture that is asked for may have so many times the pixels of the server's own.
-_TIMES_ITS_OWN = 4
 
 
 class FrontDesk(Listener):
@@ -158,25 +157,8 @@ class FrontDesk(Listener):
         Raises:
             ConfigError: naming the field, its value and what is legal.
         """
-        seconds = self.kinds.seconds(shot)
-        if seconds > self.config.http.max_seconds:
-            raise ConfigError(f"seconds={seconds:g}: at most {self.config.http.max_seconds:g} (http.max_seconds)")
-        self._check_pixels(shot)
+        check_bounds(shot, self.kinds, self.config.http)
         self.kinds.check(shot)
-
-    def _check_pixels(self, shot: Shot) -> None:
-        params, base, most = self.kinds.kind_of(shot).params, self.kinds.base.params, self.config.http.max_pixels
-        if most is None:
-            most = _TIMES_ITS_OWN * base.height * base.width
-        pixels = params.height * params.width
-        if pixels > most:
-            checkpoint = self.kinds.checkpoint
-            units = [checkpoint.codec_spec.spatial_stride * side for side in checkpoint.shape.spec.patch[1:]]
-            height, width = nearest_size((params.height, params.width), most, units)
-            raise ConfigError(
-                f"size={params.width}x{params.height}: has {pixels} pixels, and may have {most} at most"
-                f" (http.max_pixels); nearest legal: size={width}x{height}"
-            )
 
     def check_room(self) -> None:
         """Refuses a video more where too many wait.
@@ -287,7 +269,7 @@ class FrontDesk(Listener):
         """Another prompt from a chunk on, or where that is born already from the next one that is.
 
         Raises:
-            Refusal: 404; 409: it is not being rendered here.
+            Refusal: 404; 409: it is not being rendered here, or no chunk of it is left to be born.
             ConfigError: it has no such chunk, or the model cannot take the text.
             OSError: it cannot be kept.
         """
@@ -295,8 +277,12 @@ class FrontDesk(Listener):
         try:
             # One whose files are complete is over for clients, though its renderer may hold it for a moment more.
             is_here = not self.is_over(id) and self._pool.set_prompt(id, from_chunk, text)
-        except ConfigError:
+        except ConfigError as error:
             is_here = not self.is_over(id)  # which it may be by now
+            if is_here and isinstance(error, TooLateError):
+                raise Refusal(
+                    409, f"all chunks of video {id} are born: none is left to follow another prompt", "all_born"
+                ) from error
             if is_here:
                 raise
         if not is_here:

@@ -1,13 +1,19 @@
-"""Videos as clients see them: OpenAI's ``video`` object, and how far one is."""
+"""Videos as clients see them: OpenAI's ``video`` object, and how far one is.
+
+A folder may hold videos of farms, made with other settings than this server's: of a complete one its sidecar says what
+it is, and not what would become of it here.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
 from pavdm_dist.engine.order import WHOLE
 from pavdm_dist.errors import PAVDMError
 from pavdm_dist.farm.desk import Sight
+from pavdm_dist.farm.prompts import prompt_of
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import CANCEL, Failure, State
 from pavdm_dist.serve.front_desk import FrontDesk
@@ -31,7 +37,7 @@ def record(desk: FrontDesk, shot: Shot, created_at: int, names: frozenset[str] |
     Args:
         desk: where it was asked for.
         shot: what was.
-        created_at: seconds since 1970.
+        created_at: when it was asked for, or became known here: seconds since 1970.
         names: of its files, where they are known.
     """
     if CANCEL in names if names is not None else desk.tree.is_marked(shot.id, CANCEL):
@@ -40,26 +46,39 @@ def record(desk: FrontDesk, shot: Shot, created_at: int, names: frozenset[str] |
     if state.standing == "cancelled":
         return None
     sidecar = desk.tree.sidecar(shot.id) if state.standing == "done" else None
-    try:
-        seconds, params = desk.kinds.seconds(shot), desk.kinds.kind_of(shot).params
-        length, size = f"{seconds:g}", f"{params.width}x{params.height}"
-    except PAVDMError:  # asked for of another model, in an earlier life of this folder
-        length, size, seconds = "", shot.size or "", 0.0
+    seconds, size = _wanted(desk, shot) if sidecar is None else _made(sidecar)
+    completed_at = None if sidecar is None else _timestamp(sidecar.get("created"))
     return {
         "id": shot.id,
         "object": "video",
         "model": desk.model,
         "status": _STATUS[state.standing],
         "progress": _percent(desk, shot, state, seconds),
-        "created_at": created_at,
-        "completed_at": None if sidecar is None else _timestamp(sidecar.get("created")),
+        # Of a farm's shot it is not known, and this server may have begun later.
+        "created_at": created_at if completed_at is None else min(created_at, completed_at),
+        "completed_at": completed_at,
         "expires_at": None,
-        "prompt": shot.prompt,
+        "prompt": prompt_of(shot, sidecar),
         "remixed_from_video_id": None,
-        "seconds": length,
+        "seconds": f"{seconds:g}" if seconds else "",
         "size": size,
         "error": None if state.failure is None else _error(desk, shot.id, state.failure),
     }
+
+
+def _wanted(desk: FrontDesk, shot: Shot) -> tuple[float, str]:
+    """Seconds and size of a video as it is asked for; 0 seconds where it was asked for of another model, in an earlier
+    life of this folder."""
+    try:
+        seconds, params = desk.kinds.seconds(shot), desk.kinds.kind_of(shot).params
+    except PAVDMError:
+        return 0.0, shot.size or ""
+    return seconds, f"{params.width}x{params.height}"
+
+
+def _made(sidecar: Mapping[str, Any]) -> tuple[float, str]:
+    """Seconds and size of a complete video."""
+    return sidecar["num_frames"] / sidecar["fps"], f"{sidecar['width']}x{sidecar['height']}"
 
 
 def _error(desk: FrontDesk, id: str, failure: Failure) -> dict[str, str]:
@@ -89,9 +108,10 @@ def timeline(desk: FrontDesk, id: str) -> dict[str, Any]:
         ConfigError: it was asked for of another model.
     """
     shot = desk.shot(id)
-    params, total = desk.kinds.kind_of(shot).params, desk.num_chunks(shot)
+    params, state, progress = desk.kinds.kind_of(shot).params, desk.state(id), desk.progress(id)
+    sidecar = desk.tree.sidecar(id) if state.standing == "done" else None
+    total = len((sidecar or {}).get("chunk_seconds") or ()) or desk.num_chunks(shot)
     plan, levels = params.plan(total), params.schedule.levels
-    state, progress = desk.state(id), desk.progress(id)
     sight = None if progress is None else desk.sight(id)
     row = _row(id, progress, sight, plan.num_rows)
     window: list[dict[str, Any]] = []
@@ -112,7 +132,7 @@ def timeline(desk: FrontDesk, id: str) -> dict[str, Any]:
         "window": window,
         "row": row,
         "rows": plan.num_rows,
-        "prompts": [[0, shot.prompt], *_changes(desk, id, state, progress, range(born, total))],
+        "prompts": [[0, prompt_of(shot, sidecar)], *_changes(desk, id, sidecar, progress, range(born, total))],
         "seconds_per_chunk": None if progress is None or not progress.seconds else round(progress.seconds[-1], 3),
         "engine": "stages" if desk.split else "one process",
         "awaited": "" if sight is None else sight.at.awaited,
@@ -145,10 +165,12 @@ def _stages(desk: FrontDesk, id: str, sight: Sight | None) -> list[dict[str, Any
     return found
 
 
-def _changes(desk: FrontDesk, id: str, state: State, progress: Progress | None, unborn: range) -> list[list[Any]]:
+def _changes(
+    desk: FrontDesk, id: str, sidecar: Mapping[str, Any] | None, progress: Progress | None, unborn: range
+) -> list[list[Any]]:
     """``[first chunk, text]`` of prompts that were changed on the way, or are from a chunk on that is not born yet."""
-    if state.standing == "done":
-        extra = (desk.tree.sidecar(id) or {}).get("extra") or {}
+    if sidecar is not None:
+        extra = sidecar.get("extra") or {}
         return [list(change) for change in extra.get("prompt_changes", ())]
     if progress is None:
         return []
