@@ -8,9 +8,10 @@ import torch
 
 from pavdm_dist.io.shipped import shipped_models
 from pavdm_dist.method.levels import NoiseSchedule
+from pavdm_dist.method.resume import ResumePoint
 from pavdm_dist.method.sampler import num_branches
 from pavdm_dist.method.schedule import Mode, WindowPlan
-from pavdm_dist.method.stream import Conditioning, ResumePoint, Stream
+from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.method.window import WindowSnapshot
 from pavdm_dist.models.base import Backbone, FrameInfo
 from pavdm_dist.models.loading import convert

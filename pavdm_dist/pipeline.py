@@ -408,7 +408,7 @@ class PAVDMPipeline:
 
         It is in force from ``from_chunk`` on, or where that is born already from the next chunk that is born, up to
         where the prompt schedule has another. Resume points hold it (:attr:`ResumePoint.prompts
-        <pavdm_dist.method.stream.ResumePoint.prompts>`), with the chunk that it came to.
+        <pavdm_dist.method.resume.ResumePoint.prompts>`), with the chunk that it came to.
 
         Args:
             video: its number in the run.

@@ -15,8 +15,9 @@ from pavdm_dist.engine.local import LocalGang
 from pavdm_dist.engine.runs import Run, Switch
 from pavdm_dist.engine.stage import Stage
 from pavdm_dist.errors import VideoError
+from pavdm_dist.method.resume import ResumePoint
 from pavdm_dist.method.saved_keys import chunks_in
-from pavdm_dist.method.stream import ResumePoint, Stream
+from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import CleanChunk
 
 CHUNKS = 24

@@ -17,9 +17,10 @@ from pavdm_dist.engine.order import epochs, join_of
 from pavdm_dist.engine.stage import Stage
 from pavdm_dist.method.denoiser import ModelDenoiser, StreamDenoiser
 from pavdm_dist.method.microbatches import MicroBatches
+from pavdm_dist.method.resume import ResumePoint
 from pavdm_dist.method.sampler import guide, sample
 from pavdm_dist.method.schedule import PlanRow, WindowPlan
-from pavdm_dist.method.stream import ResumePoint, Stream
+from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import WindowSnapshot
 from pavdm_dist.models.kv_cache import ChunkMemory, DisplacedMemory
 

@@ -21,7 +21,8 @@ from pavdm_dist.engine.events import Failed, Finished
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.engine.ray_engine import RayEngine
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError, VideoError
-from pavdm_dist.method.stream import Conditioning, ResumePoint, Stream
+from pavdm_dist.method.resume import ResumePoint
+from pavdm_dist.method.stream import Conditioning, Stream
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
 from pavdm_dist.pipeline import PAVDMPipeline
 from pavdm_dist.request.video_request import VideoRequest

@@ -31,9 +31,10 @@ from pavdm_dist.errors import ConfigError, EngineError, PAVDMError
 from pavdm_dist.io.metadata import cpu_model
 from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.microbatches import Displaced
+from pavdm_dist.method.resume import ResumePoint
 from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.schedule import Mode, PlanRow
-from pavdm_dist.method.stream import ResumePoint, Stream
+from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
 from pavdm_dist.models.base import Activation, Costs
 from pavdm_dist.models.loading import convert

@@ -25,8 +25,8 @@ from pavdm_dist.io.recording import Recording
 from pavdm_dist.io.segments import SegmentWriter
 from pavdm_dist.io.state import Point, RecordingState, write_state
 from pavdm_dist.method.denoiser import StreamDenoiser
+from pavdm_dist.method.resume import ResumePoint
 from pavdm_dist.method.sampler import sample
-from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.method.window import WindowSnapshot
 from pavdm_dist.request.sampling import SamplingParams
 from pavdm_dist.request.streams import build_stream

@@ -33,9 +33,10 @@ from pavdm_dist.engine.stage import Stage
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.calls import Call
 from pavdm_dist.method.microbatches import WHOLE, MicroBatches
+from pavdm_dist.method.resume import ResumePoint
 from pavdm_dist.method.sampler import guide
 from pavdm_dist.method.schedule import WindowPlan
-from pavdm_dist.method.stream import ResumePoint, Stream
+from pavdm_dist.method.stream import Stream
 from pavdm_dist.models.base import BlockContext
 from pavdm_dist.models.text_cache import TextRun
 from pavdm_dist.planning.costs import measure_costs

@@ -11,7 +11,7 @@ from helpers import tiny_checkpoint
 
 from pavdm_dist import PAVDMPipeline, VideoRequest
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.method.stream import ResumePoint
+from pavdm_dist.method.resume import ResumePoint
 from pavdm_dist.request.outputs import VideoChunk
 
 PROMPT = "a red three"
@@ -103,6 +103,6 @@ def test_rows_that_are_exact_by_the_length_of_a_video_are_asked_for(pipeline: PA
     assert next(run).index == 0
     run.close()  # type: ignore[attr-defined]
     point = next(point for point in grown if point.snapshot.row == 3)
-    with pytest.raises(ConfigError, match=r"of a video of 8 chunks, where one of 2 chunks has .* other exact rows behind it"):
+    with pytest.raises(ConfigError, match=r"8 chunks, where one of 2 chunks has .* other exact rows behind it"):
         chunks(pipeline, 13, resume=point, **settings)
     assert [chunk.index for chunk in chunks(pipeline, 53, resume=point, **settings)] == list(range(7))

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pavdm_dist.method.denoiser import ModelDenoiser
 from pavdm_dist.method.levels import NoiseSchedule
+from pavdm_dist.method.resume import ResumePoint
 from pavdm_dist.method.sampler import CONDITIONAL, UNCONDITIONAL, Denoiser, guide, num_branches, sample
 from pavdm_dist.method.schedule import PlanRow, Start, WindowPlan
-from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.method.window import CleanChunk, Window, WindowSnapshot, chunk_noise
 
 

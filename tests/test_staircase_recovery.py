@@ -23,9 +23,10 @@ from pavdm_dist.errors import ConfigError
 from pavdm_dist.method import denoiser
 from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.recovery import Recovery, own_row, replayed
+from pavdm_dist.method.resume import ResumePoint
 from pavdm_dist.method.sampler import sample
 from pavdm_dist.method.schedule import WindowPlan
-from pavdm_dist.method.stream import Conditioning, NewPrompt, ResumePoint, Stream
+from pavdm_dist.method.stream import Conditioning, NewPrompt, Stream
 from pavdm_dist.models.base import Backbone
 from pavdm_dist.models.clean_memory import CleanMemory
 

@@ -23,8 +23,9 @@ from pavdm_dist.errors import ConfigError
 from pavdm_dist.io.state import RecordingState, read_state, write_state
 from pavdm_dist.method.denoiser import StreamDenoiser
 from pavdm_dist.method.recovery import Recovery
+from pavdm_dist.method.resume import ResumePoint
 from pavdm_dist.method.schedule import WindowPlan
-from pavdm_dist.method.stream import ResumePoint, Stream
+from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
 
 

@@ -24,8 +24,9 @@ from pavdm_dist.engine.order import epochs, join_of
 from pavdm_dist.engine.stage import Stage
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.method.microbatches import WHOLE, Displaced, MicroBatches
+from pavdm_dist.method.resume import ResumePoint
 from pavdm_dist.method.schedule import Mode, WindowPlan
-from pavdm_dist.method.stream import ResumePoint, Stream
+from pavdm_dist.method.stream import Stream
 from pavdm_dist.method.window import WindowSnapshot
 from pavdm_dist.planning.forecast import UnitTime, makespan, rows_of, useful_stages, work
 from pavdm_dist.planning.planner import choose

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pavdm_dist.io.recording import Recording
 from pavdm_dist.io.state import CLEAN, Point
-from pavdm_dist.method.stream import ResumePoint
+from pavdm_dist.method.resume import ResumePoint
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
 
 # Before the names of saved keys and values among a point's tensors.

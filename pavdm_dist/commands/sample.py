@@ -26,7 +26,7 @@ from pavdm_dist.io.image import read_image
 from pavdm_dist.io.metadata import sidecar_path
 from pavdm_dist.io.parts import check_output, parts_folder
 from pavdm_dist.io.storage import exists, is_remote, join, local_copy, same_path
-from pavdm_dist.method.stream import ResumePoint
+from pavdm_dist.method.resume import ResumePoint
 from pavdm_dist.request.sampling import SamplingParams
 from pavdm_dist.request.texts import check_prompts, prepare_texts, timed_prompts
 from pavdm_dist.request.video_request import VideoRequest, plan_of

@@ -21,7 +21,7 @@ from pavdm_dist.io.recording import Recorded, Recording
 from pavdm_dist.io.shipped import shipped_models
 from pavdm_dist.io.state import BegunOtherwiseError
 from pavdm_dist.io.storage import is_remote
-from pavdm_dist.method.stream import ResumePoint
+from pavdm_dist.method.resume import ResumePoint
 from pavdm_dist.pipeline import PAVDMPipeline, VideoChunk
 from pavdm_dist.request.sampling import SamplingParams
 from pavdm_dist.request.streams import input_frames

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pavdm_dist.engine.order import Unit
 from pavdm_dist.errors import EngineError, PAVDMError
-from pavdm_dist.method.stream import ResumePoint
+from pavdm_dist.method.resume import ResumePoint
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
 
 # --- from a gang to the driver -------------------------------------------------------------------------------

@@ -17,9 +17,10 @@ from pavdm_dist.engine.order import Join
 from pavdm_dist.errors import PAVDMError
 from pavdm_dist.method.microbatches import MicroBatches
 from pavdm_dist.method.recovery import replayed
+from pavdm_dist.method.resume import ResumePoint
 from pavdm_dist.method.saved_keys import chunks_in, of_chunks
 from pavdm_dist.method.schedule import WindowPlan
-from pavdm_dist.method.stream import NewPrompt, ResumePoint, Stream
+from pavdm_dist.method.stream import NewPrompt, Stream
 from pavdm_dist.method.window import CleanChunk, WindowSnapshot
 
 logger = logging.getLogger(__name__)

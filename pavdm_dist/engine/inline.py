@@ -23,9 +23,10 @@ from pavdm_dist.engine.flight import Flight
 from pavdm_dist.engine.watchdog import Patience, Watchdog
 from pavdm_dist.errors import PAVDMError, VideoError
 from pavdm_dist.method.denoiser import StreamDenoiser
+from pavdm_dist.method.resume import ResumePoint
 from pavdm_dist.method.sampler import StepCallback, sample
 from pavdm_dist.method.schedule import PlanRow
-from pavdm_dist.method.stream import NewPrompt, ResumePoint, Stream
+from pavdm_dist.method.stream import NewPrompt, Stream
 from pavdm_dist.method.window import CleanChunk, Window
 from pavdm_dist.models.base import Backbone
 from pavdm_dist.models.devices import intra_op_threads

@@ -12,7 +12,8 @@ from pavdm_dist.engine.events import Failed, Finished
 from pavdm_dist.engine.inline import InlineEngine
 from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import EngineError, PAVDMError, TraceError
-from pavdm_dist.method.stream import ResumePoint, Stream
+from pavdm_dist.method.resume import ResumePoint
+from pavdm_dist.method.stream import Stream
 from pavdm_dist.models.source import Source
 
 if TYPE_CHECKING:

@@ -28,7 +28,8 @@ from pavdm_dist.engine.runs import Run, Switch
 from pavdm_dist.engine.spans import DecodeSpan, RunReport
 from pavdm_dist.engine.watchdog import Patience, Watchdog
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError, ResourcesError
-from pavdm_dist.method.stream import NewPrompt, ResumePoint, Stream
+from pavdm_dist.method.resume import ResumePoint
+from pavdm_dist.method.stream import NewPrompt, Stream
 from pavdm_dist.models.source import Source
 
 logger = logging.getLogger(__name__)

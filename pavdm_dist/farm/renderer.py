@@ -23,7 +23,7 @@ from pavdm_dist.farm.logs import of_shot
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.traces import keep_shots, trace_path
 from pavdm_dist.farm.tree import Tree
-from pavdm_dist.method.stream import ResumePoint
+from pavdm_dist.method.resume import ResumePoint
 from pavdm_dist.redaction import hide_secrets
 from pavdm_dist.request.outputs import VideoChunk
 from pavdm_dist.request.video_request import VideoRequest

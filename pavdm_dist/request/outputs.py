@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pavdm_dist.errors import VideoError
-from pavdm_dist.method.stream import ResumePoint
+from pavdm_dist.method.resume import ResumePoint
 
 
 @dataclass(frozen=True)

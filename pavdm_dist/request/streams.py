@@ -13,7 +13,8 @@ from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.codecs.receptive import encoder_receptive_latents
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.method.recovery import Recovers, Recovery, mixing_layers
-from pavdm_dist.method.stream import ResumePoint, Stream
+from pavdm_dist.method.resume import ResumePoint
+from pavdm_dist.method.stream import Stream
 from pavdm_dist.models.devices import intra_op_threads
 from pavdm_dist.request.sampling import SamplingParams
 from pavdm_dist.request.texts import conditioning_of

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pavdm_dist.checkpoint import Checkpoint
 from pavdm_dist.errors import ConfigError
+from pavdm_dist.method.resume import ResumePoint
 from pavdm_dist.method.schedule import WindowPlan
-from pavdm_dist.method.stream import ResumePoint
 from pavdm_dist.request.sampling import SamplingParams
 from pavdm_dist.values.arguments import checked_seed
 from pavdm_dist.values.fields import FrameCount, checked_arguments, fault, show
