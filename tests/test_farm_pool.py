@@ -30,7 +30,7 @@ from pavdm_dist.farm.run import _looked_after
 from pavdm_dist.farm.settings import PoolConfig
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import Failure, Tree
-from pavdm_dist.farm.waiting import Entry, Waiting
+from pavdm_dist.farm.waiting import Waiting
 from pavdm_dist.io.lockfile import Owner
 from pavdm_dist.io.parts import parts_folder
 from pavdm_dist.io.state import BegunOtherwiseError
@@ -143,107 +143,85 @@ def test_a_lost_renderer_costs_an_attempt_unless_the_shot_had_got_further(tmp_pa
 _FULL = Ended("again", "storage", "[Errno 28] No space left on device")
 
 
-def test_a_disk_that_is_full_costs_no_shot_an_attempt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing is begun but one shot at a time, after a wait that grows, until one can be written; a drain ends that."""
-    now = [0.0]
-    pool, (one, other) = _pool(tmp_path, renderers=2, retries=1)
-    pool._outage = Outage("out", 5.0, lambda: now[0])
-    pool._waiting._clock = lambda: now[0]
+def test_a_disk_that_is_full_costs_no_shot_an_attempt(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is begun until there is room, which is looked for after waits that grow; a drain ends that."""
+    now, is_full = [0.0], [True]
+
+    def try_room(tree: Tree) -> None:
+        if is_full[0]:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Tree, "try_room", try_room)
+    pool, (one, other) = _pool(tmp_path, renderers=2, retries=1, poll_s=1000)
+    pool._looked = time.monotonic()
+    pool._outage = Outage(pool._tree, 5.0, lambda: now[0])
     pool.submit([_shot(id) for id in "abcdef"])
     caplog.set_level(logging.INFO, "pavdm_dist.farm.outage")
     a, b = pool.take(one), pool.take(other)
     assert a is not None and b is not None
+    pool.begun(other, b, 0, 0)
+    pool.grew(other, b, _chunk(0))  # into an encoder: it proves nothing of the disk
     pool.ended(one, a, _FULL)
-    pool.ended(other, b, _FULL)  # in the same moment: it was begun before
-    tried, waits = [], []
-    for _ in range(30):
-        assert not pool._outage.lets
-        waits.append(round(pool._outage.left_s))
-        now[0] += waits[-1]
-        shot = pool.take(one)
-        assert shot is not None and not pool._outage.lets, "one at a time"
-        tried.append(shot.id)
-        pool.ended(one, shot, _FULL)
-    assert waits[:6] == [5, 10, 20, 40, 60, 60] and set(waits[6:]) == {60}
-    assert tried[:4] == list("cdef") and set(tried[4:10]) == set("abcdef"), "each in its turn"
-    said = [record.getMessage() for record in caplog.records if record.name == "pavdm_dist.farm.outage"]
-    assert len(said) == 31 and "out cannot be written for 5 s (shot c: [Errno 28] No space left" in said[1]
-    assert "tried again in 20 s" in said[2] and pool.ends["failed"] == 0
-
-    now[0] += 60
-    shot = pool.take(one)
-    assert shot is not None
-    pool.ended(one, shot, Ended("again", "lost", "stage 1 died"))
-    assert pool._outage.is_on and pool._outage.lets, "that said nothing of the disk: another one is tried at once"
-    shot = pool.take(other)
-    assert shot is not None
-    pool.begun(other, shot, 0, 0)
-    assert not pool._outage.is_on and "out can be written again, after" in caplog.text
-    assert pool.take(one) is not None
-    pool.ended(other, shot, _FULL)  # once more
+    assert pool._outage.is_on
+    pool.ended(other, b, _FULL)
     asked: list[Shot | None] = []
+    waiting = threading.Thread(target=lambda: asked.append(pool.take(one)), daemon=True)
+    waiting.start()
+    waits = []
+    for _ in range(8):
+        waits.append(pool._outage._until - now[0])
+        now[0] += waits[-1] - 0.1
+        assert not pool._outage.look() and pool._outage._until - now[0] == pytest.approx(0.1), "not yet"
+        now[0] += 0.1
+        pool.tick()
+    assert waits == pytest.approx([5, 10, 20, 40, 60, 60, 60, 60]) and asked == []
+    said = [record.getMessage() for record in caplog.records if record.name == "pavdm_dist.farm.outage"]
+    assert len(said) == 9 and "cannot be written ([Errno 28] No space left on device): nothing is begun" in said[0]
+    assert "cannot be written for 15 s" in said[2] and "the next look is in 20 s" in said[2]
+
+    is_full[0], now[0] = False, now[0] + 60
+    pool.tick()
+    waiting.join(5)
+    assert [shot.id for shot in asked if shot is not None] == ["a"], "as if nothing had been"
+    assert "can be written again, after" in caplog.text and pool.ends == Counter(again=2)
+    assert not pool._running["a"].entry.attempts
+
+    is_full[0] = True
+    pool.ended(one, a, _FULL)
     waiting = threading.Thread(target=lambda: asked.append(pool.take(other)), daemon=True)
     waiting.start()
     pool.drain()
     waiting.join(5)
-    assert asked == [None]
+    assert asked[1:] == [None]
 
 
-def test_a_shot_whose_own_folder_cannot_be_written_fails_alone(tmp_path: Path) -> None:
-    """As others can: it costs an attempt, and holds up nobody any more."""
+def test_a_shot_that_cannot_be_written_though_there_is_room_fails_alone(tmp_path: Path) -> None:
+    """It costs an attempt, and holds nobody up; the last one of a farm, too."""
     pool, (one,) = _pool(tmp_path, retries=1)
     pool.submit([_shot("a", priority=9), _shot("b", priority=9), *(_shot(f"c{i}") for i in range(4))])
-    given = []
     while pool._waiting:
         shot = pool.take(one)
         assert shot is not None
-        given.append(shot.id)
-        if shot.id in "ab":
-            pool.ended(one, shot, _FULL)
-        else:
+        if shot.id not in "ab":
             pool.begun(one, shot, 0, 0)
-            pool.ended(one, shot, Ended("done"))
-    assert given[:3] == ["a", "b", "c0"], "two of them keep no other from being tried"
-    assert pool.ends == Counter(again=given.count("a") + given.count("b") - 2, failed=2, done=4)
+        pool.ended(one, shot, _FULL if shot.id in "ab" else Ended("done"))
+        assert not pool._outage.is_on
+    assert pool.ends == Counter(again=2, failed=2, done=4)
     failure = Tree(str(tmp_path)).failure("a")
     assert failure is not None and failure.error == f"{_FULL.error} (2 attempts)" and failure.attempts == 2
+    assert not list((tmp_path / "shots").glob(".*")), "what was tried with is gone"
 
 
-def test_a_lock_that_has_room_on_a_full_disk_proves_nothing(tmp_path: Path) -> None:
-    """Shots are begun, and none can have a chunk: none is to blame. One that alone cannot have its next one is."""
-    pool, (one,) = _pool(tmp_path, retries=1)
-    now = [0.0]
-    pool._outage = Outage("out", 5.0, lambda: now[0])
-    pool._waiting._clock = lambda: now[0]
-    pool.submit([_shot("a"), _shot("b")])
-
-    def render(ended: Ended) -> str:
-        now[0] += 60
-        shot = pool.take(one)
-        assert shot is not None
-        pool.begun(one, shot, 0, 0)
-        if ended.how == "done":
-            pool.grew(one, shot, _chunk(0))
-        pool.ended(one, shot, ended)
-        return shot.id
-
-    assert {render(_FULL) for _ in range(12)} == {"a", "b"} and pool.ends["failed"] == 0 and pool._outage.is_on
-    for other in "cde":
-        pool.submit([_shot(other)])
-        assert render(Ended("done")) == other and not pool._outage.is_on, "what has not been tried comes first"
-        while pool._waiting and not pool._outage.is_on:
-            render(_FULL)
-    assert pool.ends["failed"] == 2 and not pool._waiting
-
-
-def test_what_a_shot_has_written_itself_proves_nothing_of_the_folder() -> None:
-    outage, a, b = Outage("out", 5.0), Entry((0, 1), _shot("a")), Entry((0, 2), _shot("b"))
-    told = [outage.failed(a, True, "full")]
-    for whose in (a, a, b):
-        outage.well(whose, has_chunk=False)
-        outage.well(whose, has_chunk=True)
-        told.append(outage.failed(a, True, "full"))
-    assert told == [False, False, False, True]
+def test_a_folder_that_is_away_has_no_room(tmp_path: Path) -> None:
+    (tmp_path / "shots").write_text("no folder")
+    outage = Outage(Tree(str(tmp_path)), 5.0)
+    assert outage.begins("full") and outage.is_on
+    (tmp_path / "shots").unlink()
+    assert not outage.look(), "too soon"
+    outage._until = 0.0
+    assert outage.look() and not outage.is_on and not outage.begins("of its own")
 
 
 def test_frames_count_where_they_are_whoever_wrote_them(tmp_path: Path) -> None:
@@ -423,7 +401,8 @@ def test_whose_fault_it_is() -> None:
         (ResourcesError("x"), ("again", "lost")),
         (TakenError("x"), ("aside", "")),
         (BegunOtherwiseError("x", names=["seed"]), ("unfit", "")),
-        (OtherMachineError("x", names=["versions.torch"]), ("unfit", "machine")),
+        (OtherMachineError("x", names=["versions.torch"]), ("unfit", "versions")),
+        (OtherMachineError("x", names=["versions.torch", "decoder_threads"]), ("unfit", "")),
     ]
     for error, (how, kind) in cases:
         found = end_of(error)

@@ -451,8 +451,11 @@ def test_a_video_that_was_begun_with_other_settings_is_left_as_it_is(model: Path
     begun = os.listdir(parts_folder(first.desk.tree.output(id)))
     with served(settings(model, num_inference_steps=12), tmp_path / "out") as second:
         failed = second.wait(id, "failed")
-    assert "num_inference_steps" in failed["error"]["message"]
+    assert "num_inference_steps" in failed["error"]["message"] and failed["error"]["code"] == "unfit"
     assert os.listdir(parts_folder(first.desk.tree.output(id))) == begun
+    with served(settings(model), tmp_path / "out") as third:
+        third.wait(id)
+    assert read_sidecar(third.desk.tree.output(id))["num_frames"] == 48
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.shot import Shot
 from pavdm_dist.farm.tree import CANCEL, FAILED, SIDECAR, SKIP, VIDEO, Tree
 from pavdm_dist.io.differences import changes
-from pavdm_dist.io.leftovers import identity_begun_with, settings_begun_with
+from pavdm_dist.io.leftovers import identity_begun_with
 from pavdm_dist.io.metadata import versions
 from pavdm_dist.io.parts import PARTS_SUFFIX, parts_folder
 from pavdm_dist.request.sampling import SamplingParams
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def as_begun(
-    config: SampleConfig, params: SamplingParams, output: str, says_segments: bool
+    config: SampleConfig, params: SamplingParams, begun: Mapping[str, Any], says_segments: bool
 ) -> tuple[SampleConfig, SamplingParams]:
     """Settings of a shot with those that it was begun with where nobody has said them: how many chunks are one
     segment, of which servers and farms have defaults of their own, and one micro-batch, which follows from the number
@@ -30,17 +30,13 @@ def as_begun(
 
     Args:
         config, params: of the shot.
-        output: its mp4.
+        begun: what it was begun with.
         says_segments: whether ``chunks_per_segment`` was asked for.
     """
     says_units = config.chunks_per_unit is not None or params.mode == "window"
-    if says_segments and says_units:
-        return config, params
-    try:
-        begun = settings_begun_with(output)
-    except ConfigError:  # nothing is begun; or what else it was begun with is refused by name, or is the same
-        return config, params
-    segment, unit = begun.get("chunks_per_segment"), begun.get("chunks_per_unit") or 1  # earlier versions kept no 1
+    sampling = begun.get("sampling")
+    segment = begun.get("chunks_per_segment")
+    unit = sampling.get("chunks_per_unit", 1) if isinstance(sampling, dict) else 1  # earlier versions knew of none
     if not says_segments and type(segment) is int and segment >= 1:
         config = replace(config, chunks_per_segment=segment)
     if not says_units and type(unit) is int and 1 <= unit <= params.window_chunks:
@@ -85,7 +81,7 @@ def check_begun(shot: Shot, tree: Tree, kinds: Kinds) -> None:
     begun = identity_begun_with(output)
     if begun is None or _version(begun) != versions()["pavdm_dist"]:  # what its facts are called is another's affair
         return
-    sides = (without_pixels(begun), kinds.asked_of_begun(shot, output))
+    sides = (without_pixels(begun), kinds.asked_of_begun(shot, output, begun))
     other = changes(*({name: fact for name, fact in side.items() if not is_of_machine(name, config)} for side in sides))
     if other:
         parts = parts_folder(output)

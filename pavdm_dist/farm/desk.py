@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from pavdm_dist.commands.origin import OtherMachineError
 from pavdm_dist.engine.events import AtWork
 from pavdm_dist.errors import ConfigError, EngineError, PAVDMError, StalledError, TakenError
 from pavdm_dist.farm.shot import Shot
@@ -32,8 +31,8 @@ class Ended:
             ``unfit``: it was begun by other versions, on other devices or with other settings than there are here, and
             stays begun for where these are; ``cancelled``; ``saved``: the renderer was told to end.
         kind: see :class:`~pavdm_dist.farm.tree.Failure`; ``elsewhere``: another process did it; ``otherwise``: another
-            process has completed it, but not as it is asked for here; ``machine``: of an unfit one, only versions or
-            devices differ.
+            process has completed it, but not as it is asked for here; ``versions``: of an unfit one, only these
+            differ.
         error: why, of the middle four; of a saved one, why its newest state is not.
         frames: that it gave here.
     """
@@ -98,7 +97,8 @@ def end_of(cause: BaseException, said: BaseException | None = None) -> Ended:
     """
     text = one_line(said or cause)
     if isinstance(cause, BegunOtherwiseError):  # nothing is wrong with it
-        return Ended("unfit", "machine" if isinstance(cause, OtherMachineError) else "", text)
+        is_upgrade = bool(cause.names) and all(name.startswith("versions.") for name in cause.names)
+        return Ended("unfit", "versions" if is_upgrade else "", text)
     if isinstance(cause, TakenError):
         return Ended("aside", error=text)
     if isinstance(cause, StalledError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -22,10 +22,10 @@ from pavdm_dist.engine.options import EngineOptions
 from pavdm_dist.errors import ConfigError
 from pavdm_dist.farm.begun import as_begun
 from pavdm_dist.farm.prompts import PROMPTS, later_prompts
-from pavdm_dist.farm.settings import FarmConfig, sample_settings
+from pavdm_dist.farm.settings import SERVED_SEGMENT, FarmConfig, sample_settings
 from pavdm_dist.farm.shot import Shot, seed_of, size_of
 from pavdm_dist.io.encode import check_size, require_libx264
-from pavdm_dist.io.leftovers import recording_facts
+from pavdm_dist.io.leftovers import identity_begun_with, recording_facts
 from pavdm_dist.io.parts import parts_folder
 from pavdm_dist.io.remote import is_remote
 from pavdm_dist.io.storage import exists
@@ -203,15 +203,16 @@ class Kinds:
         """
         return self._asked(shot, self.config_of(shot, "-"), self.kind_of(shot).params)
 
-    def asked_of_begun(self, shot: Shot, output: str) -> dict[str, Any]:
+    def asked_of_begun(self, shot: Shot, output: str, begun: Mapping[str, Any]) -> dict[str, Any]:
         """The facts that the state of a shot's recording must have to be gone on with, but for pixels as
         :meth:`asked`. Raises as that.
 
         Args:
             shot: which.
             output: its mp4.
+            begun: what that has (:func:`~pavdm_dist.io.leftovers.identity_begun_with`).
         """
-        config, params = self._as_begun(shot, self.config_of(shot, output), output)
+        config, params = self._as_begun(shot, self.config_of(shot, output), begun)
         shape = (params.fps, params.height, params.width, config.chunks_per_segment, config.save_latents)
         return recording_facts(self._asked(shot, config, params), *shape)
 
@@ -247,7 +248,7 @@ class Kinds:
         Raises:
             ConfigError: a clip, a picture or a prompt that cannot be used.
         """
-        config, params = self._as_begun(shot, self.config_of(shot, output), output)
+        config, params = self._as_begun(shot, self.config_of(shot, output), identity_begun_with(output))
         check_clip(config, [output])
         (request,) = requests_of(config, [Output(config.prompt or "", config.seed, output)], params, self.checkpoint)
         video = Video(0, replace(request, params=params), output)
@@ -262,11 +263,16 @@ class Kinds:
         """One that never runs, to ask what videos are computed by."""
         return self.pipeline()
 
-    def _as_begun(self, shot: Shot, config: SampleConfig, output: str) -> tuple[SampleConfig, SamplingParams]:
+    def _as_begun(
+        self, shot: Shot, config: SampleConfig, begun: Mapping[str, Any] | None
+    ) -> tuple[SampleConfig, SamplingParams]:
         """Settings that a shot goes on with (:func:`~pavdm_dist.farm.begun.as_begun`)."""
-        name = "chunks_per_segment"
-        is_said = name in shot.overrides or getattr(self.config, name) != getattr(type(self.config), name)
-        return as_begun(config, self.kind_of(shot).params, output, is_said)
+        params = self.kind_of(shot).params
+        if begun is None:
+            return config, params
+        defaults = (FarmConfig.chunks_per_segment, SERVED_SEGMENT)  # farm.json may be a server's, read by a farm
+        is_said = "chunks_per_segment" in shot.overrides or self.config.chunks_per_segment not in defaults
+        return as_begun(config, params, begun, is_said)
 
     def _request(self, config: SampleConfig, params: SamplingParams) -> VideoRequest:
         """What is asked for in words."""

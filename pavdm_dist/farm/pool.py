@@ -57,7 +57,7 @@ class Pool:
         endless: stay up when there is nothing to do.
 
     Attributes:
-        ends: how many shots ended how.
+        ends: how many shots ended how; ``otherwise``: another process has completed them, not as is asked for here.
         frames: written so far, those that were lost and made again once more.
         reached: how far all shots are.
         over_budget: more shots failed than may.
@@ -76,7 +76,7 @@ class Pool:
         self._listener, self._said, self._endless = listener or Listener(), Said(tree, log or ShotLog()), endless
         self._turn = threading.Condition()
         self._waiting, self._watch, self._watching = Waiting(), Watch(), threading.Lock()
-        self._outage = Outage(tree.root, self._options.retry_s)
+        self._outage = Outage(tree, self._options.retry_s)
         self._running: dict[str, _Running] = {}
         self._furthest: dict[str, int] = {}  # by shot, the last chunk that any renderer gave
         self._crew = Crew(kinds, lambda name: Renderer(name, kinds, tree, self), self._turn)
@@ -208,6 +208,9 @@ class Pool:
             if time.monotonic() - draining > self._options.drain_s:
                 self.stop()
             return
+        if self._outage.look():
+            with self._turn:
+                self._turn.notify_all()
         if time.monotonic() - self._looked < self._options.poll_s:
             return  # markers may be in a store, and who counts the cluster's nodes has others to answer
         self._looked = time.monotonic()
@@ -256,11 +259,11 @@ class Pool:
                 return None
             try:
                 while not (hand.over or hand.retiring or self._draining_since is not None):
-                    entry = self._next(hand) if self._outage.lets and self._may_take(hand) else None
+                    is_turn = not self._outage.is_on and self._may_take(hand)
+                    entry = self._waiting.take(alone=not hand.load) if is_turn else None
                     if entry is not None:
                         self._running[entry.shot.id] = _Running(entry, hand)
                         hand.load += 1
-                        self._outage.gives(entry)
                         self._said.taken(renderer.name, entry.shot)
                         return entry.shot
                     if not (self._endless or self._waiting or self._running):
@@ -289,7 +292,6 @@ class Pool:
             running = self._running[shot.id]
             running.begun = True
             hand, attempts = running.hand, running.entry.attempts
-            self._outage.well(running.entry, has_chunk=False)
             hand.begun += 1
             if hand.idle_since is not None:
                 hand.idle_s += time.monotonic() - hand.idle_since
@@ -305,9 +307,8 @@ class Pool:
             self.reached.add(shot.id, frames)
             self._crew.went_on()
             entry = self._running[shot.id].entry
-            self._outage.well(entry, has_chunk=True)
             if chunk.index > self._furthest.get(shot.id, -1):
-                self._furthest[shot.id], entry.attempts, entry.unwritten = chunk.index, 0, None
+                self._furthest[shot.id], entry.attempts = chunk.index, 0
             self._turn.notify_all()
         params = self._kinds.kind_of(shot).params
         self._meters.add("pavdm_farm_frames", frames)
@@ -317,17 +318,19 @@ class Pool:
 
     def ended(self, renderer: Renderer, shot: Shot, ended: Ended) -> None:
         if ended.how == "unfit" and self._endless:  # no farm ends that could say so, nor does another one come
-            is_machine = ended.kind == "machine"  # an upgrade, or a move: clients did nothing, and can do nothing
-            anew = forget_begun(shot, self._tree) if is_machine else None
-            ended = anew or replace(ended, how="failed", kind="input")
-        ended, attempts = self._settled(shot, ended)
+            # After an upgrade clients can do nothing. Where settings or devices are others, those of before go on.
+            anew = forget_begun(shot, self._tree) if ended.kind == "versions" else None
+            ended = anew or replace(ended, how="failed", kind="unfit")
+        is_storage = ended.how == "again" and ended.kind == "storage"
+        is_blameless = is_storage and self._outage.begins(ended.error)  # not among what all threads share: it may take
+        ended, attempts = self._settled(shot, ended, is_blameless)
         self._meters.add(f"pavdm_farm_shots_{ended.how}")
         self._said.ended(renderer.name, shot, ended, attempts)
         self._listener.ended(shot, ended)
 
-    def _settled(self, shot: Shot, ended: Ended) -> tuple[Ended, int]:
+    def _settled(self, shot: Shot, ended: Ended, is_blameless: bool) -> tuple[Ended, int]:
         """What becomes of a shot, the queue being as it then is; one that was begun too often has failed. And how often
-        it was begun without getting further, this time included."""
+        it was begun without getting further, this time included. Nothing is counted against a blameless one."""
         options, length = self._options, self._length(shot)
         with self._turn:
             running = self._running.pop(shot.id)
@@ -336,21 +339,19 @@ class Pool:
             hand.begun -= running.begun
             if not hand.begun and hand.idle_since is None:
                 hand.idle_since = time.monotonic()
-            counts = self._looked_at(running, ended)
             attempts = entry.attempts + 1
-            if ended.how == "again" and counts:
+            if ended.how == "again" and not is_blameless:
                 entry.attempts = attempts
                 if entry.attempts > options.retries:
                     ended = replace(ended, how="failed", error=f"{ended.error} ({entry.attempts} attempts)")
             if ended.how == "again":
-                wait = options.retry_s * 2 ** (entry.attempts - 1) if counts else self._outage.left_s
-                self._waiting.put_back(entry, wait)
+                self._waiting.put_back(entry, 0 if is_blameless else options.retry_s * 2 ** (entry.attempts - 1))
             elif ended.how in ("aside", "saved"):
                 self._waiting.put_back(entry, options.poll_s)
             else:
                 self._forget(shot.id)
                 self.reached.end(shot.id, length)
-            self.ends[ended.how] += ended.how != "aside"
+            self.ends["otherwise" if ended.kind == "otherwise" else ended.how] += ended.how != "aside"
             most = options.max_failed
             spent = most is not None and self.ends["failed"] > most and not self.over_budget
             self.over_budget = self.over_budget or spent
@@ -361,19 +362,6 @@ class Pool:
             logger.error("%s", self.ended_by)
             self.drain()
         return ended, attempts
-
-    def _looked_at(self, running: _Running, ended: Ended) -> bool:
-        """Takes note of whether its files could be written; whether its end is no fault of the folder of all."""
-        if ended.how == "again" and ended.kind == "storage":
-            return self._outage.failed(running.entry, running.begun, ended.error)
-        self._outage.ended(running.entry)
-        if ended.how == "done" and ended.kind != "elsewhere":
-            self._outage.well(running.entry, has_chunk=True)
-        return True
-
-    def _next(self, hand: Hand) -> Entry | None:
-        """The shot that a renderer gets."""
-        return self._waiting.take(alone=not hand.load, unwritten_last=self._outage.is_on)
 
     def _forget(self, id: str) -> None:
         """Of a shot that is over nothing is kept: there may be millions."""

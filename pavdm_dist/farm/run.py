@@ -104,19 +104,19 @@ def run_command(
         assert told is not None
         raise Stopped(told.number, "nothing was begun, the same command begins") from told
     report = farm.report()
-    left, unfit = report["left"], farm.pool.ends["unfit"]
+    left, unfit, otherwise = report["left"], farm.pool.ends["unfit"], farm.pool.ends["otherwise"]
     drained = bool(farm.pool.ended_by) and not farm.pool.over_budget
     if left and (told is not None or drained):
         so_far = f" and {farm.failed} failed" if farm.failed else ""
         number = signal.SIGTERM if told is None else told.number
         raise Stopped(number, f"{left} shots are left{so_far}, the same command goes on") from told
     others = f"{unfit} begun by other versions, on other devices or with other settings (the log names them)"
-    if farm.failed:
-        raise FailedVideosError(
-            f"{farm.failed} of {farm.asked} shots failed, {left or 'none'} are left{f', {others}' if unfit else ''}:"
-            f" `pavdm farm status {out}` says why, `pavdm farm retry {out}` tries again",
-            farm.failed,
-        )
+    if farm.failed or otherwise:
+        said = f"{farm.failed} of {farm.asked} shots failed, {left or 'none'} are left{f', {others}' if unfit else ''}"
+        if otherwise:
+            said += f", {otherwise} completed by another process, not as they are asked for here (the log names them)"
+        why = f": `pavdm farm status {out}` says why, `pavdm farm retry {out}` tries again" if farm.failed else ""
+        raise FailedVideosError(f"{said}{why}", farm.failed + otherwise)
     if unfit:
         raise BegunOtherwiseError(
             f"out={out}: {left} of {farm.asked} shots are left, {others}; they go on where these are"
@@ -253,7 +253,7 @@ class _Farm:
             "done_before": self.done_before,
             "failed": self.failed,
             "cancelled": ends["cancelled"],
-            "left": self._given - ends["done"] - ends["failed"] - ends["cancelled"],
+            "left": self._given - sum(ends[how] for how in ("done", "failed", "otherwise", "cancelled")),
             "frames": self.pool.frames,
             "seconds": round(seconds, 3),
             "frames_per_second": round(self.pool.frames / seconds, 3) if seconds else 0.0,

@@ -39,10 +39,12 @@ class Said:
         self._tree, self._log = tree, log
         self._turn = threading.Lock()
         self._unwritten: dict[str, Failure] = {}
+        self._left: dict[str, Failure] = {}  # of this process alone: others may go on with these
 
     def unwritten(self, id: str) -> Failure | None:
-        """Why a shot has failed whose record could not be written yet, so that its files do not say so."""
-        return self._unwritten.get(id)
+        """Why a shot has failed whose record could not be written yet, or gets none, so that its files do not say
+        so."""
+        return self._unwritten.get(id) or self._left.get(id)
 
     def sweep(self) -> None:
         """Tries again to write the records that could not be; of what was cancelled meanwhile none is wanted."""
@@ -91,10 +93,14 @@ class Said:
     def dropped(self, shot: Shot) -> None:
         """It was taken out of the queue, where it may have waited to go on."""
         self._log.forget(shot.id)
+        self._left.pop(shot.id, None)
 
     def _fail(self, shot: Shot, ended: Ended, attempts: int) -> None:
         line = {name: getattr(shot, name) for name in shot.__dataclass_fields__}
         failure = Failure(ended.error, ended.kind, attempts, log=self._log.tail(shot.id), shot=line)
+        if ended.kind == "unfit":
+            self._left[shot.id] = failure
+            return
         try:
             self._tree.fail(shot.id, failure)
         except Exception as error:  # stores that are away have errors of kinds of their own

@@ -12,6 +12,8 @@ from pavdm_dist.errors import ConfigError
 from pavdm_dist.values.fields import Within
 
 _Wait = Annotated[float, Within(0, 1_000_000)]
+# A server's ``chunks_per_segment``, if nobody says another; its folder is a farm's, too.
+SERVED_SEGMENT = 1
 
 
 @dataclass

@@ -27,6 +27,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.farm.asked import Asked
@@ -45,6 +46,8 @@ VIDEO, SIDECAR, FAILED = "video.mp4", "video.json", "failed.json"
 SKIP, CANCEL, DRAIN = "skip", "cancel", "drain"
 # Of frames, pixels or seconds in a sidecar, a number as large as this is damage.
 _MOST = 1e15
+# What a folder must have room for besides, for a shot that cannot be written to be to blame: a few segments.
+_ROOM_BYTES = 8 * 2**20
 _HEAD = "ffconcat version 1.0\n"  # of a playlist
 
 logger = logging.getLogger(__name__)
@@ -59,7 +62,7 @@ class Failure:
     Attributes:
         error: in one sentence.
         kind: ``input`` (what was asked for), ``video`` (what was computed), ``lost`` (too many renderers were),
-            ``stalled`` or ``storage``.
+            ``stalled``, ``storage``, or ``unfit`` (begun otherwise: of a server alone, and in no file).
         attempts: how often the farm that gave it up began it without getting further.
         by: the process.
         at: seconds since 1970.
@@ -137,6 +140,19 @@ class Tree(Asked):
         else:
             for name in ("farm.json", "manifests/~.jsonl", f"shots/~/{VIDEO}", *["traces/~.json"] * traces):
                 check_place(Path(self.path(name)), "out")
+
+    def try_room(self) -> None:
+        """Writes some megabytes beside the shots, and removes them.
+
+        Raises:
+            OSError: there is no room for them, or the folder is away; or what stores raise.
+        """
+        path = self.path(f"shots/.room-{uuid4().hex}")
+        try:
+            with atomic_write(path, "wb") as file:
+                file.write(bytes(_ROOM_BYTES))
+        finally:
+            remove(path)
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Keeps what a run was given: ``settings``, and more. Shots that fail from now on have failed with these."""

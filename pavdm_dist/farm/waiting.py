@@ -22,15 +22,12 @@ class Entry:
         shot: it.
         attempts: how often a renderer was lost with it, or it stood still.
         not_before: of the clock.
-        unwritten: when it could not be written the last time and has come no further since, whether it had been begun
-            then, and how often others could be (see :class:`~pavdm_dist.farm.outage.Outage`).
     """
 
     rank: tuple[int, int]
     shot: Shot = field(compare=False)
     attempts: int = field(default=0, compare=False)
     not_before: float = field(default=0.0, compare=False)
-    unwritten: tuple[bool, int] | None = field(default=None, compare=False)
 
 
 class Waiting:
@@ -65,35 +62,25 @@ class Waiting:
         entry.not_before = self._clock() + wait_s
         heapq.heappush(self._later, (entry.not_before, entry))
 
-    def take(self, alone: bool = True, unwritten_last: bool = False) -> Entry | None:
+    def take(self, alone: bool = True) -> Entry | None:
         """The first one that may be begun; None where there is none now.
 
         Args:
             alone: it would be with nothing else. One with which a renderer was lost is given out so only: when it
                 happens again, it is known whose fault it is.
-            unwritten_last: those that could not be written come behind all others, whoever waits longest first: where
-                nothing can be, one whose own folder is to blame must not be tried again and again instead of others.
         """
         self._ripen()
         passed: list[Entry] = []
-        unwritten: list[Entry] = []
         try:
             while self._ready:
                 entry = heapq.heappop(self._ready)
-                if not alone and entry.attempts:
-                    passed.append(entry)
-                    if self._clock() - entry.not_before > ALONE_WAIT_S:
-                        return None
-                elif unwritten_last and entry.unwritten is not None:
-                    unwritten.append(entry)
-                else:
+                if alone or not entry.attempts:
                     return entry
-            if not unwritten:
-                return None
-            unwritten.sort(key=lambda entry: entry.not_before)
-            return unwritten.pop(0)
+                passed.append(entry)
+                if self._clock() - entry.not_before > ALONE_WAIT_S:
+                    return None
+            return None
         finally:
-            passed += unwritten
             for entry in passed:
                 heapq.heappush(self._ready, entry)
 

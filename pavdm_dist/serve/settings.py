@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pavdm_dist.errors import ConfigError
-from pavdm_dist.farm.settings import FarmConfig, validate_farm
+from pavdm_dist.farm.settings import SERVED_SEGMENT, FarmConfig, validate_farm
 from pavdm_dist.values.fields import Within
 
 
@@ -30,7 +30,7 @@ class HttpConfig:
 class ServeConfig(FarmConfig):
     """Everything ``pavdm serve`` knows."""
 
-    chunks_per_segment: Annotated[int, Within(0, 1_000_000, above=True)] = 1  # what a viewer waits for
+    chunks_per_segment: Annotated[int, Within(0, 1_000_000, above=True)] = SERVED_SEGMENT  # what a viewer waits for
     http: HttpConfig = field(default_factory=HttpConfig)
 
 
