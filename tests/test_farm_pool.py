@@ -149,7 +149,7 @@ def test_a_disk_that_is_full_costs_no_shot_an_attempt(
     """Nothing is begun until there is room, which is looked for after waits that grow; a drain ends that."""
     now, is_full = [0.0], [True]
 
-    def try_room(tree: Tree) -> None:
+    def try_room(tree: Tree, size: int) -> None:
         if is_full[0]:
             raise OSError(28, "No space left on device")
 
@@ -212,6 +212,50 @@ def test_a_shot_that_cannot_be_written_though_there_is_room_fails_alone(tmp_path
     failure = Tree(str(tmp_path)).failure("a")
     assert failure is not None and failure.error == f"{_FULL.error} (2 attempts)" and failure.attempts == 2
     assert not list((tmp_path / "shots").glob(".*")), "what was tried with is gone"
+
+
+def test_shots_that_need_more_than_there_is_soon_have_no_attempts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A state may be gigabytes; where it had no room, all that is left of it is the room."""
+    rooms: list[int] = []
+
+    def try_room(tree: Tree, size: int) -> None:
+        rooms.append(size >> 20)
+        if size > 40 * 2**20:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Tree, "try_room", try_room)
+    pool, (one,) = _pool(tmp_path, retries=1, retry_s=5.0)
+    pool.submit([_shot(id) for id in "abcde"])
+    for _ in range(4):
+        shot = pool.take(one)
+        assert shot is not None
+        pool.ended(one, shot, _FULL)
+    assert rooms == [8, 16, 32, 64] and pool._outage.is_on and pool.ends == Counter(again=4)
+    pool._outage._until = 0.0
+    monkeypatch.setattr(Tree, "try_room", lambda *_: None)
+    assert pool._outage.look() and pool._outage._room == 64 * 2**20
+    shot = pool.take(one)
+    assert shot is not None
+    pool.ended(one, shot, Ended("done"))
+    assert pool._outage._room == 8 * 2**20
+
+
+def test_failures_of_settings_count_apart(tmp_path: Path) -> None:
+    pool, (one,) = _pool(tmp_path, max_failed=0)
+    pool._endless = True
+    pool.submit([_shot("a"), _shot("b")])
+    for ended in (Ended("unfit", "", "begun otherwise"), Ended("failed", "otherwise", "made otherwise")):
+        shot = pool.take(one)
+        assert shot is not None
+        pool.ended(one, shot, ended)
+    assert pool.ends == Counter(unfit=1, otherwise=1) and not pool.ended_by
+    failure = pool.unwritten("a")
+    assert failure is not None and failure.kind == "unfit"
+    assert not list(tmp_path.glob("shots/*/failed.json"))
+    pool.cancel("a")
+    assert pool.unwritten("a") is None
 
 
 def test_a_folder_that_is_away_has_no_room(tmp_path: Path) -> None:

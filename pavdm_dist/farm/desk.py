@@ -42,6 +42,11 @@ class Ended:
     error: str = ""
     frames: int = 0
 
+    @property
+    def counted(self) -> str:
+        """As what it counts: failures that are no fault of a shot count apart."""
+        return self.kind if self.how == "failed" and self.kind in ("otherwise", "unfit") else self.how
+
 
 @dataclass(frozen=True)
 class Sight:
@@ -97,7 +102,9 @@ def end_of(cause: BaseException, said: BaseException | None = None) -> Ended:
     """
     text = one_line(said or cause)
     if isinstance(cause, BegunOtherwiseError):  # nothing is wrong with it
-        is_upgrade = bool(cause.names) and all(name.startswith("versions.") for name in cause.names)
+        # Another version of this program may know of other facts besides.
+        of_versions = all(name.startswith("versions.") for name in cause.names)
+        is_upgrade = "versions.pavdm_dist" in cause.names or (bool(cause.names) and of_versions)
         return Ended("unfit", "versions" if is_upgrade else "", text)
     if isinstance(cause, TakenError):
         return Ended("aside", error=text)

@@ -13,6 +13,7 @@ ABOUT = {
     "pavdm_farm_shots_again": "shots that went back to the queue, their renderer lost or silent",
     "pavdm_farm_shots_aside": "shots found in the hands of another process",
     "pavdm_farm_shots_unfit": "shots begun by other versions, on other devices or with other settings, left to these",
+    "pavdm_farm_shots_otherwise": "shots that another process has completed, not as they are asked for",
     "pavdm_farm_shots_cancelled": "shots cancelled or skipped",
     "pavdm_farm_shots_saved": "shots saved unfinished by an ending farm",
     "pavdm_farm_renderers_lost": "renderers that ended by a fault",

@@ -119,6 +119,7 @@ class Pool:
                 self.reached.end(id, self._length(shot))
             running = self._running.get(id)
             self._turn.notify_all()
+        self._said.forget(id)
         if running is not None:
             running.hand.renderer.cancel(id)
         for shot in dropped:
@@ -321,10 +322,13 @@ class Pool:
             # After an upgrade clients can do nothing. Where settings or devices are others, those of before go on.
             anew = forget_begun(shot, self._tree) if ended.kind == "versions" else None
             ended = anew or replace(ended, how="failed", kind="unfit")
-        is_storage = ended.how == "again" and ended.kind == "storage"
-        is_blameless = is_storage and self._outage.begins(ended.error)  # not among what all threads share: it may take
+        # Not among what all threads share: a look at a disk may take its time.
+        is_storage, is_draining = ended.how == "again" and ended.kind == "storage", self._draining_since is not None
+        is_blameless = is_storage and (is_draining or self._outage.begins(ended.error))
+        if ended.how == "done":
+            self._outage.done()
         ended, attempts = self._settled(shot, ended, is_blameless)
-        self._meters.add(f"pavdm_farm_shots_{ended.how}")
+        self._meters.add(f"pavdm_farm_shots_{ended.counted}")
         self._said.ended(renderer.name, shot, ended, attempts)
         self._listener.ended(shot, ended)
 
@@ -351,7 +355,7 @@ class Pool:
             else:
                 self._forget(shot.id)
                 self.reached.end(shot.id, length)
-            self.ends["otherwise" if ended.kind == "otherwise" else ended.how] += ended.how != "aside"
+            self.ends[ended.counted] += ended.how != "aside"
             most = options.max_failed
             spent = most is not None and self.ends["failed"] > most and not self.over_budget
             self.over_budget = self.over_budget or spent

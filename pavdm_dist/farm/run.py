@@ -242,6 +242,7 @@ class _Farm:
         words += [f"{self.failed} failed"] if self.failed else []
         words += [f"{ends['cancelled']} cancelled"] if ends["cancelled"] else []
         words += [f"{ends['unfit']} begun otherwise"] if ends["unfit"] else []
+        words += [f"{ends['otherwise']} made otherwise elsewhere"] if ends["otherwise"] else []
         self.bar.show(self.pool.frames, self.pool.reached.frames, ", ".join(words))
 
     def report(self) -> dict[str, Any]:
@@ -252,6 +253,7 @@ class _Farm:
             "done": ends["done"],
             "done_before": self.done_before,
             "failed": self.failed,
+            "otherwise": ends["otherwise"],
             "cancelled": ends["cancelled"],
             "left": self._given - sum(ends[how] for how in ("done", "failed", "otherwise", "cancelled")),
             "frames": self.pool.frames,

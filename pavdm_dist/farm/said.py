@@ -93,7 +93,10 @@ class Said:
     def dropped(self, shot: Shot) -> None:
         """It was taken out of the queue, where it may have waited to go on."""
         self._log.forget(shot.id)
-        self._left.pop(shot.id, None)
+
+    def forget(self, id: str) -> None:
+        """Nobody wants it any more."""
+        self._left.pop(id, None)
 
     def _fail(self, shot: Shot, ended: Ended, attempts: int) -> None:
         line = {name: getattr(shot, name) for name in shot.__dataclass_fields__}

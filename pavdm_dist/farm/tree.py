@@ -27,7 +27,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
-from uuid import uuid4
 
 from pavdm_dist.errors import ConfigError, MediaError
 from pavdm_dist.farm.asked import Asked
@@ -46,8 +45,6 @@ VIDEO, SIDECAR, FAILED = "video.mp4", "video.json", "failed.json"
 SKIP, CANCEL, DRAIN = "skip", "cancel", "drain"
 # Of frames, pixels or seconds in a sidecar, a number as large as this is damage.
 _MOST = 1e15
-# What a folder must have room for besides, for a shot that cannot be written to be to blame: a few segments.
-_ROOM_BYTES = 8 * 2**20
 _HEAD = "ffconcat version 1.0\n"  # of a playlist
 
 logger = logging.getLogger(__name__)
@@ -141,18 +138,24 @@ class Tree(Asked):
             for name in ("farm.json", "manifests/~.jsonl", f"shots/~/{VIDEO}", *["traces/~.json"] * traces):
                 check_place(Path(self.path(name)), "out")
 
-    def try_room(self) -> None:
-        """Writes some megabytes beside the shots, and removes them.
+    def try_room(self, size: int) -> None:
+        """Takes so many bytes beside the shots, and gives them back; in a store, which has room, it writes a few.
 
         Raises:
             OSError: there is no room for them, or the folder is away; or what stores raise.
         """
-        path = self.path(f"shots/.room-{uuid4().hex}")
+        name = f".room-{platform.node()}-{os.getpid()}"
+        if is_remote(self.root):
+            with atomic_write(self.path(name), "wb") as file:
+                file.write(b"room")
+            return remove(self.path(name))
+        path = Path(self.path(f"shots/{name}"))
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with atomic_write(path, "wb") as file:
-                file.write(bytes(_ROOM_BYTES))
+            with path.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
         finally:
-            remove(path)
+            path.unlink(missing_ok=True)
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Keeps what a run was given: ``settings``, and more. Shots that fail from now on have failed with these."""

@@ -30,7 +30,6 @@ _OTHERWISE = {
     "checkpoint": ("model",),
     "ckpt": ("model",),
     "model_path": ("model",),
-    "out": ("output",),
     "output_dir": ("output", "run_dir"),
     "stages": ("num_stages",),
     "torch_dtype": ("dtype",),
