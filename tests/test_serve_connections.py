@@ -175,9 +175,11 @@ def test_three_hundred_silent_connections_take_no_files_from_who_renders(tmp_pat
         url = f"http://{address[1]}:{address[2]}"
         with httpx.Client(timeout=60, headers=headers) as client, ExitStack() as stack:
             assert client.get(f"{url}/v1/models").status_code == 200
+            before, most = len(os.listdir(f"/proc/{started.pid}/fd")), 256 // 4  # its share of them
             for _ in range(300):
                 stack.enter_context(socket.create_connection((address[1], int(address[2])), 20))
-            assert len(os.listdir(f"/proc/{started.pid}/fd")) < 200, "more than connections may have"
+            # As many again may be accepted before the first is looked at; and the desk looks at files meanwhile.
+            assert len(os.listdir(f"/proc/{started.pid}/fd")) <= before + 2 * most + 8, "more than connections may have"
             end = time.monotonic() + 60
             while True:  # until those who came first are let go of
                 id = _asked(client, url)

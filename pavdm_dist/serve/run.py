@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 _GRACE_S = 10
 # Clients that wait to be connected.
 _BACKLOG = 2048
+# Of asyncio's loop, at each of which it accepts so many before those of the first are looked at: all together as many
+# as there may be connections.
+_TURNS = 3
 
 
 def serve_command(config: ServeConfig, out: str, ready: Callable[[str], None] = lambda _: None) -> None:
@@ -61,7 +64,7 @@ def serve_command(config: ServeConfig, out: str, ready: Callable[[str], None] = 
                 uvicorn.Config(
                     make_app(Front(desk), token),
                     http=bounded(most),
-                    backlog=min(_BACKLOG, most),  # as many are accepted before the first is looked at
+                    backlog=min(_BACKLOG, max(1, most // _TURNS)),
                     log_config=None,
                     access_log=False,
                     server_header=False,
