@@ -235,8 +235,15 @@ class Flight:
         return {index: self._clean[index] for index in again} if set(again) <= self._clean.keys() else {}
 
     def _point(self, snapshot: WindowSnapshot) -> ResumePoint:
-        followed = (self.stream.plan, self._was_stopped, self.stream.settings)
-        return ResumePoint(snapshot, self._tail, (), self.resyncs, self.prompts, 0, *followed)
+        return ResumePoint(
+            snapshot,
+            self._tail,
+            resyncs=self.resyncs,
+            prompts=self.prompts,
+            plan=self.stream.plan,
+            was_stopped=self._was_stopped,
+            settings=self.stream.settings,
+        )
 
     def _behind(self, before: Tensor | None, clean: CleanChunk) -> Tensor | None:
         """What a decoder must have seen behind ``clean``, which follows ``before``."""

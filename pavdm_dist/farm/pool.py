@@ -261,8 +261,7 @@ class Pool:
             try:
                 while not (hand.over or hand.retiring or self._draining_since is not None):
                     is_turn = not self._outage.is_on and self._may_take(hand)
-                    entry = self._waiting.take(alone=not hand.load) if is_turn else None
-                    if entry is not None:
+                    if is_turn and (entry := self._waiting.take(alone=not hand.load)) is not None:
                         self._running[entry.shot.id] = _Running(entry, hand)
                         hand.load += 1
                         self._said.taken(renderer.name, entry.shot)
@@ -297,7 +296,6 @@ class Pool:
             if hand.idle_since is not None:
                 hand.idle_s += time.monotonic() - hand.idle_since
                 hand.idle_since = None
-            self._turn.notify_all()
         self._said.begun(renderer.name, shot, chunk, attempts, video)
         self._listener.begun(shot, chunk)
 
@@ -307,9 +305,8 @@ class Pool:
             self.frames += frames
             self.reached.add(shot.id, frames)
             self._crew.went_on()
-            entry = self._running[shot.id].entry
             if chunk.index > self._furthest.get(shot.id, -1):
-                self._furthest[shot.id], entry.attempts = chunk.index, 0
+                self._furthest[shot.id], self._running[shot.id].entry.attempts = chunk.index, 0
             self._turn.notify_all()
         params = self._kinds.kind_of(shot).params
         self._meters.add("pavdm_farm_frames", frames)
